@@ -1,0 +1,1 @@
+"""Data sets, and how the ranks share them out."""

@@ -1,0 +1,223 @@
+"""How the examples reach the ranks: split once, dealt out by a sampler, in batches on the device.
+
+The batch is global. In every epoch all examples are put in one order, and the one at position p
+belongs to rank p % world_size and to step p // batch_size. So step k sees the same examples at any
+world size; the ranks' shares of it differ by one example at most, and a share may be empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+
+from allranks.components import build
+from allranks.errors import UserError
+from allranks.runtime.runtime import Runtime
+
+FETCH_S = 1800  # rank 0 may have to download
+EVAL_BATCH = {"cpu": 512, "cuda": 8192, "xpu": 8192, "mps": 2048}  # examples per forward pass
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A rank's share of one global batch, on the device.
+
+    images float32 [n, C, H, W] scaled to 0..1 (or what a user's Dataset gives), labels int64 [n].
+    `count` of them count; it is 0 for an empty share, which carries one example as a stand-in so
+    that the rank still joins every collective. `total` is the number over all ranks.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    count: int
+    total: int
+
+
+class ShareSampler(DistributedSampler[int]):
+    """torch's DistributedSampler without its padding: every example exactly once an epoch.
+
+    torch repeats examples until the ranks' shares are equal. This one deals out the very same order,
+    order[rank::world_size], and lets the last shares be one shorter.
+    """
+
+    def __iter__(self) -> Iterator[int]:
+        whole = DistributedSampler(
+            self.dataset, num_replicas=1, rank=0, shuffle=self.shuffle, seed=self.seed
+        )
+        whole.set_epoch(self.epoch)
+        return islice(iter(whole), self.rank, None, self.num_replicas)
+
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+
+    def share(self, step: int, batch_size: int) -> slice:
+        """Where this rank's examples of global step `step` stand in its own order."""
+
+        def first_at(position: int) -> int:  # the first of this rank's examples at or after it
+            return -((self.rank - min(position, len(self.dataset))) // self.num_replicas)  # type: ignore[arg-type]
+
+        return slice(first_at(step * batch_size), first_at((step + 1) * batch_size))
+
+
+class InMemory:
+    """Examples held on the device as uint8: a batch is one gather and one conversion."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor) -> None:
+        self.images, self.labels = images, labels  # uint8 [N, C, H, W] and [N], all of the set
+        self.indices = indices  # int64 [n]: which of them belong to this part
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def batches(self, shares: Sequence[Sequence[int] | torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(images, labels) for each share, a sequence of positions in this part."""
+        for share in shares:
+            rows = self.indices[torch.as_tensor(share, device=self.indices.device)]
+            yield self.images[rows].float().div_(255), self.labels[rows].long()
+
+
+class Mapped:
+    """A user's own map-style Dataset of (image, label), read by a standard DataLoader."""
+
+    def __init__(self, dataset: Dataset[Any], indices: Sequence[int], workers: int, device: torch.device) -> None:
+        self.subset = Subset(dataset, indices)
+        self.workers, self.device = workers, device
+
+    def __len__(self) -> int:
+        return len(self.subset)
+
+    def batches(self, shares: Sequence[Sequence[int] | torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        loader = DataLoader(
+            self.subset,
+            batch_sampler=[[int(i) for i in share] for share in shares],
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        for images, labels in loader:
+            images = images.to(self.device, non_blocking=True)
+            if images.dtype == torch.uint8:
+                images = images.float().div_(255)
+            yield images, labels.to(self.device, non_blocking=True).long()
+
+
+Part = InMemory | Mapped
+
+
+@dataclass(frozen=True)
+class Data:
+    train: Part
+    val: Part
+    test: Part
+
+
+def training_batches(
+    part: Part, runtime: Runtime, batch_size: int, epoch: int, seed: int, first_step: int = 0
+) -> Iterator[Batch]:
+    """This rank's shares of the epoch's global batches, from step `first_step` on; `epoch` from 0."""
+    sampler = ShareSampler(range(len(part)), runtime.world_size, runtime.rank, seed=seed)  # type: ignore[arg-type]
+    sampler.set_epoch(epoch)
+    order = torch.tensor(list(sampler), dtype=torch.int64)
+    steps = range(first_step, steps_per_epoch(len(part), batch_size))
+    shares = [order[sampler.share(step, batch_size)] for step in steps]
+    counts = [len(share) for share in shares]
+    stand_in = order[:1] if len(order) else torch.zeros(1, dtype=torch.int64)
+    filled = [share if count else stand_in for share, count in zip(shares, counts, strict=True)]
+    for step, count, (images, labels) in zip(steps, counts, part.batches(filled), strict=True):
+        total = min(batch_size, len(part) - step * batch_size)
+        yield Batch(images, labels, count, total)
+
+
+def evaluation_batches(part: Part, runtime: Runtime) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """This rank's examples of the part, each exactly once over all ranks, in no particular order."""
+    mine = torch.arange(runtime.rank, len(part), runtime.world_size)
+    return part.batches(mine.split(EVAL_BATCH[runtime.device.type]) if len(mine) else [])
+
+
+def steps_per_epoch(examples: int, batch_size: int) -> int:
+    return -(-examples // batch_size)
+
+
+def open_data(section: Mapping[str, Any], runtime: Runtime, seed: int) -> Data:
+    """The three parts. Arrays are read by rank 0 alone and broadcast; a Dataset is made on every rank."""
+    train = _open_set("data.train", section, runtime)
+    test = _open_set("data.test", section, runtime)
+    split = section["split"]
+    if sum(split) != len(train):
+        raise UserError(
+            f"data.split={list(split)} sums to {sum(split):,}, but there are {len(train):,} training examples: "
+            f"give two numbers that sum to {len(train):,}.",
+            said_by=0,
+        )
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    return Data(
+        _part(train, order[: split[0]], section, runtime),
+        _part(train, order[split[0] :], section, runtime),
+        _part(test, torch.arange(len(test)), section, runtime),
+    )
+
+
+@dataclass(frozen=True)
+class _Arrays:
+    images: torch.Tensor  # uint8 [N, C, H, W], on the device
+    labels: torch.Tensor  # uint8 [N]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def _part(whole: Any, indices: torch.Tensor, section: Mapping[str, Any], runtime: Runtime) -> Part:
+    if isinstance(whole, _Arrays):
+        return InMemory(whole.images, whole.labels, indices.to(runtime.device))
+    return Mapped(whole, indices.tolist(), section.get("workers", 0), runtime.device)
+
+
+def _open_set(key: str, section: Mapping[str, Any], runtime: Runtime) -> Any:
+    made: list[Any] = []
+
+    def make() -> dict[str, Any]:
+        made.append(build(key, section[key.removeprefix("data.")]))
+        if isinstance(made[0], tuple) and all(isinstance(a, np.ndarray) for a in made[0]):
+            return {"shape": _image_shape(key, *made[0], section["input_shape"])}
+        if not (hasattr(made[0], "__len__") and hasattr(made[0], "__getitem__")):
+            raise UserError(
+                f"{key} made a {type(made[0]).__name__}: it must be a map-style Dataset, with a length and "
+                "items (image, label)."
+            )
+        return {"shape": None}
+
+    shape = runtime.meeting.from_rank_0(make, FETCH_S)["shape"]
+    if shape is None:
+        problem = None
+        try:
+            dataset = made[0] if made else build(key, section[key.removeprefix("data.")])
+        except UserError as error:
+            problem = error
+        runtime.meeting.agree(problem)
+        return dataset
+    if runtime.is_main:
+        images, labels = (torch.from_numpy(np.array(array)) for array in made[0])  # writable copies
+        images = images.view(shape)
+    else:
+        images = torch.empty(shape, dtype=torch.uint8)
+        labels = torch.empty(shape[0], dtype=torch.uint8)
+    images, labels = images.to(runtime.device), labels.to(runtime.device)
+    return _Arrays(runtime.broadcast(images), runtime.broadcast(labels))
+
+
+def _image_shape(
+    key: str, images: np.ndarray, labels: np.ndarray, input_shape: Sequence[int]
+) -> list[int]:
+    """[N, C, H, W]; raises UserError where the arrays do not fit together or the configuration."""
+    if len(images) != len(labels):
+        raise UserError(f"{key} has {len(images):,} images but {len(labels):,} labels: they must be equal in number.")
+    if images.dtype != np.uint8 or labels.dtype != np.uint8:
+        raise UserError(f"{key} gives {images.dtype} images and {labels.dtype} labels: uint8 is expected.")
+    if images[:1].size != np.prod(input_shape):
+        raise UserError(f"{key} gives images of shape {images.shape[1:]}, but data.input_shape={list(input_shape)}.")
+    return [len(images), *input_shape]

@@ -1,0 +1,218 @@
+"""MNIST and Fashion-MNIST: fetch once, verify always, read. Needs numpy only, no torch.
+
+The files are the published IDX files, kept where torchvision keeps them: ROOT/MNIST/raw/. The md5 sums
+and mirrors are those that torchvision lists (torchvision.datasets.MNIST.resources).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gzip
+import hashlib
+import http.client
+import os
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from allranks.errors import UserError, did_you_mean
+
+CONNECT_S = 5  # a compute node without internet must say so within seconds
+CLASSES = 10
+COUNTS = {"train": 60_000, "test": 10_000}
+_STEMS = {
+    ("train", "images"): "train-images-idx3-ubyte",
+    ("train", "labels"): "train-labels-idx1-ubyte",
+    ("test", "images"): "t10k-images-idx3-ubyte",
+    ("test", "labels"): "t10k-labels-idx1-ubyte",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    folder: str
+    mirrors: tuple[str, ...]
+    md5: dict[str, str]  # of the .gz files, by stem
+
+
+SOURCES = {
+    "mnist": Source(
+        "MNIST",
+        (
+            "https://ossci-datasets.s3.amazonaws.com/mnist/",
+            "https://storage.googleapis.com/cvdf-datasets/mnist/",
+        ),
+        {
+            "train-images-idx3-ubyte": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+            "train-labels-idx1-ubyte": "d53e105ee54ea40749a09fcbcd1e9432",
+            "t10k-images-idx3-ubyte": "9fb629c4189551a2d022fa330f9573f3",
+            "t10k-labels-idx1-ubyte": "ec29112dd5afa0611ce80d1b7f02629c",
+        },
+    ),
+    "fashion_mnist": Source(
+        "FashionMNIST",
+        ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
+        {
+            "train-images-idx3-ubyte": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+            "train-labels-idx1-ubyte": "25c81989df183df01b3e8a0aad5dffbe",
+            "t10k-images-idx3-ubyte": "bef4ecab320f06d8554ea6380940ec79",
+            "t10k-labels-idx1-ubyte": "bb300cfdad3c16e7a12a480ee83cd310",
+        },
+    ),
+}
+
+
+def load(name: str, part: str, root: str, fetch: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [N, 28, 28] and labels uint8 [N]; part is `train` (60,000) or `test` (10,000).
+
+    Files that are missing are fetched if `fetch` allows it. Raises UserError naming the file for
+    whatever is missing, truncated, corrupted or does not fit together.
+    """
+    source = _source(name)
+    folder = Path(root) / source.folder / "raw"
+    if fetch and not _all_there(folder):
+        fetch_files(name, root)
+    arrays = []
+    for kind, shape in (("images", (COUNTS[part], 28, 28)), ("labels", (COUNTS[part],))):
+        path, content = _read(folder, _STEMS[part, kind], source, name, root)
+        arrays.append(_parse_idx(path, content, shape))
+    images, labels = arrays
+    if labels.max() >= CLASSES:
+        raise UserError(
+            f"{folder}: the {part} labels go up to {labels.max()}, but digits are 0 to 9. "
+            + _fetch_again(name, root)
+        )
+    return images, labels
+
+
+def fetch_files(name: str, root: str) -> list[Path]:
+    """Fetches what is missing into ROOT/<set>/raw, one process at a time, and returns the new files.
+
+    Each file is written under a temporary name, checked, then renamed: nobody ever sees half a file.
+    """
+    source = _source(name)
+    folder = Path(root) / source.folder / "raw"
+    new = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _lock(folder / ".fetch.lock"):
+            for stem, md5 in source.md5.items():
+                path = folder / f"{stem}.gz"
+                if not path.exists() and not (folder / stem).exists():
+                    _fetch_one(path, md5, source.mirrors, name, root)
+                    new.append(path)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}): give another data.root.") from error
+    return new
+
+
+def verify(name: str, root: str) -> Path:
+    """Reads and checks both parts; returns their folder."""
+    for part in COUNTS:
+        load(name, part, root)
+    return Path(root) / _source(name).folder / "raw"
+
+
+def _source(name: str) -> Source:
+    if name not in SOURCES:
+        known = ", ".join(SOURCES)
+        raise UserError(f"{name} is not a known data set: take one of {known}.{did_you_mean(name, SOURCES)}")
+    return SOURCES[name]
+
+
+def _all_there(folder: Path) -> bool:
+    return all((folder / s).exists() or (folder / f"{s}.gz").exists() for s in _STEMS.values())
+
+
+def _read(folder: Path, stem: str, source: Source, name: str, root: str) -> tuple[Path, bytes]:
+    packed, plain = folder / f"{stem}.gz", folder / stem
+    path = packed if packed.exists() else plain
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(
+            f"{packed} is missing. On a node with internet type `allranks data fetch {name} --root {root}`, "
+            "or set data.root (or ALLRANKS_DATA) to where it is; data=synthetic needs no files."
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    if path == plain:
+        return path, content
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != source.md5[stem]:
+        raise UserError(
+            f"{path} is corrupted or truncated ({len(content):,} bytes, its md5 differs from the "
+            f"published one). {_fetch_again(name, root)}"
+        )
+    try:
+        return path, gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be unpacked ({error}). {_fetch_again(name, root)}") from error
+
+
+def _parse_idx(path: Path, content: bytes, shape: tuple[int, ...]) -> np.ndarray:
+    """The array in an IDX file of bytes: magic 0 0 8 <dimensions>, sizes as big-endian int32, data."""
+    head = 4 + 4 * len(shape)
+    if content[:4] != bytes((0, 0, 8, len(shape))):
+        raise UserError(f"{path} is not an IDX file of {len(shape)} dimensions: it starts with {content[:4]!r}.")
+    sizes = tuple(int(n) for n in np.frombuffer(content[4:head], dtype=">i4"))
+    if sizes != shape:
+        raise UserError(f"{path} says that it holds {_times(sizes)} values, but {_times(shape)} belong there.")
+    expected = head + int(np.prod(shape))
+    if len(content) != expected:
+        raise UserError(
+            f"{path} is {'truncated' if len(content) < expected else 'too long'}: {len(content):,} bytes "
+            f"instead of {expected:,}. Remove it and fetch it again with `allranks data fetch`."
+        )
+    return np.frombuffer(content, dtype=np.uint8, offset=head).reshape(shape)
+
+
+def _times(sizes: tuple[int, ...]) -> str:
+    return " x ".join(f"{n:,}" for n in sizes)
+
+
+def _fetch_again(name: str, root: str) -> str:
+    return f"Remove it and type `allranks data fetch {name} --root {root}`."
+
+
+def _fetch_one(path: Path, md5: str, mirrors: tuple[str, ...], name: str, root: str) -> None:
+    problems = []
+    for mirror in mirrors:
+        url = mirror + path.name
+        try:
+            with urllib.request.urlopen(url, timeout=CONNECT_S) as response:  # noqa: S310
+                content = response.read()
+        except (OSError, urllib.error.URLError, http.client.HTTPException) as error:
+            problems.append(f"{url}: {getattr(error, 'reason', error)}")
+            continue
+        if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+            problems.append(f"{url}: what it sent is not the published file")
+            continue
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return
+    raise UserError(
+        f"{path} is missing and could not be fetched ({'; '.join(problems)}). On a node with internet type "
+        f"`allranks data fetch {name} --root {root}`, or set data.root (or ALLRANKS_DATA) to where it is; "
+        "data=synthetic needs no files."
+    )
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """One process at a time, on one host or over a file system with POSIX locks."""
+    with path.open("w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,29 @@
+"""Errors that are shown to a person: one message, no traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_USER_ERROR = 2
+
+
+class UserError(Exception):
+    """Something the user can put right: the message says what, which value, and what to do.
+
+    `said_by` is the rank that says it where several ranks are known to raise the same error; None where
+    this rank may be the only one.
+    """
+
+    def __init__(self, message: str, *, said_by: int | None = None) -> None:
+        super().__init__(message)
+        self.said_by = said_by
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` Did you mean X?` for the known name nearest to `word`, or an empty string."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if not near:  # a case or a leaf name only: Relu for ReLU, lr for optimizer.lr
+        near = [name for name in known if name.lower().split(".")[-1] == word.lower().split(".")[-1]]
+    return f" Did you mean {near[0]}?" if near else ""

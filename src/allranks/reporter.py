@@ -1,0 +1,174 @@
+"""Rank 0 tells the story: the console, the records in the run directory, and every rank's log file."""
+
+from __future__ import annotations
+
+import logging
+import logging.handlers
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from allranks import rundir
+from allranks.data.loader import Batch, Data, steps_per_epoch
+from allranks.errors import UserError
+from allranks.runtime.runtime import Runtime
+
+log = logging.getLogger("allranks")
+
+
+class Reporter:
+    """Opens and closes the runtime with its logs. Every rank has one; only rank 0's says anything.
+
+    What a rank logs before the run directory is there is kept, and written to logs/rank-N.log then.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.directory: Path | None = None
+        self._early = logging.handlers.MemoryHandler(10_000, logging.CRITICAL + 1)
+        self._handlers: list[logging.Handler] = []
+
+    def __enter__(self) -> Reporter:
+        root = logging.getLogger()
+        root.setLevel(logging.INFO)
+        logging.captureWarnings(True)
+        console: logging.Handler
+        if self.runtime.is_main:
+            console = logging.StreamHandler(sys.stdout)
+            console.addFilter(lambda r: r.name.startswith("allranks") or r.levelno >= logging.WARNING)
+        else:
+            console = logging.StreamHandler(sys.stderr)
+            console.setFormatter(logging.Formatter(f"[{self._me()}] %(message)s"))
+            console.addFilter(
+                lambda r: r.levelno >= logging.WARNING and r.name != "py.warnings"  # rank 0 shows them
+            )
+        self._add(console)
+        self._add(self._early)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        agreed = error is None or (isinstance(error, UserError) and error.said_by is not None)
+        if not agreed and self.runtime.world_size > 1:
+            text = (
+                str(error)
+                if isinstance(error, UserError)
+                else "".join(traceback.format_exception(kind, error, trace))
+            )
+            if not isinstance(error, KeyboardInterrupt):
+                log.error(text if not self.runtime.is_main else f"[{self._me()}] {text}")
+            self._close_logs()
+            self.runtime.abort(2 if isinstance(error, UserError) else 1)
+        self._close_logs()
+        self.runtime.close()
+
+    def started(self) -> None:
+        runtime = self.runtime
+        if runtime.is_main:
+            hosts = len({rank["host"] for rank in runtime.ranks})
+            device = str(runtime.device.type)
+            if device == "cpu":
+                device += f" with {_count(runtime.threads, 'thread')} each"
+            log.info(
+                "%s on %s, %s, started by %s, runtime %s, gradients by %s",
+                _count(runtime.world_size, "rank"), _count(hosts, "host"), device,
+                runtime.launch.launcher, runtime.kind, runtime.collectives,
+            )  # fmt: skip
+
+    def data(self, data: Data, input_shape: Sequence[int]) -> None:
+        self._say(
+            "%s training, %s validation and %s test examples of %s",
+            f"{len(data.train):,}", f"{len(data.val):,}", f"{len(data.test):,}",
+            " x ".join(map(str, input_shape)),
+        )  # fmt: skip
+
+    def opened(self, directory: str, parameters: int) -> None:
+        """The run directory is there: logs go to it from now on."""
+        self.directory = Path(directory)
+        file = logging.FileHandler(self.directory / "logs" / f"rank-{self.runtime.rank}.log")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self._early.setTarget(file)
+        self._early.flush()
+        self._remove(self._early)
+        self._add(file)
+        log.debug("rank %d of %d", self.runtime.rank, self.runtime.world_size)
+        self._say("%s parameters; everything about this run is in %s", f"{parameters:,}", directory)
+
+    def progress(self, batches: Iterable[Batch], epoch: int, steps: int) -> Iterator[Batch]:
+        """The same batches, with a bar on rank 0's terminal."""
+        if not (self.runtime.is_main and sys.stderr.isatty()):
+            return iter(batches)
+        from tqdm import tqdm
+
+        bar = tqdm(batches, f"epoch {epoch}", steps, leave=False, unit="step", ncols=78)
+        return iter(bar)
+
+    def epoch(self, metrics: Mapping[str, float | int], epochs: int) -> None:
+        if self.runtime.is_main:
+            assert self.directory is not None
+            rundir.append_line(self.directory / "metrics.jsonl", metrics)
+        self._say(
+            "epoch %*d/%d  lr %-8.3g train %.4f %6.2f %%  val %.4f %6.2f %%  %s/s",
+            len(str(epochs)), metrics["epoch"], epochs, metrics["lr"],
+            metrics["train/loss"], metrics["train/accuracy"],
+            metrics["val/loss"], metrics["val/accuracy"],
+            f"{metrics['throughput/samples_per_s']:,.0f}",
+        )  # fmt: skip
+
+    def finished(self, summary: Mapping[str, Any]) -> None:
+        if self.runtime.is_main:
+            assert self.directory is not None
+            rundir.write_json(self.directory / "summary.json", summary)
+        self._say(
+            "test  loss %.4f  accuracy %.2f %% of %s examples; %.1f s in all",
+            summary["test/loss"], summary["test/accuracy"], f"{summary['test/count']:,}",
+            summary["time/total_s"],
+        )  # fmt: skip
+
+    def _say(self, message: str, *values: object) -> None:
+        if self.runtime.is_main:
+            log.info(message, *values)
+
+    def _me(self) -> str:
+        return f"rank {self.runtime.rank} on {self.runtime.host}"
+
+    def _add(self, handler: logging.Handler) -> None:
+        logging.getLogger().addHandler(handler)
+        self._handlers.append(handler)
+
+    def _remove(self, handler: logging.Handler) -> None:
+        logging.getLogger().removeHandler(handler)
+        self._handlers.remove(handler)
+
+    def _close_logs(self) -> None:
+        for handler in list(self._handlers):
+            self._remove(handler)
+            handler.close()
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("s" if number != 1 else "")
+
+
+def process_age_s() -> float:
+    """Seconds since this process started, imports included."""
+    try:
+        with open("/proc/self/stat") as stat, open("/proc/uptime") as uptime:  # noqa: PTH123
+            ticks = int(stat.read().rpartition(")")[2].split()[19])
+            return float(uptime.read().split()[0]) - ticks / _ticks_per_s()
+    except OSError:  # no /proc: count from the first import of this module
+        return time.perf_counter() - _IMPORTED
+
+
+def _ticks_per_s() -> int:
+    import os
+
+    return os.sysconf("SC_CLK_TCK")
+
+
+_IMPORTED = time.perf_counter()

@@ -1,0 +1,191 @@
+"""Where the ranks settle things before and beside the training: a small protocol on torch's TCPStore.
+
+Every message is JSON and the traffic is linear in the number of ranks, so it also serves when
+the configuration of one rank is wrong and no process group can be made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from allranks.errors import UserError
+from allranks.runtime import mpi
+from allranks.runtime.environment import Launch, first_host
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+START_S = 300  # ranks of a large job start minutes apart
+Decide = Callable[[list[Any]], Sequence[Any]]
+
+
+class Meeting:
+    """The ranks of one run. At world size 1 nothing is opened and nobody is asked."""
+
+    def __init__(self, rank: int, world_size: int, store: Store | None) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.store = store
+        self._round = 0
+
+    def settle(self, mine: Any, decide: Decide, timeout_s: float = START_S) -> Any:
+        """Hands every rank's `mine` to `decide` on rank 0, and each rank its own reply.
+
+        `decide` gets a list with an entry per rank and returns one. If it raises UserError, every
+        rank raises that same error, marked as agreed. All values must be JSON.
+        """
+        if self.store is None:
+            return decide([mine])[0]
+        self._round += 1
+        tag = f"settle/{self._round}"
+        if self.rank:
+            self.store.set(f"{tag}/{self.rank}", json.dumps(mine))
+            reply = self._get(f"{tag}/reply/{self.rank}", 0, timeout_s)
+        else:
+            said = [mine]
+            said += [self._get(f"{tag}/{r}", r, timeout_s) for r in range(1, self.world_size)]
+            try:
+                replies: list[Any] = [{"reply": r} for r in decide(said)]
+            except UserError as error:
+                replies = [{"error": str(error)}] * self.world_size
+            for r in range(1, self.world_size):
+                self.store.set(f"{tag}/reply/{r}", json.dumps(replies[r]))
+            reply = replies[0]
+        if "error" in reply:
+            raise UserError(reply["error"], said_by=0)
+        return reply["reply"]
+
+    def agree(self, error: UserError | None, timeout_s: float = START_S) -> None:
+        """Raises the same error on every rank if any rank has one; the ranks concerned are named."""
+
+        def decide(errors: list[Any]) -> list[None]:
+            if any(errors):
+                raise UserError(merged(errors))
+            return [None] * len(errors)
+
+        self.settle(str(error) if error else None, decide, timeout_s)
+
+    def from_rank_0(self, make: Callable[[], Any], timeout_s: float = START_S) -> Any:
+        """What `make` returns on rank 0 (JSON), on every rank; its UserError likewise."""
+
+        def decide(said: list[Any]) -> list[Any]:
+            return [make()] * len(said)
+
+        return self.settle(None, decide, timeout_s)
+
+    def leave(self) -> None:
+        """Rank 0 serves the store: it goes last, so that nobody is cut off in mid-sentence."""
+        if self.store is None:
+            return
+        present = self.store.add("left", 1)
+        deadline = time.monotonic() + 10
+        while self.rank == 0 and present < self.world_size and time.monotonic() < deadline:
+            time.sleep(0.01)
+            present = self.store.add("left", 0)
+        self.store = None
+
+    def _get(self, key: str, from_rank: int, timeout_s: float) -> Any:
+        from torch.distributed import DistError
+
+        assert self.store is not None
+        try:
+            self.store.wait([key], timedelta(seconds=timeout_s))
+            return json.loads(self.store.get(key))
+        except (DistError, RuntimeError) as error:
+            raise UserError(
+                f"rank {from_rank} did not answer rank {self.rank} within {timeout_s:.0f} s: look for its "
+                "own message above or in its log; its node may be down."
+            ) from error
+
+
+def merged(errors: Sequence[str | None]) -> str:
+    """One message for all: the error alone where every rank has it, else with the ranks named."""
+    if len(set(errors)) == 1:
+        return str(errors[0])
+    by_text: dict[str, list[int]] = {}
+    for rank, text in enumerate(errors):
+        if text:
+            by_text.setdefault(text, []).append(rank)
+    return "\n".join(f"{ranks_named(ranks)}: {text}" for text, ranks in by_text.items())
+
+
+def ranks_named(ranks: Sequence[int]) -> str:
+    """`rank 3` or `ranks 1, 4, 7, ... (12 in all)`."""
+    shown = ", ".join(map(str, ranks[:8]))
+    if len(ranks) == 1:
+        return f"rank {shown}"
+    return f"ranks {shown}" + (f", ... ({len(ranks)} in all)" if len(ranks) > 8 else "")
+
+
+def open_meeting(launch: Launch, comm: Any, run: int) -> Meeting:
+    """Opens the meeting of a run; `run` counts the runs of this process, so that sweeps do not mix.
+
+    Sets MASTER_ADDR and MASTER_PORT to where the store is served.
+    """
+    from torch.distributed import PrefixStore
+
+    if launch.alone:
+        return Meeting(0, 1, None)
+    store = _serve_through_mpi(comm) if comm is not None else _join_env(launch)
+    world_size = comm.size if comm is not None else launch.world_size
+    return Meeting(launch.rank, world_size, PrefixStore(f"allranks/{run}", store))
+
+
+def _serve_through_mpi(comm: Any) -> Store:
+    """Rank 0 serves on a free port, which MPI tells the others: no port is ever guessed."""
+    from torch.distributed import TCPStore
+
+    near = mpi.one_host(comm)
+    store: Store | None = None
+    address, port = "", 0
+    problem = ""
+    if comm.rank == 0:
+        address = "127.0.0.1" if near else os.environ.get("MASTER_ADDR") or socket.gethostname()
+        try:
+            listener = socket.create_server((address, 0), backlog=4096)
+        except OSError as error:
+            problem = f"MASTER_ADDR={address} is no address of rank 0's host {socket.gethostname()} ({error})"
+        else:
+            port = listener.getsockname()[1]
+            store = TCPStore(
+                address, port, comm.size, True, timedelta(seconds=START_S), wait_for_workers=False,
+                master_listen_fd=listener.detach(),
+            )  # fmt: skip
+    told = mpi.broadcast_text(comm, json.dumps([address, port, problem]))
+    address, port, problem = json.loads(told)
+    if problem:
+        raise UserError(f"{problem}: unset MASTER_ADDR, or set it to that host's.", said_by=0)
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+    if store is None:
+        store = TCPStore(address, port, comm.size, False, timedelta(seconds=START_S))
+    return store
+
+
+def _join_env(launch: Launch) -> Store:
+    """The store that MASTER_ADDR and MASTER_PORT name; under bare srun both follow from the job."""
+    from torch.distributed.rendezvous import rendezvous
+
+    if launch.launcher == "srun":
+        nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
+        single = launch.local_world_size == launch.world_size
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1" if single else first_host(nodes))
+        step = f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_STEP_ID')}"
+        os.environ.setdefault("MASTER_PORT", str(20000 + zlib.crc32(step.encode()) % 10000))
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            f"RANK={launch.rank} and WORLD_SIZE={launch.world_size} are set but {' and '.join(missing)} "
+            "not: start the ranks with mpiexec or torchrun, or set them on every rank.",
+            said_by=0,
+        )
+    store, _, _ = next(
+        rendezvous("env://", launch.rank, launch.world_size, timeout=timedelta(seconds=START_S))
+    )
+    return store  # type: ignore[no-any-return]

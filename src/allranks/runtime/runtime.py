@@ -1,0 +1,322 @@
+"""One Runtime per rank: who am I, which device, and the few collectives that a training needs.
+
+Everything here works at world size 1 as well, so nobody else asks whether the run is distributed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import allranks
+from allranks.config import Config
+from allranks.errors import UserError
+from allranks.runtime import ezpz, mpi, native
+from allranks.runtime.environment import Launch, cpu_affinity
+from allranks.runtime.meeting import Meeting, merged, open_meeting, ranks_named
+
+log = logging.getLogger(__name__)
+
+COLLECTIVE_S = 600  # a collective that takes longer has lost a rank
+BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
+
+
+@dataclass
+class Runtime:
+    """What a rank knows about itself, and how it talks to the others."""
+
+    launch: Launch
+    meeting: Meeting
+    device: torch.device
+    kind: str  # "ezpz" or "native"
+    local_rank: int
+    local_world_size: int
+    threads: int
+    ranks: list[dict[str, Any]]  # host, device and launch of every rank; filled on rank 0 only
+    comm: Any = None  # MPI.COMM_WORLD where gradients on CPU go through MPI
+
+    @property
+    def rank(self) -> int:
+        return self.meeting.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.meeting.world_size
+
+    @property
+    def host(self) -> str:
+        return socket.gethostname()
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def collectives(self) -> str:
+        """What carries the gradients, in a word."""
+        if self.world_size == 1:
+            return "none"
+        return "mpi" if self.comm is not None else dist.get_backend()
+
+    def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
+        """DDP whose gradient is the *sum* over the ranks: the engine weights each share by its count.
+
+        DDP's own mean would be right only for equal shares, which 128 examples over 12 ranks are not.
+        """
+        if self.world_size == 1:
+            return model
+        wrapped = ezpz.wrap(model) if self.kind == "ezpz" else native.wrap(model, self.device)
+        if self.comm is not None:
+            wrapped.register_comm_hook(self.comm, mpi.sum_bucket)  # type: ignore[operator]
+        else:
+            wrapped.register_comm_hook(None, _sum_bucket)  # type: ignore[operator]
+        return wrapped
+
+    def without_sync(self, model: torch.nn.Module) -> Any:
+        """A context in which backward() adds up gradients on this rank only."""
+        return model.no_sync() if self.world_size > 1 else nullcontext()  # type: ignore[operator]
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sums a contiguous tensor over all ranks, in place."""
+        if self.comm is not None:
+            mpi.allreduce(self.comm, tensor)
+        elif self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Rank 0's contiguous tensor on every rank, in place."""
+        if self.comm is not None:
+            self.comm.Bcast(tensor.numpy(), root=0)
+        elif self.world_size > 1:
+            dist.broadcast(tensor, src=0)
+        return tensor
+
+    @contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        """A step that every rank takes: if one rank's ends in a UserError, all ranks raise it."""
+        problem: UserError | None = None
+        try:
+            yield
+        except UserError as error:
+            problem = error
+        self.meeting.agree(problem)
+
+    def synchronize(self) -> None:
+        """Waits for the device, so that a clock read next is honest."""
+        if self.device.type in ("cuda", "xpu", "mps"):
+            getattr(torch, self.device.type).synchronize()
+
+    def autocast(self, precision: str) -> Any:
+        """The mixed-precision context of `trainer.precision`."""
+        if precision == "fp32":
+            return nullcontext()
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+        return torch.autocast(self.device.type, dtype=dtype)
+
+    def describe(self) -> dict[str, Any]:
+        """For environment.json; the list of ranks is known to rank 0 only."""
+        return {
+            "launcher": self.launch.launcher,
+            "runtime": self.kind,
+            "collectives": self.collectives,
+            "world_size": self.world_size,
+            "threads_per_rank": self.threads,
+            "ranks": self.ranks,
+        }
+
+    def abort(self, code: int) -> None:
+        """Ends this rank at once, and with it all others: those may wait for it in a collective."""
+        mpi.abort(code)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    def close(self) -> None:
+        if self.world_size > 1:
+            if self.kind == "ezpz":
+                ezpz.stop()
+            elif dist.is_initialized():
+                dist.destroy_process_group()
+            self.meeting.leave()
+
+
+def open_runtime(
+    launch: Launch, config: Config | None, digest: str, error: UserError | None = None, run: int = 0
+) -> Runtime:
+    """Brings the ranks up: all of them with the same configuration, each on a device of its own.
+
+    A rank that has no valid configuration comes with its `error` instead, so that every rank can end
+    with one message. Raises UserError, agreed by all, for whatever makes the run impossible.
+    """
+    comm = None
+    if launch.is_mpi and not launch.alone:
+        comm = mpi.world(launch)
+        launch = replace(launch, world_size=int(comm.size))
+    meeting = open_meeting(launch, comm, run)
+    try:
+        host = socket.gethostname()
+        about_me = {
+            "host": host,
+            "local_rank": launch.local_rank,
+            "cpus": sorted(cpu_affinity()),
+            "digest": digest,
+            "version": f"allranks {allranks.__version__}, torch {torch.__version__}",
+            "error": str(error) if error else None,
+        }
+        place = meeting.settle(about_me, _places)
+        assert config is not None  # an error of this rank was raised by settle()
+        runtime_error: UserError | None = None
+        try:
+            device, identity = _pick_device(config, place)
+            _check_precision(config.trainer.precision, device)
+            use_ezpz = ezpz.chosen(config.runtime)
+        except UserError as problem:
+            runtime_error, identity = problem, ""
+        mine = {
+            "host": host,
+            "error": str(runtime_error) if runtime_error else None,
+            "device": identity,
+            "local_rank": place["local_rank"],
+            "oversubscribe": config.oversubscribe,
+        }
+        seen: list[dict[str, Any]] = []
+        meeting.settle(mine, partial(_check_devices, seen))
+        threads = config.threads or place["threads"]
+        torch.set_num_threads(threads)
+        runtime = Runtime(
+            launch, meeting, device, "ezpz" if use_ezpz else "native", place["local_rank"],
+            place["local_world_size"], threads, seen, comm if device.type == "cpu" else None,
+        )  # fmt: skip
+        if meeting.world_size > 1:
+            _start_process_group(runtime, place["hosts"])
+    except UserError:
+        meeting.leave()
+        raise
+    return runtime
+
+
+def _start_process_group(runtime: Runtime, hosts: int) -> None:
+    device = runtime.device
+    if device.type == "cpu" and hosts == 1 and sys.platform == "linux":
+        # gloo looks its address up by the host's name, which fails on many a laptop
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if device.type in ("cuda", "xpu"):
+        getattr(torch, device.type).set_device(device)
+    if runtime.kind == "ezpz":
+        ezpz.start(runtime.meeting, runtime.local_rank, device, COLLECTIVE_S)
+    else:
+        native.start(runtime.meeting, BACKENDS[device.type], device, COLLECTIVE_S)
+
+
+def _places(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Where each rank sits; raises UserError where the ranks are not all of one run."""
+    errors = [rank["error"] for rank in ranks]
+    if any(errors):
+        raise UserError(merged(errors))
+    for what, remedy in (
+        ("digest", "give every rank the same overrides and the same configuration files"),
+        ("version", "start every rank from the same environment"),
+    ):
+        values = [rank[what] for rank in ranks]
+        usual = max(dict.fromkeys(values), key=values.count)
+        odd = [r for r, value in enumerate(values) if value != usual]
+        if odd:
+            hosts = ", ".join(dict.fromkeys(ranks[r]["host"] for r in odd[:8]))
+            detail = (
+                "a configuration other than the other ranks'"
+                if what == "digest"
+                else f"{values[odd[0]]}, but the other ranks {usual}"
+            )
+            raise UserError(f"{ranks_named(odd)} (on {hosts}) came with {detail}: {remedy}.")
+
+    by_host: dict[str, list[int]] = {}
+    for r, rank in enumerate(ranks):
+        by_host.setdefault(rank["host"], []).append(r)
+    places = []
+    for r, rank in enumerate(ranks):
+        here = by_host[rank["host"]]
+        sharing = sum(ranks[other]["cpus"] == rank["cpus"] for other in here)
+        places.append(
+            {
+                "local_rank": here.index(r) if rank["local_rank"] is None else rank["local_rank"],
+                "local_world_size": len(here),
+                "threads": max(1, len(rank["cpus"]) // sharing),
+                "hosts": len(by_host),
+            }
+        )
+    return places
+
+
+def _pick_device(config: Config, place: dict[str, Any]) -> tuple[torch.device, str]:
+    """This rank's device, and a name for the physical thing behind it."""
+    available = [name for name in ("cuda", "xpu", "mps") if _is_available(name)]
+    name = config.device
+    if name == "auto":
+        name = next((n for n in available if n != "mps" or place["local_world_size"] == 1), "cpu")
+    elif name != "cpu" and name not in available:
+        built = f"torch {torch.__version__}"
+        raise UserError(
+            f"device={name}: {built} sees no such device on {platform.node()} "
+            f"(there is: {', '.join([*available, 'cpu'])}). Take device=auto or device=cpu, or load a "
+            f"torch that was built for it."
+        )
+    if name == "cpu":
+        return torch.device("cpu"), "cpu"
+    if name == "mps":
+        return torch.device("mps"), f"{platform.node()}/mps"
+    backend = getattr(torch, name)
+    # --gpus-per-task and the like show each rank a single device: its index is then 0 for everyone
+    index = place["local_rank"] % backend.device_count()
+    identity = str(getattr(backend.get_device_properties(index), "uuid", ""))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or os.environ.get("ZE_AFFINITY_MASK", "")
+    return torch.device(name, index), identity or f"{platform.node()}/{visible}/{index}"
+
+
+def _is_available(name: str) -> bool:
+    if name == "mps":
+        return torch.backends.mps.is_available()
+    backend = getattr(torch, name, None)
+    return backend is not None and backend.is_available() and backend.device_count() > 0
+
+
+def _check_precision(precision: str, device: torch.device) -> None:
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("trainer.precision=fp16 needs a GPU: take bf16 or fp32 on cpu.")
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UserError("trainer.precision=bf16 is not supported by this GPU: take fp16 or fp32.")
+
+
+def _check_devices(seen: list[dict[str, Any]], ranks: list[dict[str, Any]]) -> list[None]:
+    """Two ranks on one GPU is a mistake unless it is asked for; fills `seen` on rank 0."""
+    errors = [rank["error"] for rank in ranks]
+    if any(errors):
+        raise UserError(merged(errors))
+    first: dict[tuple[str, str], int] = {}
+    for r, rank in enumerate(ranks):
+        other = first.setdefault((rank["host"], rank["device"]), r)
+        if other != r and rank["device"] != "cpu" and not rank["oversubscribe"]:
+            here = sum(x["host"] == rank["host"] for x in ranks)
+            devices = len({x["device"] for x in ranks if x["host"] == rank["host"]})
+            raise UserError(
+                f"{here} ranks on {rank['host']} share {devices} device{'s' * (devices > 1)} (ranks {other} and {r} "
+                f"have the same one): start at most {devices} there, or allow it with oversubscribe=true."
+            )
+    seen += [{"rank": r, "host": x["host"], "local_rank": x["local_rank"], "device": x["device"]} for r, x in enumerate(ranks)]
+    return [None] * len(ranks)
+
+
+def _sum_bucket(_state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])  # type: ignore[no-any-return,union-attr]

@@ -1,0 +1,94 @@
+"""One training run, on this process alone or on every rank that a launcher started.
+
+    python -m allranks.train model=mlp
+    mpiexec -n 4 python -m allranks.train model=mlp
+    torchrun --nproc-per-node 4 -m allranks.train model=mlp
+
+torch is imported only once there is something to train, so that --help answers at once. Each rank composes the same configuration from the same command line; only rank 0 writes and speaks.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from allranks import config as configs
+from allranks.config import Config
+from allranks.errors import EXIT_USER_ERROR, UserError
+from allranks.runtime import environment
+
+
+def main() -> None:
+    """Composes, trains once for each composed configuration, and exits: 0, or 2 after a user's error."""
+    rank = environment.launcher_rank(os.environ)
+    try:
+        launch = environment.discover(os.environ)
+        for number, config in enumerate(compose(launch)):
+            run(config, launch, number)
+    except UserError as error:
+        if error.said_by in (None, rank):
+            print(f"allranks: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_USER_ERROR)
+
+
+def compose(launch: environment.Launch) -> list[Config]:
+    """The configurations of the command line; a rank's error there becomes every rank's."""
+    try:
+        return configs.from_command_line(sys.argv[1:])
+    except UserError as error:
+        if launch.alone:
+            raise
+        from allranks.runtime.runtime import open_runtime
+
+        open_runtime(launch, None, "", error)
+        raise
+
+
+def run(config: Config, launch: environment.Launch, number: int = 0) -> None:
+    """The whole of one run; `number` counts the runs of this process."""
+    from allranks import engine, rundir
+    from allranks.data import loader
+    from allranks.reporter import Reporter, process_age_s
+    from allranks.runtime.runtime import open_runtime
+
+    trainer = config.trainer
+    runtime = open_runtime(launch, config, configs.digest(config), run=number)
+    with Reporter(runtime) as report:
+        batch_size = engine.global_batch_size(trainer, runtime.world_size)
+        path = runtime.meeting.from_rank_0(lambda: rundir.choose(config.run.dir, config.name))
+        report.started()
+
+        data = loader.open_data(config.data, runtime, config.seed)
+        report.data(data, config.data["input_shape"])
+        with runtime.all_or_none():
+            training = engine.build_training(config, runtime, examples=len(data.train))
+
+        about = {**rundir.software(), **runtime.describe()}
+        runtime.meeting.from_rank_0(lambda: rundir.create(path, configs.freeze(config), about))
+        report.opened(path, training.parameters)
+        startup_s = process_age_s()
+        for metrics in engine.fit(training, data, trainer, runtime, config.seed, report.progress):
+            report.epoch(metrics, trainer.epochs)
+
+        test_loss, test_accuracy, test_count = engine.evaluate(
+            training.model, data.test, trainer, runtime
+        )
+        report.finished(
+            {
+                "state": "finished",
+                "epochs": training.epoch,
+                "world_size": runtime.world_size,
+                "global_batch_size": batch_size,
+                "model/parameters": training.parameters,
+                "model/sha256": engine.weights_sha256(training.model),
+                "test/loss": test_loss,
+                "test/accuracy": test_accuracy,
+                "test/count": test_count,
+                "val/count": training.val_count,
+                "time/total_s": process_age_s(),
+                "time/startup_s": startup_s,
+            }
+        )
+
+
+if __name__ == "__main__":
+    main()
