@@ -22,7 +22,7 @@ import torch.distributed as dist
 import allranks
 from allranks.config import Config
 from allranks.errors import UserError
-from allranks.runtime import ezpz, mpi, native
+from allranks.runtime import ezpz, gradients, mpi, native
 from allranks.runtime.environment import Launch, cpu_affinity
 from allranks.runtime.meeting import Meeting, merged, open_meeting, ranks_named
 
@@ -78,9 +78,9 @@ class Runtime:
             return model
         wrapped = ezpz.wrap(model) if self.kind == "ezpz" else native.wrap(model, self.device)
         if self.comm is not None:
-            wrapped.register_comm_hook(self.comm, mpi.sum_bucket)  # type: ignore[operator]
+            wrapped.register_comm_hook(self.comm, gradients.sum_by_mpi)  # type: ignore[operator]
         else:
-            wrapped.register_comm_hook(None, _sum_bucket)  # type: ignore[operator]
+            wrapped.register_comm_hook(None, gradients.sum_by_torch)  # type: ignore[operator]
         return wrapped
 
     def without_sync(self, model: torch.nn.Module) -> Any:
@@ -315,8 +315,3 @@ def _check_devices(seen: list[dict[str, Any]], ranks: list[dict[str, Any]]) -> l
             )
     seen += [{"rank": r, "host": x["host"], "local_rank": x["local_rank"], "device": x["device"]} for r, x in enumerate(ranks)]
     return [None] * len(ranks)
-
-
-def _sum_bucket(_state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
-    return work.get_future().then(lambda done: done.value()[0])  # type: ignore[no-any-return,union-attr]
