@@ -85,7 +85,9 @@ def _whole(low: int) -> _Rule:
     )
 
 
-def _number(low: float, high: float = math.inf, open_low: bool = False, open_high: bool = False) -> _Rule:
+def _number(
+    low: float, high: float = math.inf, open_low: bool = False, open_high: bool = False
+) -> _Rule:
     def valid(v: Any) -> bool:
         if isinstance(v, bool) or not isinstance(v, int | float) or not math.isfinite(v):
             return False
@@ -133,7 +135,7 @@ RULES: dict[str, _Rule] = {
     "trainer.accumulate": _whole(1),
     "trainer.clip_norm": _number(0, open_low=True),
     "trainer.label_smoothing": _SHARE,
-    "trainer.precision": _one_of("fp32", "bf16", "fp16"),
+    "trainer.precision": _one_of("fp64", "fp32", "bf16", "fp16"),
     "trainer.train_metrics": _one_of("evaluate", "running"),
     "data.split": _list_of(_whole(1), 2),
     "data.input_shape": _list_of(_whole(1), 3),
@@ -188,7 +190,9 @@ def typed(composed: DictConfig) -> Config:
         key = error.full_key or str(error.key)
         raise UserError(_unknown_key(key, _leaves(OmegaConf.to_container(schema)))) from error
     except OmegaConfBaseException as error:
-        raise UserError(f"The configuration does not hold together: {_first_line(error)}") from error
+        raise UserError(
+            f"The configuration does not hold together: {_first_line(error)}"
+        ) from error
     assert isinstance(config, Config)
     _check(config)
     return config
@@ -298,7 +302,9 @@ def from_command_line(arguments: Sequence[str]) -> list[Config]:
         except (HydraException, ValueError) as error:
             raise UserError(_explain(error, overrides)) from error
         except OmegaConfBaseException as error:
-            raise UserError(f"The configuration does not hold together: {_first_line(error)}") from error
+            raise UserError(
+                f"The configuration does not hold together: {_first_line(error)}"
+            ) from error
     return [typed(cfg) for cfg in composed]
 
 
@@ -357,9 +363,8 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     missing, options = getattr(error, "missing_cfg_file", None), getattr(error, "options", None)
     if missing and options:
         group, _, choice = str(missing).rpartition("/")
-        return (
-            f"{group}={choice} is not one of the choices: {', '.join(options)}."
-            + did_you_mean(choice, options)
+        return f"{group}={choice} is not one of the choices: {', '.join(options)}." + did_you_mean(
+            choice, options
         )
     return f"{_first_line(error).rstrip('.')}. `allranks train --help` lists what can be given."
 
@@ -385,4 +390,6 @@ def _known_keys(overrides: Sequence[str]) -> list[str]:
 
 
 def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return next(
+        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )

@@ -78,11 +78,16 @@ def global_batch_size(config: TrainerConfig, world_size: int) -> int:
     return config.batch_size
 
 
+def dtype(config: TrainerConfig) -> torch.dtype:
+    """Of the weights and the images; below fp32 the weights stay fp32 and autocast does the rest."""
+    return torch.float64 if config.precision == "fp64" else torch.float32
+
+
 def build_training(config: Config, runtime: Runtime, examples: int) -> Training:
     """The model with its initial weights from `seed`, its optimizer and its schedule."""
     trainer, seed = config.trainer, config.seed
     torch.manual_seed(seed)
-    net: nn.Module = build("model", config.model).to(runtime.device)
+    net: nn.Module = build("model", config.model).to(runtime.device, dtype(trainer))
     parameters = [p for p in net.parameters() if p.requires_grad]
     if not parameters:
         raise UserError(f"model._target_={config.model['_target_']} has no parameters to train.")
@@ -117,7 +122,11 @@ def build_schedule(
 
 
 def train_epoch(
-    training: Training, batches: Iterator[Batch], config: TrainerConfig, runtime: Runtime, sums: Sums | None
+    training: Training,
+    batches: Iterator[Batch],
+    config: TrainerConfig,
+    runtime: Runtime,
+    sums: Sums | None,
 ) -> int:
     """One pass over the shuffled training set; returns the examples seen by all ranks together.
 
@@ -158,12 +167,16 @@ def _backward(
     with runtime.autocast(config.precision):
         logits = training.trained(images)
     loss = cross_entropy(
-        logits.float(), labels, reduction="sum", label_smoothing=config.label_smoothing
+        _at_least_fp32(logits), labels, reduction="sum", label_smoothing=config.label_smoothing
     )
     weight = (batch.count > 0) / batch.total  # a stand-in for an empty share weighs nothing
     training.scaler.scale(loss * weight).backward()
     if sums is not None and batch.count:
         sums.add(loss.detach(), logits.detach(), labels)
+
+
+def _at_least_fp32(logits: torch.Tensor) -> torch.Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 @torch.no_grad()
@@ -176,14 +189,19 @@ def evaluate(
     for images, labels in evaluation_batches(part, runtime):
         with runtime.autocast(config.precision):
             logits = model(images)
-        sums.add(cross_entropy(logits.float(), labels, reduction="sum"), logits, labels)
+        sums.add(cross_entropy(_at_least_fp32(logits), labels, reduction="sum"), logits, labels)
     loss, accuracy, count = sums.total(runtime.sum)
     assert count == len(part), f"{count} examples were evaluated, but there are {len(part)}"
     return loss, accuracy, count
 
 
 def fit(
-    training: Training, data: Data, config: TrainerConfig, runtime: Runtime, seed: int, progress: Any
+    training: Training,
+    data: Data,
+    config: TrainerConfig,
+    runtime: Runtime,
+    seed: int,
+    progress: Any,
 ) -> Iterator[dict[str, float | int]]:
     """Trains epoch after epoch, and yields the metrics of each."""
     batch_size = global_batch_size(config, runtime.world_size)
@@ -193,14 +211,18 @@ def fit(
         started = time.perf_counter()
         sums = Sums(runtime.device) if config.train_metrics == "running" else None
         batches = training_batches(data.train, runtime, batch_size, training.epoch, seed)
-        seen = train_epoch(training, progress(batches, training.epoch + 1, steps), config, runtime, sums)
+        seen = train_epoch(
+            training, progress(batches, training.epoch + 1, steps), config, runtime, sums
+        )
         runtime.synchronize()
         trained = time.perf_counter()
         if sums is None:
             train_loss, train_accuracy, _ = evaluate(training.model, data.train, config, runtime)
         else:
             train_loss, train_accuracy, _ = sums.total(runtime.sum)
-        val_loss, val_accuracy, training.val_count = evaluate(training.model, data.val, config, runtime)
+        val_loss, val_accuracy, training.val_count = evaluate(
+            training.model, data.val, config, runtime
+        )
         ended = time.perf_counter()
         training.epoch += 1
         metrics: dict[str, float | int] = {

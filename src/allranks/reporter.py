@@ -39,19 +39,26 @@ class Reporter:
         console: logging.Handler
         if self.runtime.is_main:
             console = logging.StreamHandler(sys.stdout)
-            console.addFilter(lambda r: r.name.startswith("allranks") or r.levelno >= logging.WARNING)
+            console.addFilter(
+                lambda r: r.name.startswith("allranks") or r.levelno >= logging.WARNING
+            )
         else:
             console = logging.StreamHandler(sys.stderr)
             console.setFormatter(logging.Formatter(f"[{self._me()}] %(message)s"))
             console.addFilter(
-                lambda r: r.levelno >= logging.WARNING and r.name != "py.warnings"  # rank 0 shows them
+                lambda r: (
+                    r.levelno >= logging.WARNING and r.name != "py.warnings"
+                )  # rank 0 shows them
             )
         self._add(console)
         self._add(self._early)
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         agreed = error is None or (isinstance(error, UserError) and error.said_by is not None)
         if not agreed and self.runtime.world_size > 1:

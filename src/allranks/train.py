@@ -57,7 +57,7 @@ def run(config: Config, launch: environment.Launch, number: int = 0) -> None:
         path = runtime.meeting.from_rank_0(lambda: rundir.choose(config.run.dir, config.name))
         report.started()
 
-        data = loader.open_data(config.data, runtime, config.seed)
+        data = loader.open_data(config.data, runtime, config.seed, engine.dtype(trainer))
         report.data(data, config.data["input_shape"])
         with runtime.all_or_none():
             training = engine.build_training(config, runtime, examples=len(data.train))

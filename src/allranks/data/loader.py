@@ -28,7 +28,7 @@ EVAL_BATCH = {"cpu": 512, "cuda": 8192, "xpu": 8192, "mps": 2048}  # examples pe
 class Batch:
     """A rank's share of one global batch, on the device.
 
-    images float32 [n, C, H, W] scaled to 0..1 (or what a user's Dataset gives), labels int64 [n].
+    images [n, C, H, W] scaled to 0..1 (or what a user's Dataset gives), labels int64 [n].
     `count` of them count; it is 0 for an empty share, which carries one example as a stand-in so
     that the rank still joins every collective. `total` is the number over all ranks.
     """
@@ -68,31 +68,41 @@ class ShareSampler(DistributedSampler[int]):
 class InMemory:
     """Examples held on the device as uint8: a batch is one gather and one conversion."""
 
-    def __init__(self, images: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor) -> None:
+    def __init__(
+        self, images: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor, dtype: torch.dtype
+    ) -> None:
         self.images, self.labels = images, labels  # uint8 [N, C, H, W] and [N], all of the set
         self.indices = indices  # int64 [n]: which of them belong to this part
+        self.dtype = dtype
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def batches(self, shares: Sequence[Sequence[int] | torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(
+        self, shares: Sequence[Sequence[int] | torch.Tensor]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(images, labels) for each share, a sequence of positions in this part."""
         for share in shares:
             rows = self.indices[torch.as_tensor(share, device=self.indices.device)]
-            yield self.images[rows].float().div_(255), self.labels[rows].long()
+            yield self.images[rows].to(self.dtype).div_(255), self.labels[rows].long()
 
 
 class Mapped:
     """A user's own map-style Dataset of (image, label), read by a standard DataLoader."""
 
-    def __init__(self, dataset: Dataset[Any], indices: Sequence[int], workers: int, device: torch.device) -> None:
+    def __init__(
+        self, dataset: Dataset[Any], indices: Sequence[int], workers: int, device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
         self.subset = Subset(dataset, indices)
-        self.workers, self.device = workers, device
+        self.workers, self.device, self.dtype = workers, device, dtype
 
     def __len__(self) -> int:
         return len(self.subset)
 
-    def batches(self, shares: Sequence[Sequence[int] | torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(
+        self, shares: Sequence[Sequence[int] | torch.Tensor]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         loader = DataLoader(
             self.subset,
             batch_sampler=[[int(i) for i in share] for share in shares],
@@ -101,9 +111,8 @@ class Mapped:
         )
         for images, labels in loader:
             images = images.to(self.device, non_blocking=True)
-            if images.dtype == torch.uint8:
-                images = images.float().div_(255)
-            yield images, labels.to(self.device, non_blocking=True).long()
+            scale = 255 if images.dtype == torch.uint8 else 1
+            yield images.to(self.dtype) / scale, labels.to(self.device, non_blocking=True).long()
 
 
 Part = InMemory | Mapped
@@ -143,8 +152,8 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
     return -(-examples // batch_size)
 
 
-def open_data(section: Mapping[str, Any], runtime: Runtime, seed: int) -> Data:
-    """The three parts. Arrays are read by rank 0 alone and broadcast; a Dataset is made on every rank."""
+def open_data(section: Mapping[str, Any], runtime: Runtime, seed: int, dtype: torch.dtype) -> Data:
+    """The three parts, with images of `dtype`. Arrays are read by rank 0 alone and broadcast; a Dataset is made on every rank."""
     train = _open_set("data.train", section, runtime)
     test = _open_set("data.test", section, runtime)
     split = section["split"]
@@ -156,9 +165,9 @@ def open_data(section: Mapping[str, Any], runtime: Runtime, seed: int) -> Data:
         )
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     return Data(
-        _part(train, order[: split[0]], section, runtime),
-        _part(train, order[split[0] :], section, runtime),
-        _part(test, torch.arange(len(test)), section, runtime),
+        _part(train, order[: split[0]], section, runtime, dtype),
+        _part(train, order[split[0] :], section, runtime, dtype),
+        _part(test, torch.arange(len(test)), section, runtime, dtype),
     )
 
 
@@ -171,10 +180,16 @@ class _Arrays:
         return len(self.labels)
 
 
-def _part(whole: Any, indices: torch.Tensor, section: Mapping[str, Any], runtime: Runtime) -> Part:
+def _part(
+    whole: Any,
+    indices: torch.Tensor,
+    section: Mapping[str, Any],
+    runtime: Runtime,
+    dtype: torch.dtype,
+) -> Part:
     if isinstance(whole, _Arrays):
-        return InMemory(whole.images, whole.labels, indices.to(runtime.device))
-    return Mapped(whole, indices.tolist(), section.get("workers", 0), runtime.device)
+        return InMemory(whole.images, whole.labels, indices.to(runtime.device), dtype)
+    return Mapped(whole, indices.tolist(), section.get("workers", 0), runtime.device, dtype)
 
 
 def _open_set(key: str, section: Mapping[str, Any], runtime: Runtime) -> Any:
@@ -215,9 +230,15 @@ def _image_shape(
 ) -> list[int]:
     """[N, C, H, W]; raises UserError where the arrays do not fit together or the configuration."""
     if len(images) != len(labels):
-        raise UserError(f"{key} has {len(images):,} images but {len(labels):,} labels: they must be equal in number.")
+        raise UserError(
+            f"{key} has {len(images):,} images but {len(labels):,} labels: they must be equal in number."
+        )
     if images.dtype != np.uint8 or labels.dtype != np.uint8:
-        raise UserError(f"{key} gives {images.dtype} images and {labels.dtype} labels: uint8 is expected.")
+        raise UserError(
+            f"{key} gives {images.dtype} images and {labels.dtype} labels: uint8 is expected."
+        )
     if images[:1].size != np.prod(input_shape):
-        raise UserError(f"{key} gives images of shape {images.shape[1:]}, but data.input_shape={list(input_shape)}.")
+        raise UserError(
+            f"{key} gives images of shape {images.shape[1:]}, but data.input_shape={list(input_shape)}."
+        )
     return [len(images), *input_shape]

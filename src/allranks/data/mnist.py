@@ -108,7 +108,9 @@ def fetch_files(name: str, root: str) -> list[Path]:
                     _fetch_one(path, md5, source.mirrors, name, root)
                     new.append(path)
     except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}): give another data.root.") from error
+        raise UserError(
+            f"{folder} cannot be written ({error.strerror}): give another data.root."
+        ) from error
     return new
 
 
@@ -122,7 +124,9 @@ def verify(name: str, root: str) -> Path:
 def _source(name: str) -> Source:
     if name not in SOURCES:
         known = ", ".join(SOURCES)
-        raise UserError(f"{name} is not a known data set: take one of {known}.{did_you_mean(name, SOURCES)}")
+        raise UserError(
+            f"{name} is not a known data set: take one of {known}.{did_you_mean(name, SOURCES)}"
+        )
     return SOURCES[name]
 
 
@@ -152,17 +156,23 @@ def _read(folder: Path, stem: str, source: Source, name: str, root: str) -> tupl
     try:
         return path, gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be unpacked ({error}). {_fetch_again(name, root)}") from error
+        raise UserError(
+            f"{path} cannot be unpacked ({error}). {_fetch_again(name, root)}"
+        ) from error
 
 
 def _parse_idx(path: Path, content: bytes, shape: tuple[int, ...]) -> np.ndarray:
     """The array in an IDX file of bytes: magic 0 0 8 <dimensions>, sizes as big-endian int32, data."""
     head = 4 + 4 * len(shape)
     if content[:4] != bytes((0, 0, 8, len(shape))):
-        raise UserError(f"{path} is not an IDX file of {len(shape)} dimensions: it starts with {content[:4]!r}.")
+        raise UserError(
+            f"{path} is not an IDX file of {len(shape)} dimensions: it starts with {content[:4]!r}."
+        )
     sizes = tuple(int(n) for n in np.frombuffer(content[4:head], dtype=">i4"))
     if sizes != shape:
-        raise UserError(f"{path} says that it holds {_times(sizes)} values, but {_times(shape)} belong there.")
+        raise UserError(
+            f"{path} says that it holds {_times(sizes)} values, but {_times(shape)} belong there."
+        )
     expected = head + int(np.prod(shape))
     if len(content) != expected:
         raise UserError(

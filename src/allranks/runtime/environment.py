@@ -83,7 +83,9 @@ def discover(environ: Mapping[str, str]) -> Launch:
     names = next((n for n in _LAUNCHERS if _matches(n, environ)), None)
     if names is None:
         if environ.get("RANK") or _number(environ, "WORLD_SIZE") not in (None, 1):
-            missing, there = ("WORLD_SIZE", "RANK") if environ.get("RANK") else ("RANK", "WORLD_SIZE")
+            missing, there = (
+                ("WORLD_SIZE", "RANK") if environ.get("RANK") else ("RANK", "WORLD_SIZE")
+            )
             raise UserError(
                 f"{there}={environ[there]} is set but {missing} is not, and no launcher's variables are: "
                 f"unset {there} for a single process, or start the ranks with mpiexec or torchrun."
@@ -155,7 +157,9 @@ def _number(environ: Mapping[str, str], name: str) -> int | None:
     if not text:
         return None
     if not re.fullmatch(r"[0-9]{1,10}", text):
-        raise UserError(f"{name}={text!r} is not a whole number: unset it, or let a launcher set it.")
+        raise UserError(
+            f"{name}={text!r} is not a whole number: unset it, or let a launcher set it."
+        )
     return int(text)
 
 
@@ -187,5 +191,7 @@ def first_host(node_list: str) -> str:
     match = re.match(r"([^\[,]*)(?:\[([0-9]+)[^\]]*\])?([^\[,]*)", node_list)
     host = "".join(part or "" for part in match.groups()) if match else ""
     if not host:
-        raise UserError(f"SLURM_JOB_NODELIST={node_list!r} names no host: start the ranks with srun.")
+        raise UserError(
+            f"SLURM_JOB_NODELIST={node_list!r} names no host: start the ranks with srun."
+        )
     return host

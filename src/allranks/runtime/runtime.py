@@ -120,7 +120,7 @@ class Runtime:
 
     def autocast(self, precision: str) -> Any:
         """The mixed-precision context of `trainer.precision`."""
-        if precision == "fp32":
+        if precision in ("fp64", "fp32"):
             return nullcontext()
         dtype = torch.bfloat16 if precision == "bf16" else torch.float16
         return torch.autocast(self.device.type, dtype=dtype)
@@ -292,6 +292,8 @@ def _is_available(name: str) -> bool:
 
 
 def _check_precision(precision: str, device: torch.device) -> None:
+    if precision == "fp64" and device.type == "mps":
+        raise UserError("trainer.precision=fp64 is not supported on mps: take fp32, or device=cpu.")
     if precision == "fp16" and device.type == "cpu":
         raise UserError("trainer.precision=fp16 needs a GPU: take bf16 or fp32 on cpu.")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
@@ -313,5 +315,8 @@ def _check_devices(seen: list[dict[str, Any]], ranks: list[dict[str, Any]]) -> l
                 f"{here} ranks on {rank['host']} share {devices} device{'s' * (devices > 1)} (ranks {other} and {r} "
                 f"have the same one): start at most {devices} there, or allow it with oversubscribe=true."
             )
-    seen += [{"rank": r, "host": x["host"], "local_rank": x["local_rank"], "device": x["device"]} for r, x in enumerate(ranks)]
+    seen += [
+        {"rank": r, "host": x["host"], "local_rank": x["local_rank"], "device": x["device"]}
+        for r, x in enumerate(ranks)
+    ]
     return [None] * len(ranks)
