@@ -22,20 +22,16 @@ def build(key: str, section: Mapping[str, Any], *args: Any, **values: Any) -> An
     except InstantiationException as error:
         cause = error.__cause__
         target = section.get("_target_")
-        if cause is None or isinstance(
-            cause, ImportError | AttributeError | InstantiationException
-        ):
+        if cause is None or isinstance(cause, ImportError | AttributeError | InstantiationException):
             reason = cause or error
             raise UserError(
-                f"{key}._target_={target} cannot be loaded ({_one_line(reason)}): give the dotted name of a "
-                "class or function that Python can import."
+                f"{key}._target_={target} cannot be loaded ({_one_line(reason)}): give the dotted name of "
+                "a class or function that Python can import."
             ) from error
         if isinstance(cause, UserError):
             raise cause from None
         if isinstance(cause, TypeError | ValueError):
-            raise UserError(
-                f"{key}: {target} refuses its arguments: {_one_line(cause)}."
-            ) from error
+            raise UserError(f"{key}: {target} refuses its arguments: {_one_line(cause)}.") from error
         raise cause from None
 
 

@@ -85,9 +85,7 @@ def _whole(low: int) -> _Rule:
     )
 
 
-def _number(
-    low: float, high: float = math.inf, open_low: bool = False, open_high: bool = False
-) -> _Rule:
+def _number(low: float, high: float = math.inf, open_low: bool = False, open_high: bool = False) -> _Rule:
     def valid(v: Any) -> bool:
         if isinstance(v, bool) or not isinstance(v, int | float) or not math.isfinite(v):
             return False
@@ -104,9 +102,7 @@ def _one_of(*names: str) -> _Rule:
 def _list_of(item: _Rule, length: int | None = None) -> _Rule:
     return _Rule(
         lambda v: (
-            isinstance(v, list)
-            and (length is None or len(v) == length)
-            and all(item.valid(x) for x in v)
+            isinstance(v, list) and (length is None or len(v) == length) and all(item.valid(x) for x in v)
         ),
         f"a list of {length if length is not None else 'values'}, each {item.remedy}",
     )
@@ -122,9 +118,7 @@ RULES: dict[str, _Rule] = {
         lambda v: isinstance(v, str) and v not in ("", ".", "..") and not set(v) & set("/\0\n"),
         "a folder's name, without a slash",
     ),
-    "seed": _Rule(
-        lambda v: isinstance(v, int) and 0 <= v < 2**63, "a whole number from 0 to 2^63 - 1"
-    ),
+    "seed": _Rule(lambda v: isinstance(v, int) and 0 <= v < 2**63, "a whole number from 0 to 2^63 - 1"),
     "runtime": _one_of("auto", "ezpz", "native"),
     "device": _one_of("auto", "cuda", "xpu", "mps", "cpu"),
     "threads": _whole(1),
@@ -190,9 +184,7 @@ def typed(composed: DictConfig) -> Config:
         key = error.full_key or str(error.key)
         raise UserError(_unknown_key(key, _leaves(OmegaConf.to_container(schema)))) from error
     except OmegaConfBaseException as error:
-        raise UserError(
-            f"The configuration does not hold together: {_first_line(error)}"
-        ) from error
+        raise UserError(f"The configuration does not hold together: {_first_line(error)}") from error
     assert isinstance(config, Config)
     _check(config)
     return config
@@ -201,9 +193,7 @@ def typed(composed: DictConfig) -> Config:
 def _check(config: Config) -> None:
     values = dict(_leaves(_plain(config), with_values=True))
     for key, value in values.items():
-        rule = RULES.get(key) or (
-            COMPONENT_RULES.get(key) if _is_ours(values, key.split(".")[0]) else None
-        )
+        rule = RULES.get(key) or (COMPONENT_RULES.get(key) if _is_ours(values, key.split(".")[0]) else None)
         if rule is None or (value is None and key in _OPTIONAL) or rule.valid(value):
             continue
         guess = did_you_mean(str(value), rule.names) if rule.names else ""
@@ -302,14 +292,12 @@ def from_command_line(arguments: Sequence[str]) -> list[Config]:
         except (HydraException, ValueError) as error:
             raise UserError(_explain(error, overrides)) from error
         except OmegaConfBaseException as error:
-            raise UserError(
-                f"The configuration does not hold together: {_first_line(error)}"
-            ) from error
+            raise UserError(f"The configuration does not hold together: {_first_line(error)}") from error
     return [typed(cfg) for cfg in composed]
 
 
 _FLAGS_WITH_VALUE = frozenset(
-    "-c --cfg -p --package -cp --config-path -cn --config-name -cd --config-dir".split()
+    "-c -p -cp -cn -cd --cfg --package --config-path --config-name --config-dir --info".split()
 )
 
 
@@ -319,7 +307,7 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     overrides: list[str] = []
     for before, argument in zip(["", *arguments], arguments, strict=False):
         is_override = not argument.startswith("-") and before not in _FLAGS_WITH_VALUE
-        (overrides if is_override and before != "--info" else flags).append(argument)
+        (overrides if is_override else flags).append(argument)
     return flags, overrides
 
 
@@ -390,6 +378,4 @@ def _known_keys(overrides: Sequence[str]) -> list[str]:
 
 
 def _first_line(error: BaseException) -> str:
-    return next(
-        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
-    )
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

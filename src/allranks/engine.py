@@ -211,18 +211,14 @@ def fit(
         started = time.perf_counter()
         sums = Sums(runtime.device) if config.train_metrics == "running" else None
         batches = training_batches(data.train, runtime, batch_size, training.epoch, seed)
-        seen = train_epoch(
-            training, progress(batches, training.epoch + 1, steps), config, runtime, sums
-        )
+        seen = train_epoch(training, progress(batches, training.epoch + 1, steps), config, runtime, sums)
         runtime.synchronize()
         trained = time.perf_counter()
         if sums is None:
             train_loss, train_accuracy, _ = evaluate(training.model, data.train, config, runtime)
         else:
             train_loss, train_accuracy, _ = sums.total(runtime.sum)
-        val_loss, val_accuracy, training.val_count = evaluate(
-            training.model, data.val, config, runtime
-        )
+        val_loss, val_accuracy, training.val_count = evaluate(training.model, data.val, config, runtime)
         ended = time.perf_counter()
         training.epoch += 1
         metrics: dict[str, float | int] = {

@@ -25,7 +25,5 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     known = list(known)
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if not near:  # a case or a leaf name only: Relu for ReLU, lr for optimizer.lr
-        near = [
-            name for name in known if name.lower().split(".")[-1] == word.lower().split(".")[-1]
-        ]
+        near = [name for name in known if name.lower().split(".")[-1] == word.lower().split(".")[-1]]
     return f" Did you mean {near[0]}?" if near else ""

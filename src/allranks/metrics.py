@@ -22,9 +22,7 @@ class Sums:
         self._sums[1] += correct
         self._sums[2] += len(labels)
 
-    def total(
-        self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor]
-    ) -> tuple[float, float, int]:
+    def total(self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor]) -> tuple[float, float, int]:
         """Mean loss, accuracy in percent, and number of examples, over all ranks."""
         loss, correct, count = sum_over_ranks(self._sums).tolist()
         return loss / max(count, 1), 100 * correct / max(count, 1), round(count)

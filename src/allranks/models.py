@@ -56,7 +56,8 @@ def cnn(
     depth, height, width = input_shape
     if min(height, width) >> len(channels) < 1:
         raise UserError(
-            f"model.channels has {len(channels)} entries, each halving a {height} x {width} image: give fewer."
+            f"model.channels has {len(channels)} entries, each halving a {height} x {width} image: "
+            "give fewer."
         )
     layers: list[nn.Module] = []
     for out in channels:

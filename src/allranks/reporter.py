@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from allranks import rundir
-from allranks.data.loader import Batch, Data, steps_per_epoch
+from allranks.data.loader import Batch, Data
 from allranks.errors import UserError
 from allranks.runtime.runtime import Runtime
 
@@ -39,16 +39,12 @@ class Reporter:
         console: logging.Handler
         if self.runtime.is_main:
             console = logging.StreamHandler(sys.stdout)
-            console.addFilter(
-                lambda r: r.name.startswith("allranks") or r.levelno >= logging.WARNING
-            )
+            console.addFilter(lambda r: r.name.startswith("allranks") or r.levelno >= logging.WARNING)
         else:
             console = logging.StreamHandler(sys.stderr)
             console.setFormatter(logging.Formatter(f"[{self._me()}] %(message)s"))
             console.addFilter(
-                lambda r: (
-                    r.levelno >= logging.WARNING and r.name != "py.warnings"
-                )  # rank 0 shows them
+                lambda r: r.levelno >= logging.WARNING and r.name != "py.warnings"  # rank 0 shows them
             )
         self._add(console)
         self._add(self._early)

@@ -36,13 +36,9 @@ def choose(directory: str | None, name: str) -> str:
         raise UserError(
             f"run.dir={path} is already used: give another one, or leave run.dir out for a new directory."
         )
-    above = (
-        path if path.is_dir() else next((p for p in path.absolute().parents if p.exists()), Path())
-    )
+    above = path if path.is_dir() else next((p for p in path.absolute().parents if p.exists()), Path())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(
-            f"run.dir={path} cannot be made: {above} is not writable. Give another run.dir."
-        )
+        raise UserError(f"run.dir={path} cannot be made: {above} is not writable. Give another run.dir.")
     return str(path)
 
 
@@ -55,9 +51,7 @@ def create(directory: str, config_yaml: str, environment: Mapping[str, Any]) -> 
         (path / "config.yaml").write_text(config_yaml)
         write_json(path / "environment.json", environment)
     except FileExistsError:
-        raise UserError(
-            f"run.dir={path} was taken by another run just now: give another one."
-        ) from None
+        raise UserError(f"run.dir={path} was taken by another run just now: give another one.") from None
     except OSError as error:
         raise UserError(
             f"run.dir={path} cannot be written ({error.strerror}): give another run.dir."
@@ -79,16 +73,14 @@ def append_line(path: Path, values: Mapping[str, Any]) -> None:
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
     """JSON has no NaN and no infinity: null stands for them."""
-    return {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
-    }
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def software() -> dict[str, Any]:
     """Versions and command line, for environment.json."""
     from importlib import metadata
 
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in ("allranks", "torch", "torchvision", "ezpz", "mpi4py", "hydra-core", "numpy"):
         try:
             versions[package] = metadata.version(package)

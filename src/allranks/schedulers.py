@@ -8,9 +8,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
-def warmup_cosine(
-    optimizer: Optimizer, length: int, warmup: float = 0.1, floor: float = 0.0
-) -> LambdaLR:
+def warmup_cosine(optimizer: Optimizer, length: int, warmup: float = 0.1, floor: float = 0.0) -> LambdaLR:
     """Rises linearly over the first `warmup` share of `length` steps, then falls as half a cosine.
 
     The first step is taken at 1/(warm-up steps) of the full rate, the last near `floor` times it.

@@ -4,13 +4,15 @@
     mpiexec -n 4 python -m allranks.train model=mlp
     torchrun --nproc-per-node 4 -m allranks.train model=mlp
 
-torch is imported only once there is something to train, so that --help answers at once. Each rank composes the same configuration from the same command line; only rank 0 writes and speaks.
+Each rank composes the same configuration from the same command line; only rank 0 writes and speaks.
+torch is imported once there is something to train, so that --help answers at once.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+
 from allranks import config as configs
 from allranks.config import Config
 from allranks.errors import EXIT_USER_ERROR, UserError
@@ -45,6 +47,13 @@ def compose(launch: environment.Launch) -> list[Config]:
 
 def run(config: Config, launch: environment.Launch, number: int = 0) -> None:
     """The whole of one run; `number` counts the runs of this process."""
+    from allranks.data import early
+
+    reading = early.start_reading(config.data) if launch.rank == 0 else None
+    if not config.trainer.compile:
+        from allranks.runtime import lean
+
+        lean.keep_compiler_out()
     from allranks import engine, rundir
     from allranks.data import loader
     from allranks.reporter import Reporter, process_age_s
@@ -57,7 +66,7 @@ def run(config: Config, launch: environment.Launch, number: int = 0) -> None:
         path = runtime.meeting.from_rank_0(lambda: rundir.choose(config.run.dir, config.name))
         report.started()
 
-        data = loader.open_data(config.data, runtime, config.seed, engine.dtype(trainer))
+        data = loader.open_data(config.data, runtime, config.seed, engine.dtype(trainer), reading)
         report.data(data, config.data["input_shape"])
         with runtime.all_or_none():
             training = engine.build_training(config, runtime, examples=len(data.train))
@@ -69,9 +78,7 @@ def run(config: Config, launch: environment.Launch, number: int = 0) -> None:
         for metrics in engine.fit(training, data, trainer, runtime, config.seed, report.progress):
             report.epoch(metrics, trainer.epochs)
 
-        test_loss, test_accuracy, test_count = engine.evaluate(
-            training.model, data.test, trainer, runtime
-        )
+        test_loss, test_accuracy, test_count = engine.evaluate(training.model, data.test, trainer, runtime)
         report.finished(
             {
                 "state": "finished",

@@ -8,6 +8,7 @@ world size; the ranks' shares of it differ by one example at most, and a share m
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
-from allranks.components import build
+from allranks.data.early import make
 from allranks.errors import UserError
 from allranks.runtime.runtime import Runtime
 
@@ -47,7 +48,7 @@ class ShareSampler(DistributedSampler[int]):
     """
 
     def __iter__(self) -> Iterator[int]:
-        whole = DistributedSampler(
+        whole: DistributedSampler[int] = DistributedSampler(
             self.dataset, num_replicas=1, rank=0, shuffle=self.shuffle, seed=self.seed
         )
         whole.set_epoch(self.epoch)
@@ -110,9 +111,9 @@ class Mapped:
             pin_memory=self.device.type == "cuda",
         )
         for images, labels in loader:
-            images = images.to(self.device, non_blocking=True)
+            moved = images.to(self.device, non_blocking=True).to(self.dtype)
             scale = 255 if images.dtype == torch.uint8 else 1
-            yield images.to(self.dtype) / scale, labels.to(self.device, non_blocking=True).long()
+            yield moved / scale, labels.to(self.device, non_blocking=True).long()
 
 
 Part = InMemory | Mapped
@@ -152,15 +153,24 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
     return -(-examples // batch_size)
 
 
-def open_data(section: Mapping[str, Any], runtime: Runtime, seed: int, dtype: torch.dtype) -> Data:
-    """The three parts, with images of `dtype`. Arrays are read by rank 0 alone and broadcast; a Dataset is made on every rank."""
-    train = _open_set("data.train", section, runtime)
-    test = _open_set("data.test", section, runtime)
+def open_data(
+    section: Mapping[str, Any],
+    runtime: Runtime,
+    seed: int,
+    dtype: torch.dtype,
+    reading: Future[dict[str, Any]] | None = None,
+) -> Data:
+    """The three parts, with images of `dtype`; `reading` holds what was read early.
+
+    Arrays are read by rank 0 alone and broadcast; a user's own Dataset is made on every rank.
+    """
+    train = _open_set("train", section, runtime, reading)
+    test = _open_set("test", section, runtime, reading)
     split = section["split"]
     if sum(split) != len(train):
         raise UserError(
-            f"data.split={list(split)} sums to {sum(split):,}, but there are {len(train):,} training examples: "
-            f"give two numbers that sum to {len(train):,}.",
+            f"data.split={list(split)} sums to {sum(split):,}, but there are {len(train):,} training "
+            f"examples: give two numbers that sum to {len(train):,}.",
             said_by=0,
         )
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
@@ -192,13 +202,16 @@ def _part(
     return Mapped(whole, indices.tolist(), section.get("workers", 0), runtime.device, dtype)
 
 
-def _open_set(key: str, section: Mapping[str, Any], runtime: Runtime) -> Any:
+def _open_set(
+    part: str, section: Mapping[str, Any], runtime: Runtime, reading: Future[dict[str, Any]] | None
+) -> Any:
     made: list[Any] = []
+    key = f"data.{part}"
 
-    def make() -> dict[str, Any]:
-        made.append(build(key, section[key.removeprefix("data.")]))
+    def describe() -> dict[str, Any]:
+        made.append(reading.result()[part] if reading else make(section, part))
         if isinstance(made[0], tuple) and all(isinstance(a, np.ndarray) for a in made[0]):
-            return {"shape": _image_shape(key, *made[0], section["input_shape"])}
+            return {"shape": _image_shape(key, made[0], section["input_shape"])}
         if not (hasattr(made[0], "__len__") and hasattr(made[0], "__getitem__")):
             raise UserError(
                 f"{key} made a {type(made[0]).__name__}: it must be a map-style Dataset, with a length and "
@@ -206,11 +219,11 @@ def _open_set(key: str, section: Mapping[str, Any], runtime: Runtime) -> Any:
             )
         return {"shape": None}
 
-    shape = runtime.meeting.from_rank_0(make, FETCH_S)["shape"]
+    shape = runtime.meeting.from_rank_0(describe, FETCH_S)["shape"]
     if shape is None:
         problem = None
         try:
-            dataset = made[0] if made else build(key, section[key.removeprefix("data.")])
+            dataset = made[0] if made else make(section, part)
         except UserError as error:
             problem = error
         runtime.meeting.agree(problem)
@@ -225,18 +238,15 @@ def _open_set(key: str, section: Mapping[str, Any], runtime: Runtime) -> Any:
     return _Arrays(runtime.broadcast(images), runtime.broadcast(labels))
 
 
-def _image_shape(
-    key: str, images: np.ndarray, labels: np.ndarray, input_shape: Sequence[int]
-) -> list[int]:
-    """[N, C, H, W]; raises UserError where the arrays do not fit together or the configuration."""
+def _image_shape(key: str, arrays: Sequence[np.ndarray], input_shape: Sequence[int]) -> list[int]:
+    """[N, C, H, W] of (images, labels); raises UserError where they do not fit together."""
+    images, labels = arrays
     if len(images) != len(labels):
         raise UserError(
             f"{key} has {len(images):,} images but {len(labels):,} labels: they must be equal in number."
         )
     if images.dtype != np.uint8 or labels.dtype != np.uint8:
-        raise UserError(
-            f"{key} gives {images.dtype} images and {labels.dtype} labels: uint8 is expected."
-        )
+        raise UserError(f"{key} gives {images.dtype} images and {labels.dtype} labels: uint8 is expected.")
     if images[:1].size != np.prod(input_shape):
         raise UserError(
             f"{key} gives images of shape {images.shape[1:]}, but data.input_shape={list(input_shape)}."

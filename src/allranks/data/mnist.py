@@ -141,8 +141,8 @@ def _read(folder: Path, stem: str, source: Source, name: str, root: str) -> tupl
         content = path.read_bytes()
     except FileNotFoundError:
         raise UserError(
-            f"{packed} is missing. On a node with internet type `allranks data fetch {name} --root {root}`, "
-            "or set data.root (or ALLRANKS_DATA) to where it is; data=synthetic needs no files."
+            f"{packed} is missing. On a node with internet type `allranks data fetch {name} --root {root}`"
+            ", or set data.root (or ALLRANKS_DATA) to where it is; data=synthetic needs no files."
         ) from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
@@ -156,9 +156,7 @@ def _read(folder: Path, stem: str, source: Source, name: str, root: str) -> tupl
     try:
         return path, gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(
-            f"{path} cannot be unpacked ({error}). {_fetch_again(name, root)}"
-        ) from error
+        raise UserError(f"{path} cannot be unpacked ({error}). {_fetch_again(name, root)}") from error
 
 
 def _parse_idx(path: Path, content: bytes, shape: tuple[int, ...]) -> np.ndarray:
@@ -195,7 +193,7 @@ def _fetch_one(path: Path, md5: str, mirrors: tuple[str, ...], name: str, root: 
     for mirror in mirrors:
         url = mirror + path.name
         try:
-            with urllib.request.urlopen(url, timeout=CONNECT_S) as response:  # noqa: S310
+            with urllib.request.urlopen(url, timeout=CONNECT_S) as response:
                 content = response.read()
         except (OSError, urllib.error.URLError, http.client.HTTPException) as error:
             problems.append(f"{url}: {getattr(error, 'reason', error)}")

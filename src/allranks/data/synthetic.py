@@ -178,9 +178,7 @@ def _bend(knots: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return knots @ linear
 
 
-def _place(
-    knots: np.ndarray, pen_down: np.ndarray, radius: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _place(knots: np.ndarray, pen_down: np.ndarray, radius: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Fit paths [n, knots, 2] to the box: pieces' centres [n, SEGMENTS, 2] and lengths, pixels."""
     low, high = knots.min(1), knots.max(1)
     scale = (BOX - 2 * radius) / (high - low).max(1, keepdims=True)

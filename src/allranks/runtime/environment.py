@@ -83,9 +83,7 @@ def discover(environ: Mapping[str, str]) -> Launch:
     names = next((n for n in _LAUNCHERS if _matches(n, environ)), None)
     if names is None:
         if environ.get("RANK") or _number(environ, "WORLD_SIZE") not in (None, 1):
-            missing, there = (
-                ("WORLD_SIZE", "RANK") if environ.get("RANK") else ("RANK", "WORLD_SIZE")
-            )
+            missing, there = ("WORLD_SIZE", "RANK") if environ.get("RANK") else ("RANK", "WORLD_SIZE")
             raise UserError(
                 f"{there}={environ[there]} is set but {missing} is not, and no launcher's variables are: "
                 f"unset {there} for a single process, or start the ranks with mpiexec or torchrun."
@@ -129,9 +127,7 @@ def _matches(names: _Names, environ: Mapping[str, str]) -> bool:
     return True
 
 
-def _refuse_stale(
-    environ: Mapping[str, str], names: _Names, rank: int, world_size: int | None
-) -> None:
+def _refuse_stale(environ: Mapping[str, str], names: _Names, rank: int, world_size: int | None) -> None:
     """RANK and WORLD_SIZE exported in a shell must not contradict the launcher that is at work."""
     if names.rank == "RANK":
         return
@@ -141,10 +137,11 @@ def _refuse_stale(
         if environ.get(name) and true_value is not None and _number(environ, name) != true_value
     ]
     if stale:
+        told = f"rank {rank} of {world_size if world_size is not None else 'its ranks'}"
         given = " ".join(f"{name}={environ[name]}" for name in stale)
         raise UserError(
-            f"{given} is left over in the environment, but {names.launcher} says rank {rank} of "
-            f"{world_size if world_size is not None else 'its ranks'} ({names.rank}={environ[names.rank]}): "
+            f"{given} is left over in the environment, but {names.launcher} says {told} "
+            f"({names.rank}={environ[names.rank]}): "
             "type `unset RANK LOCAL_RANK WORLD_SIZE` and start again.",
             # the one rank that the stale RANK happens to fit does not notice
             said_by=1 if environ.get("RANK") == "0" and "WORLD_SIZE" not in stale else 0,
@@ -157,9 +154,7 @@ def _number(environ: Mapping[str, str], name: str) -> int | None:
     if not text:
         return None
     if not re.fullmatch(r"[0-9]{1,10}", text):
-        raise UserError(
-            f"{name}={text!r} is not a whole number: unset it, or let a launcher set it."
-        )
+        raise UserError(f"{name}={text!r} is not a whole number: unset it, or let a launcher set it.")
     return int(text)
 
 
@@ -191,7 +186,5 @@ def first_host(node_list: str) -> str:
     match = re.match(r"([^\[,]*)(?:\[([0-9]+)[^\]]*\])?([^\[,]*)", node_list)
     host = "".join(part or "" for part in match.groups()) if match else ""
     if not host:
-        raise UserError(
-            f"SLURM_JOB_NODELIST={node_list!r} names no host: start the ranks with srun."
-        )
+        raise UserError(f"SLURM_JOB_NODELIST={node_list!r} names no host: start the ranks with srun.")
     return host

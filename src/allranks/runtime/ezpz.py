@@ -38,9 +38,7 @@ def chosen(runtime: str) -> bool:
             else "ezpz is not installed"
         )
         first = "pip uninstall -y ezpz && " if state == "impostor" else ""
-        raise UserError(
-            f"runtime=ezpz: {problem}. Type: {first}{INSTALL}   (or take runtime=native)"
-        )
+        raise UserError(f"runtime=ezpz: {problem}. Type: {first}{INSTALL}   (or take runtime=native)")
     if state == "impostor":
         logging.getLogger(__name__).warning(
             "The installed package ezpz is PyPI's image pan-zoom tool; going on with runtime=native. "

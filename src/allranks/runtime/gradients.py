@@ -24,4 +24,4 @@ def sum_by_mpi(comm: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tens
 def sum_by_torch(_state: None, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     """Through the default process group: NCCL, XCCL or gloo."""
     future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
-    return future.then(lambda done: done.value()[0])  # type: ignore[no-any-return]
+    return future.then(lambda done: done.value()[0])

@@ -134,7 +134,8 @@ def open_meeting(launch: Launch, comm: Any, run: int) -> Meeting:
     if launch.alone:
         return Meeting(0, 1, None)
     store = _serve_through_mpi(comm) if comm is not None else _join_env(launch)
-    world_size = comm.size if comm is not None else launch.world_size
+    world_size = launch.world_size
+    assert world_size is not None  # MPI filled in what the launcher did not tell
     return Meeting(launch.rank, world_size, PrefixStore(f"allranks/{run}", store))
 
 
@@ -151,7 +152,9 @@ def _serve_through_mpi(comm: Any) -> Store:
         try:
             listener = socket.create_server((address, 0), backlog=4096)
         except OSError as error:
-            problem = f"MASTER_ADDR={address} is no address of rank 0's host {socket.gethostname()} ({error})"
+            problem = (
+                f"MASTER_ADDR={address} is no address of rank 0's host {socket.gethostname()} ({error})"
+            )
         else:
             port = listener.getsockname()[1]
             store = TCPStore(
@@ -185,7 +188,8 @@ def _join_env(launch: Launch) -> Store:
             "not: start the ranks with mpiexec or torchrun, or set them on every rank.",
             said_by=0,
         )
+    assert launch.world_size is not None  # `environment` and torchrun always tell it
     store, _, _ = next(
         rendezvous("env://", launch.rank, launch.world_size, timeout=timedelta(seconds=START_S))
     )
-    return store  # type: ignore[no-any-return]
+    return store

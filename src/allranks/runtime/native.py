@@ -12,6 +12,7 @@ from allranks.runtime.meeting import Meeting
 
 def start(meeting: Meeting, backend: str, device: torch.device, timeout_s: float) -> None:
     """Makes the default process group on the meeting's store; no port besides the store's is needed."""
+    assert meeting.store is not None  # there are several ranks
     dist.init_process_group(
         backend,
         store=dist.PrefixStore("process-group", meeting.store),

@@ -312,8 +312,9 @@ def _check_devices(seen: list[dict[str, Any]], ranks: list[dict[str, Any]]) -> l
             here = sum(x["host"] == rank["host"] for x in ranks)
             devices = len({x["device"] for x in ranks if x["host"] == rank["host"]})
             raise UserError(
-                f"{here} ranks on {rank['host']} share {devices} device{'s' * (devices > 1)} (ranks {other} and {r} "
-                f"have the same one): start at most {devices} there, or allow it with oversubscribe=true."
+                f"{here} ranks on {rank['host']} share {devices} device{'s' * (devices > 1)} (ranks "
+                f"{other} and {r} have the same one): start at most {devices} there, or allow it with "
+                "oversubscribe=true."
             )
     seen += [
         {"rank": r, "host": x["host"], "local_rank": x["local_rank"], "device": x["device"]}

@@ -1,0 +1,3 @@
+from allranks.cli import main
+
+main()

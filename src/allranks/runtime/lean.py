@@ -1,0 +1,54 @@
+"""Keeping torch's compiler out of processes that compile nothing.
+
+Optimizers and DDP import torch._dynamo, and with it the whole compiler, only to say that they must not
+be compiled: 1.2 s and some 15,000 file-system calls on every rank (benchmarks/startup.py).
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import Any
+
+import torch
+
+NAME = "torch._dynamo"
+
+
+class _Understudy(ModuleType):
+    """Answers what eager training asks of the module; whatever else is asked brings on the real one."""
+
+    answers: dict[str, Any]
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.answers:
+            return self.answers[name]
+        return getattr(_real(self.__name__), name)
+
+
+def keep_compiler_out() -> None:
+    """From here on `import torch._dynamo` costs nothing until something really needs it."""
+    if NAME in sys.modules:
+        return
+    utils = _Understudy(f"{NAME}.utils")  # asked by DistributedDataParallel
+    utils.answers = {"get_optimize_ddp_mode": lambda: "no_optimization"}
+    rules = _Understudy(f"{NAME}.trace_rules")  # asked by init_process_group
+    rules.answers = {"clear_lru_cache": lambda: None}
+    dynamo = _Understudy(NAME)  # asked by every optimizer
+    dynamo.answers = {
+        "disable": lambda fn, recursive=True, **_: fn,
+        "graph_break": lambda *_, **__: None,
+        "utils": utils,
+        "trace_rules": rules,
+    }
+    sys.modules[NAME] = dynamo
+    torch._dynamo = dynamo  # type: ignore[assignment]
+
+
+def _real(name: str) -> ModuleType:
+    if isinstance(sys.modules.get(NAME), _Understudy):
+        del sys.modules[NAME]
+        del torch._dynamo
+        importlib.import_module(NAME)
+    return importlib.import_module(name)
