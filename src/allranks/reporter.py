@@ -99,7 +99,8 @@ class Reporter:
         self._early.flush()
         self._remove(self._early)
         self._add(file)
-        log.debug("rank %d of %d", self.runtime.rank, self.runtime.world_size)
+        if not self.runtime.is_main:  # rank 0's log begins with its story
+            log.info("%s, rank %d of %d", self._me(), self.runtime.rank, self.runtime.world_size)
         self._say("%s parameters; everything about this run is in %s", f"{parameters:,}", directory)
 
     def progress(self, batches: Iterable[Batch], epoch: int, steps: int) -> Iterator[Batch]:

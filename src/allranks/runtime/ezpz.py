@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import socket
+import tempfile
 from pathlib import Path
 
 import torch
@@ -48,24 +50,39 @@ def chosen(runtime: str) -> bool:
     return False
 
 
-def start(meeting: Meeting, local_rank: int, device: torch.device, timeout_s: float) -> None:
+def start(
+    meeting: Meeting, local_rank: int, device: torch.device, backend: str, timeout_s: float
+) -> None:
     """Lets ezpz make the default process group.
 
     Everything that it would otherwise work out is set beforehand, because its own reading of the
     launchers' variables has traps (docs/launchers.md). It joins the meeting's store as a client, the
-    way a worker joins torchrun's, so no second port is needed.
+    way a worker joins torchrun's, so no second port is needed. Without a hostfile it would write one
+    into the working directory.
     """
+    local_world_size = os.environ.get("LOCAL_WORLD_SIZE")
     os.environ.update(
         RANK=str(meeting.rank),
         WORLD_SIZE=str(meeting.world_size),
         LOCAL_RANK=str(local_rank),
         TORCH_DEVICE=device.type,
+        TORCH_BACKEND=backend,
         TORCHELASTIC_USE_AGENT_STORE="True",
     )
-    import ezpz
+    # It reports at INFO on its own, and hides other ranks' warnings: our logs see to both.
+    os.environ.setdefault("EZPZ_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("EZPZ_WARN_FROM_ALL_RANKS", "1")
+    with tempfile.NamedTemporaryFile("w", prefix="allranks-hosts-") as hosts:
+        hosts.write(socket.gethostname() + "\n")
+        hosts.flush()
+        os.environ.setdefault("HOSTFILE", hosts.name)
+        import ezpz
 
-    _quieten()
-    ezpz.setup_torch(timeout=int(timeout_s), device_id=device.index)
+        ezpz.setup_torch(timeout=int(timeout_s), device_id=device.index)
+        if os.environ["HOSTFILE"] == hosts.name:
+            del os.environ["HOSTFILE"]
+    if local_world_size is not None:  # it puts the number of GPUs there
+        os.environ["LOCAL_WORLD_SIZE"] = local_world_size
 
 
 def wrap(model: torch.nn.Module) -> torch.nn.Module:
@@ -73,14 +90,3 @@ def wrap(model: torch.nn.Module) -> torch.nn.Module:
 
     wrapped: torch.nn.Module = ezpz.wrap_model(model, use_fsdp=False)
     return wrapped
-
-
-def stop() -> None:
-    import ezpz
-
-    ezpz.cleanup()
-
-
-def _quieten() -> None:
-    """ezpz reports on its own at INFO; rank 0's console is for the training."""
-    logging.getLogger("ezpz").setLevel(logging.WARNING)

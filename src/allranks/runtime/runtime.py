@@ -145,9 +145,7 @@ class Runtime:
 
     def close(self) -> None:
         if self.world_size > 1:
-            if self.kind == "ezpz":
-                ezpz.stop()
-            elif dist.is_initialized():
+            if dist.is_initialized():
                 dist.destroy_process_group()
             self.meeting.leave()
 
@@ -199,7 +197,7 @@ def open_runtime(
             launch, meeting, device, "ezpz" if use_ezpz else "native", place["local_rank"],
             place["local_world_size"], threads, seen, comm if device.type == "cpu" else None,
         )  # fmt: skip
-        if meeting.world_size > 1:
+        if meeting.world_size > 1 or use_ezpz:
             _start_process_group(runtime, place["hosts"])
     except UserError:
         meeting.leave()
@@ -214,10 +212,11 @@ def _start_process_group(runtime: Runtime, hosts: int) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if device.type in ("cuda", "xpu"):
         getattr(torch, device.type).set_device(device)
+    backend = BACKENDS[device.type]
     if runtime.kind == "ezpz":
-        ezpz.start(runtime.meeting, runtime.local_rank, device, COLLECTIVE_S)
+        ezpz.start(runtime.meeting, runtime.local_rank, device, backend, COLLECTIVE_S)
     else:
-        native.start(runtime.meeting, BACKENDS[device.type], device, COLLECTIVE_S)
+        native.start(runtime.meeting, backend, device, COLLECTIVE_S)
 
 
 def _places(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
