@@ -16,9 +16,7 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
     return generate(MANY, "train")
 
 
-def same(
-    one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]
-) -> tuple[bool, bool]:
+def same(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]) -> tuple[bool, bool]:
     """Whether the images are equal, and whether the labels are."""
     return np.array_equal(one[0], other[0]), np.array_equal(one[1], other[1])
 

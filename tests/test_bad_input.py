@@ -1,0 +1,405 @@
+"""What a user can get wrong, typed on the command line.
+
+Each mistake ends with exit code 2, one message that says what is wrong, with which value, and what to do,
+no traceback, and nothing left behind; on several ranks the message comes once and all ranks are down.
+"""
+
+from __future__ import annotations
+
+import gzip
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from helpers import PYTHON, SMALL, Done, execute, mpiexec, real_data, tree
+
+FASHION = "FashionMNIST/raw"
+DIGITS = "MNIST/raw"
+
+
+def assert_refused(done: Done, *patterns: str) -> None:
+    message = done.message
+    for pattern in patterns:
+        assert re.search(pattern, message), f"{pattern!r} is not in: {message}"
+    assert done.code == 2
+    assert done.left_running == []
+
+
+def assert_nothing_left(done: Done) -> None:
+    assert tree(done.cwd) == []
+
+
+# --- values, by the configuration alone ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "patterns"),
+    [
+        # misspelt: the nearest right name is given
+        ("trainer.epoch=3", ["trainer.epoch is not a key", "trainer.epochs"]),
+        ("optimzer.lr=0.1", ["optimzer", "optimizer"]),
+        ("learning_rate=0.1", ["learning_rate is not a key"]),
+        ("lr=0.1", ["lr is not a key", r"optimizer\.lr"]),
+        ("model.dropuot=0.1", ["model.dropuot", r"model\.dropout"]),
+        ("model=mpl", ["model=mpl", "cnn, linear, mlp, resnet18, vit", "Did you mean mlp"]),
+        ("optimizer=adamx", ["optimizer=adamx", "adam"]),
+        ("scheduler=cosin", ["scheduler=cosin", "Did you mean cosine"]),
+        ("data=mnst", ["data=mnst", "Did you mean mnist"]),
+        ("experiment=tutorial_lin", ["experiment=tutorial_lin", "Did you mean tutorial_linear"]),
+        ("device=gpu", ["device=gpu", "cuda, xpu, mps, cpu"]),
+        ("runtime=nativ", ["runtime=nativ", "Did you mean native"]),
+        ("trainer.precision=bfloat16", ["trainer.precision=bfloat16", "bf16"]),
+        ("trainer.train_metrics=runing", ["runing", "Did you mean running"]),
+        ("scheduler.interval=batch", ["scheduler.interval=batch", "epoch, step"]),
+        # a wrong type
+        ("trainer.epochs=many", ["trainer.epochs=many", "whole number >= 0"]),
+        ("trainer.epochs=1.5", [r"trainer.epochs=1\.5", "whole number"]),
+        ("trainer.batch_size=null", ["trainer.batch_size", "whole number >= 1"]),
+        ("trainer.compile=maybe", ["trainer.compile=maybe"]),
+        ("optimizer.lr=fast", ["optimizer.lr=fast", "number > 0"]),
+        ("model.widths=50", ["model.widths=50", "list"]),
+        ("trainer=5", ["trainer=5"]),
+        ("seed=-1", ["seed=-1", "whole number from 0"]),
+        # a value that cannot work
+        ("optimizer.lr=nan", ["optimizer.lr=nan", "finite number > 0"]),
+        ("optimizer.lr=inf", ["optimizer.lr=inf", "finite number > 0"]),
+        ("optimizer.lr=0", ["optimizer.lr=0", "finite number > 0"]),
+        ("optimizer.lr=-1", ["optimizer.lr=-1", "finite number > 0"]),
+        ("optimizer.weight_decay=-0.1", ["optimizer.weight_decay=-0.1", ">= 0"]),
+        ("trainer.epochs=-1", ["trainer.epochs=-1", "whole number >= 0"]),
+        ("trainer.batch_size=0", ["trainer.batch_size=0", "whole number >= 1"]),
+        ("trainer.batch_size=-128", ["trainer.batch_size=-128", "whole number >= 1"]),
+        ("trainer.per_rank_batch_size=0", ["trainer.per_rank_batch_size=0", "whole number >= 1"]),
+        ("trainer.accumulate=0", ["trainer.accumulate=0", "whole number >= 1"]),
+        ("trainer.clip_norm=0", ["trainer.clip_norm=0", "number > 0"]),
+        ("trainer.label_smoothing=1", ["trainer.label_smoothing=1", "< 1"]),
+        ("model.dropout=1.5", ["model.dropout=1.5", ">= 0 and < 1"]),
+        ("data.split=[48000]", [r"data.split=\[48000\]", "list of 2"]),
+        ("data.split=[60000,0]", [r"data.split=\[60000, 0\]", "whole number >= 1"]),
+        ("name=a/b", ["name=a/b", "without a slash"]),
+        # not an override at all
+        ("trainer.epochs", ["trainer.epochs", "key=value"]),
+    ],
+)  # fmt: skip
+def test_a_bad_value(train, override, patterns):
+    done = train(override)
+    assert_refused(done, *patterns)
+    assert_nothing_left(done)
+
+
+def test_the_allranks_command_says_the_same(command, train):
+    typed = command(PYTHON, "-m", "allranks", "train", "optimizer.lr=-1")
+    assert_refused(typed, "optimizer.lr=-1")
+    assert typed.err == train("optimizer.lr=-1").err
+
+
+def test_an_unknown_data_set_to_fetch(command):
+    done = command(PYTHON, "-m", "allranks", "data", "fetch", "fashion")
+    assert_refused(done, "fashion is not a known data set", "fashion_mnist")
+    assert_nothing_left(done)
+
+
+# --- values that show once torch, the data or the ranks are there --------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "patterns"),
+    [
+        (["model.activation=Relu"], ["model.activation=Relu", "Did you mean ReLU"]),
+        (["model.activation=Softmax"], ["model.activation=Softmax"]),
+        (["model.activation=[ReLU,Tanh]"], ["2 entries for 3 hidden layers"]),
+        (["data.split=[1000,400]"], [r"data.split=\[1000, 400\]", "1,400", "1,600"]),
+        (["model=vit", "model.patch=5"], ["model.patch=5", "28 x 28"]),
+        (["data.input_shape=[1,14,14]"], [r"input_shape=\[1, 14, 14\]", "28"]),
+        (["device=cuda"], ["device=cuda", "cpu"]),
+        (["trainer.precision=fp16"], ["trainer.precision=fp16", "bf16"]),
+        (["runtime=ezpz"], ["runtime=ezpz", "pip install", "native"]),
+        (["model._target_=allranks.models.perceptron"], ["model._target_=allranks.models.perceptron"]),
+        (["optimizer._target_=torch.optim.SDG"], ["optimizer._target_=torch.optim.SDG"]),
+        (["+model.wdith=3"], ["model: allranks.models.mlp refuses its arguments", "wdith"]),
+    ],
+)
+def test_a_bad_value_that_needs_torch_to_see(train, overrides, patterns):
+    if overrides == ["device=cuda"]:
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("there is a GPU")
+    if overrides == ["runtime=ezpz"]:
+        from allranks.runtime import ezpz
+
+        if ezpz.installed() == "real":
+            pytest.skip("the real ezpz is installed")
+    done = train(*SMALL, *overrides)
+    assert_refused(done, *patterns)
+    assert_nothing_left(done)
+
+
+# --- data files ----------------------------------------------------------------------------------------
+
+
+def idx(magic: bytes, sizes: tuple[int, ...], content: bytes) -> bytes:
+    return magic + b"".join(n.to_bytes(4, "big") for n in sizes) + content
+
+
+def fashion_files(root: Path, *, labels: int = 60_000, largest: int = 9) -> Path:
+    """Raw files of the right form (no checksum is published for them), all black."""
+    folder = root / FASHION
+    folder.mkdir(parents=True)
+    for stem, count in (("train", 60_000), ("t10k", 10_000)):
+        pixels = bytes(count * 784)
+        (folder / f"{stem}-images-idx3-ubyte").write_bytes(idx(b"\0\0\x08\x03", (count, 28, 28), pixels))
+        there = labels if stem == "train" else count
+        values = bytes([largest]) + bytes(there - 1)
+        (folder / f"{stem}-labels-idx1-ubyte").write_bytes(idx(b"\0\0\x08\x01", (there,), values))
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+def train_on(train, name: str, root: Path, **options) -> Done:
+    return train(f"data={name}", f"data.root={root}", "data.fetch=false", "device=cpu", **options)
+
+
+def test_missing_data(train, root):
+    done = train_on(train, "mnist", root)
+    assert_refused(done, rf"{root}/{DIGITS}/train-images-idx3-ubyte.gz is missing",
+                   rf"allranks data fetch mnist --root {root}", "data=synthetic")  # fmt: skip
+    assert_nothing_left(done)
+    assert tree(root) == []
+
+
+def test_no_network(train, root):
+    """Mirrors that cannot be reached: here the name does not resolve, or the proxy refuses."""
+    done = train(
+        "data=mnist", f"data.root={root}", "data.fetch=true", "device=cpu",
+        env={"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9", "no_proxy": ""},
+    )  # fmt: skip
+    assert_refused(done, "train-images-idx3-ubyte.gz is missing and could not be fetched", str(root),
+                   "allranks data fetch mnist", "data=synthetic")  # fmt: skip
+    assert_nothing_left(done)
+    assert tree(root) == []
+
+
+def test_no_network_on_several_ranks(train, root):
+    done = train(
+        "data=mnist", f"data.root={root}", "device=cpu", under="mpiexec", ranks=2,
+        env={"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9", "no_proxy": ""},
+    )  # fmt: skip
+    assert_refused(done, "could not be fetched")
+    assert_nothing_left(done)
+
+
+def test_a_truncated_download(train, root):
+    shutil.copytree(real_data() / DIGITS, root / DIGITS)
+    file = root / DIGITS / "train-images-idx3-ubyte.gz"
+    file.write_bytes(file.read_bytes()[:-1000])
+    done = train_on(train, "mnist", root)
+    assert_refused(done, str(file), "truncated", "Remove it", "allranks data fetch mnist")
+    assert_nothing_left(done)
+
+
+def test_a_corrupted_download(train, root):
+    shutil.copytree(real_data() / DIGITS, root / DIGITS)
+    file = root / DIGITS / "t10k-labels-idx1-ubyte.gz"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1  # one bit
+    file.write_bytes(content)
+    done = train_on(train, "mnist", root)
+    assert_refused(done, str(file), "corrupted", "allranks data fetch mnist")
+    assert_nothing_left(done)
+
+
+def test_other_data_in_a_valid_gzip(train, root):
+    folder = fashion_files(root)
+    file = folder / "train-labels-idx1-ubyte.gz"
+    file.write_bytes(gzip.compress((folder / "train-labels-idx1-ubyte").read_bytes()))
+    done = train_on(train, "fashion_mnist", root)
+    assert_refused(done, str(file), "md5", "allranks data fetch fashion_mnist")
+
+
+def test_a_web_page_saved_as_gz(train, root):
+    folder = root / DIGITS
+    folder.mkdir(parents=True)
+    for stem in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (folder / f"{stem}-ubyte.gz").write_text("<html><body>Please log in</body></html>")
+    done = train_on(train, "mnist", root)
+    assert_refused(done, "train-images-idx3-ubyte.gz is corrupted", "allranks data fetch mnist")
+    assert_nothing_left(done)
+
+
+def test_a_truncated_raw_file(train, root):
+    file = fashion_files(root) / "train-images-idx3-ubyte"
+    file.write_bytes(file.read_bytes()[:-1])
+    done = train_on(train, "fashion_mnist", root)
+    assert_refused(done, str(file), "truncated", "47,040,015 bytes", "47,040,016", "Remove it")
+    assert_nothing_left(done)
+
+
+def test_a_raw_file_with_the_wrong_magic(train, root):
+    file = fashion_files(root) / "t10k-images-idx3-ubyte"
+    file.write_bytes(b"\x89PNG" + file.read_bytes()[4:])
+    done = train_on(train, "fashion_mnist", root)
+    assert_refused(done, str(file), "not an IDX file", "PNG")
+    assert_nothing_left(done)
+
+
+def test_an_empty_raw_file(train, root):
+    file = fashion_files(root) / "t10k-labels-idx1-ubyte"
+    file.write_bytes(b"")
+    assert_refused(train_on(train, "fashion_mnist", root), str(file), "not an IDX file")
+
+
+def test_labels_above_nine(train, root):
+    folder = fashion_files(root, largest=10)
+    done = train_on(train, "fashion_mnist", root)
+    assert_refused(done, str(folder), "labels go up to 10", "0 to 9")
+    assert_nothing_left(done)
+
+
+def test_fewer_labels_than_images(train, root):
+    folder = fashion_files(root, labels=59_999)
+    done = train_on(train, "fashion_mnist", root)
+    assert_refused(done, str(folder / "train-labels-idx1-ubyte"), "59,999", "60,000")
+    assert_nothing_left(done)
+
+
+def test_bad_data_on_several_ranks_is_said_once(train, root):
+    fashion_files(root, largest=10)
+    done = train_on(train, "fashion_mnist", root, under="mpiexec", ranks=2)
+    assert_refused(done, "labels go up to 10")
+    assert_nothing_left(done)
+
+
+# --- the run directory ---------------------------------------------------------------------------------
+
+
+def test_a_run_directory_that_is_used(train, tmp_path):
+    used = tmp_path / "mine"
+    train(*SMALL, "trainer.epochs=0", f"run.dir={used}").ok()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert_refused(train(*SMALL, f"run.dir={used}"), f"run.dir={used} is already used", "give another")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_run_directory_that_is_a_file(train, tmp_path):
+    (tmp_path / "file").write_text("keep me")
+    assert_refused(train(*SMALL, "run.dir=file"), "run.dir=file is a file", "directory")
+    assert_refused(train(*SMALL, "run.dir=file/below"), "run.dir=file/below", "give another|Give another")
+    assert tree(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_text() == "keep me"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_directory_that_cannot_be_made(train, ranks):
+    done = train(*SMALL, "run.dir=/proc/allranks/run", under="mpiexec" if ranks > 1 else None, ranks=ranks)
+    assert_refused(done, "run.dir=/proc/allranks/run", "another run.dir")
+    assert_nothing_left(done)
+
+
+# --- ranks and launchers -------------------------------------------------------------------------------
+
+
+def test_a_batch_smaller_than_the_ranks(train):
+    done = train(*SMALL, "trainer.batch_size=2", under="mpiexec", ranks=3)
+    assert_refused(done, "trainer.batch_size=2", "3 ranks", "at least 3")
+    assert_nothing_left(done)
+
+
+@pytest.mark.parametrize("under", ["mpiexec", "torchrun"])
+def test_a_bad_value_on_several_ranks_is_said_once(train, under):
+    done = train("optimizer.lr=nan", under=under, ranks=2)
+    assert done.messages == ["allranks: optimizer.lr=nan is not valid: give a finite number > 0."]
+    assert done.code == (2 if under == "mpiexec" else 1)  # torchrun has one code for any failure
+    assert done.left_running == []
+    assert_nothing_left(done)
+    if under == "mpiexec":  # torchrun adds its own report, with the traceback of its own error
+        assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "what"),
+    [(["model.activation=Relu"], "Did you mean ReLU"), (["data.split=[1,2]"], r"data.split=\[1, 2\]")],
+)
+def test_what_shows_late_is_said_once_too(train, overrides, what):
+    done = train(*SMALL, *overrides, under="mpiexec", ranks=2)
+    assert_refused(done, what)
+    assert_nothing_left(done)
+
+
+@pytest.mark.parametrize(
+    ("stale", "patterns"),
+    [
+        ({"RANK": "1"}, ["RANK=1", "WORLD_SIZE is not", "unset RANK"]),
+        ({"WORLD_SIZE": "4"}, ["WORLD_SIZE=4", "RANK is not", "unset WORLD_SIZE"]),
+        ({"RANK": "4", "WORLD_SIZE": "4"}, ["RANK=4", "WORLD_SIZE=4"]),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, ["MASTER_ADDR and MASTER_PORT"]),
+        ({"RANK": "zero", "WORLD_SIZE": "2"}, ["RANK='zero'", "whole number"]),
+    ],
+)
+def test_rank_variables_without_a_launcher(train, stale, patterns):
+    done = train(*SMALL, env=stale)
+    assert_refused(done, *patterns)
+    assert_nothing_left(done)
+
+
+@pytest.mark.parametrize(
+    "stale",
+    [
+        {"RANK": "0"},
+        {"RANK": "1"},
+        {"RANK": "0", "WORLD_SIZE": "1"},
+        {"RANK": "5", "WORLD_SIZE": "8"},
+        {"WORLD_SIZE": "8"},
+    ],
+    ids=lambda stale: "-".join(f"{name}={value}" for name, value in stale.items()),
+)
+def test_stale_rank_variables_under_mpiexec(train, stale):
+    """One of the ranks may find that a stale RANK fits it: it must not wait for the others for ever."""
+    done = train(*SMALL, under="mpiexec", ranks=2, env=stale, timeout_s=60)
+    left_over = "WORLD_SIZE=" if set(stale) == {"WORLD_SIZE"} else "RANK="
+    assert_refused(done, left_over, "left over", "unset RANK LOCAL_RANK WORLD_SIZE")
+    assert_nothing_left(done)
+
+
+def test_right_rank_variables_under_mpiexec_do_no_harm(train):
+    done = train(*SMALL, "trainer.epochs=0", under="mpiexec", ranks=2, env={"WORLD_SIZE": "2"}).ok()
+    assert done.run.summary["world_size"] == 2
+
+
+def test_mpi4py_bound_to_another_mpi(tmp_path):
+    """Open MPI's mpiexec starts the ranks, but this environment's mpi4py belongs to MPICH's wheel."""
+    other = shutil.which("mpiexec.openmpi")
+    if other is None:
+        pytest.skip("no mpiexec.openmpi: apt-get install openmpi-bin")
+    done = execute(
+        [other, "--oversubscribe", "-n", "2", PYTHON, "-m", "allranks.train", *SMALL],
+        tmp_path,
+        timeout_s=60,
+    )
+    assert len(done.messages) == 1, done.err
+    assert re.search("(?i)open ?mpi", done.message)
+    assert "MPICH" in done.message
+    assert "Traceback" not in done.err
+    assert done.code != 0
+    assert done.left_running == []
+    assert_nothing_left(done)
+
+
+def test_a_rank_with_other_overrides_is_named(tmp_path):
+    words = [PYTHON, "-m", "allranks.train", *SMALL]
+    done = execute([mpiexec(), "-n", "2", *words, ":", "-n", "1", *words, "seed=1"], tmp_path)
+    assert_refused(done, "^allranks: rank 2 ", "configuration other than", "same overrides")
+    assert_nothing_left(done)
+
+
+def test_a_rank_with_a_bad_override_of_its_own_is_named(tmp_path):
+    words = [PYTHON, "-m", "allranks.train", *SMALL]
+    done = execute([mpiexec(), "-n", "1", *words, ":", "-n", "1", *words, "optimizer.lr=0"], tmp_path)
+    assert_refused(done, "^allranks: rank 1: optimizer.lr=0 is not valid")
+    assert_nothing_left(done)
