@@ -38,7 +38,7 @@ class Reporter:
         logging.captureWarnings(True)
         console: logging.Handler
         if self.runtime.is_main:
-            console = logging.StreamHandler(sys.stdout)
+            console = _Stdout(sys.stdout)
             console.addFilter(lambda r: r.name.startswith("allranks") or r.levelno >= logging.WARNING)
         else:
             console = logging.StreamHandler(sys.stderr)
@@ -153,6 +153,13 @@ class Reporter:
         for handler in list(self._handlers):
             self._remove(handler)
             handler.close()
+
+
+class _Stdout(logging.StreamHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """`| head` may close the console: that is no reason to complain, or to stop training."""
+        if not isinstance(sys.exc_info()[1], BrokenPipeError):
+            super().handleError(record)
 
 
 def _count(number: int, noun: str) -> str:

@@ -15,7 +15,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,7 @@ class Source:
     folder: str
     mirrors: tuple[str, ...]
     md5: dict[str, str]  # of the .gz files, by stem
+    sha256: dict[str, str]  # of their contents, for files that somebody unpacked; where known
 
 
 SOURCES = {
@@ -54,6 +55,12 @@ SOURCES = {
             "t10k-images-idx3-ubyte": "9fb629c4189551a2d022fa330f9573f3",
             "t10k-labels-idx1-ubyte": "ec29112dd5afa0611ce80d1b7f02629c",
         },
+        {
+            "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+            "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+            "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+            "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+        },
     ),
     "fashion_mnist": Source(
         "FashionMNIST",
@@ -64,6 +71,7 @@ SOURCES = {
             "t10k-images-idx3-ubyte": "bef4ecab320f06d8554ea6380940ec79",
             "t10k-labels-idx1-ubyte": "bb300cfdad3c16e7a12a480ee83cd310",
         },
+        {},
     ),
 }
 
@@ -82,6 +90,11 @@ def load(name: str, part: str, root: str, fetch: bool = False) -> tuple[np.ndarr
     for kind, shape in (("images", (COUNTS[part], 28, 28)), ("labels", (COUNTS[part],))):
         path, content = _read(folder, _STEMS[part, kind], source, name, root)
         arrays.append(_parse_idx(path, content, shape))
+        published = source.sha256.get(path.name)
+        if published and hashlib.sha256(content).hexdigest() != published:
+            raise UserError(
+                f"{path} is corrupted: it differs from the published data. {_fetch_again(name, root)}"
+            )
     images, labels = arrays
     if labels.max() >= CLASSES:
         raise UserError(
@@ -99,6 +112,7 @@ def fetch_files(name: str, root: str) -> list[Path]:
     source = _source(name)
     folder = Path(root) / source.folder / "raw"
     new = []
+    made = [p for p in (folder, *folder.parents) if not p.exists()]  # innermost first
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder / ".fetch.lock"):

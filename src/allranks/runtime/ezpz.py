@@ -26,7 +26,7 @@ def installed() -> str:
     return "real" if any((f / "distributed.py").is_file() for f in folders) else "impostor"
 
 
-def chosen(runtime: str) -> bool:
+def chosen(runtime: str, rank: int) -> bool:
     """Whether ezpz brings the ranks up. Raises UserError where it is asked for but is not there."""
     if runtime == "native":
         return False
@@ -41,7 +41,7 @@ def chosen(runtime: str) -> bool:
         )
         first = "pip uninstall -y ezpz && " if state == "impostor" else ""
         raise UserError(f"runtime=ezpz: {problem}. Type: {first}{INSTALL}   (or take runtime=native)")
-    if state == "impostor":
+    if state == "impostor" and rank == 0:
         logging.getLogger(__name__).warning(
             "The installed package ezpz is PyPI's image pan-zoom tool; going on with runtime=native. "
             "The real one: pip uninstall -y ezpz && %s",
@@ -50,9 +50,7 @@ def chosen(runtime: str) -> bool:
     return False
 
 
-def start(
-    meeting: Meeting, local_rank: int, device: torch.device, backend: str, timeout_s: float
-) -> None:
+def start(meeting: Meeting, local_rank: int, device: torch.device, backend: str, timeout_s: float) -> None:
     """Lets ezpz make the default process group.
 
     Everything that it would otherwise work out is set beforehand, because its own reading of the

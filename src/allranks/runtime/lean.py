@@ -43,7 +43,7 @@ def keep_compiler_out() -> None:
         "trace_rules": rules,
     }
     sys.modules[NAME] = dynamo
-    torch._dynamo = dynamo  # type: ignore[assignment]
+    torch._dynamo = dynamo
 
 
 def _real(name: str) -> ModuleType:

@@ -179,7 +179,7 @@ def open_runtime(
         try:
             device, identity = _pick_device(config, place)
             _check_precision(config.trainer.precision, device)
-            use_ezpz = ezpz.chosen(config.runtime)
+            use_ezpz = ezpz.chosen(config.runtime, launch.rank)
         except UserError as problem:
             runtime_error, identity = problem, ""
         mine = {
