@@ -125,6 +125,11 @@ def fetch_files(name: str, root: str) -> list[Path]:
         raise UserError(
             f"{folder} cannot be written ({error.strerror}): give another data.root."
         ) from error
+    finally:
+        if not new:  # leave no empty folders behind
+            with suppress(OSError):
+                for made_here in made:
+                    made_here.rmdir()
     return new
 
 
