@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import math
 import os
+import platform
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -250,6 +251,26 @@ def freeze(config: Config) -> str:
 def digest(config: Config) -> str:
     """sha256 of the whole configuration, the run directory included: equal on all ranks of a run."""
     return hashlib.sha256(OmegaConf.to_yaml(OmegaConf.structured(config)).encode()).hexdigest()
+
+
+def thaw(directory: str, sha256: str) -> Config:
+    """The configuration that a launcher froze in the run directory, if it is still the same file."""
+    path = Path(directory) / "config.yaml"
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read on {platform.node()} ({error.strerror}): the run directory must be on a "
+            "file system that every node sees."
+        ) from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise UserError(
+            f"{path} is not the configuration that was launched: its sha256 is {found[:12]}..., not "
+            f"{sha256[:12]}... Launch the run again; do not edit the file in between."
+        )
+    config = typed(OmegaConf.create(content.decode()))  # type: ignore[arg-type]
+    return replace(config, run=RunConfig(directory))
 
 
 # --- the command line --------------------------------------------------------------------------------

@@ -42,14 +42,13 @@ def choose(directory: str | None, name: str) -> str:
     return str(path)
 
 
-def create(directory: str, config_yaml: str, environment: Mapping[str, Any]) -> None:
-    """Makes the directory, for this run alone, with its configuration and environment."""
+def create(directory: str, config_yaml: str) -> None:
+    """Makes the directory, for this run alone, with its configuration."""
     path = Path(directory)
     try:
         path.mkdir(parents=True, exist_ok=path.is_dir() and not any(path.iterdir()))
         (path / "logs").mkdir()
         (path / "config.yaml").write_text(config_yaml)
-        write_json(path / "environment.json", environment)
     except FileExistsError:
         raise UserError(f"run.dir={path} was taken by another run just now: give another one.") from None
     except OSError as error:
@@ -76,8 +75,8 @@ def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-def software() -> dict[str, Any]:
-    """Versions and command line, for environment.json."""
+def describe(directory: str, ranks: Mapping[str, Any]) -> None:
+    """Writes environment.json: what the runtime says of its ranks, versions, command line, commit."""
     from importlib import metadata
 
     versions: dict[str, str | None] = {}
@@ -86,12 +85,13 @@ def software() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    return {
+    about = {
         "command": sys.argv,
         "python": sys.version.split()[0],
         "versions": versions,
         "git_commit": _git_commit(),
     }
+    write_json(Path(directory) / "environment.json", {**about, **ranks})
 
 
 def _git_commit() -> str | None:

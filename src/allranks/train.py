@@ -24,17 +24,23 @@ def main() -> None:
     rank = environment.launcher_rank(os.environ)
     try:
         launch = environment.discover(os.environ)
-        for number, config in enumerate(compose(launch)):
-            run(config, launch, number)
+        launched = sys.argv[1:2] == ["--run"]
+        for number, config in enumerate(compose(launch, launched)):
+            run(config, launch, launched, number)
     except UserError as error:
         if error.said_by in (None, rank):
             print(f"allranks: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)
 
 
-def compose(launch: environment.Launch) -> list[Config]:
-    """The configurations of the command line; a rank's error there becomes every rank's."""
+def compose(launch: environment.Launch, launched: bool) -> list[Config]:
+    """The configurations of the command line; a rank's error there becomes every rank's.
+
+    `allranks launch` composed beforehand, and starts each rank with `--run DIRECTORY SHA256`.
+    """
     try:
+        if launched:
+            return [configs.thaw(*sys.argv[2:4])]
         return configs.from_command_line(sys.argv[1:])
     except UserError as error:
         if launch.alone:
@@ -45,8 +51,8 @@ def compose(launch: environment.Launch) -> list[Config]:
         raise
 
 
-def run(config: Config, launch: environment.Launch, number: int = 0) -> None:
-    """The whole of one run; `number` counts the runs of this process."""
+def run(config: Config, launch: environment.Launch, launched: bool = False, number: int = 0) -> None:
+    """The whole of one run; `launched`: its directory is there already. Runs of a process have numbers."""
     from allranks.data import early
 
     reading = early.start_reading(config.data) if launch.rank == 0 else None
@@ -63,7 +69,8 @@ def run(config: Config, launch: environment.Launch, number: int = 0) -> None:
     runtime = open_runtime(launch, config, configs.digest(config), run=number)
     with Reporter(runtime) as report:
         batch_size = engine.global_batch_size(trainer, runtime.world_size)
-        path = runtime.meeting.from_rank_0(lambda: rundir.choose(config.run.dir, config.name))
+        path = config.run.dir if launched else None
+        path = runtime.meeting.from_rank_0(lambda: path or rundir.choose(config.run.dir, config.name))
         report.started()
 
         data = loader.open_data(config.data, runtime, config.seed, engine.dtype(trainer), reading)
@@ -71,8 +78,12 @@ def run(config: Config, launch: environment.Launch, number: int = 0) -> None:
         with runtime.all_or_none():
             training = engine.build_training(config, runtime, examples=len(data.train))
 
-        about = {**rundir.software(), **runtime.describe()}
-        runtime.meeting.from_rank_0(lambda: rundir.create(path, configs.freeze(config), about))
+        def make_directory() -> None:
+            if not launched:
+                rundir.create(path, configs.freeze(config))
+            rundir.describe(path, runtime.describe())
+
+        runtime.meeting.from_rank_0(make_directory)
         report.opened(path, training.parameters)
         startup_s = process_age_s()
         for metrics in engine.fit(training, data, trainer, runtime, config.seed, report.progress):

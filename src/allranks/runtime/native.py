@@ -19,7 +19,7 @@ def start(meeting: Meeting, backend: str, device: torch.device, timeout_s: float
         rank=meeting.rank,
         world_size=meeting.world_size,
         timeout=timedelta(seconds=timeout_s),
-        device_id=device if device.type in ("cuda", "xpu") else None,
+        device_id=device if backend in ("nccl", "xccl") else None,
     )
 
 

@@ -190,7 +190,7 @@ def open_runtime(
             "oversubscribe": config.oversubscribe,
         }
         seen: list[dict[str, Any]] = []
-        meeting.settle(mine, partial(_check_devices, seen))
+        shared = meeting.settle(mine, partial(_check_devices, seen))["shared"]
         threads = config.threads or place["threads"]
         torch.set_num_threads(threads)
         runtime = Runtime(
@@ -198,21 +198,22 @@ def open_runtime(
             place["local_world_size"], threads, seen, comm if device.type == "cpu" else None,
         )  # fmt: skip
         if meeting.world_size > 1 or use_ezpz:
-            _start_process_group(runtime, place["hosts"])
+            # NCCL and XCCL refuse two ranks on one device; gloo serves them
+            backend = "gloo" if shared else BACKENDS[device.type]
+            _start_process_group(runtime, backend, place["hosts"])
     except UserError:
         meeting.leave()
         raise
     return runtime
 
 
-def _start_process_group(runtime: Runtime, hosts: int) -> None:
+def _start_process_group(runtime: Runtime, backend: str, hosts: int) -> None:
     device = runtime.device
     if device.type == "cpu" and hosts == 1 and sys.platform == "linux":
         # gloo looks its address up by the host's name, which fails on many a laptop
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if device.type in ("cuda", "xpu"):
         getattr(torch, device.type).set_device(device)
-    backend = BACKENDS[device.type]
     if runtime.kind == "ezpz":
         ezpz.start(runtime.meeting, runtime.local_rank, device, backend, COLLECTIVE_S)
     else:
@@ -299,15 +300,19 @@ def _check_precision(precision: str, device: torch.device) -> None:
         raise UserError("trainer.precision=bf16 is not supported by this GPU: take fp16 or fp32.")
 
 
-def _check_devices(seen: list[dict[str, Any]], ranks: list[dict[str, Any]]) -> list[None]:
+def _check_devices(seen: list[dict[str, Any]], ranks: list[dict[str, Any]]) -> list[dict[str, bool]]:
     """Two ranks on one GPU is a mistake unless it is asked for; fills `seen` on rank 0."""
     errors = [rank["error"] for rank in ranks]
     if any(errors):
         raise UserError(merged(errors))
     first: dict[tuple[str, str], int] = {}
+    shared = False
     for r, rank in enumerate(ranks):
         other = first.setdefault((rank["host"], rank["device"]), r)
-        if other != r and rank["device"] != "cpu" and not rank["oversubscribe"]:
+        if other == r or rank["device"] == "cpu":
+            continue
+        shared = True
+        if not rank["oversubscribe"]:
             here = sum(x["host"] == rank["host"] for x in ranks)
             devices = len({x["device"] for x in ranks if x["host"] == rank["host"]})
             raise UserError(
@@ -319,4 +324,4 @@ def _check_devices(seen: list[dict[str, Any]], ranks: list[dict[str, Any]]) -> l
         {"rank": r, "host": x["host"], "local_rank": x["local_rank"], "device": x["device"]}
         for r, x in enumerate(ranks)
     ]
-    return [None] * len(ranks)
+    return [{"shared": shared}] * len(ranks)
