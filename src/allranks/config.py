@@ -260,8 +260,8 @@ def thaw(directory: str, sha256: str) -> Config:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read on {platform.node()} ({error.strerror}): the run directory must be on a "
-            "file system that every node sees."
+            f"{path} cannot be read on {platform.node()} ({error.strerror}): the run directory must be on "
+            "a file system that every node sees."
         ) from error
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
