@@ -10,6 +10,8 @@ torch is imported once there is something to train, so that --help answers at on
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 
@@ -31,6 +33,9 @@ def main() -> None:
         if error.said_by in (None, rank):
             print(f"allranks: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)
+    except BrokenPipeError:  # `--help | head` closed the console
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def compose(launch: environment.Launch, launched: bool) -> list[Config]:
@@ -41,7 +46,9 @@ def compose(launch: environment.Launch, launched: bool) -> list[Config]:
     try:
         if launched:
             return [configs.thaw(*sys.argv[2:4])]
-        return configs.from_command_line(sys.argv[1:])
+        # --help and --cfg are rank 0's to print
+        with contextlib.redirect_stdout(io.StringIO()) if launch.rank else contextlib.nullcontext():
+            return configs.from_command_line(sys.argv[1:])
     except UserError as error:
         if launch.alone:
             raise
