@@ -24,14 +24,11 @@ PYTHON = sys.executable
 TRAIN = [PYTHON, "-m", "allranks.train"]
 TIMEOUT_S = 180  # many times what any command here takes; it only stops a hang
 
-# Drawn in a tenth of a second, and trained in another.
+# Drawn in a tenth of a second, and trained in another. One thread: the tests may share their cores.
 SMALL = (
-    "data=synthetic",
-    "data.train.count=1600",
-    "data.test.count=400",
-    "data.split=[1200,400]",
-    "device=cpu",
-)
+    "data=synthetic", "data.train.count=1600", "data.test.count=400", "data.split=[1200,400]",
+    "device=cpu", "threads=1",
+)  # fmt: skip
 
 # What a launcher, a scheduler or the user's shell may have put into this test process's environment.
 LEAKY = re.compile(

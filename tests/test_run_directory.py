@@ -1,0 +1,243 @@
+"""What a run leaves: one directory with the documented files and keys, and nothing anywhere else."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import yaml
+
+from allranks import rundir
+from helpers import SMALL, Done, Run, clean_environment, execute, launcher, tree
+
+METRICS = [
+    "epoch", "step", "lr", "train/loss", "train/accuracy", "val/loss", "val/accuracy",
+    "time/train_s", "time/eval_s", "throughput/samples_per_s",
+]  # fmt: skip
+SUMMARY = [
+    "state", "epochs", "world_size", "global_batch_size", "model/parameters", "model/sha256",
+    "test/loss", "test/accuracy", "test/count", "val/count", "time/total_s", "time/startup_s",
+]  # fmt: skip
+FILES = ["config.yaml", "environment.json", "logs", "logs/rank-0.log", "metrics.jsonl", "summary.json"]
+
+
+def training(
+    cwd: Path, home: Path, *overrides: str, under: str | None = None, ranks: int = 1, **env: str
+) -> Done:
+    words = [*launcher(under, ranks), "-m", "allranks.train", *SMALL, *overrides]
+    return execute(words, cwd, env={"HOME": str(home), **env})
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return tmp_path_factory.mktemp("cwd"), tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(places) -> Done:
+    """Two epochs on two ranks, with nothing said about where to write."""
+    return training(*places, "model=linear", "trainer.epochs=2", under="mpiexec", ranks=2).ok()
+
+
+def test_one_directory_for_all_ranks_and_nothing_elsewhere(two_ranks, places):
+    cwd, home = places
+    path = two_ranks.run.path.relative_to(cwd)
+    assert re.fullmatch(r"runs/linear/\d{8}T\d{6}Z-[0-9a-f]{6}", str(path))
+    assert tree(two_ranks.run.path) == sorted([*FILES, "logs/rank-1.log"])
+    assert [p for p in tree(cwd) if not p.startswith(f"{path}/")] == ["runs", "runs/linear", str(path)]
+    assert tree(home) == []
+
+
+def test_metrics_have_a_line_for_each_epoch(two_ranks):
+    run = two_ranks.run
+    assert [list(line) for line in run.metrics] == [METRICS, METRICS]
+    assert run.column("epoch") == [1, 2]
+    assert run.column("step") == [10, 20]  # 1,200 examples in batches of 128
+    assert run.column("lr") == [0.05, 0.05]
+    for line in run.metrics:
+        assert 0 < line["train/loss"] < 3
+        assert 0 <= line["val/accuracy"] <= 100
+        assert line["time/train_s"] > 0
+        assert line["throughput/samples_per_s"] == pytest.approx(1200 / line["time/train_s"], rel=1e-6)
+
+
+def test_the_summary(two_ranks):
+    summary = two_ranks.run.summary
+    assert list(summary) == SUMMARY
+    assert re.fullmatch("[0-9a-f]{64}", summary.pop("model/sha256"))
+    assert summary.pop("test/loss") > 0
+    assert 0 <= summary.pop("test/accuracy") <= 100
+    assert 0 < summary.pop("time/startup_s") < summary.pop("time/total_s")
+    assert summary == {
+        "state": "finished", "epochs": 2, "world_size": 2, "global_batch_size": 128,
+        "model/parameters": 7850, "test/count": 400, "val/count": 400,
+    }  # fmt: skip
+
+
+def test_the_environment(two_ranks):
+    environment = two_ranks.run.environment
+    assert {
+        "versions", "python", "command", "git_commit", "launcher", "runtime", "collectives", "world_size",
+        "threads_per_rank", "ranks",
+    } <= set(environment)  # fmt: skip
+    assert environment["launcher"] == "mpich"
+    assert environment["git_commit"] is None  # the working directory is no checkout
+    assert environment["versions"]["torch"]
+    assert "model=linear" in environment["command"]
+    assert [(r["rank"], r["local_rank"], r["device"]) for r in environment["ranks"]] == [
+        (0, 0, "cpu"),
+        (1, 1, "cpu"),
+    ]
+    assert {r["host"] for r in environment["ranks"]} == {os.uname().nodename}
+
+
+def test_the_config_is_whole_and_names_no_directory(two_ranks):
+    config = yaml.safe_load((two_ranks.run.path / "config.yaml").read_text())
+    assert config["run"] == {"dir": None}
+    assert config["trainer"]["epochs"] == 2
+    assert config["model"] == {
+        "_target_": "allranks.models.linear",
+        "input_shape": [1, 28, 28],
+        "classes": 10,
+    }
+    assert "${" not in (two_ranks.run.path / "config.yaml").read_text()
+
+
+def test_every_rank_has_a_log(two_ranks):
+    logs = two_ranks.run.path / "logs"
+    story = (logs / "rank-0.log").read_text()
+    assert story.count("epoch 1/2") == story.count("epoch 2/2") == 1
+    other = (logs / "rank-1.log").read_text()
+    assert "rank 1 of 2" in other
+    assert "epoch" not in other
+
+
+def test_rank_0_tells_the_story_and_the_others_are_silent(two_ranks):
+    """One line an epoch with rate, losses, accuracies and speed; nothing twice; nothing on stderr."""
+    assert two_ranks.err == ""
+    head, sizes, where, first, second, test = two_ranks.out.splitlines()
+    assert head.startswith("2 ranks on 1 host, cpu")
+    assert sizes == "1,200 training, 400 validation and 400 test examples of 1 x 28 x 28"
+    assert str(two_ranks.run.path.relative_to(two_ranks.cwd)) in where
+    line = two_ranks.run.metrics[1]
+    assert re.match(r"epoch 1/2 +lr 0\.05 ", first)
+    for figure in ("2/2", f"{line['val/loss']:.4f}", f"{line['val/accuracy']:.2f} %", "/s"):
+        assert figure in second
+    assert f"{two_ranks.run.summary['test/accuracy']:.2f} %" in test
+
+
+def test_torchruns_ranks_are_as_silent(tmp_path):
+    cwd, home = tmp_path / "cwd", tmp_path / "home"
+    cwd.mkdir()
+    home.mkdir()
+    done = training(cwd, home, "trainer.epochs=1", under="torchrun", ranks=2, OMP_NUM_THREADS="1").ok()
+    assert len(done.out.splitlines()) == 5
+    assert [line for line in done.err.splitlines() if "torch/distributed/run.py" not in line] == []
+    assert tree(done.run.path) == sorted([*FILES, "logs/rank-1.log"])
+    assert tree(home) == []
+
+
+def test_a_progress_bar_on_a_terminal(tmp_path):
+    """Typed by hand, stderr is a terminal: rank 0 draws a bar there, rank 1 does not."""
+    pytest.importorskip("tqdm", reason="tqdm, which allranks requires, is not installed here")
+    ours, theirs = pty.openpty()
+    words = [*launcher(None, 1), "-m", "allranks.train", *SMALL, "trainer.epochs=1"]
+    process = subprocess.Popen(
+        words, cwd=tmp_path, env=clean_environment(), stdout=subprocess.DEVNULL, stderr=theirs, text=True
+    )
+    os.close(theirs)
+    try:
+        assert process.wait(timeout=60) == 0
+        drawn = os.read(ours, 100_000).decode()
+    finally:
+        process.kill()
+        os.close(ours)
+    assert "epoch 1" in drawn
+    assert "/10" in drawn
+
+
+def test_no_progress_bar_in_a_file(two_ranks):
+    assert "\r" not in two_ranks.out + two_ranks.err
+
+
+def test_equal_runs_have_equal_weights(train_here):
+    first, again = train_here(*SMALL, "trainer.epochs=1"), train_here(*SMALL, "trainer.epochs=1")
+    other = train_here(*SMALL, "trainer.epochs=1", "seed=1")
+    untrained = train_here(*SMALL, "trainer.epochs=0")
+    digests = [run.summary["model/sha256"] for run in (first, again, other, untrained)]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+    assert first.losses == again.losses
+
+
+def test_no_epochs_leave_an_untrained_model_and_no_metrics(train_here):
+    run = train_here(*SMALL, "trainer.epochs=0")
+    assert run.summary["epochs"] == 0
+    assert run.summary["test/count"] == 400
+    assert not (run.path / "metrics.jsonl").exists() or run.metrics == []
+
+
+def test_a_directory_of_ones_own(train_here, tmp_path):
+    run = train_here(*SMALL, "trainer.epochs=1", "run.dir=deep/down/here")
+    assert run.path == tmp_path / "deep/down/here"
+    assert tree(run.path) == FILES
+    (tmp_path / "empty").mkdir()
+    assert train_here(*SMALL, "trainer.epochs=1", "run.dir=empty").path == tmp_path / "empty"
+
+
+@pytest.mark.parametrize(
+    ("job", "ending"),
+    [
+        ({"PBS_JOBID": "4242.pbs01"}, "4242.pbs01"),
+        ({"PBS_JOBID": "4242[7].pbs01"}, "4242-7.pbs01"),
+        ({"SLURM_JOB_ID": "77"}, "77"),
+        ({"SLURM_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "3"}, "77-3"),
+    ],
+)
+def test_a_jobs_id_is_in_the_name(train_here, monkeypatch, job, ending):
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    run = train_here(*SMALL, "trainer.epochs=0")
+    assert re.fullmatch(rf"\d{{8}}T\d{{6}}Z-{re.escape(ending)}", run.path.name)
+
+
+@pytest.mark.parametrize("job", [{}, {"PBS_JOBID": "4242.pbs01"}], ids=["by hand", "in one job"])
+def test_runs_started_in_the_same_second_get_a_directory_each(places, tmp_path, job):
+    _, home = places
+    with ThreadPoolExecutor(3) as pool:
+        starts = [pool.submit(training, tmp_path, home, "trainer.epochs=0", **job) for _ in range(3)]
+    for start in starts:
+        start.result().ok()
+    made = sorted(tmp_path.glob("runs/mlp/*"))
+    assert len(made) == 3
+    assert {json.loads((path / "summary.json").read_text())["state"] for path in made} == {"finished"}
+
+
+def test_figures_that_are_no_numbers_become_null(tmp_path):
+    """JSON has neither NaN nor infinity: a diverged run must stay readable."""
+    rundir.append_line(
+        tmp_path / "metrics.jsonl", {"epoch": 1, "val/loss": float("nan"), "lr": float("inf")}
+    )
+    rundir.write_json(tmp_path / "summary.json", {"test/loss": -infinity})
+    run = Run(tmp_path)
+    assert run.metrics == [{"epoch": 1, "val/loss": None, "lr": None}]
+    assert run.summary == {"test/loss": None}
+    assert tree(tmp_path) == ["metrics.jsonl", "summary.json"]
+
+
+def test_a_run_that_diverges_still_leaves_valid_json(train_here):
+    run = train_here(*SMALL, "optimizer.lr=1e300", "trainer.epochs=2")
+    assert [line["train/loss"] for line in run.metrics][-1] is None
+    assert run.summary["test/loss"] is None
+
+
+def test_the_command_is_recorded_as_typed(train, tmp_path):
+    done = train(*SMALL, "trainer.epochs=0").ok()
+    assert done.run.environment["command"][1:] == [*SMALL, "trainer.epochs=0"]
+    assert Path(done.run.environment["command"][0]).name == "train.py"
