@@ -221,9 +221,8 @@ def test_runs_started_in_the_same_second_get_a_directory_each(places, tmp_path, 
 
 def test_figures_that_are_no_numbers_become_null(tmp_path):
     """JSON has neither NaN nor infinity: a diverged run must stay readable."""
-    rundir.append_line(
-        tmp_path / "metrics.jsonl", {"epoch": 1, "val/loss": float("nan"), "lr": float("inf")}
-    )
+    nan, infinity = float("nan"), float("inf")
+    rundir.append_line(tmp_path / "metrics.jsonl", {"epoch": 1, "val/loss": nan, "lr": infinity})
     rundir.write_json(tmp_path / "summary.json", {"test/loss": -infinity})
     run = Run(tmp_path)
     assert run.metrics == [{"epoch": 1, "val/loss": None, "lr": None}]

@@ -132,8 +132,5 @@ def test_evaluation_sees_every_example_once(examples, ranks):
     assert sorted(seen) == list(range(examples))
 
 
-@pytest.mark.parametrize(
-    ("examples", "batch_size", "steps"), [(48_000, 128, 375), (1, 128, 1), (129, 128, 2)]
-)
-def test_steps_per_epoch(examples, batch_size, steps):
-    assert steps_per_epoch(examples, batch_size) == steps
+def test_steps_per_epoch():
+    assert [steps_per_epoch(n, 128) for n in (1, 128, 129, 48_000)] == [1, 1, 2, 375]

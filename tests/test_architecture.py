@@ -1,0 +1,284 @@
+"""The house keeps its shape: who imports whom, what a start costs, what the wheel carries."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from helpers import PYTHON, ROOT, SMALL, TRAIN, Done, execute, launcher, tree
+
+SOURCE = ROOT / "src/allranks"
+
+# Every module of ours, and which others it may import, downwards only (shared/DESIGN.md). A new module gets
+# a line here; an arrow that is not here needs a reason.
+ARROWS = {
+    "__init__": "",
+    "__main__": "cli",
+    "errors": "",
+    "cli": "config data.mnist errors rundir runtime.environment",
+    "config": "errors",
+    "rundir": "errors",
+    "components": "errors",
+    "metrics": "",
+    "models": "errors",
+    "schedulers": "",
+    "data.__init__": "",
+    "data.early": "components",
+    "data.mnist": "errors",
+    "data.synthetic": "",
+    "data.loader": "data.early errors runtime.runtime",
+    "runtime.__init__": "",
+    "runtime.environment": "errors",
+    "runtime.mpi": "errors runtime.environment",
+    "runtime.meeting": "errors runtime.environment runtime.mpi",
+    "runtime.ezpz": "errors runtime.meeting",
+    "runtime.native": "runtime.meeting",
+    "runtime.gradients": "runtime.mpi",
+    "runtime.lean": "",
+    "runtime.runtime": "config errors runtime.environment runtime.ezpz runtime.gradients runtime.meeting "
+    "runtime.mpi runtime.native",
+    "engine": "components config data.loader errors metrics runtime.runtime",
+    "reporter": "data.loader errors rundir runtime.runtime",
+    "train": "components config data.early data.loader engine errors reporter rundir runtime.environment "
+    "runtime.lean runtime.runtime",
+}
+# Import no torch, however they are used before a training starts.
+WITHOUT_TORCH = [
+    "cli", "config", "errors", "rundir", "train", "components", "data.early", "data.mnist",
+    "data.synthetic", "runtime.environment",
+]  # fmt: skip
+FOR_RUNTIME_ONLY = ("torch.distributed", "mpi4py", "ezpz")
+
+
+def modules() -> dict[str, ast.Module]:
+    return {
+        str(path.relative_to(SOURCE).with_suffix("")).replace("/", "."): ast.parse(path.read_text())
+        for path in sorted(SOURCE.rglob("*.py"))
+    }
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Dotted names that are imported anywhere in the tree, inside functions too."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            found |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_every_module_has_its_line():
+    assert set(modules()) == set(ARROWS)
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_imports_run_downwards(module):
+    ours = {f"allranks.{name}" for name in modules()}
+    found = {name.removeprefix("allranks.") for name in imported(modules()[module]) & ours}
+    assert found <= set(ARROWS.get(module, "").split())
+
+
+def test_no_module_imports_itself_by_a_detour():
+    """The arrows that are allowed have no cycle."""
+    left = {name: set(below.split()) for name, below in ARROWS.items()}
+    while ready := {name for name, below in left.items() if not below}:
+        left = {name: below - ready for name, below in left.items() if name not in ready}
+    assert left == {}
+
+
+def test_only_the_runtime_touches_process_groups_mpi_and_ezpz():
+    for module, source in modules().items():
+        if module.startswith("runtime."):
+            continue
+        reached = {name for name in imported(source) if name.startswith(FOR_RUNTIME_ONLY)}
+        reached |= {
+            ast.unparse(node)
+            for node in ast.walk(source)
+            if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch.distributed")
+        }
+        assert reached == set(), module
+
+
+def test_no_broad_except_and_no_prints_outside_the_command_line():
+    for module, source in modules().items():
+        for node in ast.walk(source):
+            if isinstance(node, ast.ExceptHandler):
+                caught = ast.unparse(node.type) if node.type else "everything"
+                assert caught not in ("everything", "Exception", "BaseException"), (module, node.lineno)
+            if isinstance(node, ast.Name) and node.id == "print":
+                assert module in ("cli", "train"), (module, node.lineno)
+
+
+def test_the_source_stays_small():
+    lines = sum(len(path.read_text().splitlines()) for path in SOURCE.rglob("*.py"))
+    assert 1000 < lines < 5000
+
+
+# --- what a process imports ----------------------------------------------------------------------------
+
+# Python imports a module of this name at its start, in every rank.
+SITECUSTOMIZE = """
+import atexit, json, os, sys
+def dump():
+    rank = os.environ.get("RANK") or os.environ.get("PMI_RANK") or "alone"
+    dynamo = sys.modules.get("torch._dynamo")
+    with open(f"{os.environ['IMPORTS']}/{rank}-{os.getpid()}.json", "w") as file:
+        json.dump({"argv": sys.orig_argv, "rank": rank, "modules": sorted(sys.modules),
+                   "dynamo": getattr(dynamo, "__file__", None)}, file)
+atexit.register(dump)
+"""
+
+
+@pytest.fixture
+def imports_of(tmp_path: Path):
+    """imports_of(argv) runs it and gives, for each Python process in it, rank and imported modules."""
+
+    def run(argv: list[str]) -> tuple[Done, list[dict]]:
+        hook, notes, cwd = tmp_path / "hook", tmp_path / "notes", tmp_path / "cwd"
+        for folder in (hook, notes, cwd):
+            folder.mkdir()
+        (hook / "sitecustomize.py").write_text(SITECUSTOMIZE)
+        done = execute(argv, cwd, env={"PYTHONPATH": str(hook), "IMPORTS": str(notes)}).ok()
+        return done, [json.loads(path.read_text()) for path in sorted(notes.iterdir())]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-m", "allranks", "--help"],
+        ["-m", "allranks", "--version"],
+        ["-m", "allranks", "train", "--help"],
+        ["-m", "allranks", "train", "--cfg", "job"],
+        ["-m", "allranks.train", "--cfg", "job", "model=resnet18", "optimizer=adam"],
+        ["-m", "allranks.train", "--help"],
+        ["-c", "import " + ", ".join(f"allranks.{name}" for name in WITHOUT_TORCH)],
+    ],
+    ids=" ".join,
+)
+def test_no_torch_is_imported_to_answer(imports_of, words):
+    done, processes = imports_of([PYTHON, *words])
+    assert len(processes) == 1  # `allranks train` becomes the training, and starts no second process
+    assert "allranks" in processes[0]["modules"]
+    heavy = {"torch", "torchvision", "mpi4py", "ezpz"}
+    assert heavy & {name.partition(".")[0] for name in processes[0]["modules"]} == set()
+    assert tree(done.cwd) == []
+    assert done.err == ""
+
+
+def test_a_users_error_needs_no_torch(tmp_path):
+    code = "import sys; from allranks import train; sys.argv[1:] = ['optimizer.lr=-1']\n"
+    code += "try: train.main()\nexcept SystemExit: print('torch' in sys.modules)"
+    assert execute([PYTHON, "-c", code], tmp_path).out == "False\n"
+
+
+@pytest.mark.parametrize("under", ["mpiexec", "torchrun"])
+def test_ranks_import_neither_torchvision_nor_the_compiler(imports_of, under):
+    _, processes = imports_of([*launcher(under, 2), "-m", "allranks.train", *SMALL, "trainer.epochs=1"])
+    ranks = {process["rank"]: process for process in processes if process["rank"] != "alone"}
+    assert sorted(ranks) == ["0", "1"]
+    for process in ranks.values():
+        assert "torch" in process["modules"]
+        assert "torchvision" not in process["modules"]  # rank 0 needs it for resnet18 only
+        assert process["dynamo"] is None
+        assert [name for name in process["modules"] if name.startswith("torch._inductor.")] == []
+    assert "tqdm" not in ranks["1"]["modules"]
+
+
+def test_torchvision_is_imported_for_its_own_model_only(imports_of):
+    code = "from allranks import models, engine, reporter\nimport sys\n"
+    code += "print('torchvision' in sys.modules)\nmodels.resnet18([1, 28, 28], 10)\n"
+    code += "print('torchvision' in sys.modules)"
+    done, _ = imports_of([PYTHON, "-c", code])
+    assert done.out == "False\nTrue\n"
+
+
+# --- what a start costs --------------------------------------------------------------------------------
+
+
+def test_a_start_makes_few_file_system_calls_beyond_torchs_own(tmp_path):
+    """On a cluster's shared file system each costs a millisecond, times the ranks. A start made 8,500 more
+    per rank than `import torch` does when this was written; torch's compiler alone would add 15,000."""
+    strace = shutil.which("strace")
+    if strace is None:
+        pytest.skip("no strace: apt-get install strace")
+    trace = [strace, "-f", "-qq", "-e", "trace=%file", "-o"]
+    try:
+        subprocess.run([*trace, os.devnull, "true"], check=True, capture_output=True, timeout=30)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"strace may not trace here: {error.stderr!r}")
+
+    def calls(name: str, *argv: str) -> int:
+        file = tmp_path / name
+        execute([*trace, str(file), *argv], tmp_path, env={"PYTHONDONTWRITEBYTECODE": "1"}).ok()
+        return sum(1 for _ in file.open())
+
+    torch_alone = calls("torch", PYTHON, "-c", "import torch")
+    two_ranks = calls("ranks", *launcher("mpiexec", 2), "-m", "allranks.train", *SMALL, "trainer.epochs=0")
+    answer = calls("answer", *TRAIN, "--cfg", "job")
+    assert two_ranks / 2 - torch_alone < 11_000
+    assert answer < 4_000
+
+
+# --- the wheel -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder into which the wheel, built from this tree, is installed."""
+    pytest.importorskip("hatchling", reason="hatchling is missing: pip install hatchling")
+    source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("src", "conf", "pyproject.toml", "README.md", "LICENSE"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, source / name)  # the build leaves nothing in the repository
+    pip = [PYTHON, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    built = [
+        *pip,
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        str(folder),
+        str(source),
+    ]
+    execute(built, folder).ok()
+    [wheel] = folder.glob("allranks-*.whl")
+    target = folder / "site"
+    execute([*pip, "install", "--no-deps", "--no-index", "--target", str(target), str(wheel)], folder).ok()
+    return target
+
+
+def test_the_wheel_carries_all_of_conf(installed):
+    assert tree(installed / "allranks/conf") == tree(ROOT / "conf")
+
+
+def test_the_wheel_works_from_any_directory(installed, tmp_path):
+    env = {"PYTHONPATH": str(installed)}
+    where = execute([PYTHON, "-c", "import allranks; print(allranks.__file__)"], tmp_path, env=env).ok()
+    assert where.out.strip() == str(installed / "allranks/__init__.py")
+    shown = execute([*TRAIN, "--cfg", "job", "experiment=tutorial_step"], tmp_path, env=env).ok()
+    assert shown.out == execute([*TRAIN, "--cfg", "job", "experiment=tutorial_step"], ROOT).ok().out
+    assert "_target_: torch.optim.lr_scheduler.StepLR" in shown.out
+    done = execute([*TRAIN, *SMALL, "trainer.epochs=1"], tmp_path, env=env).ok()
+    assert done.run.summary["epochs"] == 1
+
+
+def test_the_wheel_declares_the_least_that_it_needs(installed):
+    """Loose lower bounds, no upper ones; never PyPI's ezpz; an MPI only as an extra."""
+    [metadata] = installed.glob("allranks-*.dist-info/METADATA")
+    wanted = re.findall(r"^Requires-Dist: (.*)$", metadata.read_text(), flags=re.M)
+    always = [line for line in wanted if "extra ==" not in line]
+    assert not any(line.startswith(("ezpz", "mpich")) for line in always)
+    assert not any("<" in line or "==" in line for line in always)
+    assert any(line.startswith("mpich") and "extra" in line for line in wanted)
