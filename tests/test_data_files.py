@@ -19,9 +19,7 @@ from allranks.data import mnist
 from allranks.errors import UserError
 from helpers import PYTHON, real_data, tree
 
-STEMS = [
-    "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte", "train-images-idx3-ubyte", "train-labels-idx1-ubyte",
-]  # fmt: skip
+STEMS = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 PAGE = b"<html>please accept our terms</html>"
 
 

@@ -1,0 +1,185 @@
+"""A user's own package: one YAML for each component, and no change here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from helpers import Done
+
+PACKAGE = '''
+import os, torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, input_shape, classes, hidden):
+        super().__init__()
+        layers = nn.Linear(64, hidden), nn.Tanh(), nn.Linear(hidden, classes)
+        self.body = nn.Sequential(nn.Flatten(), *layers)
+
+    def forward(self, images):
+        return self.body(images)
+
+class SignSGD(torch.optim.Optimizer):
+    """Steps of one size, in the direction of the gradient's sign."""
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p -= group["lr"] * p.grad.sign()
+
+def halving(optimizer, every):
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5 ** (epoch // every))
+
+class Stripes(torch.utils.data.Dataset):
+    """8 x 8 pixels: horizontal (0) or vertical (1) stripes, or neither (2)."""
+    def __init__(self, count, seed):
+        self.count, self.seed = count, seed
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, n):
+        noise = torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(self.seed + n))
+        lines = (torch.arange(8) % 2).float()
+        label = n % 3
+        noise += lines[:, None] if label == 0 else lines[None, :] if label == 1 else 0.5
+        return noise / 2, label
+
+def rank():
+    return int(os.environ.get("RANK") or os.environ.get("PMI_RANK") or 0)
+
+class Fragile(Net):
+    """Fails in the third step, on the last of two ranks."""
+    calls = 0
+    def forward(self, images):
+        Fragile.calls += 1
+        if Fragile.calls == 3 and rank() == 1:
+            raise RuntimeError("the third step is one too many")
+        return super().forward(images)
+
+class Unmade(Net):
+    def __init__(self, **values):
+        self.ratio = 1 / 0
+'''
+YAMLS = {
+    "model/mine": """
+_target_: mylab.Net
+input_shape: ${data.input_shape}
+classes: ${data.classes}
+hidden: 16
+""",
+    "optimizer/mine": """
+_target_: mylab.SignSGD
+lr: 0.01
+""",
+    "scheduler/mine": """
+_target_: mylab.halving
+interval: epoch
+every: 1
+""",
+    "data/mine": """
+input_shape: [1, 8, 8]
+classes: 3
+split: [203, 60]
+train: {_target_: mylab.Stripes, count: 263, seed: 0}
+test: {_target_: mylab.Stripes, count: 61, seed: 5000}
+""",
+}
+MINE = ["model=mine", "optimizer=mine", "scheduler=mine", "data=mine", "device=cpu", "threads=1",
+        "trainer.precision=fp64", "trainer.batch_size=50", "trainer.epochs=3"]  # fmt: skip
+
+
+@pytest.fixture
+def lab(train, tmp_path_factory: pytest.TempPathFactory):
+    """lab("model=mine", ...) trains with the user's package importable and the user's YAMLs at hand."""
+    home: Path = tmp_path_factory.mktemp("lab")
+    (home / "mylab.py").write_text(PACKAGE)
+    for name, text in YAMLS.items():
+        path = home / "conf" / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    def run(*overrides: str, **options) -> Done:
+        return train(
+            "--config-dir", str(home / "conf"), *overrides, env={"PYTHONPATH": str(home)}, **options
+        )
+
+    return run
+
+
+def test_own_model_optimizer_scheduler_and_data_train(lab, tmp_path):
+    alone = lab(*MINE, cwd=tmp_path / "alone").ok().run
+    together = lab(*MINE, under="mpiexec", ranks=2, cwd=tmp_path / "together").ok().run
+    assert together.losses == pytest.approx(alone.losses, rel=1e-9)
+    for run in (alone, together):
+        assert run.path.parent.name == "mine"  # runs/<name>: the model's choice
+        assert run.column("lr") == [0.01, 0.005, 0.0025]
+        assert run.column("step") == [5, 10, 15]
+        assert run.summary["model/parameters"] == 64 * 16 + 16 + 16 * 3 + 3
+        assert (run.summary["val/count"], run.summary["test/count"]) == (60, 61)
+    assert alone.summary["test/accuracy"] > 90
+
+
+def test_one_own_component_among_ours(lab):
+    run = lab("data=mine", "model=linear", "trainer.epochs=1", "device=cpu").ok().run
+    assert run.summary["model/parameters"] == 64 * 3 + 3
+
+
+def test_own_data_by_worker_processes(lab):
+    overrides = [*MINE, "trainer.epochs=1"]
+    here = lab(*overrides, "run.dir=here").ok()
+    there = lab(*overrides, "+data.workers=2", "run.dir=there").ok()
+    one, other = ((done.cwd / name / "metrics.jsonl") for done, name in ((here, "here"), (there, "there")))
+    figures = [[part for part in path.read_text().split(", ") if "loss" in part] for path in (one, other)]
+    assert figures[0] == figures[1]
+    assert len(figures[0]) == 2
+
+
+def test_help_lists_the_users_choices(lab):
+    assert "cnn, linear, mine, mlp" in lab("--help").ok().out
+
+
+@pytest.mark.parametrize(
+    ("override", "what"),
+    [
+        ("model._target_=mylab.Nett", "model._target_=mylab.Nett cannot be loaded"),
+        ("model._target_=yourlab.Net", "model._target_=yourlab.Net cannot be loaded"),
+        ("optimizer._target_=mylab.SGD", "optimizer._target_=mylab.SGD cannot be loaded"),
+        ("data.train._target_=mylab.Dots", "data.train._target_=mylab.Dots cannot be loaded"),
+        ("+model.depth=3", "model: mylab.Net refuses its arguments"),
+        ("data.split=[200,60]", "263"),
+    ],
+)
+def test_what_does_not_fit_gets_one_message(lab, override, what):
+    done = lab(*MINE, override)
+    assert what in done.message
+    assert done.code == 2
+
+
+def test_a_wrong_target_on_two_ranks_gets_one_message(lab):
+    done = lab(*MINE, "data.train._target_=mylab.Dots", under="mpiexec", ranks=2)
+    assert "data.train._target_=mylab.Dots cannot be loaded" in done.message
+    assert (done.code, done.left_running) == (2, [])
+
+
+def test_an_error_in_the_users_code_shows_where(lab):
+    done = lab(*MINE, "model._target_=mylab.Unmade")
+    assert done.code == 1
+    assert "ZeroDivisionError: division by zero" in done.err
+    assert 'mylab.py", line' in done.err
+
+
+@pytest.mark.parametrize("under", ["mpiexec", "torchrun"])
+def test_an_error_on_one_rank_brings_all_down(lab, under):
+    """Rank 0 waits for rank 1's gradients, which never come."""
+    done = lab(*MINE, "model._target_=mylab.Fragile", under=under, ranks=2, timeout_s=60)
+    assert done.code not in (0, None)
+    assert done.left_running == []
+    assert "RuntimeError: the third step is one too many" in done.err
+    assert 'mylab.py", line' in done.err
+    assert "[rank 1 on " in done.err
