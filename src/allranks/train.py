@@ -14,11 +14,12 @@ import contextlib
 import io
 import os
 import sys
+import traceback
 
 from allranks import config as configs
 from allranks.config import Config
 from allranks.errors import EXIT_USER_ERROR, UserError
-from allranks.runtime import environment
+from allranks.runtime import environment, mpi
 
 
 def main() -> None:
@@ -32,10 +33,17 @@ def main() -> None:
     except UserError as error:
         if error.said_by in (None, rank):
             print(f"allranks: {error}", file=sys.stderr, flush=True)
+        if error.said_by is None:
+            mpi.abort(EXIT_USER_ERROR)  # the other ranks do not know, and may wait for this one
         sys.exit(EXIT_USER_ERROR)
     except BrokenPipeError:  # `--help | head` closed the console
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except Exception:
+        if mpi.at_work():
+            traceback.print_exc()
+            mpi.abort(1)
+        raise
 
 
 def compose(launch: environment.Launch, launched: bool) -> list[Config]:

@@ -160,6 +160,7 @@ def _serve_through_mpi(comm: Any) -> Store:
             store = TCPStore(
                 address, port, comm.size, True, timedelta(seconds=START_S), wait_for_workers=False,
                 master_listen_fd=listener.detach(),
+                use_libuv=False,  # with libuv it could not take over a socket before torch 2.5
             )  # fmt: skip
     told = mpi.broadcast_text(comm, json.dumps([address, port, problem]))
     address, port, problem = json.loads(told)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from typing import TYPE_CHECKING, Any
 
 from allranks.errors import UserError
@@ -59,13 +60,16 @@ def broadcast_text(comm: Any, text: str) -> str:
     return bytes(buffer).decode().rstrip()
 
 
-def abort(code: int) -> None:
-    """End every rank of the job, if MPI is at work in it."""
-    from sys import modules
+def at_work() -> bool:
+    """True where this process is one of several ranks of a running MPI job. Imports nothing."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    return mpi is not None and not mpi.Is_finalized() and mpi.COMM_WORLD.size > 1
 
-    mpi = modules.get("mpi4py.MPI")
-    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
-        mpi.COMM_WORLD.Abort(code)
+
+def abort(code: int) -> None:
+    """Ends every rank of the job, if MPI is at work in it."""
+    if at_work():
+        sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(code)
 
 
 def allreduce(comm: Any, tensor: torch.Tensor) -> None:
