@@ -7,10 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from allranks.config import from_command_line
 from allranks.runtime.environment import Launch
 from helpers import LEAKY, Done, Run, execute, launcher
+
+# The same examples every time, on machines that may be busy.
+settings.register_profile(
+    "allranks", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("allranks")
 
 
 @pytest.fixture(autouse=True)

@@ -55,7 +55,7 @@ def test_seven_examples_over_three_ranks():
 
 
 @given(**SIZES, epoch=st.integers(0, 5), seed=st.integers(0, 2**31))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_shares_of_each_step_are_that_slice_of_the_whole_order(
     examples, ranks, batch_size, epoch, seed
 ):
@@ -75,7 +75,7 @@ def test_the_shares_of_each_step_are_that_slice_of_the_whole_order(
 @given(
     per_rank=st.integers(1, 60), ranks=st.integers(1, 12), epoch=st.integers(0, 3), seed=st.integers(0, 99)
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_equal_shares_are_those_of_torchs_distributed_sampler(per_rank, ranks, epoch, seed):
     data = range(per_rank * ranks)
     for rank in range(ranks):
@@ -91,7 +91,7 @@ def test_epochs_and_seeds_give_other_orders():
 
 
 @given(**SIZES, epoch=st.integers(0, 3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_batches_count_what_counts(examples, ranks, batch_size, epoch):
     """The ranks' counts make up each step's total; an empty share brings a stand-in that counts 0."""
     part = numbered(examples)
@@ -121,7 +121,7 @@ def test_an_epoch_can_be_entered_in_the_middle():
 
 
 @given(examples=st.integers(1, 3000), ranks=st.integers(1, 13))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_evaluation_sees_every_example_once(examples, ranks):
     part = numbered(examples)
     seen = []

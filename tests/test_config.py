@@ -1,0 +1,289 @@
+"""From a command line to a checked configuration: Hydra's grammar, our answers, and freezing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from allranks import config as configs
+from allranks.config import Config, from_command_line, typed
+from allranks.errors import UserError, did_you_mean
+from helpers import ROOT, SMALL, Run, tree
+
+CHOICES = sorted(f"{path.parent.name}={path.stem}" for path in (ROOT / "conf").glob("*/*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def one(*overrides: str) -> Config:
+    [config] = from_command_line(overrides)
+    return config
+
+
+# --- composing -----------------------------------------------------------------------------------------
+
+
+def test_there_is_every_promised_choice():
+    promised = {
+        "data": "fashion_mnist mnist synthetic",
+        "model": "cnn linear mlp resnet18 vit",
+        "optimizer": "adagrad adam adamw rmsprop sgd",
+        "scheduler": "cosine exponential none onecycle plateau step warmup_cosine",
+        "experiment": "cnn tutorial_linear tutorial_mlp tutorial_step",
+    }
+    for group, names in promised.items():
+        assert {f"{group}={name}" for name in names.split()} <= set(CHOICES)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_shipped_choice_composes(choice, tmp_path):
+    config = one(choice)
+    assert config.trainer.epochs >= 1
+    assert tree(tmp_path) == []  # composing writes nothing
+
+
+def test_the_defaults():
+    config = one()
+    assert (config.name, config.seed, config.runtime, config.device) == ("mlp", 0, "auto", "auto")
+    assert (config.trainer.epochs, config.trainer.batch_size) == (5, 128)
+    assert config.data["split"] == [48_000, 12_000]
+    assert config.data["root"] == "data"
+    assert config.scheduler == {"_target_": None, "interval": "epoch"}
+
+
+def test_the_tutorials_recipes():
+    linear, mlp, step = (one(f"experiment=tutorial_{name}") for name in ("linear", "mlp", "step"))
+    for config, rate, epochs in ((linear, 0.05, 5), (mlp, 0.05, 5), (step, 0.1, 6)):
+        assert config.optimizer["_target_"] == "torch.optim.SGD"
+        assert (config.optimizer["lr"], config.optimizer["momentum"]) == (rate, 0.0)
+        assert (config.trainer.epochs, config.trainer.batch_size) == (epochs, 128)
+    assert (mlp.model["widths"], mlp.model["dropout"]) == ([50, 50, 50], 0.2)
+    assert (step.scheduler["step_size"], step.scheduler["gamma"]) == (2, 0.1)
+
+
+def test_what_is_typed_wins_over_an_experiment():
+    config = one("experiment=tutorial_step", "optimizer.lr=0.2", "trainer.epochs=1", "model.widths=[9]")
+    assert (config.optimizer["lr"], config.trainer.epochs, config.model["widths"]) == (0.2, 1, [9])
+    assert one("experiment=tutorial_mlp", "model=cnn").model["_target_"] == "allranks.models.cnn"
+
+
+def test_values_follow_each_other():
+    assert one("scheduler=onecycle", "optimizer.lr=0.3").scheduler["max_lr"] == 0.3
+    assert one("model=cnn", "data.input_shape=[3,32,32]").model["input_shape"] == [3, 32, 32]
+    assert one("data.root=/scratch/data").data["train"]["root"] == "/scratch/data"
+    assert one("model=vit").name == "vit"
+    assert one("model=vit", "name=mine").name == "mine"
+
+
+def test_the_data_folder_by_environment(monkeypatch):
+    monkeypatch.setenv("ALLRANKS_DATA", "/scratch/all")
+    assert one().data["root"] == "/scratch/all"
+
+
+def test_a_sweep_is_one_configuration_for_each_cell():
+    cells = from_command_line(["-m", "model=linear,mlp", "seed=0,1,2"])
+    assert [(cell.name, cell.seed) for cell in cells] == [
+        ("linear", 0), ("linear", 1), ("linear", 2), ("mlp", 0), ("mlp", 1), ("mlp", 2),
+    ]  # fmt: skip
+    placed = from_command_line(["-m", "seed=range(3)", "run.dir=all"])
+    assert [cell.run.dir for cell in placed] == ["all/0", "all/1", "all/2"]
+
+
+def test_the_environment_and_the_arguments_are_left_as_they_were(monkeypatch):
+    import os
+    import sys
+
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    arguments, environ = list(sys.argv), dict(os.environ)
+    one("seed=3")
+    with pytest.raises(UserError):
+        one("seed=-3")
+    assert (sys.argv, dict(os.environ)) == (arguments, environ)
+
+
+# --- refusing ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("typed_key", "meant"),
+    [
+        ("trainer.epoch", "trainer.epochs"),
+        ("trainer.batchsize", "trainer.batch_size"),
+        ("trainer.bathc_size", "trainer.batch_size"),
+        ("optimizer.momentun", "optimizer.momentum"),
+        ("model.activations", "model.activation"),
+        ("data.splits", "data.split"),
+        ("sed", "seed"),
+        ("momentum", "optimizer.momentum"),
+        ("epochs", "trainer.epochs"),
+    ],
+)
+def test_a_misspelt_key_gets_the_nearest_right_one(typed_key, meant):
+    with pytest.raises(UserError) as refused:
+        one(f"{typed_key}=1")
+    assert str(refused.value) == f"{typed_key} is not a key of the configuration. Did you mean {meant}?"
+
+
+def test_keys_of_the_chosen_component_are_suggested():
+    with pytest.raises(UserError, match=r"Did you mean scheduler\.step_size"):
+        one("scheduler=step", "scheduler.stepsize=3")
+    with pytest.raises(UserError, match=r"Did you mean optimizer\.betas"):
+        one("optimizer=adam", "optimizer.beta=[0.9,0.99]")
+
+
+@pytest.mark.parametrize(("word", "near"), [("Relu", "ReLU"), ("tanh", "Tanh"), ("Zzz", None)])
+def test_did_you_mean(word, near):
+    assert did_you_mean(word, ["ReLU", "Tanh", "GELU"]) == (f" Did you mean {near}?" if near else "")
+
+
+def composed(**changes: object) -> object:
+    whole = OmegaConf.to_container(OmegaConf.structured(one()))
+    config = OmegaConf.create(whole)
+    for key, value in changes.items():
+        OmegaConf.update(config, key.replace("__", "."), value, force_add=True)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sede": 1}, "sede is not a key"),
+        (
+            {"trainer__epoch": 1},
+            "trainer.epoch is not a key of the configuration. Did you mean trainer",
+        ),
+        ({"trainer__epochs": "ten"}, "trainer.epochs=ten is not valid: give a whole number >= 0"),
+        ({"trainer__compile": "perhaps"}, "trainer.compile=perhaps is not valid"),
+        ({"optimizer__lr": float("nan")}, "optimizer.lr=nan is not valid: give a finite number > 0"),
+        ({"optimizer__betas": [0.9, 1.0]}, "optimizer.betas=[0.9, 1.0] is not valid"),
+        ({"trainer__label_smoothing": True}, "trainer.label_smoothing"),
+        ({"model___target_": None}, "model._target_ is missing"),
+        ({"seed": 2**63}, f"seed={2**63} is not valid"),
+    ],
+)
+def test_typed_refuses_at_the_door(changes, message):
+    with pytest.raises(UserError) as refused:
+        typed(composed(**changes))  # type: ignore[arg-type]
+    assert message in str(refused.value)
+
+
+def test_rules_for_our_components_are_not_imposed_on_a_users():
+    """A user's own optimizer may call something else lr."""
+    mine = composed(optimizer___target_="mylab.Opt", optimizer__lr=-1, model___target_="mylab.Net")
+    assert typed(mine).optimizer["lr"] == -1  # type: ignore[arg-type]
+
+
+# --- freezing ------------------------------------------------------------------------------------------
+
+
+def test_a_frozen_configuration_is_the_same_configuration():
+    config = one("model=cnn", "optimizer=adam", "scheduler=warmup_cosine", "run.dir=somewhere")
+    again = typed(OmegaConf.create(configs.freeze(config)))  # type: ignore[arg-type]
+    config.run.dir = None
+    assert again == config
+    assert configs.digest(again) == configs.digest(config)
+
+
+def test_the_digest_tells_any_two_configurations_apart():
+    lines = ([], ["seed=1"], ["run.dir=x"], ["model=cnn"], ["optimizer.lr=0.051"], ["threads=1"])
+    assert len({configs.digest(one(*line)) for line in lines}) == len(lines)
+
+
+def test_a_frozen_run_trains_again_with_the_same_figures(train, train_here, tmp_path):
+    first = train_here(*SMALL, "model=mlp", "scheduler=step", "trainer.epochs=2", "run.dir=first")
+    again = train("--config-path", str(first.path), "run.dir=again").ok()
+    repeated = Run(tmp_path / "again")
+    assert repeated.losses == first.losses
+    assert repeated.summary["model/sha256"] == first.summary["model/sha256"]
+    assert (repeated.path / "config.yaml").read_text() == (first.path / "config.yaml").read_text()
+    assert again.err == ""
+
+
+def test_a_frozen_run_can_be_varied_too(train_here):
+    first = train_here(*SMALL, "model=linear", "trainer.epochs=1")
+    varied = one("--config-path", str(first.path), "optimizer.lr=0.2")
+    assert (varied.optimizer["lr"], varied.name) == (0.2, "linear")
+
+
+# --- Hydra's own flags, typed --------------------------------------------------------------------------
+
+
+def test_cfg_job_shows_the_whole_configuration(train, tmp_path):
+    shown = yaml.safe_load(train("--cfg", "job", "model=linear", "optimizer.lr=0.5").ok().out)
+    assert shown["model"]["_target_"] == "allranks.models.linear"
+    assert shown["optimizer"]["lr"] == 0.5
+    assert "hydra" not in shown
+    assert tree(tmp_path) == []
+
+
+def test_cfg_job_is_shown_once_under_mpiexec(train):
+    alone = train("--cfg", "job").ok().out
+    assert train("--cfg", "job", under="mpiexec", ranks=2).ok().out == alone
+
+
+def test_help_lists_the_choices_and_the_ways_in(train, tmp_path):
+    text = train("--help").ok().out
+    for line in (
+        "mpiexec -n 4 python -m allranks.train",
+        "torchrun --nproc-per-node 4 -m allranks.train",
+        "model: cnn, linear, mlp, resnet18, vit",
+        "scheduler: cosine, exponential, none, onecycle, plateau, step, warmup_cosine",
+        "experiment: cnn, tutorial_linear, tutorial_mlp, tutorial_step",
+        "batch_size: 128",
+        "--config-dir",
+    ):
+        assert line in text
+    assert tree(tmp_path) == []
+
+
+def test_a_folder_of_ones_own_choices(train, tmp_path_factory, tmp_path):
+    mine = tmp_path_factory.mktemp("mine")
+    (mine / "model").mkdir()
+    (mine / "model/wide.yaml").write_text(
+        "_target_: allranks.models.mlp\ninput_shape: [1, 28, 28]\nclasses: 10\nwidths: [200]\n"
+    )
+    run = train(*SMALL, "--config-dir", str(mine), "model=wide", "trainer.epochs=1").ok().run
+    assert run.path.parent == tmp_path / "runs/wide"
+    assert run.summary["model/parameters"] == 784 * 200 + 200 + 200 * 10 + 10
+
+
+def test_a_sweep_trains_every_cell_in_a_directory_of_its_own(train, tmp_path):
+    sweep = ("-m", *SMALL, "trainer.epochs=1", "model=linear,mlp", "seed=1,2")
+    done = train(*sweep, under="mpiexec", ranks=2).ok()
+    runs = [Run(path.parent) for path in sorted(tmp_path.glob("runs/*/*/config.yaml"))]
+    assert [run.path.parent.name for run in runs] == ["linear", "linear", "mlp", "mlp"]
+    assert len({run.summary["model/sha256"] for run in runs}) == 4
+    assert {run.summary["world_size"] for run in runs} == {2}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]  # no multirun/, no outputs/
+    assert done.out.count("epoch 1/1") == 4
+
+
+def test_a_run_that_a_launcher_froze_must_be_the_same_file(train, tmp_path):
+    frozen = tmp_path / "run"
+    frozen.mkdir()
+    (frozen / "config.yaml").write_text(configs.freeze(one(*SMALL)))
+    done = train("--run", str(frozen), "0" * 64)
+    assert "config.yaml is not the configuration that was launched" in done.message
+    assert done.code == 2
+    assert tree(frozen) == ["config.yaml"]
+
+
+# --- flags and overrides, in any order -----------------------------------------------------------------
+
+FLAGS = st.sampled_from([["-m"], ["--cfg", "job"], ["--config-dir", "x=y"], ["-cn", "other"], ["--help"]])
+OVERRIDES = st.sampled_from(["seed=1", "model=cnn", "+a.b=[1,2]", "~x", "job"])
+
+
+@given(st.lists(st.one_of(FLAGS, OVERRIDES.map(lambda word: [word])), max_size=6))
+def test_flags_and_overrides_may_be_mixed(words):
+    flags, overrides = configs._split([part for word in words for part in word])
+    assert flags == [part for word in words if word[0].startswith("-") for part in word]
+    assert overrides == [word[0] for word in words if not word[0].startswith("-")]
