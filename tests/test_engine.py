@@ -6,17 +6,18 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 import torch
-from torch import nn
+from torch import nn, optim
 from torch.utils.data import DistributedSampler
 
 from allranks import engine
 from allranks.config import from_command_line
 from allranks.data.synthetic import generate
 from allranks.errors import UserError
-from helpers import SMALL
+from helpers import SMALL, Run
 
 LINEAR = (*SMALL, "model=linear", "trainer.batch_size=100")
 EXACT = 1e-9  # fp64, one rank: only the order of additions may differ
@@ -28,7 +29,7 @@ class Plain:
 
     epochs: int = 2
     seed: int = 0
-    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD
+    optimizer: Callable[..., optim.Optimizer] = optim.SGD
     options: dict = field(default_factory=lambda: {"lr": 0.05})
     smoothing: float = 0.0
     clip: float | None = None
@@ -90,10 +91,10 @@ class Plain:
             Plain(options={"lr": 0.05, "momentum": 0.9, "nesterov": True}),
         ),
         (["optimizer.weight_decay=0.1"], Plain(options={"lr": 0.05, "weight_decay": 0.1})),
-        (["optimizer=adam"], Plain(optimizer=torch.optim.Adam, options={"lr": 0.001})),
-        (["optimizer=adamw"], Plain(optimizer=torch.optim.AdamW, options={"lr": 0.001, "weight_decay": 0.01})),
-        (["optimizer=rmsprop"], Plain(optimizer=torch.optim.RMSprop, options={"lr": 0.001})),
-        (["optimizer=adagrad"], Plain(optimizer=torch.optim.Adagrad, options={"lr": 0.01})),
+        (["optimizer=adam"], Plain(optimizer=optim.Adam, options={"lr": 0.001})),
+        (["optimizer=adamw"], Plain(optimizer=optim.AdamW, options={"lr": 0.001, "weight_decay": 0.01})),
+        (["optimizer=rmsprop"], Plain(optimizer=optim.RMSprop, options={"lr": 0.001})),
+        (["optimizer=adagrad"], Plain(optimizer=optim.Adagrad, options={"lr": 0.01})),
         (["trainer.clip_norm=0.1"], Plain(clip=0.1)),
         (["trainer.accumulate=3"], Plain()),
         (["trainer.accumulate=1000"], Plain()),
@@ -113,7 +114,7 @@ def test_these_options_make_a_difference():
         Plain(options={"lr": 0.05, "momentum": 0.9}).run(), Plain(seed=5).run(),
     ]  # fmt: skip
     finals = sorted(run.val[-1] for run in plain)
-    assert min(b - a for a, b in zip(finals, finals[1:], strict=False)) > 1e-4
+    assert min(b - a for a, b in pairwise(finals)) > 1e-4
 
 
 def test_label_smoothing_trains_on_soft_labels_and_reports_plain_losses(train_here):
@@ -155,7 +156,7 @@ def rates(
 ) -> list[float]:
     """The rate of every step, as the engine steps the configured scheduler."""
     [config] = from_command_line(overrides)
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.optimizer["lr"])
+    optimizer = optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.optimizer["lr"])
     schedule = engine.build_schedule(config.scheduler, optimizer, epochs, epochs * steps)
     used = []
     for epoch in range(epochs):
@@ -259,7 +260,7 @@ def test_every_model_trains(train_here, model):
 def test_no_epochs_test_the_untrained_model(train_here):
     run = train_here(*LINEAR, "trainer.epochs=0")
     assert run.summary["test/loss"] == pytest.approx(Plain(epochs=0).run().test, rel=EXACT)
-    assert (run.summary["epochs"], run.summary["val/count"]) in ((0, 0), (0, 400))
+    assert (run.summary["epochs"], run.summary["test/count"]) == (0, 400)
 
 
 def test_bf16_on_cpu_is_near_fp32_but_not_it(train_here):
@@ -291,11 +292,11 @@ def test_a_batch_larger_than_the_set_is_the_whole_set(train_here):
     assert run.column("step") == [1, 2]
 
 
-def test_compile_gives_the_same_curve(train, tmp_path):
+def test_compile_gives_the_same_curve(train, train_here, tmp_path):
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("torch.compile needs a C++ compiler: apt-get install g++")
     overrides = (*LINEAR, "trainer.epochs=1", "trainer.precision=fp32")
-    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)}
-    eager = train(*overrides, cwd=tmp_path / "eager").ok().run
-    fused = train(*overrides, "trainer.compile=true", cwd=tmp_path / "compiled", env=cache).ok().run
-    assert fused.losses == pytest.approx(eager.losses, rel=1e-5)
+    eager = train_here(*overrides, "run.dir=eager")
+    scratch = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)}
+    train(*overrides, "trainer.compile=true", "run.dir=compiled", env=scratch).ok()
+    assert Run(tmp_path / "compiled").losses == pytest.approx(eager.losses, rel=1e-5)
