@@ -47,7 +47,7 @@ ARROWS = {
     "engine": "components config data.loader errors metrics runtime.runtime",
     "reporter": "data.loader errors rundir runtime.runtime",
     "train": "components config data.early data.loader engine errors reporter rundir runtime.environment "
-    "runtime.lean runtime.runtime",
+    "runtime.lean runtime.mpi runtime.runtime",
 }
 # Import no torch, however they are used before a training starts.
 WITHOUT_TORCH = [
@@ -108,10 +108,10 @@ def test_only_the_runtime_touches_process_groups_mpi_and_ezpz():
         assert reached == set(), module
 
 
-def test_no_broad_except_and_no_prints_outside_the_command_line():
+def test_no_broad_except_swallows_and_only_the_command_line_prints():
     for module, source in modules().items():
         for node in ast.walk(source):
-            if isinstance(node, ast.ExceptHandler):
+            if isinstance(node, ast.ExceptHandler) and not isinstance(node.body[-1], ast.Raise):
                 caught = ast.unparse(node.type) if node.type else "everything"
                 assert caught not in ("everything", "Exception", "BaseException"), (module, node.lineno)
             if isinstance(node, ast.Name) and node.id == "print":

@@ -361,7 +361,7 @@ def test_rank_variables_without_a_launcher(train, stale, patterns):
 )
 def test_stale_rank_variables_under_mpiexec(train, stale):
     """One of the ranks may find that a stale RANK fits it: it must not wait for the others for ever."""
-    done = train(*SMALL, under="mpiexec", ranks=2, env=stale, timeout_s=60)
+    done = train(*SMALL, under="mpiexec", ranks=2, env=stale, timeout_s=40)
     left_over = "WORLD_SIZE=" if set(stale) == {"WORLD_SIZE"} else "RANK="
     assert_refused(done, left_over, "left over", "unset RANK LOCAL_RANK WORLD_SIZE")
     assert_nothing_left(done)
