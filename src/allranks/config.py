@@ -12,6 +12,7 @@ import hashlib
 import math
 import os
 import platform
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -305,7 +306,7 @@ def from_command_line(arguments: Sequence[str]) -> list[Config]:
     flags, overrides = _split(arguments)
     for override in overrides:
         group, _, choice = override.partition("=")
-        if group in GROUPS and choice.startswith(("[", "{")):
+        if group in GROUPS and re.match(r"[\[{]|[-+]?[0-9.]+$", choice):
             raise UserError(f"{override} is not valid: {group} takes the name of one choice.")
     with _hydra_that_leaves_no_trace([*flags, *overrides]):
         try:

@@ -93,6 +93,8 @@ class Reporter:
     def opened(self, directory: str, parameters: int) -> None:
         """The run directory is there: logs go to it from now on."""
         self.directory = Path(directory)
+        if self.runtime.is_main:
+            rundir.describe(directory, self.runtime.describe())
         file = logging.FileHandler(self.directory / "logs" / f"rank-{self.runtime.rank}.log")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self._early.setTarget(file)

@@ -26,9 +26,7 @@ def choose(directory: str | None, name: str) -> str:
     """
     if directory is None:
         stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
-        path = Path("runs") / name / f"{stamp}-{_job_id() or secrets.token_hex(3)}"
-        # two runs of one job may start in the same second
-        return f"{path}-{secrets.token_hex(3)}" if path.exists() else str(path)
+        return str(Path("runs") / name / f"{stamp}-{_job_id() or secrets.token_hex(3)}")
     path = Path(directory)
     if path.exists() and not path.is_dir():
         raise UserError(f"run.dir={path} is a file: give a directory that does not exist yet.")
@@ -42,19 +40,25 @@ def choose(directory: str | None, name: str) -> str:
     return str(path)
 
 
-def create(directory: str, config_yaml: str) -> None:
-    """Makes the directory, for this run alone, with its configuration."""
+def create(directory: str, config_yaml: str, exactly: bool = True) -> str:
+    """Makes the directory, for this run alone, with its configuration, and returns it.
+
+    Two runs of one job may start in the same second: without `exactly` the later one's name gets an end.
+    """
     path = Path(directory)
     try:
-        path.mkdir(parents=True, exist_ok=path.is_dir() and not any(path.iterdir()))
+        path.mkdir(parents=True, exist_ok=exactly and path.is_dir() and not any(path.iterdir()))
         (path / "logs").mkdir()
         (path / "config.yaml").write_text(config_yaml)
     except FileExistsError:
+        if not exactly:
+            return create(f"{directory}-{secrets.token_hex(3)}", config_yaml)
         raise UserError(f"run.dir={path} was taken by another run just now: give another one.") from None
     except OSError as error:
         raise UserError(
             f"run.dir={path} cannot be written ({error.strerror}): give another run.dir."
         ) from error
+    return str(path)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

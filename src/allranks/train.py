@@ -25,6 +25,7 @@ from allranks.runtime import environment, mpi
 def main() -> None:
     """Composes, trains once for each composed configuration, and exits: 0, or 2 after a user's error."""
     rank = environment.launcher_rank(os.environ)
+    launch: environment.Launch | None = None
     try:
         launch = environment.discover(os.environ)
         launched = sys.argv[1:2] == ["--run"]
@@ -33,6 +34,8 @@ def main() -> None:
     except UserError as error:
         if error.said_by in (None, rank):
             print(f"allranks: {error}", file=sys.stderr, flush=True)
+        if launch is None and environment.started_by_mpi(os.environ):
+            mpi.end_job(EXIT_USER_ERROR)  # a rank that the stale variables happen to fit waits for this one
         if error.said_by is None:
             mpi.abort(EXIT_USER_ERROR)  # the other ranks do not know, and may wait for this one
         sys.exit(EXIT_USER_ERROR)
@@ -84,8 +87,8 @@ def run(config: Config, launch: environment.Launch, launched: bool = False, numb
     runtime = open_runtime(launch, config, configs.digest(config), run=number)
     with Reporter(runtime) as report:
         batch_size = engine.global_batch_size(trainer, runtime.world_size)
-        path = config.run.dir if launched else None
-        path = runtime.meeting.from_rank_0(lambda: path or rundir.choose(config.run.dir, config.name))
+        made = config.run.dir if launched else None
+        path = runtime.meeting.from_rank_0(lambda: made or rundir.choose(config.run.dir, config.name))
         report.started()
 
         data = loader.open_data(config.data, runtime, config.seed, engine.dtype(trainer), reading)
@@ -93,12 +96,9 @@ def run(config: Config, launch: environment.Launch, launched: bool = False, numb
         with runtime.all_or_none():
             training = engine.build_training(config, runtime, examples=len(data.train))
 
-        def make_directory() -> None:
-            if not launched:
-                rundir.create(path, configs.freeze(config))
-            rundir.describe(path, runtime.describe())
-
-        runtime.meeting.from_rank_0(make_directory)
+        if made is None:
+            frozen, exactly = configs.freeze(config), config.run.dir is not None
+            path = runtime.meeting.from_rank_0(lambda: rundir.create(path, frozen, exactly))
         report.opened(path, training.parameters)
         startup_s = process_age_s()
         for metrics in engine.fit(training, data, trainer, runtime, config.seed, report.progress):

@@ -145,7 +145,7 @@ def training_batches(
 
 def evaluation_batches(part: Part, runtime: Runtime) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """This rank's examples of the part, each exactly once over all ranks, in no particular order."""
-    mine = torch.arange(runtime.rank, len(part), runtime.world_size)
+    mine = torch.arange(min(runtime.rank, len(part)), len(part), runtime.world_size)
     return part.batches(mine.split(EVAL_BATCH[runtime.device.type]) if len(mine) else [])
 
 

@@ -89,7 +89,7 @@ def load(name: str, part: str, root: str, fetch: bool = False) -> tuple[np.ndarr
     arrays = []
     for kind, shape in (("images", (COUNTS[part], 28, 28)), ("labels", (COUNTS[part],))):
         path, content = _read(folder, _STEMS[part, kind], source, name, root)
-        arrays.append(_parse_idx(path, content, shape))
+        arrays.append(_parse_idx(path, content, shape, _fetch_again(name, root)))
         published = source.sha256.get(path.name)
         if published and hashlib.sha256(content).hexdigest() != published:
             raise UserError(
@@ -178,12 +178,13 @@ def _read(folder: Path, stem: str, source: Source, name: str, root: str) -> tupl
         raise UserError(f"{path} cannot be unpacked ({error}). {_fetch_again(name, root)}") from error
 
 
-def _parse_idx(path: Path, content: bytes, shape: tuple[int, ...]) -> np.ndarray:
+def _parse_idx(path: Path, content: bytes, shape: tuple[int, ...], remedy: str) -> np.ndarray:
     """The array in an IDX file of bytes: magic 0 0 8 <dimensions>, sizes as big-endian int32, data."""
     head = 4 + 4 * len(shape)
-    if content[:4] != bytes((0, 0, 8, len(shape))):
+    if len(content) < head or content[:4] != bytes((0, 0, 8, len(shape))):
         raise UserError(
-            f"{path} is not an IDX file of {len(shape)} dimensions: it starts with {content[:4]!r}."
+            f"{path} is not an IDX file of {len(shape)} dimensions: its {len(content):,} bytes start with "
+            f"{content[:4]!r}. {remedy}"
         )
     sizes = tuple(int(n) for n in np.frombuffer(content[4:head], dtype=">i4"))
     if sizes != shape:
@@ -194,7 +195,7 @@ def _parse_idx(path: Path, content: bytes, shape: tuple[int, ...]) -> np.ndarray
     if len(content) != expected:
         raise UserError(
             f"{path} is {'truncated' if len(content) < expected else 'too long'}: {len(content):,} bytes "
-            f"instead of {expected:,}. Remove it and fetch it again with `allranks data fetch`."
+            f"instead of {expected:,}. {remedy}"
         )
     return np.frombuffer(content, dtype=np.uint8, offset=head).reshape(shape)
 

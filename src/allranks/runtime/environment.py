@@ -118,6 +118,12 @@ def launcher_rank(environ: Mapping[str, str]) -> int:
     return int(text) if text.isascii() and text.isdigit() else 0
 
 
+def started_by_mpi(environ: Mapping[str, str]) -> bool:
+    """Whether an MPI launcher started this process, however its variables contradict others."""
+    names = next((n for n in _LAUNCHERS if _matches(n, environ)), None)
+    return names is not None and names.launcher in MPI_LAUNCHERS
+
+
 def _matches(names: _Names, environ: Mapping[str, str]) -> bool:
     if not all(environ.get(name) for name in names.proof):
         return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ def world(launch: Launch) -> Any:
     solo runs. Raises UserError that names both.
     """
     try:
-        from mpi4py import MPI
+        MPI = _mpi()
     except (ImportError, RuntimeError) as error:
         raise UserError(
             f"{launch.launcher} started this run, but mpi4py finds no MPI library ({_flat(error)}). "
@@ -29,18 +28,39 @@ def world(launch: Launch) -> Any:
             said_by=0,
         ) from error
 
-    comm = MPI.COMM_WORLD
     expected = launch.world_size or max(launch.local_world_size or 1, launch.rank + 1)
+    library = _flat(MPI.Get_library_version())[:60].strip()
+    foreign = UserError(
+        f"The launcher and mpi4py use different MPIs: {_NAMES.get(launch.launcher, launch.launcher)}'s "
+        f"launcher started {expected} ranks, but mpi4py is bound to {library}, where each of them is "
+        "rank 0 of 1. Start the run with that library's mpiexec, or install mpi4py against the "
+        "launcher's MPI.",
+        said_by=0,
+    )
+    if ("Open MPI" in library) != (launch.launcher == "openmpi") and launch.launcher in _NAMES:
+        raise foreign  # before MPI_Init, which some libraries do not survive
+    if not MPI.Is_initialized():
+        MPI.Init_thread()
+    comm = MPI.COMM_WORLD
     if comm.size < expected or (launch.world_size and comm.size != launch.world_size):
-        library = _flat(MPI.Get_library_version())[:60].strip()
-        raise UserError(
-            f"The launcher and mpi4py use different MPIs: {launch.launcher} "
-            f"({shutil.which('mpiexec') or 'mpiexec'}) started {expected} ranks, but mpi4py is bound "
-            f"to {library}, where each of them is rank {comm.rank} of {comm.size}. Start the run with "
-            "that library's mpiexec, or install mpi4py against the launcher's MPI.",
-            said_by=0,
-        )
+        raise foreign
     return comm
+
+
+# Whose library speaks with whose launcher; MVAPICH2 and jsrun have relations of several kinds.
+_NAMES = {"openmpi": "Open MPI", "mpich": "MPICH", "pals": "PALS", "cray-pmi": "Cray MPICH"}
+
+
+def _mpi() -> Any:
+    """The module mpi4py.MPI, with MPI not yet initialised unless somebody has done it."""
+    import mpi4py
+
+    if "mpi4py.MPI" not in sys.modules:
+        mpi4py.rc.initialize = False
+        mpi4py.rc.finalize = True
+    from mpi4py import MPI
+
+    return MPI
 
 
 def one_host(comm: Any) -> bool:
@@ -63,7 +83,7 @@ def broadcast_text(comm: Any, text: str) -> str:
 def at_work() -> bool:
     """True where this process is one of several ranks of a running MPI job. Imports nothing."""
     mpi = sys.modules.get("mpi4py.MPI")
-    return mpi is not None and not mpi.Is_finalized() and mpi.COMM_WORLD.size > 1
+    return bool(mpi and mpi.Is_initialized() and not mpi.Is_finalized() and mpi.COMM_WORLD.size > 1)
 
 
 def abort(code: int) -> None:
@@ -83,6 +103,16 @@ def allreduce(comm: Any, tensor: torch.Tensor) -> None:
         tensor.copy_(wide)
     else:
         comm.Allreduce(MPI.IN_PLACE, tensor.numpy())
+
+
+def end_job(code: int) -> None:
+    """Joins MPI only to end every rank of the job, for a rank that could not begin."""
+    try:
+        MPI = _mpi()
+        MPI.Init_thread()
+    except (ImportError, RuntimeError):
+        return
+    MPI.COMM_WORLD.Abort(code)
 
 
 def _flat(text: object) -> str:
