@@ -56,7 +56,7 @@ def test_a_wrong_idx_file_is_refused(content, problem):
 
 def test_a_header_that_is_cut_off_is_refused():
     with pytest.raises(UserError, match=r"labels\.gz"):
-        mnist._parse_idx(Path("labels.gz"), b"\0\0\x08\x01\0\0", (4,), "Fetch it again.")
+        mnist._parse_idx(Path("labels.gz"), b"\0\0\x08\x01\0\0", (4,))
 
 
 def test_real_mnist():

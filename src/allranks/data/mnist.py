@@ -178,7 +178,7 @@ def _read(folder: Path, stem: str, source: Source, name: str, root: str) -> tupl
         raise UserError(f"{path} cannot be unpacked ({error}). {_fetch_again(name, root)}") from error
 
 
-def _parse_idx(path: Path, content: bytes, shape: tuple[int, ...], remedy: str) -> np.ndarray:
+def _parse_idx(path: Path, content: bytes, shape: tuple[int, ...], remedy: str = "") -> np.ndarray:
     """The array in an IDX file of bytes: magic 0 0 8 <dimensions>, sizes as big-endian int32, data."""
     head = 4 + 4 * len(shape)
     if len(content) < head or content[:4] != bytes((0, 0, 8, len(shape))):
