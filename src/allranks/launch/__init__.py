@@ -1,1 +1,1 @@
-"""From an allocation to a command line: where the ranks run, how they start, what they see. No torch."""
+"""From an allocation to a command line: where ranks run, how they start, what they see."""

@@ -1,4 +1,4 @@
-"""Where a job may run: PBS, Slurm, a hostfile, or this host. Reads variables and files; asks nobody."""
+"""Where a job may run: PBS, Slurm, a hostfile, or this host. Reads only, asks nobody."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Host:
 class Allocation:
     """The hosts of a job in rank order.
 
-    `slots_given`: somebody asked for just these slots (mpiprocs, --ntasks, slots=N). Otherwise they are a
-    scheduler's default, such as PBS's one line per chunk, and the machine file knows better.
+    `slots_given`: somebody asked for just these slots (mpiprocs, --ntasks, slots=N). Otherwise they
+    are a default, such as PBS's one line per chunk, and the machine file knows better.
     """
 
     scheduler: Scheduler
@@ -36,15 +36,12 @@ class Allocation:
     hosts: tuple[Host, ...]
     slots_given: bool = True
     queue: str | None = None
+    cpus_per_node: int | None = None  # of the smallest node, where the scheduler tells
     source: str = "this host"
-
-    @property
-    def slots(self) -> int:
-        return sum(host.slots for host in self.hosts)
 
 
 def find(environ: Mapping[str, str], hosts_file: str | Path | None = None) -> Allocation:
-    """The allocation of this job: what `hosts_file` says, else PBS's, else Slurm's, else this host."""
+    """The allocation: what `hosts_file` says, else PBS's, else Slurm's, else this host."""
     if hosts_file is not None:
         return from_hostfile(Path(hosts_file))
     if environ.get("PBS_NODEFILE"):
@@ -71,7 +68,7 @@ def _local_slots(environ: Mapping[str, str]) -> int:
     return devices or len(cpu_affinity())
 
 
-# --- PBS and hostfiles -------------------------------------------------------------------------------
+# --- PBS and hostfiles ---------------------------------------------------------------------------
 
 
 def _from_pbs(environ: Mapping[str, str]) -> Allocation:
@@ -88,7 +85,7 @@ def _from_pbs(environ: Mapping[str, str]) -> Allocation:
 
 
 def from_hostfile(path: Path) -> Allocation:
-    """`host`, `host:4` (MPICH), `host slots=4` (Open MPI), or a line per rank as PBS writes them."""
+    """`host`, `host:4` (MPICH), `host slots=4` (Open MPI), or a line per rank as in PBS."""
     lines = _lines(path, f"--hosts {path}")
     hosts = _merged(lines, path)
     given = any(slots is not None for _, _, slots in lines) or any(h.slots > 1 for h in hosts)
@@ -115,7 +112,7 @@ def _lines(path: Path, named: str) -> list[tuple[int, str, int | None]]:
         ) from error
     if "\r" in text:
         raise UserError(
-            f"{named} has Windows line ends (CRLF), which launchers take for a part of the host's name: "
+            f"{named} has Windows line ends (CRLF), which launchers take for a part of a name: "
             f"remove them with `sed -i 's/\\r$//' {path}`."
         )
     found: list[tuple[int, str, int | None]] = []
@@ -126,7 +123,8 @@ def _lines(path: Path, named: str) -> list[tuple[int, str, int | None]]:
         match = _LINE.fullmatch(entry)
         if match is None:
             raise UserError(
-                f"{named}, line {number}: {entry!r} is no host. Write `host`, `host:4` or `host slots=4`."
+                f"{named}, line {number}: {entry!r} is no host. "
+                "Write `host`, `host:4` or `host slots=4`."
             )
         slots = match["mpich"] or match["openmpi"]
         if slots is not None and int(slots) == 0:
@@ -144,19 +142,19 @@ def _merged(lines: Sequence[tuple[int, str, int | None]], path: Path) -> tuple[H
     for number, name, slots in lines:
         if name in first and (slots is not None or first[name][1] is not None):
             raise UserError(
-                f"{path} has {name} twice, on lines {first[name][0]} and {number}, at least once with a "
-                f"number of slots: write it once, with all its slots."
+                f"{path} has {name} twice, on lines {first[name][0]} and {number}, at least "
+                f"once with a number of slots: write it once, with all its slots."
             )
         first.setdefault(name, (number, slots))
         counts[name] = counts.get(name, 0) + (slots or 1)
     return tuple(Host(name, slots) for name, slots in counts.items())
 
 
-# --- Slurm -------------------------------------------------------------------------------------------
+# --- Slurm ---------------------------------------------------------------------------------------
 
 
 def _from_slurm(environ: Mapping[str, str]) -> Allocation:
-    """Slurm's job. SLURM_NTASKS tells whether tasks were asked for; without it they follow from CPUs."""
+    """Slurm's job. SLURM_NTASKS is set where tasks were asked for; else they follow from CPUs."""
     names = expand(environ["SLURM_JOB_NODELIST"])
     text = environ.get("SLURM_TASKS_PER_NODE", "")
     tasks = repeated(text, "SLURM_TASKS_PER_NODE") if text else [1] * len(names)
@@ -166,6 +164,7 @@ def _from_slurm(environ: Mapping[str, str]) -> Allocation:
             f"SLURM_JOB_NODELIST={environ['SLURM_JOB_NODELIST']} names {len(names)}: "
             "these are of two different jobs. Start again from a fresh shell of the job."
         )
+    cpus = environ.get("SLURM_JOB_CPUS_PER_NODE", "")
     asked = bool(environ.get("SLURM_NTASKS") or environ.get("SLURM_NTASKS_PER_NODE"))
     return Allocation(
         "slurm",
@@ -173,6 +172,7 @@ def _from_slurm(environ: Mapping[str, str]) -> Allocation:
         tuple(map(Host, names, tasks)),
         slots_given=asked and any(count > 1 for count in tasks),
         queue=environ.get("SLURM_JOB_QOS") or environ.get("SLURM_JOB_PARTITION"),
+        cpus_per_node=min(repeated(cpus, "SLURM_JOB_CPUS_PER_NODE")) if cpus else None,
         source=f"SLURM_JOB_ID={environ['SLURM_JOB_ID']}",
     )
 
@@ -258,5 +258,4 @@ def is_this_host(name: str) -> bool:
 
 def short(name: str) -> str:
     """A host's name without its domain; an address stays whole."""
-    return name if re.fullmatch(r"[0-9.]+", name) else name.split(".")[0]
-
+    return name if re.fullmatch(r"[0-9.]+", name) else name.partition(".")[0]

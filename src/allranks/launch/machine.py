@@ -1,4 +1,4 @@
-"""A machine is one YAML in conf/machine/: this module finds it, checks it and gives it types. No torch."""
+"""A machine is one YAML in conf/machine/: found, checked and given types here. No torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONDITIONS = ("always", "one_node", "several_nodes")
 
 @dataclass(frozen=True)
 class Detect:
-    """How the machine is known: patterns of its hosts' short names, or variables that its shells have."""
+    """How the machine is known: patterns of its hosts' short names, or variables of its shells."""
 
     hosts: tuple[str, ...] = ()
     variables: dict[str, str] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Device:
-    """`order[r]` is the device of local rank r. `variable` is set to it in each rank; null: nobody sets it."""
+    """`order[r]` is the device of local rank r, to which each rank's `variable` is set, if any."""
 
     variable: str | None = None
     order: tuple[int, ...] = ()
@@ -82,7 +82,6 @@ class Queue:
     limits: tuple[Limit, ...] = ()
     option: str | None = None  # null: submit.queue_option
     ranks_per_chunk: int | None = None  # where a chunk is not a node
-    max_chunks_per_node: int | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,9 @@ class Machine:
     node: Node = field(default_factory=Node)
     device: Device = field(default_factory=Device)
     options: dict[str, tuple[str, ...]] = field(default_factory=dict)  # launcher -> more arguments
-    master_suffix: str = ""  # rank 0's short host name with this is an address that every node reaches
+    master_suffix: str = (
+        ""  # rank 0's short host name with this is an address that every node reaches
+    )
     variables: dict[str, Variable] = field(default_factory=dict)
     switches: dict[str, bool] = field(default_factory=dict)
     setup: tuple[str, ...] = ()  # shell lines of a job script, before anything else
@@ -140,7 +141,12 @@ def load(
     given = _overrides(overrides)
     if name is None:
         name = _detect(files, hostname or socket.gethostname(), environ)
-    tree = _tree(name, files)
+    if name not in files:
+        raise UserError(
+            f"machine={name} is not known: {', '.join(sorted(files))}.{did_you_mean(name, files)} "
+            "docs/machines.md shows how to add one."
+        )
+    tree = _yaml(files[name])
     for key, value in given.items():
         _put(tree, key.split("."), value)
     machine = _build(Machine, {**tree, "name": name, "overridden": tuple(given)}, name, "")
@@ -171,8 +177,9 @@ def check_queue(machine: Machine, queue: str, nodes: int, hours: float | None) -
     longest = max((n.max_hours for n in fitting if n.max_hours is not None), default=None)
     if hours is not None and longest is not None and hours > longest:
         raise UserError(
-            f"walltime={hours:g} h is too long for {nodes} nodes in queue {queue} of {machine.name}, "
-            f"where a job may run {longest:g} h: give a shorter --walltime or another --queue."
+            f"walltime={hours:g} h is too long for {nodes} nodes in queue {queue} of "
+            f"{machine.name}, where a job may run {longest:g} h: "
+            "give a shorter --walltime or another --queue."
         )
 
 
@@ -180,13 +187,12 @@ def _other_queues(machine: Machine, but: str, nodes: int) -> str:
     fit = [
         name
         for name, queue in machine.queues.items()
-        if name != but
-        and any(n.min_nodes <= nodes <= (n.max_nodes or nodes) for n in queue.limits)
+        if name != but and any(n.min_nodes <= nodes <= (n.max_nodes or nodes) for n in queue.limits)
     ]
     return f" These take {nodes}: {', '.join(fit)}." if fit else ""
 
 
-# --- finding and reading -----------------------------------------------------------------------------
+# --- finding and reading -------------------------------------------------------------------------
 
 
 def _files(config_dir: str | Path | None) -> dict[str, Path]:
@@ -204,7 +210,7 @@ def _files(config_dir: str | Path | None) -> dict[str, Path]:
 
 def _detect(files: Mapping[str, Path], hostname: str, environ: Mapping[str, str] | None) -> str:
     environ = os.environ if environ is None else environ
-    host = hostname.split(".")[0]
+    host = hostname.partition(".")[0]
     for name in files:
         detect = _build(Detect, _yaml(files[name]).get("detect") or {}, name, "detect.")
         by_host = any(fnmatch.fnmatchcase(host, pattern) for pattern in detect.hosts)
@@ -215,38 +221,13 @@ def _detect(files: Mapping[str, Path], hostname: str, environ: Mapping[str, str]
     return "generic_slurm" if environ.get("SLURM_JOB_ID") else "local"
 
 
-def _tree(name: str, files: Mapping[str, Path]) -> dict[str, Any]:
-    """The YAML of a machine over that of its `base`, if it has one."""
-    chain: list[str] = []
-    while True:
-        if name not in files:
-            raise UserError(
-                f"machine={name} is not known: {', '.join(sorted(files))}.{did_you_mean(name, files)} "
-                "docs/machines.md shows how to add one."
-            )
-        if name in chain:
-            raise UserError(
-                f"machine={chain[0]}: its `base` leads back to {name}. Remove one of them."
-            )
-        chain.append(name)
-        base = _yaml(files[name]).get("base")
-        if base is None:
-            break
-        name = str(base)
-    tree: dict[str, Any] = {}
-    for link in reversed(chain):
-        _merge(tree, _yaml(files[link]))
-    tree.pop("base", None)
-    return tree
-
-
 def _yaml(path: Path) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
+    from yaml import YAMLError  # type: ignore[import-untyped,unused-ignore]
 
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (OSError, YAMLError, OmegaConfBaseException) as error:
         line = " ".join(str(error).split())
         raise UserError(f"{path} cannot be read as YAML: {line}") from error
@@ -255,18 +236,11 @@ def _yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in tree.items()}
 
 
-def _merge(tree: dict[str, Any], over: Mapping[str, Any]) -> None:
-    """Puts `over` into `tree`, dicts key by key, everything else as a whole."""
-    for key, value in over.items():
-        mine = tree.get(key)
-        if isinstance(mine, dict) and isinstance(value, dict):
-            _merge(mine, value)
-        else:
-            tree[key] = value
-
-
 def _overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    import yaml
+    """{key without `machine.`: value}, values being read as YAML."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     given: dict[str, Any] = {}
     for override in overrides:
@@ -274,9 +248,11 @@ def _overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if not equals or not key.startswith("machine.") or key.endswith("."):
             raise UserError(f"{override} is not an override: write machine.key=value.")
         try:
-            given[key.removeprefix("machine.")] = yaml.safe_load(text) if text else ""
-        except yaml.YAMLError:
-            given[key.removeprefix("machine.")] = text
+            read = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+        except (YAMLError, OmegaConfBaseException) as error:
+            raise UserError(f"{override}: the value cannot be read as YAML; quote it.") from error
+        assert isinstance(read, dict)
+        given[key.removeprefix("machine.")] = read["value"]
     return given
 
 
@@ -290,11 +266,11 @@ def _put(tree: dict[str, Any], keys: Sequence[str], value: Any) -> None:
     tree[keys[-1]] = value
 
 
-# --- types -------------------------------------------------------------------------------------------
+# --- types ---------------------------------------------------------------------------------------
 
 
 def _build(kind: Any, value: Any, name: str, at: str) -> Any:
-    """`value` as a `kind` (dataclass, tuple, dict, optional or plain); `at` is the dotted key, for errors."""
+    """`value` as a `kind` (dataclass, tuple, dict, optional, plain); `at` is the key, for errors."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         if value is None:
@@ -320,7 +296,9 @@ def _build_dataclass(kind: Any, value: Mapping[str, Any], name: str, at: str) ->
             near = did_you_mean(str(key), hints) or f" It may be {', '.join(hints)}."
             raise UserError(f"machine.{at}{key} is not a key of a machine ({name}).{near}")
     for item in dataclasses.fields(kind):
-        missing = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        missing = (
+            item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        )
         if missing and item.name not in value:
             raise UserError(f"machine.{at}{item.name} is missing in {name}: add it to its YAML.")
     return kind(**{str(k): _build(hints[str(k)], v, name, f"{at}{k}.") for k, v in value.items()})
@@ -370,8 +348,8 @@ def _check(machine: Machine) -> None:
             raise _invalid(machine.name, "variables", name, "names of letters, digits and _")
         if variable.switch is not None and variable.switch not in machine.switches:
             raise UserError(
-                f"machine.variables.{name}.switch={variable.switch} ({machine.name}) has no switch: "
-                f"add `switches: {{{variable.switch}: true}}`."
+                f"machine.variables.{name}.switch={variable.switch} ({machine.name}) "
+                f"has no switch: add `switches: {{{variable.switch}: true}}`."
             )
     node, order = machine.node, machine.device.order
     for key, number in (("devices", node.devices), ("ranks", node.ranks), ("cpus", node.cpus),
