@@ -37,6 +37,7 @@ class Allocation:
     slots_given: bool = True
     queue: str | None = None
     cpus_per_node: int | None = None  # of the smallest node, where the scheduler tells
+    exists: bool = True  # False: placeholders for a job that is still to come
     source: str = "this host"
 
 
@@ -51,11 +52,12 @@ def find(environ: Mapping[str, str], hosts_file: str | Path | None = None) -> Al
     return Allocation("local", None, (Host(socket.gethostname(), _local_slots(environ)),), False)
 
 
-def placeholder(nodes: int) -> Allocation:
+def placeholder(nodes: int, scheduler: Scheduler) -> Allocation:
     """Hosts that stand for those of a job that does not exist yet: node1, node2, ..."""
     width = len(str(nodes))
     hosts = tuple(Host(f"node{i:0{width}}", 1) for i in range(1, nodes + 1))
-    return Allocation("hostfile", None, hosts, False, source="placeholders: there is no job yet")
+    source = "placeholders, as there is no job yet"
+    return Allocation(scheduler, None, hosts, False, source=source, exists=False)
 
 
 def _local_slots(environ: Mapping[str, str]) -> int:
@@ -73,23 +75,25 @@ def _local_slots(environ: Mapping[str, str]) -> int:
 
 def _from_pbs(environ: Mapping[str, str]) -> Allocation:
     path = Path(environ["PBS_NODEFILE"])
-    hosts = _merged(_lines(path, f"PBS_NODEFILE={path}"), path)
+    named = f"PBS_NODEFILE={path}"
+    hosts = _merged(_lines(path, named), named)
     return Allocation(
         "pbs",
         environ.get("PBS_JOBID"),
         hosts,
         slots_given=any(host.slots > 1 for host in hosts),
         queue=environ.get("PBS_QUEUE"),
-        source=f"PBS_NODEFILE={path}",
+        source=named,
     )
 
 
 def from_hostfile(path: Path) -> Allocation:
     """`host`, `host:4` (MPICH), `host slots=4` (Open MPI), or a line per rank as in PBS."""
-    lines = _lines(path, f"--hosts {path}")
-    hosts = _merged(lines, path)
+    named = f"--hosts {path}"
+    lines = _lines(path, named)
+    hosts = _merged(lines, named)
     given = any(slots is not None for _, _, slots in lines) or any(h.slots > 1 for h in hosts)
-    return Allocation("hostfile", None, hosts, given, source=f"--hosts {path}")
+    return Allocation("hostfile", None, hosts, given, source=named)
 
 
 _LINE = re.compile(
@@ -104,7 +108,7 @@ _LINE = re.compile(
 def _lines(path: Path, named: str) -> list[tuple[int, str, int | None]]:
     """(line number, host, slots or None where the line gives none) of a host list."""
     try:
-        text = path.read_text()
+        text = path.read_bytes().decode()  # read_text would hide CRLF
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is no text"
         raise UserError(
@@ -135,14 +139,14 @@ def _lines(path: Path, named: str) -> list[tuple[int, str, int | None]]:
     return found
 
 
-def _merged(lines: Sequence[tuple[int, str, int | None]], path: Path) -> tuple[Host, ...]:
+def _merged(lines: Sequence[tuple[int, str, int | None]], named: str) -> tuple[Host, ...]:
     """Bare lines of one host add up, as in PBS; a host with a count may stand only once."""
     counts: dict[str, int] = {}
     first: dict[str, tuple[int, int | None]] = {}
     for number, name, slots in lines:
         if name in first and (slots is not None or first[name][1] is not None):
             raise UserError(
-                f"{path} has {name} twice, on lines {first[name][0]} and {number}, at least "
+                f"{named} has {name} twice, on lines {first[name][0]} and {number}, at least "
                 f"once with a number of slots: write it once, with all its slots."
             )
         first.setdefault(name, (number, slots))

@@ -132,4 +132,5 @@ def fitting(given: Allocation, known: Machine, args: argparse.Namespace) -> Allo
             + "use `qsub -I`, `salloc` or `allranks submit`; --hosts FILE names hosts of your own, "
             "and --machine local uses this host."
         )
-    return allocations.placeholder(max(nodes, 1))
+    scheduler: allocations.Scheduler = "slurm" if known.scheduler == "slurm" else "pbs"
+    return allocations.placeholder(max(nodes, 1), scheduler)

@@ -2,7 +2,7 @@
 
 Every rank is started as `python -m allranks.launch.rank -- PROGRAM ...`, which turns the launcher's
 own variables into RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE and MASTER_*, and shows the rank
-its device. Nothing is written. Only `mpiexec --version` is run, where no machine file names the MPI.
+its device. Nothing is written; only `mpiexec --version` is run, where no file says which MPI it is.
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ def _room(host: Host, machine: Machine, allocation: Allocation) -> int | None:
     node = _per_node(machine, allocation)
     if allocation.scheduler == "local":
         return None
-    if allocation.scheduler == "hostfile":
+    if allocation.scheduler == "hostfile" or not allocation.exists:
         return host.slots if allocation.slots_given else node
     return max(host.slots, node or 0)
 

@@ -24,7 +24,7 @@ Built = tuple[tuple[str, ...], Files]
 
 @dataclass(frozen=True)
 class Binding:
-    """`how` mpiexec binds (none, list, depth), CPUs for `each` rank, those of local rank 0, 1, ..."""
+    """`how` mpiexec binds (none, list, depth), CPUs a rank, and those of local rank 0, 1, ..."""
 
     how: str
     each: int | None = None
@@ -69,7 +69,7 @@ class Job:
 
 
 def binding(machine: Machine, dialect: str, most: int, cpus_per_node: int | None) -> Binding:
-    """How ranks are bound with at most so many on a node; the more there are, the fewer CPUs each."""
+    """How ranks are bound with at most so many on a node: more ranks, fewer CPUs each."""
     node = machine.node
     each, total = node.cpus_per_rank, node.cpus or cpus_per_node
     if total and (each is None or each * most > total):

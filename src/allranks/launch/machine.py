@@ -270,7 +270,7 @@ def _put(tree: dict[str, Any], keys: Sequence[str], value: Any) -> None:
 
 
 def _build(kind: Any, value: Any, name: str, at: str) -> Any:
-    """`value` as a `kind` (dataclass, tuple, dict, optional, plain); `at` is the key, for errors."""
+    """`value` as a `kind`: dataclass, tuple, dict, optional, plain. `at` is the key, for errors."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         if value is None:
