@@ -82,7 +82,9 @@ def test_the_dry_run_of_our_own_training_checks_it_and_loads_no_torch():
 
 
 def test_a_dry_run_for_another_machine_shows_command_variables_and_places():
-    done = launch("--machine", "polaris", "--nodes", "2", "--dry-run", "--", "python", "-u", "-c", "1")
+    done = launch(
+        "--machine", "polaris", "--nodes", "2", "--dry-run", "--", "python", "-u", "-c", "1"
+    )
     assert done.returncode == 0, done.stderr
     assert "8 ranks on 2 nodes of polaris, started by mpiexec (pals)" in done.stdout
     assert "hosts: placeholders" in done.stdout
@@ -373,7 +375,12 @@ def test_the_planned_command_runs_here(launcher, tmp_path):
         argv[at - 1 :] = [str(script)]
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("PMI", "OMPI", "RANK"))}
     done = subprocess.run(
-        argv, capture_output=True, text=True, timeout=120, check=False, env=told.environment(environ)
+        argv,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=told.environment(environ),
     )
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == [f"{rank} a 'b' $c" for rank in range(3)]

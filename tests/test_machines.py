@@ -308,4 +308,3 @@ def test_the_limits_of_a_queue_leave_no_number_of_nodes_to_two_rules(name):
         ends = [(limit.min_nodes, limit.max_nodes or math.inf) for limit in queue.limits]
         assert all(low <= high for low, high in ends)
         assert all(before[1] < after[0] for before, after in zip(ends, ends[1:], strict=False))
-
