@@ -17,7 +17,7 @@ def file(tmp_path, text):
     return path
 
 
-# --- Slurm's node lists ------------------------------------------------------------------------------
+# --- Slurm's node lists --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_counts_per_node():
         repeated("2x3", "SLURM_TASKS_PER_NODE")
 
 
-# --- jobs --------------------------------------------------------------------------------------------
+# --- jobs ----------------------------------------------------------------------------------------
 
 SLURM = {"SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "n[1-3]", "SLURM_TASKS_PER_NODE": "2(x2),1"}
 
@@ -130,7 +130,7 @@ def test_this_host_where_there_is_no_job():
     assert find({"CUDA_VISIBLE_DEVICES": ""}).hosts[0].slots >= 1
 
 
-# --- hostfiles ---------------------------------------------------------------------------------------
+# --- hostfiles -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
-"""Which rank a process is, told by a recorded environment of each launcher, and what must not fool us.
+"""Which rank a process is, by a recorded environment of each launcher, and what must not fool us.
 
-The variables of mpich, srun, salloc and torchrun were recorded from the real ones; those of the others
-are as their documentation and sources have them.
+The names are those that real ones set: torchrun, MPICH 5.0, Open MPI 4.1 and Slurm 22.05; those of
+PALS, Cray PMI, Intel MPI, MVAPICH2 and jsrun are as documented. All tell of the same rank: 5 of 8,
+the second one on the second of two hosts.
 """
 
 import subprocess
@@ -14,7 +15,8 @@ from allranks.runtime.environment import Launch, discover, first_host, launcher_
 
 TORCHRUN = {
     "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1",
-    "GROUP_WORLD_SIZE": "2", "ROLE_RANK": "5", "MASTER_ADDR": "n0", "MASTER_PORT": "29500",
+    "GROUP_WORLD_SIZE": "2", "ROLE_WORLD_SIZE": "8", "TORCHELASTIC_USE_AGENT_STORE": "True",
+    "ROLE_RANK": "5", "MASTER_ADDR": "n0", "MASTER_PORT": "29500",
     "TORCHELASTIC_RUN_ID": "7", "TORCHELASTIC_RESTART_COUNT": "0", "OMP_NUM_THREADS": "1",
 }  # fmt: skip
 MPICH = {
@@ -40,8 +42,9 @@ SLURM_JOB = {
     "SLURM_NPROCS": "8", "SLURM_TASKS_PER_NODE": "4(x2)",
 }  # fmt: skip
 SRUN = {
-    **SLURM_JOB, "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_STEP_ID": "0",
-    "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_STEP_NODELIST": "n[0-1]",
+    **SLURM_JOB, "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
+    "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    "SLURM_STEP_NODELIST": "n[0-1]",
 }  # fmt: skip
 PALS = {
     "PALS_RANKID": "5", "PALS_LOCAL_RANKID": "1", "PALS_LOCAL_SIZE": "4", "PALS_NODEID": "1",
@@ -83,12 +86,12 @@ def test_each_launcher(environ, expected):
     assert launcher_rank(environ) == expected.rank
 
 
-# --- traps -------------------------------------------------------------------------------------------
+# --- traps ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("environ", [MPICH, OPENMPI, SRUN, PALS, CRAY_PMI, MVAPICH2, JSRUN])
 def test_a_stale_rank_does_not_win_silently(environ):
-    with pytest.raises(UserError, match="RANK=0 .*is left over in the environment"):
+    with pytest.raises(UserError, match=r"RANK=0 .*is left over in the environment"):
         discover({**environ, "RANK": "0", "WORLD_SIZE": "8"})
 
 
@@ -150,6 +153,14 @@ def test_torchrun_inside_another_launcher(outer):
 
 
 def test_uneven_tasks_of_a_step():
+    """A step of 3 tasks, given the hosts n1,n1,n2, in a job of one task a node."""
+    recorded = {
+        "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "SLURM_NTASKS": "3",
+        "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_NODEID": "1", "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_TASKS_PER_NODE": "2,1", "SLURM_TASKS_PER_NODE": "2,1",
+        "SLURM_DISTRIBUTION": "arbitrary", "SLURM_JOB_ID": "2",
+    }  # fmt: skip
+    assert discover(recorded) == Launch("srun", 2, 3, 0, 1)
     uneven = {**SRUN, "SLURM_STEP_TASKS_PER_NODE": "5,3", "SLURM_TASKS_PER_NODE": "4(x2)"}
     assert discover(uneven).local_world_size == 3
     assert discover({**uneven, "SLURM_NODEID": "0", "SLURM_PROCID": "1"}).local_world_size == 5

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -30,12 +31,14 @@ sys.exit(code)
 """
 
 
-def launch(*arguments, **environ):
+def launch(*arguments, cwd=None, **environ):
     """`allranks launch` as a process, outside any job unless `environ` makes one."""
+    source = str(Path(command.__file__).parents[2])
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "PBS", "NERSC"))}
     return subprocess.run(
         [sys.executable, "-c", MAIN, *arguments],
-        capture_output=True, text=True, timeout=60, check=False, env={**clean, **environ},
+        capture_output=True, text=True, timeout=60, check=False, cwd=cwd,
+        env={**clean, "PYTHONPATH": source, **environ},
     )  # fmt: skip
 
 
@@ -69,7 +72,7 @@ def argv_of(plan):
     return argv[: argv.index("-m") - 1]
 
 
-# --- the dry run -------------------------------------------------------------------------------------
+# --- the dry run ---------------------------------------------------------------------------------
 
 
 def test_the_dry_run_of_our_own_training_checks_it_and_loads_no_torch():
@@ -128,9 +131,8 @@ def test_ten_thousand_nodes_are_planned_in_under_three_seconds_and_folded():
     assert time.monotonic() - start < 3
     lines = done.stdout.splitlines()
     assert len(lines) < 60
-    assert lines[-1].split() == (
-        "12 to 119999 node00002 to node10000: 9999 more hosts with 12 each, likewise".split()
-    )
+    folded = "12 to 119999 node00002 to node10000: 9999 more hosts with 12 each, likewise"
+    assert " ".join(lines[-1].split()) == folded
 
 
 def test_inside_a_job_all_of_it_is_used(tmp_path):
@@ -148,14 +150,12 @@ def test_inside_a_job_all_of_it_is_used(tmp_path):
 
 def test_a_dry_run_writes_nothing(tmp_path):
     before = set(tmp_path.iterdir())
-    subprocess.run(
-        [sys.executable, "-c", MAIN, "--dry-run", "-n", "2", "model=linear"],
-        cwd=tmp_path, capture_output=True, check=True, timeout=60,
-    )  # fmt: skip
+    done = launch("--dry-run", "-n", "2", "model=linear", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert set(tmp_path.iterdir()) == before
 
 
-# --- bad input: one message, exit code 2, no traceback -----------------------------------------------
+# --- bad input: one message, exit code 2, no traceback -------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -186,11 +186,8 @@ def test_bad_input(arguments, said):
 
 
 def test_a_launcher_that_is_not_installed(tmp_path):
-    if launchers.path_of("srun"):
-        pytest.skip("srun is installed here")
-    assert "--launcher srun is not installed here" in message(
-        launch("--launcher", "srun", "--dry-run", "--", "ls")
-    )
+    done = launch("--launcher", "srun", "--dry-run", "--", "/bin/ls", PATH=str(tmp_path))
+    assert "--launcher srun is not installed here: srun comes with Slurm" in message(done)
 
 
 def test_a_script_that_may_not_be_run(tmp_path):
@@ -206,7 +203,7 @@ def test_bad_hostfiles(tmp_path, text):
     assert f"--hosts {hosts}" in message(launch("--hosts", str(hosts), "--dry-run", "--", "ls"))
 
 
-# --- how many ranks, and where -----------------------------------------------------------------------
+# --- how many ranks, and where -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -263,7 +260,7 @@ def test_bare_host_names_share_the_ranks():
     assert counts(bare, name="local", ranks=2) == [1, 1]
 
 
-# --- uneven hosts, on each launcher ------------------------------------------------------------------
+# --- uneven hosts, on each launcher --------------------------------------------------------------
 
 
 def test_hydra_gets_the_slots_of_each_host():
@@ -284,6 +281,15 @@ def test_srun_gets_a_host_name_for_each_rank():
         "srun", "-N", "2", "-n", "3", "--distribution=arbitrary", "-w", "n1,n1,n2", "-c", "2",
         "--kill-on-bad-exit=1",
     ]  # fmt: skip
+
+
+def test_in_a_salloc_shell_there_is_room_for_a_task_on_each_cpu():
+    shell = job(1, 1, scheduler="slurm", given=False, cpus_per_node=4)
+    assert counts(shell, name="generic_slurm") == [1, 1]
+    assert counts(shell, name="generic_slurm", ranks=6) == [4, 2]
+    assert counts(shell, name="generic_slurm", ppn=3) == [3, 3]
+    with pytest.raises(UserError, match="-n 9 is more than there is"):
+        counts(shell, name="generic_slurm", ranks=9)
 
 
 def test_srun_is_told_which_nodes_only_where_it_takes_a_part():
@@ -347,7 +353,7 @@ def test_two_jobs_meet_on_different_ports():
     assert port("7.pbs") != port("8.pbs")
 
 
-# --- the real launchers -------------------------------------------------------------------------------
+# --- the real launchers --------------------------------------------------------------------------
 
 SHOW = """
 import os
@@ -409,7 +415,7 @@ def test_an_mpiexec_that_nobody_knows_is_refused(tmp_path, monkeypatch):
     fake.write_text("#!/bin/sh\necho something\n")
     fake.chmod(0o755)
     monkeypatch.setattr(launchers, "path_of", lambda name: str(fake))
-    with pytest.raises(UserError, match="machine.mpiexec=hydra"):
+    with pytest.raises(UserError, match=r"machine\.mpiexec=hydra"):
         launchers.mpiexec_dialect(machine.load("local"), True)
 
 

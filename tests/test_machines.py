@@ -1,5 +1,6 @@
 """Every shipped machine: checked, planned, and its ranks where the centre wants them."""
 
+import itertools
 import math
 
 import pytest
@@ -10,7 +11,8 @@ from allranks.launch.allocation import Allocation, Host
 from allranks.launch.command import Request
 
 SHIPPED = (
-    "aurora", "frontier", "generic_pbs", "generic_slurm", "local", "perlmutter", "polaris", "sophia",
+    "aurora", "frontier", "generic_pbs", "generic_slurm",
+    "local", "perlmutter", "polaris", "sophia",
 )  # fmt: skip
 CENTRES = ("aurora", "frontier", "perlmutter", "polaris", "sophia")
 
@@ -167,7 +169,7 @@ def test_sophia_takes_a_gpu_a_chunk_in_one_queue_and_a_node_in_the_other():
         command.plan(more, known, job, {})
 
 
-# --- which machine -----------------------------------------------------------------------------------
+# --- which machine -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -272,7 +274,7 @@ def test_a_file_that_is_no_machine_is_refused(tmp_path, text):
         machine.load("x", config_dir=tmp_path)
 
 
-# --- queues ------------------------------------------------------------------------------------------
+# --- queues --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -307,4 +309,4 @@ def test_the_limits_of_a_queue_leave_no_number_of_nodes_to_two_rules(name):
     for queue in machine.load(name).queues.values():
         ends = [(limit.min_nodes, limit.max_nodes or math.inf) for limit in queue.limits]
         assert all(low <= high for low, high in ends)
-        assert all(before[1] < after[0] for before, after in zip(ends, ends[1:], strict=False))
+        assert all(before[1] < after[0] for before, after in itertools.pairwise(ends))

@@ -241,7 +241,8 @@ def _room(host: Host, machine: Machine, allocation: Allocation) -> int | None:
         return None
     if allocation.scheduler == "hostfile" or not allocation.exists:
         return host.slots if allocation.slots_given else node
-    return max(host.slots, node or 0)
+    cpus = 0 if allocation.slots_given else allocation.cpus_per_node or 0
+    return max(host.slots, node or 0, cpus)
 
 
 def _what_there_is(allocation: Allocation) -> str:
