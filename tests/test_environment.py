@@ -157,7 +157,8 @@ def test_uneven_tasks_of_a_step():
     recorded = {
         "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "SLURM_NTASKS": "3",
         "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_NODEID": "1", "SLURM_STEP_ID": "0",
-        "SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_TASKS_PER_NODE": "2,1", "SLURM_TASKS_PER_NODE": "2,1",
+        "SLURM_STEP_NUM_TASKS": "3",
+        "SLURM_STEP_TASKS_PER_NODE": "2,1", "SLURM_TASKS_PER_NODE": "2,1",
         "SLURM_DISTRIBUTION": "arbitrary", "SLURM_JOB_ID": "2",
     }  # fmt: skip
     assert discover(recorded) == Launch("srun", 2, 3, 0, 1)
@@ -172,8 +173,8 @@ def test_a_request_for_tasks_per_node_is_not_what_runs():
 
 
 def test_a_step_smaller_than_its_job():
-    one = {**SRUN, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1",
-           "SLURM_NODEID": "0", "SLURM_LOCALID": "0"}  # fmt: skip
+    first = {"SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_LOCALID": "0"}
+    one = {**SRUN, **first, "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}
     assert discover(one) == Launch("srun", 0, 1, 0, 1)
 
 
@@ -231,8 +232,8 @@ def test_the_real_launchers_here(launcher):
             pytest.skip("no mpiexec: pip install mpich")
         argv = [path, "-n", "3", *program]
     else:
-        argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3",
-                "--no-python", *program]  # fmt: skip
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        argv = [*torchrun, "--nproc-per-node", "3", "--no-python", *program]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == [f"{rank} 3 {rank} 3" for rank in range(3)]

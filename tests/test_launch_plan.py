@@ -337,7 +337,7 @@ def test_torchrun_starts_once_a_node_and_not_unevenly():
     tail = two.argv[two.argv.index("torch.distributed.run") :]
     assert tail == (
         "torch.distributed.run", "--nproc-per-node", "4", "--nnodes", "2", "--rdzv-backend", "c10d",
-        "--rdzv-endpoint", f"n1:{port}", "--rdzv-id", "7", "-m", "allranks.launch.rank", "--",
+        "--rdzv-endpoint", f"n1:{port}", "--rdzv-id", "7", "-m", "--", "allranks.launch.rank", "--",
         "python", "t.py",
     )  # fmt: skip
     with pytest.raises(UserError, match="torchrun starts the same number"):
@@ -364,7 +364,7 @@ os.write(1, f"{rank} {os.environ['ODD']}\\n".encode())  # at once: launchers mix
 
 @pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
 def test_the_planned_command_runs_here(launcher, tmp_path):
-    """The argv of the plan, with the rank's wrapper replaced by the program that it would start."""
+    """The argv of the plan starts every rank, arguments and variables as they were given."""
     if not launchers.path_of("mpiexec") and launcher == "mpiexec":
         pytest.skip("no mpiexec: pip install mpich")
     script = tmp_path / "show.py"
@@ -374,12 +374,13 @@ def test_the_planned_command_runs_here(launcher, tmp_path):
     request = Request((sys.executable, str(script)), ranks=3, launcher=launcher)
     told = command.plan(request, known, here, {})
     argv = list(told.argv)
-    at = argv.index("allranks.launch.rank")
-    if launcher == "mpiexec":
-        argv[at - 2 :] = argv[at + 2 :]
-    else:
-        argv[at - 1 :] = [str(script)]
+    # A module that starts what stands after its `--` stands for the rank's wrapper.
+    (tmp_path / "wrapper.py").write_text(
+        "import os, sys; assert sys.argv[1] == '--'; os.execvp(sys.argv[2], sys.argv[2:])"
+    )
+    argv[argv.index("allranks.launch.rank")] = "wrapper"
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("PMI", "OMPI", "RANK"))}
+    environ["PYTHONPATH"] = str(tmp_path)
     done = subprocess.run(
         argv,
         capture_output=True,

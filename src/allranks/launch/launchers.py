@@ -252,7 +252,8 @@ def _torchrun(job: Job, bound: Binding, per_rank: Sequence[str]) -> Built:
         )
     python, _, module, *program = per_rank
     here = (python, "-m", "torch.distributed.run", "--nproc-per-node", str(job.most))
-    ranks = (*job.extra("torchrun"), "-m", module, *program)
+    # The first `--` is for torchrun's own argument parser, which would swallow the second one.
+    ranks = (*job.extra("torchrun"), "-m", "--", module, *program)
     local = job.allocation.scheduler == "local" or allocations.is_this_host(job.hosts[0].name)
     if len(job.hosts) == 1 and local:
         return (*here, "--standalone", *ranks), ()
