@@ -37,9 +37,7 @@ def test_slurm_node_lists_are_expanded(node_list, hosts):
     assert expand(node_list) == hosts
 
 
-@pytest.mark.parametrize(
-    "bad", ["", "a[1-3", "a1-3]", "a[3-1]", "a[]", "a[x]", "a,,b", "a[1-]", "a b"]
-)
+@pytest.mark.parametrize("bad", ["", "a[1-3", "a1-3]", "a[3-1]", "a[]", "a[x]", "a,,b", "a[1-]", "a b"])
 def test_what_is_no_node_list_is_refused(bad):
     with pytest.raises(UserError, match="node list"):
         expand(bad)

@@ -1,6 +1,5 @@
 """`allranks launch --dry-run` from the outside, and the plans that it shows."""
 
-import argparse
 import json
 import os
 import shlex
@@ -12,22 +11,17 @@ from pathlib import Path
 import pytest
 
 from allranks.errors import UserError
-from allranks.launch import allocation, cli, command, launchers, machine
+from allranks.launch import allocation, command, launchers, machine
 from allranks.launch.allocation import Allocation, Host
 from allranks.launch.command import Request
 
 MAIN = """
-import argparse, sys
-from allranks.launch import cli
-parser = argparse.ArgumentParser(prog="allranks launch")
-cli.add_arguments(parser)
-argv = sys.argv[1:]
-split = argv.index("--") if "--" in argv else len(argv)
-namespace, rest = parser.parse_known_args(argv[:split])
-code = cli.main(namespace, rest + argv[split:])
-loaded = sorted({name.partition(".")[0] for name in sys.modules})
-print("LOADED", *loaded, file=sys.stderr)
-sys.exit(code)
+import sys
+from allranks import cli
+try:
+    cli.main(["launch", *sys.argv[1:]])
+finally:
+    print("LOADED", *sorted({name.partition(".")[0] for name in sys.modules}), file=sys.stderr)
 """
 
 
@@ -85,9 +79,7 @@ def test_the_dry_run_of_our_own_training_checks_it_and_loads_no_torch():
 
 
 def test_a_dry_run_for_another_machine_shows_command_variables_and_places():
-    done = launch(
-        "--machine", "polaris", "--nodes", "2", "--dry-run", "--", "python", "-u", "-c", "1"
-    )
+    done = launch("--machine", "polaris", "--nodes", "2", "--dry-run", "--", "python", "-u", "-c", "1")
     assert done.returncode == 0, done.stderr
     assert "8 ranks on 2 nodes of polaris, started by mpiexec (pals)" in done.stdout
     assert "hosts: placeholders" in done.stdout
@@ -178,6 +170,8 @@ def test_a_dry_run_writes_nothing(tmp_path):
         (["--hosts", "/no/file", "--dry-run", "--", "ls"], "cannot be read (No such file"),
         (["--config-dir", "/no", "--dry-run", "--", "ls"], "has no folder `machine`"),
         (["--json", "--", "ls"], "add --dry-run"),
+        (["--dry-run", "-n", "2", "trainer.epoch=3"], "Did you mean trainer.epochs?"),
+        (["--dry-run", "--node", "2", "--", "ls"], "--node stands before"),
         (["-m", "--dry-run", "model=mlp,cnn"], "`launch` starts one training"),
     ],
 )
@@ -421,8 +415,6 @@ def test_an_mpiexec_that_nobody_knows_is_refused(tmp_path, monkeypatch):
 
 
 def test_help_tells_every_option():
-    parser = argparse.ArgumentParser()
-    cli.add_arguments(parser)
-    told = parser.format_help()
+    told = launch("--help").stdout
     for option in ("-n", "--nodes", "--ppn", "--launcher", "--machine", "--hosts", "--dry-run"):
         assert option in told

@@ -127,8 +127,7 @@ def _lines(path: Path, named: str) -> list[tuple[int, str, int | None]]:
         match = _LINE.fullmatch(entry)
         if match is None:
             raise UserError(
-                f"{named}, line {number}: {entry!r} is no host. "
-                "Write `host`, `host:4` or `host slots=4`."
+                f"{named}, line {number}: {entry!r} is no host. Write `host`, `host:4` or `host slots=4`."
             )
         slots = match["mpich"] or match["openmpi"]
         if slots is not None and int(slots) == 0:
@@ -221,8 +220,7 @@ def _indices(ranges: str, node_list: str) -> list[str]:
         match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", span)
         if match is None or int(match[2] or match[1]) < int(match[1]):
             raise UserError(
-                f"[{ranges}] in the node list {node_list!r} cannot be read: "
-                "it is written like [001-003,7]."
+                f"[{ranges}] in the node list {node_list!r} cannot be read: it is written like [001-003,7]."
             )
         low, high = match[1], match[2] or match[1]
         found += [f"{i:0{len(low)}}" for i in range(int(low), int(high) + 1)]

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import os
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from allranks.config import Config
 from allranks.errors import EXIT_USER_ERROR, UserError
 from allranks.launch import allocation as allocations
 from allranks.launch import command, dryrun, machine
 from allranks.launch.allocation import Allocation
 from allranks.launch.command import Plan, Request
 from allranks.launch.machine import LAUNCHERS, Machine
+
+USAGE = "%(prog)s [options] [machine.key=value ...] [overrides of the training | -- PROGRAM ARGS...]"
+
+
+def launch(arguments: Sequence[str]) -> int:
+    """`allranks launch ARGUMENTS`; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="allranks launch", usage=USAGE, allow_abbrev=False)
+    add_arguments(parser)
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    namespace, rest = parser.parse_known_args(arguments[:end])
+    return main(namespace, [*rest, *arguments[end:]])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,14 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--launcher", default="auto", metavar="|".join(LAUNCHERS), help="who starts the ranks")
     add("--machine", metavar="M", help="machine file to use; default: the one this host belongs to")
     add("--hosts", metavar="FILE", help="hosts to use: `host`, `host:4` or `host slots=4` a line")
-    add(
-        "--config-dir",
-        metavar="DIR",
-        help="a folder with machine/NAME.yaml (and groups) of your own",
-    )
-    add(
-        "--dry-run", action="store_true", help="show the command and every rank's place, do nothing"
-    )
+    add("--config-dir", metavar="DIR", help="a folder with machine/NAME.yaml (and groups) of your own")
+    add("--dry-run", action="store_true", help="show the command and every rank's place, do nothing")
     add("--json", action="store_true", help="the dry run for programs")
 
 
@@ -50,81 +58,86 @@ def main(namespace: argparse.Namespace, rest: Sequence[str]) -> int:
 def _launch(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str, str]) -> int:
     if args.json and not args.dry_run:
         raise UserError("--json is for a dry run: add --dry-run.")
-    program, machine_overrides = split(rest, args.config_dir)
+    overrides, machine_overrides, program = split(rest)
+    config = None
+    if program is None:
+        own = ["--config-dir", args.config_dir] if args.config_dir else []
+        program = (sys.executable, "-m", "allranks.train", *own, *overrides)
+        config = _composed([*own, *overrides])
+        if config is None:
+            return 0
     known = machine.load(args.machine, machine_overrides, args.config_dir, environ=environ)
     given = allocations.find(environ, args.hosts)
     allocation = fitting(given, known, args)
-    here = args.hosts is not None or allocation is given
     request = Request(
-        program=program,
-        ranks=args.ranks,
-        nodes=args.nodes,
-        ppn=args.ppn,
-        launcher=args.launcher,
-        installed_here=here,
+        program, args.ranks, args.nodes, args.ppn, args.launcher, installed_here=allocation.exists
     )
     plan = command.plan(request, known, allocation, environ)
     if args.dry_run:
         show = dryrun.as_json if args.json else dryrun.text
         print(show(plan, allocation.source))
         return 0
-    return _run(plan, environ)
+    if config is None:
+        return _run(plan, environ, None)
+    directory, program = _frozen(config)
+    request = replace(request, program=program, hosts_path=str(Path(directory) / "hosts"))
+    return _run(command.plan(request, known, allocation, environ), environ, directory)
 
 
-def _run(plan: Plan, environ: Mapping[str, str]) -> int:
+def _composed(arguments: Sequence[str]) -> Config | None:
+    """The one training that the command line asks for; None after --help or --cfg, which are answered."""
+    from allranks import config
+
+    composed = config.from_command_line(arguments)
+    if len(composed) > 1:
+        raise UserError("`launch` starts one training: leave -m to `allranks submit`.")
+    return composed[0] if composed else None
+
+
+def _frozen(config: Config) -> tuple[str, tuple[str, ...]]:
+    """Makes the run directory with the frozen config.yaml; (directory, what each rank starts)."""
+    from allranks import config as configs
+    from allranks import rundir
+
+    directory = str(Path(rundir.choose(config.run.dir, config.name)).absolute())
+    frozen = configs.freeze(config)
+    rundir.create(directory, frozen)
+    sha256 = hashlib.sha256(frozen.encode()).hexdigest()
+    return directory, (sys.executable, "-m", "allranks.train", "--run", directory, sha256)
+
+
+def _run(plan: Plan, environ: Mapping[str, str], directory: str | None) -> int:
     from allranks.launch import supervise
 
     for path, content in plan.files:
         Path(path).write_text(content)
-    return int(
-        supervise.run(
-            plan.argv,
-            plan.environment(environ),
-            None,
-            world_size=plan.world_size,
-            hosts=[host.name for host in plan.hosts],
-        )
-    )
+    hosts = [host.name for host in plan.hosts]
+    whole = plan.environment(environ)
+    return int(supervise.run(plan.argv, whole, directory, world_size=plan.world_size, hosts=hosts))
 
 
-def split(rest: Sequence[str], config_dir: str | None = None) -> tuple[tuple[str, ...], list[str]]:
-    """(program, machine.key=value overrides) from what stands after the options.
-
-    Without `--` the rest is overrides of our own training, which are composed and checked here.
-    """
+def split(rest: Sequence[str]) -> tuple[list[str], list[str], tuple[str, ...] | None]:
+    """(overrides, machine.key=value overrides, program or None) from what stands after the options."""
     before = list(rest[: rest.index("--")]) if "--" in rest else list(rest)
-    program = tuple(rest[len(before) + 1 :])
     machine_overrides = [word for word in before if word.startswith("machine.")]
-    others = [word for word in before if not word.startswith("machine.")]
-    if "--" in rest:
-        if others:
-            raise UserError(
-                f"{others[0]} stands before `--`, where only options and machine.key=value may: "
-                "put the program and its arguments after `--`."
-            )
-        if not program:
-            raise UserError("No program stands after `--`: write `-- python my_train.py`.")
-        return program, machine_overrides
-    return training(others, config_dir), machine_overrides
-
-
-def training(overrides: Sequence[str], config_dir: str | None) -> tuple[str, ...]:
-    """Our own training with these overrides, after they have been found to be valid."""
-    from allranks import config
-
-    own = ["--config-dir", config_dir] if config_dir else []
-    composed = config.from_command_line([*own, *overrides])
-    if len(composed) > 1:
-        raise UserError("`launch` starts one training: leave -m to `allranks submit`.")
-    return (sys.executable, "-m", "allranks.train", *own, *overrides)
+    overrides = [word for word in before if not word.startswith("machine.")]
+    if "--" not in rest:
+        return overrides, machine_overrides, None
+    program = tuple(rest[len(before) + 1 :])
+    if overrides:
+        raise UserError(
+            f"{overrides[0]} stands before `--`, where only options and machine.key=value may: "
+            "put the program and its arguments after `--`."
+        )
+    if not program:
+        raise UserError("No program stands after `--`: write `-- python my_train.py`.")
+    return [], machine_overrides, program
 
 
 def fitting(given: Allocation, known: Machine, args: argparse.Namespace) -> Allocation:
     """The allocation found, or, for a dry run outside a job, hosts that stand for a job's."""
     if given.scheduler != "local" or (known.scheduler == "local" and (args.nodes or 1) == 1):
         return given
-    per_node = args.ppn or known.node.ranks_per_node or args.ranks or 1
-    nodes = args.nodes or max(1, math.ceil((args.ranks or 1) / per_node))
     if not args.dry_run:
         raise UserError(
             f"There is no job here: {socket.gethostname()} is one host, outside PBS and Slurm. "
@@ -132,5 +145,6 @@ def fitting(given: Allocation, known: Machine, args: argparse.Namespace) -> Allo
             + "use `qsub -I`, `salloc` or `allranks submit`; --hosts FILE names hosts of your own, "
             "and --machine local uses this host."
         )
-    scheduler: allocations.Scheduler = "slurm" if known.scheduler == "slurm" else "pbs"
-    return allocations.placeholder(max(nodes, 1), scheduler)
+    per_node = args.ppn or known.node.ranks_per_node or args.ranks or 1
+    nodes = args.nodes or math.ceil((args.ranks or 1) / max(per_node, 1))
+    return allocations.placeholder(max(nodes, 1), "slurm" if known.scheduler == "slurm" else "pbs")

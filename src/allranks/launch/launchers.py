@@ -216,9 +216,7 @@ def _openmpi(job: Job, bound: Binding) -> Built:
     return (job.mpiexec(), "-n", str(job.ranks), *bind, *hosts, *passed), files
 
 
-def _hosts_with_slots(
-    job: Job, option: str, file_option: str, line: str
-) -> tuple[tuple[str, ...], Files]:
+def _hosts_with_slots(job: Job, option: str, file_option: str, line: str) -> tuple[tuple[str, ...], Files]:
     """`a:2,b:1` as an argument, or as a file where it would be too long. For this host: nothing."""
     if job.allocation.scheduler == "local":
         return (), ()

@@ -103,9 +103,7 @@ class Machine:
     node: Node = field(default_factory=Node)
     device: Device = field(default_factory=Device)
     options: dict[str, tuple[str, ...]] = field(default_factory=dict)  # launcher -> more arguments
-    master_suffix: str = (
-        ""  # rank 0's short host name with this is an address that every node reaches
-    )
+    master_suffix: str = ""  # rank 0's short host name with this is an address that every node reaches
     variables: dict[str, Variable] = field(default_factory=dict)
     switches: dict[str, bool] = field(default_factory=dict)
     setup: tuple[str, ...] = ()  # shell lines of a job script, before anything else
@@ -198,9 +196,7 @@ def _other_queues(machine: Machine, but: str, nodes: int) -> str:
 def _files(config_dir: str | Path | None) -> dict[str, Path]:
     own = Path(config_dir) / "machine" if config_dir is not None else None
     if own is not None and not own.is_dir():
-        raise UserError(
-            f"--config-dir {config_dir} has no folder `machine`: put NAME.yaml into {own}."
-        )
+        raise UserError(f"--config-dir {config_dir} has no folder `machine`: put NAME.yaml into {own}.")
     files: dict[str, Path] = {}
     for folder in (own, conf_dir() / "machine"):  # the user's own are looked at first
         for path in sorted(folder.glob("*.yaml")) if folder else ():
@@ -296,9 +292,7 @@ def _build_dataclass(kind: Any, value: Mapping[str, Any], name: str, at: str) ->
             near = did_you_mean(str(key), hints) or f" It may be {', '.join(hints)}."
             raise UserError(f"machine.{at}{key} is not a key of a machine ({name}).{near}")
     for item in dataclasses.fields(kind):
-        missing = (
-            item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-        )
+        missing = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         if missing and item.name not in value:
             raise UserError(f"machine.{at}{item.name} is missing in {name}: add it to its YAML.")
     return kind(**{str(k): _build(hints[str(k)], v, name, f"{at}{k}.") for k, v in value.items()})
@@ -356,12 +350,8 @@ def _check(machine: Machine) -> None:
                         ("cpus_per_rank", node.cpus_per_rank)):  # fmt: skip
         if number is not None and number < (0 if key == "devices" else 1):
             raise _invalid(machine.name, f"node.{key}", number, "a positive number, or null")
-    if (node.bind == "list" and not node.cpu_list) or (
-        node.bind == "depth" and not node.cpus_per_rank
-    ):
+    if (node.bind == "list" and not node.cpu_list) or (node.bind == "depth" and not node.cpus_per_rank):
         needed = "cpu_list" if node.bind == "list" else "cpus_per_rank"
         raise UserError(f"machine.node.bind={node.bind} ({machine.name}) needs node.{needed}.")
     if order and sorted(order) != list(range(len(order))):
-        raise _invalid(
-            machine.name, "device.order", list(order), f"each of 0 to {len(order) - 1} once"
-        )
+        raise _invalid(machine.name, "device.order", list(order), f"each of 0 to {len(order) - 1} once")
