@@ -1,5 +1,6 @@
 """`allranks launch --dry-run` from the outside, and the plans that it shows."""
 
+import itertools
 import json
 import os
 import shlex
@@ -52,7 +53,7 @@ def job(*slots, scheduler="pbs", given=True, **more):
 
 
 def plan(allocation, *overrides, name="generic_pbs", **request):
-    request = Request(("python", "t.py"), installed_here=False, **request)
+    request = Request(**{"program": ("python", "t.py"), "installed_here": False, **request})
     return command.plan(request, machine.load(name, overrides), allocation, {})
 
 
@@ -140,6 +141,21 @@ def test_inside_a_job_all_of_it_is_used(tmp_path):
     assert "--hostfile" not in told["argv"]  # PALS knows the job's own hosts
 
 
+def test_the_example_of_the_documentation(tmp_path):
+    """docs/machines.md adds an invented machine and shows what the dry run prints for it."""
+    page = (Path(__file__).parents[1] / "docs" / "machines.md").read_text()
+    (tmp_path / "machine").mkdir()
+    example = page.split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "machine" / "tern.yaml").write_text(example)
+    arguments = "--machine tern --nodes 2 --dry-run -- python train.py".split()
+    assert f"allranks launch --config-dir ~/clusters {' '.join(arguments)}" in page
+    done = launch("--config-dir", str(tmp_path), *arguments)
+    shown = page.split("\nprints\n\n")[1].split("\n\nA file")[0]
+    for line in shown.splitlines():
+        expected = line.strip().replace(" python -m", f" {sys.executable} -m")
+        assert expected in done.stdout, expected
+
+
 def test_a_dry_run_writes_nothing(tmp_path):
     before = set(tmp_path.iterdir())
     done = launch("--dry-run", "-n", "2", "model=linear", cwd=tmp_path)
@@ -168,7 +184,8 @@ def test_a_dry_run_writes_nothing(tmp_path):
         (["--nodes", "4", "--", "ls"], "--nodes 4 needs a job"),
         (["--machine", "aurora", "--", "ls"], "There is no job here"),
         (["--hosts", "/no/file", "--dry-run", "--", "ls"], "cannot be read (No such file"),
-        (["--config-dir", "/no", "--dry-run", "--", "ls"], "has no folder `machine`"),
+        (["--config-dir", "/no", "--dry-run", "--", "ls"], "--config-dir /no is no folder"),
+        (["--dry-run", "machine=polaris", "--", "ls"], "write --machine polaris"),
         (["--json", "--", "ls"], "add --dry-run"),
         (["--dry-run", "-n", "2", "trainer.epoch=3"], "Did you mean trainer.epochs?"),
         (["--dry-run", "--node", "2", "--", "ls"], "--node stands before"),
@@ -298,6 +315,12 @@ def test_openmpi_is_given_slots_variables_and_no_binding():
     assert openmpi[:7] == ["mpiexec", "-n", "3", "--map-by", "slot", "--bind-to", "none"]
     assert openmpi[7:9] == ["--host", "n1:2,n2:1"]
     assert openmpi[9:11] == ["-x", command.MASTER_ADDR]
+    request = Request(("ls",), passed=("MINE",), installed_here=False)
+    known = machine.load("generic_pbs", ["machine.mpiexec=openmpi"])
+    told = command.plan(request, known, job(2), {"PYTHONPATH": "/p", "HOME": "/h"}).argv
+    handed_on = {name for option, name in itertools.pairwise(told) if option == "-x"}
+    assert {"MINE", "PYTHONPATH", command.MASTER_ADDR} < handed_on
+    assert "HOME" not in handed_on
     crowded = argv_of(plan(job(1, given=False), "machine.mpiexec=openmpi", "machine.node.ranks=4"))
     assert crowded[4] == "ppr:4:node:OVERSUBSCRIBE"
 
@@ -336,6 +359,13 @@ def test_torchrun_starts_once_a_node_and_not_unevenly():
     )  # fmt: skip
     with pytest.raises(UserError, match="torchrun starts the same number"):
         plan(job(4, 2), launcher="torchrun")
+
+
+@pytest.mark.parametrize("launcher", ["mpiexec", "srun", "torchrun"])
+def test_the_same_command_line_for_another_program(launcher):
+    told = plan(job(2, 2), launcher=launcher)
+    other = plan(job(2, 2), launcher=launcher, program=("check", "--", "-x"))
+    assert told.argv_for(["check", "--", "-x"]) == other.argv
 
 
 def test_two_jobs_meet_on_different_ports():

@@ -205,8 +205,10 @@ def test_a_users_own_machine_and_one_in_place_of_a_shipped_one(tmp_path):
     assert own.variables["NCCL_SOCKET_IFNAME"].value == "ib0"
     assert machine.load("polaris", config_dir=tmp_path).node.devices == 3
     assert "aurora" in machine.available(tmp_path)
-    with pytest.raises(UserError, match="has no folder `machine`"):
-        machine.load("tern", config_dir=tmp_path / "machine")
+    only_models = tmp_path / "machine"  # a folder with other groups than machine
+    assert machine.load("polaris", config_dir=only_models).node.devices == 4
+    with pytest.raises(UserError, match="is no folder"):
+        machine.load("tern", config_dir=tmp_path / "tern")
 
 
 @pytest.mark.parametrize(

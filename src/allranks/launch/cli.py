@@ -17,7 +17,7 @@ from allranks.errors import EXIT_USER_ERROR, UserError
 from allranks.launch import allocation as allocations
 from allranks.launch import command, dryrun, machine
 from allranks.launch.allocation import Allocation
-from allranks.launch.command import Plan, Request
+from allranks.launch.command import Request
 from allranks.launch.machine import LAUNCHERS, Machine
 
 USAGE = "%(prog)s [options] [machine.key=value ...] [overrides of the training | -- PROGRAM ARGS...]"
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--machine", metavar="M", help="machine file to use; default: the one this host belongs to")
     add("--hosts", metavar="FILE", help="hosts to use: `host`, `host:4` or `host slots=4` a line")
     add("--config-dir", metavar="DIR", help="a folder with machine/NAME.yaml (and groups) of your own")
+    add("--no-preflight", action="store_true", help="start at once, without checking the hosts first")
     add("--dry-run", action="store_true", help="show the command and every rank's place, do nothing")
     add("--json", action="store_true", help="the dry run for programs")
 
@@ -77,11 +78,23 @@ def _launch(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str,
         show = dryrun.as_json if args.json else dryrun.text
         print(show(plan, allocation.source))
         return 0
-    if config is None:
-        return _run(plan, environ, None)
-    directory, program = _frozen(config)
-    request = replace(request, program=program, hosts_path=str(Path(directory) / "hosts"))
-    return _run(command.plan(request, known, allocation, environ), environ, directory)
+    from allranks.launch import preflight, supervise
+
+    request = replace(request, passed=supervise.VARIABLES)
+    directory = None
+    if config is not None:
+        directory, program = _frozen(config)
+        request = replace(request, program=program, hosts_path=str(Path(directory) / "hosts"))
+    plan = command.plan(request, known, allocation, environ)
+    for path, content in plan.files:
+        Path(path).write_text(content)
+    env, size, hosts = plan.environment(environ), plan.world_size, [host.name for host in plan.hosts]
+    if not args.no_preflight:
+        fit = preflight.check(
+            plan.argv_for, env, world_size=size, hosts=hosts, config=config, run_dir=directory
+        )
+        print(fit, file=sys.stderr, flush=True)
+    return int(supervise.run(plan.argv, env, directory, world_size=size, hosts=hosts))
 
 
 def _composed(arguments: Sequence[str]) -> Config | None:
@@ -106,21 +119,14 @@ def _frozen(config: Config) -> tuple[str, tuple[str, ...]]:
     return directory, (sys.executable, "-m", "allranks.train", "--run", directory, sha256)
 
 
-def _run(plan: Plan, environ: Mapping[str, str], directory: str | None) -> int:
-    from allranks.launch import supervise
-
-    for path, content in plan.files:
-        Path(path).write_text(content)
-    hosts = [host.name for host in plan.hosts]
-    whole = plan.environment(environ)
-    return int(supervise.run(plan.argv, whole, directory, world_size=plan.world_size, hosts=hosts))
-
-
 def split(rest: Sequence[str]) -> tuple[list[str], list[str], tuple[str, ...] | None]:
     """(overrides, machine.key=value overrides, program or None) from what stands after the options."""
     before = list(rest[: rest.index("--")]) if "--" in rest else list(rest)
     machine_overrides = [word for word in before if word.startswith("machine.")]
     overrides = [word for word in before if not word.startswith("machine.")]
+    for word in overrides:
+        if word.startswith("machine="):
+            raise UserError(f"{word} is no override: write --machine {word.removeprefix('machine=')}.")
     if "--" not in rest:
         return overrides, machine_overrides, None
     program = tuple(rest[len(before) + 1 :])

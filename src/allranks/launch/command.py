@@ -29,6 +29,7 @@ WORLD_SIZE = "ALLRANKS_WORLD_SIZE"
 LOCAL_WORLD_SIZE = "ALLRANKS_LOCAL_WORLD_SIZE"
 DEVICE_VARIABLE = "ALLRANKS_DEVICE_VARIABLE"
 DEVICES = "ALLRANKS_DEVICES"
+WRAPPER = "allranks.launch.rank"
 PORTS = range(20000, 30000)  # below the ports that systems hand out for outgoing connections
 
 
@@ -42,6 +43,7 @@ class Request:
     ppn: int | None = None
     launcher: str = "auto"
     hosts_path: str = "allranks-hosts"  # for a list of hosts too long for an argument
+    passed: tuple[str, ...] = ()  # variables that the launcher must hand on besides the plan's
     installed_here: bool = True  # False: planned for elsewhere, so do not look for programs here
 
 
@@ -85,6 +87,11 @@ class Plan:
     def world_size(self) -> int:
         return sum(host.slots for host in self.hosts)
 
+    def argv_for(self, program: Sequence[str]) -> tuple[str, ...]:
+        """The same command line for another program, such as a check beforehand."""
+        end = self.argv.index("--", self.argv.index(WRAPPER)) + 1
+        return (*self.argv[:end], *program)
+
     def environment(self, environ: Mapping[str, str]) -> dict[str, str]:
         """The launcher's whole environment: `environ` with the plan's variables over it."""
         return {**environ, **{variable.name: variable.value for variable in self.variables}}
@@ -124,11 +131,12 @@ def plan(
     devices = _devices(machine, most)
     variables = _variables(machine, allocation, hosts, devices, environ)
     master = ":".join(v.value for v in variables if v.name in (MASTER_ADDR, MASTER_PORT))
-    names = tuple(variable.name for variable in variables)
+    paths = (name for name in ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH") if environ.get(name))
+    names = tuple(dict.fromkeys([*(v.name for v in variables), *paths, *request.passed]))
     job = launchers.Job(
         machine, allocation, hosts, names, master, request.hosts_path, request.installed_here
     )
-    per_rank = (sys.executable, "-m", "allranks.launch.rank", "--", *request.program)
+    per_rank = (sys.executable, "-m", WRAPPER, "--", *request.program)
     argv, files = launchers.build(dialect, job, bound, per_rank)
     if machine.device.one_visible or machine.device.variable:
         devices = tuple(f"{device}, seen as 0" for device in devices)

@@ -38,7 +38,7 @@ class Job:
     machine: Machine
     allocation: Allocation
     hosts: tuple[Host, ...]
-    variables: tuple[str, ...]  # names
+    variables: tuple[str, ...]  # names of those that the ranks need
     master: str  # host:port
     hosts_path: str  # where a list of hosts may be written that is too long for an argument
     installed_here: bool
@@ -212,7 +212,7 @@ def _openmpi(job: Job, bound: Binding) -> Built:
     # Without --bind-to it would bind each rank to one core or NUMA domain.
     bind = ("--map-by", ":".join(by), "--bind-to", "none" if bound.how == "none" else "core")
     hosts, files = _hosts_with_slots(job, "--host", "--hostfile", "{} slots={}\n")
-    passed = [word for name in job.variables for word in ("-x", name)]  # none by itself
+    passed = [word for name in job.variables for word in ("-x", name)]  # it hands on none by itself
     return (job.mpiexec(), "-n", str(job.ranks), *bind, *hosts, *passed), files
 
 

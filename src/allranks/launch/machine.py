@@ -194,9 +194,11 @@ def _other_queues(machine: Machine, but: str, nodes: int) -> str:
 
 
 def _files(config_dir: str | Path | None) -> dict[str, Path]:
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise UserError(
+            f"--config-dir {config_dir} is no folder: put your YAML into DIR/machine/NAME.yaml."
+        )
     own = Path(config_dir) / "machine" if config_dir is not None else None
-    if own is not None and not own.is_dir():
-        raise UserError(f"--config-dir {config_dir} has no folder `machine`: put NAME.yaml into {own}.")
     files: dict[str, Path] = {}
     for folder in (own, conf_dir() / "machine"):  # the user's own are looked at first
         for path in sorted(folder.glob("*.yaml")) if folder else ():
