@@ -64,9 +64,6 @@ class Job:
     def mpiexec(self) -> str:
         return (path_of("mpiexec") if self.installed_here else None) or "mpiexec"
 
-    def extra(self, launcher: str) -> tuple[str, ...]:
-        return self.machine.options.get(launcher, ())
-
 
 def binding(machine: Machine, dialect: str, most: int, cpus_per_node: int | None) -> Binding:
     """How ranks are bound with at most so many on a node: more ranks, fewer CPUs each."""
@@ -166,7 +163,8 @@ def build(dialect: str, job: Job, bound: Binding, per_rank: Sequence[str]) -> Bu
         return _torchrun(job, bound, per_rank)
     builder = {"pals": _pals, "hydra": _hydra, "openmpi": _openmpi, "srun": _srun}[dialect]
     argv, files = builder(job, bound)
-    return (*argv, *job.extra("srun" if dialect == "srun" else "mpiexec"), *per_rank), files
+    options = job.machine.options
+    return (*argv, *(options.srun if dialect == "srun" else options.mpiexec), *per_rank), files
 
 
 def _pals(job: Job, bound: Binding) -> Built:
@@ -251,7 +249,7 @@ def _torchrun(job: Job, bound: Binding, per_rank: Sequence[str]) -> Built:
     python, _, module, *program = per_rank
     here = (python, "-m", "torch.distributed.run", "--nproc-per-node", str(job.most))
     # The first `--` is for torchrun's own argument parser, which would swallow the second one.
-    ranks = (*job.extra("torchrun"), "-m", "--", module, *program)
+    ranks = (*job.machine.options.torchrun, "-m", "--", module, *program)
     local = job.allocation.scheduler == "local" or allocations.is_this_host(job.hosts[0].name)
     if len(job.hosts) == 1 and local:
         return (*here, "--standalone", *ranks), ()

@@ -12,16 +12,13 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from allranks.config import conf_dir
 from allranks.errors import UserError, did_you_mean
 
-SCHEDULERS = ("pbs", "slurm", "local")
-LAUNCHERS = ("auto", "mpiexec", "srun", "torchrun")
-MPIEXECS = ("auto", "hydra", "pals", "openmpi")
-BINDINGS = ("none", "list", "depth")
-CONDITIONS = ("always", "one_node", "several_nodes")
+Launcher = Literal["auto", "mpiexec", "srun", "torchrun"]
+LAUNCHERS = typing.get_args(Launcher)
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class Node:
     cpus: int | None = None  # as the launcher counts them
     cpus_per_rank: int | None = None
     cpu_list: tuple[str, ...] = ()  # the CPUs of local rank 0, 1, ...
-    bind: str = "none"  # none | list (cpu_list) | depth (cpus_per_rank each, one after another)
+    bind: Literal["none", "list", "depth"] = "none"  # to cpu_list; or cpus_per_rank each, in a row
 
     @property
     def ranks_per_node(self) -> int | None:
@@ -62,10 +59,19 @@ class Variable:
     """An environment variable for every rank, on this condition, unless its switch is off."""
 
     value: str
-    when: str = "always"
+    when: Literal["always", "one_node", "several_nodes"] = "always"
     switch: str | None = None
     prepend: bool = False  # put before what is there, with a colon
     why: str = ""
+
+
+@dataclass(frozen=True)
+class Options:
+    """More arguments for each launcher."""
+
+    mpiexec: tuple[str, ...] = ()
+    srun: tuple[str, ...] = ()
+    torchrun: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,14 +101,14 @@ class Submit:
 @dataclass(frozen=True)
 class Machine:
     name: str
-    scheduler: str
+    scheduler: Literal["pbs", "slurm", "local"]
     about: str = ""
-    launcher: str = "auto"
-    mpiexec: str = "auto"
+    launcher: Launcher = "auto"
+    mpiexec: Literal["auto", "hydra", "pals", "openmpi"] = "auto"
     detect: Detect = field(default_factory=Detect)
     node: Node = field(default_factory=Node)
     device: Device = field(default_factory=Device)
-    options: dict[str, tuple[str, ...]] = field(default_factory=dict)  # launcher -> more arguments
+    options: Options = field(default_factory=Options)
     master_suffix: str = ""  # rank 0's short host name with this is an address that every node reaches
     variables: dict[str, Variable] = field(default_factory=dict)
     switches: dict[str, bool] = field(default_factory=dict)
@@ -300,12 +306,15 @@ def _build_dataclass(kind: Any, value: Mapping[str, Any], name: str, at: str) ->
     return kind(**{str(k): _build(hints[str(k)], v, name, f"{at}{k}.") for k, v in value.items()})
 
 
-def _plain(kind: type, value: Any, name: str, at: str) -> Any:
-    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)  # NCCL_CROSS_NIC: 1
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+def _plain(kind: Any, value: Any, name: str, at: str) -> Any:
+    if names := typing.get_args(kind):  # a Literal
+        if value not in names:
+            near = did_you_mean(str(value), names)
+            raise _invalid(name, at, value, f"one of {', '.join(names)}", near)
+        return value
     is_bool = isinstance(value, bool)
+    if kind in (str, float) and isinstance(value, int | float) and not is_bool:
+        return kind(value)  # NCCL_CROSS_NIC: 1, max_hours: 1
     if not isinstance(value, kind) or (is_bool and kind is not bool):
         words = {str: "a text", int: "a whole number", bool: "true or false", float: "a number"}
         raise _invalid(name, at, value, words[kind])
@@ -320,25 +329,11 @@ def _of_type(value: Any, kind: Any, words: str, name: str, at: str) -> Any:
     return value
 
 
-def _invalid(name: str, at: str, value: Any, remedy: str) -> UserError:
-    return UserError(f"machine.{at.rstrip('.')}={value} ({name}) is not valid: give {remedy}.")
+def _invalid(name: str, at: str, value: Any, remedy: str, near: str = "") -> UserError:
+    return UserError(f"machine.{at.rstrip('.')}={value} ({name}) is not valid: give {remedy}.{near}")
 
 
 def _check(machine: Machine) -> None:
-    for key, value, known in (
-        ("scheduler", machine.scheduler, SCHEDULERS),
-        ("launcher", machine.launcher, LAUNCHERS),
-        ("mpiexec", machine.mpiexec, MPIEXECS),
-        ("node.bind", machine.node.bind, BINDINGS),
-        *((f"variables.{k}.when", v.when, CONDITIONS) for k, v in machine.variables.items()),
-        *((f"options.{k}", k, LAUNCHERS[1:]) for k in machine.options),
-    ):
-        if value not in known:
-            near = did_you_mean(value, known)
-            raise UserError(
-                f"machine.{key}={value} ({machine.name}) is not valid: "
-                f"give one of {', '.join(known)}.{near}"
-            )
     for name, variable in machine.variables.items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise _invalid(machine.name, "variables", name, "names of letters, digits and _")
