@@ -88,7 +88,9 @@ def _launch(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str,
     plan = command.plan(request, known, allocation, environ)
     for path, content in plan.files:
         Path(path).write_text(content)
-    env, size, hosts = plan.environment(environ), plan.world_size, [host.name for host in plan.hosts]
+    unset = dict.fromkeys(supervise.VARIABLES, "")  # Open MPI warns of those that it cannot hand on
+    env = {**unset, **plan.environment(environ)}
+    size, hosts = plan.world_size, [host.name for host in plan.hosts]
     if not args.no_preflight:
         fit = preflight.check(
             plan.argv_for, env, world_size=size, hosts=hosts, config=config, run_dir=directory
