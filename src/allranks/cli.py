@@ -18,6 +18,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["train"]:  # Hydra's own command line follows, --help included
         os.execv(sys.executable, [sys.executable, "-m", "allranks.train", *given[1:]])
+    if given[:1] == ["launch"]:  # overrides or `-- PROGRAM ARGS` follow its options
+        from allranks.launch import cli as launching
+
+        sys.exit(launching.launch(given[1:]))
     options = _parser().parse_args(given)
     try:
         options.run(options)
@@ -32,6 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     commands.add_parser("train", help="train in this process (Hydra overrides follow; train --help)")
+
+    commands.add_parser("launch", help="start the ranks of a training or program here (launch --help)")
 
     data = commands.add_parser("data", help="fetch and check data sets").add_subparsers(
         title="commands", metavar="COMMAND", required=True

@@ -1,0 +1,1 @@
+"""From an allocation to a command line: where ranks run, how they start, what they see."""

@@ -1,0 +1,263 @@
+"""Where a job may run: PBS, Slurm, a hostfile, or this host. Reads only, asks nobody."""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from allranks.errors import UserError
+from allranks.runtime.environment import cpu_affinity
+
+Scheduler = Literal["pbs", "slurm", "hostfile", "local"]
+
+
+@dataclass(frozen=True)
+class Host:
+    """A host and the number of ranks that it was given for."""
+
+    name: str
+    slots: int
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The hosts of a job in rank order.
+
+    `slots_given`: somebody asked for just these slots (mpiprocs, --ntasks, slots=N). Otherwise they
+    are a default, such as PBS's one line per chunk, and the machine file knows better.
+    """
+
+    scheduler: Scheduler
+    job_id: str | None
+    hosts: tuple[Host, ...]
+    slots_given: bool = True
+    queue: str | None = None
+    cpus_per_node: int | None = None  # of the smallest node, where the scheduler tells
+    exists: bool = True  # False: placeholders for a job that is still to come
+    source: str = "this host"
+
+
+def find(environ: Mapping[str, str], hosts_file: str | Path | None = None) -> Allocation:
+    """The allocation: what `hosts_file` says, else PBS's, else Slurm's, else this host."""
+    if hosts_file is not None:
+        return from_hostfile(Path(hosts_file))
+    if environ.get("PBS_NODEFILE"):
+        return _from_pbs(environ)
+    if environ.get("SLURM_JOB_ID") and environ.get("SLURM_JOB_NODELIST"):
+        return _from_slurm(environ)
+    return Allocation("local", None, (Host(socket.gethostname(), _local_slots(environ)),), False)
+
+
+def placeholder(nodes: int, scheduler: Scheduler) -> Allocation:
+    """Hosts that stand for those of a job that does not exist yet: node1, node2, ..."""
+    width = len(str(nodes))
+    hosts = tuple(Host(f"node{i:0{width}}", 1) for i in range(1, nodes + 1))
+    source = "placeholders, as there is no job yet"
+    return Allocation(scheduler, None, hosts, False, source=source, exists=False)
+
+
+def _local_slots(environ: Mapping[str, str]) -> int:
+    """One rank a visible NVIDIA device; a CPU each where there is none."""
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        devices = len([name for name in visible.split(",") if name.strip() and name != "-1"])
+    else:
+        devices = sum(1 for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit())
+    return devices or len(cpu_affinity())
+
+
+# --- PBS and hostfiles ---------------------------------------------------------------------------
+
+
+def _from_pbs(environ: Mapping[str, str]) -> Allocation:
+    path = Path(environ["PBS_NODEFILE"])
+    named = f"PBS_NODEFILE={path}"
+    hosts = _merged(_lines(path, named), named)
+    return Allocation(
+        "pbs",
+        environ.get("PBS_JOBID"),
+        hosts,
+        slots_given=any(host.slots > 1 for host in hosts),
+        queue=environ.get("PBS_QUEUE"),
+        source=named,
+    )
+
+
+def from_hostfile(path: Path) -> Allocation:
+    """`host`, `host:4` (MPICH), `host slots=4` (Open MPI), or a line per rank as in PBS."""
+    named = f"--hosts {path}"
+    lines = _lines(path, named)
+    hosts = _merged(lines, named)
+    given = any(slots is not None for _, _, slots in lines) or any(h.slots > 1 for h in hosts)
+    return Allocation("hostfile", None, hosts, given, source=named)
+
+
+_LINE = re.compile(
+    r"""(?P<host>[A-Za-z0-9][\w.-]*)
+        (?: : (?P<mpich>\d+) (?:\s+ binding=\S+ )?          # MPICH: host:slots
+          | (?: \s+ (?: slots\s*=\s*(?P<openmpi>\d+) | max[_-]slots\s*=\s*\d+ ) )+ )?  # Open MPI
+    """,
+    re.VERBOSE,
+)
+
+
+def _lines(path: Path, named: str) -> list[tuple[int, str, int | None]]:
+    """(line number, host, slots or None where the line gives none) of a host list."""
+    try:
+        text = path.read_bytes().decode()  # read_text would hide CRLF
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise UserError(
+            f"{named} cannot be read ({why}): give a text file with one host a line."
+        ) from error
+    if "\r" in text:
+        raise UserError(
+            f"{named} has Windows line ends (CRLF), which launchers take for a part of a name: "
+            f"remove them with `sed -i 's/\\r$//' {path}`."
+        )
+    found: list[tuple[int, str, int | None]] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        entry = line.split("#")[0].strip()
+        if not entry:
+            continue
+        match = _LINE.fullmatch(entry)
+        if match is None:
+            raise UserError(
+                f"{named}, line {number}: {entry!r} is no host. Write `host`, `host:4` or `host slots=4`."
+            )
+        slots = match["mpich"] or match["openmpi"]
+        if slots is not None and int(slots) == 0:
+            raise UserError(f"{named}, line {number}: {entry!r} gives no slot. Leave the line out.")
+        found.append((number, match["host"], int(slots) if slots else None))
+    if not found:
+        raise UserError(f"{named} names no host: write one host a line.")
+    return found
+
+
+def _merged(lines: Sequence[tuple[int, str, int | None]], named: str) -> tuple[Host, ...]:
+    """Bare lines of one host add up, as in PBS; a host with a count may stand only once."""
+    counts: dict[str, int] = {}
+    first: dict[str, tuple[int, int | None]] = {}
+    for number, name, slots in lines:
+        if name in first and (slots is not None or first[name][1] is not None):
+            raise UserError(
+                f"{named} has {name} twice, on lines {first[name][0]} and {number}, at least "
+                f"once with a number of slots: write it once, with all its slots."
+            )
+        first.setdefault(name, (number, slots))
+        counts[name] = counts.get(name, 0) + (slots or 1)
+    return tuple(Host(name, slots) for name, slots in counts.items())
+
+
+# --- Slurm ---------------------------------------------------------------------------------------
+
+
+def _from_slurm(environ: Mapping[str, str]) -> Allocation:
+    """Slurm's job. SLURM_NTASKS is set where tasks were asked for; else they follow from CPUs."""
+    names = expand(environ["SLURM_JOB_NODELIST"])
+    text = environ.get("SLURM_TASKS_PER_NODE", "")
+    tasks = repeated(text, "SLURM_TASKS_PER_NODE") if text else [1] * len(names)
+    if len(tasks) != len(names):
+        raise UserError(
+            f"SLURM_TASKS_PER_NODE={text} is for {len(tasks)} nodes, but "
+            f"SLURM_JOB_NODELIST={environ['SLURM_JOB_NODELIST']} names {len(names)}: "
+            "these are of two different jobs. Start again from a fresh shell of the job."
+        )
+    cpus = environ.get("SLURM_JOB_CPUS_PER_NODE", "")
+    asked = bool(environ.get("SLURM_NTASKS") or environ.get("SLURM_NTASKS_PER_NODE"))
+    return Allocation(
+        "slurm",
+        environ["SLURM_JOB_ID"],
+        tuple(map(Host, names, tasks)),
+        slots_given=asked and any(count > 1 for count in tasks),
+        queue=environ.get("SLURM_JOB_QOS") or environ.get("SLURM_JOB_PARTITION"),
+        cpus_per_node=min(repeated(cpus, "SLURM_JOB_CPUS_PER_NODE")) if cpus else None,
+        source=f"SLURM_JOB_ID={environ['SLURM_JOB_ID']}",
+    )
+
+
+def repeated(text: str, named: str) -> list[int]:
+    """Slurm's counts per node: `2(x3),1` gives [2, 2, 2, 1]."""
+    counts: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
+            raise UserError(f"{named}={text!r} cannot be read: Slurm writes it like 2(x3),1.")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
+
+
+def expand(node_list: str) -> list[str]:
+    """The hosts of a Slurm node list, in order: `a[001-003,7],b2,c[1-2]-x[0-3]`."""
+    hosts: list[str] = []
+    for part in _split_outside_brackets(node_list):
+        pieces = re.split(r"\[([^\[\]]*)\]", part)
+        if not part or any(c in piece for piece in pieces[::2] for c in "[]") or " " in part:
+            raise UserError(
+                f"{node_list!r} is not a Slurm node list: it is written like a[001-003,7],b2. "
+                "`scontrol show hostnames` shows what Slurm makes of it."
+            )
+        names = [pieces[0]]
+        for ranges, after in zip(pieces[1::2], pieces[2::2], strict=True):
+            indices = _indices(ranges, node_list)
+            names = [f"{name}{index}{after}" for name in names for index in indices]
+        hosts += names
+    return hosts
+
+
+def _split_outside_brackets(text: str) -> list[str]:
+    return re.split(r",(?![^\[]*\])", text.strip())
+
+
+def _indices(ranges: str, node_list: str) -> list[str]:
+    """`001-003,7` gives 001, 002, 003, 7: the first number's width is kept."""
+    found: list[str] = []
+    for span in ranges.split(","):
+        match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", span)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise UserError(
+                f"[{ranges}] in the node list {node_list!r} cannot be read: it is written like [001-003,7]."
+            )
+        low, high = match[1], match[2] or match[1]
+        found += [f"{i:0{len(low)}}" for i in range(int(low), int(high) + 1)]
+    return found
+
+
+def compress(names: Iterable[str]) -> str:
+    """Slurm's short form of a list of hosts, order kept: a001, a002, b -> `a[001-002],b`."""
+    groups: list[tuple[str, list[str]]] = []  # runs of neighbours with one stem
+    for name in names:
+        match = re.fullmatch(r"(.*?)([0-9]+)", name)
+        stem, digits = (match[1], match[2]) if match else (name, "")
+        if digits and groups and groups[-1][0] == stem and groups[-1][1]:
+            groups[-1][1].append(digits)
+        else:
+            groups.append((stem, [digits] if digits else []))
+    return ",".join(_bracketed(stem, digits) for stem, digits in groups)
+
+
+def _bracketed(stem: str, digits: Sequence[str]) -> str:
+    if len(digits) < 2:
+        return stem + "".join(digits)
+    spans: list[list[str]] = []
+    for number in digits:
+        follows = spans and f"{int(spans[-1][-1]) + 1:0{len(spans[-1][0])}}" == number
+        if follows:
+            spans[-1][1:] = [number]
+        else:
+            spans.append([number])
+    return f"{stem}[{','.join('-'.join(span) for span in spans)}]"
+
+
+def is_this_host(name: str) -> bool:
+    """Whether a host of a list is the one this runs on, by its short name."""
+    return name in ("localhost", "127.0.0.1") or short(name) == short(socket.gethostname())
+
+
+def short(name: str) -> str:
+    """A host's name without its domain; an address stays whole."""
+    return name if re.fullmatch(r"[0-9.]+", name) else name.partition(".")[0]

@@ -1,0 +1,158 @@
+"""`allranks launch`: the arguments, and from them to a dry run or a running job. No torch."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import os
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from allranks.config import Config
+from allranks.errors import EXIT_USER_ERROR, UserError
+from allranks.launch import allocation as allocations
+from allranks.launch import command, dryrun, machine
+from allranks.launch.allocation import Allocation
+from allranks.launch.command import Request
+from allranks.launch.machine import LAUNCHERS, Machine
+
+USAGE = "%(prog)s [options] [machine.key=value ...] [overrides of the training | -- PROGRAM ARGS...]"
+
+
+def launch(arguments: Sequence[str]) -> int:
+    """`allranks launch ARGUMENTS`; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="allranks launch", usage=USAGE, allow_abbrev=False)
+    add_arguments(parser)
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    namespace, rest = parser.parse_known_args(arguments[:end])
+    return main(namespace, [*rest, *arguments[end:]])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `allranks launch`. What they leave over is overrides, or `-- PROGRAM ARGS`."""
+    add = parser.add_argument
+    add("-n", dest="ranks", type=int, metavar="RANKS", help="ranks in all; default: all there are")
+    add("--nodes", type=int, metavar="K", help="use the first K nodes")
+    add("--ppn", type=int, metavar="P", help="ranks per node")
+    add("--launcher", default="auto", metavar="|".join(LAUNCHERS), help="who starts the ranks")
+    add("--machine", metavar="M", help="machine file to use; default: the one this host belongs to")
+    add("--hosts", metavar="FILE", help="hosts to use: `host`, `host:4` or `host slots=4` a line")
+    add("--config-dir", metavar="DIR", help="a folder with machine/NAME.yaml (and groups) of your own")
+    add("--no-preflight", action="store_true", help="start at once, without checking the hosts first")
+    add("--dry-run", action="store_true", help="show the command and every rank's place, do nothing")
+    add("--json", action="store_true", help="the dry run for programs")
+
+
+def main(namespace: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Runs `allranks launch`; returns the exit code: 2 and one message after a user's error."""
+    try:
+        return _launch(namespace, rest, os.environ)
+    except UserError as error:
+        print(f"allranks: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+
+
+def _launch(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str, str]) -> int:
+    if args.json and not args.dry_run:
+        raise UserError("--json is for a dry run: add --dry-run.")
+    overrides, machine_overrides, program = split(rest)
+    config = None
+    if program is None:
+        own = ["--config-dir", args.config_dir] if args.config_dir else []
+        program = (sys.executable, "-m", "allranks.train", *own, *overrides)
+        config = _composed([*own, *overrides])
+        if config is None:
+            return 0
+    known = machine.load(args.machine, machine_overrides, args.config_dir, environ=environ)
+    given = allocations.find(environ, args.hosts)
+    allocation = fitting(given, known, args)
+    request = Request(
+        program, args.ranks, args.nodes, args.ppn, args.launcher, installed_here=allocation.exists
+    )
+    plan = command.plan(request, known, allocation, environ)
+    if args.dry_run:
+        show = dryrun.as_json if args.json else dryrun.text
+        print(show(plan, allocation.source))
+        return 0
+    from allranks.launch import preflight, supervise
+
+    request = replace(request, passed=supervise.VARIABLES)
+    directory = None
+    if config is not None:
+        directory, program = _frozen(config)
+        request = replace(request, program=program, hosts_path=str(Path(directory) / "hosts"))
+    plan = command.plan(request, known, allocation, environ)
+    for path, content in plan.files:
+        Path(path).write_text(content)
+    unset = dict.fromkeys(supervise.VARIABLES, "")  # Open MPI warns of those that it cannot hand on
+    env = {**unset, **plan.environment(environ)}
+    size, hosts = plan.world_size, [host.name for host in plan.hosts]
+    if not args.no_preflight:
+        fit = preflight.check(
+            plan.argv_for, env, world_size=size, hosts=hosts, config=config, run_dir=directory
+        )
+        print(fit, file=sys.stderr, flush=True)
+    return int(supervise.run(plan.argv, env, directory, world_size=size, hosts=hosts))
+
+
+def _composed(arguments: Sequence[str]) -> Config | None:
+    """The one training that the command line asks for; None after --help or --cfg, which are answered."""
+    from allranks import config
+
+    composed = config.from_command_line(arguments)
+    if len(composed) > 1:
+        raise UserError("`launch` starts one training: leave -m to `allranks submit`.")
+    return composed[0] if composed else None
+
+
+def _frozen(config: Config) -> tuple[str, tuple[str, ...]]:
+    """Makes the run directory with the frozen config.yaml; (directory, what each rank starts)."""
+    from allranks import config as configs
+    from allranks import rundir
+
+    directory = str(Path(rundir.choose(config.run.dir, config.name)).absolute())
+    frozen = configs.freeze(config)
+    rundir.create(directory, frozen)
+    sha256 = hashlib.sha256(frozen.encode()).hexdigest()
+    return directory, (sys.executable, "-m", "allranks.train", "--run", directory, sha256)
+
+
+def split(rest: Sequence[str]) -> tuple[list[str], list[str], tuple[str, ...] | None]:
+    """(overrides, machine.key=value overrides, program or None) from what stands after the options."""
+    before = list(rest[: rest.index("--")]) if "--" in rest else list(rest)
+    machine_overrides = [word for word in before if word.startswith("machine.")]
+    overrides = [word for word in before if not word.startswith("machine.")]
+    for word in overrides:
+        if word.startswith("machine="):
+            raise UserError(f"{word} is no override: write --machine {word.removeprefix('machine=')}.")
+    if "--" not in rest:
+        return overrides, machine_overrides, None
+    program = tuple(rest[len(before) + 1 :])
+    if overrides:
+        raise UserError(
+            f"{overrides[0]} stands before `--`, where only options and machine.key=value may: "
+            "put the program and its arguments after `--`."
+        )
+    if not program:
+        raise UserError("No program stands after `--`: write `-- python my_train.py`.")
+    return [], machine_overrides, program
+
+
+def fitting(given: Allocation, known: Machine, args: argparse.Namespace) -> Allocation:
+    """The allocation found, or, for a dry run outside a job, hosts that stand for a job's."""
+    if given.scheduler != "local" or (known.scheduler == "local" and (args.nodes or 1) == 1):
+        return given
+    if not args.dry_run:
+        raise UserError(
+            f"There is no job here: {socket.gethostname()} is one host, outside PBS and Slurm. "
+            + (f"--nodes {args.nodes} needs a job: " if args.nodes else "Get a job first: ")
+            + "use `qsub -I`, `salloc` or `allranks submit`; --hosts FILE names hosts of your own, "
+            "and --machine local uses this host."
+        )
+    per_node = args.ppn or known.node.ranks_per_node or args.ranks or 1
+    nodes = args.nodes or math.ceil((args.ranks or 1) / max(per_node, 1))
+    return allocations.placeholder(max(nodes, 1), "slurm" if known.scheduler == "slurm" else "pbs")

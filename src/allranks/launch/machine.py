@@ -1,0 +1,354 @@
+"""A machine is one YAML in conf/machine/: found, checked and given types here. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import os
+import re
+import socket
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from allranks.config import conf_dir
+from allranks.errors import UserError, did_you_mean
+
+Launcher = Literal["auto", "mpiexec", "srun", "torchrun"]
+LAUNCHERS = typing.get_args(Launcher)
+
+
+@dataclass(frozen=True)
+class Detect:
+    """How the machine is known: patterns of its hosts' short names, or variables of its shells."""
+
+    hosts: tuple[str, ...] = ()
+    variables: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node. None where it is not known and the allocation has to tell."""
+
+    devices: int | None = None
+    ranks: int | None = None  # None: one a device
+    cpus: int | None = None  # as the launcher counts them
+    cpus_per_rank: int | None = None
+    cpu_list: tuple[str, ...] = ()  # the CPUs of local rank 0, 1, ...
+    bind: Literal["none", "list", "depth"] = "none"  # to cpu_list; or cpus_per_rank each, in a row
+
+    @property
+    def ranks_per_node(self) -> int | None:
+        return self.ranks or self.devices
+
+
+@dataclass(frozen=True)
+class Device:
+    """`order[r]` is the device of local rank r, to which each rank's `variable` is set, if any."""
+
+    variable: str | None = None
+    order: tuple[int, ...] = ()
+    one_visible: bool = False  # the launcher itself shows each rank only its own device
+
+
+@dataclass(frozen=True)
+class Variable:
+    """An environment variable for every rank, on this condition, unless its switch is off."""
+
+    value: str
+    when: Literal["always", "one_node", "several_nodes"] = "always"
+    switch: str | None = None
+    prepend: bool = False  # put before what is there, with a colon
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Options:
+    """More arguments for each launcher."""
+
+    mpiexec: tuple[str, ...] = ()
+    srun: tuple[str, ...] = ()
+    torchrun: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How long a job of so many nodes may run."""
+
+    min_nodes: int = 1
+    max_nodes: int | None = None
+    max_hours: float | None = None
+
+
+@dataclass(frozen=True)
+class Queue:
+    limits: tuple[Limit, ...] = ()
+    option: str | None = None  # null: submit.queue_option
+    ranks_per_chunk: int | None = None  # where a chunk is not a node
+
+
+@dataclass(frozen=True)
+class Submit:
+    required: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    chunk: str = ""  # PBS: what follows `select=K`; {ranks} and {cpus} are filled in
+    queue_option: str = "-q"
+
+
+@dataclass(frozen=True)
+class Machine:
+    name: str
+    scheduler: Literal["pbs", "slurm", "local"]
+    about: str = ""
+    launcher: Launcher = "auto"
+    mpiexec: Literal["auto", "hydra", "pals", "openmpi"] = "auto"
+    detect: Detect = field(default_factory=Detect)
+    node: Node = field(default_factory=Node)
+    device: Device = field(default_factory=Device)
+    options: Options = field(default_factory=Options)
+    master_suffix: str = ""  # rank 0's short host name with this is an address that every node reaches
+    variables: dict[str, Variable] = field(default_factory=dict)
+    switches: dict[str, bool] = field(default_factory=dict)
+    setup: tuple[str, ...] = ()  # shell lines of a job script, before anything else
+    filesystems: tuple[str, ...] = ()
+    queue: str | None = None
+    queues: dict[str, Queue] = field(default_factory=dict)
+    submit: Submit = field(default_factory=Submit)
+    overridden: tuple[str, ...] = ()  # the keys that the user set on the command line
+
+    def active_variables(self, nodes: int) -> dict[str, Variable]:
+        """The variables that hold on so many nodes with the switches as they are."""
+        now = ("always", "several_nodes" if nodes > 1 else "one_node")
+        return {
+            name: variable
+            for name, variable in self.variables.items()
+            if variable.when in now and (not variable.switch or self.switches[variable.switch])
+        }
+
+
+def load(
+    name: str | None = None,
+    overrides: Sequence[str] = (),
+    config_dir: str | Path | None = None,
+    hostname: str | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Machine:
+    """The machine `name`, or the one that this host belongs to, with `machine.key=value` overrides.
+
+    `config_dir` may hold machine/NAME.yaml of the user's own, which go before the shipped ones.
+    Raises UserError naming file, key, value and remedy.
+    """
+    files = _files(config_dir)
+    given = _overrides(overrides)
+    if name is None:
+        name = _detect(files, hostname or socket.gethostname(), environ)
+    if name not in files:
+        raise UserError(
+            f"machine={name} is not known: {', '.join(sorted(files))}.{did_you_mean(name, files)} "
+            "docs/machines.md shows how to add one."
+        )
+    tree = _yaml(files[name])
+    for key, value in given.items():
+        _put(tree, key.split("."), value)
+    machine = _build(Machine, {**tree, "name": name, "overridden": tuple(given)}, name, "")
+    _check(machine)
+    return machine
+
+
+def available(config_dir: str | Path | None = None) -> list[str]:
+    """The names that can be given, the user's own included."""
+    return sorted(_files(config_dir))
+
+
+def check_queue(machine: Machine, queue: str, nodes: int, hours: float | None) -> None:
+    """Raises UserError where the queue takes no job of so many nodes (chunks), or none so long.
+
+    A queue that the machine file does not list is the scheduler's business.
+    """
+    if queue not in machine.queues:
+        return
+    limits = machine.queues[queue].limits
+    fitting = [n for n in limits if n.min_nodes <= nodes <= (n.max_nodes or nodes)]
+    if limits and not fitting:
+        taken = ", ".join(f"{n.min_nodes} to {n.max_nodes or 'all'}" for n in limits)
+        raise UserError(
+            f"nodes={nodes} does not fit queue {queue} of {machine.name}, which takes {taken}: "
+            f"change --nodes or --queue.{_other_queues(machine, queue, nodes)}"
+        )
+    longest = max((n.max_hours for n in fitting if n.max_hours is not None), default=None)
+    if hours is not None and longest is not None and hours > longest:
+        raise UserError(
+            f"walltime={hours:g} h is too long for {nodes} nodes in queue {queue} of "
+            f"{machine.name}, where a job may run {longest:g} h: "
+            "give a shorter --walltime or another --queue."
+        )
+
+
+def _other_queues(machine: Machine, but: str, nodes: int) -> str:
+    fit = [
+        name
+        for name, queue in machine.queues.items()
+        if name != but and any(n.min_nodes <= nodes <= (n.max_nodes or nodes) for n in queue.limits)
+    ]
+    return f" These take {nodes}: {', '.join(fit)}." if fit else ""
+
+
+# --- finding and reading -------------------------------------------------------------------------
+
+
+def _files(config_dir: str | Path | None) -> dict[str, Path]:
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise UserError(
+            f"--config-dir {config_dir} is no folder: put your YAML into DIR/machine/NAME.yaml."
+        )
+    own = Path(config_dir) / "machine" if config_dir is not None else None
+    files: dict[str, Path] = {}
+    for folder in (own, conf_dir() / "machine"):  # the user's own are looked at first
+        for path in sorted(folder.glob("*.yaml")) if folder else ():
+            files.setdefault(path.stem, path)
+    return files
+
+
+def _detect(files: Mapping[str, Path], hostname: str, environ: Mapping[str, str] | None) -> str:
+    environ = os.environ if environ is None else environ
+    host = hostname.partition(".")[0]
+    for name in files:
+        detect = _build(Detect, _yaml(files[name]).get("detect") or {}, name, "detect.")
+        by_host = any(fnmatch.fnmatchcase(host, pattern) for pattern in detect.hosts)
+        if by_host or any(environ.get(k) == value for k, value in detect.variables.items()):
+            return name
+    if environ.get("PBS_NODEFILE"):
+        return "generic_pbs"
+    return "generic_slurm" if environ.get("SLURM_JOB_ID") else "local"
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError  # type: ignore[import-untyped,unused-ignore]
+
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read as YAML: {line}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds no keys: write `key: value` lines.")
+    return {str(key): value for key, value in tree.items()}
+
+
+def _overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """{key without `machine.`: value}, values being read as YAML."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    given: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.startswith("machine.") or key.endswith("."):
+            raise UserError(f"{override} is not an override: write machine.key=value.")
+        try:
+            read = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+        except (YAMLError, OmegaConfBaseException) as error:
+            raise UserError(f"{override}: the value cannot be read as YAML; quote it.") from error
+        assert isinstance(read, dict)
+        given[key.removeprefix("machine.")] = read["value"]
+    return given
+
+
+def _put(tree: dict[str, Any], keys: Sequence[str], value: Any) -> None:
+    for key in keys[:-1]:
+        inner = tree.get(key)
+        if not isinstance(inner, dict):  # a variable written short, or nothing yet
+            inner = {} if inner is None else {"value": inner}
+            tree[key] = inner
+        tree = inner
+    tree[keys[-1]] = value
+
+
+# --- types ---------------------------------------------------------------------------------------
+
+
+def _build(kind: Any, value: Any, name: str, at: str) -> Any:
+    """`value` as a `kind`: dataclass, tuple, dict, optional, plain. `at` is the key, for errors."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _build(next(k for k in inner if k is not type(None)), value, name, at)
+    if kind is Variable and not isinstance(value, dict):
+        value = {"value": value}
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(kind, _of_type(value, dict, "keys and values", name, at), name, at)
+    if origin is tuple:
+        items = _of_type(value, (list, tuple), "a list", name, at)
+        return tuple(_build(inner[0], v, name, f"{at}{i}.") for i, v in enumerate(items))
+    if origin is dict:
+        pairs = _of_type(value, dict, "keys and values", name, at)
+        return {str(k): _build(inner[1], v, name, f"{at}{k}.") for k, v in pairs.items()}
+    return _plain(kind, value, name, at)
+
+
+def _build_dataclass(kind: Any, value: Mapping[str, Any], name: str, at: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    for key in value:
+        if str(key) not in hints:
+            near = did_you_mean(str(key), hints) or f" It may be {', '.join(hints)}."
+            raise UserError(f"machine.{at}{key} is not a key of a machine ({name}).{near}")
+    for item in dataclasses.fields(kind):
+        missing = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if missing and item.name not in value:
+            raise UserError(f"machine.{at}{item.name} is missing in {name}: add it to its YAML.")
+    return kind(**{str(k): _build(hints[str(k)], v, name, f"{at}{k}.") for k, v in value.items()})
+
+
+def _plain(kind: Any, value: Any, name: str, at: str) -> Any:
+    if names := typing.get_args(kind):  # a Literal
+        if value not in names:
+            near = did_you_mean(str(value), names)
+            raise _invalid(name, at, value, f"one of {', '.join(names)}", near)
+        return value
+    is_bool = isinstance(value, bool)
+    if kind in (str, float) and isinstance(value, int | float) and not is_bool:
+        return kind(value)  # NCCL_CROSS_NIC: 1, max_hours: 1
+    if not isinstance(value, kind) or (is_bool and kind is not bool):
+        words = {str: "a text", int: "a whole number", bool: "true or false", float: "a number"}
+        raise _invalid(name, at, value, words[kind])
+    return value
+
+
+def _of_type(value: Any, kind: Any, words: str, name: str, at: str) -> Any:
+    if value is None:
+        return kind() if isinstance(kind, type) else ()
+    if not isinstance(value, kind):
+        raise _invalid(name, at, value, words)
+    return value
+
+
+def _invalid(name: str, at: str, value: Any, remedy: str, near: str = "") -> UserError:
+    return UserError(f"machine.{at.rstrip('.')}={value} ({name}) is not valid: give {remedy}.{near}")
+
+
+def _check(machine: Machine) -> None:
+    for name, variable in machine.variables.items():
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise _invalid(machine.name, "variables", name, "names of letters, digits and _")
+        if variable.switch is not None and variable.switch not in machine.switches:
+            raise UserError(
+                f"machine.variables.{name}.switch={variable.switch} ({machine.name}) "
+                f"has no switch: add `switches: {{{variable.switch}: true}}`."
+            )
+    node, order = machine.node, machine.device.order
+    for key, number in (("devices", node.devices), ("ranks", node.ranks), ("cpus", node.cpus),
+                        ("cpus_per_rank", node.cpus_per_rank)):  # fmt: skip
+        if number is not None and number < (0 if key == "devices" else 1):
+            raise _invalid(machine.name, f"node.{key}", number, "a positive number, or null")
+    if (node.bind == "list" and not node.cpu_list) or (node.bind == "depth" and not node.cpus_per_rank):
+        needed = "cpu_list" if node.bind == "list" else "cpus_per_rank"
+        raise UserError(f"machine.node.bind={node.bind} ({machine.name}) needs node.{needed}.")
+    if order and sorted(order) != list(range(len(order))):
+        raise _invalid(machine.name, "device.order", list(order), f"each of 0 to {len(order) - 1} once")

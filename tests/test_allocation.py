@@ -1,0 +1,169 @@
+"""The hosts of a job, from PBS, Slurm, a hostfile or this host."""
+
+import socket
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from allranks.errors import UserError
+from allranks.launch import allocation
+from allranks.launch.allocation import Host, compress, expand, find, repeated
+
+
+def file(tmp_path, text):
+    path = tmp_path / "hosts"
+    path.write_bytes(text.encode())
+    return path
+
+
+# --- Slurm's node lists --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("node_list", "hosts"),
+    [
+        ("a", ["a"]),
+        ("b2", ["b2"]),
+        ("a[001-003,7],b2", ["a001", "a002", "a003", "a7", "b2"]),
+        ("nid[008-011]", ["nid008", "nid009", "nid010", "nid011"]),
+        ("c[1-2]-x[0-1]", ["c1-x0", "c1-x1", "c2-x0", "c2-x1"]),
+        ("n[9-11]", ["n9", "n10", "n11"]),
+        ("z[3,1]", ["z3", "z1"]),  # the order is the ranks' order
+        ("r[1-2]n[01-02].site", ["r1n01.site", "r1n02.site", "r2n01.site", "r2n02.site"]),
+    ],
+)
+def test_slurm_node_lists_are_expanded(node_list, hosts):
+    assert expand(node_list) == hosts
+
+
+@pytest.mark.parametrize("bad", ["", "a[1-3", "a1-3]", "a[3-1]", "a[]", "a[x]", "a,,b", "a[1-]", "a b"])
+def test_what_is_no_node_list_is_refused(bad):
+    with pytest.raises(UserError, match="node list"):
+        expand(bad)
+
+
+stems = st.sampled_from(["a", "nid", "x1c", "gpu-", "rack1-node", "n0x"])
+names = st.builds(
+    lambda stem, width, number, tail: f"{stem}{number:0{width}}{tail}",
+    stems, st.integers(0, 6), st.integers(0, 12000), st.sampled_from(["", "", "b", "-ib"]),
+)  # fmt: skip
+
+
+@given(st.lists(names, min_size=1, max_size=40))
+def test_compressing_a_list_and_expanding_it_gives_the_list_again(hosts):
+    assert expand(compress(hosts)) == hosts
+
+
+@given(st.integers(0, 99990), st.integers(1, 2000), st.integers(0, 7))
+def test_a_run_of_hosts_is_short(start, count, width):
+    hosts = [f"nid{i:0{width}}" for i in range(start, start + count)]
+    assert expand(compress(hosts)) == hosts
+    assert len(compress(hosts)) < 80
+
+
+def test_counts_per_node():
+    assert repeated("2(x3),1", "SLURM_TASKS_PER_NODE") == [2, 2, 2, 1]
+    with pytest.raises(UserError, match="SLURM_TASKS_PER_NODE='2x3'"):
+        repeated("2x3", "SLURM_TASKS_PER_NODE")
+
+
+# --- jobs ----------------------------------------------------------------------------------------
+
+SLURM = {"SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "n[1-3]", "SLURM_TASKS_PER_NODE": "2(x2),1"}
+
+
+def test_slurm_job_with_uneven_tasks():
+    job = find({**SLURM, "SLURM_NTASKS": "5", "SLURM_JOB_CPUS_PER_NODE": "8(x2),4"})
+    assert (job.scheduler, job.job_id) == ("slurm", "41")
+    assert job.hosts == (Host("n1", 2), Host("n2", 2), Host("n3", 1))
+    assert job.slots_given
+    assert job.cpus_per_node == 4
+
+
+def test_salloc_shell_in_which_nobody_asked_for_tasks():
+    """`salloc -N 2`: TASKS_PER_NODE is what would fit, and the machine file knows better."""
+    environ = {**SLURM, "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_TASKS_PER_NODE": "64(x2)"}
+    assert not find(environ).slots_given
+    assert find({**environ, "SLURM_NTASKS": "128"}).slots_given
+
+
+def test_slurm_variables_of_two_jobs_are_refused():
+    with pytest.raises(UserError, match="for 3 nodes, but SLURM_JOB_NODELIST=n1 names 1"):
+        find({**SLURM, "SLURM_JOB_NODELIST": "n1"})
+
+
+def test_pbs_node_file_repeats_a_host_for_each_mpiproc(tmp_path):
+    nodes = file(tmp_path, "x1.hsn\nx1.hsn\nx2.hsn\n")
+    job = find({"PBS_NODEFILE": str(nodes), "PBS_JOBID": "7.pbs", "PBS_QUEUE": "debug"})
+    assert (job.scheduler, job.job_id, job.queue) == ("pbs", "7.pbs", "debug")
+    assert job.hosts == (Host("x1.hsn", 2), Host("x2.hsn", 1))
+    assert job.slots_given
+
+
+def test_pbs_one_line_per_chunk_says_nothing_of_ranks(tmp_path):
+    job = find({"PBS_NODEFILE": str(file(tmp_path, "x1\nx2\n")), "PBS_JOBID": "7.pbs"})
+    assert [host.name for host in job.hosts] == ["x1", "x2"]
+    assert not job.slots_given
+
+
+def test_pbs_goes_before_slurm_and_a_hostfile_before_both(tmp_path):
+    nodes = file(tmp_path, "p1\n")
+    environ = {**SLURM, "PBS_NODEFILE": str(nodes)}
+    assert find(environ).scheduler == "pbs"
+    hosts = tmp_path / "mine"
+    hosts.write_text("m1 slots=2\n")
+    assert find(environ, hosts).hosts == (Host("m1", 2),)
+
+
+def test_pbs_node_file_that_is_gone():
+    with pytest.raises(UserError, match=r"PBS_NODEFILE=/gone cannot be read \(No such file"):
+        find({"PBS_NODEFILE": "/gone"})
+
+
+def test_this_host_where_there_is_no_job():
+    job = find({"CUDA_VISIBLE_DEVICES": "0,2,3"})
+    assert (job.scheduler, job.job_id) == ("local", None)
+    assert job.hosts == (Host(socket.gethostname(), 3),)
+    assert find({"CUDA_VISIBLE_DEVICES": ""}).hosts[0].slots >= 1
+
+
+# --- hostfiles -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [
+        ("a:2\nb:1\n", [("a", 2), ("b", 1)]),
+        ("a slots=2\nb slots = 1 max_slots=4\n", [("a", 2), ("b", 1)]),
+        ("a\na\nb\n", [("a", 2), ("b", 1)]),
+        ("# nodes\n\n  a   # first\nb\n", [("a", 1), ("b", 1)]),
+        ("10.0.0.1:4", [("10.0.0.1", 4)]),
+    ],
+)
+def test_hostfiles(tmp_path, text, hosts):
+    assert find({}, file(tmp_path, text)).hosts == tuple(Host(*host) for host in hosts)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "names no host"),
+        ("# nothing\n\n", "names no host"),
+        ("a\r\nb\r\n", r"Windows line ends \(CRLF\)"),
+        ("a:2\na:3\n", "has a twice, on lines 1 and 2"),
+        ("a\nb\na slots=2\n", "has a twice, on lines 1 and 3"),
+        ("a:0\n", "gives no slot"),
+        ("a two\n", "line 1: 'a two' is no host"),
+        ("-x\n", "line 1: '-x' is no host"),
+    ],
+)
+def test_bad_hostfiles_are_refused_with_one_message(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        find({}, file(tmp_path, text))
+
+
+def test_this_host_by_its_short_name():
+    assert allocation.is_this_host(socket.gethostname().partition(".")[0] + ".some.domain")
+    assert allocation.is_this_host("127.0.0.1")
+    assert not allocation.is_this_host("10.9.8.7")

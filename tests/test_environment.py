@@ -1,0 +1,239 @@
+"""Which rank a process is, by a recorded environment of each launcher, and what must not fool us.
+
+The names are those that real ones set: torchrun, MPICH 5.0, Open MPI 4.1 and Slurm 22.05; those of
+PALS, Cray PMI, Intel MPI, MVAPICH2 and jsrun are as documented. All tell of the same rank: 5 of 8,
+the second one on the second of two hosts.
+"""
+
+import subprocess
+import sys
+
+import pytest
+
+from allranks.errors import UserError
+from allranks.runtime.environment import Launch, discover, first_host, launcher_rank
+
+TORCHRUN = {
+    "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1",
+    "GROUP_WORLD_SIZE": "2", "ROLE_WORLD_SIZE": "8", "TORCHELASTIC_USE_AGENT_STORE": "True",
+    "ROLE_RANK": "5", "MASTER_ADDR": "n0", "MASTER_PORT": "29500",
+    "TORCHELASTIC_RUN_ID": "7", "TORCHELASTIC_RESTART_COUNT": "0", "OMP_NUM_THREADS": "1",
+}  # fmt: skip
+MPICH = {
+    "PMI_RANK": "5", "PMI_SIZE": "8", "PMI_FD": "9", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4",
+    "HYDI_CONTROL_FD": "11", "PMI_HOSTNAME": "n1",
+}  # fmt: skip
+INTEL_MPI = {
+    "PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4",
+    "I_MPI_HYDRA_HOST_FILE": "/tmp/hosts",
+}  # fmt: skip
+OPENMPI = {
+    "OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4", "OMPI_COMM_WORLD_NODE_RANK": "1", "OMPI_UNIVERSE_SIZE": "8",
+    "PMIX_RANK": "5", "PMIX_NAMESPACE": "prterun-n0-1@1",
+}  # fmt: skip
+MVAPICH2 = {
+    "MV2_COMM_WORLD_RANK": "5", "MV2_COMM_WORLD_SIZE": "8", "MV2_COMM_WORLD_LOCAL_RANK": "1",
+    "MV2_COMM_WORLD_LOCAL_SIZE": "4", "PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1",
+    "MPI_LOCALNRANKS": "4",
+}  # fmt: skip
+SLURM_JOB = {
+    "SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "n[0-1]", "SLURM_NNODES": "2", "SLURM_NTASKS": "8",
+    "SLURM_NPROCS": "8", "SLURM_TASKS_PER_NODE": "4(x2)",
+}  # fmt: skip
+SRUN = {
+    **SLURM_JOB, "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
+    "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    "SLURM_STEP_NODELIST": "n[0-1]",
+}  # fmt: skip
+PALS = {
+    "PALS_RANKID": "5", "PALS_LOCAL_RANKID": "1", "PALS_LOCAL_SIZE": "4", "PALS_NODEID": "1",
+    "PALS_DEPTH": "8", "PBS_NODEFILE": "/var/spool/pbs/aux/7.pbs", "PBS_JOBID": "7.pbs",
+}  # fmt: skip
+CRAY_PMI = {
+    "PMI_RANK": "5", "PMI_SIZE": "8", "PMI_LOCAL_RANK": "1", "PMI_LOCAL_SIZE": "4",
+    "PMI_UNIVERSE_SIZE": "8",
+}  # fmt: skip
+JSRUN = {
+    "JSM_NAMESPACE_RANK": "5", "JSM_NAMESPACE_SIZE": "8", "JSM_NAMESPACE_LOCAL_RANK": "1",
+    "LSB_DJOB_RANKFILE": "/tmp/ranks", "LSB_JOBID": "3",
+}  # fmt: skip
+BATCH_SHELL = {**SLURM_JOB, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        (TORCHRUN, Launch("torchrun", 5, 8, 1, 4)),
+        (MPICH, Launch("mpich", 5, 8, 1, 4)),
+        (INTEL_MPI, Launch("mpich", 5, 8, 1, 4)),
+        (OPENMPI, Launch("openmpi", 5, 8, 1, 4)),
+        (MVAPICH2, Launch("mvapich2", 5, 8, 1, 4)),
+        (SRUN, Launch("srun", 5, 8, 1, 4)),
+        (PALS, Launch("pals", 5, None, 1, 4)),  # MPI knows the size, PALS does not tell it
+        ({**PALS, "PMI_SIZE": "8"}, Launch("pals", 5, 8, 1, 4)),
+        (CRAY_PMI, Launch("cray-pmi", 5, 8, 1, 4)),
+        (JSRUN, Launch("jsrun", 5, 8, 1, None)),
+        (
+            {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
+            Launch("environment", 5, 8, 1, 4),
+        ),
+        ({}, Launch("none", 0, 1, 0, 1)),
+    ],
+)
+def test_each_launcher(environ, expected):
+    assert discover(environ) == expected
+    assert launcher_rank(environ) == expected.rank
+
+
+# --- traps ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("environ", [MPICH, OPENMPI, SRUN, PALS, CRAY_PMI, MVAPICH2, JSRUN])
+def test_a_stale_rank_does_not_win_silently(environ):
+    with pytest.raises(UserError, match=r"RANK=0 .*is left over in the environment"):
+        discover({**environ, "RANK": "0", "WORLD_SIZE": "8"})
+
+
+@pytest.mark.parametrize("environ", [MPICH, OPENMPI, SRUN, CRAY_PMI, MVAPICH2, JSRUN])
+def test_a_stale_world_size_does_not_either(environ):
+    with pytest.raises(UserError, match="unset RANK LOCAL_RANK WORLD_SIZE"):
+        discover({**environ, "WORLD_SIZE": "4"})
+
+
+def test_a_rank_that_fits_the_launcher_is_no_contradiction():
+    assert discover({**SRUN, "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}).launcher == "srun"
+
+
+@pytest.mark.parametrize(
+    "shell",
+    [
+        SLURM_JOB,  # salloc without a step
+        BATCH_SHELL,  # sbatch: a task id, but no step
+        {**BATCH_SHELL, "SLURM_STEP_ID": "4294967290"},  # salloc with use_interactive_step
+        {**BATCH_SHELL, "SLURM_STEP_ID": "4294967291"},  # the batch step
+    ],
+)
+def test_a_shell_of_salloc_or_sbatch_is_no_task(shell):
+    assert discover(shell) == Launch("none")
+
+
+def test_pmi_names_leak_into_a_slurm_step():
+    """Bare PMI_* names of a site's plugin or an outer launcher say nothing under srun."""
+    assert discover({**SRUN, "PMI_RANK": "0", "PMI_SIZE": "1"}).launcher == "srun"
+    cray_plugin = {"PMI_RANK": "5", "PMI_SIZE": "8", "PMI_LOCAL_RANK": "1", "PMI_LOCAL_SIZE": "4"}
+    pals_names = {"PALS_RANKID": "5", "PALS_LOCAL_RANKID": "1", "PALS_NODEID": "1"}
+    assert discover({**SRUN, **cray_plugin, **pals_names}) == Launch("srun", 5, 8, 1, 4)
+
+
+def test_pmi_rank_alone_proves_no_launcher():
+    assert discover({"PMI_RANK": "5", "PMI_SIZE": "8"}) == Launch("none")
+
+
+def test_the_node_rank_of_openmpi_is_no_local_rank():
+    """OMPI_COMM_WORLD_NODE_RANK counts processes of all jobs on the node."""
+    assert discover({**OPENMPI, "OMPI_COMM_WORLD_NODE_RANK": "3"}).local_rank == 1
+
+
+@pytest.mark.parametrize("empty", ["", " "])
+def test_an_empty_pmi_size_is_no_size(empty):
+    assert discover({**PALS, "PMI_SIZE": empty}) == Launch("pals", 5, None, 1, 4)
+
+
+def test_mpiexec_inside_slurm_is_not_srun():
+    """MPICH and Open MPI start their daemons with srun, so ranks inherit the daemon's step."""
+    daemon = {**SRUN, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}
+    assert discover({**daemon, **MPICH}) == Launch("mpich", 5, 8, 1, 4)
+    assert discover({**daemon, **OPENMPI}) == Launch("openmpi", 5, 8, 1, 4)
+
+
+@pytest.mark.parametrize("outer", [SRUN, MPICH, PALS, OPENMPI])
+def test_torchrun_inside_another_launcher(outer):
+    assert discover({**outer, **TORCHRUN}) == Launch("torchrun", 5, 8, 1, 4)
+
+
+def test_uneven_tasks_of_a_step():
+    """A step of 3 tasks, given the hosts n1,n1,n2, in a job of one task a node."""
+    recorded = {
+        "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "SLURM_NTASKS": "3",
+        "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_NODEID": "1", "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "3",
+        "SLURM_STEP_TASKS_PER_NODE": "2,1", "SLURM_TASKS_PER_NODE": "2,1",
+        "SLURM_DISTRIBUTION": "arbitrary", "SLURM_JOB_ID": "2",
+    }  # fmt: skip
+    assert discover(recorded) == Launch("srun", 2, 3, 0, 1)
+    uneven = {**SRUN, "SLURM_STEP_TASKS_PER_NODE": "5,3", "SLURM_TASKS_PER_NODE": "4(x2)"}
+    assert discover(uneven).local_world_size == 3
+    assert discover({**uneven, "SLURM_NODEID": "0", "SLURM_PROCID": "1"}).local_world_size == 5
+
+
+def test_a_request_for_tasks_per_node_is_not_what_runs():
+    """SLURM_NTASKS_PER_NODE is what sbatch was asked for; a step may have fewer."""
+    assert discover({**SRUN, "SLURM_NTASKS_PER_NODE": "32"}).local_world_size == 4
+
+
+def test_a_step_smaller_than_its_job():
+    first = {"SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_LOCALID": "0"}
+    one = {**SRUN, **first, "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}
+    assert discover(one) == Launch("srun", 0, 1, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({**MPICH, "PMI_RANK": "8"}, "PMI_RANK=8 is not below PMI_SIZE=8"),
+        (
+            {**OPENMPI, "OMPI_COMM_WORLD_LOCAL_RANK": "4"},
+            "is not below OMPI_COMM_WORLD_LOCAL_SIZE=4",
+        ),
+        ({**TORCHRUN, "WORLD_SIZE": "many"}, "WORLD_SIZE='many' is not a whole number"),
+        ({"RANK": "1"}, "RANK=1 is set but WORLD_SIZE is not"),
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 is set but RANK is not"),
+    ],
+)
+def test_variables_that_contradict_each_other(environ, said):
+    with pytest.raises(UserError, match=said):
+        discover(environ)
+
+
+def test_a_lone_world_size_of_one_is_nobodys():
+    assert discover({"WORLD_SIZE": "1"}) == Launch("none")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [
+        ("nid001234", "nid001234"), ("nid[001-003,7],login1", "nid001"), ("a1,b2", "a1"),
+        ("c[7]-ib,d", "c7-ib"),
+    ],
+)  # fmt: skip
+def test_the_first_host_of_a_node_list(nodes, host):
+    assert first_host(nodes) == host
+
+
+def test_no_host_in_a_node_list():
+    with pytest.raises(UserError, match="names no host"):
+        first_host("")
+
+
+@pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
+def test_the_real_launchers_here(launcher):
+    """What this machine's own launchers say is understood, every rank once."""
+    from allranks.launch import launchers
+
+    show = (
+        "import os; from allranks.runtime.environment import discover; d = discover(os.environ); "
+        "os.write(1, f'{d.rank} {d.world_size} {d.local_rank} {d.local_world_size}\\n'.encode())"
+    )
+    program = [sys.executable, "-c", show]
+    if launcher == "mpiexec":
+        path = launchers.path_of("mpiexec")
+        if path is None:
+            pytest.skip("no mpiexec: pip install mpich")
+        argv = [path, "-n", "3", *program]
+    else:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        argv = [*torchrun, "--nproc-per-node", "3", "--no-python", *program]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == [f"{rank} 3 {rank} 3" for rank in range(3)]
