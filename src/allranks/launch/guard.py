@@ -42,7 +42,11 @@ def attend(program: Sequence[str], launch: Launch, environ: Mapping[str, str]) -
     # a program that is killed takes what is in its own buffers with it
     kept.setdefault("PYTHONUNBUFFERED", "1")
     try:
-        ready = {**kept, **rank.variables(launch, environ, told["env"])}
+        place = told["env"]
+        ready = {**kept, **rank.variables(launch, environ, place)}
+        # under torchrun MASTER_PORT is its own store's; this one is free there too
+        ready[rank.MASTER_ADDR] = str(place["master_addr"])
+        ready[rank.MASTER_PORT] = str(place["master_port"])
     except UserError as error:
         link.sendall(wire.frame(wire.STDERR, f"allranks: {error}\n".encode()))
         return _leave(link, frames, EXIT_USER_ERROR, 0)

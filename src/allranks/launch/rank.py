@@ -30,6 +30,7 @@ SUPERVISOR = "ALLRANKS_SUPERVISOR"  # host:port
 SECRET = "ALLRANKS_SECRET"
 TERMINAL = "ALLRANKS_TERMINAL"  # which of rank 0's streams end at a terminal: o, e, oe
 OUTPUT = "ALLRANKS_OUTPUT"  # directory for the other ranks' stdout
+PREFLIGHT = "ALLRANKS_PREFLIGHT"  # the secret of allranks.launch.preflight
 PRIVATE = (SUPERVISOR, SECRET, TERMINAL, OUTPUT)
 
 PORTS = range(20000, 30000)  # below the ports that systems hand out for outgoing connections

@@ -36,7 +36,7 @@ HOLD_S = 0.5  # other ranks' lines wait so long for the end of rank 0's line
 REQUEUE = 85  # a rank's exit code for "stopped in order, go on later": no failure
 LOST = 128 + signal.SIGKILL
 # What the ranks' hosts must get of our environment, where a launcher passes nothing on by itself.
-VARIABLES = rank.PRIVATE
+VARIABLES = (*rank.PRIVATE, rank.PREFLIGHT)
 
 Show = Callable[[int, bytes], None]
 
@@ -182,7 +182,7 @@ class Supervision:
         self.started = False
         self._port: int | None = None
         self._start_by = time.monotonic() + start_s
-        self._end_by = time.monotonic() + limit_s if limit_s else None
+        self._end_by: float | None = None  # counts from when all ranks have started
         self._limits = (start_s, limit_s)
         self._settle_at: float | None = None
         self._kill_at: float | None = None
@@ -203,7 +203,7 @@ class Supervision:
         processes.adopt_orphans()
         launcher = None
         try:
-            _raise_file_limit()
+            raise_file_limit()
             with socket.create_server((address_for(self.hosts), 0), backlog=4096) as listener:
                 self._selector.register(listener, selectors.EVENT_READ, self._accept)
                 host, port = listener.getsockname()[:2]
@@ -363,6 +363,8 @@ class Supervision:
     def _begin(self) -> None:
         """Everybody is here: each rank gets its place, and they start together."""
         self.started = True
+        if self._limits[1] is not None:
+            self._end_by = time.monotonic() + self._limits[1]
         by_host: dict[str, list[int]] = {}
         for number in sorted(self.ranks):
             by_host.setdefault(self.ranks[number].host, []).append(number)
@@ -574,7 +576,7 @@ def _some(things: Sequence[object]) -> str:
     return ", ".join(map(str, things[:8])) + (", ..." if len(things) > 8 else "")
 
 
-def _raise_file_limit() -> None:
+def raise_file_limit() -> None:
     """A connection a rank: the usual 1,024 open files are too few for a large job."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
