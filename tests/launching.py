@@ -103,3 +103,26 @@ class Started:
         for pipe in (self.process.stdout, self.process.stderr):
             if pipe is not None:
                 pipe.close()
+
+
+def by_hand(hosts: Sequence[str], program: Sequence[str], setup: Sequence[str] = ()) -> list[str]:
+    """A stand-in for a launcher on several hosts: one rank each, in namespaces with the host's name.
+
+    `setup` are shell commands that a host runs first, in a mount namespace of its own; $RANK is its rank.
+    """
+    start = "; ".join(["hostname $1", *setup, 'shift; exec "$@"'])
+    code = (
+        "import os, subprocess\n"
+        f"ranks = [subprocess.Popen(['unshare', '--uts', '--mount', 'sh', '-c', {start!r}, 'sh', host, "
+        f"*{[*RANK, *program]!r}], env={{**os.environ, 'RANK': str(r), 'WORLD_SIZE': '{len(hosts)}'}})\n"
+        f"    for r, host in enumerate({list(hosts)!r})]\n"
+        "raise SystemExit(max([abs(rank.wait()) for rank in ranks]))"
+    )
+    return python(code)
+
+
+def can_make_hosts() -> bool:
+    done = subprocess.run(
+        ["unshare", "--uts", "--mount", "hostname", "other"], capture_output=True, check=False
+    )
+    return done.returncode == 0

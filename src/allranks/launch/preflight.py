@@ -152,10 +152,10 @@ def main() -> int:
     place = (environ[ranks.MASTER_ADDR], int(environ[ranks.MASTER_PORT]))
     secret = environ[ranks.PREFLIGHT]
     if me == 0:
-        hub = Hub(place, size, secret)
-        examined = _in_time(lambda: examine(task, environ), deadline - VERDICT_S)
-        mine = examined or {"host": socket.gethostname(), "problems": [_STUCK]}
-        problems = judge_all(hub, mine, deadline, lambda: mpi_problem(environ, deadline))
+        try:
+            problems = _rank_0(task, environ, Hub(place, size, secret), deadline)
+        except UserError as error:
+            problems = [_entry(str(error), [socket.gethostname()])]
         print(json.dumps({"problems": problems}), flush=True)
         code = EXIT_USER_ERROR if problems else 0
     else:
@@ -165,6 +165,14 @@ def main() -> int:
         )  # fmt: skip
     sys.stdout.flush()
     os._exit(code)  # a thread may still hang in MPI or in a file system
+
+
+def _rank_0(
+    task: Mapping[str, Any], environ: Mapping[str, str], hub: Hub, deadline: float
+) -> list[dict[str, Any]]:
+    mine = _in_time(lambda: examine(task, environ), deadline - VERDICT_S)
+    mine = mine or {"host": socket.gethostname(), "problems": [_STUCK]}
+    return judge_all(hub, mine, deadline, lambda: mpi_problem(environ, deadline))
 
 
 _STUCK = (
