@@ -115,9 +115,8 @@ def variables(
 def free_port() -> int:
     """A port that nobody on this host uses now, at any of its addresses; none of those handed out for
     outgoing connections, so that it is still free when the program gets to it."""
-    import random
-
-    for port in random.sample(PORTS, 200):
+    for _ in range(200):
+        port = PORTS[int.from_bytes(os.urandom(4), "big") % len(PORTS)]
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
