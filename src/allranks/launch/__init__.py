@@ -1,1 +1,1 @@
-"""From one command line to every rank: what is started, by which launcher, and who watches over it."""
+"""From an allocation to a command line: where ranks run, how they start, what they see."""

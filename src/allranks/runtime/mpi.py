@@ -22,7 +22,7 @@ def world(launch: Launch) -> Any:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise UserError(
-            f"{launch.launcher} started this run, but mpi4py finds no MPI library ({_flat(error)}). "
+            f"{launch.launcher} started this run, but mpi4py finds no MPI library ({flat(error)}). "
             "On a supercomputer load the site's MPI module; elsewhere `pip install mpi4py mpich`. "
             "Or start the ranks with torchrun.",
             said_by=0,
@@ -31,7 +31,7 @@ def world(launch: Launch) -> Any:
     comm = MPI.COMM_WORLD
     expected = launch.world_size or max(launch.local_world_size or 1, launch.rank + 1)
     if comm.size < expected or (launch.world_size and comm.size != launch.world_size):
-        library = _flat(MPI.Get_library_version())[:60].strip()
+        library = flat(MPI.Get_library_version())[:60].strip()
         raise UserError(
             f"The launcher and mpi4py use different MPIs: {launch.launcher} "
             f"({shutil.which('mpiexec') or 'mpiexec'}) started {expected} ranks, but mpi4py is bound "
@@ -81,5 +81,5 @@ def allreduce(comm: Any, tensor: torch.Tensor) -> None:
         comm.Allreduce(MPI.IN_PLACE, tensor.numpy())
 
 
-def _flat(text: object) -> str:
+def flat(text: object) -> str:
     return " ".join(str(text).replace("\0", " ").split())
