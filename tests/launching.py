@@ -30,8 +30,8 @@ def launcher(name: str, ranks: int, program: Sequence[str]) -> list[str]:
         return [str(BIN / "mpiexec"), "-n", str(ranks), *program]
     return [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
-        "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--no-python",
-        *program,
+        "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
+        "--no-python", *program,
     ]  # fmt: skip
 
 
@@ -106,15 +106,17 @@ class Started:
 
 
 def by_hand(hosts: Sequence[str], program: Sequence[str], setup: Sequence[str] = ()) -> list[str]:
-    """A stand-in for a launcher on several hosts: one rank each, in namespaces with the host's name.
+    """A stand-in for a launcher on several hosts: a rank each, in namespaces with its name.
 
-    `setup` are shell commands that a host runs first, in a mount namespace of its own; $RANK is its rank.
+    `setup` are shell commands that a host, $1, runs first, in a mount namespace of its own.
     """
     start = "; ".join(["hostname $1", *setup, 'shift; exec "$@"'])
     code = (
         "import os, subprocess\n"
-        f"ranks = [subprocess.Popen(['unshare', '--uts', '--mount', 'sh', '-c', {start!r}, 'sh', host, "
-        f"*{[*RANK, *program]!r}], env={{**os.environ, 'RANK': str(r), 'WORLD_SIZE': '{len(hosts)}'}})\n"
+        f"ranks = [subprocess.Popen(['unshare', '--uts', '--mount', 'sh', '-c', {start!r}, 'sh', "
+        f"host, "
+        f"*{[*RANK, *program]!r}], "
+        f"env={{**os.environ, 'RANK': str(r), 'WORLD_SIZE': '{len(hosts)}'}})\n"
         f"    for r, host in enumerate({list(hosts)!r})]\n"
         "raise SystemExit(max([abs(rank.wait()) for rank in ranks]))"
     )

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import BIN, CLEAN
 
 from allranks import doctor
+from launching import BIN, CLEAN
 
 
 def check(name: str, cwd: Path | None = None, **environ: str) -> list[doctor.Finding]:
@@ -67,7 +67,8 @@ def test_programs_get_json_and_a_remedy_for_whatever_is_not_ok(whole):
 def test_an_error_gives_exit_code_1():
     environ = {**CLEAN, "RANK": "3"}
     done = subprocess.run(
-        [sys.executable, "-m", "allranks.doctor"], env=environ, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "allranks.doctor"], env=environ, capture_output=True, text=True,
+        check=False,
     )  # fmt: skip
     assert done.returncode == 1
     assert "error ranks      RANK=3 is set but WORLD_SIZE is not" in done.stdout
@@ -99,9 +100,13 @@ def test_the_mpich_wheels_mpiexec_fits():
 
 def test_an_mpiexec_of_another_mpi_is_named():
     other = shutil.which("mpiexec", path="/usr/bin:/usr/local/bin:/bin")
-    if other is None or "Open" not in subprocess.run(
-        [other, "--version"], capture_output=True, text=True, check=False
-    ).stdout:
+    if (
+        other is None
+        or "Open"
+        not in subprocess.run(
+            [other, "--version"], capture_output=True, text=True, check=False
+        ).stdout
+    ):
         pytest.skip("needs a system-wide Open MPI beside the mpich wheel")
     found = check("mpi", PATH=f"{Path(other).parent}:/bin")
     assert [f.state for f in found] == ["ok", "warn"]  # the wheel's own is found beside Python
@@ -110,7 +115,7 @@ def test_an_mpiexec_of_another_mpi_is_named():
 
 
 def test_ranks_that_do_not_see_each_other_belong_to_another_mpi(tmp_path):
-    # a launcher that starts ranks without telling them of each other: what a foreign mpiexec comes to
+    # starts ranks without telling them of each other: what a foreign mpiexec comes to
     executable(tmp_path / "mpiexec", 'shift 2; "$@"; "$@"')
     found = check("mpi", PATH=f"{tmp_path}:/usr/bin:/bin")
     assert "belongs to another MPI: each of its ranks sees itself as 0 of 1" in found[-1].text
@@ -136,20 +141,23 @@ def test_asking_about_ezpz_imports_no_torch():
 
 
 def test_a_scheduler_that_does_not_answer_is_an_error(tmp_path):
-    """Stand-ins for the commands: only their exit codes matter here (qstat's 255 is OpenPBS's own)."""
+    """Stand-ins: only exit codes matter here (qstat's 255 is OpenPBS's own)."""
     for command in ("qsub", "qdel"):
         executable(tmp_path / command, "exit 0")
     executable(tmp_path / "qstat", "echo 'cannot connect to server pbs (errno=111)' >&2; exit 255")
-    (finding,) = check("scheduler", PATH=f"{tmp_path}:/usr/bin:/bin")
+    environ = {"PATH": str(tmp_path), "PBS_JOBID": "12.pbs"}  # no other scheduler's commands
+    (finding,) = check("scheduler", **environ)
     assert finding.state == "error"
     assert "exit code 255: cannot connect to server pbs" in finding.text
+    (finding,) = check("scheduler", PATH=str(tmp_path))
+    assert finding.state == "warn"  # outside a job, training on this host still works
 
     executable(tmp_path / "qstat", "exit 0")
-    (finding,) = check("scheduler", PATH=f"{tmp_path}:/usr/bin:/bin", PBS_JOBID="12.pbs")
+    (finding,) = check("scheduler", **environ)
     assert (finding.state, finding.text) == ("ok", "PBS answers, inside job 12.pbs")
 
     (tmp_path / "qsub").unlink()
-    (finding,) = check("scheduler", PATH=f"{tmp_path}:/bin", PBS_JOBID="12.pbs")
+    (finding,) = check("scheduler", **environ)
     assert finding.state == "warn" and "not on PATH: qsub" in finding.text
 
 
@@ -186,5 +194,7 @@ def test_more_threads_than_cpus():
             "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
             "from allranks import doctor; print(doctor.threads()[0].state)"
         )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
         assert done.stdout == "warn\n"

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launching import CLEAN, by_hand, can_make_hosts, launcher
 
 from allranks import config as configs
 from allranks.errors import UserError
 from allranks.launch import preflight, rank, wire
+from launching import CLEAN, by_hand, can_make_hosts, launcher
 
 HOST = socket.gethostname()
 HOSTS = ["alpha", "beta", "gamma"]
@@ -51,7 +51,10 @@ def data_root(tmp_path_factory) -> Path:
 def on_hosts(setup=(), env=None, **more) -> str:
     """The preflight on three hosts, one rank each; `setup` makes one of them bad."""
     return preflight.check(
-        lambda program: by_hand(HOSTS, program, setup), {**CLEAN, **(env or {})}, world_size=3, **more
+        lambda program: by_hand(HOSTS, program, setup),
+        {**CLEAN, **(env or {})},
+        world_size=3,
+        **more,
     )
 
 
@@ -89,7 +92,8 @@ def test_the_host_that_does_not_share_the_run_directory_is_named(tmp_path):
     with pytest.raises(UserError) as error:
         on_hosts([hide], run_dir=tmp_path)
     assert str(error.value) == (
-        f"preflight: gamma: run directory {tmp_path} is not the one that `allranks launch` sees: give a "
+        f"preflight: gamma: run directory {tmp_path} is not the one that `allranks launch` sees: "
+        f"give a "
         "run.dir on a file system that all hosts share."
     )
 
@@ -169,11 +173,11 @@ def test_mpi_that_sees_other_ranks_than_the_launcher_started():
     assert "The launcher and mpi4py use different MPIs" in done.stdout
 
 
-# --- the protocol, with real sockets ------------------------------------------------------------------
+# --- the protocol, with real sockets ------------------------------------------------------------
 
 
 def exchange(size: int, mute: frozenset[int] = frozenset(), limit_s: float = 30):
-    """All ranks of a preflight on loopback, a thread each; rank 0's problems and traffic, and the codes."""
+    """All ranks of a preflight on loopback, a thread each: problems, traffic, exit codes."""
     secret, codes = secrets.token_hex(32), {}
     with socket.create_server(("127.0.0.1", 0)) as probe:
         place = probe.getsockname()[:2]
@@ -184,8 +188,9 @@ def exchange(size: int, mute: frozenset[int] = frozenset(), limit_s: float = 30)
 
     def member(r):
         codes[r] = preflight.report(
-            place, r, size, secret, deadline, lambda: found(r), lambda: ""
-        )
+            place, r, size, secret=secret, deadline=deadline,
+            look=lambda: found(r), add_by_mpi=lambda: "",
+        )  # fmt: skip
 
     hub = preflight.Hub(place, size, secret)
     threads = [threading.Thread(target=member, args=(r,)) for r in range(1, size) if r not in mute]
@@ -225,6 +230,7 @@ def test_the_sum_is_checked_by_every_rank():
     ]
     # a rank 0 that sends a wrong sum
     with socket.create_server(("127.0.0.1", 0)) as listener:
+
         def wrong():
             link, _ = listener.accept()
             frames = wire.Frames()
@@ -239,8 +245,8 @@ def test_the_sum_is_checked_by_every_rank():
         thread = threading.Thread(target=wrong)
         thread.start()
         preflight.report(
-            listener.getsockname()[:2], 1, 2, "s", time.monotonic() + 10,
-            lambda: {"host": "n0", "problems": []}, lambda: "",
+            listener.getsockname()[:2], 1, 2, secret="s", deadline=time.monotonic() + 10,
+            look=lambda: {"host": "n0", "problems": []}, add_by_mpi=lambda: "",
         )  # fmt: skip
         thread.join()
     assert said[0].startswith("the ranks add up to [2.0, 1.0, 2.0], not [2.0, 1.0, 1.0]")

@@ -9,15 +9,16 @@ import subprocess
 import sys
 
 import pytest
-from launching import BIN, CLEAN, RANK, python
 
 from allranks.errors import UserError
 from allranks.launch import rank
 from allranks.runtime.environment import discover
+from launching import BIN, CLEAN, RANK, python
 
 SHOW = python(
-    "import json, os; print(json.dumps({n: os.environ.get(n) for n in "
-    "'RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT CUDA_VISIBLE_DEVICES'.split()}))"
+    "import json, os; os.write(1, json.dumps({n: os.environ.get(n) for n in "
+    "'RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT "
+    "CUDA_VISIBLE_DEVICES'.split()}).encode() + b'\\n')"
 )
 
 
@@ -105,7 +106,7 @@ def test_no_program_is_a_mistake_too():
             rank.program_of(arguments)
 
 
-# --- recorded environments ----------------------------------------------------------------------------
+# --- recorded environments ----------------------------------------------------------------------
 
 PALS = {"PALS_RANKID": "14", "PALS_LOCAL_RANKID": "2", "PALS_LOCAL_SIZE": "12", "PMI_SIZE": ""}
 SRUN = {
@@ -153,7 +154,9 @@ def test_srun_needs_nothing_else():
         "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4",
         "MASTER_ADDR": "nid001", "MASTER_PORT": variables(SRUN)["MASTER_PORT"],
     }  # fmt: skip
-    assert variables(SRUN)["MASTER_PORT"] != variables({**SRUN, "SLURM_STEP_ID": "1"})["MASTER_PORT"]
+    assert (
+        variables(SRUN)["MASTER_PORT"] != variables({**SRUN, "SLURM_STEP_ID": "1"})["MASTER_PORT"]
+    )
 
 
 def test_torchruns_own_store_is_kept_and_a_stale_port_is_not():
@@ -216,7 +219,8 @@ def test_a_start_is_cheap():
     code = (
         "import os, sys\n"
         "before, opened = set(sys.modules), []\n"
-        "sys.addaudithook(lambda e, a: opened.append(a[0]) if e in ('open', 'os.listdir', 'os.scandir') "
+        "sys.addaudithook(lambda e, a: opened.append(a[0]) if e in ('open', 'os.listdir', "
+        "'os.scandir') "
         "else None)\n"
         "sys.argv = ['rank', '--', 'true']\n"
         "os.execvpe = lambda *a: None\n"  # the start without its end
@@ -234,4 +238,3 @@ def test_a_start_is_cheap():
     # most are of dataclasses and json; this guards against a heavy import that slips in
     assert int(modules) < 70, modules
     assert int(opened) < 80, opened
-

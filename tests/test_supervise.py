@@ -11,9 +11,9 @@ import sys
 import time
 
 import pytest
-from launching import RANK, Started, python, supervised
 
 from allranks.launch import processes, supervise, wire
+from launching import RANK, Started, python, supervised
 
 LAUNCHERS = ["mpiexec", "torchrun"]
 HOST = socket.gethostname()
@@ -21,7 +21,8 @@ HOST = socket.gethostname()
 # Each rank says who and where it is, has a child in a session of its own, and waits to be ended.
 WAIT = """
 import os, subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+child = subprocess.Popen([sys.executable, "-c", "import time; "
+"time.sleep(60)"], start_new_session=True)
 print("pids", os.environ["RANK"], os.getpid(), child.pid, flush=True)
 time.sleep(60)
 """
@@ -43,7 +44,7 @@ def start():
 
 
 def wait_for_ranks(started: Started, ranks: int) -> tuple[dict[int, int], set[int]]:
-    """Pid of each rank's program, and the pids of their children. Stdout of rank 0, stderr of the others."""
+    """Pid of each rank's program, and the pids of their children."""
     found, children = {}, set()
     for stream in (started.process.stdout, started.process.stderr):
         while len(found) < (1 if stream is started.process.stdout else ranks):
@@ -75,7 +76,9 @@ def test_every_program_gets_its_rank_on_every_launcher(start, tmp_path, name):
         "json.dump(e2, open(p, 'w'))"
     )
     # a MASTER_PORT left over in the shell must not win
-    code_, out, err = start(name, 3, code, environ={"MASTER_PORT": "1", "MASTER_ADDR": "x"}).finish()
+    code_, out, err = start(
+        name, 3, code, environ={"MASTER_PORT": "1", "MASTER_ADDR": "x"}
+    ).finish()
     assert (code_, out) == (0, ""), err
     seen = [json.loads((tmp_path / str(r)).read_text()) for r in range(3)]
     for r, variables in enumerate(seen):
@@ -184,7 +187,9 @@ def test_a_second_ctrl_c_does_not_wait_for_ranks_that_ignore_the_first(start):
     started.gone(within_s=1)
 
 
-def test_ranks_that_stop_in_order_on_sigterm_are_waited_for_and_asked_to_go_on_later(start, tmp_path):
+def test_ranks_that_stop_in_order_on_sigterm_are_waited_for_and_asked_to_go_on_later(
+    start, tmp_path
+):
     # rank 0 saves for a second after the others have gone with code 85: it must not be cut short
     code = (
         "import os, signal, sys, time\n"
@@ -301,7 +306,7 @@ def test_what_the_launcher_says_is_shown_where_no_rank_explains_it():
 
 
 def by_shell(script: str, ranks: int, **more: object) -> list[str]:
-    """Supervised ranks that a shell script starts; in it "$@" is the rank wrapper with a program."""
+    """Supervised ranks that a shell script starts; its "$@" is the wrapper with a program."""
     argv = ["sh", "-c", script, "sh", *RANK, *python("import time; time.sleep(30)")]
     return python(
         "import os, sys\nfrom allranks.launch import supervise\n"
@@ -314,12 +319,15 @@ def by_shell(script: str, ranks: int, **more: object) -> list[str]:
     [
         (  # localhost stands for a host that does not come
             'RANK=0 WORLD_SIZE=3 "$@" & RANK=1 WORLD_SIZE=3 "$@" & wait', 3,
-            "1 of 3 ranks (2) did not start within 2 s. None came from localhost: look whether it is up",
+            "1 of 3 ranks (2) did not start within 2 s. None came from localhost: look "
+            "whether they are up",
         ),
         ('RANK=0 WORLD_SIZE=2 "$@" & wait', 3, "was started as one of 2, but 3 were asked for"),
-        ('RANK=1 WORLD_SIZE=2 "$@" & RANK=1 WORLD_SIZE=2 "$@" & wait', 2, "a second rank 1 came from"),
+        ('RANK=1 WORLD_SIZE=2 "$@" & RANK=1 WORLD_SIZE=2 "$@" & wait', 2, "a second rank 1 came "
+        "from"),
         # nobody's variables: each would be a run of its own
-        ('"$@" & "$@" & wait', 2, f"rank 0 on {HOST} was started as one of 1, but 2 were asked for"),
+        ('"$@" & "$@" & wait', 2, f"rank 0 on {HOST} was started as one of 1, but 2 were asked "
+        f"for"),
     ],
     ids=["missing", "other-size", "twice", "solo"],
 )  # fmt: skip
@@ -340,9 +348,7 @@ def test_nobody_without_the_secret_is_listened_to(tmp_path):
     """A stranger's hello, garbage and silence do not disturb the ranks."""
     go = tmp_path / "go"
     code = (
-        "import os, time\n"
-        f"while not os.path.exists({str(go)!r}): time.sleep(0.01)\n"
-        "print('fine')"
+        f"import os, time\nwhile not os.path.exists({str(go)!r}): time.sleep(0.01)\nprint('fine')"
     )
     inner = [*RANK, *python(code)]
     command = python(
@@ -354,9 +360,21 @@ def test_nobody_without_the_secret_is_listened_to(tmp_path):
     try:
         host, _, port = started.process.stderr.readline().decode().strip().rpartition(":")
         assert host == "127.0.0.1"
-        hello = {"secret": "guess", "rank": 0, "host": "x", "launcher": "x", "world_size": 1, "port": 1}
+        hello = {
+            "secret": "guess",
+            "rank": 0,
+            "host": "x",
+            "launcher": "x",
+            "world_size": 1,
+            "port": 1,
+        }
         sent = []
-        for data in (wire.message(**hello), wire.message(code=3), b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 9):
+        for data in (
+            wire.message(**hello),
+            wire.message(code=3),
+            b"GET / HTTP/1.1\r\n\r\n",
+            b"\xff" * 9,
+        ):
             link = socket.create_connection((host, int(port)), timeout=5)
             link.sendall(data)
             sent.append(link)

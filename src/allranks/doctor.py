@@ -7,6 +7,7 @@ system that hangs or a torch that crashes becomes a finding, and the other check
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -102,10 +103,8 @@ def _result(child: subprocess.Popen[str], deadline: float, limit_s: float) -> li
 
 def _end(child: subprocess.Popen[str]) -> None:
     """The check and what it has started; its group is its own."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     child.wait()
     for pipe in (child.stdout, child.stderr):
         if pipe is not None:
@@ -126,7 +125,7 @@ def _examine(check: Callable[[], list[Finding]]) -> list[Finding]:
         ]  # fmt: skip
 
 
-# --- shown -------------------------------------------------------------------------------------------
+# --- shown --------------------------------------------------------------------------------------
 
 
 def as_text(found: Mapping[str, Sequence[Finding]]) -> str:
@@ -154,7 +153,11 @@ def _wrapped(label: str, text: str) -> list[str]:
     home = os.environ.get("HOME", "")
     text = text.replace(f"{home}/", "~/") if len(home) > 1 else text
     return textwrap.wrap(
-        text, WIDTH, initial_indent=label, subsequent_indent=" " * len(label), break_on_hyphens=False
+        text,
+        WIDTH,
+        initial_indent=label,
+        subsequent_indent=" " * len(label),
+        break_on_hyphens=False,
     )
 
 
@@ -162,17 +165,21 @@ def _now() -> str:
     return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-# --- the checks --------------------------------------------------------------------------------------
+# --- the checks ---------------------------------------------------------------------------------
 
 
 def python() -> list[Finding]:
-    where = "in a virtual environment" if sys.prefix != sys.base_prefix else "no virtual environment"
+    where = (
+        "in a virtual environment" if sys.prefix != sys.base_prefix else "no virtual environment"
+    )
     found = [
         Finding(
             OK, f"{platform.python_version()} at {sys.executable} ({where}), {platform.platform()}"
         )
     ]
-    found.append(Finding(OK, f"allranks {allranks.__version__} at {Path(allranks.__file__).parent}"))
+    found.append(
+        Finding(OK, f"allranks {allranks.__version__} at {Path(allranks.__file__).parent}")
+    )
     if os.environ.get("PYTHONPATH"):
         found.append(
             Finding(OK, f"PYTHONPATH={os.environ['PYTHONPATH']} goes before what is installed")
@@ -229,7 +236,9 @@ def mpi() -> list[Finding]:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        remedy = "Load the machine's MPI module, or `pip install mpi4py mpich`; torchrun needs none."
+        remedy = (
+            "Load the machine's MPI module, or `pip install mpi4py mpich`; torchrun needs none."
+        )
         return [Finding(WARN, f"mpi4py finds no MPI library: {flat(error)}", remedy)]
     library = flat(MPI.Get_library_version().strip().splitlines()[0].split(",")[0])
     on_path, beside = shutil.which("mpiexec"), Path(sys.executable).parent / "mpiexec"
@@ -252,10 +261,15 @@ def mpi() -> list[Finding]:
             remedy = (
                 f"Write {good[0]} where you would write mpiexec, or put its folder first on PATH."
                 if good
-                else "Put that library's mpiexec first on PATH, or reinstall mpi4py against the other MPI."
+                else "Put that library's mpiexec first on PATH, or reinstall mpi4py against the "
+                "other MPI."
             )
             found.append(
-                Finding(WARN if good else ERROR, f"mpi4py has {library}, but {launcher} {problem}", remedy)
+                Finding(
+                    WARN if good else ERROR,
+                    f"mpi4py has {library}, but {launcher} {problem}",
+                    remedy,
+                )
             )
         elif problem and not good:
             found.append(
@@ -274,7 +288,8 @@ def _starts_ranks_of(library: str, launcher: str) -> str:
     open_mpi = any(word in version for word in ("Open MPI", "OpenRTE", "open-mpi", "prte"))
     if version and open_mpi != ("Open MPI" in library):
         return f"{_OTHER} ({version.strip().splitlines()[0][:40]}): each rank would be 0 of 1."
-    code = "from mpi4py import MPI; print('size', MPI.COMM_WORLD.size, flush=True)"
+    # one write each: the launcher mixes the ranks' pieces
+    code = "import os; from mpi4py import MPI; os.write(1, b'size %d\\n' % MPI.COMM_WORLD.size)"
     out, problem = _tool([launcher, "-n", "2", sys.executable, "-c", code], TOOL_S)
     if out.split() == ["size", "2"] * 2:
         return ""
@@ -291,7 +306,8 @@ def ezpz() -> list[Finding]:
         return [Finding(OK, f"the real one; runtime=auto uses it{_version_of('ezpz')}")]
     if state == "impostor":
         return [
-            Finding(WARN, "the installed ezpz is PyPI's image pan-zoom tool, not the one for training; "
+            Finding(WARN, "the installed ezpz is PyPI's image pan-zoom tool, not the one for "
+            "training; "
                     "runtime=auto goes on without it.", f"pip uninstall -y ezpz && {ezpz.INSTALL}")
         ]  # fmt: skip
     return [Finding(OK, f"absent; runtime=auto uses plain torch (it is optional: {ezpz.INSTALL})")]
@@ -318,7 +334,8 @@ def scheduler() -> list[Finding]:
         _, problem = _tool(ask, TOOL_S)
         if problem:
             found.append(
-                Finding(ERROR, f"{name}, {inside}; it does not answer: {problem}",
+                # without a job, training on this host still works
+                Finding(ERROR if job else WARN, f"{name}, {inside}; it does not answer: {problem}",
                         f"Try `{' '.join(ask)}` again later, or ask the centre.")
             )  # fmt: skip
         else:
@@ -355,7 +372,8 @@ def ranks() -> list[Finding]:
         ]  # fmt: skip
     if launch.launcher == "environment":
         return [
-            Finding(WARN, f"RANK={launch.rank} and WORLD_SIZE={launch.world_size} are set in this shell.",
+            Finding(WARN, f"RANK={launch.rank} and WORLD_SIZE={launch.world_size} are set in this "
+            f"shell.",
                     "unset RANK LOCAL_RANK WORLD_SIZE unless you start each rank by hand.")
         ]  # fmt: skip
     who = "no launcher at work" if launch.launcher == "none" else f"started by {launch.launcher}"
@@ -372,8 +390,7 @@ def network() -> list[Finding]:
                     f"Ranks on one host do not mind; for several, add {host} to DNS or /etc/hosts.")
         ]  # fmt: skip
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        with socket.create_connection(listener.getsockname()[:2], timeout=5):
-            pass
+        socket.create_connection(listener.getsockname()[:2], timeout=5).close()
     return [Finding(OK, f"{host} is {', '.join(addresses[:3])}; loopback works")]
 
 
@@ -384,7 +401,8 @@ def data() -> list[Finding]:
     if not any((Path(root) / mnist.SOURCES["mnist"].folder / "raw").glob("*ubyte*")):
         return [
             Finding(WARN, f"no MNIST in {Path(root).absolute()}.",
-                    f"allranks data fetch mnist --root {root}, or set ALLRANKS_DATA to where it is; "
+                    f"allranks data fetch mnist --root {root}, or set ALLRANKS_DATA to where it "
+                    f"is; "
                     "data=synthetic needs no files.")
         ]  # fmt: skip
     return [Finding(OK, f"MNIST verified in {mnist.verify('mnist', root)}")]
@@ -392,7 +410,9 @@ def data() -> list[Finding]:
 
 def run_dir() -> list[Finding]:
     """Whether a run directory can be made below here, and what the file system is good for."""
-    above = next(p for p in [Path("runs").absolute(), *Path("runs").absolute().parents] if p.is_dir())
+    above = next(
+        p for p in [Path("runs").absolute(), *Path("runs").absolute().parents] if p.is_dir()
+    )
     try:
         with tempfile.TemporaryDirectory(prefix=".allranks-doctor-", dir=above) as folder:
             (Path(folder) / "file").write_bytes(b"x" * 4096)
@@ -408,7 +428,8 @@ def run_dir() -> list[Finding]:
         return [Finding(WARN, text, "Make room, or give a run.dir elsewhere.")]
     if kind in _NODE_LOCAL and _nodes() > 1:
         return [
-            Finding(ERROR, f"{text}, but this job has {_nodes()} nodes, and that file system is this one's.",
+            Finding(ERROR, f"{text}, but this job has {_nodes()} nodes, and that file system is "
+            f"this one's.",
                     "Start from, or give a run.dir on, a file system that all nodes share.")
         ]  # fmt: skip
     return [Finding(OK, text)]
@@ -426,10 +447,13 @@ def threads() -> list[Finding]:
     if omp:
         text += f", OMP_NUM_THREADS={omp}"
     if omp.isdigit() and int(omp) > mine:
-        return [Finding(WARN, text, "unset OMP_NUM_THREADS: each rank takes its share of the CPUs.")]
+        return [
+            Finding(WARN, text, "unset OMP_NUM_THREADS: each rank takes its share of the CPUs.")
+        ]
     if mine == 1 and all_of_them > 1:
         return [
-            Finding(WARN, text, "Ask for more CPUs a rank (srun -c, mpiexec --depth), or unset a binding "
+            Finding(WARN, text, "Ask for more CPUs a rank (srun -c, mpiexec --depth), or unset a "
+            "binding "
                     "that was left over (SLURM_CPU_BIND).")
         ]  # fmt: skip
     return [Finding(OK, text)]
@@ -439,7 +463,9 @@ def configuration() -> list[Finding]:
     from allranks import config
 
     (default,) = config.from_command_line([])
-    return [Finding(OK, f"the default one composes (model {default.name}), from {config.conf_dir()}")]
+    return [
+        Finding(OK, f"the default one composes (model {default.name}), from {config.conf_dir()}")
+    ]
 
 
 CHECKS: dict[str, Callable[[], list[Finding]]] = {
@@ -458,7 +484,7 @@ CHECKS: dict[str, Callable[[], list[Finding]]] = {
 }
 
 
-# --- tools -------------------------------------------------------------------------------------------
+# --- tools --------------------------------------------------------------------------------------
 
 
 def _tool(command: Sequence[str], limit_s: float) -> tuple[str, str]:

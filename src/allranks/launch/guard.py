@@ -1,9 +1,9 @@
 """The parent of one rank's program, in touch with the supervisor.
 
-Through one connection go the program's output, how it ended, and the supervisor's word to end it. The
-connection breaks when the supervisor dies, however it dies and wherever it ran: then the program is
-ended too. That works alike under mpiexec, srun and torchrun. The guard stays until the supervisor lets
-it go, so that a launcher that ends the job at the first bad exit code cannot cut the others short.
+Through one connection go the program's output, how it ended, and the supervisor's word to end it.
+The connection breaks when the supervisor dies, however and wherever that is: then the program
+is ended too. That works alike under mpiexec, srun and torchrun. The guard stays until it is
+let go: a launcher that ends the job at the first bad exit code cannot cut the others short.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CANNOT_START = 127
 
 
 def attend(program: Sequence[str], launch: Launch, environ: Mapping[str, str]) -> int:
-    """Runs the program to its end under the supervisor; returns its exit code, 128 + signal as shells do."""
+    """Runs the program to its end; returns its exit code, 128 + signal as shells do."""
     link, frames = _meet(launch, environ)
     try:
         told = wire.receive(link, frames)
@@ -65,7 +65,8 @@ def _meet(launch: Launch, environ: Mapping[str, str]) -> tuple[socket.socket, wi
     except OSError as error:
         raise UserError(
             f"rank {launch.rank} cannot reach `allranks launch` at {host}:{port} "
-            f"({error.strerror or error}): look whether it still runs, and whether a firewall stands between."
+            f"({error.strerror or error}): look whether it still runs, and whether a firewall "
+            f"stands between."
         ) from error
     link.sendall(
         wire.message(
@@ -105,7 +106,7 @@ class Guard:
         self.kill_at: float | None = None
 
     def run(self, program: Sequence[str], environ: Mapping[str, str], terminal: str) -> int:
-        """The program's wait status, after its last line has been passed on and its children are gone."""
+        """The program's wait status, once its last line is passed on and its children are gone."""
         processes.adopt_orphans()
         wake_read, wake_write = os.pipe()
         for end in (wake_read, wake_write):
@@ -242,7 +243,7 @@ class Guard:
 
 
 def _stream(terminal: bool) -> tuple[int, int]:
-    """A pipe, or a terminal where the user sits at one: programs show progress only on a terminal."""
+    """A pipe, or a terminal where the user has one: programs show progress only there."""
     if not terminal or sys.platform == "win32":
         return os.pipe()
     import termios

@@ -1,9 +1,9 @@
 """Before the training, in the allocation: is every host fit for it? Seconds, and never a hang.
 
 The launcher starts this module once per rank, as it will start the training. Every rank connects to
-rank 0, where the training's ranks will meet too, and reports; rank 0 judges, and what is wrong comes
-out with the hosts concerned and a remedy. Each rank exchanges a fixed number of small messages with
-rank 0, so that traffic is linear in the ranks. Messages are JSON and need the run's secret.
+rank 0, where the training's ranks will meet too, and reports; rank 0 judges, and what is wrong
+comes out with the hosts concerned and a remedy. Each rank exchanges a fixed number of small
+messages with rank 0: traffic is linear in the ranks. Messages are JSON and need the run's secret.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LATE_S = 5.0  # for a shared file system to show a new file
 PACKAGES = ("torch", "numpy", "hydra-core", "mpi4py", "ezpz")
 
 
-# --- before the launch: on the supervisor's side -----------------------------------------------------
+# --- before the launch: on the supervisor's side ------------------------------------------------
 
 
 def check(
@@ -50,8 +50,8 @@ def check(
 ) -> str:
     """Runs the checks on every rank; returns one line to show. Raises UserError with what is wrong.
 
-    `argv_for` gives the launcher's command line for a program, as it will be for the training. `config`
-    is an allranks.config.Config: without one, nothing is asked about data and device.
+    `argv_for` gives the launcher's command line for a program, as it will be for the training.
+    `config` is an allranks.config.Config: without one, nothing is asked about data and device.
     """
     start = time.monotonic()
     token = Path(run_dir).absolute() / f".preflight-{secrets.token_hex(8)}" if run_dir else None
@@ -105,7 +105,9 @@ def _needs(config: Any) -> dict[str, Any]:
 
 def _with_hosts(problem: Mapping[str, Any], hosts: Sequence[str]) -> str:
     """The problem as a line; ranks that never spoke are known to the supervisor by their hosts."""
-    where = problem["hosts"] or [hosts[r] if r < len(hosts) else f"rank {r}" for r in problem["ranks"]]
+    where = problem["hosts"] or [
+        hosts[r] if r < len(hosts) else f"rank {r}" for r in problem["ranks"]
+    ]
     where = list(dict.fromkeys(where))
     shown = ", ".join(where[:8]) + (f", ... ({len(where)} hosts)" if len(where) > 8 else "")
     return f"{shown}: {problem['text']}"
@@ -141,7 +143,7 @@ class _Heard(supervise.Console):
         return None
 
 
-# --- in the allocation: on every rank ----------------------------------------------------------------
+# --- in the allocation: on every rank -----------------------------------------------------------
 
 
 def main() -> int:
@@ -160,8 +162,8 @@ def main() -> int:
         code = EXIT_USER_ERROR if problems else 0
     else:
         code = report(
-            place, me, size, secret, deadline,
-            lambda: examine(task, environ), lambda: mpi_problem(environ, deadline),
+            place, me, size, secret=secret, deadline=deadline,
+            look=lambda: examine(task, environ), add_by_mpi=lambda: mpi_problem(environ, deadline),
         )  # fmt: skip
     sys.stdout.flush()
     os._exit(code)  # a thread may still hang in MPI or in a file system
@@ -176,13 +178,14 @@ def _rank_0(
 
 
 _STUCK = (
-    "its checks did not come to an end: look whether a file system or a device there hangs, and take the "
+    "its checks did not come to an end: look whether a file system or a device there hangs, and "
+    "take the "
     "host out of the job if so."
 )
 
 
 def examine(task: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-    """What this rank finds; what is the host's, not the rank's, is looked at by its first rank only."""
+    """What this rank finds; what is the whole host's is looked at by its first rank only."""
     found: dict[str, Any] = {"host": socket.gethostname(), "problems": [], "facts": {}}
     tasks: list[Callable[[], str]] = [lambda: _device_problem(task["device"])]
     if environ["LOCAL_RANK"] == "0":
@@ -222,7 +225,8 @@ def _device_problem(device: str | None) -> str:
     backend = getattr(torch, device, None)
     if backend is None or not backend.is_available() or backend.device_count() == 0:
         return (
-            f"device={device}: torch {torch.__version__} sees none there. Load the machine's driver and a "
+            f"device={device}: torch {torch.__version__} sees none there. Load the machine's "
+            f"driver and a "
             "torch built for it, ask the scheduler for GPUs, or take device=cpu."
         )
     index = int(os.environ["LOCAL_RANK"]) % backend.device_count()
@@ -240,7 +244,8 @@ def _run_dir_problem(token: str | None) -> str:
     while not path.exists():
         if time.monotonic() > until:
             return (
-                f"run directory {path.parent} is not the one that `allranks launch` sees: give a run.dir on a "
+                f"run directory {path.parent} is not the one that `allranks launch` sees: give a "
+                f"run.dir on a "
                 "file system that all hosts share."
             )
         time.sleep(0.1)
@@ -285,20 +290,27 @@ def mpi_problem(environ: Mapping[str, str], deadline: float) -> str:
         total = array("d", [0.0, 0.0])
         comm.Allreduce(values, total)
         expected = [comm.size * (comm.size - 1) / 2, float(comm.size)]
-        return "" if list(total) == expected else f"MPI adds up {list(total)}, not {expected}: {_FABRIC}"
+        return (
+            ""
+            if list(total) == expected
+            else f"MPI adds up {list(total)}, not {expected}: {_FABRIC}"
+        )
 
     answer = _in_time(add, deadline - VERDICT_S)
-    return f"an all-reduce over MPI does not come to an end: {_FABRIC}" if answer is None else answer
+    return (
+        f"an all-reduce over MPI does not come to an end: {_FABRIC}" if answer is None else answer
+    )
 
 
 _FABRIC = (
-    "the ranks reach each other by TCP, so look at the fabric's variables and at the MPI module, or take "
+    "the ranks reach each other by TCP, so look at the fabric's variables and at the MPI module, "
+    "or take "
     "the host out of the job."
 )
 
 
 def _in_time(work: Callable[[], Any], deadline: float) -> Any:
-    """What `work` returns; None where it has not come to an end by then. Its exceptions are raised."""
+    """What `work` returns or raises; None where it has not come to an end by then."""
     done: list[Any] = []
 
     def run() -> None:
@@ -318,7 +330,7 @@ def _in_time(work: Callable[[], Any], deadline: float) -> Any:
     return value
 
 
-# --- the ranks talk ----------------------------------------------------------------------------------
+# --- the ranks talk -----------------------------------------------------------------------------
 
 
 def vector(rank: int) -> list[float]:
@@ -351,14 +363,15 @@ class Hub:
             self._listener = socket.create_server(place, backlog=4096)
         except OSError as error:
             raise UserError(
-                f"rank 0 on {socket.gethostname()} cannot listen at {place[0]}:{place[1]} ({error.strerror}): "
+                f"rank 0 on {socket.gethostname()} cannot listen at {place[0]}:{place[1]} "
+                f"({error.strerror}): "
                 f"set {ranks.MASTER_ADDR} to an address of that host."
             ) from error
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
 
     def gather(self, step: str, deadline: float) -> dict[int, dict[str, Any]]:
-        """What the ranks 1.. say in this step; ranks that say nothing until the deadline are missing."""
+        """What the ranks 1.. say in this step; ranks that say nothing in time are missing."""
         heard = self._heard.setdefault(step, {})
         while len(heard) < self.size - 1 and (left := deadline - time.monotonic()) > 0:
             for key, _ in self._selector.select(min(left, 1.0)):
@@ -412,7 +425,7 @@ class Hub:
 def judge_all(
     hub: Hub, mine: Mapping[str, Any], deadline: float, add_by_mpi: Callable[[], str]
 ) -> list[dict[str, Any]]:
-    """Rank 0: hears all, lets them add up, and returns what is wrong; each entry names hosts or ranks."""
+    """Rank 0: hears all, lets them add up; returns what is wrong, by hosts or ranks."""
     everybody = set(range(1, hub.size))
     came = hub.gather("hello", deadline - VERDICT_S)
     reports = hub.gather("report", deadline - VERDICT_S) if came else {}
@@ -424,7 +437,8 @@ def judge_all(
             {
                 "hosts": [],
                 "ranks": silent,
-                "text": f"no connection to rank 0 on {mine['host']}: look whether the network between them works, "
+                "text": f"no connection to rank 0 on {mine['host']}: look whether the network "
+                f"between them works, "
                 f"set {ranks.MASTER_ADDR} to an address on it, or take the host out of the job.",
             }
         )
@@ -463,7 +477,8 @@ def judge(reports: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
         for word, value in zip(known, values, strict=True):
             if value != usual:
                 text = (
-                    f"{name} is {value} there, but {usual} elsewhere: start every host from the same "
+                    f"{name} is {value} there, but {usual} elsewhere: start every host from the "
+                    f"same "
                     "environment and the same copy of the code."
                 )
                 by_text.setdefault(text, []).append(word["host"])
@@ -471,10 +486,10 @@ def judge(reports: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def report(
-    place: tuple[str, int], rank: int, size: int, secret: str, deadline: float,
+    place: tuple[str, int], rank: int, size: int, *, secret: str, deadline: float,
     look: Callable[[], Mapping[str, Any]], add_by_mpi: Callable[[], str],
 ) -> int:  # fmt: skip
-    """Ranks 1..: say hello, look around, add up. Returns 0, or 2 where rank 0 is not to be reached."""
+    """Ranks 1..: say hello, look around, add up. Returns 0, or 2 where rank 0 is not reached."""
     frames = wire.Frames()
     try:
         with wire.connect(*place, deadline) as link:

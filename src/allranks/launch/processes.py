@@ -34,7 +34,7 @@ def descendants(of: int) -> set[int]:
 
 
 def kill_descendants(spare: set[int] | None = None, limit_s: float = 2.0) -> set[int]:
-    """SIGKILL to everything below this process but `spare`, until nothing is left; reaps its own children.
+    """SIGKILL to everything below this process but `spare`, until nothing is left; reaps.
 
     Returns what is still there after `limit_s` seconds: a process stuck in the kernel.
     """
@@ -75,7 +75,7 @@ def _signal(pid: int, signum: int) -> None:
 def _children(pid: int) -> list[int]:
     found = []
     try:
-        for thread in os.listdir(f"/proc/{pid}/task"):
+        for thread in os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208
             with open(f"/proc/{pid}/task/{thread}/children") as file:  # noqa: PTH123
                 found += [int(word) for word in file.read().split()]
     except OSError:  # the process, or one of its threads, has just ended

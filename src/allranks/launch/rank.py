@@ -1,8 +1,10 @@
-"""What every rank runs first, under every launcher: `python -m allranks.launch.rank -- PROGRAM ARGS...`
+"""What every rank runs first, under every launcher.
 
-It finds out which rank it is, gives the program the variables that torch knows, shows it its device,
-and starts it. Without a supervisor (`allranks launch`) it becomes the program: signals and exit code are
-the program's own. With one it stays as the program's parent (allranks.launch.guard). Imports no torch.
+    python -m allranks.launch.rank -- PROGRAM ARGS...
+
+It finds out which rank it is, gives the program the variables that torch knows, shows it its
+device, and starts it. Without a supervisor (`allranks launch`) it becomes the program: signals and
+exit code are the program's own. With one it stays as its parent (allranks.launch.guard). No torch.
 """
 
 from __future__ import annotations
@@ -61,12 +63,13 @@ def program_of(arguments: Sequence[str]) -> Sequence[str]:
 
 
 def execute(program: Sequence[str], environ: Mapping[str, str]) -> None:
-    """Becomes the program, found on the PATH of `environ`. Raises UserError where it cannot be started."""
+    """Becomes the program, found on the PATH of `environ`. Raises UserError where it cannot."""
     try:
         os.execvpe(program[0], list(program), dict(environ))
     except OSError as error:
         raise UserError(
-            f"{program[0]} cannot be started ({error.strerror}): give the path of a program that this "
+            f"{program[0]} cannot be started ({error.strerror}): give the path of a program that "
+            f"this "
             "host has."
         ) from error
 
@@ -101,7 +104,8 @@ def variables(
     missing = [name for name, value in found.items() if value is None]
     if missing:
         raise UserError(
-            f"{launch.launcher} does not tell rank {launch.rank} its {' and '.join(missing)}: start the "
+            f"{launch.launcher} does not tell rank {launch.rank} its {' and '.join(missing)}: "
+            f"start the "
             f"ranks with `allranks launch`, or set {WORLD_SIZE} and {LOCAL_WORLD_SIZE}."
         )
     assert local_rank is not None
@@ -113,8 +117,10 @@ def variables(
 
 
 def free_port() -> int:
-    """A port that nobody on this host uses now, at any of its addresses; none of those handed out for
-    outgoing connections, so that it is still free when the program gets to it."""
+    """A port that nobody on this host uses now, at any of its addresses.
+
+    None of those handed out for outgoing connections, so that it stays free until it is bound.
+    """
     for _ in range(200):
         port = PORTS[int.from_bytes(os.urandom(4), "big") % len(PORTS)]
         with socket.socket() as probe:
@@ -136,9 +142,9 @@ def _given(environ: Mapping[str, str], name: str) -> int | None:
 
 def _master(launch: Launch, environ: Mapping[str, str], told: Mapping[str, Any]) -> dict[str, str]:
     """MASTER_ADDR and MASTER_PORT. torchrun serves a store there already: its own are kept."""
-    if launch.launcher in ("torchrun", "environment"):
-        if environ.get("MASTER_ADDR") and environ.get("MASTER_PORT"):
-            return {}
+    given = environ.get("MASTER_ADDR") and environ.get("MASTER_PORT")
+    if given and launch.launcher in ("torchrun", "environment"):
+        return {}
     if told:  # a MASTER_PORT left over in the shell must not win over one that was found free
         return {"MASTER_ADDR": str(told["master_addr"]), "MASTER_PORT": str(told["master_port"])}
     address = (
@@ -167,7 +173,7 @@ def _first_of_job(launch: Launch, environ: Mapping[str, str]) -> str:
 
 
 def _port_of_job(launch: Launch, environ: Mapping[str, str]) -> str:
-    """Nobody speaks to anybody here: a port that follows from the job's id, the same for all ranks."""
+    """Nobody speaks to anybody here: a port that follows from the job's id, alike for all ranks."""
     if launch.alone:
         return str(free_port())
     job = environ.get("SLURM_JOB_ID") or environ.get("PBS_JOBID") or environ.get("LSB_JOBID")
@@ -185,7 +191,8 @@ def _device(local_rank: int, environ: Mapping[str, str]) -> dict[str, str]:
     by_rank = [device.strip() for device in devices.split(",")]
     if local_rank >= len(by_rank):
         raise UserError(
-            f"local rank {local_rank} has no device: {DEVICES}={devices} names {len(by_rank)}. Start at "
+            f"local rank {local_rank} has no device: {DEVICES}={devices} names {len(by_rank)}. "
+            f"Start at "
             f"most {len(by_rank)} ranks on a host."
         )
     device = by_rank[local_rank]
@@ -195,8 +202,10 @@ def _device(local_rank: int, environ: Mapping[str, str]) -> dict[str, str]:
     if shown and device.isdigit():
         if int(device) >= len(shown):
             raise UserError(
-                f"{variable}={environ[variable]} shows {len(shown)} devices on this host, and local rank "
-                f"{local_rank} is to have number {device}: ask the scheduler for all of the host's devices."
+                f"{variable}={environ[variable]} shows {len(shown)} devices on this host, and "
+                f"local rank "
+                f"{local_rank} is to have number {device}: ask the scheduler for all of the "
+                f"host's devices."
             )
         device = shown[int(device)]
     return {variable: device}

@@ -1,8 +1,8 @@
 """Starts the launcher, and watches over every rank until all have ended.
 
-Each rank's guard (allranks.launch.guard) connects to this process: the ranks' output, their ends and
-our word to end them take that way, whatever the launcher. What the launcher itself writes is shown, but
-not its summary of a failure that has been named here already.
+Each rank's guard (allranks.launch.guard) connects to this process: the ranks' output, their ends
+and our word to end them take that way, whatever the launcher. What the launcher itself writes is
+shown, but not its summary of a failure that has been named here already.
 """
 
 from __future__ import annotations
@@ -83,13 +83,15 @@ def run(
     start_s: float = START_S,
     grace_s: float = GRACE_S,
 ) -> int:
-    """Runs the launcher `argv`, which starts allranks.launch.rank on every rank; returns the exit code.
+    """Runs the launcher `argv`, which starts allranks.launch.rank on every rank; the exit code.
 
-    `env` is the launcher's whole environment; `hosts` are the hosts that the ranks will be on, so that one
-    that does not come can be named. The ranks' stdout goes to RUN_DIR/output/rank-N.out but for rank 0's;
-    without `run_dir` it is shown like their errors. Call it from the main thread.
+    `env` is the launcher's whole environment; `hosts` are the hosts that the ranks will be on, so
+    that one that does not come can be named. Other ranks' stdout than rank 0's goes to
+    RUN_DIR/output/rank-N.out; without `run_dir` it is shown like their errors. For the main thread.
     """
-    outcome = Supervision(Console(), world_size, hosts, start_s, grace_s).run(argv, env, run_dir)
+    outcome = Supervision(Console(), world_size, hosts, start_s=start_s, grace_s=grace_s).run(
+        argv, env, run_dir
+    )
     if outcome.failure:
         print(f"allranks: {outcome.failure}", file=sys.stderr, flush=True)
     return outcome.code
@@ -166,6 +168,7 @@ class Supervision:
         console: Console,
         world_size: int,
         hosts: Sequence[str] = (),
+        *,
         start_s: float = START_S,
         grace_s: float = GRACE_S,
         limit_s: float | None = None,
@@ -192,7 +195,7 @@ class Supervision:
         self._env: Mapping[str, str] = {}
         self._selector = selectors.DefaultSelector()
 
-    # --- the whole of it -----------------------------------------------------------------------------
+    # --- the whole of it ------------------------------------------------------------------------
 
     def run(
         self, argv: Sequence[str], env: Mapping[str, str], run_dir: str | Path | None
@@ -240,11 +243,14 @@ class Supervision:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C at the terminal comes to us alone
-                preexec_fn=partial(processes.die_with_parent, parent, signal.SIGTERM),
+                preexec_fn=partial(  # noqa: PLW1509  no threads here
+                    processes.die_with_parent, parent, signal.SIGTERM
+                ),
             )
         except OSError as error:
             raise UserError(
-                f"launcher {argv[0]} cannot be started ({error.strerror}): load the module that brings it, "
+                f"launcher {argv[0]} cannot be started ({error.strerror}): load the module that "
+                f"brings it, "
                 "or take another with --launcher."
             ) from error
         assert launcher.stdout is not None
@@ -297,7 +303,7 @@ class Supervision:
             if launcher.poll() is None:
                 os.killpg(launcher.pid, signal.SIGKILL)
 
-    # --- the ranks -----------------------------------------------------------------------------------
+    # --- the ranks ------------------------------------------------------------------------------
 
     def _accept(self) -> None:
         listener = next(
@@ -334,8 +340,10 @@ class Supervision:
         problem = ""
         if known is not None or number >= self.world_size:
             problem = (
-                f"{'a second' if known else 'a'} rank {number} came from {new.host}, of {self.world_size} "
-                f"ranks that were asked for; the variables there are those of `{new.launcher}`: take the "
+                f"{'a second' if known else 'a'} rank {number} came from {new.host}, of "
+                f"{self.world_size} "
+                f"ranks that were asked for; the variables there are those of `{new.launcher}`: "
+                f"take the "
                 "launcher of the MPI or scheduler that this host has (--launcher)."
             )
         elif hello["world_size"] not in (None, self.world_size):
@@ -402,8 +410,7 @@ class Supervision:
         if r.code not in (0, REQUEUE) and not self._ending:
             self._settle_at = time.monotonic() + SETTLE_S
         if all(other.code is not None for other in self.ranks.values()):
-            if self._settle_at is None or len(self.ranks) == self.world_size:
-                self._let_go()
+            self._let_go()
 
     def _let_go(self) -> None:
         self._settle_at = self._kill_at = None
@@ -424,7 +431,7 @@ class Supervision:
         for line in lines:  # our own training names rank and host itself
             self.console.line((b"" if line.startswith(me) else me) + line + b"\n")
 
-    # --- ending --------------------------------------------------------------------------------------
+    # --- ending ---------------------------------------------------------------------------------
 
     @property
     def _ending(self) -> bool:
@@ -490,7 +497,7 @@ class Supervision:
                 # Ctrl-C too: from SIGINT every rank of a Python program would print a traceback
                 self._end_all(signal.SIGTERM, self.grace_s if self.started else 0)
 
-    # --- what is said --------------------------------------------------------------------------------
+    # --- what is said ---------------------------------------------------------------------------
 
     def _on_launcher(self, pipe: Any, rest: bytearray) -> None:
         data = os.read(pipe.fileno(), 65536)
@@ -529,7 +536,8 @@ class Supervision:
             code = 128 - returncode if returncode < 0 else returncode
             how = f"killed by signal {-returncode}" if returncode < 0 else f"exit code {returncode}"
             outcome = Outcome(
-                code, f"{launcher} ended with {how}; {len(self.ranks)} of {self.world_size} ranks had started", hosts
+                code, f"{launcher} ended with {how}; {len(self.ranks)} of {self.world_size} ranks "
+                f"had started", hosts
             )  # fmt: skip
         if outcome.failure and not failed and not self.stopped_by:  # nobody else has explained it
             for _, line in self._said:
@@ -551,12 +559,13 @@ class Supervision:
         come = {r.host.partition(".")[0] for r in self.ranks.values()}
         silent = [h for h in dict.fromkeys(self.hosts) if h.partition(".")[0] not in come]
         where = (
-            f" None came from {_some(silent)}: look whether it is up, take it out of the job, or"
+            f" None came from {_some(silent)}: look whether they are up, take them out, or"
             if silent
             else ""
         )
         return (
-            f"{len(missing)} of {self.world_size} ranks ({_some(missing)}) did not start within {limit_s:.0f} s."
+            f"{len(missing)} of {self.world_size} ranks ({_some(missing)}) did not start within "
+            f"{limit_s:.0f} s."
             f"{where or ' The hosts all answered:'} allow more time"
         )
 

@@ -101,7 +101,7 @@ def connect(host: str, port: int, deadline: float) -> socket.socket:
 
 
 def keep_alive(link: socket.socket) -> None:
-    """A peer whose host died without a word is noticed within half a minute; small frames go at once."""
+    """A peer whose host died is noticed within half a minute; small frames go at once."""
     link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
