@@ -137,9 +137,8 @@ def test_kill_9_of_the_supervisor_leaves_nobody_after_5_s(start, name):
     assert not any(map(alive, [*ranks.values(), *children]))
 
 
-@pytest.mark.parametrize("name", LAUNCHERS)
-def test_kill_9_of_the_launcher_ends_every_rank(start, name):
-    started = start(name, 2, WAIT)
+def test_kill_9_of_the_launcher_ends_every_rank(start):
+    started = start("mpiexec", 2, WAIT)
     wait_for_ranks(started, 2)
     (launcher,) = processes._children(started.process.pid)
     os.kill(launcher, signal.SIGKILL)
@@ -161,10 +160,9 @@ def test_kill_9_of_a_guard_is_noticed_and_its_program_ended(start):
     assert started.gone(within_s=1) < 1
 
 
-@pytest.mark.parametrize("name", LAUNCHERS)
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ctrl_c_and_sigterm_end_every_rank(start, name, signum, code):
-    started = start(name, 2, WAIT)
+def test_ctrl_c_and_sigterm_end_every_rank(start, signum, code):
+    started = start("mpiexec", 2, WAIT)
     ranks, children = wait_for_ranks(started, 2)
     started.process.send_signal(signum)
     got, _, err = started.finish(within_s=10)
@@ -262,6 +260,32 @@ def test_rank_0_is_live_even_within_a_line(start):
     started = start("mpiexec", 2, code)
     os.set_blocking(started.process.stdout.fileno(), True)
     assert os.read(started.process.stdout.fileno(), 100) == b"step 1 of 2"
+
+
+FLOOD = "import os, time\nwhile True: os.write(1, b'x' * 99 + b'\\n')"
+
+
+def test_when_nobody_reads_the_output_the_ranks_end(start):
+    started = start("mpiexec", 2, FLOOD)
+    assert started.process.stdout.readline() == b"x" * 99 + b"\n"
+    started.process.stdout.close()
+    started.process.stdout = None
+    err = started.process.stderr.read()
+    assert started.process.wait(timeout=10) == 128 + signal.SIGPIPE
+    assert b"vanished" not in err
+    started.gone(within_s=1)
+
+
+def test_a_full_disk_for_the_output_is_named():
+    with open("/dev/full", "wb") as full:  # noqa: PTH123
+        started = Started(supervised("mpiexec", 1, python(FLOOD)), "full", stdout=full.fileno())
+        try:
+            got, _, err = started.finish(within_s=10)
+            started.gone(within_s=1)
+        finally:
+            started.end()
+    assert got == 1
+    assert err == "allranks: the ranks' output cannot be written (No space left on device).\n"
 
 
 def test_other_ranks_stdout_goes_to_their_files(start, tmp_path):

@@ -7,6 +7,7 @@ shown, but not its summary of a failure that has been named here already.
 
 from __future__ import annotations
 
+import errno
 import hmac
 import os
 import resource
@@ -37,8 +38,6 @@ REQUEUE = 85  # a rank's exit code for "stopped in order, go on later": no failu
 LOST = 128 + signal.SIGKILL
 # What the ranks' hosts must get of our environment, where a launcher passes nothing on by itself.
 VARIABLES = (*rank.PRIVATE, rank.PREFLIGHT)
-
-Show = Callable[[int, bytes], None]
 
 
 @dataclass
@@ -115,6 +114,13 @@ def address_for(hosts: Sequence[str]) -> str:
     return "127.0.0.1"
 
 
+class OutputLost(Exception):
+    """What we show cannot be written: nobody reads it any more, or its disk is full.
+
+    No OSError, so that it is never taken for a rank's broken connection.
+    """
+
+
 class Console:
     """Rank 0's bytes as they come, all other lines whole and between rank 0's lines."""
 
@@ -151,13 +157,19 @@ class Console:
         self._write(wire.STDERR, b"".join(lines))
         return None
 
+    def drop(self) -> None:
+        self._held.clear()
+
     def terminals(self) -> str:
         """Which of rank 0's streams end at a terminal."""
         return "".join(kind.decode() for kind, fd in self.fds.items() if os.isatty(fd))
 
     def _write(self, kind: bytes, data: bytes) -> None:
-        while data:
-            data = data[os.write(self.fds[kind], data) :]
+        try:
+            while data:
+                data = data[os.write(self.fds[kind], data) :]
+        except OSError as error:
+            raise OutputLost(error.errno, error.strerror) from error
 
 
 class Supervision:
@@ -220,8 +232,13 @@ class Supervision:
                 launcher = self._start(argv)
                 while not self._all_over(launcher):
                     self._step(launcher)
-        except BrokenPipeError:  # nobody reads what we show
-            self.code = self.code or 128 + signal.SIGPIPE
+        except OutputLost as error:  # as a program that is not watched over would end
+            self._said.clear()
+            self.console.drop()
+            number, reason = error.args
+            unread = number == errno.EPIPE
+            self.code = 128 + signal.SIGPIPE if unread else 1
+            self.failure = "" if unread else f"the ranks' output cannot be written ({reason})"
         finally:
             if launcher is not None and launcher.poll() is None:
                 os.killpg(launcher.pid, signal.SIGKILL)
@@ -399,7 +416,9 @@ class Supervision:
                     self._show(r, kind, payload)
         except (OSError, EOFError, wire.WireError):
             self._close(r)
-            if r.code is None and self.started:
+            if not self.started:
+                del self.ranks[r.rank]  # it counts as one that did not come
+            elif r.code is None:
                 r.lost = True
                 self._on_end(r, {"code": LOST, "signal": 0, "time": time.time()})
 
@@ -526,11 +545,11 @@ class Supervision:
                 outcome = Outcome(128 + self.stopped_by, f"stopped by {name}", hosts)
             else:
                 outcome = Outcome(REQUEUE if bad else 0, "", hosts)
-        elif failed and not self.failure:
+        elif failed and not self.failure and not self.code:
             first = min(failed, key=lambda r: (r.ended_at, r.rank))
             assert first.code is not None
             outcome = Outcome(first.code, self._first_failure(first, failed), hosts)
-        elif bad and not self.failure:
+        elif bad and not self.failure and not self.code:
             outcome = Outcome(REQUEUE, "", hosts)
         elif returncode and not self.failure and not self.code:
             code = 128 - returncode if returncode < 0 else returncode
