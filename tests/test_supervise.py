@@ -262,7 +262,7 @@ def test_rank_0_is_live_even_within_a_line(start):
     assert os.read(started.process.stdout.fileno(), 100) == b"step 1 of 2"
 
 
-# rank 0 alone: the other's lines would fill stderr, which nobody reads before the first line is there
+# rank 0 alone: the other's lines would fill stderr, which nobody reads until the first line came
 FLOOD = """
 import os, time
 while os.environ["RANK"] == "0":
