@@ -22,7 +22,7 @@ ARROWS = {
     "__init__": "",
     "__main__": "cli",
     "errors": "",
-    "cli": "config data.mnist errors launch.cli rundir runtime.environment",
+    "cli": "config doctor data.mnist errors launch.cli rundir runtime.environment",
     "config": "errors",
     "rundir": "errors",
     "launch.__init__": "",

@@ -22,6 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from allranks.launch import cli as launching
 
         sys.exit(launching.launch(given[1:]))
+    if given[:1] == ["doctor"]:
+        from allranks import doctor
+
+        sys.exit(doctor.main(given[1:]))
     options = _parser().parse_args(given)
     try:
         options.run(options)
@@ -38,6 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help="train in this process (Hydra overrides follow; train --help)")
 
     commands.add_parser("launch", help="start the ranks of a training or program here (launch --help)")
+
+    commands.add_parser("doctor", help="check this machine and installation, with remedies (doctor --help)")
 
     data = commands.add_parser("data", help="fetch and check data sets").add_subparsers(
         title="commands", metavar="COMMAND", required=True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 EXIT_USER_ERROR = 2
@@ -22,6 +21,8 @@ class UserError(Exception):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """` Did you mean X?` for the known name nearest to `word`, or an empty string."""
+    import difflib  # only for a mistake: every rank's start comes by here
+
     known = list(known)
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if not near:  # a case or a leaf name only: Relu for ReLU, lr for optimizer.lr

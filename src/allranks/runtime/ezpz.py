@@ -1,4 +1,7 @@
-"""The process group by ezpz (saforem2/ezpz), and telling it from the other package of that name."""
+"""The process group by ezpz (saforem2/ezpz), and telling it from the other package of that name.
+
+Imports torch only where the process group is made: `allranks doctor` asks here too.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,14 @@ import os
 import socket
 import tempfile
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from allranks.errors import UserError
-from allranks.runtime.meeting import Meeting
+
+if TYPE_CHECKING:
+    import torch
+
+    from allranks.runtime.meeting import Meeting
 
 INSTALL = 'pip install "ezpz @ git+https://github.com/saforem2/ezpz@v0.26.1"'
 

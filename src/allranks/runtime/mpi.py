@@ -22,14 +22,14 @@ def world(launch: Launch) -> Any:
         MPI = _mpi()
     except (ImportError, RuntimeError) as error:
         raise UserError(
-            f"{launch.launcher} started this run, but mpi4py finds no MPI library ({_flat(error)}). "
+            f"{launch.launcher} started this run, but mpi4py finds no MPI library ({flat(error)}). "
             "On a supercomputer load the site's MPI module; elsewhere `pip install mpi4py mpich`. "
             "Or start the ranks with torchrun.",
             said_by=0,
         ) from error
 
     expected = launch.world_size or max(launch.local_world_size or 1, launch.rank + 1)
-    library = _flat(MPI.Get_library_version())[:60].strip()
+    library = flat(MPI.Get_library_version())[:60].strip()
     foreign = UserError(
         f"The launcher and mpi4py use different MPIs: {_NAMES.get(launch.launcher, launch.launcher)}'s "
         f"launcher started {expected} ranks, but mpi4py is bound to {library}, where each of them is "
@@ -115,5 +115,5 @@ def end_job(code: int) -> None:
     MPI.COMM_WORLD.Abort(code)
 
 
-def _flat(text: object) -> str:
+def flat(text: object) -> str:
     return " ".join(str(text).replace("\0", " ").split())

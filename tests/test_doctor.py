@@ -1,0 +1,196 @@
+"""Each check against the real thing that it looks for, right and wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from allranks import doctor
+from launching import BIN, CLEAN
+
+
+def check(name: str, cwd: Path | None = None, **environ: str) -> list[doctor.Finding]:
+    """One check as the doctor runs it, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "allranks.doctor", "--check", name],
+        env={**CLEAN, **environ}, cwd=cwd, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return [doctor.Finding(**values) for values in json.loads(done.stdout)]
+
+
+def executable(path: Path, script: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The doctor as a user runs it, for people and for programs."""
+    folder = tmp_path_factory.mktemp("here")
+    environ = {**CLEAN, "PATH": f"{BIN}:{CLEAN['PATH']}", "ALLRANKS_DATA": str(folder / "none")}
+    return [
+        subprocess.run(
+            [sys.executable, "-m", "allranks.doctor", *more], env=environ, cwd=folder,
+            capture_output=True, text=True, check=False,
+        )
+        for more in ([], ["--json"])
+    ]  # fmt: skip
+
+
+def test_a_report_is_80_columns_wide_and_has_every_check(whole):
+    text, _ = whole
+    assert text.returncode == 0, text.stdout
+    assert text.stderr == ""
+    lines = text.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    for name in doctor.CHECKS:
+        assert any(line[6:].startswith(name) for line in lines), name
+    assert lines[-1].startswith("0 errors, ")
+
+
+def test_programs_get_json_and_a_remedy_for_whatever_is_not_ok(whole):
+    report = json.loads(whole[1].stdout)
+    assert {f["check"] for f in report["findings"]} == set(doctor.CHECKS)
+    for finding in report["findings"]:
+        assert finding["state"] in ("ok", "warn", "error")
+        assert bool(finding["remedy"]) == (finding["state"] != "ok"), finding
+
+
+def test_an_error_gives_exit_code_1():
+    environ = {**CLEAN, "RANK": "3"}
+    done = subprocess.run(
+        [sys.executable, "-m", "allranks.doctor"], env=environ, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "error ranks      RANK=3 is set but WORLD_SIZE is not" in done.stdout
+    assert "-> unset RANK LOCAL_RANK WORLD_SIZE" in done.stdout
+
+
+def test_a_check_that_hangs_or_crashes_is_a_finding_and_the_others_answer(monkeypatch, tmp_path):
+    # a torch whose import never ends, and an mpi4py that kills its process
+    (tmp_path / "torch.py").write_text("import time; time.sleep(60)")
+    (tmp_path / "mpi4py").mkdir()
+    (tmp_path / "mpi4py" / "__init__.py").write_text("import os; os.kill(os.getpid(), 11)")
+    source = str(Path(doctor.__file__).parents[1])
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{source}")
+    before = time.monotonic()
+    found = doctor.examine_all(limit_s=4)
+    assert time.monotonic() - before < 6
+    assert found["torch"][0].state == "error"
+    assert "no answer within 4 s" in found["torch"][0].text
+    assert "SIGSEGV" in found["mpi"][0].text
+    assert found["python"][0].state == found["ranks"][0].state == "ok"
+    assert all(f.remedy for f in (*found["torch"], *found["mpi"]))
+
+
+def test_the_mpich_wheels_mpiexec_fits():
+    (finding,) = check("mpi", PATH=f"{BIN}:/usr/bin:/bin")
+    assert finding.state == "ok"
+    assert "MPICH" in finding.text and "tried with two" in finding.text
+
+
+def test_an_mpiexec_of_another_mpi_is_named():
+    other = shutil.which("mpiexec", path="/usr/bin:/usr/local/bin:/bin")
+    if (
+        other is None
+        or "Open"
+        not in subprocess.run([other, "--version"], capture_output=True, text=True, check=False).stdout
+    ):
+        pytest.skip("needs a system-wide Open MPI beside the mpich wheel")
+    found = check("mpi", PATH=f"{Path(other).parent}:/bin")
+    assert [f.state for f in found] == ["ok", "warn"]  # the wheel's own is found beside Python
+    assert f"{other} belongs to another MPI" in found[1].text
+    assert f"Write {BIN / 'mpiexec'}" in found[1].remedy
+
+
+def test_ranks_that_do_not_see_each_other_belong_to_another_mpi(tmp_path):
+    # starts ranks without telling them of each other: what a foreign mpiexec comes to
+    executable(tmp_path / "mpiexec", 'shift 2; "$@"; "$@"')
+    found = check("mpi", PATH=f"{tmp_path}:/usr/bin:/bin")
+    assert "belongs to another MPI: each of its ranks sees itself as 0 of 1" in found[-1].text
+
+
+def test_ezpz_real_impostor_and_absent(tmp_path):
+    source = str(Path(doctor.__file__).parents[1])
+    for kind, file in (("real", "distributed.py"), ("impostor", "zoom.py")):
+        package = tmp_path / kind / "ezpz"
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+        (package / file).touch()
+        found = check("ezpz", PYTHONPATH=f"{tmp_path / kind}:{source}")
+        assert found[0].state == ("ok" if kind == "real" else "warn")
+        assert ("image pan-zoom tool" in found[0].text) == (kind == "impostor")
+    assert found[0].remedy.startswith("pip uninstall -y ezpz && pip install")
+
+
+def test_asking_about_ezpz_imports_no_torch():
+    code = "import sys; from allranks import doctor; doctor.ezpz(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_a_scheduler_that_does_not_answer_is_an_error(tmp_path):
+    """Stand-ins: only exit codes matter here (qstat's 255 is OpenPBS's own)."""
+    for command in ("qsub", "qdel"):
+        executable(tmp_path / command, "exit 0")
+    executable(tmp_path / "qstat", "echo 'cannot connect to server pbs (errno=111)' >&2; exit 255")
+    environ = {"PATH": str(tmp_path), "PBS_JOBID": "12.pbs"}  # no other scheduler's commands
+    (finding,) = check("scheduler", **environ)
+    assert finding.state == "error"
+    assert "exit code 255: cannot connect to server pbs" in finding.text
+    (finding,) = check("scheduler", PATH=str(tmp_path))
+    assert finding.state == "warn"  # outside a job, training on this host still works
+
+    executable(tmp_path / "qstat", "exit 0")
+    (finding,) = check("scheduler", **environ)
+    assert (finding.state, finding.text) == ("ok", "PBS answers, inside job 12.pbs")
+
+    (tmp_path / "qsub").unlink()
+    (finding,) = check("scheduler", **environ)
+    assert finding.state == "warn" and "not on PATH: qsub" in finding.text
+
+
+def test_data_missing_and_corrupted(tmp_path):
+    (finding,) = check("data", ALLRANKS_DATA=str(tmp_path))
+    assert finding.state == "warn" and "allranks data fetch mnist" in finding.remedy
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / "train-images-idx3-ubyte.gz").write_bytes(b"<html>")
+    (finding,) = check("data", ALLRANKS_DATA=str(tmp_path))
+    assert finding.state == "error" and "corrupted or truncated (6 bytes" in finding.text
+
+
+def test_a_run_directory_that_cannot_be_made(tmp_path):
+    (finding,) = check("run dir", cwd=tmp_path)
+    assert finding.state == "ok" and "GiB free" in finding.text
+    assert list(tmp_path.iterdir()) == []
+    (finding,) = check("run dir", cwd=Path("/proc"))  # not even root makes a directory there
+    assert finding.state == "error" and "/proc" in finding.text
+
+
+def test_a_node_local_file_system_is_no_place_for_a_job_of_several_nodes():
+    if doctor._file_system(Path("/dev/shm")) != "tmpfs":
+        pytest.skip("/dev/shm is no tmpfs here")
+    (finding,) = check("run dir", cwd=Path("/dev/shm"), SLURM_JOB_NUM_NODES="2")
+    assert finding.state == "error" and "this job has 2 nodes" in finding.text
+
+
+def test_more_threads_than_cpus():
+    (finding,) = check("threads", OMP_NUM_THREADS="4096")
+    assert finding.state == "warn" and "OMP_NUM_THREADS=4096" in finding.text
+    if (os.cpu_count() or 1) > 1:
+        code = (
+            "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
+            "from allranks import doctor; print(doctor.threads()[0].state)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout == "warn\n"

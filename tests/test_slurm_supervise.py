@@ -1,0 +1,118 @@
+"""The supervisor and the preflight on a real Slurm of several nodes, each with its own network.
+
+Needs a Slurm that is up, and root on the host of its controller: the nodes' names are host names in
+namespaces, so the commands run under the controller's name.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from launching import RANK, Started, python
+
+CONF = Path("/etc/slurm/slurm.conf")
+
+
+def nodes() -> list[str]:
+    """The idle nodes of a Slurm that answers."""
+    if os.geteuid() != 0 or shutil.which("sinfo") is None or shutil.which("unshare") is None:
+        return []
+    try:
+        done = subprocess.run(
+            ["sinfo", "-h", "-N", "-t", "idle", "-o", "%N"], capture_output=True, text=True,
+            timeout=5, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return []
+    return sorted(set(done.stdout.split())) if done.returncode == 0 else []
+
+
+NODES = nodes()
+pytestmark = pytest.mark.skipif(
+    len(NODES) < 2,
+    reason="needs root and a Slurm with two idle nodes on this host (SL_NODES=3 slurm-up)",
+)
+
+
+def on_login(code: str) -> Started:
+    """A process on the controller's host name, where srun can be reached by the nodes."""
+    (login,) = re.findall(r"^SlurmctldHost=([^(\s]+)", CONF.read_text(), re.MULTILINE)
+    script = 'hostname "$1"; shift; exec "$@"'
+    return Started(["unshare", "--uts", "sh", "-c", script, "sh", login, *python(code)], "slurm")
+
+
+def supervised(program: list[str]) -> Started:
+    argv = ["srun", "-N2", "--ntasks-per-node=2", "-w", ",".join(NODES[:2]), *RANK, *program]
+    return on_login(
+        "import os, sys\nfrom allranks.launch import supervise\n"
+        f"sys.exit(supervise.run({argv!r}, dict(os.environ), None, world_size=4, "
+        f"hosts={NODES[:2]!r}, start_s=20))"
+    )
+
+
+def test_every_rank_gets_its_place_on_two_nodes():
+    code = (
+        "import os, socket; e = os.environ; print(e['RANK'], e['LOCAL_RANK'], e['WORLD_SIZE'], "
+        "e['LOCAL_WORLD_SIZE'], socket.gethostname(), e['MASTER_ADDR'], e['MASTER_PORT'])"
+    )
+    started = supervised(python(code))
+    try:
+        got, out, err = started.finish()
+    finally:
+        started.end()
+    assert got == 0, err
+    ranks = sorted(line.rpartition("] ")[2].split() for line in (out + err).splitlines())
+    assert [r[:5] for r in ranks] == [[str(r), str(r % 2), "4", "2", NODES[r // 2]] for r in range(4)]
+    assert len({(r[5], r[6]) for r in ranks}) == 1
+    assert not ranks[0][5].startswith("127.")
+
+
+def test_the_first_rank_that_fails_is_named_with_its_node():
+    started = supervised(
+        python("import os, sys, time\nif os.environ['RANK'] == '3': sys.exit(23)\ntime.sleep(60)")
+    )
+    try:
+        got, _, err = started.finish()
+        assert started.gone(within_s=5) < 5
+    finally:
+        started.end()
+    assert got == 23
+    assert err.splitlines()[-1].startswith(f"allranks: rank 3 on {NODES[1]} ended with exit code 23")
+    assert "srun: error" not in err
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_no_rank_outlives_the_supervisor(signum):
+    started = supervised(python("import time; print('here', flush=True); time.sleep(60)"))
+    try:
+        assert started.process.stdout.readline() == b"here\n"
+        assert len(started.pids()) > 8  # supervisor, srun, and a guard and a program for each rank
+        before = time.monotonic()
+        started.process.send_signal(signum)
+        started.gone(within_s=5)
+        assert time.monotonic() - before < 5
+    finally:
+        started.end()
+
+
+def test_the_preflight_over_the_nodes_network():
+    argv = ["srun", "-N2", "--ntasks-per-node=2", "-w", ",".join(NODES[:2]), *RANK]
+    started = on_login(
+        "import os\nfrom allranks.launch import preflight\n"
+        f"print(preflight.check(lambda program: [*{argv!r}, *program], dict(os.environ), "
+        f"world_size=4, hosts={NODES[:2]!r}, limit_s=30))"
+    )
+    try:
+        got, out, err = started.finish()
+    finally:
+        started.end()
+    assert got == 0, err
+    assert out.startswith("preflight: 4 ranks on 2 hosts are fit")

@@ -1,0 +1,412 @@
+"""Ranks under real launchers: seen, named, and never left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import time
+
+import pytest
+
+from allranks.launch import processes, supervise, wire
+from launching import RANK, Started, python, supervised
+
+LAUNCHERS = ["mpiexec", "torchrun"]
+HOST = socket.gethostname()
+
+# Each rank says who and where it is, has a child in a session of its own, and waits to be ended.
+WAIT = """
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; "
+"time.sleep(60)"], start_new_session=True)
+print("pids", os.environ["RANK"], os.getpid(), child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def start():
+    """Starts supervised ranks, and ends whatever is left of them after the test."""
+    started: list[Started] = []
+
+    def start(name, ranks, code, run_dir=None, environ=None, **more):
+        command = supervised(name, ranks, python(code), run_dir, **more)
+        started.append(Started(command, "supervise", **(environ or {})))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.end()
+
+
+def wait_for_ranks(started: Started, ranks: int) -> tuple[dict[int, int], set[int]]:
+    """Pid of each rank's program, and the pids of their children."""
+    found, children = {}, set()
+    for stream in (started.process.stdout, started.process.stderr):
+        while len(found) < (1 if stream is started.process.stdout else ranks):
+            line = stream.readline().decode()
+            assert line, "ended early"
+            if match := re.search(r"pids (\d+) (\d+) (\d+)", line):
+                found[int(match[1])] = int(match[2])
+                children.add(int(match[3]))
+    return found, children
+
+
+def alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_every_program_gets_its_rank_on_every_launcher(start, tmp_path, name):
+    code = (
+        "import json, os, socket\n"
+        "e = os.environ\n"
+        f"p = {str(tmp_path)!r} + '/' + e['RANK']\n"
+        "names = 'RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT'.split()\n"
+        "e2 = {n: e[n] for n in names} | {'private': [n for n in e if n in "
+        f"{supervise.VARIABLES!r}]}}\n"
+        "json.dump(e2, open(p, 'w'))"
+    )
+    # a MASTER_PORT left over in the shell must not win
+    code_, out, err = start(name, 3, code, environ={"MASTER_PORT": "1", "MASTER_ADDR": "x"}).finish()
+    assert (code_, out) == (0, ""), err
+    seen = [json.loads((tmp_path / str(r)).read_text()) for r in range(3)]
+    for r, variables in enumerate(seen):
+        assert (variables["RANK"], variables["LOCAL_RANK"]) == (str(r), str(r))
+        assert (variables["WORLD_SIZE"], variables["LOCAL_WORLD_SIZE"]) == ("3", "3")
+        assert variables["private"] == []
+    (address,) = {v["MASTER_ADDR"] for v in seen}
+    (port,) = {v["MASTER_PORT"] for v in seen}
+    assert socket.gethostbyname(address).startswith("127.")
+    assert int(port) > 1024
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_the_first_rank_that_fails_is_named_and_gives_the_exit_code(start, name):
+    code = (
+        "import os, sys, time\n"
+        "if os.environ['RANK'] == '2':\n"
+        "    print('last words', file=sys.stderr); sys.exit(41)\n"
+        "time.sleep(60)"
+    )
+    before = time.monotonic()
+    started = start(name, 4, code)
+    got, out, err = started.finish()
+    assert got == 41, err
+    assert f"[rank 2 on {HOST}] last words\n" in err
+    assert err.endswith(
+        f"allranks: rank 2 on {HOST} ended with exit code 41, the first of 4 ranks to fail; "
+        "the others have been ended.\n"
+    )
+    for banner in ("BAD TERMINATION", "ChildFailedError", "Traceback", "exitcode"):
+        assert banner not in err
+    assert out == ""
+    started.gone(within_s=1)
+    assert time.monotonic() - before < 15
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_kill_9_of_a_rank_is_named_and_all_are_down_in_2_s_with_their_children(start, name):
+    started = start(name, 3, WAIT)
+    ranks, children = wait_for_ranks(started, 3)
+    os.kill(ranks[1], signal.SIGKILL)
+    assert started.gone(within_s=2) < 2
+    got, _, err = started.finish()
+    assert got == 128 + 9
+    assert f"rank 1 on {HOST} was killed by SIGKILL" in err.splitlines()[-1]
+    assert "BAD TERMINATION" not in err and "Traceback" not in err
+    assert not any(map(alive, [*ranks.values(), *children]))
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_kill_9_of_the_supervisor_leaves_nobody_after_5_s(start, name):
+    started = start(name, 2, WAIT)
+    ranks, children = wait_for_ranks(started, 2)
+    started.process.kill()
+    assert started.gone(within_s=5) < 5
+    assert not any(map(alive, [*ranks.values(), *children]))
+
+
+def test_kill_9_of_the_launcher_ends_every_rank(start):
+    started = start("mpiexec", 2, WAIT)
+    wait_for_ranks(started, 2)
+    (launcher,) = processes._children(started.process.pid)
+    os.kill(launcher, signal.SIGKILL)
+    got, _, err = started.finish(within_s=10)
+    assert got not in (0, 2), err
+    assert started.gone(within_s=1) < 1
+    assert err.splitlines()[-1].startswith("allranks: ")
+
+
+def test_kill_9_of_a_guard_is_noticed_and_its_program_ended(start):
+    started = start("mpiexec", 3, WAIT)
+    ranks, _ = wait_for_ranks(started, 3)
+    with open(f"/proc/{ranks[2]}/stat") as file:  # noqa: PTH123
+        guard = int(file.read().rpartition(")")[2].split()[1])
+    os.kill(guard, signal.SIGKILL)
+    got, _, err = started.finish(within_s=10)
+    assert got == 137
+    assert f"rank 2 on {HOST} vanished" in err
+    assert started.gone(within_s=1) < 1
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_end_every_rank(start, signum, code):
+    started = start("mpiexec", 2, WAIT)
+    ranks, children = wait_for_ranks(started, 2)
+    started.process.send_signal(signum)
+    got, _, err = started.finish(within_s=10)
+    assert got == code
+    assert err == f"allranks: stopped by {signal.Signals(signum).name}.\n"
+    assert started.gone(within_s=1) < 1
+    assert not any(map(alive, [*ranks.values(), *children]))
+
+
+def test_a_second_ctrl_c_does_not_wait_for_ranks_that_ignore_the_first(start):
+    started = start("mpiexec", 2, "import signal; signal.signal(15, signal.SIG_IGN)\n" + WAIT)
+    wait_for_ranks(started, 2)
+    started.process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert started.process.poll() is None
+    before = time.monotonic()
+    started.process.send_signal(signal.SIGINT)
+    assert started.finish(within_s=10)[0] == 130
+    assert time.monotonic() - before < 3
+    started.gone(within_s=1)
+
+
+def test_ranks_that_stop_in_order_on_sigterm_are_waited_for_and_asked_to_go_on_later(start, tmp_path):
+    # rank 0 saves for a second after the others have gone with code 85: it must not be cut short
+    code = (
+        "import os, signal, sys, time\n"
+        "def stop(*_):\n"
+        "    if os.environ['RANK'] == '0':\n"
+        f"        time.sleep(1); open({str(tmp_path / 'saved')!r}, 'w').write('whole')\n"
+        "    os._exit(85)\n"
+        "signal.signal(signal.SIGTERM, stop)\n" + WAIT
+    )
+    started = start("mpiexec", 3, code)
+    wait_for_ranks(started, 3)
+    started.process.terminate()
+    got, _, err = started.finish(within_s=10)
+    assert (got, err) == (85, "")
+    assert (tmp_path / "saved").read_text() == "whole"
+
+
+def test_sigusr1_reaches_every_rank(start):
+    code = (
+        "import os, signal, time\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: os._exit(0))\n"
+        "print('pids', os.environ['RANK'], 0, 0, flush=True)\n"
+        "time.sleep(60)"
+    )
+    started = start("mpiexec", 3, code)
+    wait_for_ranks(started, 3)
+    started.process.send_signal(signal.SIGUSR1)
+    assert started.finish(within_s=10)[0] == 0
+
+
+def test_lines_stay_whole_while_all_ranks_write(start):
+    # pieces of lines, written apart, by all ranks at once; the last line has no end
+    code = (
+        "import os, sys, time\n"
+        "r = os.environ['RANK']\n"
+        "for i in range(200):\n"
+        "    for piece in (f'<{r}', f':{i}:', 'x' * 500 + '>', '\\n'):\n"
+        "        os.write(2, piece.encode())\n"
+        "os.write(2, f'<{r}:end'.encode()); os._exit(0)"
+    )
+    got, _, err = start("mpiexec", 4, code).finish()
+    assert got == 0
+    lines = err.splitlines()
+    for r in range(4):
+        prefix = "" if r == 0 else f"[rank {r} on {HOST}] "
+        mine = [line for line in lines if f"<{r}:" in line]
+        expected = [f"{prefix}<{r}:{i}:{'x' * 500}>" for i in range(200)] + [f"{prefix}<{r}:end"]
+        assert mine == expected
+
+
+def test_the_last_words_of_dying_ranks_arrive(start):
+    code = (
+        "import os, sys\n"
+        "sys.stdout.write('o' * 50000 + '\\n'); sys.stderr.write('e' * 50000 + '\\n')\n"
+        "os.kill(os.getpid(), 11 if os.environ['RANK'] == '1' else 0)"
+    )
+    got, out, err = start("mpiexec", 2, code).finish()
+    assert got == 128 + 11
+    assert out == "o" * 50000 + "\n"
+    assert f"[rank 1 on {HOST}] " + "e" * 50000 + "\n" in err
+    assert f"rank 1 on {HOST} was killed by SIGSEGV" in err
+
+
+def test_rank_0_is_live_even_within_a_line(start):
+    code = (
+        "import os, time\n"
+        "if os.environ['RANK'] == '0':\n"
+        "    print('step 1 of 2', end='', flush=True); time.sleep(60)"
+    )
+    started = start("mpiexec", 2, code)
+    os.set_blocking(started.process.stdout.fileno(), True)
+    assert os.read(started.process.stdout.fileno(), 100) == b"step 1 of 2"
+
+
+# rank 0 alone: the other's lines would fill stderr, which nobody reads until the first line came
+FLOOD = """
+import os, time
+while os.environ["RANK"] == "0":
+    os.write(1, b"x" * 99 + b"\\n")
+time.sleep(60)
+"""
+
+
+def test_when_nobody_reads_the_output_the_ranks_end(start):
+    started = start("mpiexec", 2, FLOOD)
+    assert started.process.stdout.readline() == b"x" * 99 + b"\n"
+    started.process.stdout.close()
+    started.process.stdout = None
+    err = started.process.stderr.read()
+    assert started.process.wait(timeout=10) == 128 + signal.SIGPIPE
+    assert b"vanished" not in err
+    started.gone(within_s=1)
+
+
+def test_a_full_disk_for_the_output_is_named():
+    with open("/dev/full", "wb") as full:  # noqa: PTH123
+        started = Started(supervised("mpiexec", 1, python(FLOOD)), "full", stdout=full.fileno())
+        try:
+            got, _, err = started.finish(within_s=10)
+            started.gone(within_s=1)
+        finally:
+            started.end()
+    assert got == 1
+    assert err == "allranks: the ranks' output cannot be written (No space left on device).\n"
+
+
+def test_other_ranks_stdout_goes_to_their_files(start, tmp_path):
+    got, out, err = start(
+        "mpiexec", 3, "import os; print('hello from', os.environ['RANK'])", run_dir=tmp_path
+    ).finish()
+    assert (got, out, err) == (0, "hello from 0\n", "")
+    files = {path.name: path.read_text() for path in (tmp_path / "output").iterdir()}
+    assert files == {"rank-1.out": "hello from 1\n", "rank-2.out": "hello from 2\n"}
+
+
+def test_rank_0_sees_a_terminal_where_the_user_has_one():
+    code = "import os, sys; print(os.environ['RANK'], sys.stdout.isatty(), sys.stderr.isatty())"
+    outer, inner = os.openpty()
+    command = supervised("mpiexec", 2, python(code))
+    started = Started(command, "terminal", stdout=inner)
+    try:
+        got, _, err = started.finish()
+        # stdout ends at the terminal, stderr in a pipe
+        assert (got, err) == (0, f"[rank 1 on {HOST}] 1 False False\n")
+        assert os.read(outer, 1000) == b"0 True False\r\n"
+    finally:
+        started.end()
+        os.close(inner)
+        os.close(outer)
+
+
+def test_what_the_launcher_says_is_shown_where_no_rank_explains_it():
+    command = python(
+        "import os, sys\nfrom allranks.launch import supervise\n"
+        f"argv = [{sys.executable!r}, '-c', 'import sys; print(\"no such queue\"); sys.exit(9)']\n"
+        "sys.exit(supervise.run(argv, dict(os.environ), None, world_size=2))"
+    )
+    started = Started(command, "launcher")
+    try:
+        got, _, err = started.finish()
+    finally:
+        started.end()
+    assert got == 9
+    assert err.splitlines()[0] == "no such queue"
+    assert "ended with exit code 9; 0 of 2 ranks had started" in err
+
+
+def by_shell(script: str, ranks: int, **more: object) -> list[str]:
+    """Supervised ranks that a shell script starts; its "$@" is the wrapper with a program."""
+    argv = ["sh", "-c", script, "sh", *RANK, *python("import time; time.sleep(30)")]
+    return python(
+        "import os, sys\nfrom allranks.launch import supervise\n"
+        f"sys.exit(supervise.run({argv!r}, dict(os.environ), None, world_size={ranks}, **{more!r}))"
+    )
+
+
+@pytest.mark.parametrize(
+    ("script", "ranks", "message"),
+    [
+        (  # localhost stands for a host that does not come
+            'RANK=0 WORLD_SIZE=3 "$@" & RANK=1 WORLD_SIZE=3 "$@" & wait', 3,
+            "1 of 3 ranks (2) did not start within 2 s. None came from localhost: look "
+            "whether they are up",
+        ),
+        ('RANK=0 WORLD_SIZE=2 "$@" & wait', 3, "was started as one of 2, but 3 were asked for"),
+        ('RANK=1 WORLD_SIZE=2 "$@" & RANK=1 WORLD_SIZE=2 "$@" & wait', 2, "a second rank 1 came "
+        "from"),
+        # nobody's variables: each would be a run of its own
+        ('"$@" & "$@" & wait', 2, f"rank 0 on {HOST} was started as one of 1, but 2 were asked "
+        f"for"),
+    ],
+    ids=["missing", "other-size", "twice", "solo"],
+)  # fmt: skip
+def test_ranks_that_do_not_make_one_run_are_named_in_time(script, ranks, message):
+    started = Started(by_shell(script, ranks, start_s=2, hosts=[HOST, "localhost"]), "shell")
+    try:
+        before = time.monotonic()
+        got, _, err = started.finish(within_s=10)
+        assert time.monotonic() - before < 6
+        started.gone(within_s=1)
+    finally:
+        started.end()
+    assert got == 1
+    assert message in err.splitlines()[-1]
+
+
+def test_nobody_without_the_secret_is_listened_to(tmp_path):
+    """A stranger's hello, garbage and silence do not disturb the ranks."""
+    go = tmp_path / "go"
+    code = f"import os, time\nwhile not os.path.exists({str(go)!r}): time.sleep(0.01)\nprint('fine')"
+    inner = [*RANK, *python(code)]
+    command = python(
+        "import os, sys\nfrom allranks.launch import supervise\n"
+        f"argv = ['sh', '-c', 'echo $ALLRANKS_SUPERVISOR >&2; exec \"$@\"', 'sh', *{inner!r}]\n"
+        "sys.exit(supervise.run(argv, dict(os.environ), None, world_size=1))"
+    )
+    started = Started(command, "stranger")
+    try:
+        host, _, port = started.process.stderr.readline().decode().strip().rpartition(":")
+        assert host == "127.0.0.1"
+        hello = {
+            "secret": "guess",
+            "rank": 0,
+            "host": "x",
+            "launcher": "x",
+            "world_size": 1,
+            "port": 1,
+        }
+        sent = []
+        for data in (
+            wire.message(**hello),
+            wire.message(code=3),
+            b"GET / HTTP/1.1\r\n\r\n",
+            b"\xff" * 9,
+        ):
+            link = socket.create_connection((host, int(port)), timeout=5)
+            link.sendall(data)
+            sent.append(link)
+        assert [link.recv(100) for link in sent] == [b""] * 4
+        with socket.create_connection((host, int(port)), timeout=5):
+            go.touch()
+            assert started.finish(within_s=10)[:2] == (0, "fine\n")
+        for link in sent:
+            link.close()
+    finally:
+        started.end()
