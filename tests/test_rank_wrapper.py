@@ -12,6 +12,7 @@ import pytest
 
 from allranks.errors import UserError
 from allranks.launch import rank
+from allranks.launch import variables as given
 from allranks.runtime.environment import discover
 from launching import BIN, CLEAN, RANK, python
 
@@ -33,7 +34,7 @@ def test_without_a_launcher_it_is_rank_0_of_1():
     assert (shown["RANK"], shown["WORLD_SIZE"]) == ("0", "1")
     assert (shown["LOCAL_RANK"], shown["LOCAL_WORLD_SIZE"]) == ("0", "1")
     assert shown["MASTER_ADDR"] == "127.0.0.1"
-    assert int(shown["MASTER_PORT"]) in rank.PORTS
+    assert int(shown["MASTER_PORT"]) in given.PORTS
     assert shown["CUDA_VISIBLE_DEVICES"] is None
 
 
@@ -44,8 +45,8 @@ def test_under_a_bare_mpiexec_it_needs_only_the_port():
     assert done.returncode == 2
     assert "ALLRANKS_MASTER_PORT" in done.stderr and "allranks launch" in done.stderr
 
-    environ = {**CLEAN, rank.MASTER_PORT: "23456", rank.DEVICE_VARIABLE: "CUDA_VISIBLE_DEVICES",
-               rank.DEVICES: "3,2,1,0"}  # fmt: skip
+    environ = {**CLEAN, given.MASTER_PORT: "23456", given.DEVICE_VARIABLE: "CUDA_VISIBLE_DEVICES",
+               given.DEVICES: "3,2,1,0"}  # fmt: skip
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
     shown = sorted((json.loads(line) for line in done.stdout.splitlines()), key=lambda s: s["RANK"])
     assert shown == [
@@ -89,7 +90,7 @@ def test_arguments_arrive_unchanged():
         (["true"], {"PALS_RANKID": "3", "PMI_SIZE": ""}, "does not tell rank 3 its WORLD_SIZE"),
         (["true"], {"RANK": "1", "WORLD_SIZE": "2", "PMI_RANK": "0", "PMI_SIZE": "2",
                     "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"}, "RANK=1 is left over"),
-        (["true"], {rank.WORLD_SIZE: "zwei", "PALS_RANKID": "0"}, "'zwei' is not a whole number"),
+        (["true"], {given.WORLD_SIZE: "zwei", "PALS_RANKID": "0"}, "'zwei' is not a whole number"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_in_one_line_with_the_host(program, environ, message):
@@ -123,7 +124,7 @@ TOLD = {"world_size": 24, "local_rank": 3, "local_world_size": 9, "master_addr":
 
 
 def variables(environ, told=None):
-    return rank.variables(discover(environ), environ, told)
+    return given.of_rank(discover(environ), environ, told)
 
 
 def test_the_supervisor_completes_what_the_launcher_does_not_tell():
@@ -136,25 +137,21 @@ def test_the_supervisor_completes_what_the_launcher_does_not_tell():
     assert variables(jsrun, TOLD)["LOCAL_WORLD_SIZE"] == "9"
 
 
-def test_the_plan_completes_it_where_there_is_no_supervisor(tmp_path):
-    (tmp_path / "nodes").write_text("x1001\nx1002\n")
-    plan = {rank.WORLD_SIZE: "24", "PBS_NODEFILE": str(tmp_path / "nodes"), "PBS_JOBID": "9.pbs"}
-    got = variables({**PALS, **plan})
-    assert (got["WORLD_SIZE"], got["MASTER_ADDR"]) == ("24", "x1001")
-    # every rank of the job works out the same port
-    other = variables({**PALS, "PALS_RANKID": "0", "PALS_LOCAL_RANKID": "0", **plan})
-    assert got["MASTER_PORT"] == other["MASTER_PORT"]
-    jsrun = {"JSM_NAMESPACE_RANK": "14", rank.WORLD_SIZE: "24", rank.LOCAL_WORLD_SIZE: "6",
-             rank.MASTER_ADDR: "h", rank.MASTER_PORT: "2"}  # fmt: skip
+def test_the_plan_completes_it_where_there_is_no_supervisor():
+    plan = {given.WORLD_SIZE: "24", given.MASTER_ADDR: "h", given.MASTER_PORT: "2"}
+    assert variables({**PALS, **plan}) == {
+        "RANK": "14", "WORLD_SIZE": "24", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "12",
+        "MASTER_ADDR": "h", "MASTER_PORT": "2",
+    }  # fmt: skip
+    jsrun = {"JSM_NAMESPACE_RANK": "14", **plan, given.LOCAL_WORLD_SIZE: "6"}
     assert variables(jsrun)["LOCAL_RANK"] == "2"
 
 
-def test_srun_needs_nothing_else():
-    assert variables(SRUN) == {
+def test_srun_tells_all_but_the_master():
+    assert variables(SRUN, TOLD) == {
         "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4",
-        "MASTER_ADDR": "nid001", "MASTER_PORT": variables(SRUN)["MASTER_PORT"],
+        "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "25000",
     }  # fmt: skip
-    assert variables(SRUN)["MASTER_PORT"] != variables({**SRUN, "SLURM_STEP_ID": "1"})["MASTER_PORT"]
 
 
 def test_torchruns_own_store_is_kept_and_a_stale_port_is_not():
@@ -182,7 +179,7 @@ def test_what_it_exports_agrees_with_the_launchers_own():
     ],
 )
 def test_the_device_of_local_rank_1(shown, devices, got):
-    environ = {**SRUN, rank.DEVICE_VARIABLE: "CUDA_VISIBLE_DEVICES", rank.DEVICES: devices}
+    environ = {**SRUN, given.DEVICE_VARIABLE: "CUDA_VISIBLE_DEVICES", given.DEVICES: devices}
     if shown:
         environ["CUDA_VISIBLE_DEVICES"] = shown
     assert variables(environ, TOLD).get("CUDA_VISIBLE_DEVICES") == got
@@ -196,7 +193,7 @@ def test_the_device_of_local_rank_1(shown, devices, got):
     ],
 )
 def test_a_device_that_is_not_there(shown, devices, message):
-    environ = {**SRUN, rank.DEVICE_VARIABLE: "CUDA_VISIBLE_DEVICES", rank.DEVICES: devices}
+    environ = {**SRUN, given.DEVICE_VARIABLE: "CUDA_VISIBLE_DEVICES", given.DEVICES: devices}
     if shown:
         environ["CUDA_VISIBLE_DEVICES"] = shown
     with pytest.raises(UserError, match=message):
@@ -204,12 +201,12 @@ def test_a_device_that_is_not_there(shown, devices, message):
 
 
 def test_a_free_port_is_free_and_random():
-    ports = {rank.free_port() for _ in range(20)}
+    ports = {given.free_port() for _ in range(20)}
     assert len(ports) > 15
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", ports.pop()))
         taken.listen()
-        assert taken.getsockname()[1] not in {rank.free_port() for _ in range(50)}
+        assert taken.getsockname()[1] not in {given.free_port() for _ in range(50)}
 
 
 def test_a_start_is_cheap():
@@ -222,7 +219,7 @@ def test_a_start_is_cheap():
         "else None)\n"
         "sys.argv = ['rank', '--', 'true']\n"
         "os.execvpe = lambda *a: None\n"  # the start without its end
-        "from allranks.launch import guard, rank\n"
+        "from allranks.launch import rank\n"
         "rank.main()\n"
         "new = set(sys.modules) - before\n"
         "print(len(new), len(opened), *sorted(m for m in new if m.split('.')[0] in "

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from allranks.launch import processes, supervise, wire
+from allranks.launch import processes, variables, wire
 from launching import RANK, Started, python, supervised
 
 LAUNCHERS = ["mpiexec", "torchrun"]
@@ -72,17 +72,17 @@ def test_every_program_gets_its_rank_on_every_launcher(start, tmp_path, name):
         f"p = {str(tmp_path)!r} + '/' + e['RANK']\n"
         "names = 'RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT'.split()\n"
         "e2 = {n: e[n] for n in names} | {'private': [n for n in e if n in "
-        f"{supervise.VARIABLES!r}]}}\n"
+        f"{variables.PRIVATE!r}]}}\n"
         "json.dump(e2, open(p, 'w'))"
     )
     # a MASTER_PORT left over in the shell must not win
     code_, out, err = start(name, 3, code, environ={"MASTER_PORT": "1", "MASTER_ADDR": "x"}).finish()
     assert (code_, out) == (0, ""), err
     seen = [json.loads((tmp_path / str(r)).read_text()) for r in range(3)]
-    for r, variables in enumerate(seen):
-        assert (variables["RANK"], variables["LOCAL_RANK"]) == (str(r), str(r))
-        assert (variables["WORLD_SIZE"], variables["LOCAL_WORLD_SIZE"]) == ("3", "3")
-        assert variables["private"] == []
+    for r, got in enumerate(seen):
+        assert (got["RANK"], got["LOCAL_RANK"]) == (str(r), str(r))
+        assert (got["WORLD_SIZE"], got["LOCAL_WORLD_SIZE"]) == ("3", "3")
+        assert got["private"] == []
     (address,) = {v["MASTER_ADDR"] for v in seen}
     (port,) = {v["MASTER_PORT"] for v in seen}
     assert socket.gethostbyname(address).startswith("127.")
@@ -138,7 +138,7 @@ def test_kill_9_of_the_supervisor_leaves_nobody_after_5_s(start, name):
 def test_kill_9_of_the_launcher_ends_every_rank(start):
     started = start("mpiexec", 2, WAIT)
     wait_for_ranks(started, 2)
-    (launcher,) = processes._children(started.process.pid)
+    (launcher,) = processes.children(started.process.pid)
     os.kill(launcher, signal.SIGKILL)
     got, _, err = started.finish(within_s=10)
     assert got not in (0, 2), err
@@ -397,7 +397,7 @@ def test_nobody_without_the_secret_is_listened_to(tmp_path):
             wire.message(**hello),
             wire.message(code=3),
             b"GET / HTTP/1.1\r\n\r\n",
-            b"\xff" * 9,
+            b"\xff" * 9 + b"\n",
         ):
             link = socket.create_connection((host, int(port)), timeout=5)
             link.sendall(data)

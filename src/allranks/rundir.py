@@ -81,21 +81,26 @@ def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def describe(directory: str, ranks: Mapping[str, Any]) -> None:
     """Writes environment.json: what the runtime says of its ranks, versions, command line, commit."""
-    from importlib import metadata
-
-    versions: dict[str, str | None] = {}
-    for package in ("allranks", "torch", "torchvision", "ezpz", "mpi4py", "hydra-core", "numpy"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
     about = {
         "command": sys.argv,
         "python": sys.version.split()[0],
-        "versions": versions,
+        "versions": versions(),
         "git_commit": _git_commit(),
     }
     write_json(Path(directory) / "environment.json", {**about, **ranks})
+
+
+def versions() -> dict[str, str | None]:
+    """Of the packages that make the numbers; None for one that is not installed."""
+    from importlib import metadata
+
+    found: dict[str, str | None] = {}
+    for package in ("allranks", "torch", "torchvision", "ezpz", "mpi4py", "hydra-core", "numpy"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 def _git_commit() -> str | None:

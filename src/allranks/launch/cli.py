@@ -78,9 +78,9 @@ def _launch(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str,
         show = dryrun.as_json if args.json else dryrun.text
         print(show(plan, allocation.source))
         return 0
-    from allranks.launch import preflight, supervise
+    from allranks.launch import preflight, supervise, variables
 
-    request = replace(request, passed=supervise.VARIABLES)
+    request = replace(request, passed=variables.PRIVATE)
     directory = None
     if config is not None:
         directory, program = _frozen(config)
@@ -88,7 +88,7 @@ def _launch(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str,
     plan = command.plan(request, known, allocation, environ)
     for path, content in plan.files:
         Path(path).write_text(content)
-    unset = dict.fromkeys(supervise.VARIABLES, "")  # Open MPI warns of those that it cannot hand on
+    unset = dict.fromkeys(variables.PRIVATE, "")  # Open MPI warns of those that it cannot hand on
     env = {**unset, **plan.environment(environ)}
     size, hosts = plan.world_size, [host.name for host in plan.hosts]
     if not args.no_preflight:

@@ -21,16 +21,17 @@ from allranks.launch import allocation as allocations
 from allranks.launch import launchers
 from allranks.launch.allocation import Allocation, Host
 from allranks.launch.machine import Machine
+from allranks.launch.variables import (
+    DEVICE_VARIABLE,
+    DEVICES,
+    LOCAL_WORLD_SIZE,
+    MASTER_ADDR,
+    MASTER_PORT,
+    PORTS,
+    WORLD_SIZE,
+)
 
-# What allranks.launch.rank reads.
-MASTER_ADDR = "ALLRANKS_MASTER_ADDR"
-MASTER_PORT = "ALLRANKS_MASTER_PORT"
-WORLD_SIZE = "ALLRANKS_WORLD_SIZE"
-LOCAL_WORLD_SIZE = "ALLRANKS_LOCAL_WORLD_SIZE"
-DEVICE_VARIABLE = "ALLRANKS_DEVICE_VARIABLE"
-DEVICES = "ALLRANKS_DEVICES"
 WRAPPER = "allranks.launch.rank"
-PORTS = range(20000, 30000)  # below the ports that systems hand out for outgoing connections
 
 
 @dataclass(frozen=True)

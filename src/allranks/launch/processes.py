@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sys
 import time
+from collections.abc import Set
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2), linux/prctl.h
 
@@ -26,66 +29,45 @@ def descendants(of: int) -> set[int]:
     found: set[int] = set()
     waiting = [of]
     while waiting:
-        for child in _children(waiting.pop()):
-            if child not in found:
-                found.add(child)
-                waiting.append(child)
+        new = set(children(waiting.pop())) - found
+        found |= new
+        waiting += new
     return found
 
 
-def kill_descendants(spare: set[int] | None = None, limit_s: float = 2.0) -> set[int]:
+def children(pid: int) -> list[int]:
+    found: list[int] = []
+    with contextlib.suppress(OSError):  # the process, or one of its threads, has just ended
+        for thread in os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208
+            with open(f"/proc/{pid}/task/{thread}/children") as file:  # noqa: PTH123
+                found += map(int, file.read().split())
+    return found
+
+
+def kill_descendants(spare: Set[int] = frozenset(), limit_s: float = 2.0) -> None:
     """SIGKILL to everything below this process but `spare`, until nothing is left; reaps.
 
-    Returns what is still there after `limit_s` seconds: a process stuck in the kernel.
+    Gives up after `limit_s` seconds: what is still there then is stuck in the kernel.
     """
-    spare = spare or set()
     deadline = time.monotonic() + limit_s
-    while True:
-        left = descendants(os.getpid()) - spare
+    while (left := descendants(os.getpid()) - spare) and time.monotonic() < deadline:
         for pid in left:
-            _signal(pid, signal.SIGKILL)
-        _reap(left)
-        if not left or time.monotonic() > deadline:
-            return left
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for pid in left:
+            with contextlib.suppress(ChildProcessError):  # a grandchild: its parent's or, soon, ours
+                os.waitpid(pid, os.WNOHANG)
         time.sleep(0.005)
 
 
 def restore_signals() -> None:
     """Python ignores these two; a program that is not Python expects their default."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    if hasattr(signal, "SIGXFSZ"):
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-
-
-def _reap(pids: set[int]) -> None:
-    for pid in pids:
-        try:
-            os.waitpid(pid, os.WNOHANG)
-        except ChildProcessError:  # a grandchild: its parent or, soon, we
-            continue
-
-
-def _signal(pid: int, signum: int) -> None:
-    try:
-        os.kill(pid, signum)
-    except ProcessLookupError:
-        return
-
-
-def _children(pid: int) -> list[int]:
-    found = []
-    try:
-        for thread in os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208
-            with open(f"/proc/{pid}/task/{thread}/children") as file:  # noqa: PTH123
-                found += [int(word) for word in file.read().split()]
-    except OSError:  # the process, or one of its threads, has just ended
-        pass
-    return found
+    for name in ("SIGPIPE", "SIGXFSZ"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 
 def _prctl(option: int, value: int) -> None:
-    import sys
-
     if sys.platform == "linux":
         import ctypes
 

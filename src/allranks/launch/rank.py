@@ -2,54 +2,47 @@
 
     python -m allranks.launch.rank -- PROGRAM ARGS...
 
-It finds out which rank it is, gives the program the variables that torch knows, shows it its
-device, and starts it. Without a supervisor (`allranks launch`) it becomes the program: signals and
-exit code are the program's own. With one it stays as its parent (allranks.launch.guard). No torch.
+It finds out which rank it is and gives the program its variables. Without a supervisor (`allranks
+launch`) it then becomes the program: signals and exit code are the program's own. With one it stays as
+the program's guard: through one connection go the program's output, how it ended, and the supervisor's
+word to end it. That connection breaks when the supervisor dies, however and wherever: then the program
+is ended too. The guard stays until it is let go, because a launcher that ends the job at the first bad
+exit code would cut the others short. No torch, and few files opened: this start is every rank's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
+import signal
 import socket
 import sys
-import zlib
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from allranks.errors import EXIT_USER_ERROR, UserError
-from allranks.launch import processes
-from allranks.runtime.environment import Launch, discover, first_host
+from allranks.launch import processes, variables, wire
+from allranks.runtime.environment import Launch, discover
 
-# Set by the launch's plan, for this module to read.
-MASTER_ADDR = "ALLRANKS_MASTER_ADDR"  # where rank 0 is reached
-MASTER_PORT = "ALLRANKS_MASTER_PORT"  # only without a supervisor, which finds a free one
-WORLD_SIZE = "ALLRANKS_WORLD_SIZE"  # for launchers that do not tell it
-LOCAL_WORLD_SIZE = "ALLRANKS_LOCAL_WORLD_SIZE"  # the same, where every host has as many ranks
-DEVICE_VARIABLE = "ALLRANKS_DEVICE_VARIABLE"  # e.g. CUDA_VISIBLE_DEVICES
-DEVICES = "ALLRANKS_DEVICES"  # by local rank, e.g. 3,2,1,0
-# Set by the supervisor; the program never sees them.
-SUPERVISOR = "ALLRANKS_SUPERVISOR"  # host:port
-SECRET = "ALLRANKS_SECRET"
-TERMINAL = "ALLRANKS_TERMINAL"  # which of rank 0's streams end at a terminal: o, e, oe
-OUTPUT = "ALLRANKS_OUTPUT"  # directory for the other ranks' stdout
-PREFLIGHT = "ALLRANKS_PREFLIGHT"  # the secret of allranks.launch.preflight
-PRIVATE = (SUPERVISOR, SECRET, TERMINAL, OUTPUT)
-
-PORTS = range(20000, 30000)  # below the ports that systems hand out for outgoing connections
+CONNECT_S = 30
+END_S = 1.0  # from SIGTERM to SIGKILL when the supervisor is gone
+DRAIN_S = 1.0  # for output that is still in the pipes when the program has ended
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+CANNOT_START = 127
 
 
 def main() -> None:
     """Starts the program, or ends with code 2 and one message that names the host."""
+    environ = os.environ
     try:
         program = program_of(sys.argv[1:])
-        launch = discover(os.environ)
-        if os.environ.get(SUPERVISOR):
-            from allranks.launch import guard
-
-            sys.exit(guard.attend(program, launch, os.environ))
-        environ = {**os.environ, **variables(launch, os.environ)}
+        launch = discover(environ)
+        if environ.get(variables.SUPERVISOR):
+            sys.exit(Guard(launch, environ).attend(program))
         processes.restore_signals()
-        execute(program, environ)
+        execute(program, {**environ, **variables.of_rank(launch, environ)})
     except UserError as error:
         print(f"allranks: [{socket.gethostname()}] {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)
@@ -68,145 +61,230 @@ def execute(program: Sequence[str], environ: Mapping[str, str]) -> None:
         os.execvpe(program[0], list(program), dict(environ))
     except OSError as error:
         raise UserError(
-            f"{program[0]} cannot be started ({error.strerror}): give the path of a program that "
-            f"this "
+            f"{program[0]} cannot be started ({error.strerror}): give the path of a program that this "
             "host has."
         ) from error
 
 
-def variables(
-    launch: Launch, environ: Mapping[str, str], told: Mapping[str, Any] | None = None
-) -> dict[str, str]:
-    """What the program's environment gets: the rank, the master, and which device is to be seen.
+class Guard:
+    """The parent of one rank's program, in touch with the supervisor."""
 
-    `told` is the supervisor's knowledge: world_size, local_rank, local_world_size, master_addr,
-    master_port. Raises UserError for what neither the launcher nor anybody else tells.
-    """
-    told = told or {}
-    world_size = launch.world_size or told.get("world_size") or _given(environ, WORLD_SIZE)
-    local_size = (
-        launch.local_world_size
-        or told.get("local_world_size")
-        or _given(environ, LOCAL_WORLD_SIZE)
-        or (1 if world_size == 1 else None)
-    )
-    local_rank = launch.local_rank
-    if local_rank is None:
-        local_rank = told.get("local_rank")
-    if local_rank is None and local_size and _given(environ, LOCAL_WORLD_SIZE):
-        local_rank = launch.rank % local_size  # the plan says: hosts are filled one after another
-    found = {
-        "RANK": launch.rank,
-        "WORLD_SIZE": world_size,
-        "LOCAL_RANK": local_rank,
-        "LOCAL_WORLD_SIZE": local_size,
-    }
-    missing = [name for name, value in found.items() if value is None]
-    if missing:
-        raise UserError(
-            f"{launch.launcher} does not tell rank {launch.rank} its {' and '.join(missing)}: "
-            f"start the "
-            f"ranks with `allranks launch`, or set {WORLD_SIZE} and {LOCAL_WORLD_SIZE}."
-        )
-    assert local_rank is not None
-    return {
-        **{name: str(value) for name, value in found.items()},
-        **_master(launch, environ, told),
-        **_device(local_rank, environ),
-    }
-
-
-def free_port() -> int:
-    """A port that nobody on this host uses now, at any of its addresses.
-
-    None of those handed out for outgoing connections, so that it stays free until it is bound.
-    """
-    for _ in range(200):
-        port = PORTS[int.from_bytes(os.urandom(4), "big") % len(PORTS)]
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", port))  # bound, never listening: nobody can connect
-            except OSError:
-                continue
-            return port
-    raise UserError(f"no free port from {PORTS[0]} to {PORTS[-1]} on {socket.gethostname()}.")
-
-
-def _given(environ: Mapping[str, str], name: str) -> int | None:
-    text = environ.get(name, "")
-    if text and not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise UserError(f"{name}={text!r} is not a whole number >= 1: unset it or put it right.")
-    return int(text) if text else None
-
-
-def _master(launch: Launch, environ: Mapping[str, str], told: Mapping[str, Any]) -> dict[str, str]:
-    """MASTER_ADDR and MASTER_PORT. torchrun serves a store there already: its own are kept."""
-    given = environ.get("MASTER_ADDR") and environ.get("MASTER_PORT")
-    if given and launch.launcher in ("torchrun", "environment"):
-        return {}
-    if told:  # a MASTER_PORT left over in the shell must not win over one that was found free
-        return {"MASTER_ADDR": str(told["master_addr"]), "MASTER_PORT": str(told["master_port"])}
-    address = environ.get(MASTER_ADDR) or environ.get("MASTER_ADDR") or _first_of_job(launch, environ)
-    port = environ.get(MASTER_PORT) or environ.get("MASTER_PORT") or _port_of_job(launch, environ)
-    if not address or not port:
-        raise UserError(
-            f"{launch.launcher} does not tell where rank 0 is to be reached: start the ranks with "
-            f"`allranks launch`, or set {MASTER_ADDR} and {MASTER_PORT} for all of them."
-        )
-    return {"MASTER_ADDR": address, "MASTER_PORT": port}
-
-
-def _first_of_job(launch: Launch, environ: Mapping[str, str]) -> str:
-    if launch.world_size == launch.local_world_size:
-        return "127.0.0.1"
-    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
-    if nodes:
-        return first_host(nodes)
-    try:
-        with open(environ.get("PBS_NODEFILE", "")) as file:  # noqa: PTH123
-            return file.readline().strip()
-    except OSError:
-        return ""
-
-
-def _port_of_job(launch: Launch, environ: Mapping[str, str]) -> str:
-    """Nobody speaks to anybody here: a port that follows from the job's id, alike for all ranks."""
-    if launch.alone:
-        return str(free_port())
-    job = environ.get("SLURM_JOB_ID") or environ.get("PBS_JOBID") or environ.get("LSB_JOBID")
-    if not job:
-        return ""
-    step = f"{job}.{environ.get('SLURM_STEP_ID', '')}"
-    return str(PORTS[zlib.crc32(step.encode()) % len(PORTS)])
-
-
-def _device(local_rank: int, environ: Mapping[str, str]) -> dict[str, str]:
-    """The one device that this rank is to see, of those that the scheduler shows it."""
-    variable, devices = environ.get(DEVICE_VARIABLE, ""), environ.get(DEVICES, "")
-    if not variable or not devices:
-        return {}
-    by_rank = [device.strip() for device in devices.split(",")]
-    if local_rank >= len(by_rank):
-        raise UserError(
-            f"local rank {local_rank} has no device: {DEVICES}={devices} names {len(by_rank)}. "
-            f"Start at "
-            f"most {len(by_rank)} ranks on a host."
-        )
-    device = by_rank[local_rank]
-    shown = [name.strip() for name in environ.get(variable, "").split(",") if name.strip()]
-    if len(shown) == 1 and len(by_rank) > 1:  # the scheduler has given this rank its own already
-        return {}
-    if shown and device.isdigit():
-        if int(device) >= len(shown):
+    def __init__(self, launch: Launch, environ: Mapping[str, str]) -> None:
+        """Connects. Raises UserError where the supervisor cannot be reached."""
+        self.launch, self.environ = launch, environ
+        host, _, port = environ[variables.SUPERVISOR].rpartition(":")
+        try:
+            self.link = wire.connect(host, int(port), CONNECT_S)
+        except OSError as error:
             raise UserError(
-                f"{variable}={environ[variable]} shows {len(shown)} devices on this host, and "
-                f"local rank "
-                f"{local_rank} is to have number {device}: ask the scheduler for all of the "
-                f"host's devices."
-            )
-        device = shown[int(device)]
-    return {variable: device}
+                f"rank {launch.rank} cannot reach `allranks launch` at {host}:{port} "
+                f"({error.strerror or error}): look whether it still runs, and whether a firewall "
+                "stands between."
+            ) from error
+        self.rest = b""  # of a message that is not whole yet
+        self.alone = False  # the supervisor is gone
+        self.child = 0
+        self.status: int | None = None  # the program's wait status, once it has ended
+        self.kill_at: float | None = None
+        folder = environ.get(variables.OUTPUT) if launch.rank else None
+        self.file = f"{folder}/rank-{launch.rank}.out" if folder else None  # for stdout
+
+    def attend(self, program: Sequence[str]) -> int:
+        """Runs the program to its end; returns its exit code, 128 + signal as shells do."""
+        self._say(
+            secret=self.environ.get(variables.SECRET, ""),
+            rank=self.launch.rank,
+            launcher=self.launch.launcher,
+            world_size=self.launch.world_size,
+            host=socket.gethostname(),
+            port=variables.free_port() if self.launch.rank == 0 else None,
+        )
+        try:
+            told = self._next_word()
+        except EOFError:
+            told = {"code": EXIT_USER_ERROR}
+        if "env" not in told:  # the supervisor has given up, and has said why
+            return int(told["code"])
+        try:
+            ready = self._environment(told["env"])
+        except UserError as error:
+            self._say(err=f"allranks: {error}\n".encode())
+            code, signum = EXIT_USER_ERROR, 0
+        else:
+            status = self._run(program, ready)
+            signum = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+            code = 128 + signum if signum else os.WEXITSTATUS(status)
+        self._say(code=code, signal=signum, time=time.time())
+        with contextlib.suppress(EOFError):
+            while "bye" not in self._next_word():
+                pass
+        return code
+
+    def _environment(self, place: Mapping[str, Any]) -> dict[str, str]:
+        kept = {n: value for n, value in self.environ.items() if n not in variables.PRIVATE}
+        # a program that is killed takes what is in its own buffers with it
+        kept.setdefault("PYTHONUNBUFFERED", "1")
+        return {
+            **kept,
+            **variables.of_rank(self.launch, self.environ, place),
+            # under torchrun MASTER_PORT is its own store's; this one is free there too
+            variables.MASTER_ADDR: str(place["master_addr"]),
+            variables.MASTER_PORT: str(place["master_port"]),
+        }
+
+    # --- the program ----------------------------------------------------------------------------
+
+    def _run(self, program: Sequence[str], environ: Mapping[str, str]) -> int:
+        """The program's wait status, once its last line is passed on and its children are gone."""
+        processes.adopt_orphans()
+        wake_read, wake_write = os.pipe()
+        for end in (wake_read, wake_write):
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        for signum in (*FORWARDED, signal.SIGCHLD):
+            signal.signal(signum, lambda *_: None)
+        pipes = self._start(program, environ)
+        poll = select.poll()
+        for fd in (*pipes, wake_read, self.link.fileno()):
+            poll.register(fd, select.POLLIN)
+        self._obey()  # what came together with the word to start
+        drained_by = float("inf")
+        while (pipes or self.status is None) and time.monotonic() < drained_by:
+            if self.status is not None and drained_by == float("inf"):
+                processes.kill_descendants()  # what it left behind, and would keep the pipes open
+                drained_by = time.monotonic() + DRAIN_S
+            for fd, _ in poll.poll(100 if self.kill_at or self.status is not None else None):
+                if fd == wake_read:
+                    self._on_signals(os.read(wake_read, 4096))
+                elif fd == self.link.fileno():
+                    if not self._receive():
+                        poll.unregister(fd)
+                        self._end_alone()
+                    self._obey()
+                elif not self._pass_on(fd, pipes[fd]):
+                    poll.unregister(fd)
+                    os.close(fd)
+                    del pipes[fd]
+            if self.kill_at and time.monotonic() > self.kill_at:
+                self._kill()
+        assert self.status is not None
+        processes.kill_descendants()
+        return self.status
+
+    def _start(self, program: Sequence[str], environ: Mapping[str, str]) -> dict[int, str]:
+        """Starts the program; its two streams, by the descriptor to read them from."""
+        terminals = self.environ.get(variables.TERMINAL, "") if self.launch.rank == 0 else ""
+        streams = {kind: _stream(kind in terminals) for kind in ("out", "err")}
+        parent = os.getpid()
+        self.child = os.fork()
+        if self.child == 0:
+            try:
+                os.dup2(streams["out"][1], 1)
+                os.dup2(streams["err"][1], 2)
+                signal.set_wakeup_fd(-1)
+                processes.restore_signals()
+                processes.die_with_parent(parent, signal.SIGKILL)
+                execute(program, environ)
+            except UserError as error:
+                os.write(2, f"allranks: {error}\n".encode())
+            finally:
+                os._exit(CANNOT_START)
+        for _, inner in streams.values():
+            os.close(inner)
+        return {outer: kind for kind, (outer, _) in streams.items()}
+
+    def _pass_on(self, fd: int, kind: str) -> bool:
+        """Passes on what there is; False at the stream's end."""
+        try:
+            data = os.read(fd, 65536)
+        except OSError:  # how a terminal says that nobody writes to it any more
+            return False
+        if kind == "out" and self.file is not None:
+            try:
+                os.makedirs(os.path.dirname(self.file), exist_ok=True)  # noqa: PTH103 PTH120
+                with open(self.file, "ab") as file:  # noqa: PTH123  pathlib costs every rank 10 ms
+                    file.write(data)
+                return bool(data)
+            except OSError as error:
+                kind, self.file = "err", None
+                data = f"allranks: {error}; going on without that file\n".encode() + data
+        if data:
+            self._say(**{kind: data})
+        return bool(data)
+
+    def _on_signals(self, numbers: bytes) -> None:
+        for signum in numbers:
+            if signum != signal.SIGCHLD:
+                self._forward(signum)
+                continue
+            with contextlib.suppress(ChildProcessError):  # none is left
+                while (reaped := os.waitpid(-1, os.WNOHANG))[0]:
+                    if reaped[0] == self.child:
+                        self.status = reaped[1]
+
+    def _forward(self, signum: int) -> None:
+        if self.status is None:
+            os.kill(self.child, signum)  # not reaped yet, so the number is still its own
+
+    def _kill(self) -> None:
+        self.kill_at = None
+        self._forward(signal.SIGKILL)
+        processes.kill_descendants(spare={self.child})
+
+    # --- the supervisor -------------------------------------------------------------------------
+
+    def _say(self, **values: Any) -> None:
+        if not self.alone:
+            try:
+                self.link.sendall(wire.message(**values))
+            except OSError:
+                self._end_alone()
+
+    def _receive(self) -> bool:
+        """Takes in what the supervisor sends next; False once it is gone."""
+        try:
+            data = self.link.recv(65536)
+        except OSError:
+            data = b""
+        self.rest += data
+        return bool(data)
+
+    def _next_word(self) -> dict[str, Any]:
+        """The next whole message. Raises EOFError once the supervisor is gone."""
+        while b"\n" not in self.rest:
+            if not self._receive():
+                raise EOFError
+        line, _, self.rest = self.rest.partition(b"\n")
+        return wire.parse(line)
+
+    def _obey(self) -> None:
+        while b"\n" in self.rest:
+            word = self._next_word()
+            if "signal" in word:
+                self._forward(int(word["signal"]))
+            elif "kill" in word:
+                self._kill()
+
+    def _end_alone(self) -> None:
+        """The supervisor is gone: SIGTERM now, SIGKILL soon."""
+        if not self.alone:
+            self.alone = True
+            if self.child:
+                self._forward(signal.SIGTERM)
+                self.kill_at = time.monotonic() + END_S
+
+
+def _stream(terminal: bool) -> tuple[int, int]:
+    """A pipe, or a terminal where the user has one: programs show progress only there."""
+    if not terminal or sys.platform == "win32":
+        return os.pipe()
+    import termios
+
+    outer, inner = os.openpty()
+    mode = termios.tcgetattr(inner)
+    mode[1] &= ~termios.OPOST  # the user's own terminal turns \n into \r\n
+    termios.tcsetattr(inner, termios.TCSANOW, mode)
+    return outer, inner
 
 
 if __name__ == "__main__":

@@ -261,7 +261,7 @@ def _places(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _pick_device(config: Config, place: dict[str, Any]) -> tuple[torch.device, str]:
     """This rank's device, and a name for the physical thing behind it."""
-    available = [name for name in ("cuda", "xpu", "mps") if _is_available(name)]
+    available = [name for name in ("cuda", "xpu", "mps") if is_available(name)]
     name = config.device
     if name == "auto":
         name = next((n for n in available if n != "mps" or place["local_world_size"] == 1), "cpu")
@@ -284,7 +284,7 @@ def _pick_device(config: Config, place: dict[str, Any]) -> tuple[torch.device, s
     return torch.device(name, index), identity or f"{platform.node()}/{visible}/{index}"
 
 
-def _is_available(name: str) -> bool:
+def is_available(name: str) -> bool:
     if name == "mps":
         return torch.backends.mps.is_available()
     backend = getattr(torch, name, None)

@@ -1,0 +1,134 @@
+"""Each rank's variables: what its program gets, from what the launcher, the plan and the supervisor tell.
+
+Pure but for free_port(). No torch.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+from allranks.errors import UserError
+from allranks.runtime.environment import Launch
+
+# Set by the launch's plan, the same for all ranks.
+MASTER_ADDR = "ALLRANKS_MASTER_ADDR"  # where rank 0 is reached
+MASTER_PORT = "ALLRANKS_MASTER_PORT"  # only without a supervisor, which finds a free one
+WORLD_SIZE = "ALLRANKS_WORLD_SIZE"  # for launchers that do not tell it
+LOCAL_WORLD_SIZE = "ALLRANKS_LOCAL_WORLD_SIZE"  # the same, where every host has as many ranks
+DEVICE_VARIABLE = "ALLRANKS_DEVICE_VARIABLE"  # e.g. CUDA_VISIBLE_DEVICES
+DEVICES = "ALLRANKS_DEVICES"  # by local rank, e.g. 3,2,1,0
+# Set by the supervisor; the program never sees them.
+SUPERVISOR = "ALLRANKS_SUPERVISOR"  # host:port
+SECRET = "ALLRANKS_SECRET"
+TERMINAL = "ALLRANKS_TERMINAL"  # which of rank 0's streams end at a terminal: out, err, or both
+OUTPUT = "ALLRANKS_OUTPUT"  # directory for the other ranks' stdout
+PRIVATE = (SUPERVISOR, SECRET, TERMINAL, OUTPUT)
+
+PORTS = range(20000, 30000)  # below the ports that systems hand out for outgoing connections
+
+
+def of_rank(
+    launch: Launch, environ: Mapping[str, str], told: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """The rank, the master, and the device that the rank is to see, as variables for its program.
+
+    `told` is the supervisor's knowledge: world_size, local_rank, local_world_size, master_addr,
+    master_port. Raises UserError for what neither the launcher nor anybody else tells.
+    """
+    told = told or {}
+    world_size = launch.world_size or told.get("world_size") or _given(environ, WORLD_SIZE)
+    plans_local_size = _given(environ, LOCAL_WORLD_SIZE)
+    local_size = launch.local_world_size or told.get("local_world_size") or plans_local_size
+    local_size = 1 if world_size == 1 else local_size
+    local_rank = told.get("local_rank") if launch.local_rank is None else launch.local_rank
+    if local_rank is None and plans_local_size:
+        local_rank = launch.rank % plans_local_size  # the plan fills hosts one after another
+    found = {
+        "RANK": launch.rank,
+        "WORLD_SIZE": world_size,
+        "LOCAL_RANK": local_rank,
+        "LOCAL_WORLD_SIZE": local_size,
+    }
+    missing = [name for name, value in found.items() if value is None]
+    if missing:
+        raise UserError(
+            f"{launch.launcher} does not tell rank {launch.rank} its {' and '.join(missing)}: start the "
+            f"ranks with `allranks launch`, or set {WORLD_SIZE} and {LOCAL_WORLD_SIZE}."
+        )
+    assert local_rank is not None
+    return {
+        **{name: str(value) for name, value in found.items()},
+        **_master(launch, environ, told, one_host=world_size == local_size),
+        **_device(local_rank, environ),
+    }
+
+
+def free_port() -> int:
+    """A port that nobody on this host uses now, at any of its addresses.
+
+    None of those handed out for outgoing connections, so that it stays free until it is bound.
+    """
+    for _ in range(200):
+        port = PORTS[int.from_bytes(os.urandom(4), "big") % len(PORTS)]
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))  # bound, never listening: nobody can connect
+            except OSError:
+                continue
+            return port
+    raise UserError(f"no free port from {PORTS[0]} to {PORTS[-1]} on {socket.gethostname()}.")
+
+
+def _given(environ: Mapping[str, str], name: str) -> int | None:
+    text = environ.get(name, "")
+    if text and not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise UserError(f"{name}={text!r} is not a whole number >= 1: unset it or put it right.")
+    return int(text) if text else None
+
+
+def _master(
+    launch: Launch, environ: Mapping[str, str], told: Mapping[str, Any], one_host: bool
+) -> dict[str, str]:
+    """MASTER_ADDR and MASTER_PORT. torchrun serves a store there already: its own are kept."""
+    address, port = environ.get("MASTER_ADDR", ""), environ.get("MASTER_PORT", "")
+    if address and port and launch.launcher in ("torchrun", "environment"):
+        return {}
+    if told:  # a MASTER_PORT left over in the shell must not win over one that was found free
+        return {"MASTER_ADDR": str(told["master_addr"]), "MASTER_PORT": str(told["master_port"])}
+    address = environ.get(MASTER_ADDR) or address or ("127.0.0.1" if one_host else "")
+    port = environ.get(MASTER_PORT) or port or (str(free_port()) if launch.alone else "")
+    if not address or not port:
+        raise UserError(
+            f"{launch.launcher} does not tell where rank 0 is to be reached: start the ranks with "
+            f"`allranks launch`, or set {MASTER_ADDR} and {MASTER_PORT} for all of them."
+        )
+    return {"MASTER_ADDR": address, "MASTER_PORT": port}
+
+
+def _device(local_rank: int, environ: Mapping[str, str]) -> dict[str, str]:
+    """The one device that this rank is to see, of those that the scheduler shows it."""
+    variable, devices = environ.get(DEVICE_VARIABLE, ""), environ.get(DEVICES, "")
+    if not variable or not devices:
+        return {}
+    by_rank = [device.strip() for device in devices.split(",")]
+    if local_rank >= len(by_rank):
+        raise UserError(
+            f"local rank {local_rank} has no device: {DEVICES}={devices} names {len(by_rank)}. "
+            f"Start at most {len(by_rank)} ranks on a host."
+        )
+    device = by_rank[local_rank]
+    shown = [name.strip() for name in environ.get(variable, "").split(",") if name.strip()]
+    if len(shown) == 1 and len(by_rank) > 1:  # the scheduler has given this rank its own already
+        return {}
+    if shown and device.isdigit():
+        if int(device) >= len(shown):
+            raise UserError(
+                f"{variable}={environ[variable]} shows {len(shown)} devices on this host, and local rank "
+                f"{local_rank} is to have number {device}: ask the scheduler for all of the host's devices."
+            )
+        device = shown[int(device)]
+    return {variable: device}
