@@ -133,7 +133,7 @@ def test_ezpz_real_impostor_and_absent(tmp_path):
 
 
 def test_asking_about_ezpz_imports_no_torch():
-    code = "import sys; from allranks import doctor; doctor.ezpz(); print('torch' in sys.modules)"
+    code = "import sys; from allranks import doctor; list(doctor.ezpz()); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 
@@ -178,9 +178,9 @@ def test_a_run_directory_that_cannot_be_made(tmp_path):
 
 
 def test_a_node_local_file_system_is_no_place_for_a_job_of_several_nodes():
-    if doctor._file_system(Path("/dev/shm")) != "tmpfs":
+    if doctor.file_system(Path("/dev/shm")) != "tmpfs":
         pytest.skip("/dev/shm is no tmpfs here")
-    (finding,) = check("run dir", cwd=Path("/dev/shm"), SLURM_JOB_NUM_NODES="2")
+    (finding,) = check("run dir", cwd=Path("/dev/shm"), SLURM_JOB_ID="7", SLURM_JOB_NODELIST="n[1-2]")
     assert finding.state == "error" and "this job has 2 nodes" in finding.text
 
 
@@ -190,7 +190,7 @@ def test_more_threads_than_cpus():
     if (os.cpu_count() or 1) > 1:
         code = (
             "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
-            "from allranks import doctor; print(doctor.threads()[0].state)"
+            "from allranks import doctor; print(next(doctor.threads()).state)"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert done.stdout == "warn\n"

@@ -1,7 +1,7 @@
 """`allranks doctor`: is this installation, on this host, fit to train? Each finding with a remedy.
 
-Each check runs in a process of its own and within a time limit: an MPI library that aborts, a file
-system that hangs or a torch that crashes becomes a finding, and the other checks still answer.
+Each check runs in a process of its own and within a time limit: an MPI library that aborts, a file system
+that hangs or a torch that crashes becomes a finding, and the other checks still answer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -30,16 +30,34 @@ from allranks.errors import UserError
 LIMIT_S = 30.0  # for one check; torch's first import on a cold file system takes long
 TOOL_S = 8.0  # for one command of a scheduler or MPI
 WIDTH = 80
-OK, WARN, ERROR = "ok", "warn", "error"
+REINSTALL = "Reinstall what the message names; if it is allranks, report it."
+DEVICE_FILES = {"NVIDIA": "/dev/nvidia0", "AMD": "/dev/kfd"}
+NODE_LOCAL = ("tmpfs", "ramfs", "ext2", "ext3", "ext4", "xfs", "btrfs", "overlay", "zfs")
+OTHER_MPI = "belongs to another MPI"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check has seen. A remedy stands beside everything that is not ok."""
+    """What one check has seen: ok, warn or error. Whatever is not ok has a remedy."""
 
     state: str
     text: str
     remedy: str = ""
+
+
+def ok(text: str) -> Finding:
+    return Finding("ok", text)
+
+
+def warn(text: str, remedy: str) -> Finding:
+    return Finding("warn", text, remedy)
+
+
+def error(text: str, remedy: str) -> Finding:
+    return Finding("error", text, remedy)
+
+
+Findings = Iterator[Finding]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,78 +69,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", choices=CHECKS, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.check:
-        print(json.dumps([asdict(finding) for finding in _examine(CHECKS[arguments.check])]))
-        sys.stdout.flush()
+        print(json.dumps([asdict(finding) for finding in _examine(CHECKS[arguments.check])]), flush=True)
         os._exit(0)  # an MPI library may hang or abort at a regular exit; the answer has been given
     found = examine_all()
     print(as_json(found) if arguments.json else as_text(found))
-    return int(any(f.state == ERROR for findings in found.values() for f in findings))
+    return int(any(f.state == "error" for findings in found.values() for f in findings))
 
 
 def examine_all(limit_s: float = LIMIT_S) -> dict[str, list[Finding]]:
     """The findings of every check, in order; all checks run at the same time."""
     deadline = time.monotonic() + limit_s
-    running = {
-        name: subprocess.Popen(
-            [sys.executable, "-m", "allranks.doctor", "--check", name],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, errors="replace", start_new_session=True,
-        )
-        for name in CHECKS
-    }  # fmt: skip
+    command = [sys.executable, "-m", "allranks.doctor", "--check"]
+    running = {name: _start([*command, name]) for name in CHECKS}
+    found = {}
+    for name, child in running.items():
+        out, problem = _result(child, max(0.1, deadline - time.monotonic()))
+        answer = next((line for line in reversed(out.splitlines()) if line.startswith("[")), None)
+        if answer is not None:
+            found[name] = [Finding(**values) for values in json.loads(answer)]
+        elif child.returncode == -signal.SIGKILL:
+            text = f"no answer within {limit_s:.0f} s: something that it looks at hangs."
+            found[name] = [error(text, "Look whether a file system or a network of this host is down.")]
+        else:
+            found[name] = [error(f"the check itself failed: {problem}", REINSTALL)]
+    return found
+
+
+def _examine(check: Callable[[], Findings]) -> list[Finding]:
     try:
-        return {name: _result(child, deadline, limit_s) for name, child in running.items()}
-    finally:
-        for child in running.values():
-            _end(child)
-
-
-def _result(child: subprocess.Popen[str], deadline: float, limit_s: float) -> list[Finding]:
-    try:
-        out, err = child.communicate(timeout=max(0.1, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        return [
-            Finding(
-                ERROR, f"no answer within {limit_s:.0f} s: something that it looks at hangs.",
-                "Look whether a file system or a network of this host is down.",
-            )
-        ]  # fmt: skip
-    for line in reversed(out.splitlines()):
-        if line.startswith("["):
-            return [Finding(**values) for values in json.loads(line)]
-    last = (err.strip().splitlines() or ["it said nothing"])[-1]
-    code = child.returncode
-    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    return [
-        Finding(
-            ERROR, f"the check itself ended with {how}: {last}",
-            "Reinstall what the message names; if it is allranks, report it.",
-        )
-    ]  # fmt: skip
-
-
-def _end(child: subprocess.Popen[str]) -> None:
-    """The check and what it has started; its group is its own."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
-    for pipe in (child.stdout, child.stderr):
-        if pipe is not None:
-            pipe.close()
-
-
-def _examine(check: Callable[[], list[Finding]]) -> list[Finding]:
-    try:
-        return check()
-    except UserError as error:
-        return [Finding(ERROR, str(error), "As it says.")]
-    except Exception as error:  # noqa: BLE001  whatever it is, it is a finding
-        return [
-            Finding(
-                ERROR, f"the check failed: {type(error).__name__}: {error}",
-                "Reinstall what the message names; if it is allranks, report it.",
-            )
-        ]  # fmt: skip
+        return list(check())
+    except UserError as problem:
+        return [error(str(problem), "As it says.")]
+    except Exception as problem:  # noqa: BLE001  whatever it is, it is a finding
+        return [error(f"the check failed: {type(problem).__name__}: {problem}", REINSTALL)]
 
 
 # --- shown --------------------------------------------------------------------------------------
@@ -137,8 +116,8 @@ def as_text(found: Mapping[str, Sequence[Finding]]) -> str:
             lines += _wrapped(label, finding.text)
             if finding.remedy:
                 lines += _wrapped(" " * len(label) + "-> ", finding.remedy)
-    counts = {s: sum(f.state == s for fs in found.values() for f in fs) for s in (ERROR, WARN)}
-    errors, warnings = counts[ERROR], counts[WARN]
+    states = [finding.state for findings in found.values() for finding in findings]
+    errors, warnings = states.count("error"), states.count("warn")
     end = f"{errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}."
     return "\n".join([*lines, "", end])
 
@@ -152,13 +131,7 @@ def as_json(found: Mapping[str, Sequence[Finding]]) -> str:
 def _wrapped(label: str, text: str) -> list[str]:
     home = os.environ.get("HOME", "")
     text = text.replace(f"{home}/", "~/") if len(home) > 1 else text
-    return textwrap.wrap(
-        text,
-        WIDTH,
-        initial_indent=label,
-        subsequent_indent=" " * len(label),
-        break_on_hyphens=False,
-    )
+    return textwrap.wrap(label + text, WIDTH, subsequent_indent=" " * len(label), break_on_hyphens=False)
 
 
 def _now() -> str:
@@ -168,288 +141,231 @@ def _now() -> str:
 # --- the checks ---------------------------------------------------------------------------------
 
 
-def python() -> list[Finding]:
+def python() -> Findings:
     where = "in a virtual environment" if sys.prefix != sys.base_prefix else "no virtual environment"
-    found = [
-        Finding(OK, f"{platform.python_version()} at {sys.executable} ({where}), {platform.platform()}")
-    ]
-    found.append(Finding(OK, f"allranks {allranks.__version__} at {Path(allranks.__file__).parent}"))
+    yield ok(f"{platform.python_version()} at {sys.executable} ({where}), {platform.platform()}")
+    yield ok(f"allranks {allranks.__version__} at {Path(allranks.__file__).parent}")
     if os.environ.get("PYTHONPATH"):
-        found.append(Finding(OK, f"PYTHONPATH={os.environ['PYTHONPATH']} goes before what is installed"))
-    return found
+        yield ok(f"PYTHONPATH={os.environ['PYTHONPATH']} goes before what is installed")
 
 
-def torch() -> list[Finding]:
+def torch() -> Findings:
     try:
         import torch
-    except ImportError as error:
-        return [
-            Finding(ERROR, f"torch cannot be imported: {error}",
-                    "Load the machine's module that brings torch, or `pip install torch`.")
-        ]  # fmt: skip
+    except ImportError as problem:
+        remedy = "Load the machine's module that brings torch, or `pip install torch`."
+        yield error(f"torch cannot be imported: {problem}", remedy)
+        return
+    from allranks.runtime import native
+
     devices = [
         f"{backend.device_count()} {kind} ({backend.get_device_name(0)})"
         for kind in ("cuda", "xpu")
-        if (backend := getattr(torch, kind, None)) is not None
-        and backend.is_available()
-        and backend.device_count()
+        if (backend := getattr(torch, kind, None)) and backend.is_available() and backend.device_count()
     ]
-    backends = [
-        name for name, there in (
-            ("gloo", torch.distributed.is_gloo_available()),
-            ("nccl", torch.distributed.is_nccl_available()),
-            ("mpi", torch.distributed.is_mpi_available()),
-        ) if there
-    ] if torch.distributed.is_available() else []  # fmt: skip
+    backends = native.backends()
     text = f"{torch.__version__}, devices: {', '.join(devices) or 'cpu only'}"
-    found = [Finding(OK, f"{text}, backends: {', '.join(backends) or 'none'}")]
+    yield ok(f"{text}, backends: {', '.join(backends) or 'none'}")
     if not backends:
-        found.append(
-            Finding(ERROR, "this torch has no torch.distributed: one rank only.",
-                    "Install a torch that was built with it.")
-        )  # fmt: skip
-    there = [name for name, path in _DEVICE_FILES if Path(path).exists()]
+        yield error(
+            "this torch has no torch.distributed: one rank only.", "Install a torch that was built with it."
+        )
+    there = [name for name, path in DEVICE_FILES.items() if Path(path).exists()]
     if there and not devices:
-        found.append(
-            Finding(WARN, f"this host has a GPU ({', '.join(there)}) that torch does not see.",
-                    "Load the driver's module, unset CUDA_VISIBLE_DEVICES or ZE_AFFINITY_MASK, and "
-                    "take a torch that was built for this GPU.")
-        )  # fmt: skip
-    return found
+        yield warn(
+            f"this host has a GPU ({', '.join(there)}) that torch does not see.",
+            "Load the driver's module, unset CUDA_VISIBLE_DEVICES or ZE_AFFINITY_MASK, and take a torch "
+            "that was built for this GPU.",
+        )
 
 
-_DEVICE_FILES = (("NVIDIA", "/dev/nvidia0"), ("AMD", "/dev/kfd"))
-
-
-def mpi() -> list[Finding]:
+def mpi() -> Findings:
     """Which MPI mpi4py has, and whether the mpiexec at hand starts ranks of it."""
-    from allranks.runtime.mpi import flat
+    from allranks.runtime import mpi
 
     try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
+        library = mpi.library()
+    except (ImportError, RuntimeError) as reason:
         remedy = "Load the machine's MPI module, or `pip install mpi4py mpich`; torchrun needs none."
-        return [Finding(WARN, f"mpi4py finds no MPI library: {flat(error)}", remedy)]
-    library = flat(MPI.Get_library_version().strip().splitlines()[0].split(",")[0])
-    on_path, beside = shutil.which("mpiexec"), Path(sys.executable).parent / "mpiexec"
-    tried = {
-        launcher: _starts_ranks_of(library, launcher)
-        for launcher in dict.fromkeys([on_path, str(beside) if beside.exists() else None])
-        if launcher is not None
-    }
-    good = [launcher for launcher, problem in tried.items() if not problem]
-    if not tried:
-        return [
-            Finding(WARN, f"mpi4py has {library}, but there is no mpiexec on PATH.",
-                    "Load that MPI's module, or start the ranks with torchrun or srun.")
-        ]  # fmt: skip
-    found = []
+        yield warn(f"mpi4py finds no MPI library: {mpi.flat(reason)}", remedy)
+        return
+    beside = shutil.which("mpiexec", path=Path(sys.executable).parent)
+    launchers = [path for path in dict.fromkeys([shutil.which("mpiexec"), beside]) if path]
+    if not launchers:
+        remedy = "Load that MPI's module, or start the ranks with torchrun or srun."
+        yield warn(f"mpi4py has {library}, but there is no mpiexec on PATH.", remedy)
+    tried = {launcher: _starts_ranks_of(library, launcher) for launcher in launchers}
+    good = next((launcher for launcher, problem in tried.items() if not problem), None)
     if good:
-        found.append(Finding(OK, f"{library}; {good[0]} starts its ranks (tried with two)"))
+        yield ok(f"{library}; {good} starts its ranks (tried with two)")
     for launcher, problem in tried.items():
-        if _OTHER in problem:
-            remedy = (
-                f"Write {good[0]} where you would write mpiexec, or put its folder first on PATH."
-                if good
-                else "Put that library's mpiexec first on PATH, or reinstall mpi4py against the other MPI."
-            )
-            found.append(
-                Finding(
-                    WARN if good else ERROR,
-                    f"mpi4py has {library}, but {launcher} {problem}",
-                    remedy,
-                )
-            )
+        text = f"mpi4py has {library}, but {launcher} {problem}"
+        if OTHER_MPI in problem and good:
+            remedy = f"Write {good} where you would write mpiexec, or put its folder first on PATH."
+            yield warn(text, remedy)
+        elif OTHER_MPI in problem:
+            remedy = "Put that library's mpiexec first on PATH, or reinstall mpi4py against the other MPI."
+            yield error(text, remedy)
         elif problem and not good:
-            found.append(
-                Finding(WARN, f"mpi4py has {library}; {launcher} could not be tried: {problem}",
-                        "On a login node that is usual: try `allranks doctor` inside a job.")
-            )  # fmt: skip
-    return found
-
-
-_OTHER = "belongs to another MPI"
+            remedy = "On a login node that is usual: try `allranks doctor` inside a job."
+            yield warn(f"mpi4py has {library}; {launcher} could not be tried: {problem}", remedy)
 
 
 def _starts_ranks_of(library: str, launcher: str) -> str:
     """Empty where two ranks under `launcher` see each other; else what is wrong."""
-    version, _ = _tool([launcher, "--version"], TOOL_S)
+    version, _ = _tool([launcher, "--version"])
     open_mpi = any(word in version for word in ("Open MPI", "OpenRTE", "open-mpi", "prte"))
     if version and open_mpi != ("Open MPI" in library):
-        return f"{_OTHER} ({version.strip().splitlines()[0][:40]}): each rank would be 0 of 1."
+        return f"{OTHER_MPI} ({version.strip().splitlines()[0][:40]}): each rank would be 0 of 1."
     # one write each: the launcher mixes the ranks' pieces
     code = "import os; from mpi4py import MPI; os.write(1, b'size %d\\n' % MPI.COMM_WORLD.size)"
-    out, problem = _tool([launcher, "-n", "2", sys.executable, "-c", code], TOOL_S)
+    out, problem = _tool([launcher, "-n", "2", sys.executable, "-c", code])
     if out.split() == ["size", "2"] * 2:
         return ""
     if "size 1" in out:
-        return f"{_OTHER}: each of its ranks sees itself as 0 of 1."
+        return f"{OTHER_MPI}: each of its ranks sees itself as 0 of 1."
     return problem or out[:200] or "it said nothing"
 
 
-def ezpz() -> list[Finding]:
+def ezpz() -> Findings:
+    from allranks import rundir
     from allranks.runtime import ezpz
 
     state = ezpz.installed()
     if state == "real":
-        return [Finding(OK, f"the real one; runtime=auto uses it{_version_of('ezpz')}")]
-    if state == "impostor":
-        return [
-            Finding(WARN, "the installed ezpz is PyPI's image pan-zoom tool, not the one for "
-            "training; "
-                    "runtime=auto goes on without it.", f"pip uninstall -y ezpz && {ezpz.INSTALL}")
-        ]  # fmt: skip
-    return [Finding(OK, f"absent; runtime=auto uses plain torch (it is optional: {ezpz.INSTALL})")]
+        version = rundir.versions()["ezpz"]
+        yield ok(f"the real one{f' ({version})' if version else ''}; runtime=auto uses it")
+    elif state == "impostor":
+        text = "the installed ezpz is PyPI's image pan-zoom tool, not the one for training"
+        yield warn(f"{text}; runtime=auto goes on without it.", f"pip uninstall -y ezpz && {ezpz.INSTALL}")
+    else:
+        yield ok(f"absent; runtime=auto uses plain torch (it is optional: {ezpz.INSTALL})")
 
 
-def scheduler() -> list[Finding]:
-    found = []
+def scheduler() -> Findings:
+    seen = False
     for name, commands, ask, variable in (
         ("PBS", ("qsub", "qstat", "qdel"), ["qstat", "-B"], "PBS_JOBID"),
         ("Slurm", ("sbatch", "squeue", "srun"), ["scontrol", "ping"], "SLURM_JOB_ID"),
     ):
         job = os.environ.get(variable)
-        there = [command for command in commands if shutil.which(command)]
-        if not there and not job:
+        missing = [command for command in commands if not shutil.which(command)]
+        if len(missing) == len(commands) and not job:
             continue
-        inside = f"inside job {job}" if job else "not inside a job"
-        if len(there) < len(commands):
-            missing = ", ".join(c for c in commands if c not in there)
-            found.append(
-                Finding(WARN, f"{name}, {inside}; not on PATH: {missing}",
-                        f"Load {name}'s module; some centres have these on login nodes only.")
-            )  # fmt: skip
+        seen = True
+        where = f"{name}, inside job {job}" if job else f"{name}, not inside a job"
+        if missing:
+            remedy = f"Load {name}'s module; some centres have these on login nodes only."
+            yield warn(f"{where}; not on PATH: {', '.join(missing)}", remedy)
             continue
-        _, problem = _tool(ask, TOOL_S)
+        _, problem = _tool(ask)
         if problem:
-            found.append(
-                # without a job, training on this host still works
-                Finding(ERROR if job else WARN, f"{name}, {inside}; it does not answer: {problem}",
-                        f"Try `{' '.join(ask)}` again later, or ask the centre.")
-            )  # fmt: skip
+            bad = error if job else warn  # without a job, training on this host still works
+            remedy = f"Try `{' '.join(ask)}` again later, or ask the centre."
+            yield bad(f"{where}; it does not answer: {problem}", remedy)
         else:
-            found.append(Finding(OK, f"{name} answers, {inside}"))
-    return found or [Finding(OK, "none: ranks start on this host (allranks launch)")]
+            yield ok(f"{name} answers, {where.partition(', ')[2]}")
+    if not seen:
+        yield ok("none: ranks start on this host (allranks launch)")
 
 
-def machine() -> list[Finding]:
-    from importlib import util
+def machine() -> Findings:
+    from allranks.launch import machine
 
-    if util.find_spec("allranks.launch.machine") is None:
-        return [Finding(OK, "none are known to this version")]
-    from importlib import import_module
-
-    known = import_module("allranks.launch.machine").load()
-    return [Finding(OK, f"{known.name} (chosen by host name; --machine takes another)")]
+    yield ok(f"{machine.load().name} (chosen by host name; --machine takes another)")
 
 
-def ranks() -> list[Finding]:
+def ranks() -> Findings:
     """Whether rank variables are left over in this shell."""
     from allranks.runtime.environment import discover
 
     try:
         launch = discover(os.environ)
-    except UserError as error:
-        return [Finding(ERROR, str(error), "unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT")]
-    stale = [n for n in ("MASTER_ADDR", "MASTER_PORT") if os.environ.get(n)]
+    except UserError as problem:
+        yield error(str(problem), "unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT")
+        return
+    stale = [name for name in ("MASTER_ADDR", "MASTER_PORT") if os.environ.get(name)]
     if launch.launcher == "none" and stale:
-        return [
-            Finding(WARN, f"{' and '.join(stale)} set in this shell, and no launcher at work.",
-                    f"unset {' '.join(stale)}")
-        ]  # fmt: skip
-    if launch.launcher == "environment":
-        return [
-            Finding(WARN, f"RANK={launch.rank} and WORLD_SIZE={launch.world_size} are set in this "
-            f"shell.",
-                    "unset RANK LOCAL_RANK WORLD_SIZE unless you start each rank by hand.")
-        ]  # fmt: skip
-    who = "no launcher at work" if launch.launcher == "none" else f"started by {launch.launcher}"
-    return [Finding(OK, f"{who}, no rank variables left over")]
+        text = f"{' and '.join(stale)} set in this shell, and no launcher at work."
+        yield warn(text, f"unset {' '.join(stale)}")
+    elif launch.launcher == "environment":
+        text = f"RANK={launch.rank} and WORLD_SIZE={launch.world_size} are set in this shell."
+        yield warn(text, "unset RANK LOCAL_RANK WORLD_SIZE unless you start each rank by hand.")
+    else:
+        who = "no launcher at work" if launch.launcher == "none" else f"started by {launch.launcher}"
+        yield ok(f"{who}, no rank variables left over")
 
 
-def network() -> list[Finding]:
-    host = socket.gethostname()
-    try:
-        addresses = sorted({str(info[4][0]) for info in socket.getaddrinfo(host, None)})
-    except OSError as error:
-        return [
-            Finding(WARN, f"this host's name {host} has no address ({error.strerror or error}).",
-                    f"Ranks on one host do not mind; for several, add {host} to DNS or /etc/hosts.")
-        ]  # fmt: skip
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        socket.create_connection(listener.getsockname()[:2], timeout=5).close()
-    return [Finding(OK, f"{host} is {', '.join(addresses[:3])}; loopback works")]
-
-
-def data() -> list[Finding]:
+def data() -> Findings:
     from allranks.data import mnist
 
     root = os.environ.get("ALLRANKS_DATA") or "data"
-    if not any((Path(root) / mnist.SOURCES["mnist"].folder / "raw").glob("*ubyte*")):
-        return [
-            Finding(WARN, f"no MNIST in {Path(root).absolute()}.",
-                    f"allranks data fetch mnist --root {root}, or set ALLRANKS_DATA to where it "
-                    f"is; "
-                    "data=synthetic needs no files.")
-        ]  # fmt: skip
-    return [Finding(OK, f"MNIST verified in {mnist.verify('mnist', root)}")]
+    if any((Path(root) / mnist.SOURCES["mnist"].folder / "raw").glob("*ubyte*")):
+        yield ok(f"MNIST verified in {mnist.verify('mnist', root)}")
+    else:
+        yield warn(
+            f"no MNIST in {Path(root).absolute()}.",
+            f"allranks data fetch mnist --root {root}, or set ALLRANKS_DATA to where it is; "
+            "data=synthetic needs no files.",
+        )
 
 
-def run_dir() -> list[Finding]:
+def run_dir() -> Findings:
     """Whether a run directory can be made below here, and what the file system is good for."""
+    from allranks.launch import allocation
+
     above = next(p for p in [Path("runs").absolute(), *Path("runs").absolute().parents] if p.is_dir())
     try:
         with tempfile.TemporaryDirectory(prefix=".allranks-doctor-", dir=above) as folder:
             (Path(folder) / "file").write_bytes(b"x" * 4096)
-    except OSError as error:
-        return [
-            Finding(ERROR, f"no run directory can be made in {above}: {error.strerror}.",
-                    "Go to a directory that you may write, or give run.dir.")
-        ]  # fmt: skip
-    free = shutil.disk_usage(above).free / 2**30
-    kind = _file_system(above)
+    except OSError as problem:
+        text = f"no run directory can be made in {above}: {problem.strerror}."
+        yield error(text, "Go to a directory that you may write, or give run.dir.")
+        return
+    free, kind = shutil.disk_usage(above).free / 2**30, file_system(above)
     text = f"{above} is writable ({kind}, {free:,.0f} GiB free)"
-    if free < 1:
-        return [Finding(WARN, text, "Make room, or give a run.dir elsewhere.")]
-    if kind in _NODE_LOCAL and _nodes() > 1:
-        return [
-            Finding(ERROR, f"{text}, but this job has {_nodes()} nodes, and that file system is "
-            f"this one's.",
-                    "Start from, or give a run.dir on, a file system that all nodes share.")
-        ]  # fmt: skip
-    return [Finding(OK, text)]
+    nodes = len(allocation.find(os.environ).hosts)
+    if kind in NODE_LOCAL and nodes > 1:
+        yield error(
+            f"{text}, but this job has {nodes} nodes, and that file system is this one's.",
+            "Start from, or give a run.dir on, a file system that all nodes share.",
+        )
+    elif free < 1:
+        yield warn(text, "Make room, or give a run.dir elsewhere.")
+    else:
+        yield ok(text)
 
 
-_NODE_LOCAL = ("tmpfs", "ramfs", "ext2", "ext3", "ext4", "xfs", "btrfs", "overlay", "zfs")
+def file_system(path: Path) -> str:
+    """The file system's type by /proc/mounts; `unknown` where that is not to be had."""
+    mounts: list[tuple[int, str]] = [(0, "unknown")]
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/mounts").read_text().splitlines():
+            _, point, kind, *_ = line.split()
+            if path.is_relative_to(point):
+                mounts.append((len(point), kind))
+    return max(mounts, key=lambda mount: mount[0])[1]
 
 
-def threads() -> list[Finding]:
+def threads() -> Findings:
     from allranks.runtime.environment import cpu_affinity
 
-    mine, all_of_them = len(cpu_affinity()), os.cpu_count() or 1
-    text = f"{mine} of {all_of_them} CPUs for this process"
+    mine, there = len(cpu_affinity()), os.cpu_count() or 1
     omp = os.environ.get("OMP_NUM_THREADS", "")
-    if omp:
-        text += f", OMP_NUM_THREADS={omp}"
+    text = f"{mine} of {there} CPUs for this process" + (f", OMP_NUM_THREADS={omp}" if omp else "")
     if omp.isdigit() and int(omp) > mine:
-        return [Finding(WARN, text, "unset OMP_NUM_THREADS: each rank takes its share of the CPUs.")]
-    if mine == 1 and all_of_them > 1:
-        return [
-            Finding(WARN, text, "Ask for more CPUs a rank (srun -c, mpiexec --depth), or unset a "
-            "binding "
-                    "that was left over (SLURM_CPU_BIND).")
-        ]  # fmt: skip
-    return [Finding(OK, text)]
+        yield warn(text, "unset OMP_NUM_THREADS: each rank takes its share of the CPUs.")
+    elif mine == 1 and there > 1:
+        remedy = (
+            "Ask for more CPUs a rank (srun -c, mpiexec --depth), or unset a binding that was left over "
+            "(SLURM_CPU_BIND)."
+        )
+        yield warn(text, remedy)
+    else:
+        yield ok(text)
 
 
-def configuration() -> list[Finding]:
-    from allranks import config
-
-    (default,) = config.from_command_line([])
-    return [Finding(OK, f"the default one composes (model {default.name}), from {config.conf_dir()}")]
-
-
-CHECKS: dict[str, Callable[[], list[Finding]]] = {
+CHECKS: dict[str, Callable[[], Findings]] = {
     "python": python,
     "torch": torch,
     "mpi": mpi,
@@ -457,8 +373,6 @@ CHECKS: dict[str, Callable[[], list[Finding]]] = {
     "scheduler": scheduler,
     "machine": machine,
     "ranks": ranks,
-    "network": network,
-    "config": configuration,
     "data": data,
     "run dir": run_dir,
     "threads": threads,
@@ -468,58 +382,33 @@ CHECKS: dict[str, Callable[[], list[Finding]]] = {
 # --- tools --------------------------------------------------------------------------------------
 
 
-def _tool(command: Sequence[str], limit_s: float) -> tuple[str, str]:
-    """(stdout, problem) of a command; its whole group is ended at the limit."""
+def _start(command: Sequence[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, errors="replace", start_new_session=True,
+    )  # fmt: skip
+
+
+def _result(child: subprocess.Popen[str], limit_s: float) -> tuple[str, str]:
+    """(stdout, problem) of a process, which is ended at the limit with all that it has started."""
+    out, problem = "", f"no answer within {limit_s:.0f} s"
+    with child, contextlib.suppress(subprocess.TimeoutExpired):
+        try:
+            out, err = child.communicate(timeout=limit_s)
+            code = child.returncode
+            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            problem = f"{how}: {' '.join((err or out).split())[-200:]}" if code else ""
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+    return out, problem
+
+
+def _tool(command: Sequence[str]) -> tuple[str, str]:
     try:
-        child = subprocess.Popen(
-            list(command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, errors="replace", start_new_session=True,
-        )  # fmt: skip
-    except OSError as error:
-        return "", f"{command[0]}: {error.strerror}"
-    try:
-        out, err = child.communicate(timeout=limit_s)
-    except subprocess.TimeoutExpired:
-        return "", f"no answer within {limit_s:.0f} s"
-    finally:
-        _end(child)
-    if child.returncode:
-        last = " ".join((err or out).split())[:200]
-        return out, f"exit code {child.returncode}: {last}"
-    return out, ""
-
-
-def _version_of(package: str) -> str:
-    from importlib import metadata
-
-    try:
-        return f" ({metadata.version(package)})"
-    except metadata.PackageNotFoundError:
-        return ""
-
-
-def _file_system(path: Path) -> str:
-    """The file system's type by /proc/mounts; `unknown` where that is not to be had."""
-    best, kind = "", "unknown"
-    try:
-        mounts = Path("/proc/mounts").read_text().splitlines()
-    except OSError:
-        return kind
-    for line in mounts:
-        _, point, this, *_ = line.split()
-        if len(point) >= len(best) and path.is_relative_to(point):
-            best, kind = point, this
-    return kind
-
-
-def _nodes() -> int:
-    nodes = os.environ.get("SLURM_JOB_NUM_NODES", "")
-    if nodes.isdigit():
-        return int(nodes)
-    try:
-        return len(set(Path(os.environ["PBS_NODEFILE"]).read_text().split()))
-    except (KeyError, OSError):
-        return 1
+        return _result(_start(command), TOOL_S)
+    except OSError as problem:
+        return "", f"{command[0]}: {problem.strerror}"
 
 
 if __name__ == "__main__":

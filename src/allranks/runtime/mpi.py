@@ -63,6 +63,11 @@ def _mpi() -> Any:
     return MPI
 
 
+def library() -> str:
+    """mpi4py's MPI in a few words; raises ImportError or RuntimeError where it finds none."""
+    return flat(_mpi().Get_library_version().strip().splitlines()[0].split(",")[0])
+
+
 def one_host(comm: Any) -> bool:
     """True where all ranks share one node's memory. A collective call."""
     from mpi4py import MPI

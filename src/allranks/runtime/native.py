@@ -23,6 +23,13 @@ def start(meeting: Meeting, backend: str, device: torch.device, timeout_s: float
     )
 
 
+def backends() -> list[str]:
+    """Those that this torch was built with; empty where it has no torch.distributed."""
+    if not dist.is_available():
+        return []
+    return [name for name in ("gloo", "nccl", "mpi") if getattr(dist, f"is_{name}_available")()]
+
+
 def wrap(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """DistributedDataParallel, laid out for small models: no copies between gradients and buckets."""
     return torch.nn.parallel.DistributedDataParallel(
