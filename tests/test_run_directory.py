@@ -151,12 +151,13 @@ def test_a_progress_bar_on_a_terminal(tmp_path):
     process = subprocess.Popen(
         words, cwd=tmp_path, env=clean_environment(), stdout=subprocess.DEVNULL, stderr=theirs, text=True
     )
-    os.close(theirs)
     try:
         assert process.wait(timeout=60) == 0
+        os.set_blocking(ours, False)
         drawn = os.read(ours, 100_000).decode()
     finally:
         process.kill()
+        os.close(theirs)
         os.close(ours)
     assert "epoch 1" in drawn
     assert "/10" in drawn
