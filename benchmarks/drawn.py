@@ -1,4 +1,4 @@
-"""What drawn digits are good for: three models trained on data=synthetic, and the cnn on real MNIST's test set.
+"""What drawn digits are good for: three models on data=synthetic, and that cnn on real MNIST's test set.
 
 python benchmarks/drawn.py [SEEDS]
 """
