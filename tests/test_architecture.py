@@ -133,7 +133,14 @@ def test_no_broad_except_swallows_and_only_the_command_line_prints():
                 broad = caught in ("everything", "Exception", "BaseException")
                 assert not broad or module == "doctor", (module, node.lineno)  # a check may fail anyhow
             if isinstance(node, ast.Name) and node.id == "print":
-                assert module in ("cli", "train", "doctor", "launch.cli", "launch.rank", "launch.supervise"), (module, node.lineno)
+                assert module in (
+                    "cli",
+                    "train",
+                    "doctor",
+                    "launch.cli",
+                    "launch.rank",
+                    "launch.supervise",
+                ), (module, node.lineno)
 
 
 def test_the_source_stays_small():
