@@ -31,7 +31,16 @@ ARROWS = {
     "launch.launchers": "errors launch.allocation launch.machine",
     "launch.command": "errors launch.allocation launch.launchers launch.machine",
     "launch.dryrun": "launch.allocation launch.command",
-    "launch.cli": "config errors launch.allocation launch.command launch.dryrun launch.machine rundir",
+    "launch.cli": "config errors launch.allocation launch.command launch.dryrun launch.machine "
+    "launch.preflight launch.supervise rundir",
+    "launch.wire": "",
+    "launch.processes": "",
+    "launch.rank": "errors launch.guard launch.processes runtime.environment",
+    "launch.guard": "errors launch.processes launch.rank launch.wire runtime.environment",
+    "launch.supervise": "errors launch.processes launch.rank launch.wire",
+    "launch.preflight": "config data.mnist errors launch.rank launch.supervise launch.wire "
+    "runtime.environment runtime.mpi",
+    "doctor": "config data.mnist errors launch.machine runtime.environment runtime.ezpz runtime.mpi rundir",
     "components": "errors",
     "metrics": "",
     "models": "errors",
@@ -121,9 +130,17 @@ def test_no_broad_except_swallows_and_only_the_command_line_prints():
         for node in ast.walk(source):
             if isinstance(node, ast.ExceptHandler) and not isinstance(node.body[-1], ast.Raise):
                 caught = ast.unparse(node.type) if node.type else "everything"
-                assert caught not in ("everything", "Exception", "BaseException"), (module, node.lineno)
+                broad = caught in ("everything", "Exception", "BaseException")
+                assert not broad or module == "doctor", (module, node.lineno)  # a check may fail anyhow
             if isinstance(node, ast.Name) and node.id == "print":
-                assert module in ("cli", "train", "launch.cli"), (module, node.lineno)
+                assert module in (
+                    "cli",
+                    "train",
+                    "doctor",
+                    "launch.cli",
+                    "launch.rank",
+                    "launch.supervise",
+                ), (module, node.lineno)
 
 
 def test_the_source_stays_small():
@@ -200,7 +217,6 @@ def test_ranks_import_neither_torchvision_nor_the_compiler(imports_of, under):
         assert "torchvision" not in process["modules"]  # rank 0 needs it for resnet18 only
         assert process["dynamo"] is None
         assert [name for name in process["modules"] if name.startswith("torch._inductor.")] == []
-    assert "tqdm" not in ranks["1"]["modules"]
 
 
 def test_torchvision_is_imported_for_its_own_model_only(imports_of):

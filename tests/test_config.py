@@ -15,7 +15,8 @@ from allranks.config import Config, from_command_line, typed
 from allranks.errors import UserError, did_you_mean
 from helpers import ROOT, SMALL, Run, tree
 
-CHOICES = sorted(f"{path.parent.name}={path.stem}" for path in (ROOT / "conf").glob("*/*.yaml"))
+GROUPS = (ROOT / "conf" / group for group in configs.GROUPS)  # a machine is no part of a training
+CHOICES = sorted(f"{folder.name}={path.stem}" for folder in GROUPS for path in folder.glob("*.yaml"))
 
 
 @pytest.fixture(autouse=True)

@@ -40,7 +40,7 @@ def test_an_idx_file_is_read_back():
     ("content", "problem"),
     [
         (b"", "not an IDX file of 1 dimensions"),
-        (b"<htm", "not an IDX file of 1 dimensions: it starts with b'<htm'"),
+        (b"<htm", "not an IDX file of 1 dimensions: its 4 bytes start with b'<htm"),
         (idx(np.zeros((2, 2), np.uint8)), "not an IDX file of 1 dimensions"),
         (idx(np.zeros(3, np.uint8)), "holds 3 values, but 4 belong there"),
         (idx(np.zeros(4, np.uint8))[:-1], "truncated: 11 bytes instead of 12"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
 import re
+import struct
 import subprocess
+import termios
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -147,16 +150,18 @@ def test_a_progress_bar_on_a_terminal(tmp_path):
     """Typed by hand, stderr is a terminal: rank 0 draws a bar there, rank 1 does not."""
     pytest.importorskip("tqdm", reason="tqdm, which allranks requires, is not installed here")
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # a new one has no size
     words = [*launcher(None, 1), "-m", "allranks.train", *SMALL, "trainer.epochs=1"]
     process = subprocess.Popen(
         words, cwd=tmp_path, env=clean_environment(), stdout=subprocess.DEVNULL, stderr=theirs, text=True
     )
-    os.close(theirs)
     try:
         assert process.wait(timeout=60) == 0
+        os.set_blocking(ours, False)
         drawn = os.read(ours, 100_000).decode()
     finally:
         process.kill()
+        os.close(theirs)
         os.close(ours)
     assert "epoch 1" in drawn
     assert "/10" in drawn

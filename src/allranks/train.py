@@ -73,6 +73,8 @@ def run(config: Config, launch: environment.Launch, launched: bool = False, numb
     """The whole of one run; `launched`: its directory is there already. Runs of a process have numbers."""
     from allranks.data import early
 
+    # Threads that wait by spinning take the CPUs from whoever else is on the node: 50 times slower there.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is loaded
     reading = early.start_reading(config.data) if launch.rank == 0 else None
     if not config.trainer.compile:
         from allranks.runtime import lean
@@ -84,6 +86,7 @@ def run(config: Config, launch: environment.Launch, launched: bool = False, numb
     from allranks.runtime.runtime import open_runtime
 
     trainer = config.trainer
+    began_s = process_age_s() if number else 0.0  # a sweep's first run counts torch's import too
     runtime = open_runtime(launch, config, configs.digest(config), run=number)
     with Reporter(runtime) as report:
         batch_size = engine.global_batch_size(trainer, runtime.world_size)
@@ -100,7 +103,7 @@ def run(config: Config, launch: environment.Launch, launched: bool = False, numb
             frozen, exactly = configs.freeze(config), config.run.dir is not None
             path = runtime.meeting.from_rank_0(lambda: rundir.create(path, frozen, exactly))
         report.opened(path, training.parameters)
-        startup_s = process_age_s()
+        startup_s = process_age_s() - began_s
         for metrics in engine.fit(training, data, trainer, runtime, config.seed, report.progress):
             report.epoch(metrics, trainer.epochs)
 
@@ -117,7 +120,7 @@ def run(config: Config, launch: environment.Launch, launched: bool = False, numb
                 "test/accuracy": test_accuracy,
                 "test/count": test_count,
                 "val/count": training.val_count,
-                "time/total_s": process_age_s(),
+                "time/total_s": process_age_s() - began_s,
                 "time/startup_s": startup_s,
             }
         )

@@ -60,37 +60,44 @@ def start(meeting: Meeting, local_rank: int, device: torch.device, backend: str,
     """Lets ezpz make the default process group.
 
     Everything that it would otherwise work out is set beforehand, because its own reading of the
-    launchers' variables has traps (docs/launchers.md). It joins the meeting's store as a client, the
-    way a worker joins torchrun's, so no second port is needed. Without a hostfile it would write one
-    into the working directory.
+    launchers' variables has traps (docs/launchers.md). It joins a store that rank 0 serves for this run, as
+    a client, the way a worker joins torchrun's. Without a hostfile it would write one into the
+    working directory.
     """
-    local_world_size = os.environ.get("LOCAL_WORLD_SIZE")
-    os.environ.update(
-        RANK=str(meeting.rank),
-        WORLD_SIZE=str(meeting.world_size),
-        LOCAL_RANK=str(local_rank),
-        TORCH_DEVICE=device.type,
-        TORCH_BACKEND=backend,
-        TORCHELASTIC_USE_AGENT_STORE="True",
-    )
-    # It reports at INFO on its own, and hides other ranks' warnings: our logs see to both.
-    os.environ.setdefault("EZPZ_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("EZPZ_WARN_FROM_ALL_RANKS", "1")
+    from allranks.runtime.meeting import serve
+
+    address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), 0
+
+    def open_store() -> int:
+        meeting.also_served, free = serve(address, meeting.world_size)
+        return free
+
+    if meeting.world_size > 1:
+        port = meeting.from_rank_0(open_store)
     with tempfile.NamedTemporaryFile("w", prefix="allranks-hosts-") as hosts:
         hosts.write(socket.gethostname() + "\n")
         hosts.flush()
-        os.environ.setdefault("HOSTFILE", hosts.name)
-        import ezpz
+        for_ezpz = {
+            "RANK": str(meeting.rank),
+            "WORLD_SIZE": str(meeting.world_size),
+            "LOCAL_RANK": str(local_rank),
+            "TORCH_DEVICE": device.type,
+            "TORCH_BACKEND": backend,
+            "MASTER_ADDR": address,
+            "MASTER_PORT": str(port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": "0",  # part of the store's keys in torch 2.4
+            "HOSTFILE": hosts.name,
+            "EZPZ_SCHEDULER": "none",  # it takes any host with an sbatch command for a Slurm job
+            "EZPZ_LOG_LEVEL": "ERROR",  # it reports at INFO on its own, and hides other ranks' warnings:
+            "EZPZ_WARN_FROM_ALL_RANKS": "1",  # our logs see to both
+        }
+        before = dict(os.environ)
+        os.environ.update(for_ezpz)
+        try:
+            import ezpz
 
-        ezpz.setup_torch(timeout=int(timeout_s), device_id=device.index)
-        if os.environ["HOSTFILE"] == hosts.name:
-            del os.environ["HOSTFILE"]
-    if local_world_size is not None:  # it puts the number of GPUs there
-        os.environ["LOCAL_WORLD_SIZE"] = local_world_size
-
-
-def wrap(model: torch.nn.Module) -> torch.nn.Module:
-    import ezpz
-
-    wrapped: torch.nn.Module = ezpz.wrap_model(model, use_fsdp=False)
-    return wrapped
+            ezpz.setup_torch(timeout=int(timeout_s), device_id=device.index)
+        finally:  # among others it puts the number of GPUs into LOCAL_WORLD_SIZE
+            os.environ.clear()
+            os.environ.update(before)

@@ -34,6 +34,7 @@ class Meeting:
         self.world_size = world_size
         self.store = store
         self._round = 0
+        self.also_served: Store | None = None  # lives as long as the meeting
 
     def settle(self, mine: Any, decide: Decide, timeout_s: float = START_S) -> Any:
         """Hands every rank's `mine` to `decide` on rank 0, and each rank its own reply.
@@ -139,37 +140,47 @@ def open_meeting(launch: Launch, comm: Any, run: int) -> Meeting:
     return Meeting(launch.rank, world_size, PrefixStore(f"allranks/{run}", store))
 
 
+def serve(address: str, world_size: int) -> tuple[Store, int]:
+    """A store on rank 0's host at this address, on a free port, and that port.
+
+    Raises UserError where the address is none of this host's.
+    """
+    from torch.distributed import TCPStore
+
+    try:
+        listener = socket.create_server((address, 0), backlog=4096)
+    except OSError as error:
+        raise UserError(
+            f"MASTER_ADDR={address} is no address of rank 0's host {socket.gethostname()} ({error}): unset "
+            "MASTER_ADDR, or set it to that host's."
+        ) from error
+    port = listener.getsockname()[1]
+    store = TCPStore(
+        address, port, world_size, True, timedelta(seconds=START_S), wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+        use_libuv=False,  # with libuv it could not take over a socket before torch 2.5
+    )  # fmt: skip
+    return store, port
+
+
 def _serve_through_mpi(comm: Any) -> Store:
     """Rank 0 serves on a free port, which MPI tells the others: no port is ever guessed."""
     from torch.distributed import TCPStore
 
     near = mpi.one_host(comm)
     store: Store | None = None
-    address, port = "", 0
-    problem = ""
+    address, port, problem = "", 0, ""
     if comm.rank == 0:
         address = "127.0.0.1" if near else os.environ.get("MASTER_ADDR") or socket.gethostname()
         try:
-            listener = socket.create_server((address, 0), backlog=4096)
-        except OSError as error:
-            problem = (
-                f"MASTER_ADDR={address} is no address of rank 0's host {socket.gethostname()} ({error})"
-            )
-        else:
-            port = listener.getsockname()[1]
-            store = TCPStore(
-                address, port, comm.size, True, timedelta(seconds=START_S), wait_for_workers=False,
-                master_listen_fd=listener.detach(),
-                use_libuv=False,  # with libuv it could not take over a socket before torch 2.5
-            )  # fmt: skip
-    told = mpi.broadcast_text(comm, json.dumps([address, port, problem]))
-    address, port, problem = json.loads(told)
+            store, port = serve(address, comm.size)
+        except UserError as error:
+            problem = str(error)
+    address, port, problem = json.loads(mpi.broadcast_text(comm, json.dumps([address, port, problem])))
     if problem:
-        raise UserError(f"{problem}: unset MASTER_ADDR, or set it to that host's.", said_by=0)
+        raise UserError(problem, said_by=0)
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
-    if store is None:
-        store = TCPStore(address, port, comm.size, False, timedelta(seconds=START_S))
-    return store
+    return store or TCPStore(address, port, comm.size, False, timedelta(seconds=START_S))
 
 
 def _join_env(launch: Launch) -> Store:

@@ -76,7 +76,7 @@ class Runtime:
         """
         if self.world_size == 1:
             return model
-        wrapped = ezpz.wrap(model) if self.kind == "ezpz" else native.wrap(model, self.device)
+        wrapped = native.wrap(model, self.device)
         if self.comm is not None:
             wrapped.register_comm_hook(self.comm, gradients.sum_by_mpi)  # type: ignore[operator]
         else:
