@@ -18,9 +18,9 @@ import socket
 import sys
 import time
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from allranks import rundir
 from allranks.errors import EXIT_USER_ERROR, UserError
@@ -49,15 +49,11 @@ FABRIC = (
 )
 
 
-class ArgvFor(Protocol):
-    def __call__(self, program: Sequence[str], /) -> Sequence[str]: ...
-
-
 # --- before the launch: on the supervisor's side ------------------------------------------------
 
 
 def check(
-    argv_for: ArgvFor,
+    argv_for: Callable[[Sequence[str]], Sequence[str]],
     env: Mapping[str, str],
     *,
     world_size: int,

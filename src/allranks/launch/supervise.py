@@ -79,8 +79,7 @@ def run(
     *,
     world_size: int,
     hosts: Sequence[str] = (),
-    start_s: float = START_S,
-    grace_s: float = GRACE_S,
+    **limits: float,
 ) -> int:
     """Runs the launcher `argv`, which starts allranks.launch.rank on every rank; the exit code.
 
@@ -89,8 +88,8 @@ def run(
     RUN_DIR/output/rank-N.out; without `run_dir` it is shown like their errors. For the main thread.
     """
     console = Console()
-    supervision = Supervision(console, world_size, hosts, start_s=start_s, grace_s=grace_s)
-    outcome = supervision.run(argv, {**env, variables.TERMINAL: console.terminals()}, run_dir)
+    env = {**env, variables.TERMINAL: console.terminals()}
+    outcome = Supervision(console, world_size, hosts, **limits).run(argv, env, run_dir)
     if outcome.failure:
         print(f"allranks: {outcome.failure}", file=sys.stderr, flush=True)
     return outcome.code
@@ -199,9 +198,6 @@ class Supervision:
     ) -> Outcome:
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
-        for number in (*STOPPING, *PASSED_ON):
-            self._loop.add_signal_handler(number, self._on_signal, number)
-        self._loop.add_signal_handler(signal.SIGCHLD, self._changed.set)
         raise_file_limit()
         self._place["master_addr"] = env.get(variables.MASTER_ADDR)
         server = await asyncio.start_server(
@@ -215,6 +211,9 @@ class Supervision:
             variables.OUTPUT: str(Path(run_dir).absolute() / "output") if run_dir else "",
         }
         self._launcher = _started(argv, env)
+        for number in (*STOPPING, *PASSED_ON):
+            self._loop.add_signal_handler(number, self._on_signal, number)
+        self._loop.add_signal_handler(signal.SIGCHLD, self._changed.set)
         said = asyncio.create_task(self._listen())
         try:
             self._loop.call_later(self.start_s, self._at_start_limit)
@@ -228,11 +227,12 @@ class Supervision:
             self._give_up()
             self._launcher.wait()
         if self.console.lost:  # as a program that is not watched over would end
-            if self.console.lost.errno == errno.EPIPE:
-                return self._outcome(128 + signal.SIGPIPE, "")
-            reason = self.console.lost.strerror
-            return self._outcome(1, f"the ranks' output cannot be written ({reason}).")
-        return self._judged(Path(argv[0]).name)
+            unread = self.console.lost.errno == errno.EPIPE
+            self.code = 128 + signal.SIGPIPE if unread else 1
+            reason = f"the ranks' output cannot be written ({self.console.lost.strerror})"
+            self.failure = "" if unread else reason
+        code, failure = self._verdict(Path(argv[0]).name)
+        return Outcome(code, failure and f"{failure}.", {r.rank: r.host for r in self.ranks.values()})
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         """Waits for what news of ranks or processes may bring about, or until nobody reads on."""
@@ -419,32 +419,29 @@ class Supervision:
             self.console.line(self._said.pop(0))
             count -= 1
 
-    def _judged(self, launcher: str) -> Outcome:
-        """Who or what has failed, the first cause first."""
+    def _verdict(self, launcher: str) -> tuple[int, str]:
+        """The exit code and what has failed, the first cause first."""
         bad = [r for r in self.ranks.values() if r.code not in (0, None)]
         failed = [r for r in bad if r.code != REQUEUE]
-        returncode = self._launcher.returncode
-        code, failure = REQUEUE if bad else 0, ""
-        if self.stopped_by:
-            if failed or not self.started:
-                code = 128 + self.stopped_by
-                failure = f"stopped by {signal.Signals(self.stopped_by).name}"
-        elif self.failure:
-            code, failure = self.code, self.failure
-        elif failed:
-            first = min(failed, key=lambda r: (r.ended_at, r.rank))
-            code, failure = first.code or 0, self._first_failure(first, failed)
-        elif returncode and not bad:
-            code = 128 - returncode if returncode < 0 else returncode
-            how = f"killed by signal {-returncode}" if returncode < 0 else f"exit code {returncode}"
-            failure = (
-                f"{launcher} ended with {how}; {len(self.ranks)} of {self.world_size} ranks had started"
-            )
-        if not failed and not self.stopped_by:  # the launcher's words are not about what we name
+        if not failed and not self.stopped_by:  # else the launcher speaks of what we name
             for line in self._said:
                 self.console.line(line)
         self.console.flush(force=True)
-        return self._outcome(code, failure and f"{failure}.")
+        if self.stopped_by and (failed or not self.started):
+            return 128 + self.stopped_by, f"stopped by {signal.Signals(self.stopped_by).name}"
+        if self.code and not self.stopped_by:
+            return self.code, self.failure
+        if failed:
+            first = min(failed, key=lambda r: (r.ended_at, r.rank))
+            return first.code or 0, self._first_failure(first, failed)
+        if bad:
+            return REQUEUE, ""
+        code = self._launcher.returncode
+        if code == 0 or self.stopped_by:
+            return 0, ""
+        how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+        came = f"{len(self.ranks)} of {self.world_size} ranks had started"
+        return 128 - code if code < 0 else code, f"{launcher} ended with {how}; {came}"
 
     def _first_failure(self, first: Rank, failed: Sequence[Rank]) -> str:
         text = f"rank {first.rank} on {first.host} {first.how_it_ended()}"
@@ -454,9 +451,6 @@ class Supervision:
         if len(alike) == self.world_size:
             return f"{text}, and so did all {self.world_size} ranks"
         return f"{text}, the first of {self.world_size} ranks to fail; the others have been ended"
-
-    def _outcome(self, code: int, failure: str) -> Outcome:
-        return Outcome(code, failure, {r.rank: r.host for r in self.ranks.values()})
 
 
 def _started(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
