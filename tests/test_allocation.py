@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from allranks.errors import UserError
 from allranks.launch import allocation
-from allranks.launch.allocation import Host, compress, expand, find, repeated
+from allranks.launch.allocation import Host, compress, expand, find
+from allranks.runtime.environment import repeated
 
 
 def file(tmp_path, text):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from allranks.errors import UserError
-from allranks.runtime.environment import cpu_affinity
+from allranks.runtime.environment import cpu_affinity, repeated
 
 Scheduler = Literal["pbs", "slurm", "hostfile", "local"]
 
@@ -178,17 +178,6 @@ def _from_slurm(environ: Mapping[str, str]) -> Allocation:
         cpus_per_node=min(repeated(cpus, "SLURM_JOB_CPUS_PER_NODE")) if cpus else None,
         source=f"SLURM_JOB_ID={environ['SLURM_JOB_ID']}",
     )
-
-
-def repeated(text: str, named: str) -> list[int]:
-    """Slurm's counts per node: `2(x3),1` gives [2, 2, 2, 1]."""
-    counts: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        if match is None:
-            raise UserError(f"{named}={text!r} cannot be read: Slurm writes it like 2(x3),1.")
-        counts += [int(match[1])] * int(match[2] or 1)
-    return counts
 
 
 def expand(node_list: str) -> list[str]:

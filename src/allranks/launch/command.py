@@ -113,10 +113,7 @@ class Plan:
 
 
 def plan(
-    request: Request,
-    machine: Machine,
-    allocation: Allocation,
-    environ: Mapping[str, str] | None = None,
+    request: Request, machine: Machine, allocation: Allocation, environ: Mapping[str, str] | None = None
 ) -> Plan:
     """The command line for this request; raises UserError where it cannot be had."""
     environ = os.environ if environ is None else environ

@@ -82,10 +82,7 @@ def _rows(plan: Plan) -> Iterator[Sequence[str]]:
         if more:
             ranks = f"{first + slots} to {first + slots * len(hosts) - 1}"
             names = hosts[1].name if more == 1 else f"{hosts[1].name} to {hosts[-1].name}"
-            yield (
-                ranks,
-                f"{names}: {more} more host{'s' * (more > 1)} with {slots} each, likewise",
-            )
+            yield (ranks, f"{names}: {more} more host{'s' * (more > 1)} with {slots} each, likewise")
         first += slots * len(hosts)
 
 

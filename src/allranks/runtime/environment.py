@@ -170,14 +170,19 @@ def _slurm_tasks_here(environ: Mapping[str, str]) -> int | None:
     node = _number(environ, "SLURM_NODEID")
     if not per_node or node is None:
         return None
-    for part in per_node.split(","):
+    counts = repeated(per_node, "SLURM_TASKS_PER_NODE")
+    return counts[node] if node < len(counts) else None
+
+
+def repeated(text: str, named: str) -> list[int]:
+    """Slurm's counts per node: `2(x3),1` gives [2, 2, 2, 1]."""
+    counts: list[int] = []
+    for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
         if match is None:
-            return None
-        if node < int(match[2] or 1):
-            return int(match[1])
-        node -= int(match[2] or 1)
-    return None
+            raise UserError(f"{named}={text!r} cannot be read: Slurm writes it like 2(x3),1.")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
 
 
 def cpu_affinity() -> frozenset[int]:
