@@ -42,13 +42,14 @@ def choose(directory: str | None, name: str) -> str:
     return str(path)
 
 
-def create(directory: str, config_yaml: str) -> None:
-    """Makes the directory, for this run alone, with its configuration."""
+def create(directory: str, config_yaml: str | None) -> None:
+    """Makes the directory, for this run alone, with its configuration, if it has one."""
     path = Path(directory)
     try:
         path.mkdir(parents=True, exist_ok=path.is_dir() and not any(path.iterdir()))
         (path / "logs").mkdir()
-        (path / "config.yaml").write_text(config_yaml)
+        if config_yaml is not None:
+            (path / "config.yaml").write_text(config_yaml)
     except FileExistsError:
         raise UserError(f"run.dir={path} was taken by another run just now: give another one.") from None
     except OSError as error:
