@@ -61,7 +61,6 @@ def _launch(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str,
     if args.json and not args.dry_run:
         raise UserError("--json is for a dry run: add --dry-run.")
     overrides, machine_overrides, program = split(rest)
-    directory: str | None = args.run
     trainings: list[runs.Cell] = []
     if program is None:
         own = ["--config-dir", args.config_dir] if args.config_dir else []
@@ -70,7 +69,8 @@ def _launch(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str,
         directory, trainings = runs.of(args.run) if args.run else runs.cells([*own, *overrides])
         if not trainings:
             return 0
-        program = (sys.executable, "-m", "allranks.train", *own, *overrides)
+        typed = (sys.executable, "-m", "allranks.train", *own, *overrides)
+        program = trainings[0].program() if args.run else typed
     known = machine.load(args.machine, machine_overrides, args.config_dir, environ=environ)
     given = allocations.find(environ, args.hosts)
     allocation = fitting(given, known, args)
@@ -84,7 +84,7 @@ def _launch(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str,
         return 0
     run = partial(_run, request, known, allocation, environ)
     if not trainings:
-        return run(directory, None, not args.no_preflight)
+        return run(args.run and str(Path(args.run).absolute()), None, not args.no_preflight)
     if args.run and runs.is_finished(directory):
         print(f"{directory} is finished: nothing is left to do", flush=True)
         return 0

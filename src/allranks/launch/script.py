@@ -98,8 +98,8 @@ def render(
     if order.walltime_s is not None:
         lines += ["start=$(date +%s)", f"export ALLRANKS_DEADLINE=$((start + {order.walltime_s}))"]
     lines += [f"run={run}", f"cd {shlex.quote(order.workdir)} || exit 1"]
-    if pbs:  # which shows a job's output only at its end, unless the server is set up for it
-        lines.append(f'exec >> "$run/{LOG}" 2>&1')
+    # Here rather than by the scheduler: PBS may show it only at the end, and both refuse some paths.
+    lines.append(f'exec >> "$run/{LOG}" 2>&1')
     finished = (
         '[ "$(cat "$run/exit_code" 2> /dev/null)" = 0 ]' if program
         else """grep -qs '"state": "finished"' "$run/summary.json\""""
@@ -153,7 +153,8 @@ def _slurm(order: Order, machine: Machine, directory: str, cells: int) -> list[s
         *([f"--cpus-per-task={each}"] if each else []),
         *([f"--time={order.walltime}"] if order.walltime else []),
         *machine.submit.options,
-        f"--output={shlex.quote(log)}",
+        # No path with a backslash: it ends the job.
+        f"--output={'/dev/null' if chr(92) in log else shlex.quote(log)}",
         "--open-mode=append",  # the job may be requeued, or another one go on here
         *([f"--array=0-{cells - 1}"] if cells else []),
     ]
