@@ -94,7 +94,11 @@ def render(
     prefix = "#PBS " if pbs else "#SBATCH "
     run = shlex.quote(directory) + (f'/"${INDEX[machine.scheduler]}"' if cells else "")
     shell = "#!/bin/bash -l" if pbs else "#!/bin/bash"  # Slurm hands on the submitter's environment
-    lines = [shell, *(prefix + line for line in directives), "", f"umask {umask:04o}"]
+    quoted = (directory, order.workdir, *program, *order.machine_overrides)
+    lines = [shell, *(prefix + line for line in directives), ""]
+    if any(sign in word for word in quoted for sign in "$`"):
+        lines.append("# shellcheck disable=SC2016 # a $ in single quotes is meant as it stands")
+    lines.append(f"umask {umask:04o}")
     if order.walltime_s is not None:
         lines += ["start=$(date +%s)", f"export ALLRANKS_DEADLINE=$((start + {order.walltime_s}))"]
     lines += [f"run={run}", f"cd {shlex.quote(order.workdir)} || exit 1"]
