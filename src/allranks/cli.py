@@ -26,6 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from allranks import doctor
 
         sys.exit(doctor.main(given[1:]))
+    if given[:1] in (["submit"], ["runs"], ["cancel"]):
+        from allranks.launch import submit
+
+        answer = {"submit": submit.submit, "runs": submit.list_runs, "cancel": submit.cancel}[given[0]]
+        sys.exit(answer(given[1:]))
     options = _parser().parse_args(given)
     try:
         options.run(options)
@@ -44,6 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("launch", help="start the ranks of a training or program here (launch --help)")
 
     commands.add_parser("doctor", help="check this machine and installation, with remedies (doctor --help)")
+    commands.add_parser("submit", help="queue a training or program with PBS or Slurm (submit --help)")
+    commands.add_parser("runs", help="list runs and their jobs (runs --help)")
+    commands.add_parser("cancel", help="end the jobs of a run (cancel --help)")
 
     data = commands.add_parser("data", help="fetch and check data sets").add_subparsers(
         title="commands", metavar="COMMAND", required=True

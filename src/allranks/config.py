@@ -289,21 +289,26 @@ def from_command_line(arguments: Sequence[str]) -> list[Config]:
 
     The arguments are Hydra's. Raises UserError for whatever Hydra or the schema refuses.
     """
+    return [config for config, _ in cells_from_command_line(arguments)]
+
+
+def cells_from_command_line(arguments: Sequence[str]) -> list[tuple[Config, list[str]]]:
+    """The same, each training with its own overrides: those of its cell of a sweep."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
     from hydra.types import RunMode
 
-    composed: list[DictConfig] = []
+    composed: list[tuple[DictConfig, list[str]]] = []
 
     def collect(cfg: DictConfig) -> None:
         OmegaConf.resolve(cfg)  # now, while ${hydra:...} can still be resolved
         if HydraConfig.get().mode == RunMode.MULTIRUN and cfg.run.dir:
             cfg.run.dir = str(Path(cfg.run.dir) / str(HydraConfig.get().job.num))
-        composed.append(cfg)
+        composed.append((cfg, list(HydraConfig.get().overrides.task)))
 
     app = hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(collect)
-    flags, overrides = _split(arguments)
+    flags, overrides = split_flags(arguments)
     for override in overrides:
         group, _, choice = override.partition("=")
         if group in GROUPS and re.match(r"[\[{]|[-+]?[0-9.]+$", choice):
@@ -315,7 +320,7 @@ def from_command_line(arguments: Sequence[str]) -> list[Config]:
             raise UserError(_explain(error, overrides)) from error
         except OmegaConfBaseException as error:
             raise UserError(f"The configuration does not hold together: {_first_line(error)}") from error
-    return [typed(cfg) for cfg in composed]
+    return [(typed(cfg), task) for cfg, task in composed]
 
 
 _FLAGS_WITH_VALUE = frozenset(
@@ -323,7 +328,7 @@ _FLAGS_WITH_VALUE = frozenset(
 )
 
 
-def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Hydra's flags and the overrides, apart: its parser takes overrides in one run only."""
     flags: list[str] = []
     overrides: list[str] = []

@@ -40,8 +40,8 @@ def choose(directory: str | None, name: str) -> str:
     return str(path)
 
 
-def create(directory: str, config_yaml: str, exactly: bool = True) -> str:
-    """Makes the directory, for this run alone, with its configuration, and returns it.
+def create(directory: str, config_yaml: str | None, exactly: bool = True) -> str:
+    """Makes the directory, for this run alone, with its configuration, if it has one; returns it.
 
     Two runs of one job may start in the same second: without `exactly` the later one's name gets an end.
     """
@@ -49,7 +49,8 @@ def create(directory: str, config_yaml: str, exactly: bool = True) -> str:
     try:
         path.mkdir(parents=True, exist_ok=exactly and path.is_dir() and not any(path.iterdir()))
         (path / "logs").mkdir()
-        (path / "config.yaml").write_text(config_yaml)
+        if config_yaml is not None:
+            (path / "config.yaml").write_text(config_yaml)
     except FileExistsError:
         if not exactly:
             return create(f"{directory}-{secrets.token_hex(3)}", config_yaml)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 import os
 import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from allranks.config import Config
 from allranks.errors import EXIT_USER_ERROR, UserError
 from allranks.launch import allocation as allocations
-from allranks.launch import command, dryrun, machine
+from allranks.launch import command, dryrun, machine, runs
 from allranks.launch.allocation import Allocation
 from allranks.launch.command import Request
 from allranks.launch.machine import LAUNCHERS, Machine
@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ppn", type=int, metavar="P", help="ranks per node")
     add("--launcher", default="auto", metavar="|".join(LAUNCHERS), help="who starts the ranks")
     add("--machine", metavar="M", help="machine file to use; default: the one this host belongs to")
+    add("--run", metavar="DIR", help="the run directory of `allranks submit`: starts what is frozen there")
     add("--hosts", metavar="FILE", help="hosts to use: `host`, `host:4` or `host slots=4` a line")
     add("--config-dir", metavar="DIR", help="a folder with machine/NAME.yaml (and groups) of your own")
     add("--no-preflight", action="store_true", help="start at once, without checking the hosts first")
@@ -60,13 +61,16 @@ def _launch(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str,
     if args.json and not args.dry_run:
         raise UserError("--json is for a dry run: add --dry-run.")
     overrides, machine_overrides, program = split(rest)
-    config = None
+    trainings: list[runs.Cell] = []
     if program is None:
         own = ["--config-dir", args.config_dir] if args.config_dir else []
-        program = (sys.executable, "-m", "allranks.train", *own, *overrides)
-        config = _composed([*own, *overrides])
-        if config is None:
+        if args.run and overrides:
+            raise UserError(f"{overrides[0]} cannot be given with --run: the configuration is frozen.")
+        directory, trainings = runs.of(args.run) if args.run else runs.cells([*own, *overrides])
+        if not trainings:
             return 0
+        typed = (sys.executable, "-m", "allranks.train", *own, *overrides)
+        program = trainings[0].program() if args.run else typed
     known = machine.load(args.machine, machine_overrides, args.config_dir, environ=environ)
     given = allocations.find(environ, args.hosts)
     allocation = fitting(given, known, args)
@@ -78,47 +82,54 @@ def _launch(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str,
         show = dryrun.as_json if args.json else dryrun.text
         print(show(plan, allocation.source))
         return 0
+    run = partial(_run, request, known, allocation, environ)
+    if not trainings:
+        return run(args.run and str(Path(args.run).absolute()), None, not args.no_preflight)
+    if args.run and runs.is_finished(directory):
+        print(f"{directory} is finished: nothing is left to do", flush=True)
+        return 0
+    if args.run:
+        runs.set_aside(trainings[0].directory)
+    else:
+        runs.make(directory, trainings)
+    codes: list[int] = []
+    for cell in trainings:  # of a sweep, whether or not one fails
+        if len(trainings) > 1:
+            print(f"{cell.directory}: {' '.join(cell.overrides)}", flush=True)
+        codes.append(run(cell.directory, cell.config, not (args.no_preflight or codes), cell.program()))
+        if codes[-1] > 128:  # a signal, which is for all of it
+            break
+    return next((code for code in codes if code), 0)
+
+
+def _run(
+    request: Request,
+    known: Machine,
+    allocation: Allocation,
+    environ: Mapping[str, str],
+    directory: str | None,
+    config: Config | None,
+    check: bool,
+    program: tuple[str, ...] | None = None,
+) -> int:
+    """Starts the ranks and watches over them; the exit code."""
     from allranks.launch import preflight, supervise, variables
 
-    request = replace(request, passed=variables.PRIVATE)
-    directory = None
-    if config is not None:
-        directory, program = _frozen(config)
-        request = replace(request, program=program, hosts_path=str(Path(directory) / "hosts"))
+    request = replace(request, passed=variables.PRIVATE, program=program or request.program)
+    if directory is not None:
+        request = replace(request, hosts_path=str(Path(directory) / "hosts"))
     plan = command.plan(request, known, allocation, environ)
     for path, content in plan.files:
         Path(path).write_text(content)
     unset = dict.fromkeys(variables.PRIVATE, "")  # Open MPI warns of those that it cannot hand on
     env = {**unset, **plan.environment(environ)}
     size, hosts = plan.world_size, [host.name for host in plan.hosts]
-    if not args.no_preflight:
+    if check:
         fit = preflight.check(
             plan.argv_for, env, world_size=size, hosts=hosts, config=config, run_dir=directory
         )
         print(fit, file=sys.stderr, flush=True)
     return int(supervise.run(plan.argv, env, directory, world_size=size, hosts=hosts))
-
-
-def _composed(arguments: Sequence[str]) -> Config | None:
-    """The one training that the command line asks for; None after --help or --cfg, which are answered."""
-    from allranks import config
-
-    composed = config.from_command_line(arguments)
-    if len(composed) > 1:
-        raise UserError("`launch` starts one training: leave -m to `allranks submit`.")
-    return composed[0] if composed else None
-
-
-def _frozen(config: Config) -> tuple[str, tuple[str, ...]]:
-    """Makes the run directory with the frozen config.yaml; (directory, what each rank starts)."""
-    from allranks import config as configs
-    from allranks import rundir
-
-    directory = str(Path(rundir.choose(config.run.dir, config.name)).absolute())
-    frozen = configs.freeze(config)
-    rundir.create(directory, frozen)
-    sha256 = hashlib.sha256(frozen.encode()).hexdigest()
-    return directory, (sys.executable, "-m", "allranks.train", "--run", directory, sha256)
 
 
 def split(rest: Sequence[str]) -> tuple[list[str], list[str], tuple[str, ...] | None]:

@@ -32,6 +32,7 @@ from allranks.launch.variables import (
 )
 
 WRAPPER = "allranks.launch.rank"
+PASSED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "ALLRANKS_DEADLINE")
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def plan(
     hosts = place(request, machine, allocation)
     launcher = launchers.choose(request.launcher, machine, allocation, request.installed_here)
     if request.installed_here or "/" in request.program[0]:
-        _check_program(request.program)
+        check_program(request.program)
     dialect = launcher
     if launcher == "mpiexec":
         dialect = launchers.mpiexec_dialect(machine, request.installed_here)
@@ -129,8 +130,8 @@ def plan(
     devices = _devices(machine, most)
     variables = _variables(machine, allocation, hosts, devices, environ)
     master = ":".join(v.value for v in variables if v.name in (MASTER_ADDR, MASTER_PORT))
-    paths = (name for name in ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH") if environ.get(name))
-    names = tuple(dict.fromkeys([*(v.name for v in variables), *paths, *request.passed]))
+    passed = (name for name in PASSED if environ.get(name))
+    names = tuple(dict.fromkeys([*(v.name for v in variables), *passed, *request.passed]))
     job = launchers.Job(
         machine, allocation, hosts, names, master, request.hosts_path, request.installed_here
     )
@@ -141,7 +142,7 @@ def plan(
     return Plan(launcher, dialect, argv, variables, hosts, machine, bound.cpus, devices, files)
 
 
-def _check_program(program: Sequence[str]) -> None:
+def check_program(program: Sequence[str]) -> None:
     """That the program can be found, and the script of a Python program too."""
     name, script = program[0], (*program[1:2], "")[0]
     if shutil.which(name) is None:

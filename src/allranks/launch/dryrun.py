@@ -32,18 +32,18 @@ def text(plan: Plan, source: str) -> str:
     )
     parts = [f"{head}\nhosts: {source}", f"Command:\n{command_line(plan)}"]
     parts += [f"File {path}:\n{_folded(content)}" for path, content in plan.files]
-    parts.append("Variables:\n" + _table([(v.name, v.value, v.why) for v in plan.variables]))
+    parts.append("Variables:\n" + table([(v.name, v.value, v.why) for v in plan.variables]))
     parts.append(
         f"Each rank's own, set by allranks.launch.rank: {SET_PER_RANK}"
         + (f" {plan.machine.device.variable}" if plan.machine.device.variable else "")
     )
-    if "allranks.train" in plan.argv:
+    if "allranks.train" in plan.argv and "--run" not in plan.argv:
         parts.append(
             "Without --dry-run the configuration is first frozen in a run directory, and the ranks start\n"
             "`-m allranks.train --run DIRECTORY SHA256` in place of the overrides."
         )
     header = ("rank", "host", "local rank", "CPUs", "device")
-    parts.append("Ranks:\n" + _table([header, *_rows(plan)]))
+    parts.append("Ranks:\n" + table([header, *_rows(plan)]))
     return "\n\n".join(parts)
 
 
@@ -106,7 +106,7 @@ def _row(place: RankPlace) -> Sequence[str]:
     )
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def table(rows: Sequence[Sequence[str]]) -> str:
     """Columns side by side; a row's last cell is as wide as it likes."""
     columns = max(len(row) for row in rows)
     widths = [max((len(r[i]) for r in rows if len(r) > i + 1), default=0) for i in range(columns)]

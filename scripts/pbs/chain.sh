@@ -1,0 +1,36 @@
+#!/bin/bash -l
+# A training longer than a job may be: each job queues its successor, which goes on in the same run.
+#   qsub scripts/pbs/chain.sh
+# typed where allranks is checked out. Change the #PBS lines to what your centre asks for; at ALCF also
+##PBS -A PROJECT -q debug -l filesystems=home:eagle -l place=scatter
+# with one # less. `allranks submit` writes such a script itself, from a file about the machine.
+#PBS -N allranks-chain
+#PBS -l select=1:ncpus=32:mpiprocs=4:ngpus=4
+#PBS -l walltime=01:00:00
+#PBS -j oe
+#PBS -k oed
+
+training=(model=cnn)   # overrides: `allranks train --help` lists them
+run=runs/chain         # another name for another chain
+links=3                # jobs in all
+
+umask 022
+export ALLRANKS_DEADLINE=$(($(date +%s) + 3600))   # the walltime in seconds: PBS does not tell it
+cd "$PBS_O_WORKDIR" || exit 1
+# The environment that allranks is installed in; module load lines, where your centre has such, come first.
+# shellcheck source=/dev/null
+. .venv/bin/activate
+
+link=${LINK:-1}
+if grep -qs '"state": "finished"' "$run/summary.json"; then
+  echo "$run is finished: nothing is left to do"
+  exit 0
+fi
+if [ "$link" -lt "$links" ]; then
+  # Where qsub is not allowed on compute nodes: `allranks submit --chain` queues them all at the start.
+  qsub -W depend=afterany:"$PBS_JOBID" -v LINK=$((link + 1)) scripts/pbs/chain.sh
+fi
+if [ -e "$run/config.yaml" ]; then
+  exec allranks launch --run "$run"
+fi
+exec allranks launch "${training[@]}" run.dir="$run"

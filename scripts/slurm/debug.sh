@@ -1,0 +1,27 @@
+#!/bin/bash
+# One rank on one GPU for a quarter of an hour: does a training start at all?
+#   sbatch scripts/slurm/debug.sh
+# typed where allranks is checked out. Change the #SBATCH lines to what your centre asks for; at NERSC also
+##SBATCH -A PROJECT -q debug -C gpu
+# with one # less. `allranks submit` writes such a script itself, from a file about the machine.
+#SBATCH --job-name=allranks-debug
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --gpus-per-node=1
+#SBATCH --time=00:15:00
+#SBATCH --output=%x-%j.out
+#SBATCH --open-mode=append
+
+training=(model=cnn trainer.epochs=1)   # overrides: `allranks train --help` lists them
+
+umask 022
+# Slurm hands on what was left over in the shell that submitted.
+unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
+export ALLRANKS_DEADLINE=$(($(date +%s) + 900))   # --time in seconds: Slurm before 23.02 does not tell it
+cd "$SLURM_SUBMIT_DIR" || exit 1
+# The environment that allranks is installed in; module load lines, where your centre has such, come first.
+# shellcheck source=/dev/null
+. .venv/bin/activate
+
+exec allranks launch "${training[@]}"

@@ -1,0 +1,180 @@
+"""Run directories as jobs have them: made and frozen here, listed, and their jobs ended."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from allranks import config as configs
+from allranks import rundir
+from allranks.config import Config
+from allranks.errors import UserError
+from allranks.launch import scheduler
+
+JOB, CELLS = "job.json", "cells.jsonl"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run: of a sweep, or the only one. `sha256` is that of its config.yaml."""
+
+    directory: str
+    config: Config
+    overrides: tuple[str, ...]
+    sha256: str
+
+    def program(self) -> tuple[str, ...]:
+        """What each rank starts."""
+        return (sys.executable, "-m", "allranks.train", "--run", self.directory, self.sha256)
+
+
+def cells(arguments: Sequence[str]) -> tuple[str, list[Cell]]:
+    """(directory, its cells) of the trainings that the command line asks for; none after --help.
+
+    Several are a sweep: its directory has one for each cell, 0, 1, ... Nothing is made yet.
+    """
+    composed = configs.cells_from_command_line(arguments)
+    if not composed:
+        return "", []
+    first = composed[0][0]
+    given, name = first.run.dir, first.name
+    if len(composed) == 1 and not _is_sweep(arguments):
+        directory = _absolute(rundir.choose(given, name))
+        return directory, [_cell(directory, *composed[0])]
+    if any(config.name != name for config, _ in composed):
+        name = "sweep"
+    sweep = _absolute(rundir.choose(str(Path(given).parent) if given else None, name))
+    return sweep, [_cell(f"{sweep}/{i}", *each) for i, each in enumerate(composed)]
+
+
+def _cell(directory: str, config: Config, overrides: Sequence[str]) -> Cell:
+    sha256 = hashlib.sha256(configs.freeze(config).encode()).hexdigest()
+    return Cell(directory, config, tuple(overrides), sha256)
+
+
+def _is_sweep(arguments: Sequence[str]) -> bool:
+    return bool({"-m", "--multirun"} & set(arguments))
+
+
+def _absolute(directory: str) -> str:
+    if not directory.isprintable():
+        raise UserError(f"run.dir={directory!r} has control characters: give another one.")
+    return str(Path(directory).absolute())
+
+
+def make(directory: str, found: Sequence[Cell]) -> None:
+    """Makes and freezes every cell."""
+    for cell in found:
+        rundir.create(cell.directory, configs.freeze(cell.config))
+    if found[0].directory != directory:
+        write_cells(directory, found)
+
+
+def write_cells(sweep: str, found: Sequence[Cell], job_ids: Sequence[str | None] = ()) -> None:
+    """cells.jsonl: what each cell of a sweep is."""
+    lines = [
+        json.dumps({"index": i, "overrides": cell.overrides, "directory": cell.directory,
+                    "job_id": job_ids[i] if job_ids else None})
+        for i, cell in enumerate(found)
+    ]  # fmt: skip
+    (Path(sweep) / CELLS).write_text("".join(f"{line}\n" for line in lines))
+
+
+def of(directory: str) -> tuple[str, list[Cell]]:
+    """The same of a run directory that is there, frozen as it was when a job was submitted for it."""
+    absolute = _absolute(directory)
+    path, job = Path(absolute) / "config.yaml", read(Path(absolute) / JOB)
+    if not path.is_file():
+        raise UserError(f"{directory} has no config.yaml: give a directory that `allranks` made.")
+    sha256 = job.get("config_sha256") or hashlib.sha256(path.read_bytes()).hexdigest()
+    config = configs.thaw(absolute, str(sha256))
+    return absolute, [Cell(absolute, config, tuple(job.get("overrides", ())), str(sha256))]
+
+
+def set_aside(directory: str) -> None:
+    """The metrics of an attempt that did not come to its end: the next one begins at epoch 1."""
+    path = Path(directory) / "metrics.jsonl"
+    if path.exists():
+        attempt = 1 + sum(1 for _ in path.parent.glob("metrics-*.jsonl"))
+        path.rename(path.with_name(f"metrics-{attempt}.jsonl"))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A JSON file's values; none where it is not there."""
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): move it away.") from error
+    return dict(found)
+
+
+def is_finished(directory: str | Path) -> bool:
+    summary, exit_code = Path(directory) / "summary.json", Path(directory) / "exit_code"
+    if (Path(directory) / "config.yaml").exists():
+        return read(summary).get("state") == "finished"
+    return exit_code.exists() and exit_code.read_text().strip() == "0"
+
+
+# --- `allranks runs` and `allranks cancel` -------------------------------------------------------
+
+
+def listed(root: str, warn: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Every run below `root`: state, job id, epochs, validation accuracy, directory."""
+    if not Path(root).is_dir():
+        raise UserError(f"{root} is no folder: give one with runs in it. The default is ./runs.")
+    found = sorted({p.parent for name in ("config.yaml", JOB) for p in Path(root).rglob(name)})
+    found = [directory for directory in found if not (directory / CELLS).exists()]
+    jobs = {directory: read(directory / JOB) for directory in found}
+    now: dict[str, str] = {}
+    for kind in sorted({str(job["scheduler"]) for job in jobs.values() if job}):
+        mine = [d for d, job in jobs.items() if job and job["scheduler"] == kind and not is_finished(d)]
+        try:
+            now |= scheduler.states(kind, [job_id for d in mine for job_id in jobs[d]["job_ids"]])
+        except UserError as error:  # what is in the directories can be shown all the same
+            warn(str(error))
+            now |= {job_id: "not known" for d in mine for job_id in jobs[d]["job_ids"]}
+    return [_row(directory, jobs[directory], now) for directory in found]
+
+
+def _row(directory: Path, job: dict[str, Any], now: dict[str, str]) -> dict[str, Any]:
+    metrics = directory / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    last = json.loads(lines[-1]) if lines and lines[-1].endswith("}") else {}
+    ids = job.get("job_ids", [])
+    alive = next((job_id for job_id in ids if job_id in now), None)
+    code = directory / "exit_code"
+    if is_finished(directory):
+        state = "finished"
+    elif alive:
+        state = now[alive]
+    elif code.exists() and (text := code.read_text().strip()) != "0":
+        state = f"failed ({text})"
+    else:  # without a job nobody knows whether its process is still there
+        state = "ended early" if job else "not finished"
+    return {
+        "state": state,
+        "job_id": alive or (ids[-1] if ids else None),
+        "epochs": len(lines),
+        "val/accuracy": last.get("val/accuracy"),
+        "directory": str(directory),
+    }
+
+
+def cancelled(run: str) -> list[str]:
+    """Ends the jobs of a run directory, of a sweep's, or of a cell's; their ids."""
+    job = read(Path(run) / JOB)
+    if not job:
+        raise UserError(f"{run} has no {JOB}: give the directory of a run that `allranks submit` queued.")
+    kind, ids = str(job["scheduler"]), list(job["job_ids"])
+    known = [job_id for job_id in ids if scheduler.states(kind, [job_id])]
+    if not known:
+        raise UserError(f"{run}: {', '.join(ids)} has ended already. `allranks runs` shows how it went.")
+    scheduler.cancel(kind, known[::-1])  # the last of a chain first, so that none starts in between
+    return known

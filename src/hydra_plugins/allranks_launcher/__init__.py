@@ -1,0 +1,113 @@
+"""`hydra/launcher=allranks`: `-m` of any Hydra application, each of its jobs on many ranks.
+
+`allranks launch -- python app.py OVERRIDES` starts a job in the allocation that there is, one after
+another. With `hydra.launcher.walltime`, `allranks submit` queues each instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.plugins.launcher import Launcher
+
+if TYPE_CHECKING:
+    from hydra.core.utils import JobReturn
+    from hydra.types import HydraContext, TaskFunction
+    from omegaconf import DictConfig
+
+
+# The options of `allranks launch` and `allranks submit`; null leaves one out. A dataclass cannot be made
+# here: Hydra runs the module before it is among sys.modules.
+OPTIONS: dict[str, Any] = {
+    "_target_": "hydra_plugins.allranks_launcher.AllranksLauncher",
+    "ranks": None, "nodes": None, "ppn": None, "launcher": None, "machine": None, "config_dir": None,
+    "preflight": True,
+    "overrides": [],  # machine.key=value
+    "walltime": None,  # given: the jobs are queued
+    "account": None, "queue": None,
+}  # fmt: skip
+ConfigStore.instance().store("allranks", OPTIONS, group="hydra/launcher", provider="allranks")
+
+
+class AllranksLauncher(Launcher):  # type: ignore[misc,unused-ignore]
+    """A job of the sweep is a process of its own; what the application returns stays there."""
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        self.context, self.config = hydra_context, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+        return [
+            self._one(list(words), number) for number, words in enumerate(job_overrides, initial_job_idx)
+        ]
+
+    def _one(self, overrides: list[str], number: int) -> JobReturn:
+        import subprocess
+        import sys
+        from pathlib import Path
+
+        from hydra.core.utils import JobReturn, JobStatus
+        from omegaconf import OmegaConf, open_dict
+
+        config = self.context.config_loader.load_sweep_config(self.config, overrides)
+        with open_dict(config):
+            config.hydra.job.id, config.hydra.job.num = str(number), number
+        directory = Path(config.hydra.sweep.dir, config.hydra.sweep.subdir).absolute()
+        records = directory / (config.hydra.output_subdir or "")
+        records.mkdir(parents=True, exist_ok=True)  # here once, rather than by each rank
+        OmegaConf.save(OmegaConf.create(overrides), records / "overrides.yaml")
+        keys = [str(key) for key in config if key != "hydra"]
+        OmegaConf.save(OmegaConf.masked_copy(config, keys), records / "config.yaml")
+        quoted = str(directory).replace("\\", "\\\\").replace("'", "\\'")
+        own = [f"hydra.run.dir='{quoted}'", f"hydra.job.num={number}", f"hydra.job.id={number}"]
+        program = [
+            sys.executable, *_application(), *overrides, *self._hydra_overrides(), *own,
+            "hydra.output_subdir=null",
+        ]  # fmt: skip
+        command = "submit" if self.options["walltime"] else "launch"
+        argv = [sys.executable, "-m", "allranks", command, *self._words(), "--", *program]
+        code = subprocess.run(argv, check=False).returncode
+        result = JobReturn(
+            overrides=overrides, cfg=config, working_dir=str(directory), task_name=config.hydra.job.name
+        )
+        result.status = JobStatus.FAILED if code else JobStatus.COMPLETED
+        result.return_value = RuntimeError(f"job {number} ended with exit code {code}") if code else None
+        return result
+
+    def _words(self) -> list[str]:
+        named = {name: self.options[name] for name in ("nodes", "ppn", "launcher", "machine")}
+        named |= {"config-dir": self.options["config_dir"]}
+        if self.options["walltime"]:
+            named |= {name: self.options[name] for name in ("walltime", "account", "queue")}
+        words = [f"--{name}={value}" for name, value in named.items() if value is not None]
+        words += [] if self.options["ranks"] is None else ["-n", str(self.options["ranks"])]
+        return [
+            *words,
+            *([] if self.options["preflight"] else ["--no-preflight"]),
+            *self.options["overrides"],
+        ]
+
+    def _hydra_overrides(self) -> list[str]:
+        """The user's own `hydra.x=y`, but for what makes it a sweep."""
+        ours = ("hydra/launcher", "hydra.launcher", "hydra/sweeper", "hydra.sweep", "hydra.mode")
+        return [
+            word for word in self.config.hydra.overrides.hydra if not word.lstrip("+~").startswith(ours)
+        ]
+
+
+def _application() -> list[str]:
+    """The words by which Python was started with the application, and Hydra's flags after them."""
+    import sys
+    from pathlib import Path
+
+    from allranks.config import split_flags
+
+    spec = sys.modules["__main__"].__spec__
+    start = [str(Path(sys.argv[0]).absolute())] if spec is None else ["-m", spec.name]
+    return [*start, *(word for word in split_flags(sys.argv[1:])[0] if word not in ("-m", "--multirun"))]
