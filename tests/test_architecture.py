@@ -75,7 +75,8 @@ ARROWS = {
 WITHOUT_TORCH = [
     "cli", "config", "errors", "rundir", "train", "components", "data.early", "data.mnist",
     "data.synthetic", "runtime.environment", "launch.allocation", "launch.machine", "launch.launchers",
-    "launch.command", "launch.dryrun", "launch.cli", "launch.runs", "launch.scheduler", "launch.script", "launch.submit",
+    "launch.command", "launch.dryrun", "launch.cli", "launch.runs", "launch.scheduler", "launch.script",
+    "launch.submit",
 ]  # fmt: skip
 MAY_PRINT = (
     "cli",
