@@ -137,7 +137,8 @@ def qsub(arguments):  # noqa: PLR0912 - a refusal each
     with (HOME / "log").open("a") as log:
         subprocess.Popen(
             [sys.executable, __file__, "mom", job["id"]], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            start_new_session=True, env={**os.environ, "PBS_STANDIN_PATH": os.environ["PATH"]},
+            start_new_session=True,  # nobody's child, and with nothing of the submitter's environment
+            env={"PBS_STANDIN": str(HOME), "PBS_STANDIN_PATH": os.environ["PATH"], "PATH": os.defpath},
         )  # fmt: skip
     print(job["id"])
 
@@ -159,7 +160,8 @@ def mom(job_id):
         if load(job_id)["state"] == "F":  # qdel
             return
     nodes = next((r for r in job["resources"] if r.startswith("select=")), "select=1")
-    if int(re.match(r"select=(\d+)", nodes)[1]) > 8:
+    cpus = re.search(r"ncpus=(\d+)", nodes)
+    if int(re.match(r"select=(\d+)", nodes)[1]) > 8 or (cpus and int(cpus[1]) > 1000):
         save(job | {"state": "Q", "comment": "Can Never Run: Insufficient amount of resource: vnode"})
         return
     if job["indices"] is None:

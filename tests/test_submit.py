@@ -1,0 +1,599 @@
+"""`allranks submit`, `runs` and `cancel`: PBS by a stand-in (tests/pbs_standin), Slurm the real one."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import pytest
+
+from allranks.errors import UserError
+from allranks.launch import scheduler
+from helpers import PYTHON, ROOT, SMALL, Run, execute, tree
+
+STANDIN = ROOT / "tests/pbs_standin"
+CLUSTER = ROOT.parent / "shared/cluster"
+ONE_EPOCH = (*SMALL, "trainer.epochs=1", "model.dropout=0")  # dropout is each rank's own
+needs_launch = pytest.mark.skipif(
+    importlib.util.find_spec("allranks.launch.supervise") is None, reason="allranks.launch.supervise is not there"
+)
+PBS = ("--machine", "generic_pbs", "--walltime", "00:05:00")
+ANSWER = "import os; print(os.environ['RANK'], os.environ.get('ANSWER'))"
+
+
+class Cluster:
+    """Runs `allranks` where the scheduler's commands are on PATH, in `folder`."""
+
+    def __init__(self, folder, env):
+        self.folder, self.env = folder, env
+
+    def allranks(self, *words, **more):
+        words = [PYTHON, "-m", "allranks", *words]
+        return execute(words, self.folder, {**self.env, **more}, timeout_s=60)
+
+    def submit(self, *words, **more):
+        """Its answer, as JSON."""
+        done = self.allranks("submit", "--json", *words, **more)
+        return json.loads(done.ok().out)
+
+    def refused(self, *words, **more):
+        done = self.allranks("submit", *words, **more)
+        assert done.code == 2, (done.out, done.err)
+        assert done.out == ""
+        return done.message
+
+    def rows(self, *words):
+        return [json.loads(line) for line in self.allranks("runs", "--json", *words).ok().out.splitlines()]
+
+    def until(self, *wanted, within_s=120, root="runs"):
+        """Waits until the runs are in these states; their rows."""
+        deadline = time.monotonic() + within_s
+        while True:
+            rows = self.rows(root)
+            if [row["state"] for row in rows] == list(wanted):
+                return rows
+            assert time.monotonic() < deadline, (rows, [p.read_text() for p in self.folder.rglob("job.log")])
+            time.sleep(0.3)
+
+
+class Standin(Cluster):
+    def job(self, job_id):
+        return json.loads((Path(self.env["PBS_STANDIN"]) / "jobs" / f"{job_id}.json").read_text())
+
+    def qdel(self, job_id):
+        subprocess.run([STANDIN / "qdel", job_id], env={**os.environ, **self.env}, timeout=20, check=False)
+
+
+@pytest.fixture
+def pbs(tmp_path):
+    """The stand-in for PBS; its jobs are ended with the test."""
+    folder, state = tmp_path / "work", tmp_path / "pbs"
+    folder.mkdir()
+    path = f"{STANDIN}:{os.environ['PATH']}"
+    here = {"PBS_STANDIN": str(state), "PATH": path, "PYTHONPATH": str(ROOT / "src")}
+    yield Standin(folder, here)
+    (state / "down").unlink(missing_ok=True)
+    jobs = [json.loads(p.read_text()) for p in state.glob("jobs/*.json")] if state.exists() else []
+    left = [job["id"] for job in jobs if job["state"] != "F"]
+    if left:
+        subprocess.run([STANDIN / "qdel", *left], env={**os.environ, **here}, timeout=60, check=False)
+
+
+# --- queueing ------------------------------------------------------------------------------------
+
+
+def test_a_job_is_queued_and_recorded(pbs):
+    done = pbs.allranks("submit", *PBS, "--ppn", "2", "--name", "try", "model=cnn", *ONE_EPOCH[:-1]).ok()
+    [run] = (pbs.folder / "runs/cnn").iterdir()
+    assert done.out.splitlines() == ["job        1.pbs", f"directory  {run}", f"follow     tail -F {run}/job.log"]
+    assert done.err == ""
+    record = json.loads((run / "job.json").read_text())
+    assert record["job_ids"] == ["1.pbs"]
+    assert record["order"]["walltime"] == "00:05:00"
+    assert "name: cnn" in (run / "config.yaml").read_text()
+    there = pbs.job("1.pbs")
+    assert Path(there["script"]).read_text() == (run / "job.sh").read_text()
+    assert (there["name"], there["queue"], there["output"]) == ("try", "workq", f"{run}/pbs.log")
+    assert there["resources"] == ["select=1:ncpus=2:mpiprocs=2", "walltime=00:05:00"]
+
+
+def test_the_sha256_in_the_record_is_that_of_the_frozen_configuration(pbs):
+    answer = pbs.submit(*PBS, *ONE_EPOCH)
+    config = Path(answer["directory"]) / "config.yaml"
+    told = json.loads((config.parent / "job.json").read_text())["config_sha256"]
+    assert subprocess.run(["sha256sum", config], capture_output=True, text=True, check=True).stdout.split()[0] == told
+
+
+def test_a_chain_waits_for_the_link_before(pbs):
+    answer = pbs.submit(*PBS, "--chain", "3", "--", PYTHON, "-c", "import time; time.sleep(30)")
+    assert answer["job_ids"] == ["1.pbs", "2.pbs", "3.pbs"]
+    assert [pbs.job(job_id)["after"] for job_id in answer["job_ids"]] == ["", "1.pbs", "2.pbs"]
+    assert len(list((pbs.folder / "runs").glob("*/*"))) == 1
+
+
+def test_a_sweep_is_one_array_with_a_directory_for_each_cell(pbs):
+    answer = pbs.submit(*PBS, "-m", *ONE_EPOCH, "optimizer.lr=0.1,0.01", "model.widths=[8],[16]")
+    assert answer["job_ids"] == ["1[].pbs"]
+    sweep = Path(answer["directory"])
+    cells = [json.loads(line) for line in (sweep / "cells.jsonl").read_text().splitlines()]
+    assert [cell["index"] for cell in cells] == [0, 1, 2, 3]
+    assert [cell["directory"] for cell in cells] == [f"{sweep}/{i}" for i in range(4)]
+    assert [cell["job_id"] for cell in cells] == [f"1[{i}].pbs" for i in range(4)]
+    assert {"optimizer.lr=0.01", "model.widths=[8]"} <= set(cells[2]["overrides"])
+    frozen = (sweep / "2/config.yaml").read_text()
+    assert "lr: 0.01" in frozen
+    assert "- 8" in frozen
+
+
+def test_a_sweep_of_one_cell_is_a_plain_job(pbs):
+    answer = pbs.submit(*PBS, "-m", "optimizer.lr=0.1", *ONE_EPOCH)
+    assert answer["job_ids"] == ["1.pbs"]
+    [cell] = [json.loads(line) for line in (Path(answer["directory"]) / "cells.jsonl").read_text().splitlines()]
+    assert cell["job_id"] == "1.pbs"
+    assert pbs.job("1.pbs")["output"] == f"{answer['directory']}/0/pbs.log"
+
+
+def test_a_program_has_a_run_directory_too(pbs):
+    (pbs.folder / "my app.py").write_text(ANSWER)
+    answer = pbs.submit(*PBS, "--", "python", "my app.py", "it's $x")
+    assert Path(answer["directory"]).parent == pbs.folder / "runs/my-app"
+    assert """-- python 'my app.py' 'it'"'"'s $x' &""" in (Path(answer["directory"]) / "job.sh").read_text()
+
+
+# --- jobs that run -------------------------------------------------------------------------------
+
+
+@needs_launch
+def test_a_queued_training_has_the_curve_of_one_by_hand(pbs, train, tmp_path):
+    pbs.submit(*PBS, "--ppn", "2", *ONE_EPOCH)
+    [row] = pbs.until("finished")
+    assert row["job_id"] == "1.pbs"
+    by_hand = train(*ONE_EPOCH, cwd=tmp_path / "hand").ok().run
+    mine = Run(pbs.folder / row["directory"])
+    assert mine.summary["world_size"] == 2
+    assert mine.losses == pytest.approx(by_hand.losses, rel=1e-5)
+    assert (row["epochs"], row["val/accuracy"]) == (1, mine.column("val/accuracy")[-1])
+    table = pbs.allranks("runs").ok().out.splitlines()
+    assert table[0].split() == ["state", "job", "epochs", "val/accuracy", "directory"]
+    assert table[1].split()[:3] == ["finished", "1.pbs", "1"]
+
+
+@needs_launch
+def test_the_second_link_finds_a_finished_run(pbs):
+    answer = pbs.submit(*PBS, "--ppn", "1", "--chain", "2", *ONE_EPOCH)
+    pbs.until("finished")
+    log = Path(answer["directory"]) / "job.log"
+    deadline = time.monotonic() + 30
+    while pbs.job("2.pbs")["state"] != "F":
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert pbs.job("2.pbs")["exit_status"] == 0
+    assert log.read_text().splitlines()[-1] == f"{answer['directory']} is finished: nothing is left to do"
+    assert len(Run(Path(answer["directory"])).metrics) == 1
+
+
+@needs_launch
+def test_the_next_link_goes_on_where_one_was_cut_short(pbs):
+    """Without a checkpoint to go on from it begins again, and its metrics are its own."""
+    long = ("trainer.epochs=400", *SMALL)
+    answer = pbs.submit(*PBS, "--ppn", "1", "--chain", "2", "--no-preflight", *long)
+    run = Path(answer["directory"])
+    deadline = time.monotonic() + 60
+    while not (run / "metrics.jsonl").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    pbs.qdel("1.pbs")
+    while not (run / "metrics-1.jsonl").exists() or not (run / "metrics.jsonl").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    [row] = pbs.rows()
+    assert (row["state"], row["job_id"]) == ("running", "2.pbs")
+    assert Run(run).metrics[0]["epoch"] == 1
+    assert pbs.allranks("cancel", str(run)).ok().out == f"cancelled 2.pbs of {run}\n"
+    assert pbs.until("ended early")
+
+
+@needs_launch
+def test_a_failed_cell_is_submitted_again_alone(pbs):
+    """A cell fails as long as its data are not there."""
+    (pbs.folder / "mine.py").write_text(
+        "from allranks.data.synthetic import *\nimport allranks.data.synthetic as s, pathlib\n"
+        "def digits(**kw):\n    if kw['seed'] == 8: pathlib.Path('there').read_text()\n    return s.digits(**kw)\n"
+    )
+    text = (ROOT / "conf/data/synthetic.yaml").read_text()
+    [function] = set(re.findall(r"_target_: allranks.data.synthetic.(\w+)", text))
+    own = (pbs.folder / "mine.py").read_text().replace("digits", function)
+    (pbs.folder / "mine.py").write_text(own)
+    more = (f"data.train._target_=mine.{function}", f"data.test._target_=mine.{function}", *ONE_EPOCH)
+    answer = pbs.submit(*PBS, "--ppn", "1", "--no-preflight", "-m", "data.train.seed=7,8", *more)
+    rows = pbs.until("finished", "failed (1)")
+    cell = rows[1]["directory"]
+    (pbs.folder / "there").touch()
+    assert "is finished" in pbs.refused("--cell", f"{answer['directory']}/0")
+    again = pbs.submit("--cell", cell, "--walltime", "00:07:00")
+    assert again["job_ids"] == ["2.pbs"]
+    assert "walltime=00:07:00" in pbs.job("2.pbs")["resources"]
+    assert [row["job_id"] for row in pbs.until("finished", "finished")] == ["1[0].pbs", "2.pbs"]
+
+
+@needs_launch
+def test_a_users_own_hydra_application(pbs):
+    (pbs.folder / "conf").mkdir()
+    (pbs.folder / "conf/config.yaml").write_text("lr: 0.1\n")
+    (pbs.folder / "app.py").write_text(
+        "import os, hydra\nfrom hydra.core.hydra_config import HydraConfig\n"
+        "@hydra.main(version_base=None, config_path='conf', config_name='config')\ndef main(cfg):\n"
+        "    rank, size = os.environ['RANK'], os.environ['WORLD_SIZE']\n"
+        "    open(f'{HydraConfig.get().runtime.output_dir}/{rank}-of-{size}', 'w').write(str(cfg.lr))\n"
+        "    if cfg.lr == 9: raise SystemExit(3)\nmain()\n"
+    )
+
+    def app(*words):
+        here = ["app.py", "-m", "hydra/launcher=allranks", "hydra.launcher.preflight=false", *words]
+        return execute([PYTHON, *here], pbs.folder, pbs.env, timeout_s=90)
+
+    app("hydra.launcher.ranks=2", "lr=1,2", "hydra.sweep.dir=sweep").ok()
+    results = [p for p in tree(pbs.folder / "sweep") if "-of-" in p]
+    assert results == ["0/0-of-2", "0/1-of-2", "1/0-of-2", "1/1-of-2"]
+    assert (pbs.folder / "sweep/1/1-of-2").read_text() == "2"
+    assert (pbs.folder / "sweep/1/.hydra/config.yaml").read_text() == "lr: 2\n"
+    failed = app("hydra.launcher.ranks=1", "lr=9,4", "hydra.sweep.dir=other")
+    assert failed.code == 1
+    assert "job 0 ended with exit code 3" in failed.err
+    assert (pbs.folder / "other/1/0-of-1").exists()  # one that fails does not keep the others from running
+    walltime = "hydra.launcher.walltime='00:05:00'"
+    app("hydra.launcher.machine=generic_pbs", walltime, "hydra.launcher.ppn=1", "lr=5,6", "hydra.sweep.dir=q").ok()
+    assert [row["job_id"] for row in pbs.until("finished", "finished")] == ["1.pbs", "2.pbs"]
+    assert (pbs.folder / "q/1/0-of-1").read_text() == "6"
+
+
+@needs_launch
+@pytest.mark.parametrize("name", ["debug", "two-nodes", "sweep", "chain"])
+def test_the_ready_pbs_scripts_run(pbs, name):
+    """As they are, but for the training, the resources that this host lacks, and who has installed allranks."""
+    (pbs.folder / "scripts/pbs").mkdir(parents=True)
+    (pbs.folder / ".venv/bin").mkdir(parents=True)
+    bin_ = Path(PYTHON).parent
+    (pbs.folder / ".venv/bin/activate").write_text(
+        f"export PATH={bin_}:{STANDIN}:$PATH PYTHONPATH={ROOT / 'src'} PBS_STANDIN={pbs.env['PBS_STANDIN']}\n"
+    )
+    path = pbs.folder / f"scripts/pbs/{name}.sh"
+    text = (ROOT / f"scripts/pbs/{name}.sh").read_text()
+    text = re.sub(r"mpiprocs=\d+:ngpus=\d+", "mpiprocs=1", text)
+    path.write_text(re.sub(r"^training=\(.*?\)", f"training=({' '.join(ONE_EPOCH)})", text, flags=re.M))
+    env = {**os.environ, **pbs.env}
+    done = subprocess.run(["qsub", path], cwd=pbs.folder, env=env, capture_output=True, text=True, timeout=30, check=True)
+    wanted = ["finished"] * (3 if name == "sweep" else 1)
+    deadline = time.monotonic() + 90
+    while not (pbs.folder / "runs").is_dir():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    rows = pbs.until(*wanted)
+    run = Run(pbs.folder / rows[0]["directory"])
+    assert run.summary["world_size"] == (2 if name == "two-nodes" else 1)
+    assert done.stdout.strip() == ("1[].pbs" if name == "sweep" else "1.pbs")
+    if name == "chain":
+        while not list(pbs.folder.glob("allranks-chain.o2")):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        while "is finished" not in (pbs.folder / "allranks-chain.o2").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+
+# --- dry run -------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_writes_nothing_asks_nobody_and_loads_no_torch(pbs):
+    forbidden = pbs.folder.parent / "forbidden"
+    forbidden.mkdir()
+    for name in ("qsub", "qstat", "sbatch", "squeue"):
+        (forbidden / name).write_text(f"#!/bin/sh\ntouch {forbidden}/asked\n")
+        (forbidden / name).chmod(0o755)
+    code = "import sys\nfrom allranks import cli\ntry: cli.main()\nfinally: print(*sys.modules, file=sys.stderr)"
+    for words in (["model=cnn"], ["--chain", "3"], ["-m", "optimizer.lr=0.1,0.2"], ["--", "python", "-V"]):
+        more = ["--machine", "aurora", "--nodes", "1", "--walltime", "00:30:00", "--account", "x", "--dry-run", *words]
+        env = {**pbs.env, "PATH": f"{forbidden}:{os.environ['PATH']}"}
+        done = execute([PYTHON, "-c", code, "submit", *more], pbs.folder, env).ok()
+        assert "#PBS -l select=1\n" in done.out
+        assert "12 ranks on 1 node of aurora" in done.out
+        assert "torch" not in done.err.split()
+        assert "allranks.launch.submit" in done.err.split()
+    assert tree(pbs.folder) == []
+    assert not (forbidden / "asked").exists()
+
+
+def test_a_dry_run_for_programs(pbs):
+    words = ("--machine", "frontier", "--walltime", "01:00:00", "--account", "x", "--chain", "2", "--dry-run", "--json")
+    told = json.loads(pbs.allranks("submit", *words, "model=cnn").ok().out)
+    assert told["submit"][0] == ["sbatch", "--parsable", told["script_path"]]
+    assert told["submit"][1][2:4] == ["--dependency=afterany:ID_OF_JOB_1", "--kill-on-invalid-dep=yes"]
+    assert told["script"].startswith("#!/bin/bash\n#SBATCH --job-name=cnn\n")
+    assert told["launch"]["world_size"] == 8
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+ALCF = ("--machine", "polaris", "--walltime", "00:30:00", "--account", "x")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--machine", "polari"], "machine=polari is not known"),
+        (["--machine", "polari"], "Did you mean polaris?"),
+        (["--machine", "local"], "machine=local has no scheduler"),
+        (["--machine", "generic_pbs"], "--walltime is mandatory on generic_pbs: add --walltime HH:MM:SS"),
+        (["--machine", "generic_pbs", "--walltime", "1h"], "--walltime 1h is not valid: give HH:MM:SS"),
+        (["--machine", "generic_pbs", "--walltime", "00:00:00"], "--walltime 00:00:00 is not valid"),
+        (["--machine", "generic_pbs", "--walltime", "00:60:00"], "--walltime 00:60:00 is not valid"),
+        (["--machine", "polaris", "--walltime", "00:30:00"], "--account is mandatory on polaris"),
+        ([*ALCF, "machine.filesystems=[]"], "--filesystems is mandatory on polaris"),
+        ([*ALCF, "--nodes", "3"], "nodes=3 does not fit queue debug of polaris"),
+        ([*ALCF, "--nodes", "3"], "These take 3: debug-scaling"),
+        ([*ALCF, "--walltime", "02:00:00"], "walltime=2 h is too long for 1 nodes in queue debug"),
+        ([*PBS, "--nodes", "0"], "--nodes 0 is not valid"),
+        ([*PBS, "-n", "0"], "-n 0 is not valid"),
+        ([*PBS, "-n", "1", "--nodes", "4"], "-n 1 is fewer than --nodes 4"),
+        ([*PBS, "--chain", "0"], "--chain 0 is not valid"),
+        ([*PBS, "--launcher", "mpirun"], "--launcher mpirun is not one of"),
+        ([*PBS, "--name", "a b"], "--name 'a b' is not valid"),
+        ([*PBS, "--name", "a/b"], "--name 'a/b' is not valid"),
+        ([*PBS, "--account", "a\nb"], "--account 'a\\nb' is not valid"),
+        ([*PBS, "--queue", "nono"], "Unknown queue"),
+        ([*PBS, "--queue", "nono"], "give another --queue"),
+        ([*PBS, "--after", "99.pbs"], "--after 99.pbs: PBS knows no such job"),
+        ([*PBS, "--after", "so; rm"], "--after so; rm: PBS knows no such job"),
+        ([*PBS, "--cell", "nowhere"], "--cell nowhere was never submitted"),
+        ([*PBS, "--chain", "2", "-m", "seed=1,2"], "--chain is for one run, -m for many"),
+        ([*PBS, "optimizer.lr=fast"], "optimizer.lr=fast is not valid"),
+        ([*PBS, "model=ccn"], "Did you mean cnn?"),
+        ([*PBS, "--", "python", "nowhere.py"], "The program nowhere.py is not found"),
+        ([*PBS, "--", "nowhere"], "The program nowhere is not found"),
+        ([*PBS, "--"], "No program stands after `--`"),
+        ([*PBS, "model=cnn", "--", "python", "-V"], "model=cnn stands before `--`"),
+        ([*PBS, "machine.submit.chunk=ncpus=1", "machine.submit.options=[-l ncpus=1]"], "cannot be used with"),
+    ],
+    ids=lambda value: " ".join(value[2:]) if isinstance(value, list) else None,
+)  # fmt: skip
+def test_bad_input_is_refused_and_leaves_nothing(pbs, words, said):
+    assert said in pbs.refused(*words)
+    assert [path for path in pbs.folder.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("place", ["/dev/shm", "/tmp"])
+def test_a_run_directory_that_only_one_node_sees(pbs, place):
+    message = pbs.refused(*PBS, "--nodes", "2", f"run.dir={place}/allranks-test-{os.getpid()}")
+    assert f"is in {place}, which each node has for itself" in message
+    assert not Path(f"{place}/allranks-test-{os.getpid()}").exists()
+
+
+def test_pbs_down(pbs):
+    Path(pbs.env["PBS_STANDIN"]).mkdir()
+    (Path(pbs.env["PBS_STANDIN"]) / "down").touch()
+    message = pbs.refused(*PBS)
+    assert "failed with exit code 162" in message
+    assert "cannot connect to server" in message
+    assert "the scheduler is down: try again later" in message
+    assert "exit code 255" in pbs.refused(*PBS, "--after", "1.pbs")
+
+
+def test_pbs_is_not_here(pbs):
+    message = pbs.refused(*PBS, PATH="/usr/bin:/bin")
+    assert "qsub is not found: work on a login node of a cluster with PBS" in message
+    assert [path for path in pbs.folder.rglob("*") if path.is_file()] == []
+
+
+def test_a_command_that_hangs_is_given_up(tmp_path, monkeypatch):
+    (tmp_path / "qsub").write_text("#!/bin/sh\nexec sleep 30\n")
+    (tmp_path / "qsub").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(scheduler, "LIMIT_S", 0.3)
+    start = time.monotonic()
+    with pytest.raises(scheduler.NoAnswer, match=r"does not answer within .* look for the job before you submit"):
+        scheduler.submit("pbs", "job.sh")
+    assert time.monotonic() - start < 5
+
+
+def test_a_chain_that_breaks_off_says_what_is_queued(pbs):
+    """qsub takes one job, and then the server goes down."""
+    real = STANDIN / "qsub"
+    wrapper = pbs.folder.parent / "bin"
+    wrapper.mkdir()
+    (wrapper / "qsub").write_text(f'#!/bin/sh\n{real} "$@"; code=$?; touch "$PBS_STANDIN/down"; exit $code\n')
+    (wrapper / "qsub").chmod(0o755)
+    (wrapper / "qstat").write_text(f'#!/bin/sh\nrm -f "$PBS_STANDIN/down"; {STANDIN}/qstat "$@"; code=$?\n'
+                                   'touch "$PBS_STANDIN/down"; exit $code\n')  # fmt: skip
+    (wrapper / "qstat").chmod(0o755)
+    program = ("--", PYTHON, "-c", "import time; time.sleep(20)")
+    message = pbs.refused(*PBS, "--chain", "3", *program, PATH=f"{wrapper}:{pbs.env['PATH']}")
+    assert message.endswith(": 1.pbs.")
+    assert "Queued until then" in message
+    [record] = pbs.folder.rglob("job.json")
+    assert json.loads(record.read_text())["job_ids"] == ["1.pbs"]
+
+
+def test_a_run_that_still_has_a_job_is_not_submitted_again(pbs):
+    answer = pbs.submit(*PBS, "--", PYTHON, "-c", "import time; time.sleep(20)")
+    assert "still has a job (1.pbs" in pbs.refused("--cell", answer["directory"])
+    assert "configuration is frozen" in pbs.refused("--cell", answer["directory"], "seed=2")
+    after = pbs.submit("--cell", answer["directory"], "--after", "1.pbs")
+    assert pbs.job(after["job_ids"][0])["after"] == "1.pbs"
+
+
+def test_cancel_refuses_what_has_no_job(pbs):
+    (pbs.folder / "x").mkdir()
+    assert "has no job.json" in pbs.allranks("cancel", "x").message
+    assert "runs is no folder" in pbs.allranks("runs").message
+
+
+def test_runs_are_shown_though_pbs_is_down(pbs):
+    pbs.submit(*PBS, "--", PYTHON, "-c", "import time; time.sleep(20)")
+    (Path(pbs.env["PBS_STANDIN"]) / "down").touch()
+    done = pbs.allranks("runs")
+    assert done.code == 0
+    assert "cannot connect" in done.message
+    assert "not known" in done.out
+
+
+def test_a_job_that_can_never_run_is_shown_as_such(pbs):
+    pbs.submit(*PBS, "machine.submit.chunk=ncpus=5000", "--", PYTHON, "-V")
+    pbs.until("queued (Can Never Run)")
+
+
+# --- a real Slurm --------------------------------------------------------------------------------
+
+USER = "tester"
+
+
+def slurm_answers():
+    if shutil.which("scontrol") is None:
+        return False
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        done = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, timeout=20, check=False)
+        return "UP" in done.stdout
+    return True  # there, but stuck: not ours to touch
+
+
+class Slurm(Cluster):
+    """`allranks` as a plain user on a login node, with a Python that this user can read."""
+
+    def __init__(self, folder, env, python):
+        super().__init__(folder, env)
+        self.python = python
+
+    def run(self, *argv, **more):
+        words = [CLUSTER / "slurm-as", USER, "env", *(f"{k}={v}" for k, v in {**self.env, **more}.items()), *argv]
+        return execute([str(word) for word in words], self.folder, {"D": str(self.folder)}, timeout_s=120)
+
+    def allranks(self, *words, **more):
+        return self.run(self.python, "-m", "allranks", *words, **more)
+
+
+@pytest.fixture(scope="module")
+def a_slurm():
+    """Two nodes, brought up for these tests and down again; (Python, PYTHONPATH) for the plain user."""
+    if os.geteuid() != 0 or not (CLUSTER / "slurm-up").exists():
+        pytest.skip("needs root and ../shared/cluster/slurm-up")
+    if importlib.util.find_spec("allranks.launch.supervise") is None:
+        pytest.skip("allranks.launch.supervise is not there")
+    if slurm_answers():
+        pytest.skip("a Slurm is running here already, and is somebody else's")
+    setting = {"SL_NODES": "2", "SL_CPUS": "32", "SL_GPUS": "4", "SL_REQUEUE": "5", "SL_KILLWAIT": "5"}
+    try:
+        up = subprocess.run([CLUSTER / "slurm-up"], env={**os.environ, **setting}, cwd="/", timeout=300,
+                            capture_output=True, text=True, check=False)  # fmt: skip
+        if up.returncode:
+            pytest.skip(f"slurm-up failed: {up.stderr[-300:]}")
+        packages = sysconfig.get_path("purelib")
+        system = f"/usr/bin/python3.{sys.version_info.minor}"
+        for python, path in ((PYTHON, f"{ROOT}/src"), (system, f"{ROOT}/src:{packages}")):
+            words = [CLUSTER / "slurm-as", USER, "env", f"PYTHONPATH={path}", python, "-c", "import allranks, torch"]
+            if subprocess.run(words, capture_output=True, timeout=100, check=False).returncode == 0:
+                yield python, path
+                return
+        pytest.skip(f"the user {USER} can read no Python with torch and this repository")
+    finally:
+        subprocess.run([CLUSTER / "slurm-down", "--clean"], cwd="/", timeout=120, capture_output=True, check=False)
+
+
+@pytest.fixture
+def slurm(a_slurm):
+    python, path = a_slurm
+    home = Path(f"~{USER}").expanduser()
+    folder = home / f"allranks-test-{os.getpid()}-{time.monotonic_ns()}"
+    folder.mkdir()
+    shutil.chown(folder, USER)
+    yield Slurm(folder, {"PYTHONPATH": path}, python)
+    subprocess.run(["scancel", "-u", USER], timeout=30, check=False)
+    deadline = time.monotonic() + 30
+    while subprocess.run(["squeue", "-h"], capture_output=True, timeout=30, check=False).stdout:
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+    shutil.rmtree(folder)
+
+
+SLURM = ("--machine", "generic_slurm", "--walltime", "00:05:00")
+
+
+def test_slurm_two_nodes_give_the_curve_of_one_process(slurm, train):
+    slurm.submit(*SLURM, "--nodes", "2", "--ppn", "2", *ONE_EPOCH)
+    [row] = slurm.until("finished")
+    mine = Run(slurm.folder / row["directory"])
+    assert {rank["host"] for rank in mine.environment["ranks"]} == {"n1", "n2"}
+    assert mine.summary["world_size"] == 4
+    assert mine.losses == pytest.approx(train(*ONE_EPOCH).ok().run.losses, rel=1e-5)
+    assert stat.S_IMODE((mine.path / "job.log").stat().st_mode) == 0o644
+
+
+def test_slurm_values_arrive_unchanged_and_the_exit_code_comes_back(slurm):
+    odd = slurm.folder / "it's a $x, \"q\" \\b %j é"
+    odd.mkdir()
+    shutil.chown(odd, USER)
+    slurm.folder, folder = odd, slurm.folder
+    nasty = ["it's", "a b", "$HOME", "x,y", "b\\s", '"q"', "*", ""]
+    code = "import os, sys; print(sys.argv[1:], os.environ['ODD']); sys.exit(7)"
+    over = "machine.variables.ODD='a \"b\", $c \\d'"
+    answer = slurm.submit(*SLURM, "--ppn", "1", over, "--", slurm.python, "-c", code, *nasty)
+    slurm.until("failed (7)")
+    log = (Path(answer["directory"]) / "job.log").read_text()
+    assert f"{nasty} a \"b\", $c \\d\n" in log
+    assert "ended with exit code 7" in log
+    slurm.folder = folder
+
+
+def test_slurm_array_chain_and_cancel(slurm):
+    array = slurm.submit(*SLURM, "--ppn", "1", "--no-preflight", "-m", "optimizer.lr=0.1,0.01", *ONE_EPOCH)
+    rows = slurm.until("finished", "finished")
+    [job_id] = array["job_ids"]
+    assert [row["job_id"] for row in rows] == [f"{job_id}_0", f"{job_id}_1"]
+    chain = slurm.submit(*SLURM, "--ppn", "1", "--chain", "2", "--", slurm.python, "-c", "import time; time.sleep(60)")
+    run = chain["directory"]
+    deadline = time.monotonic() + 60
+    while slurm.rows(run)[0]["state"] != "running":
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+    assert slurm.allranks("cancel", run).ok().out == f"cancelled {', '.join(chain['job_ids'])} of {run}\n"
+    while (state := slurm.rows(run)[0]["state"]) in ("running", "completing", "queued"):
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+    assert state.startswith(("failed", "ended"))
+
+
+def test_slurm_refusals(slurm):
+    assert "SLURM knows no such job" in slurm.refused(*SLURM, "--after", "4242")
+    assert "give another --queue" in slurm.refused(*SLURM, "--queue", "nono")
+    slurm.submit(*SLURM, "--nodes", "5", "--ppn", "1", "--", slurm.python, "-V")
+    [row] = slurm.rows()
+    assert row["state"].startswith("queued (")
+
+
+@pytest.mark.parametrize("name", ["debug", "two-nodes", "sweep", "chain"])
+def test_the_ready_slurm_scripts_run(slurm, name):
+    """As they are, but for the training and who has installed allranks."""
+    (slurm.folder / ".venv/bin").mkdir(parents=True)
+    allranks = slurm.folder / ".venv/bin/allranks"
+    allranks.write_text(f'#!/bin/sh\nexec {slurm.python} -m allranks "$@"\n')
+    allranks.chmod(0o755)
+    paths = f"PATH={allranks.parent}:$PATH PYTHONPATH={slurm.env['PYTHONPATH']}"
+    (slurm.folder / ".venv/bin/activate").write_text(f"export {paths}\n")
+    (slurm.folder / "scripts/slurm").mkdir(parents=True)
+    path = slurm.folder / f"scripts/slurm/{name}.sh"
+    text = (ROOT / f"scripts/slurm/{name}.sh").read_text().replace("--ntasks-per-node=4", "--ntasks-per-node=2")
+    path.write_text(re.sub(r"^training=\(.*?\)", f"training=({' '.join(ONE_EPOCH)})", text, flags=re.M))
+    slurm.run("sbatch", path).ok()
+    deadline = time.monotonic() + 60
+    while not (slurm.folder / "runs").is_dir():
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+    rows = slurm.until(*["finished"] * (3 if name == "sweep" else 1))
+    size = {"debug": 1, "two-nodes": 4, "sweep": 2, "chain": 2}[name]
+    assert {Run(slurm.folder / row["directory"]).summary["world_size"] for row in rows} == {size}
