@@ -285,6 +285,6 @@ OVERRIDES = st.sampled_from(["seed=1", "model=cnn", "+a.b=[1,2]", "~x", "job"])
 
 @given(st.lists(st.one_of(FLAGS, OVERRIDES.map(lambda word: [word])), max_size=6))
 def test_flags_and_overrides_may_be_mixed(words):
-    flags, overrides = configs._split([part for word in words for part in word])
+    flags, overrides = configs.split_flags([part for word in words for part in word])
     assert flags == [part for word in words if word[0].startswith("-") for part in word]
     assert overrides == [word[0] for word in words if not word[0].startswith("-")]

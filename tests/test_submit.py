@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from allranks.errors import UserError
 from allranks.launch import scheduler
 from helpers import PYTHON, ROOT, SMALL, Run, execute, tree
 
@@ -219,7 +218,8 @@ def test_a_failed_cell_is_submitted_again_alone(pbs):
     """A cell fails as long as its data are not there."""
     (pbs.folder / "mine.py").write_text(
         "from allranks.data.synthetic import *\nimport allranks.data.synthetic as s, pathlib\n"
-        "def digits(**kw):\n    if kw['seed'] == 8: pathlib.Path('there').read_text()\n    return s.digits(**kw)\n"
+        "def digits(**kw):\n    if kw['seed'] == 8: pathlib.Path('there').read_text()\n"
+        "    return s.digits(**kw)\n"
     )
     text = (ROOT / "conf/data/synthetic.yaml").read_text()
     [function] = set(re.findall(r"_target_: allranks.data.synthetic.(\w+)", text))
@@ -277,12 +277,13 @@ def test_a_users_own_hydra_application(pbs):
 @needs_launch
 @pytest.mark.parametrize("name", ["debug", "two-nodes", "sweep", "chain"])
 def test_the_ready_pbs_scripts_run(pbs, name):
-    """As they are, but for the training, the resources that this host lacks, and who has installed allranks."""
+    """As they are, but for the training, resources that this host lacks, and who installed allranks."""
     (pbs.folder / "scripts/pbs").mkdir(parents=True)
     (pbs.folder / ".venv/bin").mkdir(parents=True)
     bin_ = Path(PYTHON).parent
     (pbs.folder / ".venv/bin/activate").write_text(
-        f"export PATH={bin_}:{STANDIN}:$PATH PYTHONPATH={ROOT / 'src'} PBS_STANDIN={pbs.env['PBS_STANDIN']}\n"
+        f"export PATH={bin_}:{STANDIN}:$PATH PYTHONPATH={ROOT / 'src'}\n"
+        f"export PBS_STANDIN={pbs.env['PBS_STANDIN']}\n"
     )
     path = pbs.folder / f"scripts/pbs/{name}.sh"
     text = (ROOT / f"scripts/pbs/{name}.sh").read_text()
@@ -319,7 +320,8 @@ def test_a_dry_run_writes_nothing_asks_nobody_and_loads_no_torch(pbs):
     for name in ("qsub", "qstat", "sbatch", "squeue"):
         (forbidden / name).write_text(f"#!/bin/sh\ntouch {forbidden}/asked\n")
         (forbidden / name).chmod(0o755)
-    code = "import sys\nfrom allranks import cli\ntry: cli.main()\nfinally: print(*sys.modules, file=sys.stderr)"
+    code = "import sys\nfrom allranks import cli\n"
+    code += "try: cli.main()\nfinally: print(*sys.modules, file=sys.stderr)"
     for words in (["model=cnn"], ["--chain", "3"], ["-m", "optimizer.lr=0.1,0.2"], ["--", "python", "-V"]):
         more = [
             "--machine",
@@ -403,7 +405,10 @@ ALCF = ("--machine", "polaris", "--walltime", "00:30:00", "--account", "x")
         ([*PBS, "--", "nowhere"], "The program nowhere is not found"),
         ([*PBS, "--"], "No program stands after `--`"),
         ([*PBS, "model=cnn", "--", "python", "-V"], "model=cnn stands before `--`"),
-        ([*PBS, "machine.submit.chunk=ncpus=1", "machine.submit.options=[-l ncpus=1]"], "cannot be used with"),
+        (
+            [*PBS, "machine.submit.chunk=ncpus=1", "machine.submit.options=[-l ncpus=1]"],
+            "cannot be used with",
+        ),
     ],
     ids=lambda value: " ".join(value[2:]) if isinstance(value, list) else None,
 )  # fmt: skip
