@@ -22,7 +22,21 @@ from helpers import PYTHON, ROOT
 
 MACHINES = [name for name in machine.available() if machine.load(name).scheduler != "local"]
 READY = sorted([*ROOT.glob("scripts/pbs/*.sh"), *ROOT.glob("scripts/slurm/*.sh")])
-NASTY = ["it's", "a b", '"q"', "x,y", "$HOME", "`id`", "back\\slash", "*", "", "line\nbreak", "é", "--", "#"]
+NASTY = [
+    "it's",
+    "a b",
+    '"q"',
+    "x,y",
+    "$HOME",
+    "`id`",
+    "back\\slash",
+    "*",
+    "",
+    "line\nbreak",
+    "é",
+    "--",
+    "#",
+]
 
 
 def order(name, nodes=1, **more):
@@ -51,7 +65,11 @@ def shellcheck(*paths):
 def test_every_machine_renders_sound_scripts(name, tmp_path):
     paths = []
     for nodes in (1, 2, 512):
-        for kind, more in (("run", {}), ("program", {"program": ["python", *NASTY]}), ("array", {"cells": 3})):
+        for kind, more in (
+            ("run", {}),
+            ("program", {"program": ["python", *NASTY]}),
+            ("array", {"cells": 3}),
+        ):
             path = tmp_path / f"{nodes}-{kind}.sh"
             path.write_text(rendered(name, nodes, **more))
             subprocess.run(["bash", "-n", path], check=True, timeout=20)
@@ -225,7 +243,7 @@ def test_a_pbs_job_gets_its_directory_deadline_umask_and_log(job):
 
 @pytest.mark.parametrize("name", ["polaris", "perlmutter"])
 def test_values_arrive_unchanged(job, name):
-    made = job(name, program=["prog", *NASTY], directory="it's a $x, \"q\" \\b é %j")
+    made = job(name, program=["prog", *NASTY], directory='it\'s a $x, "q" \\b é %j')
     assert made.do() == 0, (made.run / "job.log").read_text()
     argv = made.note["argv"]
     assert argv[argv.index("--run") + 1] == str(made.run)
@@ -234,14 +252,22 @@ def test_values_arrive_unchanged(job, name):
 
 
 def test_options_of_the_launch_arrive_unchanged():
-    asked = Order("polaris", 2, ranks=6, launcher="mpiexec", preflight=False, machine_overrides=("machine.x='a b'",))
-    words = shlex.split(script.render(asked, machine.load("polaris"), "/fs/r").partition(" launch ")[2].split(" &\n")[0])
-    assert words == ["--machine", "polaris", "--nodes", "2", "-n", "6", "--launcher", "mpiexec", "--no-preflight",
-                     "machine.x='a b'", "--run", "$run"]  # fmt: skip
+    asked = Order(
+        "polaris", 2, ranks=6, launcher="mpiexec", preflight=False, machine_overrides=("machine.x='a b'",)
+    )
+    words = shlex.split(
+        script.render(asked, machine.load("polaris"), "/fs/r").partition(" launch ")[2].split(" &\n")[0]
+    )
+    assert words == [
+        "--machine", "polaris", "--nodes", "2", "-n", "6", "--launcher", "mpiexec", "--no-preflight",
+        "machine.x='a b'", "--run", "$run",
+    ]  # fmt: skip
 
 
 def test_the_submitters_python_paths_come_first(job):
-    made = job("polaris", machine_setup=["export PYTHONPATH=/site"], environ={"PYTHONPATH": "/my own:/other"})
+    made = job(
+        "polaris", machine_setup=["export PYTHONPATH=/site"], environ={"PYTHONPATH": "/my own:/other"}
+    )
     assert made.do() == 0
     assert made.note["env"]["PYTHONPATH"] == "/my own:/other:/site"
 

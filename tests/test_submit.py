@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from allranks.errors import UserError
 from allranks.launch import scheduler
 from helpers import PYTHON, ROOT, SMALL, Run, execute, tree
 
@@ -23,7 +22,8 @@ STANDIN = ROOT / "tests/pbs_standin"
 CLUSTER = ROOT.parent / "shared/cluster"
 ONE_EPOCH = (*SMALL, "trainer.epochs=1", "model.dropout=0")  # dropout is each rank's own
 needs_launch = pytest.mark.skipif(
-    importlib.util.find_spec("allranks.launch.supervise") is None, reason="allranks.launch.supervise is not there"
+    importlib.util.find_spec("allranks.launch.supervise") is None,
+    reason="allranks.launch.supervise is not there",
 )
 PBS = ("--machine", "generic_pbs", "--walltime", "00:05:00")
 ANSWER = "import os; print(os.environ['RANK'], os.environ.get('ANSWER'))"
@@ -60,7 +60,10 @@ class Cluster:
             rows = self.rows(root)
             if [row["state"] for row in rows] == list(wanted):
                 return rows
-            assert time.monotonic() < deadline, (rows, [p.read_text() for p in self.folder.rglob("job.log")])
+            assert time.monotonic() < deadline, (
+                rows,
+                [p.read_text() for p in self.folder.rglob("job.log")],
+            )
             time.sleep(0.3)
 
 
@@ -93,7 +96,11 @@ def pbs(tmp_path):
 def test_a_job_is_queued_and_recorded(pbs):
     done = pbs.allranks("submit", *PBS, "--ppn", "2", "--name", "try", "model=cnn", *ONE_EPOCH[:-1]).ok()
     [run] = (pbs.folder / "runs/cnn").iterdir()
-    assert done.out.splitlines() == ["job        1.pbs", f"directory  {run}", f"follow     tail -F {run}/job.log"]
+    assert done.out.splitlines() == [
+        "job        1.pbs",
+        f"directory  {run}",
+        f"follow     tail -F {run}/job.log",
+    ]
     assert done.err == ""
     record = json.loads((run / "job.json").read_text())
     assert record["job_ids"] == ["1.pbs"]
@@ -109,7 +116,10 @@ def test_the_sha256_in_the_record_is_that_of_the_frozen_configuration(pbs):
     answer = pbs.submit(*PBS, *ONE_EPOCH)
     config = Path(answer["directory"]) / "config.yaml"
     told = json.loads((config.parent / "job.json").read_text())["config_sha256"]
-    assert subprocess.run(["sha256sum", config], capture_output=True, text=True, check=True).stdout.split()[0] == told
+    assert (
+        subprocess.run(["sha256sum", config], capture_output=True, text=True, check=True).stdout.split()[0]
+        == told
+    )
 
 
 def test_a_chain_waits_for_the_link_before(pbs):
@@ -136,7 +146,9 @@ def test_a_sweep_is_one_array_with_a_directory_for_each_cell(pbs):
 def test_a_sweep_of_one_cell_is_a_plain_job(pbs):
     answer = pbs.submit(*PBS, "-m", "optimizer.lr=0.1", *ONE_EPOCH)
     assert answer["job_ids"] == ["1.pbs"]
-    [cell] = [json.loads(line) for line in (Path(answer["directory"]) / "cells.jsonl").read_text().splitlines()]
+    [cell] = [
+        json.loads(line) for line in (Path(answer["directory"]) / "cells.jsonl").read_text().splitlines()
+    ]
     assert cell["job_id"] == "1.pbs"
     assert pbs.job("1.pbs")["output"] == f"{answer['directory']}/0/pbs.log"
 
@@ -205,8 +217,8 @@ def test_the_next_link_goes_on_where_one_was_cut_short(pbs):
 def test_a_failed_cell_is_submitted_again_alone(pbs):
     """A cell fails as long as its data are not there."""
     (pbs.folder / "mine.py").write_text(
-        "from allranks.data.synthetic import *\nimport allranks.data.synthetic as s, pathlib\n"
-        "def digits(**kw):\n    if kw['seed'] == 8: pathlib.Path('there').read_text()\n    return s.digits(**kw)\n"
+        "import allranks.data.synthetic as s, pathlib\ndef digits(**kw):\n"
+        "    if kw['seed'] == 8: pathlib.Path('there').read_text()\n    return s.digits(**kw)\n"
     )
     text = (ROOT / "conf/data/synthetic.yaml").read_text()
     [function] = set(re.findall(r"_target_: allranks.data.synthetic.(\w+)", text))
@@ -222,6 +234,23 @@ def test_a_failed_cell_is_submitted_again_alone(pbs):
     assert again["job_ids"] == ["2.pbs"]
     assert "walltime=00:07:00" in pbs.job("2.pbs")["resources"]
     assert [row["job_id"] for row in pbs.until("finished", "finished")] == ["1[0].pbs", "2.pbs"]
+
+
+@needs_launch
+def test_the_same_sweep_here_and_now(pbs):
+    """One cell after another, in the same directories, whether or not one fails."""
+    words = ("-n", "2", "--no-preflight", "-m", *ONE_EPOCH, "optimizer.lr=0.1,0.01", "run.dir=here")
+    pbs.allranks("launch", *words).ok()
+    cells = [json.loads(line) for line in (pbs.folder / "here/cells.jsonl").read_text().splitlines()]
+    assert [cell["directory"] for cell in cells] == [f"{pbs.folder}/here/{i}" for i in range(2)]
+    assert [Run(Path(cell["directory"])).column("lr") for cell in cells] == [[0.1], [0.01]]
+    again = pbs.allranks("launch", "--run", "here/1").ok()
+    assert again.out == f"{pbs.folder}/here/1 is finished: nothing is left to do\n"
+    failing = ("-n", "1", "--no-preflight", "-m", "run.dir=bad", "data.train.count=1599,1600")
+    done = pbs.allranks("launch", *failing, *(word for word in ONE_EPOCH if "train.count" not in word))
+    assert done.code != 0
+    assert (pbs.folder / "bad/1/summary.json").exists()
+    assert not (pbs.folder / "bad/0/summary.json").exists()
 
 
 @needs_launch
@@ -250,7 +279,13 @@ def test_a_users_own_hydra_application(pbs):
     assert "job 0 ended with exit code 3" in failed.err
     assert (pbs.folder / "other/1/0-of-1").exists()  # one that fails does not keep the others from running
     walltime = "hydra.launcher.walltime='00:05:00'"
-    app("hydra.launcher.machine=generic_pbs", walltime, "hydra.launcher.ppn=1", "lr=5,6", "hydra.sweep.dir=q").ok()
+    app(
+        "hydra.launcher.machine=generic_pbs",
+        walltime,
+        "hydra.launcher.ppn=1",
+        "lr=5,6",
+        "hydra.sweep.dir=q",
+    ).ok()
     assert [row["job_id"] for row in pbs.until("finished", "finished")] == ["1.pbs", "2.pbs"]
     assert (pbs.folder / "q/1/0-of-1").read_text() == "6"
 
@@ -258,19 +293,22 @@ def test_a_users_own_hydra_application(pbs):
 @needs_launch
 @pytest.mark.parametrize("name", ["debug", "two-nodes", "sweep", "chain"])
 def test_the_ready_pbs_scripts_run(pbs, name):
-    """As they are, but for the training, the resources that this host lacks, and who has installed allranks."""
+    """As they are, but for the training, what this host lacks, and who has installed allranks."""
     (pbs.folder / "scripts/pbs").mkdir(parents=True)
     (pbs.folder / ".venv/bin").mkdir(parents=True)
     bin_ = Path(PYTHON).parent
     (pbs.folder / ".venv/bin/activate").write_text(
-        f"export PATH={bin_}:{STANDIN}:$PATH PYTHONPATH={ROOT / 'src'} PBS_STANDIN={pbs.env['PBS_STANDIN']}\n"
+        f"export PATH={bin_}:{STANDIN}:$PATH PYTHONPATH={ROOT / 'src'}\n"
+        f"export PBS_STANDIN={pbs.env['PBS_STANDIN']}\n"
     )
     path = pbs.folder / f"scripts/pbs/{name}.sh"
     text = (ROOT / f"scripts/pbs/{name}.sh").read_text()
     text = re.sub(r"mpiprocs=\d+:ngpus=\d+", "mpiprocs=1", text)
     path.write_text(re.sub(r"^training=\(.*?\)", f"training=({' '.join(ONE_EPOCH)})", text, flags=re.M))
     env = {**os.environ, **pbs.env}
-    done = subprocess.run(["qsub", path], cwd=pbs.folder, env=env, capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run(
+        ["qsub", path], cwd=pbs.folder, env=env, capture_output=True, text=True, timeout=30, check=True
+    )
     wanted = ["finished"] * (3 if name == "sweep" else 1)
     deadline = time.monotonic() + 90
     while not (pbs.folder / "runs").is_dir():
@@ -298,9 +336,21 @@ def test_a_dry_run_writes_nothing_asks_nobody_and_loads_no_torch(pbs):
     for name in ("qsub", "qstat", "sbatch", "squeue"):
         (forbidden / name).write_text(f"#!/bin/sh\ntouch {forbidden}/asked\n")
         (forbidden / name).chmod(0o755)
-    code = "import sys\nfrom allranks import cli\ntry: cli.main()\nfinally: print(*sys.modules, file=sys.stderr)"
+    code = "import sys\nfrom allranks import cli\ntry: cli.main()\n"
+    code += "finally: print(*sys.modules, file=sys.stderr)"
     for words in (["model=cnn"], ["--chain", "3"], ["-m", "optimizer.lr=0.1,0.2"], ["--", "python", "-V"]):
-        more = ["--machine", "aurora", "--nodes", "1", "--walltime", "00:30:00", "--account", "x", "--dry-run", *words]
+        more = [
+            "--machine",
+            "aurora",
+            "--nodes",
+            "1",
+            "--walltime",
+            "00:30:00",
+            "--account",
+            "x",
+            "--dry-run",
+            *words,
+        ]
         env = {**pbs.env, "PATH": f"{forbidden}:{os.environ['PATH']}"}
         done = execute([PYTHON, "-c", code, "submit", *more], pbs.folder, env).ok()
         assert "#PBS -l select=1\n" in done.out
@@ -312,7 +362,18 @@ def test_a_dry_run_writes_nothing_asks_nobody_and_loads_no_torch(pbs):
 
 
 def test_a_dry_run_for_programs(pbs):
-    words = ("--machine", "frontier", "--walltime", "01:00:00", "--account", "x", "--chain", "2", "--dry-run", "--json")
+    words = (
+        "--machine",
+        "frontier",
+        "--walltime",
+        "01:00:00",
+        "--account",
+        "x",
+        "--chain",
+        "2",
+        "--dry-run",
+        "--json",
+    )
     told = json.loads(pbs.allranks("submit", *words, "model=cnn").ok().out)
     assert told["submit"][0] == ["sbatch", "--parsable", told["script_path"]]
     assert told["submit"][1][2:4] == ["--dependency=afterany:ID_OF_JOB_1", "--kill-on-invalid-dep=yes"]
@@ -360,7 +421,7 @@ ALCF = ("--machine", "polaris", "--walltime", "00:30:00", "--account", "x")
         ([*PBS, "--", "nowhere"], "The program nowhere is not found"),
         ([*PBS, "--"], "No program stands after `--`"),
         ([*PBS, "model=cnn", "--", "python", "-V"], "model=cnn stands before `--`"),
-        ([*PBS, "machine.submit.chunk=ncpus=1", "machine.submit.options=[-l ncpus=1]"], "cannot be used with"),
+        ([*PBS, "machine.submit.options=[-l ncpus=1]"], "cannot be used with"),
     ],
     ids=lambda value: " ".join(value[2:]) if isinstance(value, list) else None,
 )  # fmt: skip
@@ -398,7 +459,9 @@ def test_a_command_that_hangs_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(scheduler, "LIMIT_S", 0.3)
     start = time.monotonic()
-    with pytest.raises(scheduler.NoAnswer, match=r"does not answer within .* look for the job before you submit"):
+    with pytest.raises(
+        scheduler.NoAnswer, match=r"does not answer within .* look for the job before you submit"
+    ):
         scheduler.submit("pbs", "job.sh")
     assert time.monotonic() - start < 5
 
@@ -408,7 +471,9 @@ def test_a_chain_that_breaks_off_says_what_is_queued(pbs):
     real = STANDIN / "qsub"
     wrapper = pbs.folder.parent / "bin"
     wrapper.mkdir()
-    (wrapper / "qsub").write_text(f'#!/bin/sh\n{real} "$@"; code=$?; touch "$PBS_STANDIN/down"; exit $code\n')
+    (wrapper / "qsub").write_text(
+        f'#!/bin/sh\n{real} "$@"; code=$?; touch "$PBS_STANDIN/down"; exit $code\n'
+    )
     (wrapper / "qsub").chmod(0o755)
     (wrapper / "qstat").write_text(f'#!/bin/sh\nrm -f "$PBS_STANDIN/down"; {STANDIN}/qstat "$@"; code=$?\n'
                                    'touch "$PBS_STANDIN/down"; exit $code\n')  # fmt: skip
@@ -471,7 +536,13 @@ class Slurm(Cluster):
         self.python = python
 
     def run(self, *argv, **more):
-        words = [CLUSTER / "slurm-as", USER, "env", *(f"{k}={v}" for k, v in {**self.env, **more}.items()), *argv]
+        words = [
+            CLUSTER / "slurm-as",
+            USER,
+            "env",
+            *(f"{k}={v}" for k, v in {**self.env, **more}.items()),
+            *argv,
+        ]
         return execute([str(word) for word in words], self.folder, {"D": str(self.folder)}, timeout_s=120)
 
     def allranks(self, *words, **more):
@@ -496,13 +567,23 @@ def a_slurm():
         packages = sysconfig.get_path("purelib")
         system = f"/usr/bin/python3.{sys.version_info.minor}"
         for python, path in ((PYTHON, f"{ROOT}/src"), (system, f"{ROOT}/src:{packages}")):
-            words = [CLUSTER / "slurm-as", USER, "env", f"PYTHONPATH={path}", python, "-c", "import allranks, torch"]
+            words = [
+                CLUSTER / "slurm-as",
+                USER,
+                "env",
+                f"PYTHONPATH={path}",
+                python,
+                "-c",
+                "import allranks, torch",
+            ]
             if subprocess.run(words, capture_output=True, timeout=100, check=False).returncode == 0:
                 yield python, path
                 return
         pytest.skip(f"the user {USER} can read no Python with torch and this repository")
     finally:
-        subprocess.run([CLUSTER / "slurm-down", "--clean"], cwd="/", timeout=120, capture_output=True, check=False)
+        subprocess.run(
+            [CLUSTER / "slurm-down", "--clean"], cwd="/", timeout=120, capture_output=True, check=False
+        )
 
 
 @pytest.fixture
@@ -535,7 +616,7 @@ def test_slurm_two_nodes_give_the_curve_of_one_process(slurm, train):
 
 
 def test_slurm_values_arrive_unchanged_and_the_exit_code_comes_back(slurm):
-    odd = slurm.folder / "it's a $x, \"q\" \\b %j é"
+    odd = slurm.folder / 'it\'s a $x, "q" \\b %j é'
     odd.mkdir()
     shutil.chown(odd, USER)
     slurm.folder, folder = odd, slurm.folder
@@ -545,7 +626,7 @@ def test_slurm_values_arrive_unchanged_and_the_exit_code_comes_back(slurm):
     answer = slurm.submit(*SLURM, "--ppn", "1", over, "--", slurm.python, "-c", code, *nasty)
     slurm.until("failed (7)")
     log = (Path(answer["directory"]) / "job.log").read_text()
-    assert f"{nasty} a \"b\", $c \\d\n" in log
+    assert f'{nasty} a "b", $c \\d\n' in log
     assert "ended with exit code 7" in log
     slurm.folder = folder
 
@@ -555,7 +636,9 @@ def test_slurm_array_chain_and_cancel(slurm):
     rows = slurm.until("finished", "finished")
     [job_id] = array["job_ids"]
     assert [row["job_id"] for row in rows] == [f"{job_id}_0", f"{job_id}_1"]
-    chain = slurm.submit(*SLURM, "--ppn", "1", "--chain", "2", "--", slurm.python, "-c", "import time; time.sleep(60)")
+    chain = slurm.submit(
+        *SLURM, "--ppn", "1", "--chain", "2", "--", slurm.python, "-c", "import time; time.sleep(60)"
+    )
     run = chain["directory"]
     deadline = time.monotonic() + 60
     while slurm.rows(run)[0]["state"] != "running":
@@ -587,7 +670,11 @@ def test_the_ready_slurm_scripts_run(slurm, name):
     (slurm.folder / ".venv/bin/activate").write_text(f"export {paths}\n")
     (slurm.folder / "scripts/slurm").mkdir(parents=True)
     path = slurm.folder / f"scripts/slurm/{name}.sh"
-    text = (ROOT / f"scripts/slurm/{name}.sh").read_text().replace("--ntasks-per-node=4", "--ntasks-per-node=2")
+    text = (
+        (ROOT / f"scripts/slurm/{name}.sh")
+        .read_text()
+        .replace("--ntasks-per-node=4", "--ntasks-per-node=2")
+    )
     path.write_text(re.sub(r"^training=\(.*?\)", f"training=({' '.join(ONE_EPOCH)})", text, flags=re.M))
     slurm.run("sbatch", path).ok()
     deadline = time.monotonic() + 60

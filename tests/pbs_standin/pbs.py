@@ -2,7 +2,7 @@
 
 It keeps what a real OpenPBS 23.06 was seen to do to whoever calls qsub, qstat and qdel and to a job: its
 refusals and exit codes, the job's whole environment, $HOME, umask, standard input, the spooled copy of the
-script, output only at the end unless `-k` has a d, a dependency on an unknown job that makes the job vanish,
+script, output only at the end unless `-k` has a d, a dependency on an unknown job that makes it vanish,
 TERM and KILL for a session. $PBS_STANDIN is its folder; a file `down` there is a server that is down.
 """
 
@@ -36,7 +36,9 @@ def refuse(command, text, code):
 def connect(command):
     if (HOME / "down").exists():
         print("Connection refused", file=sys.stderr)
-        refuse(command, "cannot connect to server pbs (errno=15010)", DOWN_QSUB if command == "qsub" else 255)
+        refuse(
+            command, "cannot connect to server pbs (errno=15010)", DOWN_QSUB if command == "qsub" else 255
+        )
 
 
 def record(job_id):
@@ -80,7 +82,7 @@ def parse(words, found):
     return rest
 
 
-def qsub(arguments):
+def qsub(arguments):  # noqa: PLR0912  a refusal each
     connect("qsub")
     options = {}
     rest = parse(arguments, options)
@@ -175,7 +177,9 @@ def mom(job_id):
 
 def run(job, index=None, array_id=None):
     job_id, spool = job["id"], HOME / "spool"
-    chunk = dict(part.split("=", 1) for r in job["resources"] if r.startswith("select=") for part in r.split(":"))
+    chunk = dict(
+        part.split("=", 1) for r in job["resources"] if r.startswith("select=") for part in r.split(":")
+    )
     nodefile = spool / f"{job_id}.nodes"
     count = int(chunk.get("select", 1)) * int(chunk.get("mpiprocs", 1))
     nodefile.write_text(f"{socket.gethostname()}\n" * count)
@@ -185,13 +189,14 @@ def run(job, index=None, array_id=None):
     cpus = chunk.get("ncpus", "1")
     environment = {
         "ENVIRONMENT": "BATCH", "HOME": user.pw_dir, "LOGNAME": user.pw_name, "USER": user.pw_name,
-        "SHELL": "/bin/bash", "SHLVL": "2", "NCPUS": cpus, "OMP_NUM_THREADS": cpus, "TMPDIR": str(temporary),
-        "PATH": "/usr/local/bin:/usr/bin:/bin", "PBS_ENVIRONMENT": "PBS_BATCH", "PBS_JOBCOOKIE": "0" * 32,
+        "SHELL": "/bin/bash", "SHLVL": "2", "NCPUS": cpus, "OMP_NUM_THREADS": cpus,
+        "TMPDIR": str(temporary), "PATH": "/usr/local/bin:/usr/bin:/bin", "PBS_ENVIRONMENT": "PBS_BATCH",
+        "PBS_JOBCOOKIE": "0" * 32,
         "PBS_JOBDIR": user.pw_dir, "PBS_JOBID": job_id, "PBS_JOBNAME": job["name"], "PBS_MOMPORT": "15003",
         "PBS_NODEFILE": str(nodefile), "PBS_NODENUM": "0", "PBS_TASKNUM": "1", "PBS_QUEUE": job["queue"],
         "PBS_O_HOME": user.pw_dir, "PBS_O_HOST": socket.gethostname(), "PBS_O_LOGNAME": user.pw_name,
-        "PBS_O_PATH": os.environ["PBS_STANDIN_PATH"], "PBS_O_QUEUE": job["queue"], "PBS_O_SHELL": "/bin/bash",
-        "PBS_O_SYSTEM": "Linux", "PBS_O_WORKDIR": job["workdir"],
+        "PBS_O_PATH": os.environ["PBS_STANDIN_PATH"], "PBS_O_QUEUE": job["queue"],
+        "PBS_O_SHELL": "/bin/bash", "PBS_O_SYSTEM": "Linux", "PBS_O_WORKDIR": job["workdir"],
     }  # fmt: skip
     if index is not None:
         environment |= {"PBS_ARRAY_INDEX": str(index), "PBS_ARRAY_ID": array_id}
@@ -262,7 +267,9 @@ def qdel(arguments):
     for job_id in arguments:
         job = load(job_id)
         if job is None or job["state"] == "F":
-            print(f"qdel: {'Unknown Job Id' if job is None else 'Job has finished'} {job_id}", file=sys.stderr)
+            print(
+                f"qdel: {'Unknown Job Id' if job is None else 'Job has finished'} {job_id}", file=sys.stderr
+            )
             code = UNKNOWN if job is None else FINISHED
             continue
         for one in [job, *(load(f"{job['number']}[{i}].pbs") for i in job["indices"] or [])]:
@@ -274,4 +281,8 @@ def qdel(arguments):
 
 
 if __name__ == "__main__":
-    sys.exit({"qsub": qsub, "qstat": qstat, "qdel": qdel, "mom": lambda words: mom(*words)}[sys.argv[1]](sys.argv[2:]))
+    sys.exit(
+        {"qsub": qsub, "qstat": qstat, "qdel": qdel, "mom": lambda words: mom(*words)}[sys.argv[1]](
+            sys.argv[2:]
+        )
+    )
