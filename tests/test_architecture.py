@@ -22,7 +22,7 @@ ARROWS = {
     "__init__": "",
     "__main__": "cli",
     "errors": "",
-    "cli": "config doctor data.mnist errors launch.cli launch.submit rundir runtime.environment",
+    "cli": "doctor data.mnist errors launch.cli launch.submit",
     "config": "errors",
     "rundir": "errors",
     "launch.__init__": "",

@@ -258,8 +258,10 @@ def test_options_of_the_launch_arrive_unchanged():
     words = shlex.split(
         script.render(asked, machine.load("polaris"), "/fs/r").partition(" launch ")[2].split(" &\n")[0]
     )
-    options = ["--machine", "polaris", "--nodes", "2", "-n", "6", "--launcher", "mpiexec"]
-    assert words == [*options, "--no-preflight", "machine.x='a b'", "--run", "$run"]
+    assert words == [
+        "--machine", "polaris", "--nodes", "2", "-n", "6", "--launcher", "mpiexec", "--no-preflight",
+        "machine.x='a b'", "--run", "$run",
+    ]  # fmt: skip
 
 
 def test_the_submitters_python_paths_come_first(job):

@@ -189,7 +189,6 @@ def test_a_dry_run_writes_nothing(tmp_path):
         (["--json", "--", "ls"], "add --dry-run"),
         (["--dry-run", "-n", "2", "trainer.epoch=3"], "Did you mean trainer.epochs?"),
         (["--dry-run", "--node", "2", "--", "ls"], "--node stands before"),
-        (["-m", "--dry-run", "model=mlp,cnn"], "`launch` starts one training"),
     ],
 )
 def test_bad_input(arguments, said):

@@ -217,9 +217,8 @@ def test_the_next_link_goes_on_where_one_was_cut_short(pbs):
 def test_a_failed_cell_is_submitted_again_alone(pbs):
     """A cell fails as long as its data are not there."""
     (pbs.folder / "mine.py").write_text(
-        "from allranks.data.synthetic import *\nimport allranks.data.synthetic as s, pathlib\n"
-        "def digits(**kw):\n    if kw['seed'] == 8: pathlib.Path('there').read_text()\n"
-        "    return s.digits(**kw)\n"
+        "import allranks.data.synthetic as s, pathlib\ndef digits(**kw):\n"
+        "    if kw['seed'] == 8: pathlib.Path('there').read_text()\n    return s.digits(**kw)\n"
     )
     text = (ROOT / "conf/data/synthetic.yaml").read_text()
     [function] = set(re.findall(r"_target_: allranks.data.synthetic.(\w+)", text))
@@ -235,6 +234,23 @@ def test_a_failed_cell_is_submitted_again_alone(pbs):
     assert again["job_ids"] == ["2.pbs"]
     assert "walltime=00:07:00" in pbs.job("2.pbs")["resources"]
     assert [row["job_id"] for row in pbs.until("finished", "finished")] == ["1[0].pbs", "2.pbs"]
+
+
+@needs_launch
+def test_the_same_sweep_here_and_now(pbs):
+    """One cell after another, in the same directories, whether or not one fails."""
+    words = ("-n", "2", "--no-preflight", "-m", *ONE_EPOCH, "optimizer.lr=0.1,0.01", "run.dir=here")
+    pbs.allranks("launch", *words).ok()
+    cells = [json.loads(line) for line in (pbs.folder / "here/cells.jsonl").read_text().splitlines()]
+    assert [cell["directory"] for cell in cells] == [f"{pbs.folder}/here/{i}" for i in range(2)]
+    assert [Run(Path(cell["directory"])).column("lr") for cell in cells] == [[0.1], [0.01]]
+    again = pbs.allranks("launch", "--run", "here/1").ok()
+    assert again.out == f"{pbs.folder}/here/1 is finished: nothing is left to do\n"
+    failing = ("-n", "1", "--no-preflight", "-m", "run.dir=bad", "data.train.count=1599,1600")
+    done = pbs.allranks("launch", *failing, *(word for word in ONE_EPOCH if "train.count" not in word))
+    assert done.code != 0
+    assert (pbs.folder / "bad/1/summary.json").exists()
+    assert not (pbs.folder / "bad/0/summary.json").exists()
 
 
 @needs_launch
@@ -277,7 +293,7 @@ def test_a_users_own_hydra_application(pbs):
 @needs_launch
 @pytest.mark.parametrize("name", ["debug", "two-nodes", "sweep", "chain"])
 def test_the_ready_pbs_scripts_run(pbs, name):
-    """As they are, but for the training, resources that this host lacks, and who installed allranks."""
+    """As they are, but for the training, what this host lacks, and who has installed allranks."""
     (pbs.folder / "scripts/pbs").mkdir(parents=True)
     (pbs.folder / ".venv/bin").mkdir(parents=True)
     bin_ = Path(PYTHON).parent
@@ -320,8 +336,8 @@ def test_a_dry_run_writes_nothing_asks_nobody_and_loads_no_torch(pbs):
     for name in ("qsub", "qstat", "sbatch", "squeue"):
         (forbidden / name).write_text(f"#!/bin/sh\ntouch {forbidden}/asked\n")
         (forbidden / name).chmod(0o755)
-    code = "import sys\nfrom allranks import cli\n"
-    code += "try: cli.main()\nfinally: print(*sys.modules, file=sys.stderr)"
+    code = "import sys\nfrom allranks import cli\ntry: cli.main()\n"
+    code += "finally: print(*sys.modules, file=sys.stderr)"
     for words in (["model=cnn"], ["--chain", "3"], ["-m", "optimizer.lr=0.1,0.2"], ["--", "python", "-V"]):
         more = [
             "--machine",
@@ -405,10 +421,7 @@ ALCF = ("--machine", "polaris", "--walltime", "00:30:00", "--account", "x")
         ([*PBS, "--", "nowhere"], "The program nowhere is not found"),
         ([*PBS, "--"], "No program stands after `--`"),
         ([*PBS, "model=cnn", "--", "python", "-V"], "model=cnn stands before `--`"),
-        (
-            [*PBS, "machine.submit.chunk=ncpus=1", "machine.submit.options=[-l ncpus=1]"],
-            "cannot be used with",
-        ),
+        ([*PBS, "machine.submit.options=[-l ncpus=1]"], "cannot be used with"),
     ],
     ids=lambda value: " ".join(value[2:]) if isinstance(value, list) else None,
 )  # fmt: skip

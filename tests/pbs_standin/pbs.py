@@ -2,7 +2,7 @@
 
 It keeps what a real OpenPBS 23.06 was seen to do to whoever calls qsub, qstat and qdel and to a job: its
 refusals and exit codes, the job's whole environment, $HOME, umask, standard input, the spooled copy of the
-script, output only at the end unless `-k` has a d, a dependency on an unknown job, whose job vanishes,
+script, output only at the end unless `-k` has a d, a dependency on an unknown job that makes it vanish,
 TERM and KILL for a session. $PBS_STANDIN is its folder; a file `down` there is a server that is down.
 """
 
@@ -82,7 +82,7 @@ def parse(words, found):
     return rest
 
 
-def qsub(arguments):  # noqa: PLR0912 - a refusal each
+def qsub(arguments):  # noqa: PLR0912  a refusal each
     connect("qsub")
     options = {}
     rest = parse(arguments, options)
@@ -190,14 +190,13 @@ def run(job, index=None, array_id=None):
     environment = {
         "ENVIRONMENT": "BATCH", "HOME": user.pw_dir, "LOGNAME": user.pw_name, "USER": user.pw_name,
         "SHELL": "/bin/bash", "SHLVL": "2", "NCPUS": cpus, "OMP_NUM_THREADS": cpus,
-        "TMPDIR": str(temporary),
-        "PATH": "/usr/local/bin:/usr/bin:/bin", "PBS_ENVIRONMENT": "PBS_BATCH", "PBS_JOBCOOKIE": "0" * 32,
+        "TMPDIR": str(temporary), "PATH": "/usr/local/bin:/usr/bin:/bin", "PBS_ENVIRONMENT": "PBS_BATCH",
+        "PBS_JOBCOOKIE": "0" * 32,
         "PBS_JOBDIR": user.pw_dir, "PBS_JOBID": job_id, "PBS_JOBNAME": job["name"], "PBS_MOMPORT": "15003",
         "PBS_NODEFILE": str(nodefile), "PBS_NODENUM": "0", "PBS_TASKNUM": "1", "PBS_QUEUE": job["queue"],
         "PBS_O_HOME": user.pw_dir, "PBS_O_HOST": socket.gethostname(), "PBS_O_LOGNAME": user.pw_name,
         "PBS_O_PATH": os.environ["PBS_STANDIN_PATH"], "PBS_O_QUEUE": job["queue"],
-        "PBS_O_SHELL": "/bin/bash",
-        "PBS_O_SYSTEM": "Linux", "PBS_O_WORKDIR": job["workdir"],
+        "PBS_O_SHELL": "/bin/bash", "PBS_O_SYSTEM": "Linux", "PBS_O_WORKDIR": job["workdir"],
     }  # fmt: skip
     if index is not None:
         environment |= {"PBS_ARRAY_INDEX": str(index), "PBS_ARRAY_ID": array_id}
