@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -115,6 +116,9 @@ def read(path: Path) -> dict[str, Any]:
     return dict(found)
 
 
+TERMINATED = str(128 + signal.SIGTERM)  # by the scheduler: at the walltime, or cancelled
+
+
 def is_finished(directory: str | Path) -> bool:
     summary, exit_code = Path(directory) / "summary.json", Path(directory) / "exit_code"
     if (Path(directory) / "config.yaml").exists():
@@ -154,7 +158,7 @@ def _row(directory: Path, job: dict[str, Any], now: dict[str, str]) -> dict[str,
         state = "finished"
     elif alive:
         state = now[alive]
-    elif code.exists() and (text := code.read_text().strip()) != "0":
+    elif code.exists() and (text := code.read_text().strip()) not in ("0", TERMINATED):
         state = f"failed ({text})"
     else:  # without a job nobody knows whether its process is still there
         state = "ended early" if job else "not finished"
