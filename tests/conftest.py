@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ from hypothesis import HealthCheck, settings
 
 from allranks.config import from_command_line
 from allranks.runtime.environment import Launch
-from helpers import LEAKY, Done, Run, execute, launcher
+from helpers import LEAKY, ROOT, Done, Run, execute, launcher
 
 # The same examples every time, on machines that may be busy.
 settings.register_profile(
@@ -66,3 +69,37 @@ def train_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
         return Run(made.parent)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def real_slurm() -> Iterator[None]:
+    """A Slurm of two nodes on this host alone, brought up for a module's tests and down again."""
+    cluster = ROOT.parent / "shared/cluster"
+    if os.geteuid() != 0 or not (cluster / "slurm-up").exists():
+        pytest.skip("needs root and ../shared/cluster/slurm-up")
+    if slurm_answers():
+        pytest.skip("a Slurm is running here already, and is somebody else's")
+    setting = {"SL_NODES": "2", "SL_CPUS": "32", "SL_GPUS": "4", "SL_REQUEUE": "5", "SL_KILLWAIT": "5"}
+
+    def call(*words: str, timeout_s: float, **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [cluster / words[0], *words[1:]], env={**os.environ, **env}, cwd="/", timeout=timeout_s,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    try:
+        up = call("slurm-up", timeout_s=300, **setting)
+        if up.returncode:
+            pytest.skip(f"slurm-up failed: {up.stderr[-300:]}")
+        yield
+    finally:
+        call("slurm-down", "--clean", timeout_s=120)
+
+
+def slurm_answers() -> bool:
+    if shutil.which("scontrol") is None:
+        return False
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        done = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, timeout=20, check=False)
+        return "UP" in done.stdout
+    return True  # there, but stuck: not ours to touch

@@ -35,11 +35,13 @@ def nodes() -> list[str]:
     return sorted(set(done.stdout.split())) if done.returncode == 0 else []
 
 
-NODES = nodes()
-pytestmark = pytest.mark.skipif(
-    len(NODES) < 2,
-    reason="needs root and a Slurm with two idle nodes on this host (SL_NODES=3 slurm-up)",
-)
+NODES: list[str] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_idle_nodes(real_slurm: None) -> None:
+    NODES[:] = nodes()
+    assert len(NODES) >= 2
 
 
 def on_login(code: str) -> Started:

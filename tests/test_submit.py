@@ -1,6 +1,5 @@
 """`allranks submit`, `runs` and `cancel`: PBS by a stand-in (tests/pbs_standin), Slurm the real one."""
 
-import contextlib
 import importlib.util
 import json
 import os
@@ -519,15 +518,6 @@ def test_a_job_that_can_never_run_is_shown_as_such(pbs):
 USER = "tester"
 
 
-def slurm_answers():
-    if shutil.which("scontrol") is None:
-        return False
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        done = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, timeout=20, check=False)
-        return "UP" in done.stdout
-    return True  # there, but stuck: not ours to touch
-
-
 class Slurm(Cluster):
     """`allranks` as a plain user on a login node, with a Python that this user can read."""
 
@@ -550,40 +540,16 @@ class Slurm(Cluster):
 
 
 @pytest.fixture(scope="module")
-def a_slurm():
-    """Two nodes, brought up for these tests and down again; (Python, PYTHONPATH) for the plain user."""
-    if os.geteuid() != 0 or not (CLUSTER / "slurm-up").exists():
-        pytest.skip("needs root and ../shared/cluster/slurm-up")
-    if importlib.util.find_spec("allranks.launch.supervise") is None:
-        pytest.skip("allranks.launch.supervise is not there")
-    if slurm_answers():
-        pytest.skip("a Slurm is running here already, and is somebody else's")
-    setting = {"SL_NODES": "2", "SL_CPUS": "32", "SL_GPUS": "4", "SL_REQUEUE": "5", "SL_KILLWAIT": "5"}
-    try:
-        up = subprocess.run([CLUSTER / "slurm-up"], env={**os.environ, **setting}, cwd="/", timeout=300,
-                            capture_output=True, text=True, check=False)  # fmt: skip
-        if up.returncode:
-            pytest.skip(f"slurm-up failed: {up.stderr[-300:]}")
-        packages = sysconfig.get_path("purelib")
-        system = f"/usr/bin/python3.{sys.version_info.minor}"
-        for python, path in ((PYTHON, f"{ROOT}/src"), (system, f"{ROOT}/src:{packages}")):
-            words = [
-                CLUSTER / "slurm-as",
-                USER,
-                "env",
-                f"PYTHONPATH={path}",
-                python,
-                "-c",
-                "import allranks, torch",
-            ]
-            if subprocess.run(words, capture_output=True, timeout=100, check=False).returncode == 0:
-                yield python, path
-                return
-        pytest.skip(f"the user {USER} can read no Python with torch and this repository")
-    finally:
-        subprocess.run(
-            [CLUSTER / "slurm-down", "--clean"], cwd="/", timeout=120, capture_output=True, check=False
-        )
+def a_slurm(real_slurm):
+    """(Python, PYTHONPATH) that the plain user can read, on a Slurm of two nodes."""
+    packages = sysconfig.get_path("purelib")
+    system = f"/usr/bin/python3.{sys.version_info.minor}"
+    for python, path in ((PYTHON, f"{ROOT}/src"), (system, f"{ROOT}/src:{packages}")):
+        try_it = [python, "-c", "import allranks, torch"]
+        words = [CLUSTER / "slurm-as", USER, "env", f"PYTHONPATH={path}", *try_it]
+        if subprocess.run(words, capture_output=True, timeout=100, check=False).returncode == 0:
+            return python, path
+    pytest.skip(f"the user {USER} can read no Python with torch and this repository")
 
 
 @pytest.fixture
