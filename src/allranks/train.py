@@ -73,8 +73,9 @@ def run(config: Config, launch: environment.Launch, launched: bool = False, numb
     """The whole of one run; `launched`: its directory is there already. Runs of a process have numbers."""
     from allranks.data import early
 
-    # Threads that wait by spinning take the CPUs from whoever else is on the node: 50 times slower there.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is loaded
+    # Threads that wait for each other spin, by default so long that a busy node slows a step 50 times.
+    # Read once, when torch loads libgomp.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     reading = early.start_reading(config.data) if launch.rank == 0 else None
     if not config.trainer.compile:
         from allranks.runtime import lean
