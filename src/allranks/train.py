@@ -11,6 +11,7 @@ torch is imported once there is something to train, so that --help answers at on
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import sys
@@ -31,6 +32,7 @@ def main() -> None:
         launched = sys.argv[1:2] == ["--run"]
         for number, config in enumerate(compose(launch, launched)):
             run(config, launch, launched, number)
+        gc.freeze()  # Python would look through all of torch's objects once more before it ends
     except UserError as error:
         if error.said_by in (None, rank):
             print(f"allranks: {error}", file=sys.stderr, flush=True)
@@ -77,6 +79,7 @@ def run(config: Config, launch: environment.Launch, launched: bool = False, numb
     # Read once, when torch loads libgomp.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     reading = early.start_reading(config.data) if launch.rank == 0 else None
+    gc.disable()  # importing torch makes a million objects, none of which is garbage
     if not config.trainer.compile:
         from allranks.runtime import lean
 
@@ -86,6 +89,8 @@ def run(config: Config, launch: environment.Launch, launched: bool = False, numb
     from allranks.reporter import Reporter, process_age_s
     from allranks.runtime.runtime import open_runtime
 
+    gc.freeze()
+    gc.enable()
     trainer = config.trainer
     began_s = process_age_s() if number else 0.0  # a sweep's first run counts torch's import too
     runtime = open_runtime(launch, config, configs.digest(config), run=number)
