@@ -32,7 +32,8 @@ def main() -> None:
         launched = sys.argv[1:2] == ["--run"]
         for number, config in enumerate(compose(launch, launched)):
             run(config, launch, launched, number)
-        gc.freeze()  # Python would look through all of torch's objects once more before it ends
+        if "triton" not in sys.modules:  # whose binding complains about objects that are still there
+            gc.freeze()  # Python would look through all of torch's objects once more before it ends
     except UserError as error:
         if error.said_by in (None, rank):
             print(f"allranks: {error}", file=sys.stderr, flush=True)
