@@ -241,7 +241,7 @@ def test_torchvision_is_imported_for_its_own_model_only(imports_of):
 
 
 def test_a_start_makes_few_file_system_calls_beyond_torchs_own(tmp_path):
-    """On a cluster's shared file system each costs a millisecond, times the ranks. A start made 8,500 more
+    """On a cluster's shared file system each costs a millisecond, times the ranks. A start made 5,400 more
     per rank than `import torch` does when this was written; torch's compiler alone would add 15,000."""
     strace = shutil.which("strace")
     if strace is None:
@@ -255,12 +255,13 @@ def test_a_start_makes_few_file_system_calls_beyond_torchs_own(tmp_path):
     def calls(name: str, *argv: str) -> int:
         file = tmp_path / name
         execute([*trace, str(file), *argv], tmp_path, env={"PYTHONDONTWRITEBYTECODE": "1"}).ok()
-        return sum(1 for _ in file.open())
+        # A call that another process interrupts takes two lines: "<unfinished ...>" and "<... NAME resumed>".
+        return sum("resumed>" not in line for line in file.open())
 
     torch_alone = calls("torch", PYTHON, "-c", "import torch")
     two_ranks = calls("ranks", *launcher("mpiexec", 2), "-m", "allranks.train", *SMALL, "trainer.epochs=0")
     answer = calls("answer", *TRAIN, "--cfg", "job")
-    assert two_ranks / 2 - torch_alone < 11_000
+    assert two_ranks / 2 - torch_alone < 7_500
     assert answer < 4_000
 
 
