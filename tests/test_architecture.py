@@ -255,7 +255,7 @@ def test_a_start_makes_few_file_system_calls_beyond_torchs_own(tmp_path):
     def calls(name: str, *argv: str) -> int:
         file = tmp_path / name
         execute([*trace, str(file), *argv], tmp_path, env={"PYTHONDONTWRITEBYTECODE": "1"}).ok()
-        # A call that another process interrupts takes two lines: "<unfinished ...>" and "<... NAME resumed>".
+        # A call that another process interrupts takes a second line: "<... NAME resumed>".
         return sum("resumed>" not in line for line in file.open())
 
     torch_alone = calls("torch", PYTHON, "-c", "import torch")

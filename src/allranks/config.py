@@ -50,6 +50,25 @@ class TrainerConfig:
     precision: str = "fp32"
     compile: bool = False
     train_metrics: str = "evaluate"
+    nonfinite: str = "stop"
+    reproducible: bool = False
+    virtual_ranks: int = 8
+
+
+@dataclass
+class CheckpointConfig:
+    every_steps: int | None = None
+    every_epochs: int | None = 1
+    every_s: float | None = None
+    keep: int = 2
+
+
+@dataclass
+class WatchdogConfig:
+    start_s: float = 600
+    first_step_s: float = 600
+    step_s: float | None = None
+    save_s: float = 600
 
 
 @dataclass
@@ -62,8 +81,11 @@ class Config:
     device: str = "auto"
     oversubscribe: bool = False
     threads: int | None = None
+    resume: str = "auto"
     run: RunConfig = field(default_factory=RunConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     data: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
@@ -133,6 +155,19 @@ RULES: dict[str, _Rule] = {
     "trainer.label_smoothing": _SHARE,
     "trainer.precision": _one_of("fp64", "fp32", "bf16", "fp16"),
     "trainer.train_metrics": _one_of("evaluate", "running"),
+    "trainer.nonfinite": _one_of("stop", "skip"),
+    "trainer.virtual_ranks": _Rule(
+        lambda v: isinstance(v, int) and v > 0 and v & (v - 1) == 0, "a power of two: 1, 2, 4, 8, ..."
+    ),
+    "checkpoint.every_steps": _whole(1),
+    "checkpoint.every_epochs": _whole(1),
+    "checkpoint.every_s": _number(0, open_low=True),
+    "checkpoint.keep": _whole(1),
+    "watchdog.start_s": _number(0, open_low=True),
+    "watchdog.first_step_s": _number(0, open_low=True),
+    "watchdog.step_s": _number(0, open_low=True),
+    "watchdog.save_s": _number(0, open_low=True),
+    "resume": _TEXT,
     "data.split": _list_of(_whole(1), 2),
     "data.input_shape": _list_of(_whole(1), 3),
     "data.classes": _whole(1),
@@ -169,7 +204,10 @@ COMPONENT_RULES: dict[str, _Rule] = {
     "scheduler.factor": _number(0, 1, open_low=True, open_high=True),
     "scheduler.patience": _whole(0),
 }
-_OPTIONAL = {"threads", "run.dir", "trainer.per_rank_batch_size", "trainer.clip_norm"}
+_OPTIONAL = {
+    "threads", "run.dir", "trainer.per_rank_batch_size", "trainer.clip_norm", "checkpoint.every_steps",
+    "checkpoint.every_epochs", "checkpoint.every_s", "watchdog.step_s",
+}  # fmt: skip
 
 
 def typed(composed: DictConfig) -> Config:
