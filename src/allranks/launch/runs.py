@@ -69,9 +69,13 @@ def _absolute(directory: str) -> str:
 
 
 def make(directory: str, found: Sequence[Cell]) -> None:
-    """Makes and freezes every cell."""
+    """Makes and freezes every cell that is not there from an earlier start."""
     for cell in found:
-        rundir.create(cell.directory, configs.freeze(cell.config))
+        frozen = configs.freeze(cell.config)
+        if rundir.standing(cell.directory, cell.config) == "new":
+            rundir.create(cell.directory, frozen)
+        else:  # checkpoints, threads and the like may be others now
+            rundir.write_text(Path(cell.directory) / rundir.CONFIG, frozen).close()
     if found[0].directory != directory:
         write_cells(directory, found)
 

@@ -10,7 +10,7 @@ import os
 import platform
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 import allranks
-from allranks.config import Config
+from allranks.config import Config, TrainerConfig
 from allranks.errors import UserError
 from allranks.runtime import ezpz, gradients, mpi, native
 from allranks.runtime.environment import Launch, cpu_affinity
@@ -45,6 +45,7 @@ class Runtime:
     threads: int
     ranks: list[dict[str, Any]]  # host, device and launch of every rank; filled on rank 0 only
     comm: Any = None  # MPI.COMM_WORLD where gradients on CPU go through MPI
+    virtual_ranks: int | None = None  # the fixed number of shares of a reproducible run
 
     @property
     def rank(self) -> int:
@@ -63,6 +64,17 @@ class Runtime:
         return self.rank == 0
 
     @property
+    def share_count(self) -> int:
+        """Into how many shares each batch is cut."""
+        return self.virtual_ranks or self.world_size
+
+    @property
+    def shares(self) -> range:
+        """Those that this rank takes: one, or several neighbouring ones where their number is fixed."""
+        mine = self.share_count // self.world_size
+        return range(self.rank * mine, (self.rank + 1) * mine)
+
+    @property
     def collectives(self) -> str:
         """What carries the gradients, in a word."""
         if self.world_size == 1:
@@ -74,7 +86,7 @@ class Runtime:
 
         DDP's own mean would be right only for equal shares, which 128 examples over 12 ranks are not.
         """
-        if self.world_size == 1:
+        if self.world_size == 1 or self.virtual_ranks:
             return model
         wrapped = native.wrap(model, self.device)
         if self.comm is not None:
@@ -85,7 +97,7 @@ class Runtime:
 
     def without_sync(self, model: torch.nn.Module) -> Any:
         """A context in which backward() adds up gradients on this rank only."""
-        return model.no_sync() if self.world_size > 1 else nullcontext()  # type: ignore[operator]
+        return getattr(model, "no_sync", nullcontext)()
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sums a contiguous tensor over all ranks, in place."""
@@ -94,6 +106,36 @@ class Runtime:
         elif self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def add_up(self, values: Sequence[float]) -> list[float]:
+        """The sums of these numbers over all ranks."""
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        return self.sum(torch.tensor(values, dtype=dtype, device=self.device)).tolist()
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """[n, k] of each rank -> [world_size * n, k], in the order of the ranks, on every rank."""
+        if self.world_size == 1:
+            return rows
+        rows = rows.contiguous()
+        if self.comm is not None:
+            everyones = rows.new_empty(self.world_size, *rows.shape)
+            self.comm.Allgather(rows.numpy(), everyones.numpy())
+            return everyones.flatten(0, 1)
+        parts = [torch.empty_like(rows) for _ in range(self.world_size)]
+        dist.all_gather(parts, rows)
+        return torch.cat(parts)
+
+    def share_files(self, files: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Rank 0's files, by name, on every rank: no other rank has to find or to read them."""
+        sizes = self.meeting.from_rank_0(lambda: {name: len(content) for name, content in files.items()})
+        shared = {}
+        for name, size in sizes.items():
+            content = bytearray(files[name] if self.is_main else size)
+            if size and self.world_size > 1:
+                bytes_on_device = torch.frombuffer(content, dtype=torch.uint8).to(self.device)
+                content = bytearray(self.broadcast(bytes_on_device).cpu().numpy().tobytes())
+            shared[name] = bytes(content)
+        return shared
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         """Rank 0's contiguous tensor on every rank, in place."""
@@ -191,11 +233,12 @@ def open_runtime(
         }
         seen: list[dict[str, Any]] = []
         shared = meeting.settle(mine, partial(_check_devices, seen))["shared"]
-        threads = config.threads or place["threads"]
+        fixed = _virtual_ranks(config.trainer, meeting.world_size)
+        threads = config.threads or (1 if fixed else place["threads"])  # which may change sums' last bits
         torch.set_num_threads(threads)
         runtime = Runtime(
             launch, meeting, device, "ezpz" if use_ezpz else "native", place["local_rank"],
-            place["local_world_size"], threads, seen, comm if device.type == "cpu" else None,
+            place["local_world_size"], threads, seen, comm if device.type == "cpu" else None, fixed,
         )  # fmt: skip
         if meeting.world_size > 1 or use_ezpz:
             # NCCL and XCCL refuse two ranks on one device; gloo serves them
@@ -289,6 +332,21 @@ def is_available(name: str) -> bool:
         return torch.backends.mps.is_available()
     backend = getattr(torch, name, None)
     return backend is not None and backend.is_available() and backend.device_count() > 0
+
+
+def _virtual_ranks(trainer: TrainerConfig, world_size: int) -> int | None:
+    if not trainer.reproducible:
+        return None
+    if trainer.virtual_ranks % world_size:
+        raise UserError(
+            f"trainer.reproducible=true with trainer.virtual_ranks={trainer.virtual_ranks}: start a number "
+            f"of ranks that divides it, not {world_size}.",
+            said_by=0,
+        )
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_deterministic_debug_mode("error")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # which is never read here
+    return trainer.virtual_ranks
 
 
 def _check_precision(precision: str, device: torch.device) -> None:
