@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -17,12 +18,17 @@ import shutil
 import stat
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
 _MANIFEST_BYTES = 1 << 20  # a longer one is not ours
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
 _STEP = re.compile(r"step-([0-9]{6,18})")
 
 
@@ -98,13 +104,25 @@ def read(path: str | Path) -> dict[str, bytes]:
 
 def steps(run_dir: str | Path) -> list[int]:
     """Of the folders that are there, newest first; whether they are valid is not looked at."""
+    return sorted(in_folder(folder(run_dir)), reverse=True)
+
+
+def step_of(path: str | Path) -> int | None:
+    """The step in the name of a checkpoint's folder; None for another name."""
+    name = Path(path).absolute().name
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match and name == path_of("", int(match[1])).name else None
+
+
+def in_folder(path: str | Path) -> dict[int, Path]:
+    """The checkpoints in such a folder, by step."""
     try:
-        with os.scandir(folder(run_dir)) as entries:
-            found = [_STEP.fullmatch(e.name) for e in entries if e.is_dir(follow_symlinks=False)]
+        with os.scandir(path) as entries:
+            names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
     except FileNotFoundError:
-        return []
-    numbers = [(int(match[1]), match[0]) for match in found if match]
-    return sorted((n for n, name in numbers if path_of(run_dir, n).name == name), reverse=True)
+        return {}
+    found = {step_of(name): Path(path) / name for name in names}
+    return {step: there for step, there in found.items() if step is not None}
 
 
 def newest_valid(run_dir: str | Path) -> tuple[Path | None, dict[str, bytes], list[str]]:
@@ -148,6 +166,67 @@ def sweep_up(run_dir: str | Path) -> None:
         shutil.rmtree(swept, ignore_errors=True)
 
 
+def from_json(name: str, content: bytes) -> Any:
+    """The value in a JSON file; raises Damaged, also where a key stands twice."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) != len(pairs):
+            raise ValueError
+        return dict(pairs)
+
+    try:
+        return json.loads(content, object_pairs_hook=once)
+    except (ValueError, RecursionError):
+        raise Damaged(f"{name}: it is not JSON") from None
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Of a safetensors file; `begin` and `end` count bytes from the start of its data."""
+
+    dtype: str
+    shape: list[int]
+    begin: int
+    end: int
+
+
+def tensors(name: str, content: bytes) -> dict[str, Tensor]:
+    """What a safetensors file says of its tensors, in the data's order: eight bytes with the length of a
+    JSON object, the object, the data. Raises Damaged unless they fill the data exactly."""
+    length = int.from_bytes(content[:8], "little")
+    data_bytes = len(content) - 8 - length
+    if len(content) < 8 or data_bytes < 0:
+        raise Damaged(f"{name}: it is too short for a safetensors file")
+    header = from_json(name, content[8 : 8 + length])
+    if type(header) is not dict:
+        raise Damaged(f"{name}: its header is not a JSON object")
+    header.pop("__metadata__", None)
+    found = {key: _tensor(name, key, about) for key, about in header.items()}
+    in_order = sorted(found.items(), key=lambda item: (item[1].begin, item[1].end))
+    end = 0
+    for key, tensor in in_order:
+        expected = math.prod(tensor.shape) * DTYPE_BYTES.get(tensor.dtype, -1)
+        if tensor.begin != end or tensor.end - tensor.begin != expected:
+            raise Damaged(f"{name}: {ascii(key)[:80]} does not fit its data")
+        end = tensor.end
+    if end != data_bytes:
+        raise Damaged(f"{name}: its tensors have {end:,} bytes, but there are {data_bytes:,}")
+    return dict(in_order)
+
+
+def _tensor(name: str, key: str, about: Any) -> Tensor:
+    if type(about) is dict and set(about) == {"dtype", "shape", "data_offsets"}:
+        dtype, shape, offsets = about["dtype"], about["shape"], about["data_offsets"]
+        if type(dtype) is str and _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2:
+            return Tensor(dtype, shape, *offsets)
+    raise Damaged(f"{name}: {ascii(key)[:80]} is not described as a tensor")
+
+
+def _are_sizes(value: Any) -> bool:
+    small = type(value) is list and len(value) <= 64
+    return small and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
+
+
 def _hidden(run_dir: str | Path) -> Path:
     return folder(run_dir) / f".{secrets.token_hex(8)}.tmp"
 
@@ -188,27 +267,20 @@ def _canonical(value: Any) -> bytes:
 
 def _parse_manifest(content: bytes) -> dict[str, tuple[int, str]]:
     """{name: (size, sha256)}. One spelling only is accepted: then no bit can change unseen."""
-    try:
-        parsed = json.loads(content)
-        same = _canonical(parsed) == content
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"{MANIFEST}: it is not JSON") from error
-    if not same or type(parsed) is not dict or set(parsed) != {"format", "files"}:
+    parsed = from_json(MANIFEST, content)
+    if type(parsed) is not dict or set(parsed) != {"format", "files"} or type(parsed["files"]) is not dict:
         raise Damaged(f"{MANIFEST}: it is not as it was written")
     if type(parsed["format"]) is not int or parsed["format"] != 1:
-        raise Damaged(f"{MANIFEST}: format {ascii(parsed['format'])[:40]} is not known to this version")
-    files = parsed["files"]
-    if type(files) is not dict:
-        raise Damaged(f"{MANIFEST}: it is not as it was written")
-    for name, about in files.items():
+        raise Damaged(f"{MANIFEST}: its format is not known to this version")
+    for name, about in parsed["files"].items():
         if not _FILE.fullmatch(name) or name == MANIFEST:
             raise Damaged(f"{MANIFEST}: {ascii(name)[:80]} is not the name of a file in the folder")
-        if type(about) is not dict or {k: type(v) for k, v in about.items()} != {
-            "size": int,
-            "sha256": str,
-        }:
+        kinds = {key: type(value) for key, value in about.items()} if type(about) is dict else {}
+        if kinds != {"size": int, "sha256": str}:
             raise Damaged(f"{MANIFEST}: {name} needs a size and a sha256")
-    return {name: (about["size"], about["sha256"]) for name, about in files.items()}
+    if _canonical(parsed) != content:
+        raise Damaged(f"{MANIFEST}: it is not as it was written")
+    return {name: (about["size"], about["sha256"]) for name, about in parsed["files"].items()}
 
 
 def _verified(directory: int, name: str, size: int, sha256: str) -> bytes:
