@@ -64,7 +64,8 @@ def test_list(run):
     ]
     rows = [json.loads(line) for line in checkpoint("list", "--json", ".", cwd=run).ok().out.splitlines()]
     assert rows[1] == {
-        "checkpoint": "checkpoints/step-000025", "step": 25, "epoch": 2, "val/loss": 0.5, "bytes": size(run, 25),
+        "checkpoint": "checkpoints/step-000025", "step": 25, "epoch": 2, "val/loss": 0.5,
+        "bytes": size(run, 25),
         "problem": None,
     }  # fmt: skip
     assert [row["problem"] for row in rows] == [None, None, "model.safetensors: it is missing"]

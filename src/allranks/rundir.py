@@ -48,7 +48,7 @@ def choose(directory: str | None, name: str) -> str:
 def find(config: Config) -> tuple[str, str]:
     """The run's directory, and how far the run has come there."""
     directory = choose(config.run.dir, config.name)
-    return directory, standing(directory, config)
+    return directory, standing(directory, config) if config.run.dir else "new"
 
 
 def standing(directory: str, config: Config) -> str:
