@@ -116,8 +116,7 @@ class Reporter:
         )
         if resumed:
             self._say(
-                "going on from %s: %s of epoch %d, step %d", resumed,
-                _count(training.epoch_steps, "step"), training.epoch + 1, training.step,
+                "going on from %s: step %d, in epoch %d", resumed, training.step, training.epoch + 1,
             )  # fmt: skip
 
     def progress(

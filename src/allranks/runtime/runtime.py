@@ -226,6 +226,7 @@ def open_runtime(
             runtime_error, identity = problem, ""
         mine = {
             "host": host,
+            "pid": os.getpid(),
             "error": str(runtime_error) if runtime_error else None,
             "device": identity,
             "local_rank": place["local_rank"],
@@ -379,7 +380,7 @@ def _check_devices(seen: list[dict[str, Any]], ranks: list[dict[str, Any]]) -> l
                 "oversubscribe=true."
             )
     seen += [
-        {"rank": r, "host": x["host"], "local_rank": x["local_rank"], "device": x["device"]}
+        {"rank": r, **{name: x[name] for name in ("host", "pid", "local_rank", "device")}}
         for r, x in enumerate(ranks)
     ]
     return [{"shared": shared}] * len(ranks)
