@@ -62,6 +62,8 @@ class Reporter:
     ) -> None:
         agreed = error is None or (isinstance(error, UserError) and error.said_by is not None)
         if not agreed and self.runtime.world_size > 1:
+            if isinstance(error, RuntimeError):  # perhaps only a collective that has lost a rank
+                self.runtime.watchdog.hold()
             text = (
                 str(error)
                 if isinstance(error, UserError)
