@@ -114,7 +114,8 @@ class Saver:
             return
         pending, self._pending = self._pending, None
         try:
-            pending.result()
+            with self.runtime.watchdog.phase("saving (watchdog.save_s)", self.config.watchdog.save_s):
+                pending.result()
             self.failure = None
         except OSError as error:
             self.failure = error
@@ -137,7 +138,9 @@ class Saver:
                 )
 
         with self.runtime.watchdog.phase("saving (watchdog.save_s)", self.config.watchdog.save_s):
-            self.runtime.meeting.from_rank_0(last, timeout_s=self.config.watchdog.save_s)
+            limit_s = self.config.watchdog.save_s
+        with self.runtime.watchdog.phase("saving (watchdog.save_s)", limit_s):
+            self.runtime.meeting.from_rank_0(last, timeout_s=limit_s)
 
     def _write(self, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> None:
         from safetensors.torch import save
