@@ -130,6 +130,8 @@ class Saver:
 
         def last() -> None:
             self.wait()
+            if self.claim is not None:
+                self.claim.check()
             if self.failure is not None:
                 raise UserError(
                     f"The last checkpoint, of step {self.saved_step}, could not be written to "
