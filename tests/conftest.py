@@ -73,6 +73,18 @@ def train_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
     return run
 
 
+@pytest.fixture(scope="session")
+def strace() -> str:
+    """strace's path, where it is there and may trace."""
+    path = shutil.which("strace")
+    if path is None:
+        pytest.skip("no strace: apt-get install strace")
+    tried = subprocess.run([path, "-qq", "-o", os.devnull, "true"], capture_output=True, check=False)
+    if tried.returncode:
+        pytest.skip(f"strace may not trace here: {tried.stderr!r}")
+    return path
+
+
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     """mounted(OPTIONS) is a folder on a file system of its own, in memory."""

@@ -109,7 +109,7 @@ def steps(run_dir: str | Path) -> list[int]:
 
 def step_of(path: str | Path) -> int | None:
     """The step in the name of a checkpoint's folder; None for another name."""
-    name = Path(path).absolute().name
+    name = Path(path).name
     match = _STEP.fullmatch(name)
     return int(match[1]) if match and name == path_of("", int(match[1])).name else None
 
