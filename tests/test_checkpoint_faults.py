@@ -61,22 +61,22 @@ def calls_of_the_save(trace: list[str]) -> list[tuple[str, int]]:
 
 
 @pytest.fixture(params=[False, True], ids=["new step", "in place of a damaged one"])
-def before(request, tmp_path: Path) -> Path:
+def before(request, memory: Path) -> Path:
     """A folder with a run that has checkpoint 1; and 0, which is removed after the save, or a damaged 2."""
-    (tmp_path / "before/run").mkdir(parents=True)
-    checkpoints.write(tmp_path / "before/run", 1, OLD, "first", lambda: None)
+    (memory / "before/run").mkdir(parents=True)
+    checkpoints.write(memory / "before/run", 1, OLD, "first", lambda: None)
     if not request.param:
-        checkpoints.write(tmp_path / "before/run", 0, OLD, "first", lambda: None)
+        checkpoints.write(memory / "before/run", 0, OLD, "first", lambda: None)
     else:
-        damaged = checkpoints.write(tmp_path / "before/run", 2, NEW, "first", lambda: None)
+        damaged = checkpoints.write(memory / "before/run", 2, NEW, "first", lambda: None)
         (damaged / "state.json").write_bytes(b"")
-    return tmp_path / "before"
+    return memory / "before"
 
 
-def test_a_save_that_is_stopped_or_fails_at_any_system_call(strace, before, tmp_path):
+def test_a_save_that_is_stopped_or_fails_at_any_system_call(strace, before, memory):
     was_damaged = 2 in checkpoints.steps(before / "run")
-    shutil.copytree(before, tmp_path / "undisturbed")
-    done, trace = saver(strace, tmp_path / "undisturbed")
+    shutil.copytree(before, memory / "undisturbed")
+    done, trace = saver(strace, memory / "undisturbed")
     assert (done.returncode, done.stdout) == (0, "saved\n"), done.stderr
     calls = calls_of_the_save(trace)
     planned = [(fault, *call) for call in calls for fault in FAULTS]
@@ -84,7 +84,7 @@ def test_a_save_that_is_stopped_or_fails_at_any_system_call(strace, before, tmp_
 
     def disturbed(fault: str, name: str, nth: int) -> str:
         """The save with one fault; says what came of it, after checking what is there now."""
-        cwd = tmp_path / f"{fault}-{name}-{nth}"
+        cwd = memory / f"{fault}-{name}-{nth}"
         shutil.copytree(before, cwd)
         only = ("-e", f"trace=getppid,{name}", "-e", f"inject={name}:{fault}:when={nth}")
         done, trace = saver(strace, cwd, *only)
