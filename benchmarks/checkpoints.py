@@ -63,7 +63,8 @@ def main() -> None:
                     seconds.setdefault(case, []).append(min(e["time/train_s"] for e in run["epochs"]))
             base = median(seconds["none"])
             lines.append(
-                f"{' '.join(model):<30} waits {median(waits):5.2f} ms (longest {max(waits):.2f}); epoch {base:.2f} s; "
+                f"{' '.join(model):<30} waits {median(waits):5.2f} ms (longest {max(waits):.2f}); "
+                f"epoch {base:.2f} s; "
                 + "; ".join(f"{c} x {median(s) / base:.2f}" for c, s in seconds.items() if c != "none")
             )
     print("\n".join(lines))
