@@ -65,6 +65,8 @@ def train_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
         before = set(tmp_path.rglob("config.yaml"))
         [config] = from_command_line(overrides)
         run_training(config, Launch("none"))
+        if config.run.dir is not None:
+            return Run(tmp_path / config.run.dir)
         [made] = set(tmp_path.rglob("config.yaml")) - before
         return Run(made.parent)
 

@@ -94,7 +94,7 @@ class Control:
             self._saved_at = time.monotonic()
         if stop:
             names = [s.name for s, count in zip(STOPPING, told, strict=False) if count]
-            self.reason = " and ".join(names) or "the job's end is near"
+            self.reason = " and ".join(names) or "the job's end"
         return stop
 
     def _reserve_s(self) -> float:

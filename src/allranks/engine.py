@@ -27,6 +27,7 @@ from allranks.data.loader import (
 from allranks.errors import UserError
 from allranks.metrics import Sums
 from allranks.randomness import mixed, reseed
+from allranks.runtime.compare import compare_ranks
 from allranks.runtime.gradients import OrderedSum
 from allranks.runtime.runtime import Runtime
 
@@ -270,6 +271,7 @@ def evaluate(model: nn.Module, part: Part, config: Config, runtime: Runtime) -> 
         with runtime.autocast(config.trainer.precision):
             logits = model(images)
         sums.add(row, cross_entropy(_at_least_fp32(logits), labels, reduction="sum"), logits, labels)
+        runtime.watchdog.batch()
     loss, accuracy, count = sums.total(runtime)
     assert count == len(part), f"{count} examples were evaluated, but there are {len(part)}"
     return loss, accuracy, count
@@ -293,6 +295,7 @@ def fit(
         batches = training_batches(
             data.train, runtime, batch_size, training.epoch, config.seed, training.epoch_steps
         )
+        runtime.watchdog.progress(training.step)
         for shares in report.progress(batches, training, steps):
             if not settled:
                 settle_buckets(training, shares[0], trainer, runtime)
@@ -302,6 +305,7 @@ def fit(
                 training.epoch_s = time.perf_counter() - started
                 if control.agree_to_stop(training):
                     return False
+            runtime.watchdog.progress(training.step)
         runtime.synchronize()
         trained = time.perf_counter()
         if trainer.train_metrics == "running":
@@ -311,6 +315,7 @@ def fit(
         val_loss, val_accuracy, _ = evaluate(training.model, data.val, config, runtime)
         ended = time.perf_counter()
         training.epoch += 1
+        compare_ranks(runtime, training.model)
         metrics: dict[str, float | int] = {
             "epoch": training.epoch,
             "step": training.step,

@@ -62,6 +62,8 @@ class Reporter:
     ) -> None:
         agreed = error is None or (isinstance(error, UserError) and error.said_by is not None)
         if not agreed and self.runtime.world_size > 1:
+            if isinstance(error, RuntimeError):  # perhaps only a collective that has lost a rank
+                self.runtime.watchdog.hold()
             text = (
                 str(error)
                 if isinstance(error, UserError)
@@ -116,8 +118,7 @@ class Reporter:
         )
         if resumed:
             self._say(
-                "going on from %s: %s of epoch %d, step %d", resumed,
-                _count(training.epoch_steps, "step"), training.epoch + 1, training.step,
+                "going on from %s: step %d, in epoch %d", resumed, training.step, training.epoch + 1,
             )  # fmt: skip
 
     def progress(

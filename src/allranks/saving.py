@@ -102,7 +102,8 @@ class Saver:
         sums = self.runtime.gather(training.sums.rows)
         if self.claim is None or (self.saved_step == training.step and self.failure is None):
             return
-        self.wait()
+        with self.runtime.watchdog.phase("saving (watchdog.save_s)", self.config.watchdog.save_s):
+            self.wait()
         self.saved_step = training.step
         tensors, state = capture(training, sums, self.config, self.runtime)
         self._pending = self._writer.submit(self._write, training.step, tensors, state)
@@ -135,7 +136,8 @@ class Saver:
                     "the run again: it goes on from the newest checkpoint."
                 )
 
-        self.runtime.meeting.from_rank_0(last, timeout_s=self.config.watchdog.save_s)
+        with self.runtime.watchdog.phase("saving (watchdog.save_s)", self.config.watchdog.save_s):
+            self.runtime.meeting.from_rank_0(last, timeout_s=self.config.watchdog.save_s)
 
     def _write(self, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> None:
         from safetensors.torch import save

@@ -11,6 +11,7 @@ torch is imported once there is something to train, so that --help answers at on
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import io
 import os
@@ -27,6 +28,7 @@ from allranks.runtime import environment, mpi
 def main() -> None:
     """Composes, trains once for each composed configuration, and exits: 0, 2 after a user's error, or 85
     where it was stopped with a checkpoint to go on from."""
+    faulthandler.enable()
     rank = environment.launcher_rank(os.environ)
     launch: environment.Launch | None = None
     try:
@@ -43,8 +45,8 @@ def main() -> None:
         if launch is None and environment.started_by_mpi(os.environ):
             mpi.end_job(EXIT_USER_ERROR)  # a rank that the stale variables happen to fit waits for this one
         if error.said_by is None:
-            mpi.abort(EXIT_USER_ERROR)  # the other ranks do not know, and may wait for this one
-        sys.exit(EXIT_USER_ERROR)
+            mpi.abort(error.code)  # the other ranks do not know, and may wait for this one
+        sys.exit(error.code)
     except BrokenPipeError:  # `--help | head` closed the console
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -9,6 +9,8 @@ shares is fixed instead, and a rank takes several (Runtime.shares).
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from allranks.data.early import make
 from allranks.errors import UserError
+from allranks.launch import processes
 from allranks.randomness import mixed, reseed
 from allranks.runtime.runtime import Runtime
 
@@ -112,6 +115,7 @@ class Mapped:
             batch_sampler=[[int(i) for i in share] for share in shares],
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=_end_with_its_rank,
         )
         for images, labels in loader:
             moved = images.to(self.device, non_blocking=True).to(self.dtype)
@@ -133,6 +137,10 @@ class _Seeded(Dataset[Any]):
 
     def __len__(self) -> int:
         return len(self.indices)
+
+
+def _end_with_its_rank(_worker: int) -> None:
+    processes.die_with_parent(os.getppid(), signal.SIGKILL)
 
 
 Part = InMemory | Mapped
@@ -255,7 +263,8 @@ def _open_set(
             )
         return {"shape": None}
 
-    shape = runtime.meeting.from_rank_0(describe, FETCH_S)["shape"]
+    with runtime.watchdog.phase("fetching the data", FETCH_S):
+        shape = runtime.meeting.from_rank_0(describe, FETCH_S)["shape"]
     if shape is None:
         problem = None
         try:

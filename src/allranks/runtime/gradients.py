@@ -14,16 +14,18 @@ from torch.distributed import GradBucket
 from allranks.runtime import mpi
 
 
-def sum_by_mpi(comm: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+def sum_by_mpi(runtime: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     """Through MPI: on CPU it beats gloo by 2 to 4 times for small models (docs/performance.md)."""
-    mpi.allreduce(comm, bucket.buffer())
+    runtime.watchdog.arrive()
+    mpi.allreduce(runtime.comm, bucket.buffer())
     future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
     future.set_result(bucket.buffer())
     return future
 
 
-def sum_by_torch(_state: None, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+def sum_by_torch(runtime: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     """Through the default process group: NCCL, XCCL or gloo."""
+    runtime.watchdog.arrive()
     future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
     return future.then(lambda done: done.value()[0])
 

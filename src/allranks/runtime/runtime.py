@@ -20,15 +20,16 @@ import torch
 import torch.distributed as dist
 
 import allranks
-from allranks.config import Config, TrainerConfig
+from allranks.config import Config, TrainerConfig, WatchdogConfig
 from allranks.errors import UserError
 from allranks.runtime import ezpz, gradients, mpi, native
 from allranks.runtime.environment import Launch, cpu_affinity
 from allranks.runtime.meeting import Meeting, merged, open_meeting, ranks_named
+from allranks.runtime.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
-COLLECTIVE_S = 600  # a collective that takes longer has lost a rank
+COLLECTIVE_S = 86_400  # far beyond any limit of the watchdog, which ends a collective that has lost a rank
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
 
 
@@ -38,6 +39,7 @@ class Runtime:
 
     launch: Launch
     meeting: Meeting
+    watchdog: Watchdog
     device: torch.device
     kind: str  # "ezpz" or "native"
     local_rank: int
@@ -88,11 +90,12 @@ class Runtime:
         """
         if self.world_size == 1 or self.virtual_ranks:
             return model
+        self.watchdog.arrive()  # DDP compares the ranks' parameters
         wrapped = native.wrap(model, self.device)
-        if self.comm is not None:
-            wrapped.register_comm_hook(self.comm, gradients.sum_by_mpi)  # type: ignore[operator]
-        else:
-            wrapped.register_comm_hook(None, gradients.sum_by_torch)  # type: ignore[operator]
+        if next(model.buffers(), None) is not None:  # it sends rank 0's before each forward pass
+            wrapped.register_forward_pre_hook(lambda *_: self.watchdog.arrive(in_step=False))
+        hook = gradients.sum_by_torch if self.comm is None else gradients.sum_by_mpi
+        wrapped.register_comm_hook(self, hook)  # type: ignore[operator]
         return wrapped
 
     def without_sync(self, model: torch.nn.Module) -> Any:
@@ -101,6 +104,7 @@ class Runtime:
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sums a contiguous tensor over all ranks, in place."""
+        self.watchdog.arrive()
         if self.comm is not None:
             mpi.allreduce(self.comm, tensor)
         elif self.world_size > 1:
@@ -116,6 +120,7 @@ class Runtime:
         """[n, k] of each rank -> [world_size * n, k], in the order of the ranks, on every rank."""
         if self.world_size == 1:
             return rows
+        self.watchdog.arrive()
         rows = rows.contiguous()
         if self.comm is not None:
             everyones = rows.new_empty(self.world_size, *rows.shape)
@@ -139,6 +144,7 @@ class Runtime:
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         """Rank 0's contiguous tensor on every rank, in place."""
+        self.watchdog.arrive()
         if self.comm is not None:
             self.comm.Bcast(tensor.numpy(), root=0)
         elif self.world_size > 1:
@@ -180,12 +186,14 @@ class Runtime:
 
     def abort(self, code: int) -> None:
         """Ends this rank at once, and with it all others: those may wait for it in a collective."""
-        mpi.abort(code)
         sys.stdout.flush()
         sys.stderr.flush()
+        self.watchdog.fail(code)
+        mpi.abort(code)
         os._exit(code)
 
     def close(self) -> None:
+        self.watchdog.close()
         if self.world_size > 1:
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -205,6 +213,7 @@ def open_runtime(
         comm = mpi.world(launch)
         launch = replace(launch, world_size=int(comm.size))
     meeting = open_meeting(launch, comm, run)
+    watchdog = Watchdog(config.watchdog if config else WatchdogConfig(), meeting, launch)
     try:
         host = socket.gethostname()
         about_me = {
@@ -222,29 +231,34 @@ def open_runtime(
             device, identity = _pick_device(config, place)
             _check_precision(config.trainer.precision, device)
             use_ezpz = ezpz.chosen(config.runtime, launch.rank)
+            watch = watchdog.prepare(one_host=place["hosts"] == 1)
         except UserError as problem:
-            runtime_error, identity = problem, ""
+            runtime_error, identity, watch = problem, "", None
         mine = {
             "host": host,
+            "pid": os.getpid(),
             "error": str(runtime_error) if runtime_error else None,
             "device": identity,
             "local_rank": place["local_rank"],
             "oversubscribe": config.oversubscribe,
+            "watch": watch,
         }
         seen: list[dict[str, Any]] = []
-        shared = meeting.settle(mine, partial(_check_devices, seen))["shared"]
+        agreed = meeting.settle(mine, partial(_check_devices, seen))
+        watchdog.join(**agreed["watch"])
         fixed = _virtual_ranks(config.trainer, meeting.world_size)
         threads = config.threads or (1 if fixed else place["threads"])  # which may change sums' last bits
         torch.set_num_threads(threads)
         runtime = Runtime(
-            launch, meeting, device, "ezpz" if use_ezpz else "native", place["local_rank"],
+            launch, meeting, watchdog, device, "ezpz" if use_ezpz else "native", place["local_rank"],
             place["local_world_size"], threads, seen, comm if device.type == "cpu" else None, fixed,
         )  # fmt: skip
         if meeting.world_size > 1 or use_ezpz:
             # NCCL and XCCL refuse two ranks on one device; gloo serves them
-            backend = "gloo" if shared else BACKENDS[device.type]
+            backend = "gloo" if agreed["shared"] else BACKENDS[device.type]
             _start_process_group(runtime, backend, place["hosts"])
     except UserError:
+        watchdog.close()
         meeting.leave()
         raise
     return runtime
@@ -252,6 +266,7 @@ def open_runtime(
 
 def _start_process_group(runtime: Runtime, backend: str, hosts: int) -> None:
     device = runtime.device
+    runtime.watchdog.arrive()
     if device.type == "cpu" and hosts == 1 and sys.platform == "linux":
         # gloo looks its address up by the host's name, which fails on many a laptop
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -358,7 +373,7 @@ def _check_precision(precision: str, device: torch.device) -> None:
         raise UserError("trainer.precision=bf16 is not supported by this GPU: take fp16 or fp32.")
 
 
-def _check_devices(seen: list[dict[str, Any]], ranks: list[dict[str, Any]]) -> list[dict[str, bool]]:
+def _check_devices(seen: list[dict[str, Any]], ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Two ranks on one GPU is a mistake unless it is asked for; fills `seen` on rank 0."""
     errors = [rank["error"] for rank in ranks]
     if any(errors):
@@ -379,7 +394,13 @@ def _check_devices(seen: list[dict[str, Any]], ranks: list[dict[str, Any]]) -> l
                 "oversubscribe=true."
             )
     seen += [
-        {"rank": r, "host": x["host"], "local_rank": x["local_rank"], "device": x["device"]}
+        {"rank": r, **{name: x[name] for name in ("host", "pid", "local_rank", "device")}}
         for r, x in enumerate(ranks)
     ]
-    return [{"shared": shared}] * len(ranks)
+    watches = [rank["watch"] for rank in ranks]
+    near = [r for r, rank in enumerate(ranks) if r and rank["host"] == ranks[0]["host"]]
+    deputy = min(near, default=1)
+    return [  # only rank 0 needs to know all
+        {"shared": shared, "watch": {"peers": watches[: None if r == 0 else 1], "deputy": deputy}}
+        for r in range(len(ranks))
+    ]
