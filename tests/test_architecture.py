@@ -25,7 +25,8 @@ ARROWS = {
     "cli": "checkpoint_cli doctor data.mnist errors launch.cli launch.submit",
     "config": "errors",
     "rundir": "config errors",
-    "control": "config engine runtime.runtime saving",  # of these three only the types
+    # of engine, runtime.runtime and saving only the types
+    "control": "config engine errors launch.scheduler runtime.runtime saving",
     "randomness": "",
     "saving": "checkpoints claim config engine errors rundir runtime.runtime",
     "checkpoints": "",

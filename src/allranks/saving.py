@@ -114,7 +114,8 @@ class Saver:
             return
         pending, self._pending = self._pending, None
         try:
-            pending.result()
+            with self.runtime.watchdog.phase("saving (watchdog.save_s)", self.config.watchdog.save_s):
+                pending.result()
             self.failure = None
         except OSError as error:
             self.failure = error
@@ -129,6 +130,8 @@ class Saver:
 
         def last() -> None:
             self.wait()
+            if self.claim is not None:
+                self.claim.check()
             if self.failure is not None:
                 raise UserError(
                     f"The last checkpoint, of step {self.saved_step}, could not be written to "
@@ -137,7 +140,9 @@ class Saver:
                 )
 
         with self.runtime.watchdog.phase("saving (watchdog.save_s)", self.config.watchdog.save_s):
-            self.runtime.meeting.from_rank_0(last, timeout_s=self.config.watchdog.save_s)
+            limit_s = self.config.watchdog.save_s
+        with self.runtime.watchdog.phase("saving (watchdog.save_s)", limit_s):
+            self.runtime.meeting.from_rank_0(last, timeout_s=limit_s)
 
     def _write(self, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> None:
         from safetensors.torch import save

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 
 from allranks.errors import UserError
 
@@ -85,6 +87,28 @@ def states(scheduler: str, job_ids: Sequence[str]) -> dict[str, str]:
             never = " (Can Never Run)" if "Can Never Run" in block else ""
             found[job_id] = STATES[letter[1]] + never
     return found
+
+
+def seconds_left(environ: Mapping[str, str]) -> float | None:
+    """Until the job that this process is in ends by its walltime; None without a limit, or a job."""
+    if job_id := environ.get("SLURM_JOB_ID"):
+        done = _call(["squeue", "-h", "-j", job_id, "-o", "%L"])
+        left = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", done.stdout.strip())
+        return _seconds(left) if left else None
+    if job_id := environ.get("PBS_JOBID"):  # it says when the job started, and for how long
+        done = _call(["qstat", "-f", job_id])
+        started = re.search(r"^\s+stime = (.+)$", done.stdout, flags=re.M)
+        wall = re.search(r"Resource_List\.walltime = ()(\d+):(\d+):(\d+)$", done.stdout, flags=re.M)
+        if started and wall:
+            with contextlib.suppress(ValueError):
+                began = time.mktime(time.strptime(started[1].strip()))
+                return began + _seconds(wall) - time.time()
+    return None
+
+
+def _seconds(parts: re.Match[str]) -> float:
+    days, hours, minutes, seconds = (int(part or 0) for part in parts.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
 def cancel(scheduler: str, job_ids: Sequence[str]) -> None:
