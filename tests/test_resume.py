@@ -154,6 +154,15 @@ def test_a_signal_to_any_rank_stops_all_with_a_checkpoint(tmp_path, train, long_
     assert figures(went_on.run) == figures(long_run)
 
 
+def test_asked_to_stop_again_and_again_it_keeps_its_exit_code(tmp_path):
+    """A job that is cancelled sends more than one signal; one came when Python itself was ending."""
+    process = started(*LONG, cwd=tmp_path)
+    while process.poll() is None:
+        process.terminate()
+        time.sleep(0.005)
+    assert process.returncode == 85, process.communicate()
+
+
 def test_a_run_stops_by_itself_before_the_job_ends(tmp_path, train, long_run):
     """As a job script of ours tells when that is; the margin is 10 s and what a save and a step take."""
     process = started(
@@ -319,6 +328,17 @@ def test_the_newest_and_the_best_are_kept(train_here):
     losses = run.column("val/loss")
     best = 10 * (1 + losses.index(min(losses)))
     assert set(checkpoints.steps(run.path)) == {best, 50, 60}
+
+
+def test_a_damaged_newer_one_counts_for_nothing(train):
+    words = (*SMALL, "model=linear", "trainer.epochs=6", "optimizer.lr=3", "run.dir=run")
+    run = train(*words).ok().run
+    kept = set(checkpoints.steps(run.path))
+    (run.path / "summary.json").unlink()
+    checkpoints.remove(run.path, keep=[])
+    checkpoints.path_of(run.path, 999).mkdir()
+    train(*words).ok()
+    assert set(checkpoints.steps(run.path)) == kept | {999}
 
 
 def test_every_so_many_steps(train_here):

@@ -48,6 +48,10 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def ignore(self) -> None:
+        """To the process's end: a second signal must not change the exit code of a run that stops."""
+        self._before = dict.fromkeys(STOPPING, signal.SIG_IGN)  # which Python's own end leaves in place
+
     def _count(self, number: int, _: FrameType | None) -> None:
         self.counts[signal.Signals(number)] += 1
 

@@ -156,7 +156,9 @@ class Saver:
         present = checkpoints.steps(self.run_dir)
         losses = {h["step"]: h["val/loss"] for h in state["history"] if h["val/loss"] is not None}
         best = min((s for s in present if s in losses), key=lambda s: losses[s], default=step)
-        checkpoints.remove(self.run_dir, keep={*present[: self.config.checkpoint.keep], best})
+        # one that is newer is damaged, or this run would have gone on from it: it does not count
+        count = present.index(step) + self.config.checkpoint.keep
+        checkpoints.remove(self.run_dir, keep={*present[:count], best})
         self.longest_s = max(self.longest_s, time.perf_counter() - started)
 
 

@@ -125,6 +125,7 @@ def run(config: Config, launch: environment.Launch, launched: bool = False, numb
             control = Control(runtime, config, saver, signals)
             if not engine.fit(training, data, config, runtime, control, report):
                 saver.finish()
+                signals.ignore()
                 report.stopped(control.reason, training, trainer.epochs)
                 return False
             loss, accuracy, count = engine.evaluate(training.model, data.test, config, runtime)
