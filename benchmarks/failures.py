@@ -17,16 +17,15 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from common import BIN, RANK_VARIABLES, scratch
-
 from allranks.config import WatchdogConfig
 from allranks.runtime.environment import Launch
 from allranks.runtime.watchdog import Watchdog
+from common import BIN, RANK_VARIABLES, scratch
 
 RANKS = 3
 STEP_S = 3  # watchdog.step_s
 TIMEOUT_S = 15  # of the plain loop's process group; torch's own is 1800 s
-GIVE_UP_S = 40
+GIVE_UP_S = 60
 
 # Raises on rank 1 once there is a file `raise`.
 MODEL = """
@@ -51,8 +50,8 @@ while True:
 """
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
 OVERRIDES = [
-    "data=synthetic", "model=lab", "device=cpu", "threads=1", "trainer.epochs=1000000", "trainer.batch_size=2000",
-    f"watchdog.step_s={STEP_S}", "run.dir=run", "checkpoint.every_epochs=null", "--config-dir=conf",
+    "data=synthetic", "model=lab", "device=cpu", "threads=1", "trainer.epochs=1000000",
+    "trainer.batch_size=2000", f"watchdog.step_s={STEP_S}", "run.dir=run", "checkpoint.every_epochs=null", "--config-dir=conf",
 ]  # fmt: skip
 SETUPS = {
     "mpiexec": [str(BIN / "mpiexec"), "-n", str(RANKS), sys.executable, "-m", "allranks.train", *OVERRIDES],
