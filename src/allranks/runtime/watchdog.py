@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
-import hmac
 import logging
 import os
 import resource
@@ -377,7 +376,7 @@ class Watchdog:
         """What another rank tells rank 0."""
         match word:
             case {"secret": str(secret), "rank": int(rank)} if link.rank is None:
-                if hmac.compare_digest(secret.encode(), self._secret.encode()):
+                if wire.is_secret(secret, self._secret):
                     link.rank = rank
                     self._links[rank] = link
             case _ if link.rank is None:
