@@ -43,7 +43,9 @@ def test_sharing_may_be_asked_for_and_is_told():
 
 
 def test_cpus_are_shared_as_a_matter_of_course():
-    assert {told["shared"] for told in _check_devices([], [report("a", "cpu", r) for r in range(4)])} == {False}
+    assert {told["shared"] for told in _check_devices([], [report("a", "cpu", r) for r in range(4)])} == {
+        False
+    }
 
 
 def test_a_rank_without_its_device_is_named():

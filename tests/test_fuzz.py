@@ -490,7 +490,6 @@ def test_mutated_config_files(memory):
     assert counted["refused"] > 9_000
 
 
-@pytest.mark.xfail(reason="thaw() and what it reads with let exceptions of the YAML parser through")
 def test_mutated_config_files_frozen_anew(memory):
     """What holds a valid configuration is accepted, the same after another round; all else is refused."""
     [config] = configs.from_command_line(["model=mlp", "scheduler=warmup_cosine", "optimizer=adamw"])
