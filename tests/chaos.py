@@ -26,10 +26,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from helpers import PYTHON, ROOT, SMALL, TRAIN, _end, _marked, clean_environment, mpiexec
+from helpers import PYTHON, SMALL, TRAIN, _end, _marked, clean_environment, mpiexec
 
 ATTEMPT_S = 120  # many times what any attempt takes: one that is not over by then hangs
 ALL_DOWN_S = 20  # from the end of what was started to the end of all its processes
@@ -49,7 +49,7 @@ MODELS = {
     "running": ("model=mlp", "optimizer=adam", "trainer.train_metrics=running", "trainer.precision=fp64"),
 }  # fmt: skip
 EPOCHS = 3
-BATCH = {1: 8, 2: 32, 3: 48, 4: 48}  # by ranks, which may have to share a core
+BATCH = {1: 8, 2: 32, 3: 80, 4: 80}  # by ranks, which may have to share a core
 
 # Faults that meet a run at work, with their weights, and what is done to its files between two attempts.
 LIVE = {
@@ -62,7 +62,8 @@ BETWEEN = {
     "file times jump": 1, "another clock": 1,
 }  # fmt: skip
 AT_THE_END = "torn summary"
-HARMLESS = ("a pause", "second writer")  # the run is to finish all the same
+# Where there is no launcher: nobody else to kill, and nobody who would notice that the process is stopped.
+ALONE = {"kill -9 of the launcher": "kill -9 of a rank", "SIGSTOP of a rank": "a pause"}
 ASKED_TO_STOP = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGTERM during the save")
 
 
@@ -99,7 +100,7 @@ class Plan:
     @property
     def words(self) -> tuple[str, ...]:
         """The overrides of the run and of its twin."""
-        batch = 48 if self.reproducible else BATCH[self.starts[0][1]]
+        batch = 80 if self.reproducible else BATCH[self.starts[0][1]]
         fixed = ("trainer.reproducible=true",) if self.reproducible else ()
         return (*SMALL, *MODELS[self.model], *fixed, f"trainer.epochs={EPOCHS}",
                 f"trainer.batch_size={batch}")  # fmt: skip
@@ -146,9 +147,14 @@ def plan(seed: int, number: int, without: Sequence[str] = ()) -> Plan:
         moment = rng.choice(("time", "time", "save", "checkpoint", "epoch"))
         if kind == "SIGTERM during the save":
             moment = "save"
-        elif kind in ("SIGSTOP of a rank", "old job comes back"):  # what is slow in start-up has long limits
+        elif kind in (
+            "SIGSTOP of a rank",
+            "old job comes back",
+        ):  # what is slow in start-up has long limits
             moment = "checkpoint"
-        value = rng.uniform(0.1, 0.9) if moment == "time" else rng.randint(1, 2 if moment == "epoch" else 4)
+        value = (
+            rng.uniform(0.02, 0.9) if moment == "time" else rng.randint(1, 2 if moment == "epoch" else 4)
+        )
         live.append(Fault(kind, moment, value, rng.random()))
         kinds = {kind: weight for kind, weight in BETWEEN.items() if kind not in without}
         count = rng.choice((0, 0, 1, 1, 2))
@@ -162,11 +168,25 @@ def plan(seed: int, number: int, without: Sequence[str] = ()) -> Plan:
 # --- one start of a run ------------------------------------------------------------------------------
 
 
+class Interrupted(Exception):
+    """This script was asked to end."""
+
+
+SESSION = f"ALLRANKS_CHAOS={uuid.uuid4()}"  # in the environment of every process that comes of this one
+_interrupted = threading.Event()
+
+
 class Attempt:
     """A command at work, with all the processes that come of it."""
 
     def __init__(
-        self, kind: str, ranks: int, words: Sequence[str], output: Path, prefix: Sequence[str] = (), **env: str
+        self,
+        kind: str,
+        ranks: int,
+        words: Sequence[str],
+        output: Path,
+        prefix: Sequence[str] = (),
+        **env: str,
     ) -> None:
         start = {
             "none": TRAIN,
@@ -176,12 +196,13 @@ class Attempt:
             "launch": [PYTHON, "-m", "allranks", "launch", "-n", str(ranks)],
         }[kind]  # fmt: skip
         self.kind, self.prefix, self.output = kind, prefix, output
-        self.mark = f"ALLRANKS_CHAOS={uuid.uuid4()}"
-        name, _, value = self.mark.partition("=")
-        source = {"PYTHONPATH": str(ROOT / "src"), name: value}
+        self.mark = f"ALLRANKS_CHAOS_ATTEMPT={uuid.uuid4()}"
+        marks = dict(mark.split("=") for mark in (SESSION, self.mark))
+        if _interrupted.is_set():
+            raise Interrupted
         with output.open("w") as file:
             self.process = subprocess.Popen(
-                [*prefix, *start, *words], cwd=output.parent, env={**clean_environment(), **source, **env},
+                [*prefix, *start, *words], cwd=output.parent, env={**clean_environment(), **marks, **env},
                 start_new_session=True, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
             )  # fmt: skip
         self.began = time.monotonic()
@@ -282,7 +303,7 @@ class Trial:
         undisturbed = 0
         torn = not self.plan.at_the_end
         while True:
-            if finished(self.run) and (not live or True):
+            if finished(self.run):
                 if torn:
                     break
                 torn = True
@@ -306,6 +327,8 @@ class Trial:
         """Starts the run once more, with a fault; False where nothing more can come of it."""
         kind, ranks = self.plan.start(self.outcome.attempts)
         self.outcome.attempts += 1
+        if fault is not None and kind == "none":
+            fault = replace(fault, kind=ALONE.get(fault.kind, fault.kind))
         env = {}
         prefix = self.next.pop("prefix", [])
         if fault is not None and fault.kind == "deadline in the past":
@@ -341,7 +364,12 @@ class Trial:
         return code is not None
 
     def _started(
-        self, kind: str, ranks: int, prefix: Sequence[str] = (), env: Mapping[str, str] | None = None, also: str = ""
+        self,
+        kind: str,
+        ranks: int,
+        prefix: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        also: str = "",
     ) -> Attempt:
         words = (*self.plan.words, *self.plan.cadence, *WATCHDOG, f"run.dir={self.run}")
         output = self.folder / f"attempt-{self.outcome.attempts}{also}.txt"
@@ -386,10 +414,7 @@ class Trial:
                 attempt.send(signal.SIGTERM, luck)
             return hit, None
         if kind == "SIGSTOP of a rank":
-            hit = attempt.send(signal.SIGSTOP, luck)
-            self._wait(attempt, 1.5)  # until a watchdog looks: then nobody has to
-            attempt.send_all(signal.SIGKILL)
-            return hit, None
+            return attempt.send(signal.SIGSTOP, luck), None
         if kind == "a pause":
             pids = attempt.ranks()
             pid = pids[int(luck * len(pids))] if pids else None
@@ -405,7 +430,9 @@ class Trial:
         if kind == "read-only directory":
             return self.run.exists(), _close(self.run)
         if kind == "second writer":
-            second = self._started(attempt.kind, self.plan.start(self.outcome.attempts - 1)[1], also="-second")
+            second = self._started(
+                attempt.kind, self.plan.start(self.outcome.attempts - 1)[1], also="-second"
+            )
             code, left = second.finish()
             self._judge(second, fault, code, left)
             return True, None
@@ -437,7 +464,9 @@ class Trial:
         if code is None:
             self.outcome.lost = f"{where} hangs: {attempt.kind}, {len(left)} processes"
         elif left:
-            self.outcome.untidy.append(f"{where}: {len(left)} processes outlived it by {ALL_DOWN_S} s: {left[0]}")
+            self.outcome.untidy.append(
+                f"{where}: {len(left)} processes outlived it by {ALL_DOWN_S} s: {left[0]}"
+            )
         violent = kind.startswith("kill") or kind in ("SIGSTOP of a rank", "old job comes back")
         ours = re.search(r"File \".*/allranks/", text)
         if ours and not (violent and attempt.kind != "none") and (begun or kind not in ASKED_TO_STOP):
@@ -447,9 +476,13 @@ class Trial:
             allowed = (0, 1) if attempt.kind == "torchrun" else (0, 85)
         elif kind == "a pause" or not kind:
             allowed = (0,)
+        elif violent and code == 0 and not finished(self.run):
+            self.outcome.untidy.append(f"{where}: exit code 0 after {kind}")
         if code is not None and allowed and code not in allowed:
             last = " | ".join(text.strip().splitlines()[-2:])
-            self.outcome.untidy.append(f"{where}: exit code {code} after {kind or 'nothing'}: {last[-300:]}")
+            self.outcome.untidy.append(
+                f"{where}: exit code {code} after {kind or 'nothing'}: {last[-300:]}"
+            )
 
     # --- between two attempts -------------------------------------------------------------------------
 
@@ -516,14 +549,18 @@ def difference(run: Path, twin: Path, moved: bool = False) -> str:
     here, there = (json.loads((path / "summary.json").read_text()) for path in (run, twin))
     aside = ("world_size",) if moved else ()
     keys = [key for key in {**here, **there} if not key.startswith("time/") and key not in aside]
-    wrong = [f"{key} {here.get(key)} not {there.get(key)}" for key in keys if here.get(key) != there.get(key)]
+    wrong = [
+        f"{key} {here.get(key)} not {there.get(key)}" for key in keys if here.get(key) != there.get(key)
+    ]
     lines, lines_there = (
         _TIMES.sub(b"", (path / "metrics.jsonl").read_bytes()).splitlines() for path in (run, twin)
     )
     if lines != lines_there:
         other = [i for i, pair in enumerate(zip(lines, lines_there)) if pair[0] != pair[1]]  # noqa: B905
         at = other[0] if other else min(len(lines), len(lines_there))
-        wrong.append(f"metrics.jsonl from line {at + 1}: {lines[at : at + 1]} not {lines_there[at : at + 1]}")
+        wrong.append(
+            f"metrics.jsonl from line {at + 1}: {lines[at : at + 1]} not {lines_there[at : at + 1]}"
+        )
     return "; ".join(wrong)
 
 
@@ -656,6 +693,12 @@ def table(outcomes: Sequence[Outcome]) -> list[str]:
     ]  # fmt: skip
 
 
+def _interrupt(signum: int, _: object) -> None:
+    _interrupted.set()
+    _end(_marked(SESSION))
+    raise SystemExit(128 + signum)  # once the trials under way have tidied up
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/chaos", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--trials", type=int, default=20)
@@ -664,6 +707,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--parallel", type=int, default=2, help="trials at the same time (default: 2)")
     parser.add_argument("--keep", type=Path, help="a new folder for all runs, which stay there")
     options = parser.parse_args(arguments)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     folder = options.keep or Path(tempfile.mkdtemp(prefix="allranks-chaos-"))
     folder.mkdir(parents=True, exist_ok=True)
     skipped = cannot({**LIVE, **BETWEEN})
@@ -678,7 +723,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outcome = Trial(mine, folder.absolute() / f"trial-{number}", twin, twin_s).go()
         print(f"{mine}: {', '.join(outcome.injected)}; {outcome.attempts} attempts", flush=True)
         for problem in filter(None, (outcome.lost, outcome.different, *outcome.untidy)):
-            print(f"    {problem}\n    repeat: scripts/chaos --seed {options.seed} --trial {number}", flush=True)
+            print(
+                f"    {problem}\n    repeat: scripts/chaos --seed {options.seed} --trial {number}",
+                flush=True,
+            )
         if options.keep is None and outcome.is_good:
             shutil.rmtree(folder / f"trial-{number}")
         return outcome
@@ -691,7 +739,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shutil.rmtree(folder)
     elif not good:
         print(f"What is left of it is in {folder}")
-    print(f"seed {options.seed}, {time.monotonic() - began:.0f} s, {sum(bool(o.untidy) for o in outcomes)} untidy\n")
+    print(
+        f"seed {options.seed}, {time.monotonic() - began:.0f} s, {sum(bool(o.untidy) for o in outcomes)} untidy\n"
+    )
     print("\n".join(table(outcomes)))
     return 0 if good else 1
 
