@@ -140,6 +140,9 @@ def long_run(tmp_path_factory) -> Run:
 def test_a_signal_to_any_rank_stops_all_with_a_checkpoint(tmp_path, train, long_run, signum):
     process = started(*LONG, cwd=tmp_path, under="mpiexec", ranks=2)
     os.kill(rank_pid(tmp_path, 1), signum)
+    if signum == signal.SIGTERM:  # an impatient scheduler
+        os.kill(rank_pid(tmp_path, 1), signum)
+        os.kill(rank_pid(tmp_path, 0), signum)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 85, err
     assert f"stopped by {signum.name}" in out
@@ -287,6 +290,34 @@ def test_weights_load_in_plain_torch(train, finished):
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
     model.load_state_dict(load_file(finished.path / "checkpoints/step-000020/model.safetensors"))
     assert sum(p.numel() for p in model.parameters()) == finished.summary["model/parameters"]
+
+
+# --- saves that fail, files that others see late ------------------------------------------------------
+
+
+def test_a_save_that_fails_is_a_warning_and_at_the_end_an_error(tmp_path, train):
+    """The kernel refuses any file beyond 100 kB; the weights take 360."""
+    limited = ["bash", "-c", 'ulimit -f 100; exec "$@"', "-"]
+    options = (*SMALL, "model=mlp", "trainer.epochs=2", "run.dir=run")
+    done = execute([*limited, *launcher(None, 1), "-m", "allranks.train", *options], tmp_path)
+    assert done.code == 2
+    assert (
+        "the checkpoint of step 10 could not be written (File too large); the training goes on" in done.out
+    )
+    assert "The last checkpoint, of step 20, could not be written to run (File too large)" in done.message
+    assert checkpoints.steps(tmp_path / "run") == []
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
+    assert train(*options).ok().run.summary["state"] == "finished"
+
+
+def test_only_rank_0_looks_for_checkpoints(tmp_path, finished, strace):
+    """Shared file systems show files late: what rank 0 has read is what all get."""
+    unfinish(finished)
+    trace = [strace, "-f", "-qq", "-e", "trace=openat", "-o", "trace"]
+    execute([*trace, *launcher("mpiexec", 2), "-m", "allranks.train", *SHORT], tmp_path).ok()
+    lines = (tmp_path / "trace").read_text().splitlines()
+    looked = {line.split()[0] for line in lines if "step-000010" in line}
+    assert len(looked) == 1
 
 
 # --- which are kept ------------------------------------------------------------------------------------

@@ -121,9 +121,8 @@ class Saver:
             self.failure = error
             log.warning(
                 "the checkpoint of step %s could not be written (%s); the training goes on",
-                self.saved_step,
-                error,
-            )
+                self.saved_step, error.strerror,
+            )  # fmt: skip
 
     def finish(self) -> None:
         """On every rank: waits for rank 0's last save. Raises UserError on all if it failed."""
