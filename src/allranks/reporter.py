@@ -189,8 +189,8 @@ class Reporter:
             yield
         except OSError as error:
             raise UserError(
-                f"{self.directory} cannot be written ({error.strerror}). Free some space or quota there, and "
-                "start the run again: it goes on from the newest checkpoint."
+                f"{self.directory} cannot be written ({error.strerror}). Free some space or quota there, "
+                "and start the run again: it goes on from the newest checkpoint."
             ) from error
 
     def _say(self, message: str, *values: object) -> None:
