@@ -183,6 +183,28 @@ def test_no_broad_except_swallows_and_only_the_command_line_prints():
                 assert module in MAY_PRINT, (module, node.lineno)
 
 
+PICKLES = ("pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "torch.load", "np.load")
+SHELLS = ("os.system", "os.popen", "subprocess.getoutput", "eval", "exec")
+COLLECTIVES_THAT_PICKLE = re.compile(
+    r"(gather|scatter|broadcast|send|recv)_object(_list)?$"  # torch's
+    r"|\bcomm\.i?(all)?(bcast|send|recv|gather|scatter|reduce|sendrecv|alltoall)$"  # mpi4py's
+)
+LISTEN = ("launch.preflight", "launch.supervise", "launch.variables", "runtime.meeting", "runtime.watchdog")
+
+
+def test_no_data_can_become_code_and_few_modules_listen():
+    """What docs/security.md promises."""
+    for module, source in modules().items():
+        assert not [name for name in imported(source) if name.startswith(PICKLES)], module
+        for call in (node for node in ast.walk(source) if isinstance(node, ast.Call)):
+            called, at = ast.unparse(call.func), (module, call.lineno)
+            assert called not in (*PICKLES, *SHELLS), at
+            assert not [k for k in call.keywords if k.arg == "shell"], at
+            assert not COLLECTIVES_THAT_PICKLE.search(called), at
+            if called.endswith(("create_server", "start_server", ".bind", ".listen")):
+                assert module in LISTEN, at
+
+
 def test_the_source_stays_small():
     lines = sum(len(path.read_text().splitlines()) for path in SOURCE.rglob("*.py"))
     assert 1000 < lines < 10_100  # the design's aim is 5,000: this number may only fall

@@ -158,9 +158,10 @@ def _reason(owner: Mapping[str, Any], me: Mapping[str, Any]) -> str | None:
         return "was the same job before it was requeued"
     if same("host") and owner.get("boot_id") and me["boot_id"] and not same("boot_id"):
         return "has ended: its host was started again"
-    # in another time namespace, a container's perhaps, the same process has another start time
-    ticks = owner.get("started_ticks") if same("time_namespace") else None
-    if same("boot_id", "pid_namespace") and _has_ended(owner.get("pid"), ticks):
+    started = (
+        owner.get("started_ticks") if same("time_namespace") else None
+    )  # else they count from elsewhere
+    if same("boot_id", "pid_namespace") and _has_ended(owner.get("pid"), started):
         return "has ended"
     return None
 

@@ -27,6 +27,9 @@ TERMINAL = "ALLRANKS_TERMINAL"  # which of rank 0's streams end at a terminal: o
 OUTPUT = "ALLRANKS_OUTPUT"  # directory for the other ranks' stdout
 PRIVATE = (SUPERVISOR, SECRET, TERMINAL, OUTPUT)
 
+# Drawn by the supervisor for this start: whoever connects to a rank shows it.
+RANKS_SECRET = "ALLRANKS_RANKS_SECRET"
+
 PORTS = range(20000, 30000)  # below the ports that systems hand out for outgoing connections
 
 
