@@ -26,10 +26,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from helpers import PYTHON, ROOT, SMALL, TRAIN, _end, _marked, clean_environment, mpiexec
+from helpers import PYTHON, SMALL, TRAIN, _end, _marked, clean_environment, mpiexec
 
 ATTEMPT_S = 120  # many times what any attempt takes: one that is not over by then hangs
 ALL_DOWN_S = 20  # from the end of what was started to the end of all its processes
@@ -49,7 +49,8 @@ MODELS = {
     "running": ("model=mlp", "optimizer=adam", "trainer.train_metrics=running", "trainer.precision=fp64"),
 }  # fmt: skip
 EPOCHS = 3
-BATCH = {1: 8, 2: 32, 3: 48, 4: 48}  # by ranks, which may have to share a core
+TORCHRUN = (PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+BATCH = {1: 8, 2: 32, 3: 80, 4: 80}  # by ranks, which may have to share a core
 
 # Faults that meet a run at work, with their weights, and what is done to its files between two attempts.
 LIVE = {
@@ -62,7 +63,12 @@ BETWEEN = {
     "file times jump": 1, "another clock": 1,
 }  # fmt: skip
 AT_THE_END = "torn summary"
-HARMLESS = ("a pause", "second writer")  # the run is to finish all the same
+# Where there is no launcher: nobody else to kill, and nobody who would notice that the process is stopped.
+ALONE = {"kill -9 of the launcher": "kill -9 of a rank", "SIGSTOP of a rank": "a pause"}
+SENT = {
+    "kill -9 of a rank": signal.SIGKILL, "SIGSTOP of a rank": signal.SIGSTOP, "SIGTERM": signal.SIGTERM,
+    "SIGTERM during the save": signal.SIGTERM, "SIGUSR1": signal.SIGUSR1, "SIGUSR2": signal.SIGUSR2,
+}  # fmt: skip
 ASKED_TO_STOP = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGTERM during the save")
 
 
@@ -99,7 +105,7 @@ class Plan:
     @property
     def words(self) -> tuple[str, ...]:
         """The overrides of the run and of its twin."""
-        batch = 48 if self.reproducible else BATCH[self.starts[0][1]]
+        batch = 80 if self.reproducible else BATCH[self.starts[0][1]]
         fixed = ("trainer.reproducible=true",) if self.reproducible else ()
         return (*SMALL, *MODELS[self.model], *fixed, f"trainer.epochs={EPOCHS}",
                 f"trainer.batch_size={batch}")  # fmt: skip
@@ -146,42 +152,56 @@ def plan(seed: int, number: int, without: Sequence[str] = ()) -> Plan:
         moment = rng.choice(("time", "time", "save", "checkpoint", "epoch"))
         if kind == "SIGTERM during the save":
             moment = "save"
-        elif kind in ("SIGSTOP of a rank", "old job comes back"):  # what is slow in start-up has long limits
+        elif kind in (
+            "SIGSTOP of a rank",
+            "old job comes back",
+        ):  # what is slow in start-up has long limits
             moment = "checkpoint"
-        value = rng.uniform(0.1, 0.9) if moment == "time" else rng.randint(1, 2 if moment == "epoch" else 4)
+        value = (
+            rng.uniform(0.02, 0.9) if moment == "time" else rng.randint(1, 2 if moment == "epoch" else 4)
+        )
         live.append(Fault(kind, moment, value, rng.random()))
         kinds = {kind: weight for kind, weight in BETWEEN.items() if kind not in without}
         count = rng.choice((0, 0, 1, 1, 2))
         between.append(rng.choices(list(kinds), list(kinds.values()), k=count))
+    model, keep = rng.choice(list(MODELS)), f"checkpoint.keep={rng.choice((1, 2, 3))}"
+    at_the_end, on_the_spot = rng.random() < 0.15, f"{seed} {number} on the spot"
     return Plan(
-        number, rng.choice(list(MODELS)), reproducible, starts, (*cadence, f"checkpoint.keep={rng.choice((1, 2, 3))}"),
-        live, between, rng.random() < 0.15, f"{seed} {number} on the spot",
-    )  # fmt: skip
+        number, model, reproducible, starts, (*cadence, keep), live, between, at_the_end, on_the_spot
+    )
 
 
 # --- one start of a run ------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    """This script was asked to end."""
+
+
+SESSION = f"ALLRANKS_CHAOS={uuid.uuid4()}"  # in the environment of every process that comes of this one
+_interrupted = threading.Event()
 
 
 class Attempt:
     """A command at work, with all the processes that come of it."""
 
     def __init__(
-        self, kind: str, ranks: int, words: Sequence[str], output: Path, prefix: Sequence[str] = (), **env: str
+        self, kind: str, ranks: int, words: Sequence[str], output: Path, prefix: Sequence[str], **env: str
     ) -> None:
         start = {
-            "none": TRAIN,
-            "mpiexec": [mpiexec(), "-n", str(ranks), *TRAIN] if kind == "mpiexec" else [],
-            "torchrun": [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-                         "-m", "allranks.train"],
-            "launch": [PYTHON, "-m", "allranks", "launch", "-n", str(ranks)],
-        }[kind]  # fmt: skip
-        self.kind, self.prefix, self.output = kind, prefix, output
-        self.mark = f"ALLRANKS_CHAOS={uuid.uuid4()}"
-        name, _, value = self.mark.partition("=")
-        source = {"PYTHONPATH": str(ROOT / "src"), name: value}
+            "none": lambda: TRAIN,
+            "mpiexec": lambda: [mpiexec(), "-n", str(ranks), *TRAIN],
+            "torchrun": lambda: [*TORCHRUN, str(ranks), "-m", "allranks.train"],
+            "launch": lambda: [PYTHON, "-m", "allranks", "launch", "-n", str(ranks)],
+        }[kind]()
+        self.kind, self.size, self.prefix, self.output = kind, ranks, prefix, output
+        self.mark = f"ALLRANKS_CHAOS_ATTEMPT={uuid.uuid4()}"
+        marks = dict(mark.split("=") for mark in (SESSION, self.mark))
+        if _interrupted.is_set():
+            raise Interrupted
         with output.open("w") as file:
             self.process = subprocess.Popen(
-                [*prefix, *start, *words], cwd=output.parent, env={**clean_environment(), **source, **env},
+                [*prefix, *start, *words], cwd=output.parent, env={**clean_environment(), **marks, **env},
                 start_new_session=True, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
             )  # fmt: skip
         self.began = time.monotonic()
@@ -254,7 +274,7 @@ class Trial:
         self.plan, self.folder, self.twin, self.twin_s = plan, folder, twin, twin_s
         self.rng = random.Random(plan.seed)
         self.outcome = Outcome(plan)
-        self.next: dict[str, list[str]] = {}  # what the next attempt is started with besides
+        self.prefix: Sequence[str] = ()  # of the next attempt's command
         self.asleep: Attempt | None = None  # an old job that is to come back
         self.kinds = {fault.kind for fault in plan.live}
         self.mounted = "full disk" in self.kinds
@@ -282,11 +302,12 @@ class Trial:
         undisturbed = 0
         torn = not self.plan.at_the_end
         while True:
-            if finished(self.run) and (not live or True):
+            if finished(self.run):
                 if torn:
                     break
                 torn = True
-                self._tear_summary()
+                _tear(self.run / "summary.json", self.rng)
+                self.outcome.injected.append(AT_THE_END)
             fault = live.pop(0) if live and not finished(self.run) and not self.asleep else None
             undisturbed += fault is None
             if undisturbed > 3:
@@ -306,49 +327,46 @@ class Trial:
         """Starts the run once more, with a fault; False where nothing more can come of it."""
         kind, ranks = self.plan.start(self.outcome.attempts)
         self.outcome.attempts += 1
+        if fault is not None and kind == "none":
+            fault = replace(fault, kind=ALONE.get(fault.kind, fault.kind))
         env = {}
-        prefix = self.next.pop("prefix", [])
+        prefix, self.prefix = self.prefix, ()
         if fault is not None and fault.kind == "deadline in the past":
             env = {"ALLRANKS_DEADLINE": str(int(time.time()) - 86_400)}
         if fault is not None and fault.kind == "read-only directory" and os.geteuid() == 0:
             prefix = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override"]
-        attempt = self._started(kind, ranks, prefix, env)
-        undo: Callable[[], None] | None = None
-        hit = False
+        attempt = self._started(kind, ranks, prefix, **env)
+        undo: Callable[[], object] | None = None
         try:
             if fault is not None and self._until(attempt, fault):
-                hit, undo = self._inject(attempt, fault)
-            if self.asleep is not None and fault is None:
-                self._wake(attempt)
-            if undo is not None:
-                self._wait(attempt, 0.1 + 2.5 * fault.luck)  # type: ignore[union-attr]
+                undo = self._inject(attempt, fault)
+            if fault is not None and undo is not None:
+                self.outcome.injected.append(fault.kind)
+                self._wait(attempt, 0.1 + 2.5 * fault.luck)
                 undo()
-                undo = None
             if self.asleep is attempt:
                 return True
+            if self.asleep is not None:
+                self._wake(attempt)
             code, left = attempt.finish()
-        except BaseException:
-            attempt.send_all(signal.SIGKILL)
-            attempt.process.wait()
-            raise
         finally:
+            if self.asleep is not attempt:
+                attempt.send_all(signal.SIGKILL)
+                attempt.process.wait()
             if undo is not None:
                 undo()
-        if hit:
-            assert fault is not None
-            self.outcome.injected.append(fault.kind)
-        self._judge(attempt, fault if hit else None, code, left)
+        self._judge(attempt, fault if undo is not None else None, code, left)
         return code is not None
 
     def _started(
-        self, kind: str, ranks: int, prefix: Sequence[str] = (), env: Mapping[str, str] | None = None, also: str = ""
+        self, kind: str, ranks: int, prefix: Sequence[str] = (), also: str = "", **env: str
     ) -> Attempt:
         words = (*self.plan.words, *self.plan.cadence, *WATCHDOG, f"run.dir={self.run}")
         output = self.folder / f"attempt-{self.outcome.attempts}{also}.txt"
-        return Attempt(kind, ranks, words, output, prefix, **(env or {}))
+        return Attempt(kind, ranks, words, output, prefix, **env)
 
     def _until(self, attempt: Attempt, fault: Fault) -> bool:
-        """Waits for the fault's moment, at the latest for the last epoch; False where the run ended before."""
+        """Waits for the fault's moment, at the latest for the last epoch; False if the run ends before."""
         if fault.kind == "deadline in the past":
             return True
         checkpoints, metrics = self.run / "checkpoints", self.run / "metrics.jsonl"
@@ -356,7 +374,7 @@ class Trial:
         while attempt.process.poll() is None and time.monotonic() < attempt.began + ATTEMPT_S:
             names = _names(checkpoints)
             saves |= {name for name in names if name.startswith(".step-")}
-            lines = _lines(metrics) if _id(metrics) not in (None, before) else 0
+            lines = _content(metrics).count(b"\n") if _id(metrics) != before else 0
             value = {
                 "time": (time.monotonic() - attempt.began) / self.twin_s,
                 "save": len(saves),
@@ -372,50 +390,30 @@ class Trial:
         with suppress(subprocess.TimeoutExpired):
             attempt.process.wait(seconds)
 
-    def _inject(self, attempt: Attempt, fault: Fault) -> tuple[bool, Callable[[], None] | None]:
-        """(whether it met anybody, what undoes it after a while)."""
+    def _inject(self, attempt: Attempt, fault: Fault) -> Callable[[], object] | None:
+        """What ends the fault after a while; None where it met nobody."""
         kind, luck = fault.kind, fault.luck
-        if kind == "kill -9 of a rank":
-            return attempt.send(signal.SIGKILL, luck), None
-        if kind in ("SIGTERM", "SIGUSR1", "SIGUSR2"):
-            return attempt.send(getattr(signal, kind), luck), None
-        if kind == "SIGTERM during the save":
-            hit = attempt.send(signal.SIGTERM, luck)
-            for _ in range(int(2 + 8 * luck)):
+        met, undo = True, lambda: None
+        if kind in SENT:
+            met = attempt.send(SENT[kind], luck)
+            for _ in range(int(2 + 8 * luck) if kind == "SIGTERM during the save" else 0):
                 self._wait(attempt, 0.02)
                 attempt.send(signal.SIGTERM, luck)
-            return hit, None
-        if kind == "SIGSTOP of a rank":
-            hit = attempt.send(signal.SIGSTOP, luck)
-            self._wait(attempt, 1.5)  # until a watchdog looks: then nobody has to
-            attempt.send_all(signal.SIGKILL)
-            return hit, None
-        if kind == "a pause":
-            pids = attempt.ranks()
-            pid = pids[int(luck * len(pids))] if pids else None
-            if pid is None:
-                return False, None
-            _kill(pid, signal.SIGSTOP)
-            return True, lambda: _kill(pid, signal.SIGCONT)
-        if kind == "kill -9 of the launcher":
+        elif kind == "a pause":
+            met, undo = attempt.send(signal.SIGSTOP, luck), lambda: attempt.send_all(signal.SIGCONT)
+        elif kind == "kill -9 of the launcher":
             _kill(attempt.launcher(), signal.SIGKILL)
-            return True, None
-        if kind == "full disk":
-            return True, _fill(self.folder / "disk")
-        if kind == "read-only directory":
-            return self.run.exists(), _close(self.run)
-        if kind == "second writer":
-            second = self._started(attempt.kind, self.plan.start(self.outcome.attempts - 1)[1], also="-second")
-            code, left = second.finish()
-            self._judge(second, fault, code, left)
-            return True, None
-        if kind == "old job comes back":
+        elif kind == "full disk":
+            undo = _fill(self.folder / "disk")
+        elif kind == "read-only directory":
+            met, undo = self.run.exists(), _close(self.run)
+        elif kind == "second writer":
+            second = self._started(attempt.kind, attempt.size, also="-second")
+            self._judge(second, fault, *second.finish())
+        elif kind == "old job comes back":
             attempt.send_all(signal.SIGSTOP)
             self.asleep = attempt
-            self.outcome.injected.append(kind)
-            return True, None
-        assert kind == "deadline in the past", kind
-        return True, None
+        return undo if met else None
 
     def _wake(self, attempt: Attempt) -> None:
         """Lets the old job go on as soon as the new one has saved, or is over."""
@@ -437,29 +435,33 @@ class Trial:
         if code is None:
             self.outcome.lost = f"{where} hangs: {attempt.kind}, {len(left)} processes"
         elif left:
-            self.outcome.untidy.append(f"{where}: {len(left)} processes outlived it by {ALL_DOWN_S} s: {left[0]}")
+            self.outcome.untidy.append(
+                f"{where}: {len(left)} processes outlived it by {ALL_DOWN_S} s: {left[0]}"
+            )
         violent = kind.startswith("kill") or kind in ("SIGSTOP of a rank", "old job comes back")
         ours = re.search(r"File \".*/allranks/", text)
         if ours and not (violent and attempt.kind != "none") and (begun or kind not in ASKED_TO_STOP):
             self.outcome.untidy.append(f"{where}: a traceback of ours after {kind or 'nothing'}")
         allowed: tuple[int, ...] | None = None
-        if kind in ASKED_TO_STOP and begun or kind == "deadline in the past":
+        if (kind in ASKED_TO_STOP and begun) or kind == "deadline in the past":
             allowed = (0, 1) if attempt.kind == "torchrun" else (0, 85)
         elif kind == "a pause" or not kind:
             allowed = (0,)
+        elif violent and code == 0 and not finished(self.run):
+            self.outcome.untidy.append(f"{where}: exit code 0 after {kind}")
         if code is not None and allowed and code not in allowed:
             last = " | ".join(text.strip().splitlines()[-2:])
-            self.outcome.untidy.append(f"{where}: exit code {code} after {kind or 'nothing'}: {last[-300:]}")
+            self.outcome.untidy.append(
+                f"{where}: exit code {code} after {kind or 'nothing'}: {last[-300:]}"
+            )
 
     # --- between two attempts -------------------------------------------------------------------------
 
     def _harm(self, kind: str) -> bool:
-        """Does it to the run's files, or prepares the next attempt; False where there is nothing to harm."""
+        """Does it to the run's files, or prepares the next attempt; False if there is nothing to harm."""
         rng = self.rng
         if kind == "another clock":
-            offset = str(rng.choice((86_400 * 3650, 3600)))
-            self.next["prefix"] = ["unshare", "--time", "--monotonic", offset, "--boottime", offset, "--fork",
-                                   "--kill-child"]  # fmt: skip
+            self.prefix = other_clock(rng.choice((86_400 * 3650, 3600)))
             return True
         if kind == "file times jump":
             for path in [p for p in self.run.rglob("*") if p.is_file()]:
@@ -467,11 +469,7 @@ class Trial:
                 os.utime(path, (when, when))
             return self.run.exists()
         if kind == "torn metrics":
-            path = self.run / "metrics.jsonl"
-            if not path.exists():
-                return False
-            os.truncate(path, rng.randint(0, path.stat().st_size))
-            return True
+            return _tear(self.run / "metrics.jsonl", rng)
         folders = sorted((self.run / "checkpoints").glob("step-*"))
         if not folders:
             return False
@@ -480,22 +478,7 @@ class Trial:
             (folder / "manifest.json").unlink(missing_ok=True)
             return True
         files = sorted(p for p in folder.iterdir() if p.stat().st_size)
-        if not files:
-            return False
-        path = rng.choice(files)
-        size = path.stat().st_size
-        if kind == "flipped bit":
-            content = bytearray(path.read_bytes())
-            content[rng.randrange(size)] ^= 1 << rng.randrange(8)
-            path.write_bytes(content)
-        else:
-            os.truncate(path, rng.randrange(size) if kind == "torn file" else 0)
-        return True
-
-    def _tear_summary(self) -> None:
-        path = self.run / "summary.json"
-        os.truncate(path, self.rng.randrange(path.stat().st_size - 2))
-        self.outcome.injected.append(AT_THE_END)
+        return bool(files) and HARM[kind](rng.choice(files), rng)
 
 
 def finished(run: Path) -> bool:
@@ -516,14 +499,11 @@ def difference(run: Path, twin: Path, moved: bool = False) -> str:
     here, there = (json.loads((path / "summary.json").read_text()) for path in (run, twin))
     aside = ("world_size",) if moved else ()
     keys = [key for key in {**here, **there} if not key.startswith("time/") and key not in aside]
-    wrong = [f"{key} {here.get(key)} not {there.get(key)}" for key in keys if here.get(key) != there.get(key)]
-    lines, lines_there = (
-        _TIMES.sub(b"", (path / "metrics.jsonl").read_bytes()).splitlines() for path in (run, twin)
-    )
-    if lines != lines_there:
-        other = [i for i, pair in enumerate(zip(lines, lines_there)) if pair[0] != pair[1]]  # noqa: B905
-        at = other[0] if other else min(len(lines), len(lines_there))
-        wrong.append(f"metrics.jsonl from line {at + 1}: {lines[at : at + 1]} not {lines_there[at : at + 1]}")
+    other = [key for key in keys if here.get(key) != there.get(key)]
+    wrong = [f"{key}: {here.get(key)}, not {there.get(key)}" for key in other]
+    metrics = [_TIMES.sub(b"", _content(path / "metrics.jsonl")) for path in (run, twin)]
+    if metrics[0] != metrics[1]:
+        wrong.append(f"metrics.jsonl: {metrics[0]!r}, not {metrics[1]!r}")
     return "; ".join(wrong)
 
 
@@ -534,6 +514,13 @@ def _names(folder: Path) -> list[str]:
         return []
 
 
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
 def _id(path: Path) -> int | None:
     try:
         return path.stat().st_ino
@@ -541,16 +528,36 @@ def _id(path: Path) -> int | None:
         return None
 
 
-def _lines(path: Path) -> int:
-    try:
-        return path.read_bytes().count(b"\n")
-    except OSError:
-        return 0
-
-
 def _kill(pid: int, signum: int) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, signum)
+
+
+def _tear(path: Path, rng: random.Random) -> bool:
+    if path.exists():
+        os.truncate(path, rng.randrange(max(1, path.stat().st_size - 2)))
+    return path.exists()
+
+
+def _flip(path: Path, rng: random.Random) -> bool:
+    content = bytearray(path.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+    return True
+
+
+def _empty(path: Path, _: random.Random) -> bool:
+    os.truncate(path, 0)
+    return True
+
+
+HARM = {"flipped bit": _flip, "torn file": _tear, "emptied file": _empty}
+
+
+def other_clock(seconds: int) -> list[str]:
+    """What a command is preceded by so that its host seems to have been up so much longer."""
+    offsets = ("--monotonic", str(seconds), "--boottime", str(seconds))
+    return ["unshare", "--time", *offsets, "--fork", "--kill-child"]
 
 
 def _mount(folder: Path) -> None:
@@ -601,9 +608,8 @@ def cannot(kinds: Mapping[str, float]) -> dict[str, str]:
             found["full disk"] = "nothing may be mounted here"
     if root and shutil.which("setpriv") is None:
         found["read-only directory"] = "root writes everywhere, and there is no setpriv"
-    time_words = ["unshare", "--time", "--monotonic", "9", "--boottime", "9", "--fork", "true"]
     try:
-        subprocess.run(time_words, capture_output=True, timeout=30, check=True)
+        subprocess.run([*other_clock(9), "true"], capture_output=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         found["another clock"] = "no time namespace may be made here"
     return {kind: why for kind, why in found.items() if kind in kinds}
@@ -629,7 +635,7 @@ class Twins:
             if key not in self._durations:
                 self.folder.mkdir(exist_ok=True)
                 words = (*plan.words, f"run.dir={self.folder / name}")
-                attempt = Attempt(kind, ranks, words, self.folder / f"{name}.txt")
+                attempt = Attempt(kind, ranks, words, self.folder / f"{name}.txt", prefix=())
                 code, left = attempt.finish()
                 assert code == 0 and not left, (name, code, left, attempt.text())
                 self._durations[key] = time.monotonic() - attempt.began
@@ -645,15 +651,23 @@ def table(outcomes: Sequence[Outcome]) -> list[str]:
         if not met:
             continue
         attempts = [outcome.attempts for outcome in met]
-        lost, different = (sum(bool(getattr(o, what)) for o in met) for what in ("lost", "different"))
+        mean = f"{sum(attempts) / len(met):.1f}, {max(attempts)}"
         lines.append(
-            f"| {kind} | {injected[kind]} | {sum(attempts) / len(met):.1f}, {max(attempts)} | {lost} | {different} |"
+            f"| {kind} | {injected[kind]} | {mean} | {_sum(met, 'lost')} | {_sum(met, 'different')} |"
         )
-    lost, different = (sum(bool(getattr(o, what)) for o in outcomes) for what in ("lost", "different"))
-    return [
-        *lines, "",
-        f"{len(outcomes)} trials, {injected.total()} faults, {len(injected)} kinds, {lost} lost, {different} different",
-    ]  # fmt: skip
+    total = f"{len(outcomes)} trials, {sum(injected.values())} faults, {len(injected)} kinds"
+    ends = f"{_sum(outcomes, 'lost')} lost, {_sum(outcomes, 'different')} different"
+    return [*lines, "", f"{total}, {ends}"]
+
+
+def _sum(outcomes: Sequence[Outcome], what: str) -> int:
+    return sum(bool(getattr(outcome, what)) for outcome in outcomes)
+
+
+def _interrupt(signum: int, _: object) -> None:
+    _interrupted.set()
+    _end(_marked(SESSION))
+    raise SystemExit(128 + signum)  # once the trials under way have tidied up
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -664,6 +678,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--parallel", type=int, default=2, help="trials at the same time (default: 2)")
     parser.add_argument("--keep", type=Path, help="a new folder for all runs, which stay there")
     options = parser.parse_args(arguments)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     folder = options.keep or Path(tempfile.mkdtemp(prefix="allranks-chaos-"))
     folder.mkdir(parents=True, exist_ok=True)
     skipped = cannot({**LIVE, **BETWEEN})
@@ -678,7 +694,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outcome = Trial(mine, folder.absolute() / f"trial-{number}", twin, twin_s).go()
         print(f"{mine}: {', '.join(outcome.injected)}; {outcome.attempts} attempts", flush=True)
         for problem in filter(None, (outcome.lost, outcome.different, *outcome.untidy)):
-            print(f"    {problem}\n    repeat: scripts/chaos --seed {options.seed} --trial {number}", flush=True)
+            print(
+                f"    {problem}\n    repeat: scripts/chaos --seed {options.seed} --trial {number}",
+                flush=True,
+            )
         if options.keep is None and outcome.is_good:
             shutil.rmtree(folder / f"trial-{number}")
         return outcome
@@ -691,7 +710,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shutil.rmtree(folder)
     elif not good:
         print(f"What is left of it is in {folder}")
-    print(f"seed {options.seed}, {time.monotonic() - began:.0f} s, {sum(bool(o.untidy) for o in outcomes)} untidy\n")
+    took = f"{time.monotonic() - began:.0f} s"
+    print(f"seed {options.seed}, {took}, {_sum(outcomes, 'untidy')} untidy\n")
     print("\n".join(table(outcomes)))
     return 0 if good else 1
 
