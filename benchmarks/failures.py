@@ -51,7 +51,8 @@ while True:
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
 OVERRIDES = [
     "data=synthetic", "model=lab", "device=cpu", "threads=1", "trainer.epochs=1000000",
-    "trainer.batch_size=2000", f"watchdog.step_s={STEP_S}", "run.dir=run", "checkpoint.every_epochs=null", "--config-dir=conf",
+    "trainer.batch_size=2000", "checkpoint.every_epochs=null", f"watchdog.step_s={STEP_S}", "run.dir=run",
+    "--config-dir=conf",
 ]  # fmt: skip
 SETUPS = {
     "mpiexec": [str(BIN / "mpiexec"), "-n", str(RANKS), sys.executable, "-m", "allranks.train", *OVERRIDES],

@@ -160,9 +160,9 @@ class Watchdog:
 
     def close(self) -> None:
         """The run has ended well, or with an error that all ranks know."""
-        self._closed = True
         for link in list(self._links.values()):
-            link.say(bye=True)
+            link.say(bye=True)  # before the connection ends, which would be an alarm without it
+        self._closed = True
         if self._dump is not None:
             faulthandler.unregister(DUMP)
             os.close(self._dump)
