@@ -45,6 +45,7 @@ class Request:
     ppn: int | None = None
     launcher: str = "auto"
     hosts_path: str = "allranks-hosts"  # for a list of hosts too long for an argument
+    placed: tuple[Host, ...] = ()  # just these ranks on these hosts, whatever the above say
     passed: tuple[str, ...] = ()  # variables that the launcher must hand on besides the plan's
     installed_here: bool = True  # False: planned for elsewhere, so do not look for programs here
 
@@ -159,6 +160,8 @@ def check_program(program: Sequence[str]) -> None:
 
 def place(request: Request, machine: Machine, allocation: Allocation) -> tuple[Host, ...]:
     """The hosts to use, each with its number of ranks as `slots`."""
+    if request.placed:
+        return request.placed
     for option, value in (
         ("-n", request.ranks), ("--nodes", request.nodes), ("--ppn", request.ppn)
     ):  # fmt: skip

@@ -106,6 +106,10 @@ def choose(asked: str, machine: Machine, allocation: Allocation, installed_here:
             f"--launcher {launcher} is not installed here: {remedy}"
             + (f"; --launcher {others} would work." if others else ".")
         )
+    if launcher == "srun" and allocation.scheduler == "local":
+        raise UserError(
+            "--launcher srun needs a job of Slurm: get one with `salloc`, or `allranks submit`."
+        )
     return launcher
 
 

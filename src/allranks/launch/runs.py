@@ -116,6 +116,13 @@ def read(path: Path) -> dict[str, Any]:
     return dict(found)
 
 
+def newest_step(directory: str | Path | None) -> int:
+    """The step of the newest checkpoint in a run directory, by its name alone; 0 without one."""
+    folders = Path(directory).glob("checkpoints/step-*") if directory else ()
+    steps = (folder.name.removeprefix("step-") for folder in folders)
+    return max((int(step) for step in steps if step.isdigit()), default=0)
+
+
 TERMINATED = str(128 + signal.SIGTERM)  # by the scheduler: at the walltime, or cancelled
 
 

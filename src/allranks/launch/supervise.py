@@ -70,6 +70,8 @@ class Outcome:
     code: int
     failure: str  # one line, empty where nothing failed
     hosts: Mapping[int, str]  # by rank, of those that came
+    gone: tuple[str, ...] = ()  # hosts of which nothing is heard: no rank came, or all vanished
+    stopped: bool = False  # by a signal to us
 
 
 def run(
@@ -80,8 +82,8 @@ def run(
     world_size: int,
     hosts: Sequence[str] = (),
     **limits: float,
-) -> int:
-    """Runs the launcher `argv`, which starts allranks.launch.rank on every rank; the exit code.
+) -> Outcome:
+    """Runs the launcher `argv`, which starts allranks.launch.rank on every rank; how it went.
 
     `env` is the launcher's whole environment; `hosts` are the hosts that the ranks will be on, so that
     one that does not come can be named. Other ranks' stdout than rank 0's goes to
@@ -89,10 +91,11 @@ def run(
     """
     console = Console()
     env = {**env, variables.TERMINAL: console.terminals()}
-    outcome = Supervision(console, world_size, hosts, **limits).run(argv, env, run_dir)
-    if outcome.failure:
-        print(f"allranks: {outcome.failure}", file=sys.stderr, flush=True)
-    return outcome.code
+    return Supervision(console, world_size, hosts, **limits).run(argv, env, run_dir)
+
+
+def say(text: str) -> None:
+    print(f"allranks: {text}", file=sys.stderr, flush=True)
 
 
 class Console:
@@ -231,8 +234,14 @@ class Supervision:
             self.code = 128 + signal.SIGPIPE if unread else 1
             reason = f"the ranks' output cannot be written ({self.console.lost.strerror})"
             self.failure = "" if unread else reason
+        gone, ranks = self._gone(), self.ranks.values()
         code, failure = self._verdict(Path(argv[0]).name)
-        return Outcome(code, failure and f"{failure}.", {r.rank: r.host for r in self.ranks.values()})
+        where = {r.rank: r.host for r in ranks}
+        return Outcome(code, failure and f"{failure}.", where, gone, bool(self.stopped_by))
+
+    def _gone(self) -> tuple[str, ...]:
+        heard_of = {short(r.host) for r in self.ranks.values() if not r.lost}
+        return tuple(host for host in dict.fromkeys(self.hosts) if short(host) not in heard_of)
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         """Waits for what news of ranks or processes may bring about, or until nobody reads on."""
@@ -385,10 +394,8 @@ class Supervision:
         if self.started:
             return
         missing = [number for number in range(self.world_size) if number not in self.ranks]
-        come = {short(r.host) for r in self.ranks.values()}
-        silent = [host for host in dict.fromkeys(self.hosts) if short(host) not in come]
         where = "The hosts all answered:"
-        if silent:
+        if silent := self._gone():
             where = f"None came from {some(silent)}: look whether they are up, take them out, or"
         self._fail(
             1,
@@ -423,7 +430,7 @@ class Supervision:
         """The exit code and what has failed, the first cause first."""
         bad = [r for r in self.ranks.values() if r.code not in (0, None)]
         failed = [r for r in bad if r.code != REQUEUE]
-        if not failed and not self.stopped_by:  # else the launcher speaks of what we name
+        if not bad and not self.stopped_by:  # else the launcher speaks of what we name
             for line in self._said:
                 self.console.line(line)
         self.console.flush(force=True)
