@@ -65,10 +65,43 @@ def train_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
         before = set(tmp_path.rglob("config.yaml"))
         [config] = from_command_line(overrides)
         run_training(config, Launch("none"))
+        if config.run.dir is not None:
+            return Run(tmp_path / config.run.dir)
         [made] = set(tmp_path.rglob("config.yaml")) - before
         return Run(made.parent)
 
     return run
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """mounted(OPTIONS) is a folder on a file system of its own, in memory."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to mount a file system")
+    made: list[Path] = []
+
+    def mount(options: str) -> Path:
+        folder = tmp_path / f"mounted{len(made)}"
+        folder.mkdir()
+        words = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
+        if done.returncode:
+            pytest.skip(f"nothing may be mounted here: {done.stderr.strip()}")
+        made.append(folder)
+        return folder
+
+    yield mount
+    for folder in made:
+        subprocess.run(["umount", str(folder)], timeout=30, check=True)
+
+
+@pytest.fixture
+def read_only(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """An empty folder in which this process cannot write."""
+    if os.geteuid() == 0:  # whom permissions do not stop
+        return request.getfixturevalue("mounted")("ro")
+    (tmp_path / "read-only").mkdir(mode=0o500)
+    return tmp_path / "read-only"
 
 
 @pytest.fixture(scope="module")

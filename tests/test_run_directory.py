@@ -30,6 +30,13 @@ SUMMARY = [
 FILES = ["config.yaml", "environment.json", "logs", "logs/rank-0.log", "metrics.jsonl", "summary.json"]
 
 
+def checkpoints(*steps: int) -> list[str]:
+    """What the checkpoints of these steps consist of."""
+    inside = ("manifest.json", "model.safetensors", "optimizer.safetensors", "state.json")
+    folders = [f"checkpoints/step-{step:06d}" for step in steps]
+    return ["checkpoints", *folders, *(f"{folder}/{name}" for folder in folders for name in inside)]
+
+
 def training(
     cwd: Path, home: Path, *overrides: str, under: str | None = None, ranks: int = 1, **env: str
 ) -> Done:
@@ -52,7 +59,7 @@ def test_one_directory_for_all_ranks_and_nothing_elsewhere(two_ranks, places):
     cwd, home = places
     path = two_ranks.run.path.relative_to(cwd)
     assert re.fullmatch(r"runs/linear/\d{8}T\d{6}Z-[0-9a-f]{6}", str(path))
-    assert tree(two_ranks.run.path) == sorted([*FILES, "logs/rank-1.log"])
+    assert tree(two_ranks.run.path) == sorted([*FILES, *checkpoints(10, 20), "logs/rank-1.log"])
     assert [p for p in tree(cwd) if not p.startswith(f"{path}/")] == ["runs", "runs/linear", str(path)]
     assert tree(home) == []
 
@@ -142,7 +149,7 @@ def test_torchruns_ranks_are_as_silent(tmp_path):
     done = training(cwd, home, "trainer.epochs=1", under="torchrun", ranks=2, OMP_NUM_THREADS="1").ok()
     assert len(done.out.splitlines()) == 5
     assert [line for line in done.err.splitlines() if "torch/distributed/run.py" not in line] == []
-    assert tree(done.run.path) == sorted([*FILES, "logs/rank-1.log"])
+    assert tree(done.run.path) == sorted([*FILES, *checkpoints(10), "logs/rank-1.log"])
     assert tree(home) == []
 
 
@@ -191,7 +198,7 @@ def test_no_epochs_leave_an_untrained_model_and_no_metrics(train_here):
 def test_a_directory_of_ones_own(train_here, tmp_path):
     run = train_here(*SMALL, "trainer.epochs=1", "run.dir=deep/down/here")
     assert run.path == tmp_path / "deep/down/here"
-    assert tree(run.path) == FILES
+    assert tree(run.path) == sorted([*FILES, *checkpoints(10)])
     (tmp_path / "empty").mkdir()
     assert train_here(*SMALL, "trainer.epochs=1", "run.dir=empty").path == tmp_path / "empty"
 
@@ -227,7 +234,8 @@ def test_runs_started_in_the_same_second_get_a_directory_each(places, tmp_path, 
 def test_figures_that_are_no_numbers_become_null(tmp_path):
     """JSON has neither NaN nor infinity: a diverged run must stay readable."""
     nan, infinity = float("nan"), float("inf")
-    rundir.append_line(tmp_path / "metrics.jsonl", {"epoch": 1, "val/loss": nan, "lr": infinity})
+    with rundir.write_text(tmp_path / "metrics.jsonl", "") as file:
+        rundir.append_line(file, {"epoch": 1, "val/loss": nan, "lr": infinity})
     rundir.write_json(tmp_path / "summary.json", {"test/loss": -infinity})
     run = Run(tmp_path)
     assert run.metrics == [{"epoch": 1, "val/loss": None, "lr": None}]
@@ -236,7 +244,7 @@ def test_figures_that_are_no_numbers_become_null(tmp_path):
 
 
 def test_a_run_that_diverges_still_leaves_valid_json(train_here):
-    run = train_here(*SMALL, "optimizer.lr=1e300", "trainer.epochs=2")
+    run = train_here(*SMALL, "optimizer.lr=1e300", "trainer.epochs=2", "trainer.nonfinite=skip")
     assert [line["train/loss"] for line in run.metrics][-1] is None
     assert run.summary["test/loss"] is None
 

@@ -35,7 +35,7 @@ def numbered(examples: int) -> InMemory:
 
 def rank_of(rank: int, ranks: int) -> SimpleNamespace:
     """What the loader asks of a Runtime."""
-    return SimpleNamespace(rank=rank, world_size=ranks, device=torch.device("cpu"))
+    return SimpleNamespace(shares=range(rank, rank + 1), share_count=ranks, device=torch.device("cpu"))
 
 
 def numbers_in(images: torch.Tensor, labels: torch.Tensor) -> list[int]:
@@ -96,7 +96,8 @@ def test_batches_count_what_counts(examples, ranks, batch_size, epoch):
     """The ranks' counts make up each step's total; an empty share brings a stand-in that counts 0."""
     part = numbered(examples)
     by_rank = [
-        list(training_batches(part, rank_of(r, ranks), batch_size, epoch, seed=3)) for r in range(ranks)
+        [batch for (batch,) in training_batches(part, rank_of(r, ranks), batch_size, epoch, seed=3)]
+        for r in range(ranks)
     ]
     steps = steps_per_epoch(examples, batch_size)
     assert [len(batches) for batches in by_rank] == [steps] * ranks  # everybody joins every step
@@ -114,8 +115,8 @@ def test_batches_count_what_counts(examples, ranks, batch_size, epoch):
 
 def test_an_epoch_can_be_entered_in_the_middle():
     part, runtime = numbered(50), rank_of(1, 3)
-    whole = [b.labels.tolist() for b in training_batches(part, runtime, 8, 2, 0)]
-    rest = [b.labels.tolist() for b in training_batches(part, runtime, 8, 2, 0, first_step=4)]
+    whole = [b.labels.tolist() for (b,) in training_batches(part, runtime, 8, 2, 0)]
+    rest = [b.labels.tolist() for (b,) in training_batches(part, runtime, 8, 2, 0, first_step=4)]
     assert rest == whole[4:]
     assert len(rest) == 3
 
@@ -126,7 +127,8 @@ def test_evaluation_sees_every_example_once(examples, ranks):
     part = numbered(examples)
     seen = []
     for rank in range(ranks):
-        for images, labels in evaluation_batches(part, rank_of(rank, ranks)):
+        for row, (images, labels) in evaluation_batches(part, rank_of(rank, ranks), seed=0):
+            assert row == 0
             assert len(labels) > 0
             seen += numbers_in(images, labels)
     assert sorted(seen) == list(range(examples))

@@ -26,6 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from allranks import doctor
 
         sys.exit(doctor.main(given[1:]))
+    if given[:1] == ["checkpoint"]:
+        from allranks import checkpoint_cli
+
+        sys.exit(checkpoint_cli.main(given[1:]))
     if given[:1] in (["submit"], ["runs"], ["cancel"]):
         from allranks.launch import submit
 
@@ -52,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("submit", help="queue a training or program with PBS or Slurm (submit --help)")
     commands.add_parser("runs", help="list runs and their jobs (runs --help)")
     commands.add_parser("cancel", help="end the jobs of a run (cancel --help)")
+    commands.add_parser("checkpoint", help="list, verify or show checkpoints (checkpoint --help)")
 
     data = commands.add_parser("data", help="fetch and check data sets").add_subparsers(
         title="commands", metavar="COMMAND", required=True

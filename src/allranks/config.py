@@ -231,7 +231,7 @@ def typed(composed: DictConfig) -> Config:
 
 
 def _check(config: Config) -> None:
-    values = dict(_leaves(_plain(config), with_values=True))
+    values = leaves(config)
     for key, value in values.items():
         rule = RULES.get(key) or (COMPONENT_RULES.get(key) if _is_ours(values, key.split(".")[0]) else None)
         if rule is None or (value is None and key in _OPTIONAL) or rule.valid(value):
@@ -310,6 +310,36 @@ def thaw(directory: str, sha256: str) -> Config:
         )
     config = typed(OmegaConf.create(content.decode()))  # type: ignore[arg-type]
     return replace(config, run=RunConfig(directory))
+
+
+# What may change when a run goes on: where and how it runs, not what it computes.
+_FREE = ("runtime", "device", "oversubscribe", "threads", "resume", "run", "checkpoint", "watchdog")
+
+
+def differing(path: Path, config: Config) -> str:
+    """The values by which the frozen configuration in the file is another training; "" for none."""
+    there = leaves(typed(_loaded(path)))
+    here = leaves(config)
+    keys = [key for key in sorted({*there, *here}) if key.split(".")[0] not in _FREE]
+    return "; ".join(
+        f"{key} is {there.get(key)} there, not {here.get(key)}"
+        for key in keys
+        if there.get(key) != here.get(key)
+    )
+
+
+def _loaded(path: Path) -> DictConfig:
+    from yaml import YAMLError  # type: ignore[import-untyped,unused-ignore]
+
+    try:
+        return OmegaConf.create(path.read_text())  # type: ignore[return-value]
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path} cannot be read ({_first_line(error)}): give another run.dir.") from error
+
+
+def leaves(config: Config) -> dict[str, Any]:
+    """Every value of the configuration under its dotted key."""
+    return dict(_leaves(_plain(config), with_values=True))
 
 
 # --- the command line --------------------------------------------------------------------------------

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,7 +26,12 @@ from allranks.data.loader import (
 )
 from allranks.errors import UserError
 from allranks.metrics import Sums
+from allranks.randomness import mixed, reseed
+from allranks.runtime.compare import compare_ranks
+from allranks.runtime.gradients import OrderedSum
 from allranks.runtime.runtime import Runtime
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -49,16 +57,21 @@ class Schedule:
 
 @dataclass
 class Training:
-    """All that changes while a run trains."""
+    """All that changes while a run trains: what a checkpoint holds."""
 
     model: nn.Module  # as it is evaluated and saved
     trained: nn.Module  # the same, compiled and wrapped in DDP where asked for
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     scaler: torch.amp.GradScaler
+    sums: Sums  # of the running epoch, where trainer.train_metrics=running
+    ordered_sum: OrderedSum | None = None  # in a reproducible run
     epoch: int = 0  # completed
-    step: int = 0  # optimizer steps taken
-    val_count: int = 0  # examples of the last validation
+    step: int = 0  # optimizer steps, skipped ones included
+    epoch_steps: int = 0  # of them in the epoch that is under way
+    epoch_s: float = 0.0  # spent in these
+    epoch_lr: float = 0.0  # the learning rate at its beginning
+    history: list[dict[str, Any]] = field(default_factory=list)  # the metrics of each completed epoch
 
     @property
     def parameters(self) -> int:
@@ -85,21 +98,27 @@ def dtype(config: TrainerConfig) -> torch.dtype:
 
 def build_training(config: Config, runtime: Runtime, examples: int) -> Training:
     """The model with its initial weights from `seed`, its optimizer and its schedule."""
-    trainer, seed = config.trainer, config.seed
-    torch.manual_seed(seed)
+    trainer = config.trainer
+    torch.manual_seed(config.seed)
     net: nn.Module = build("model", config.model).to(runtime.device, dtype(trainer))
     parameters = [p for p in net.parameters() if p.requires_grad]
     if not parameters:
         raise UserError(f"model._target_={config.model['_target_']} has no parameters to train.")
-    made = build("optimizer", config.optimizer, parameters)
+    ordered_sum = None
+    if trainer.reproducible:
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules()):
+            raise UserError(
+                "trainer.reproducible=true does not go with BatchNorm, whose figures depend on how a batch "
+                "is cut: take GroupNorm or LayerNorm in the model."
+            )
+        ordered_sum = OrderedSum(parameters, len(runtime.shares))
+    optimizer = build("optimizer", config.optimizer, parameters)
     batch_size = global_batch_size(trainer, runtime.world_size)
     length = trainer.epochs * steps_per_epoch(examples, batch_size)
-    schedule = build_schedule(config.scheduler, made, trainer.epochs, length)
+    schedule = build_schedule(config.scheduler, optimizer, trainer.epochs, length)
     trained = runtime.wrap(torch.compile(net) if trainer.compile else net)  # type: ignore[arg-type]
-    # Dropout differs from rank to rank; adding 1 keeps rank 0 from repeating the initial weights' numbers.
-    torch.manual_seed(seed * runtime.world_size + runtime.rank + 1)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=trainer.precision == "fp16")
-    return Training(net, trained, made, schedule, scaler)
+    return Training(net, trained, optimizer, schedule, scaler, Sums(runtime), ordered_sum)
 
 
 def build_schedule(
@@ -121,58 +140,122 @@ def build_schedule(
     return Schedule(build("scheduler", values, optimizer), every_step, monitor)
 
 
-def train_epoch(
-    training: Training,
-    batches: Iterator[Batch],
-    config: TrainerConfig,
-    runtime: Runtime,
-    sums: Sums | None,
-) -> int:
-    """One pass over the shuffled training set; returns the examples seen by all ranks together.
+def train_step(training: Training, shares: Sequence[Batch], config: Config, runtime: Runtime) -> None:
+    """One optimizer step on this rank's shares of a global batch.
 
     Each share is weighted by its count, so that the sum over the ranks is the gradient of the mean over
-    the global batch, however unevenly the batch divides.
+    the global batch, however unevenly the batch divides. A step whose gradient is not finite is not
+    applied: the sum is the same on all ranks, so all of them see it.
     """
-    model, optimizer, scaler = training.trained, training.optimizer, training.scaler
-    model.train()
-    seen = 0
-    for batch in batches:
-        pieces = min(config.accumulate, len(batch.labels))
-        parts = list(zip(batch.images.chunk(pieces), batch.labels.chunk(pieces), strict=True))
-        for images, labels in parts[:-1]:
-            with runtime.without_sync(model):
-                _backward(training, images, labels, batch, config, runtime, sums)
-        _backward(training, *parts[-1], batch, config, runtime, sums)
-        if config.clip_norm is not None:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(training.model.parameters(), config.clip_norm)
+    trainer, scaler, optimizer = config.trainer, training.scaler, training.optimizer
+    training.trained.train()
+    losses = []
+    sums_before = training.sums.rows.clone()
+    for row, (share, batch) in enumerate(zip(runtime.shares, shares, strict=True)):
+        reseed(mixed(config.seed, training.step, share), runtime.device)
+        losses.append(_backward(training, row, batch, trainer, runtime))
+        if training.ordered_sum is not None:
+            training.ordered_sum.take(row)
+    if training.ordered_sum is not None:
+        training.ordered_sum.give(runtime.gather)
+    if scaler.is_enabled():  # which skips a step that overflows, and lowers its scale
+        scaler.unscale_(optimizer)
+        _clip(training, trainer)
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad()
-        training.schedule.after_step()
-        training.step += 1
-        seen += batch.total
-    return seen
+        finite = scaler.get_scale() >= 2**-14
+    else:
+        finite = _is_finite(training)
+        if finite:
+            _clip(training, trainer)
+            optimizer.step()
+    if not finite:
+        _not_finite(training, losses, trainer, runtime)
+        training.sums.rows.copy_(sums_before)
+    optimizer.zero_grad()
+    training.schedule.after_step()
+    training.step += 1
+    training.epoch_steps += 1
+
+
+def settle_buckets(training: Training, batch: Batch, config: TrainerConfig, runtime: Runtime) -> None:
+    """Passes a batch forward and backward for nothing.
+
+    After its first backward pass DDP lays its buckets out anew, in the order in which the gradients came,
+    and a ring all-reduce adds up in an order that follows the layout. A run that goes on from a checkpoint
+    has to begin with the layout of one that never stopped.
+    """
+    if training.trained is training.model:
+        return
+    buffers = [buffer.clone() for buffer in training.model.buffers()]
+    training.trained.train()
+    with runtime.autocast(config.precision):
+        logits = training.trained(batch.images)
+    (logits.sum() * 0).backward()
+    training.optimizer.zero_grad()
+    for buffer, before in zip(training.model.buffers(), buffers, strict=True):
+        buffer.copy_(before)
 
 
 def _backward(
-    training: Training,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    batch: Batch,
-    config: TrainerConfig,
-    runtime: Runtime,
-    sums: Sums | None,
+    training: Training, row: int, batch: Batch, config: TrainerConfig, runtime: Runtime
+) -> torch.Tensor:
+    """Adds the share's gradient to the model's, in `accumulate` pieces; returns the share's summed loss."""
+    pieces = min(config.accumulate, len(batch.labels))
+    parts = list(zip(batch.images.chunk(pieces), batch.labels.chunk(pieces), strict=True))
+    total = torch.zeros((), device=runtime.device)
+    for number, (images, labels) in enumerate(parts, start=1):
+        with runtime.without_sync(training.trained) if number < len(parts) else nullcontext():
+            with runtime.autocast(config.precision):
+                logits = training.trained(images)
+            loss = cross_entropy(
+                _at_least_fp32(logits), labels, reduction="sum", label_smoothing=config.label_smoothing
+            )
+            known = loss.detach()
+            # A stand-in for an empty share weighs nothing. A loss that is not finite makes the whole
+            # gradient NaN, for all ranks to see: NaN = inf * 0.
+            weight = (batch.count > 0) / batch.total + known * 0
+            training.scaler.scale(loss * weight).backward()
+        total += known
+        if config.train_metrics == "running" and batch.count:
+            training.sums.add(row, known, logits.detach(), labels)
+    return total
+
+
+def _clip(training: Training, config: TrainerConfig) -> None:
+    if config.clip_norm is not None:
+        nn.utils.clip_grad_norm_(training.model.parameters(), config.clip_norm)
+
+
+def _is_finite(training: Training) -> bool:
+    """Whether every gradient is. The sum of finite numbers may overflow, hence the second look."""
+    gradients = [p.grad for p in training.model.parameters() if p.grad is not None]
+    if math.isfinite(sum(g.sum() for g in gradients)):
+        return True
+    return all(bool(g.isfinite().all()) for g in gradients)
+
+
+def _not_finite(
+    training: Training, losses: Sequence[torch.Tensor], config: TrainerConfig, runtime: Runtime
 ) -> None:
-    with runtime.autocast(config.precision):
-        logits = training.trained(images)
-    loss = cross_entropy(
-        _at_least_fp32(logits), labels, reduction="sum", label_smoothing=config.label_smoothing
-    )
-    weight = (batch.count > 0) / batch.total  # a stand-in for an empty share weighs nothing
-    training.scaler.scale(loss * weight).backward()
-    if sums is not None and batch.count:
-        sums.add(loss.detach(), logits.detach(), labels)
+    """Names the ranks whose loss it was; raises UserError on all ranks unless the step is to be skipped."""
+    step, epoch = training.step + 1, training.epoch + 1
+
+    def decide(bad: list[str | None]) -> list[str]:
+        ranks = [f"rank {r} ({loss})" for r, loss in enumerate(bad) if loss]
+        what = f"The loss of {', '.join(ranks)} is" if ranks else "The gradient is"
+        text = f"{what} not finite in step {step} (epoch {epoch}); the step was not applied."
+        if config.nonfinite == "stop":
+            raise UserError(
+                f"{text} Take a smaller optimizer.lr or trainer.clip_norm, look at the data, or go on "
+                "without such steps by trainer.nonfinite=skip."
+            )
+        return [text] * len(bad)
+
+    value = sum(float(loss) for loss in losses)
+    told = runtime.meeting.settle(None if math.isfinite(value) else str(value), decide)
+    if runtime.is_main:
+        log.warning(told)
 
 
 def _at_least_fp32(logits: torch.Tensor) -> torch.Tensor:
@@ -180,61 +263,79 @@ def _at_least_fp32(logits: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, part: Part, config: TrainerConfig, runtime: Runtime
-) -> tuple[float, float, int]:
+def evaluate(model: nn.Module, part: Part, config: Config, runtime: Runtime) -> tuple[float, float, int]:
     """Mean loss, accuracy in percent, and count over all ranks: every example exactly once."""
     model.eval()
-    sums = Sums(runtime.device)
-    for images, labels in evaluation_batches(part, runtime):
-        with runtime.autocast(config.precision):
+    sums = Sums(runtime)
+    for row, (images, labels) in evaluation_batches(part, runtime, config.seed):
+        with runtime.autocast(config.trainer.precision):
             logits = model(images)
-        sums.add(cross_entropy(_at_least_fp32(logits), labels, reduction="sum"), logits, labels)
-    loss, accuracy, count = sums.total(runtime.sum)
+        sums.add(row, cross_entropy(_at_least_fp32(logits), labels, reduction="sum"), logits, labels)
+        runtime.watchdog.batch()
+    loss, accuracy, count = sums.total(runtime)
     assert count == len(part), f"{count} examples were evaluated, but there are {len(part)}"
     return loss, accuracy, count
 
 
 def fit(
-    training: Training,
-    data: Data,
-    config: TrainerConfig,
-    runtime: Runtime,
-    seed: int,
-    progress: Any,
-) -> Iterator[dict[str, float | int]]:
-    """Trains epoch after epoch, and yields the metrics of each."""
-    batch_size = global_batch_size(config, runtime.world_size)
+    training: Training, data: Data, config: Config, runtime: Runtime, control: Any, report: Any
+) -> bool:
+    """Trains to the end, from wherever `training` stands; False where the ranks agreed to stop before.
+
+    `control` (control.Control) saves and stops, `report` (reporter.Reporter) tells.
+    """
+    trainer = config.trainer
+    batch_size = global_batch_size(trainer, runtime.world_size)
     steps = steps_per_epoch(len(data.train), batch_size)
-    while training.epoch < config.epochs:
-        rate = training.optimizer.param_groups[0]["lr"]
-        started = time.perf_counter()
-        sums = Sums(runtime.device) if config.train_metrics == "running" else None
-        batches = training_batches(data.train, runtime, batch_size, training.epoch, seed)
-        seen = train_epoch(training, progress(batches, training.epoch + 1, steps), config, runtime, sums)
+    settled = False
+    while training.epoch < trainer.epochs:
+        if training.epoch_steps == 0:
+            training.epoch_lr = training.optimizer.param_groups[0]["lr"]
+        started = time.perf_counter() - training.epoch_s
+        batches = training_batches(
+            data.train, runtime, batch_size, training.epoch, config.seed, training.epoch_steps
+        )
+        runtime.watchdog.progress(training.step)
+        for shares in report.progress(batches, training, steps):
+            if not settled:
+                settle_buckets(training, shares[0], trainer, runtime)
+                settled = True
+            train_step(training, shares, config, runtime)
+            if control.is_due(training.step) or training.epoch_steps == steps:
+                training.epoch_s = time.perf_counter() - started
+                if control.agree_to_stop(training):
+                    return False
+            runtime.watchdog.progress(training.step)
         runtime.synchronize()
         trained = time.perf_counter()
-        if sums is None:
-            train_loss, train_accuracy, _ = evaluate(training.model, data.train, config, runtime)
+        if trainer.train_metrics == "running":
+            train_loss, train_accuracy, _ = training.sums.total(runtime)
         else:
-            train_loss, train_accuracy, _ = sums.total(runtime.sum)
-        val_loss, val_accuracy, training.val_count = evaluate(training.model, data.val, config, runtime)
+            train_loss, train_accuracy, _ = evaluate(training.model, data.train, config, runtime)
+        val_loss, val_accuracy, _ = evaluate(training.model, data.val, config, runtime)
         ended = time.perf_counter()
         training.epoch += 1
+        compare_ranks(runtime, training.model)
         metrics: dict[str, float | int] = {
             "epoch": training.epoch,
             "step": training.step,
-            "lr": rate,
+            "lr": training.epoch_lr,
             "train/loss": train_loss,
             "train/accuracy": train_accuracy,
             "val/loss": val_loss,
             "val/accuracy": val_accuracy,
             "time/train_s": trained - started,
             "time/eval_s": ended - trained,
-            "throughput/samples_per_s": seen / (trained - started),
+            "throughput/samples_per_s": len(data.train) / (trained - started),
         }
         training.schedule.after_epoch(metrics)
-        yield metrics
+        training.history.append(metrics)
+        training.epoch_steps, training.epoch_s = 0, 0.0
+        training.sums.rows.zero_()
+        report.epoch(metrics, trainer.epochs)
+        if control.agree_to_stop(training):
+            return False
+    return True
 
 
 def weights_sha256(model: nn.Module) -> str:

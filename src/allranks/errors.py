@@ -14,9 +14,17 @@ class UserError(Exception):
     this rank may be the only one.
     """
 
+    code = EXIT_USER_ERROR
+
     def __init__(self, message: str, *, said_by: int | None = None) -> None:
         super().__init__(message)
         self.said_by = said_by
+
+
+class RunError(UserError):
+    """What went wrong in a run that was asked for rightly."""
+
+    code = 1
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -10,12 +10,15 @@ import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from allranks import rundir
 from allranks.data.loader import Batch, Data
 from allranks.errors import UserError
 from allranks.runtime.runtime import Runtime
+
+if TYPE_CHECKING:
+    from allranks.engine import Training
 
 log = logging.getLogger("allranks")
 
@@ -29,6 +32,7 @@ class Reporter:
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self.directory: Path | None = None
+        self._metrics: TextIO | None = None
         self._early = logging.handlers.MemoryHandler(10_000, logging.CRITICAL + 1)
         self._handlers: list[logging.Handler] = []
 
@@ -58,6 +62,8 @@ class Reporter:
     ) -> None:
         agreed = error is None or (isinstance(error, UserError) and error.said_by is not None)
         if not agreed and self.runtime.world_size > 1:
+            if isinstance(error, RuntimeError):  # perhaps only a collective that has lost a rank
+                self.runtime.watchdog.hold()
             text = (
                 str(error)
                 if isinstance(error, UserError)
@@ -67,6 +73,8 @@ class Reporter:
                 log.error(text if not self.runtime.is_main else f"[{self._me()}] {text}")
             self._close_logs()
             self.runtime.abort(2 if isinstance(error, UserError) else 1)
+        if self._metrics is not None:
+            self._metrics.close()
         self._close_logs()
         self.runtime.close()
 
@@ -90,11 +98,13 @@ class Reporter:
             " x ".join(map(str, input_shape)),
         )  # fmt: skip
 
-    def opened(self, directory: str, parameters: int) -> None:
-        """The run directory is there: logs go to it from now on."""
+    def opened(self, directory: str, training: Training, resumed: str | None) -> None:
+        """The run directory is there: logs go to it from now on. `resumed`: from which checkpoint."""
         self.directory = Path(directory)
         if self.runtime.is_main:
             rundir.describe(directory, self.runtime.describe())
+            known = "".join(rundir.line(metrics) for metrics in training.history)
+            self._metrics = rundir.write_text(self.directory / "metrics.jsonl", known)
         file = logging.FileHandler(self.directory / "logs" / f"rank-{self.runtime.rank}.log")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self._early.setTarget(file)
@@ -103,27 +113,48 @@ class Reporter:
         self._add(file)
         if not self.runtime.is_main:  # rank 0's log begins with its story
             log.info("%s, rank %d of %d", self._me(), self.runtime.rank, self.runtime.world_size)
-        self._say("%s parameters; everything about this run is in %s", f"{parameters:,}", directory)
+        self._say(
+            "%s parameters; everything about this run is in %s", f"{training.parameters:,}", directory
+        )
+        if resumed:
+            self._say(
+                "going on from %s: step %d, in epoch %d", resumed, training.step, training.epoch + 1,
+            )  # fmt: skip
 
-    def progress(self, batches: Iterable[Batch], epoch: int, steps: int) -> Iterator[Batch]:
+    def progress(
+        self, batches: Iterable[list[Batch]], training: Training, steps: int
+    ) -> Iterator[list[Batch]]:
         """The same batches, with a bar on rank 0's terminal."""
         if not (self.runtime.is_main and sys.stderr.isatty()):
             return iter(batches)
         from tqdm import tqdm
 
-        bar = tqdm(batches, f"epoch {epoch}", steps, leave=False, unit="step", ncols=78)
-        return iter(bar)
+        return iter(
+            tqdm(
+                batches, f"epoch {training.epoch + 1}", steps, initial=training.epoch_steps, leave=False,
+                unit="step", ncols=78,
+            )
+        )  # fmt: skip
 
     def epoch(self, metrics: Mapping[str, float | int], epochs: int) -> None:
         if self.runtime.is_main:
-            assert self.directory is not None
-            rundir.append_line(self.directory / "metrics.jsonl", metrics)
+            assert self._metrics is not None
+            rundir.append_line(self._metrics, metrics)
         self._say(
             "epoch %*d/%d  lr %-8.3g train %.4f %6.2f %%  val %.4f %6.2f %%  %s/s",
             len(str(epochs)), metrics["epoch"], epochs, metrics["lr"],
             metrics["train/loss"], metrics["train/accuracy"],
             metrics["val/loss"], metrics["val/accuracy"],
             f"{metrics['throughput/samples_per_s']:,.0f}",
+        )  # fmt: skip
+
+    def finished_before(self, directory: str) -> None:
+        self._say("%s holds this run, finished already: nothing to do", directory)
+
+    def stopped(self, reason: str, training: Training, epochs: int) -> None:
+        self._say(
+            "stopped by %s after step %d, in epoch %d of %d; it is saved: run.dir=%s goes on from there",
+            reason, training.step, training.epoch + 1, epochs, self.directory,
         )  # fmt: skip
 
     def finished(self, summary: Mapping[str, Any]) -> None:

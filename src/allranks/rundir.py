@@ -14,9 +14,13 @@ import sys
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from allranks import config as configs
+from allranks.config import Config
 from allranks.errors import UserError
+
+CONFIG = "config.yaml"
 
 
 def choose(directory: str | None, name: str) -> str:
@@ -30,14 +34,56 @@ def choose(directory: str | None, name: str) -> str:
     path = Path(directory)
     if path.exists() and not path.is_dir():
         raise UserError(f"run.dir={path} is a file: give a directory that does not exist yet.")
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and any(path.iterdir()) and not (path / CONFIG).exists():
         raise UserError(
-            f"run.dir={path} is already used: give another one, or leave run.dir out for a new directory."
+            f"run.dir={path} is already used, and not by a run: give another one, or leave run.dir out "
+            "for a new directory."
         )
     above = path if path.is_dir() else next((p for p in path.absolute().parents if p.exists()), Path())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"run.dir={path} cannot be made: {above} is not writable. Give another run.dir.")
     return str(path)
+
+
+def find(config: Config) -> tuple[str, str]:
+    """The run's directory, and how far the run has come there."""
+    directory = choose(config.run.dir, config.name)
+    return directory, standing(directory, config) if config.run.dir else "new"
+
+
+def standing(directory: str, config: Config) -> str:
+    """How far the run of this configuration has come there: "new", "begun", "unfinished" or "finished".
+
+    "begun" has a directory and nothing else yet. Raises UserError where it is another configuration's run,
+    or where the configuration says that nothing is to be resumed.
+    """
+    path = Path(directory)
+    if not (path / CONFIG).exists():
+        return "new"
+    differing = configs.differing(path / CONFIG, config)
+    if differing:
+        raise UserError(
+            f"run.dir={path} holds a run of another configuration: {differing}. Give another run.dir, or "
+            "the same values."
+        )
+    if is_finished(path):
+        return "finished"
+    if not (path / "checkpoints").exists():
+        return "begun"
+    if config.resume == "never":
+        raise UserError(
+            f"run.dir={path} holds an unfinished run, and resume=never: give another run.dir, or "
+            "resume=auto to go on."
+        )
+    return "unfinished"
+
+
+def is_finished(directory: Path) -> bool:
+    """Whether its summary says so."""
+    try:
+        return bool(json.loads((directory / "summary.json").read_text()).get("state") == "finished")
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def create(directory: str, config_yaml: str | None, exactly: bool = True) -> str:
@@ -47,10 +93,11 @@ def create(directory: str, config_yaml: str | None, exactly: bool = True) -> str
     """
     path = Path(directory)
     try:
-        path.mkdir(parents=True, exist_ok=exactly and path.is_dir() and not any(path.iterdir()))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(0o700, exist_ok=exactly and path.is_dir() and not any(path.iterdir()))
         (path / "logs").mkdir()
         if config_yaml is not None:
-            (path / "config.yaml").write_text(config_yaml)
+            (path / CONFIG).write_text(config_yaml)
     except FileExistsError:
         if not exactly:
             return create(f"{directory}-{secrets.token_hex(3)}", config_yaml)
@@ -64,15 +111,36 @@ def create(directory: str, config_yaml: str | None, exactly: bool = True) -> str
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Writes a whole file or none: readers never see half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(_finite(values), indent=2, allow_nan=False) + "\n")
-    temporary.replace(path)
+    write_text(path, json.dumps(_finite(values), indent=2, allow_nan=False) + "\n").close()
 
 
-def append_line(path: Path, values: Mapping[str, Any]) -> None:
-    """Appends one JSON line, and sees it out of this process."""
-    with path.open("a") as file:
-        file.write(json.dumps(_finite(values), allow_nan=False) + "\n")
+def write_text(path: Path, text: str) -> TextIO:
+    """Puts a new file in the place of what is there, and leaves it open to append to.
+
+    Who still has the earlier file open writes into nowhere from now on.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    file = temporary.open("w")
+    try:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        file.close()
+        temporary.unlink(missing_ok=True)
+        raise
+    return file
+
+
+def append_line(file: TextIO, values: Mapping[str, Any]) -> None:
+    """Appends one JSON line, and sees it out of this process. Checkpoints hold the same lines, on disk."""
+    file.write(line(values))
+    file.flush()
+
+
+def line(values: Mapping[str, Any]) -> str:
+    return json.dumps(_finite(values), allow_nan=False) + "\n"
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:

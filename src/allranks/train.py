@@ -11,6 +11,7 @@ torch is imported once there is something to train, so that --help answers at on
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import io
 import os
@@ -19,19 +20,23 @@ import traceback
 
 from allranks import config as configs
 from allranks.config import Config
+from allranks.control import EXIT_REQUEUE, Control, Signals, job_ends_at
 from allranks.errors import EXIT_USER_ERROR, UserError
 from allranks.runtime import environment, mpi
 
 
 def main() -> None:
-    """Composes, trains once for each composed configuration, and exits: 0, or 2 after a user's error."""
+    """Composes, trains once for each composed configuration, and exits: 0, 2 after a user's error, or 85
+    where it was stopped with a checkpoint to go on from."""
+    faulthandler.enable()
     rank = environment.launcher_rank(os.environ)
     launch: environment.Launch | None = None
     try:
         launch = environment.discover(os.environ)
         launched = sys.argv[1:2] == ["--run"]
         for number, config in enumerate(compose(launch, launched)):
-            run(config, launch, launched, number)
+            if not run(config, launch, launched, number):
+                sys.exit(EXIT_REQUEUE)
         if "triton" not in sys.modules:  # whose binding complains about objects that are still there
             gc.freeze()  # Python would look through all of torch's objects once more before it ends
     except UserError as error:
@@ -40,8 +45,8 @@ def main() -> None:
         if launch is None and environment.started_by_mpi(os.environ):
             mpi.end_job(EXIT_USER_ERROR)  # a rank that the stale variables happen to fit waits for this one
         if error.said_by is None:
-            mpi.abort(EXIT_USER_ERROR)  # the other ranks do not know, and may wait for this one
-        sys.exit(EXIT_USER_ERROR)
+            mpi.abort(error.code)  # the other ranks do not know, and may wait for this one
+        sys.exit(error.code)
     except BrokenPipeError:  # `--help | head` closed the console
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -72,8 +77,11 @@ def compose(launch: environment.Launch, launched: bool) -> list[Config]:
         raise
 
 
-def run(config: Config, launch: environment.Launch, launched: bool = False, number: int = 0) -> None:
-    """The whole of one run; `launched`: its directory is there already. Runs of a process have numbers."""
+def run(config: Config, launch: environment.Launch, launched: bool = False, number: int = 0) -> bool:
+    """The whole of one run, or what is left of it; False where it was stopped before its end.
+
+    `launched`: its directory is there already. The runs of a process have numbers.
+    """
     from allranks.data import early
 
     # Threads that wait for each other spin, by default so long that a busy node slows a step 50 times.
@@ -85,7 +93,7 @@ def run(config: Config, launch: environment.Launch, launched: bool = False, numb
         from allranks.runtime import lean
 
         lean.keep_compiler_out()
-    from allranks import engine, rundir
+    from allranks import engine, rundir, saving
     from allranks.data import loader
     from allranks.reporter import Reporter, process_age_s
     from allranks.runtime.runtime import open_runtime
@@ -95,10 +103,12 @@ def run(config: Config, launch: environment.Launch, launched: bool = False, numb
     trainer = config.trainer
     began_s = process_age_s() if number else 0.0  # a sweep's first run counts torch's import too
     runtime = open_runtime(launch, config, configs.digest(config), run=number)
-    with Reporter(runtime) as report:
+    with Reporter(runtime) as report, Signals() as signals:
         batch_size = engine.global_batch_size(trainer, runtime.world_size)
-        made = config.run.dir if launched else None
-        path = runtime.meeting.from_rank_0(lambda: made or rundir.choose(config.run.dir, config.name))
+        path, standing = runtime.meeting.from_rank_0(lambda: rundir.find(config))
+        if standing == "finished":
+            report.finished_before(path)
+            return True
         report.started()
 
         data = loader.open_data(config.data, runtime, config.seed, engine.dtype(trainer), reading)
@@ -106,15 +116,21 @@ def run(config: Config, launch: environment.Launch, launched: bool = False, numb
         with runtime.all_or_none():
             training = engine.build_training(config, runtime, examples=len(data.train))
 
-        if made is None:
+        if standing == "new":
             frozen, exactly = configs.freeze(config), config.run.dir is not None
             path = runtime.meeting.from_rank_0(lambda: rundir.create(path, frozen, exactly))
-        report.opened(path, training.parameters)
-        startup_s = process_age_s() - began_s
-        for metrics in engine.fit(training, data, trainer, runtime, config.seed, report.progress):
-            report.epoch(metrics, trainer.epochs)
-
-        test_loss, test_accuracy, test_count = engine.evaluate(training.model, data.test, trainer, runtime)
+        with saving.Saver(runtime, path, config) as saver:
+            report.opened(path, training, saver.resume(training))
+            startup_s = process_age_s() - began_s
+            control = Control(runtime, config, saver, signals, job_ends_at(os.environ))
+            finished = engine.fit(training, data, config, runtime, control, report)
+            if finished:
+                tested = engine.evaluate(training.model, data.test, config, runtime)
+            saver.finish()
+            if not finished:
+                report.stopped(control.reason, training, trainer.epochs)
+                return False
+            test_loss, test_accuracy, test_count = tested
         report.finished(
             {
                 "state": "finished",
@@ -126,11 +142,12 @@ def run(config: Config, launch: environment.Launch, launched: bool = False, numb
                 "test/loss": test_loss,
                 "test/accuracy": test_accuracy,
                 "test/count": test_count,
-                "val/count": training.val_count,
+                "val/count": len(data.val),
                 "time/total_s": process_age_s() - began_s,
                 "time/startup_s": startup_s,
             }
         )
+    return True
 
 
 if __name__ == "__main__":

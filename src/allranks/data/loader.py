@@ -2,11 +2,15 @@
 
 The batch is global. In every epoch all examples are put in one order, and the one at position p
 belongs to rank p % world_size and to step p // batch_size. So step k sees the same examples at any
-world size; the ranks' shares of it differ by one example at most, and a share may be empty.
+world size; the shares of it differ by one example at most, and a share may be empty. As a rule a rank
+takes one share of each batch; where a run is to give the same bits on any number of ranks, the number of
+shares is fixed instead, and a rank takes several (Runtime.shares).
 """
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -15,10 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from allranks.data.early import make
 from allranks.errors import UserError
+from allranks.launch import processes
+from allranks.randomness import mixed, reseed
 from allranks.runtime.runtime import Runtime
 
 FETCH_S = 1800  # rank 0 may have to download
@@ -27,7 +33,7 @@ EVAL_BATCH = {"cpu": 512, "cuda": 8192, "xpu": 8192, "mps": 2048}  # examples pe
 
 @dataclass(frozen=True)
 class Batch:
-    """A rank's share of one global batch, on the device.
+    """A share of one global batch, on the device.
 
     images [n, C, H, W] scaled to 0..1 (or what a user's Dataset gives), labels int64 [n].
     `count` of them count; it is 0 for an empty share, which carries one example as a stand-in so
@@ -80,7 +86,7 @@ class InMemory:
         return len(self.indices)
 
     def batches(
-        self, shares: Sequence[Sequence[int] | torch.Tensor]
+        self, shares: Sequence[Sequence[int] | torch.Tensor], seed: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(images, labels) for each share, a sequence of positions in this part."""
         for share in shares:
@@ -95,25 +101,46 @@ class Mapped:
         self, dataset: Dataset[Any], indices: Sequence[int], workers: int, device: torch.device,
         dtype: torch.dtype,
     ) -> None:  # fmt: skip
-        self.subset = Subset(dataset, indices)
+        self.dataset, self.indices = dataset, indices
         self.workers, self.device, self.dtype = workers, device, dtype
 
     def __len__(self) -> int:
-        return len(self.subset)
+        return len(self.indices)
 
     def batches(
-        self, shares: Sequence[Sequence[int] | torch.Tensor]
+        self, shares: Sequence[Sequence[int] | torch.Tensor], seed: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         loader = DataLoader(
-            self.subset,
+            _Seeded(self.dataset, self.indices, seed),
             batch_sampler=[[int(i) for i in share] for share in shares],
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=_end_with_its_rank,
         )
         for images, labels in loader:
             moved = images.to(self.device, non_blocking=True).to(self.dtype)
             scale = 255 if images.dtype == torch.uint8 else 1
             yield moved / scale, labels.to(self.device, non_blocking=True).long()
+
+
+@dataclass(frozen=True)
+class _Seeded(Dataset[Any]):
+    """Some examples of a Dataset. Random transforms draw the same for an example on any rank or worker."""
+
+    dataset: Dataset[Any]
+    indices: Sequence[int]
+    seed: int
+
+    def __getitem__(self, position: int) -> Any:
+        reseed(mixed(self.seed, position))
+        return self.dataset[self.indices[position]]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+def _end_with_its_rank(_worker: int) -> None:
+    processes.die_with_parent(os.getppid(), signal.SIGKILL)
 
 
 Part = InMemory | Mapped
@@ -128,25 +155,42 @@ class Data:
 
 def training_batches(
     part: Part, runtime: Runtime, batch_size: int, epoch: int, seed: int, first_step: int = 0
-) -> Iterator[Batch]:
-    """This rank's shares of the epoch's global batches, from step `first_step` on; `epoch` from 0."""
-    sampler = ShareSampler(range(len(part)), runtime.world_size, runtime.rank, seed=seed)  # type: ignore[arg-type]
-    sampler.set_epoch(epoch)
-    order = torch.tensor(list(sampler), dtype=torch.int64)
+) -> Iterator[list[Batch]]:
+    """This rank's shares of each of the epoch's batches, from step `first_step` on; `epoch` from 0."""
+    samplers, orders = [], []
+    for share in runtime.shares:
+        sampler = ShareSampler(range(len(part)), runtime.share_count, share, seed=seed)  # type: ignore[arg-type]
+        sampler.set_epoch(epoch)
+        samplers.append(sampler)
+        orders.append(torch.tensor(list(sampler), dtype=torch.int64))
     steps = range(first_step, steps_per_epoch(len(part), batch_size))
-    shares = [order[sampler.share(step, batch_size)] for step in steps]
-    counts = [len(share) for share in shares]
-    stand_in = order[:1] if len(order) else torch.zeros(1, dtype=torch.int64)
-    filled = [share if count else stand_in for share, count in zip(shares, counts, strict=True)]
-    for step, count, (images, labels) in zip(steps, counts, part.batches(filled), strict=True):
+    rows = [
+        order[sampler.share(step, batch_size)]
+        for step in steps
+        for sampler, order in zip(samplers, orders, strict=True)
+    ]
+    counts = [len(row) for row in rows]
+    stand_in = orders[0][:1] if len(orders[0]) else torch.zeros(1, dtype=torch.int64)
+    filled = [row if count else stand_in for row, count in zip(rows, counts, strict=True)]
+    made = zip(counts, part.batches(filled, mixed(seed, epoch)), strict=True)
+    for step in steps:
         total = min(batch_size, len(part) - step * batch_size)
-        yield Batch(images, labels, count, total)
+        yield [Batch(*pair, count, total) for count, pair in islice(made, len(samplers))]
+    assert next(made, None) is None
 
 
-def evaluation_batches(part: Part, runtime: Runtime) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """This rank's examples of the part, each exactly once over all ranks, in no particular order."""
-    mine = torch.arange(min(runtime.rank, len(part)), len(part), runtime.world_size)
-    return part.batches(mine.split(EVAL_BATCH[runtime.device.type]) if len(mine) else [])
+def evaluation_batches(
+    part: Part, runtime: Runtime, seed: int
+) -> Iterator[tuple[int, tuple[torch.Tensor, torch.Tensor]]]:
+    """(row, (images, labels)): this rank's examples of the part, each exactly once over all ranks.
+
+    `row` counts this rank's shares from 0.
+    """
+    for row, share in enumerate(runtime.shares):
+        mine = torch.arange(min(share, len(part)), len(part), runtime.share_count)
+        pieces = mine.split(EVAL_BATCH[runtime.device.type]) if len(mine) else []
+        for batch in part.batches(pieces, seed):
+            yield row, batch
 
 
 def steps_per_epoch(examples: int, batch_size: int) -> int:
@@ -219,7 +263,8 @@ def _open_set(
             )
         return {"shape": None}
 
-    shape = runtime.meeting.from_rank_0(describe, FETCH_S)["shape"]
+    with runtime.watchdog.phase("fetching the data", FETCH_S):
+        shape = runtime.meeting.from_rank_0(describe, FETCH_S)["shape"]
     if shape is None:
         problem = None
         try:

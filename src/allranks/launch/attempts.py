@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import itertools
 import os
+import secrets
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
+from allranks import checkpoints
 from allranks.config import Config
+from allranks.control import EXIT_REQUEUE
 from allranks.errors import EXIT_USER_ERROR, UserError
-from allranks.launch import command, preflight, processes, runs, supervise, variables
+from allranks.launch import command, preflight, processes, supervise, variables
 from allranks.launch.allocation import Allocation, Host
 from allranks.launch.command import Plan, Request
 from allranks.launch.machine import Machine
@@ -37,10 +41,13 @@ class Launch:
     config: Config | None = None
     max_restarts: int = 0
     min_ranks: int | None = None
+    id: str = field(
+        default_factory=partial(secrets.token_hex, 8)
+    )  # a restart may take its run over at once
 
     def plan(self, hosts: tuple[Host, ...] = (), **changes: str) -> Plan:
         """Of all that is asked for, or of the ranks that `hosts` have."""
-        request = replace(self.request, placed=hosts, passed=variables.PRIVATE)
+        request = replace(self.request, placed=hosts, passed=(*variables.PRIVATE, variables.LAUNCH_ID))
         if self.directory is not None:
             request = replace(request, hosts_path=str(Path(self.directory) / "hosts"))
         request = replace(request, **changes)  # type: ignore[arg-type]
@@ -51,7 +58,7 @@ class Launch:
 
     def environment(self, plan: Plan) -> dict[str, str]:
         unset = dict.fromkeys(variables.PRIVATE, "")  # Open MPI warns of those that it cannot hand on
-        return {**unset, **plan.environment(self.environ)}
+        return {**unset, **plan.environment(self.environ), variables.LAUNCH_ID: self.id}
 
 
 def run(launch: Launch, check: bool) -> int:
@@ -61,16 +68,16 @@ def run(launch: Launch, check: bool) -> int:
     a signal to this process.
     """
     plan = _fit(launch, launch.plan()) if check else launch.plan()
-    step, stuck = runs.newest_step(launch.directory), 0
+    step, stuck = newest_step(launch), 0
     for attempt in itertools.count(1):
         outcome = supervise.run(
             plan.argv, launch.environment(plan), launch.directory, world_size=plan.world_size,
             hosts=[host.name for host in plan.hosts],
         )  # fmt: skip
-        crashed = outcome.code not in (0, EXIT_USER_ERROR, supervise.REQUEUE) and not outcome.stopped
+        crashed = outcome.code not in (0, EXIT_USER_ERROR, EXIT_REQUEUE) and not outcome.stopped
         if not crashed or attempt > launch.max_restarts:
             break
-        before, step = step, runs.newest_step(launch.directory)
+        before, step = step, newest_step(launch)
         stuck = stuck + 1 if step == before and launch.config else 0
         if stuck == MOST_STUCK:
             supervise.say(
@@ -92,6 +99,11 @@ def run(launch: Launch, check: bool) -> int:
     if outcome.failure:
         supervise.say(outcome.failure)
     return outcome.code
+
+
+def newest_step(launch: Launch) -> int:
+    """Of the training's checkpoints, by name alone; 0 without one."""
+    return max(checkpoints.steps(launch.directory), default=0) if launch.directory else 0
 
 
 def _enough(launch: Launch, hosts: Sequence[Host]) -> bool:

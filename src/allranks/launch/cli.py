@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from allranks.control import EXIT_REQUEUE
 from allranks.errors import EXIT_USER_ERROR, UserError
 from allranks.launch import allocation as allocations
 from allranks.launch import command, dryrun, machine, runs
@@ -113,21 +114,19 @@ def _start(
     check = not args.no_preflight
     if not trainings:
         return run(launch, check)
-    if args.run and runs.is_finished(directory):
-        print(f"{directory} is finished: nothing is left to do", flush=True)
-        return 0
-    if args.run:
-        runs.set_aside(trainings[0].directory)
-    else:
+    if not args.run:
         runs.make(directory, trainings)
     codes: list[int] = []
     for cell in trainings:  # of a sweep, whether or not one fails
+        if runs.is_finished(cell.directory):
+            print(f"{cell.directory} is finished: nothing is left to do", flush=True)
+            continue
         if len(trainings) > 1:
             print(f"{cell.directory}: {' '.join(cell.overrides)}", flush=True)
         mine = replace(request, program=cell.program())
         training = replace(launch, request=mine, directory=cell.directory, config=cell.config)
         codes.append(run(training, check and not codes))
-        if codes[-1] > 128:  # a signal, which is for all of it
+        if codes[-1] == EXIT_REQUEUE or codes[-1] > 128:  # a signal or the job's end, for all of it
             break
     return next((code for code in codes if code), 0)
 

@@ -69,9 +69,13 @@ def _absolute(directory: str) -> str:
 
 
 def make(directory: str, found: Sequence[Cell]) -> None:
-    """Makes and freezes every cell."""
+    """Makes and freezes every cell that is not there from an earlier start."""
     for cell in found:
-        rundir.create(cell.directory, configs.freeze(cell.config))
+        frozen = configs.freeze(cell.config)
+        if rundir.standing(cell.directory, cell.config) == "new":
+            rundir.create(cell.directory, frozen)
+        else:  # checkpoints, threads and the like may be others now
+            rundir.write_text(Path(cell.directory) / rundir.CONFIG, frozen).close()
     if found[0].directory != directory:
         write_cells(directory, found)
 
@@ -97,14 +101,6 @@ def of(directory: str) -> tuple[str, list[Cell]]:
     return absolute, [Cell(absolute, config, tuple(job.get("overrides", ())), str(sha256))]
 
 
-def set_aside(directory: str) -> None:
-    """The metrics of an attempt that did not come to its end: the next one begins at epoch 1."""
-    path = Path(directory) / "metrics.jsonl"
-    if path.exists():
-        attempt = 1 + sum(1 for _ in path.parent.glob("metrics-*.jsonl"))
-        path.rename(path.with_name(f"metrics-{attempt}.jsonl"))
-
-
 def read(path: Path) -> dict[str, Any]:
     """A JSON file's values; none where it is not there."""
     try:
@@ -114,13 +110,6 @@ def read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): move it away.") from error
     return dict(found)
-
-
-def newest_step(directory: str | Path | None) -> int:
-    """The step of the newest checkpoint in a run directory, by its name alone; 0 without one."""
-    folders = Path(directory).glob("checkpoints/step-*") if directory else ()
-    steps = (folder.name.removeprefix("step-") for folder in folders)
-    return max((int(step) for step in steps if step.isdigit()), default=0)
 
 
 TERMINATED = str(128 + signal.SIGTERM)  # by the scheduler: at the walltime, or cancelled

@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from allranks.control import EXIT_REQUEUE
 from allranks.errors import UserError
 from allranks.launch import processes, variables, wire
 from allranks.launch.allocation import is_this_host, short
@@ -35,7 +36,6 @@ FALL_S = 1.0  # from SIGTERM to SIGKILL for the ranks beside one that failed
 LEAVE_S = 5.0  # for the launcher, once every rank has ended
 HELLO_S = 10.0  # for whoever connects to show the secret
 HOLD_S = 0.5  # other ranks' lines wait so long for the end of rank 0's line
-REQUEUE = 85  # a rank's exit code for "stopped in order, go on later": no failure
 TIMED_OUT = 124  # as of timeout(1)
 LOST = 128 + signal.SIGKILL
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -336,7 +336,7 @@ class Supervision:
 
     def _on_end(self, r: Rank) -> None:
         self.console.ended(r)
-        if r.code not in (0, REQUEUE) and not self.ending:
+        if r.code not in (0, EXIT_REQUEUE) and not self.ending:
             self.ending = True
             self._loop.call_later(SETTLE_S, self._end_all, FALL_S)
         if all(other.code is not None for other in self.ranks.values()):
@@ -429,7 +429,7 @@ class Supervision:
     def _verdict(self, launcher: str) -> tuple[int, str]:
         """The exit code and what has failed, the first cause first."""
         bad = [r for r in self.ranks.values() if r.code not in (0, None)]
-        failed = [r for r in bad if r.code != REQUEUE]
+        failed = [r for r in bad if r.code != EXIT_REQUEUE]
         if not bad and not self.stopped_by:  # else the launcher speaks of what we name
             for line in self._said:
                 self.console.line(line)
@@ -442,7 +442,7 @@ class Supervision:
             first = min(failed, key=lambda r: (r.ended_at, r.rank))
             return first.code or 0, self._first_failure(first, failed)
         if bad:
-            return REQUEUE, ""
+            return EXIT_REQUEUE, ""
         code = self._launcher.returncode
         if code == 0 or self.stopped_by:
             return 0, ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from allranks.errors import UserError
 
@@ -25,6 +25,7 @@ class Launch:
     world_size: int | None = 1
     local_rank: int | None = 0
     local_world_size: int | None = 1
+    parent: int = field(default_factory=os.getppid, compare=False)  # noted before it can have ended
 
     @property
     def is_mpi(self) -> bool:

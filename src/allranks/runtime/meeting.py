@@ -33,7 +33,7 @@ class Meeting:
         self.rank = rank
         self.world_size = world_size
         self.store = store
-        self._round = 0
+        self.rounds = 0
         self.also_served: Store | None = None  # lives as long as the meeting
 
     def settle(self, mine: Any, decide: Decide, timeout_s: float = START_S) -> Any:
@@ -44,8 +44,8 @@ class Meeting:
         """
         if self.store is None:
             return decide([mine])[0]
-        self._round += 1
-        tag = f"settle/{self._round}"
+        self.rounds += 1
+        tag = f"settle/{self.rounds}"
         if self.rank:
             self.store.set(f"{tag}/{self.rank}", json.dumps(mine))
             reply = self._get(f"{tag}/reply/{self.rank}", 0, timeout_s)

@@ -10,7 +10,7 @@ import os
 import platform
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,15 +20,16 @@ import torch
 import torch.distributed as dist
 
 import allranks
-from allranks.config import Config
+from allranks.config import Config, TrainerConfig, WatchdogConfig
 from allranks.errors import UserError
 from allranks.runtime import ezpz, gradients, mpi, native
 from allranks.runtime.environment import Launch, cpu_affinity
 from allranks.runtime.meeting import Meeting, merged, open_meeting, ranks_named
+from allranks.runtime.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
-COLLECTIVE_S = 600  # a collective that takes longer has lost a rank
+COLLECTIVE_S = 86_400  # far beyond any limit of the watchdog, which ends a collective that has lost a rank
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
 
 
@@ -38,6 +39,7 @@ class Runtime:
 
     launch: Launch
     meeting: Meeting
+    watchdog: Watchdog
     device: torch.device
     kind: str  # "ezpz" or "native"
     local_rank: int
@@ -45,6 +47,7 @@ class Runtime:
     threads: int
     ranks: list[dict[str, Any]]  # host, device and launch of every rank; filled on rank 0 only
     comm: Any = None  # MPI.COMM_WORLD where gradients on CPU go through MPI
+    virtual_ranks: int | None = None  # the fixed number of shares of a reproducible run
 
     @property
     def rank(self) -> int:
@@ -63,6 +66,17 @@ class Runtime:
         return self.rank == 0
 
     @property
+    def share_count(self) -> int:
+        """Into how many shares each batch is cut."""
+        return self.virtual_ranks or self.world_size
+
+    @property
+    def shares(self) -> range:
+        """Those that this rank takes: one, or several neighbouring ones where their number is fixed."""
+        mine = self.share_count // self.world_size
+        return range(self.rank * mine, (self.rank + 1) * mine)
+
+    @property
     def collectives(self) -> str:
         """What carries the gradients, in a word."""
         if self.world_size == 1:
@@ -74,29 +88,63 @@ class Runtime:
 
         DDP's own mean would be right only for equal shares, which 128 examples over 12 ranks are not.
         """
-        if self.world_size == 1:
+        if self.world_size == 1 or self.virtual_ranks:
             return model
+        self.watchdog.arrive()  # DDP compares the ranks' parameters
         wrapped = native.wrap(model, self.device)
-        if self.comm is not None:
-            wrapped.register_comm_hook(self.comm, gradients.sum_by_mpi)  # type: ignore[operator]
-        else:
-            wrapped.register_comm_hook(None, gradients.sum_by_torch)  # type: ignore[operator]
+        if next(model.buffers(), None) is not None:  # it sends rank 0's before each forward pass
+            wrapped.register_forward_pre_hook(lambda *_: self.watchdog.arrive(in_step=False))
+        hook = gradients.sum_by_torch if self.comm is None else gradients.sum_by_mpi
+        wrapped.register_comm_hook(self, hook)  # type: ignore[operator]
         return wrapped
 
     def without_sync(self, model: torch.nn.Module) -> Any:
         """A context in which backward() adds up gradients on this rank only."""
-        return model.no_sync() if self.world_size > 1 else nullcontext()  # type: ignore[operator]
+        return getattr(model, "no_sync", nullcontext)()
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sums a contiguous tensor over all ranks, in place."""
+        self.watchdog.arrive()
         if self.comm is not None:
             mpi.allreduce(self.comm, tensor)
         elif self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
+    def add_up(self, values: Sequence[float]) -> list[float]:
+        """The sums of these numbers over all ranks."""
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        return self.sum(torch.tensor(values, dtype=dtype, device=self.device)).tolist()
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """[n, k] of each rank -> [world_size * n, k], in the order of the ranks, on every rank."""
+        if self.world_size == 1:
+            return rows
+        self.watchdog.arrive()
+        rows = rows.contiguous()
+        if self.comm is not None:
+            everyones = rows.new_empty(self.world_size, *rows.shape)
+            self.comm.Allgather(rows.numpy(), everyones.numpy())
+            return everyones.flatten(0, 1)
+        parts = [torch.empty_like(rows) for _ in range(self.world_size)]
+        dist.all_gather(parts, rows)
+        return torch.cat(parts)
+
+    def share_files(self, files: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Rank 0's files, by name, on every rank: no other rank has to find or to read them."""
+        sizes = self.meeting.from_rank_0(lambda: {name: len(content) for name, content in files.items()})
+        shared = {}
+        for name, size in sizes.items():
+            content = bytearray(files[name] if self.is_main else size)
+            if size and self.world_size > 1:
+                bytes_on_device = torch.frombuffer(content, dtype=torch.uint8).to(self.device)
+                content = bytearray(self.broadcast(bytes_on_device).cpu().numpy().tobytes())
+            shared[name] = bytes(content)
+        return shared
+
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         """Rank 0's contiguous tensor on every rank, in place."""
+        self.watchdog.arrive()
         if self.comm is not None:
             self.comm.Bcast(tensor.numpy(), root=0)
         elif self.world_size > 1:
@@ -138,12 +186,14 @@ class Runtime:
 
     def abort(self, code: int) -> None:
         """Ends this rank at once, and with it all others: those may wait for it in a collective."""
-        mpi.abort(code)
         sys.stdout.flush()
         sys.stderr.flush()
+        self.watchdog.fail(code)
+        mpi.abort(code)
         os._exit(code)
 
     def close(self) -> None:
+        self.watchdog.close()
         if self.world_size > 1:
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -163,6 +213,7 @@ def open_runtime(
         comm = mpi.world(launch)
         launch = replace(launch, world_size=int(comm.size))
     meeting = open_meeting(launch, comm, run)
+    watchdog = Watchdog(config.watchdog if config else WatchdogConfig(), meeting, launch)
     try:
         host = socket.gethostname()
         about_me = {
@@ -180,28 +231,34 @@ def open_runtime(
             device, identity = _pick_device(config, place)
             _check_precision(config.trainer.precision, device)
             use_ezpz = ezpz.chosen(config.runtime, launch.rank)
+            watch = watchdog.prepare(one_host=place["hosts"] == 1)
         except UserError as problem:
-            runtime_error, identity = problem, ""
+            runtime_error, identity, watch = problem, "", None
         mine = {
             "host": host,
+            "pid": os.getpid(),
             "error": str(runtime_error) if runtime_error else None,
             "device": identity,
             "local_rank": place["local_rank"],
             "oversubscribe": config.oversubscribe,
+            "watch": watch,
         }
         seen: list[dict[str, Any]] = []
-        shared = meeting.settle(mine, partial(_check_devices, seen))["shared"]
-        threads = config.threads or place["threads"]
+        agreed = meeting.settle(mine, partial(_check_devices, seen))
+        watchdog.join(**agreed["watch"])
+        fixed = _virtual_ranks(config.trainer, meeting.world_size)
+        threads = config.threads or (1 if fixed else place["threads"])  # which may change sums' last bits
         torch.set_num_threads(threads)
         runtime = Runtime(
-            launch, meeting, device, "ezpz" if use_ezpz else "native", place["local_rank"],
-            place["local_world_size"], threads, seen, comm if device.type == "cpu" else None,
+            launch, meeting, watchdog, device, "ezpz" if use_ezpz else "native", place["local_rank"],
+            place["local_world_size"], threads, seen, comm if device.type == "cpu" else None, fixed,
         )  # fmt: skip
         if meeting.world_size > 1 or use_ezpz:
             # NCCL and XCCL refuse two ranks on one device; gloo serves them
-            backend = "gloo" if shared else BACKENDS[device.type]
+            backend = "gloo" if agreed["shared"] else BACKENDS[device.type]
             _start_process_group(runtime, backend, place["hosts"])
     except UserError:
+        watchdog.close()
         meeting.leave()
         raise
     return runtime
@@ -209,6 +266,7 @@ def open_runtime(
 
 def _start_process_group(runtime: Runtime, backend: str, hosts: int) -> None:
     device = runtime.device
+    runtime.watchdog.arrive()
     if device.type == "cpu" and hosts == 1 and sys.platform == "linux":
         # gloo looks its address up by the host's name, which fails on many a laptop
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -291,6 +349,21 @@ def is_available(name: str) -> bool:
     return backend is not None and backend.is_available() and backend.device_count() > 0
 
 
+def _virtual_ranks(trainer: TrainerConfig, world_size: int) -> int | None:
+    if not trainer.reproducible:
+        return None
+    if trainer.virtual_ranks % world_size:
+        raise UserError(
+            f"trainer.reproducible=true with trainer.virtual_ranks={trainer.virtual_ranks}: start a number "
+            f"of ranks that divides it, not {world_size}.",
+            said_by=0,
+        )
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_deterministic_debug_mode("error")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # which is never read here
+    return trainer.virtual_ranks
+
+
 def _check_precision(precision: str, device: torch.device) -> None:
     if precision == "fp64" and device.type == "mps":
         raise UserError("trainer.precision=fp64 is not supported on mps: take fp32, or device=cpu.")
@@ -300,7 +373,7 @@ def _check_precision(precision: str, device: torch.device) -> None:
         raise UserError("trainer.precision=bf16 is not supported by this GPU: take fp16 or fp32.")
 
 
-def _check_devices(seen: list[dict[str, Any]], ranks: list[dict[str, Any]]) -> list[dict[str, bool]]:
+def _check_devices(seen: list[dict[str, Any]], ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Two ranks on one GPU is a mistake unless it is asked for; fills `seen` on rank 0."""
     errors = [rank["error"] for rank in ranks]
     if any(errors):
@@ -321,7 +394,13 @@ def _check_devices(seen: list[dict[str, Any]], ranks: list[dict[str, Any]]) -> l
                 "oversubscribe=true."
             )
     seen += [
-        {"rank": r, "host": x["host"], "local_rank": x["local_rank"], "device": x["device"]}
+        {"rank": r, **{name: x[name] for name in ("host", "pid", "local_rank", "device")}}
         for r, x in enumerate(ranks)
     ]
-    return [{"shared": shared}] * len(ranks)
+    watches = [rank["watch"] for rank in ranks]
+    near = [r for r, rank in enumerate(ranks) if r and rank["host"] == ranks[0]["host"]]
+    deputy = min(near, default=1)
+    return [  # only rank 0 needs to know all
+        {"shared": shared, "watch": {"peers": watches[: None if r == 0 else 1], "deputy": deputy}}
+        for r in range(len(ranks))
+    ]

@@ -1,0 +1,119 @@
+"""When to save and when to stop: agreed by all ranks, at the boundary of a step. No torch.
+
+Signals and clocks differ from rank to rank. So the ranks meet now and then in one small sum, about every
+quarter of a second and at the ends of an epoch, and do together what it says.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Mapping
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from allranks.config import Config
+
+if TYPE_CHECKING:
+    from allranks.engine import Training
+    from allranks.runtime.runtime import Runtime
+    from allranks.saving import Saver
+
+log = logging.getLogger(__name__)
+
+EXIT_REQUEUE = 85  # stopped in order, with a checkpoint: start the run again and it goes on
+BEAT_S = 0.25
+MARGIN_S = 10.0  # before the deadline, besides what the run's own saves and steps take
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Signals:
+    """While it is open SIGTERM, SIGUSR1 and SIGUSR2 are counted, and do nothing else."""
+
+    def __init__(self) -> None:
+        self.counts = dict.fromkeys(STOPPING, 0)
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        for number in STOPPING:
+            self._before[number] = signal.signal(number, self._count)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _count(self, number: int, _: FrameType | None) -> None:
+        self.counts[signal.Signals(number)] += 1
+
+
+class Control:
+    """The ranks' agreement; every rank has one."""
+
+    def __init__(
+        self, runtime: Runtime, config: Config, saver: Saver, signals: Signals, ends_at: float | None
+    ) -> None:
+        """`ends_at`: when the job ends, in time.monotonic() seconds, where it is known."""
+        self.runtime, self.config, self.saver, self.signals = runtime, config, saver, signals
+        self.ends_at = ends_at
+        self.reason = ""  # why the run stopped
+        self._next = 0  # the step after which the ranks meet again
+        self._saved_at = self._met_at = time.monotonic()
+        self._met_after: int | None = None
+        self._longest_s = 0.0  # between two meetings
+
+    def is_due(self, step: int) -> bool:
+        every = self.config.checkpoint.every_steps
+        return step >= self._next or bool(every and step % every == 0)
+
+    def agree_to_stop(self, training: Training) -> bool:
+        """Saves where it is time to; True where the run is to stop now, after a save. All ranks call."""
+        now = time.monotonic()
+        if self._met_after is not None:
+            self._longest_s = max(self._longest_s, now - self._met_at)
+        config, main, step = self.config.checkpoint, self.runtime.is_main, training.step
+        late = main and self.ends_at is not None and now + self._reserve_s() > self.ends_at
+        overdue = main and config.every_s is not None and now - self._saved_at >= config.every_s
+        mine = [float(self.signals.counts[s] > 0) for s in STOPPING]
+        told = self.runtime.add_up([*mine, late, overdue, self._pause(step, now) if main else 0])
+        self._next, self._met_at, self._met_after = step + round(told[5]), now, step
+
+        at_end = training.epoch_steps == 0  # of an epoch
+        done = at_end and training.epoch == self.config.trainer.epochs
+        stop = any(told[:4]) and not done
+        every_steps, every_epochs = config.every_steps, config.every_epochs
+        if (
+            stop
+            or done
+            or told[4]
+            or (every_steps and step % every_steps == 0)
+            or (at_end and every_epochs and training.epoch % every_epochs == 0)
+        ):
+            self.saver.save(training)
+            self._saved_at = time.monotonic()
+        if stop:
+            names = [s.name for s, count in zip(STOPPING, told, strict=False) if count]
+            self.reason = " and ".join(names) or "the job's end"
+        return stop
+
+    def _reserve_s(self) -> float:
+        return MARGIN_S + 2 * self.saver.longest_s + self._longest_s
+
+    def _pause(self, step: int, now: float) -> int:
+        """The number of steps that take about BEAT_S, by the pace since the last meeting."""
+        if self._met_after is None or step == self._met_after:
+            return 1
+        step_s = (now - self._met_at) / (step - self._met_after)
+        return max(1, min(10_000, int(BEAT_S / max(step_s, 1e-6))))
+
+
+def job_ends_at(environ: Mapping[str, str]) -> float | None:
+    """When the scheduler ends this job, by time.monotonic(), which no setting of the clock moves."""
+    for name in ("ALLRANKS_DEADLINE", "SLURM_JOB_END_TIME"):
+        text = environ.get(name, "")
+        if text.isdigit():
+            return time.monotonic() + int(text) - time.time()
+        if text:
+            log.warning("%s=%s is not a time in seconds since 1970: it is not used", name, text)
+    return None

@@ -1,0 +1,67 @@
+"""What the ranks compare at an epoch's end: their weights, and how long each of them works on a step."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import statistics
+
+import torch
+
+from allranks.errors import RunError
+from allranks.runtime.meeting import ranks_named
+from allranks.runtime.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+SLOW = 1.5  # times the median
+SLOW_STEPS = 20  # an epoch of fewer says little
+SLOW_S = 0.5  # lost in an epoch; less is not worth a word
+
+
+def compare_ranks(runtime: Runtime, model: torch.nn.Module) -> None:
+    """Raises an agreed RunError where the ranks' parameters differ; warns of a rank that is slow.
+
+    A collective call, for before anything is saved. Buffers may differ: a rank's own batches make them.
+    """
+    if runtime.world_size == 1:
+        return
+    watchdog = runtime.watchdog
+    mine = [float(_digest(model)), watchdog.busy_s, float(watchdog.busy_steps)]
+    watchdog.busy_s, watchdog.busy_steps = 0.0, 0
+    digests, busy_s, steps = runtime.gather(
+        torch.tensor([mine], dtype=torch.float64, device=runtime.device)
+    ).T.tolist()
+
+    usual = max(dict.fromkeys(digests), key=digests.count)
+    odd = [r for r, digest in enumerate(digests) if digest != usual]
+    if odd:
+        who = f" ({_named(runtime, odd)} from the others')" if 2 * len(odd) < len(digests) else ""
+        raise RunError(
+            f"After step {watchdog.step} the ranks' weights differ{who}, though all apply the same "
+            "gradients: look for a model or an optimizer that draws or reads something of its own on each "
+            "rank, and if there is none for a faulty device.",
+            said_by=0,
+        )
+    median_s = statistics.median_low(busy_s)
+    slow = [r for r, s in enumerate(busy_s) if s > SLOW * median_s and s - median_s > SLOW_S]
+    if slow and min(steps) >= SLOW_STEPS and runtime.is_main:
+        worst = max(slow, key=busy_s.__getitem__)
+        log.warning(
+            "%s works longer on a step than the others: %.1f times the median, %.1f s in %d steps",
+            _named(runtime, slow), busy_s[worst] / max(median_s, 1e-9), busy_s[worst], steps[worst],
+        )  # fmt: skip
+
+
+def _digest(model: torch.nn.Module) -> int:
+    """48 bits, which float64 holds exactly, of a sha256 over all parameters."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        flat = parameter.detach().cpu().contiguous().view(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return int.from_bytes(digest.digest()[:6], "big")
+
+
+def _named(runtime: Runtime, ranks: list[int]) -> str:
+    hosts = dict.fromkeys(runtime.ranks[r]["host"] for r in ranks[:8]) if runtime.is_main else ()
+    return f"{ranks_named(ranks)} on {', '.join(hosts)}"

@@ -1,0 +1,191 @@
+"""Checkpoints on disk: whole or absent, and not a bit of one can change unseen."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from allranks import checkpoints
+from allranks.checkpoints import Damaged
+from helpers import tree
+
+FILES = {"model.safetensors": bytes(range(40)), "state.json": b'{"step": 7}', "empty": b""}
+
+
+def write(
+    run: Path, step: int = 7, files: dict[str, bytes] = FILES, owner=lambda: None, token="me"
+) -> Path:
+    return checkpoints.write(run, step, files, token, owner)
+
+
+def why(path: Path) -> str:
+    """What is said to be wrong with it, after checking that it is one line."""
+    with pytest.raises(Damaged) as damaged:
+        checkpoints.read(path)
+    assert str(damaged.value).isprintable()
+    return str(damaged.value)
+
+
+def edit(path: Path, change) -> None:
+    """Changes manifest.json, which stays in its one spelling."""
+    manifest = json.loads((path / "manifest.json").read_bytes())
+    change(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+
+
+def test_what_is_written_is_read(tmp_path):
+    path = write(tmp_path)
+    assert path == tmp_path / "checkpoints/step-000007" == checkpoints.path_of(tmp_path, 7)
+    assert checkpoints.read(path) == FILES
+    assert tree(tmp_path / "checkpoints") == [
+        "step-000007", *(f"step-000007/{name}" for name in sorted([*FILES, "manifest.json"]))
+    ]  # fmt: skip
+    assert checkpoints.path_of(tmp_path, 12_345_678).name == "step-12345678"
+
+
+def test_a_checkpoint_is_private_to_its_user(tmp_path):
+    path = write(tmp_path)
+    assert {p.stat().st_mode & 0o777 for p in (path, path.parent)} == {0o700}
+    assert {p.stat().st_mode & 0o777 for p in path.iterdir()} == {0o600}
+
+
+def test_no_bit_can_change_unseen(tmp_path):
+    path = write(tmp_path)
+    flipped = 0
+    for file in sorted(path.iterdir()):
+        content = file.read_bytes()
+        for bit in range(8 * len(content)):
+            changed = bytearray(content)
+            changed[bit // 8] ^= 1 << bit % 8
+            file.write_bytes(changed)
+            why(path)
+            flipped += 1
+        file.write_bytes(content)
+    assert checkpoints.read(path) == FILES
+    assert flipped == 8 * sum(len(file.read_bytes()) for file in path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda p: (p / "empty").unlink(), "empty: it is missing"),
+        (lambda p: (p / "manifest.json").unlink(), "manifest.json: it is missing"),
+        (lambda p: (p / "extra\n\udcff").touch(), r"'extra\n\udcff': it is not in manifest.json"),
+        (lambda p: (p / "sub").mkdir(), "'sub': it is not in manifest.json"),
+        (lambda p: os.truncate(p / "state.json", 3), "state.json: it has 3 bytes, not 11"),
+        (lambda p: (p / "empty").write_bytes(b"x"), "empty: it has 1 bytes, more than 0"),
+        (lambda p: (p / "state.json").write_bytes(b'{"step": 8}'), "state.json: its sha256 is abeff1"),
+        (lambda p: os.truncate(p / "manifest.json", 2 << 20), "manifest.json: it has 2,097,152 bytes"),
+        (lambda p: (p / "manifest.json").write_bytes(b"[" * 100_000), "manifest.json: it is not JSON"),
+        (lambda p: (p / "manifest.json").write_bytes(b"\xff{}"), "manifest.json: it is not JSON"),
+        (lambda p: edit(p, lambda m: m.update(more=1)), "manifest.json: it is not as it was written"),
+        (lambda p: edit(p, lambda m: m.update(files=[])), "manifest.json: it is not as it was written"),
+        (lambda p: edit(p, lambda m: m.update(format=2)), "manifest.json: its format is not known"),
+        (lambda p: edit(p, lambda m: m.update(format=True)), "manifest.json: its format is not known"),
+        (lambda p: edit(p, lambda m: m["files"]["empty"].update(size=0.0)), "manifest.json: empty needs a"),
+        (lambda p: edit(p, lambda m: m["files"].update({"../x": 1})), "manifest.json: '../x' is not the"),
+        (lambda p: edit(p, lambda m: m["files"].update({"a/b": 1})), "manifest.json: 'a/b' is not the"),
+        (lambda p: edit(p, lambda m: m["files"].update({"..": 1})), "manifest.json: '..' is not the"),
+    ],
+)  # fmt: skip
+def test_damage_is_named(tmp_path, damage, said):
+    path = write(tmp_path)
+    damage(path)
+    assert why(path).startswith(said)
+
+
+def test_no_link_is_followed_and_no_pipe_waited_for(tmp_path):
+    path, elsewhere = write(tmp_path), tmp_path / "elsewhere"
+    (path / "state.json").rename(elsewhere)
+    (path / "state.json").symlink_to(elsewhere)
+    assert why(path).startswith("state.json: ")
+    (path / "state.json").unlink()
+    os.mkfifo(path / "state.json")
+    assert why(path) == "state.json: it is not a regular file"
+    checkpoints.path_of(tmp_path, 8).symlink_to(path)
+    assert checkpoints.steps(tmp_path) == [7]
+
+
+def test_what_is_no_checkpoint_is_damaged(tmp_path):
+    assert why(tmp_path / "none") == "the folder cannot be opened: No such file or directory"
+    (tmp_path / "file").touch()
+    assert why(tmp_path / "file") == "the folder cannot be opened: Not a directory"
+    assert why(tmp_path) == "manifest.json: it is missing"
+
+
+def test_the_newest_valid_one_is_found_and_the_damaged_named(tmp_path):
+    assert checkpoints.newest_valid(tmp_path) == (None, {}, [])
+    for step in (9, 1_000_000, 10, 100):
+        write(tmp_path, step, {"state.json": str(step).encode()})
+    for other in ("step-00000100", "step-5", "latest", ".step-000200.x.tmp"):
+        (tmp_path / "checkpoints" / other).mkdir()
+    assert checkpoints.steps(tmp_path) == [1_000_000, 100, 10, 9]
+    (checkpoints.path_of(tmp_path, 1_000_000) / "state.json").unlink()
+    (checkpoints.path_of(tmp_path, 100) / "manifest.json").unlink()
+    assert checkpoints.newest_valid(tmp_path) == (
+        checkpoints.path_of(tmp_path, 10),
+        {"state.json": b"10"},
+        ["step-1000000: state.json: it is missing", "step-000100: manifest.json: it is missing"],
+    )
+
+
+def test_a_valid_one_stays_and_a_damaged_one_is_replaced(tmp_path):
+    path = write(tmp_path)
+    write(tmp_path, files={"state.json": b"other"})
+    assert checkpoints.read(path) == FILES
+    (path / "state.json").write_bytes(b"")
+    write(tmp_path, files={"state.json": b"other"})
+    assert checkpoints.read(path) == {"state.json": b"other"}
+    checkpoints.path_of(tmp_path, 8).write_text("a file is in the way")
+    assert checkpoints.read(write(tmp_path, 8)) == FILES
+    assert [p.name for p in sorted(path.parent.iterdir())] == ["step-000007", "step-000008"]
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_who_is_no_longer_the_owner_changes_nothing(tmp_path, damaged):
+    """The new owner takes over in the middle of a save, sweeps up, and saves the same step."""
+    path = write(tmp_path, 6)
+    if damaged:
+        (write(tmp_path) / "empty").unlink()
+
+    def refused() -> None:
+        raise RuntimeError("another owner")
+
+    def paused() -> None:  # between the check and the rename, when nothing can be refused any more
+        checkpoints.sweep_up(tmp_path)
+        write(tmp_path, files={"state.json": b"the new owner's"}, token="other")
+
+    before = tree(tmp_path)
+    with pytest.raises(RuntimeError):
+        write(tmp_path, owner=refused)
+    assert tree(tmp_path) == before
+    with pytest.raises(FileNotFoundError):
+        write(tmp_path, owner=paused)
+    assert checkpoints.read(path) == FILES
+    assert checkpoints.read(checkpoints.path_of(tmp_path, 7)) == {"state.json": b"the new owner's"}
+    with pytest.raises(FileNotFoundError):
+        checkpoints.remove(tmp_path, [], before_rename=paused)
+    assert checkpoints.steps(tmp_path) == [7, 6]
+    assert len(list(path.parent.iterdir())) == 2
+
+
+def test_the_others_are_removed(tmp_path):
+    for step in (1, 2, 3, 4):
+        write(tmp_path, step)
+    (checkpoints.path_of(tmp_path, 4) / "empty").unlink()
+    checkpoints.remove(tmp_path, {1, 3, 99})
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000001", "step-000003"]
+
+
+def test_what_writers_left_is_swept_up(tmp_path):
+    write(tmp_path)
+    before = tree(tmp_path)
+    for left in (".step-000008.other.tmp", ".step-000007.other.damaged.tmp", ".0123456789abcdef.tmp"):
+        (tmp_path / "checkpoints" / left).mkdir()
+        (tmp_path / "checkpoints" / left / "model.safetensors").touch()
+    checkpoints.sweep_up(tmp_path)
+    assert tree(tmp_path) == before
+    checkpoints.sweep_up(tmp_path / "none")

@@ -1,0 +1,346 @@
+"""A run that stops, however it stops, and goes on: the same run to the last bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from allranks import checkpoints
+from helpers import SMALL, Run, clean_environment, execute, launcher
+
+# 12 steps in each of 2 epochs, a checkpoint after each, none removed
+EVERY_STEP = (*SMALL, "trainer.epochs=2", "trainer.batch_size=100", "checkpoint.every_steps=1",
+              "checkpoint.keep=100")  # fmt: skip
+KINDS = {
+    "linear": ("model=linear",),
+    "mlp with dropout": ("model=mlp",),
+    "adamw, warmup_cosine": ("model=mlp", "trainer.precision=fp32", "optimizer=adamw",
+                             "scheduler=warmup_cosine"),
+    "plateau, running metrics": ("model=mlp", "scheduler=plateau", "trainer.train_metrics=running"),
+    "cnn, accumulation": ("model=cnn", "optimizer=adam", "trainer.accumulate=2", "trainer.clip_norm=1"),
+    "reproducible": ("model=mlp", "trainer.precision=fp32", "trainer.reproducible=true"),
+}  # fmt: skip
+
+
+def figures(run: Run) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """What must be equal: metrics.jsonl and summary.json without times and the number of ranks."""
+
+    def kept(values: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in values.items() if not k.startswith(("time/", "throughput/", "world_size"))}
+
+    return [kept(line) for line in run.metrics], kept(run.summary)
+
+
+def stopped_after(run: Run, step: int, directory: Path) -> str:
+    """A copy of the run as it was after this step; its `run.dir=...`."""
+    directory.mkdir()
+    (directory / "logs").mkdir()
+    shutil.copy(run.path / "config.yaml", directory)
+    shutil.copytree(checkpoints.path_of(run.path, step), checkpoints.path_of(directory, step))
+    return f"run.dir={directory}"
+
+
+def test_what_is_compared_can_differ(train_here):
+    """The comparisons below see a run that is another by a hair."""
+    runs = [train_here(*EVERY_STEP, "model=linear", f"optimizer.lr={lr}") for lr in ("0.05", "0.0500001")]
+    assert figures(runs[0]) != figures(runs[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stopped_after_any_step_it_goes_on_as_if_nothing_had_been(train_here, tmp_path, kind):
+    whole = train_here(*EVERY_STEP, *KINDS[kind])
+    assert checkpoints.steps(whole.path) == list(range(24, 0, -1))
+    for step in (1, 7, 12, 13, 23, 24):  # 12: the end of an epoch
+        went_on = train_here(*EVERY_STEP, *KINDS[kind], stopped_after(whole, step, tmp_path / str(step)))
+        assert figures(went_on) == figures(whole), step
+
+
+@pytest.mark.parametrize(
+    ("under", "ranks", "kind"),
+    [
+        ("mpiexec", 2, "mlp with dropout"),
+        ("torchrun", 3, "cnn, accumulation"),  # a ring of three adds up in an order of its own
+        ("mpiexec", 3, "plateau, running metrics"),
+    ],
+)
+def test_on_several_ranks_as_well(train, tmp_path, under, ranks, kind):
+    whole = train(*EVERY_STEP, *KINDS[kind], under=under, ranks=ranks).ok().run
+    for step in (5, 18):
+        there = stopped_after(whole, step, tmp_path / str(step))
+        went_on = train(*EVERY_STEP, *KINDS[kind], there, under=under, ranks=ranks).ok().run
+        assert figures(went_on) == figures(whole), step
+
+
+def test_a_reproducible_run_moves_from_ranks_to_ranks(train, tmp_path):
+    """4 -> 1 -> 8 -> 2 ranks across resumes, mpiexec and torchrun: the bits of a run that never stopped."""
+    overrides = (*EVERY_STEP, "model=cnn", "optimizer=adamw", "scheduler=plateau", "model.dropout=0.2",
+                 "trainer.reproducible=true", "trainer.train_metrics=running")  # fmt: skip
+    whole = train(*overrides).ok().run
+    stage = train(*overrides, under="mpiexec", ranks=4).ok().run
+    assert figures(stage) == figures(whole)
+    for step, under, ranks in ((4, None, 1), (9, "torchrun", 8), (15, "mpiexec", 2)):
+        there = stopped_after(stage, step, tmp_path / str(step))
+        stage = train(*overrides, there, under=under, ranks=ranks).ok().run
+    assert figures(stage) == figures(whole)
+
+
+def test_without_the_flag_another_number_of_ranks_gives_the_same_losses(train, tmp_path):
+    overrides = (*EVERY_STEP, "model=mlp", "model.dropout=0", "trainer.train_metrics=running")
+    whole = train(*overrides).ok().run
+    there = stopped_after(whole, 7, tmp_path / "stopped")
+    went_on = train(*overrides, there, under="mpiexec", ranks=3).ok().run
+    for mine, theirs in zip(went_on.metrics, whole.metrics, strict=True):
+        assert mine["train/loss"] == pytest.approx(theirs["train/loss"], abs=1e-4)
+        assert mine["val/loss"] == pytest.approx(theirs["val/loss"], abs=1e-4)
+
+
+# --- stopping ------------------------------------------------------------------------------------------
+
+LONG = (*SMALL, "model=mlp", "trainer.epochs=60", "trainer.batch_size=16", "checkpoint.keep=1")
+
+
+def started(
+    *overrides: str, cwd: Path, under: str | None = None, ranks: int = 1, **env: str
+) -> subprocess.Popen[str]:
+    """A training that has saved at least once."""
+    process = subprocess.Popen(
+        [*launcher(under, ranks), "-m", "allranks.train", *overrides, "run.dir=run"], cwd=cwd,
+        env=clean_environment(**env), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    limit = time.monotonic() + 60
+    while not checkpoints.steps(cwd / "run"):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+    return process
+
+
+def rank_pid(cwd: Path, rank: int) -> int:
+    return int(json.loads((cwd / "run/environment.json").read_text())["ranks"][rank]["pid"])
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory) -> Run:
+    """LONG on two ranks, never stopped."""
+    command = [*launcher("mpiexec", 2), "-m", "allranks.train", *LONG, "run.dir=run"]
+    return execute(command, tmp_path_factory.mktemp("long")).ok().run
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2], ids=lambda s: s.name)
+def test_a_signal_to_any_rank_stops_all_with_a_checkpoint(tmp_path, train, long_run, signum):
+    process = started(*LONG, cwd=tmp_path, under="mpiexec", ranks=2)
+    os.kill(rank_pid(tmp_path, 1), signum)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 85, err
+    assert f"stopped by {signum.name}" in out
+    step = checkpoints.steps(tmp_path / "run")[0]
+    assert f"after step {step}" in out
+    assert not (tmp_path / "run/summary.json").exists()
+    went_on = train(*LONG, "run.dir=run", under="mpiexec", ranks=2).ok()
+    assert f"going on from run/checkpoints/step-{step:06d}" in went_on.out
+    assert figures(went_on.run) == figures(long_run)
+
+
+def test_a_run_stops_by_itself_before_the_job_ends(tmp_path, train, long_run):
+    """As a job script of ours tells when that is; the margin is 10 s and what a save and a step take."""
+    process = started(
+        *LONG, "model.widths=[2000,2000]", cwd=tmp_path, ALLRANKS_DEADLINE=str(int(time.time()) + 20)
+    )
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 85, err
+    assert "stopped by the job's end after step" in out
+
+
+def test_a_deadline_that_cannot_be_read_is_named_and_not_used(train):
+    done = train(*SMALL, "trainer.epochs=1", env={"ALLRANKS_DEADLINE": "soon"}).ok()
+    assert "ALLRANKS_DEADLINE=soon is not a time in seconds since 1970" in done.out
+
+
+# --- a run directory that has been used ----------------------------------------------------------------
+
+SHORT = (*SMALL, "model=linear", "trainer.epochs=2", "run.dir=run")
+
+
+@pytest.fixture
+def finished(train) -> Run:
+    return train(*SHORT).ok().run
+
+
+def unfinish(run: Run) -> None:
+    (run.path / "summary.json").unlink()
+    checkpoints.remove(run.path, keep=[10])
+
+
+def test_a_finished_run_is_not_run_again(train, finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.path.rglob("*")}
+    again = train(*SHORT, under="mpiexec", ranks=2).ok()
+    assert again.out == "run holds this run, finished already: nothing to do\n"
+    assert {path: path.stat().st_mtime_ns for path in finished.path.rglob("*")} == before
+
+
+def test_another_configuration_is_refused_with_the_keys(train, finished):
+    for_all = train(*SHORT, "optimizer.lr=0.2", "seed=4", under="mpiexec", ranks=2)
+    assert for_all.code == 2
+    assert for_all.err.count("\n") == 1
+    assert "optimizer.lr is 0.05 there, not 0.2; seed is 0 there, not 4" in for_all.err
+    train(*SHORT, "checkpoint.keep=7", "watchdog.save_s=70").ok()  # these compute nothing
+
+
+def test_an_unfinished_run_and_resume_never(train, finished):
+    unfinish(finished)
+    done = train(*SHORT, "resume=never")
+    assert (done.code, "holds an unfinished run, and resume=never" in done.err) == (2, True)
+
+
+def test_metrics_are_those_of_the_checkpoint(train, finished):
+    """Lines that were written after it, and half a line, go; they are written again."""
+    whole = figures(finished)
+    unfinish(finished)
+    with (finished.path / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 3, "ste')
+    assert figures(train(*SHORT).ok().run) == whole
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(train, finished):
+    whole = figures(finished)
+    (finished.path / "summary.json").unlink()
+    newest = checkpoints.path_of(finished.path, 20) / "model.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[1234] ^= 1
+    newest.write_bytes(content)
+    done = train(*SHORT).ok()
+    assert "passing over the checkpoint step-000020: model.safetensors: its sha256 is" in done.out
+    assert "going on from run/checkpoints/step-000010" in done.out
+    assert figures(done.run) == whole
+    checkpoints.read(newest.parent)  # the damaged one has been replaced
+
+
+def test_without_any_valid_checkpoint_it_begins_again(train, finished):
+    whole = figures(finished)
+    (finished.path / "summary.json").unlink()
+    for step in (10, 20):
+        (checkpoints.path_of(finished.path, step) / "state.json").write_bytes(b"")
+    done = train(*SHORT).ok()
+    assert done.out.count("passing over the checkpoint") == 2
+    assert figures(done.run) == whole
+
+
+def test_one_writer_at_a_time(tmp_path, train):
+    longer = (*LONG, "trainer.epochs=5000")
+    process = started(*longer, cwd=tmp_path)
+    second = train(*longer, "run.dir=run")
+    assert second.code == 2
+    assert f"is in use by process {process.pid} on" in second.err
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 85
+
+
+# --- from another run's checkpoint ---------------------------------------------------------------------
+
+
+def test_going_on_from_another_runs_checkpoint_for_more_epochs(train, finished):
+    done = train(*SMALL, "model=linear", "trainer.epochs=4", "run.dir=longer", "resume=run").ok()
+    whole = train(*SMALL, "model=linear", "trainer.epochs=4", "run.dir=whole").ok()
+    assert "going on from run/checkpoints/step-000020: step 20, in epoch 3" in done.out
+    assert figures(done.run) == figures(whole.run)
+    assert finished.summary["epochs"] == 2  # it is as it was
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=mlp"], "model._target_ is allranks.models.linear there, allranks.models.mlp here"),
+        (["optimizer=adam"], "optimizer._target_ is torch.optim.SGD there, torch.optim.Adam here"),
+        (["data.train.seed=5"], "data.train.seed is"),
+        (["resume=nowhere"], "resume=nowhere has no valid checkpoint"),
+    ],
+)
+def test_what_a_checkpoint_does_not_fit(train, finished, overrides, message):
+    done = train(*SMALL, "model=linear", "run.dir=other", "resume=run/checkpoints/step-000020", *overrides)
+    assert done.code == 2
+    assert done.err.startswith("allranks: ")
+    assert done.err.count("\n") == 1
+    assert message in done.err
+
+
+def test_weights_load_in_plain_torch(train, finished):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
+    model.load_state_dict(load_file(finished.path / "checkpoints/step-000020/model.safetensors"))
+    assert sum(p.numel() for p in model.parameters()) == finished.summary["model/parameters"]
+
+
+# --- which are kept ------------------------------------------------------------------------------------
+
+
+def test_the_newest_and_the_best_are_kept(train_here):
+    run = train_here(*SMALL, "model=linear", "trainer.epochs=6", "optimizer.lr=3", "checkpoint.keep=2")
+    losses = run.column("val/loss")
+    best = 10 * (1 + losses.index(min(losses)))
+    assert set(checkpoints.steps(run.path)) == {best, 50, 60}
+
+
+def test_every_so_many_steps(train_here):
+    run = train_here(
+        *SMALL, "model=linear", "trainer.epochs=2", "checkpoint.every_steps=7", "checkpoint.keep=9",
+        "checkpoint.every_epochs=null",
+    )  # fmt: skip
+    assert checkpoints.steps(run.path) == [20, 14, 7]
+
+
+# --- numbers that are not finite -----------------------------------------------------------------------
+
+BAD_ON_RANK_1 = """
+import os, torch
+from allranks.models import linear
+class Bad(torch.nn.Module):
+    passes = 0  # the first of them is not a step's: it settles DDP's buckets
+    def __init__(self, **options):
+        super().__init__()
+        self.linear = linear(**options)
+    def forward(self, images):
+        out = self.linear(images)
+        self.passes += self.training
+        if self.passes == 5 and self.training and int(os.environ.get("RANK") or os.environ["PMI_RANK"]):
+            out = out * float("{value}")
+        return out
+"""
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("under", ["mpiexec", "torchrun"])
+def test_a_loss_that_is_not_finite_stops_all_ranks(tmp_path, train, under, value):
+    (tmp_path / "bad.py").write_text(BAD_ON_RANK_1.replace("{value}", value))
+    options = (*SMALL, "model=linear", "model._target_=bad.Bad", "checkpoint.every_steps=1", "run.dir=run")
+    done = train(*options, under=under, ranks=2, env={"PYTHONPATH": str(tmp_path)})
+    assert done.code != 0
+    message = "The loss of rank 1 (nan) is not finite in step 4 (epoch 1); the step was not applied."
+    assert f"allranks: {message}" in done.err
+    assert checkpoints.steps(tmp_path / "run") == [3, 2]
+    assert done.left_running == []
+
+
+def test_such_a_step_can_be_skipped(tmp_path, train):
+    (tmp_path / "bad.py").write_text(BAD_ON_RANK_1.replace("{value}", "nan"))
+    options = (
+        *SMALL,
+        "model=linear",
+        "model._target_=bad.Bad",
+        "trainer.nonfinite=skip",
+        "trainer.epochs=1",
+    )
+    done = train(*options, under="mpiexec", ranks=2, env={"PYTHONPATH": str(tmp_path)}).ok()
+    assert "rank 1 (nan)" in done.out
+    assert done.run.metrics[0]["step"] == 10
+    assert all(torch.isfinite(t).all() for t in load_file(
+        checkpoints.path_of(done.run.path, 10) / "model.safetensors").values())  # fmt: skip
