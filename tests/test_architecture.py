@@ -38,14 +38,14 @@ ARROWS = {
     "launch.command": "errors launch.allocation launch.launchers launch.machine launch.variables",
     "launch.dryrun": "launch.allocation launch.command",
     "launch.cli": "control errors launch.allocation launch.command launch.dryrun launch.machine "
-    "launch.attempts launch.runs",
+    "launch.attempts launch.runs launch.scheduler",
     "launch.attempts": "checkpoints config control errors launch.allocation launch.command launch.machine "
     "launch.preflight launch.processes launch.supervise launch.variables",
     "launch.scheduler": "errors",
-    "launch.runs": "config errors launch.scheduler rundir",
+    "launch.runs": "config control errors launch.scheduler rundir",
     "launch.script": "errors launch.machine",
-    "launch.submit": "errors launch.allocation launch.cli launch.command launch.dryrun launch.machine "
-    "launch.runs launch.scheduler launch.script rundir",
+    "launch.submit": "checkpoints control errors launch.allocation launch.cli launch.command launch.dryrun "
+    "launch.machine launch.runs launch.scheduler launch.script rundir",
     "launch.wire": "",
     "launch.processes": "",
     "launch.variables": "errors runtime.environment",

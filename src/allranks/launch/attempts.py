@@ -17,13 +17,12 @@ from pathlib import Path
 from allranks import checkpoints
 from allranks.config import Config
 from allranks.control import EXIT_REQUEUE
-from allranks.errors import EXIT_USER_ERROR, UserError
+from allranks.errors import EXIT_STUCK, EXIT_USER_ERROR, UserError
 from allranks.launch import command, preflight, processes, supervise, variables
 from allranks.launch.allocation import Allocation, Host
 from allranks.launch.command import Plan, Request
 from allranks.launch.machine import Machine
 
-STUCK = 86  # exit code: it crashes again and again without gaining a step
 MOST_STUCK = 3
 ALONE_S = 15.0  # for a host that is tried alone
 GROUPS = 16  # of hosts that are tried at the same time
@@ -84,7 +83,7 @@ def run(launch: Launch, check: bool) -> int:
                 f"{outcome.failure} This was the third crash without a step gained (step {step}): look at "
                 "what fails there. Nothing is started again."
             )
-            return STUCK
+            return EXIT_STUCK
         why = [outcome.failure]
         if launch.min_ranks and outcome.gone:
             gone = _to_blame(launch, plan, outcome.gone)

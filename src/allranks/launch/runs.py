@@ -14,6 +14,7 @@ from typing import Any
 from allranks import config as configs
 from allranks import rundir
 from allranks.config import Config
+from allranks.control import EXIT_REQUEUE
 from allranks.errors import UserError
 from allranks.launch import scheduler
 
@@ -154,7 +155,7 @@ def _row(directory: Path, job: dict[str, Any], now: dict[str, str]) -> dict[str,
         state = "finished"
     elif alive:
         state = now[alive]
-    elif code.exists() and (text := code.read_text().strip()) not in ("0", TERMINATED):
+    elif code.exists() and (text := code.read_text().strip()) not in ("0", TERMINATED, str(EXIT_REQUEUE)):
         state = f"failed ({text})"
     else:  # without a job nobody knows whether its process is still there
         state = "ended early" if job else "not finished"
