@@ -84,14 +84,14 @@ def run(launch: Launch, check: bool) -> int:
                 "what fails there. Nothing is started again."
             )
             return EXIT_STUCK
-        why = [outcome.failure]
+        why, left = [outcome.failure], plan.hosts
         if launch.min_ranks and outcome.gone:
             gone = _to_blame(launch, plan, outcome.gone)
             left = tuple(host for host in plan.hosts if host.name not in gone)
             if not _enough(launch, left):
                 break
-            plan = launch.plan(left)
-            why.append(f"Going on with {plan.world_size} ranks, without {supervise.some(gone)}.")
+            why += [f"Going on without {supervise.some(gone)}."] * (left != plan.hosts)
+        plan = launch.plan(left)
         if launch.config:
             why.append(f"From step {step}:")
         supervise.say(" ".join([*why, f"restart {attempt} of {launch.max_restarts}."]))

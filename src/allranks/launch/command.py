@@ -134,8 +134,9 @@ def plan(
     passed = (name for name in PASSED if environ.get(name))
     names = tuple(dict.fromkeys([*(v.name for v in variables), *passed, *request.passed]))
     job = launchers.Job(
-        machine, allocation, hosts, names, master, request.hosts_path, request.installed_here
-    )
+        machine, allocation, hosts, names, master, request.hosts_path, request.installed_here,
+        again=bool(request.placed),
+    )  # fmt: skip
     per_rank = (sys.executable, "-m", WRAPPER, "--", *request.program)
     argv, files = launchers.build(dialect, job, bound, per_rank)
     if machine.device.one_visible or machine.device.variable:
