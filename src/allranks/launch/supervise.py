@@ -52,6 +52,7 @@ class Rank:
     code: int | None = None  # None: still running
     signal: int = 0
     ended_at: float = 0.0  # by its host's clock
+    ended: bool = False  # with all of its output here, or no more to come
     lost: bool = False
 
     def how_it_ended(self) -> str:
@@ -317,7 +318,8 @@ class Supervision:
     def _hear(self, r: Rank, word: Mapping[str, Any]) -> None:
         if "code" in word:
             r.code, r.signal, r.ended_at = int(word["code"]), int(word["signal"]), float(word["time"])
-            self._on_end(r)
+            if word["last"]:
+                self._on_end(r)
         else:
             for kind, text in word.items():
                 self.console.show(r, kind, wire.output(text))
@@ -330,16 +332,18 @@ class Supervision:
         r.guard = None
         if not self.started:
             del self.ranks[r.rank]  # it counts as one that did not come
-        elif r.code is None:
-            r.code, r.ended_at, r.lost = LOST, time.time(), True
+        elif not r.ended:
+            if r.code is None:
+                r.code, r.ended_at, r.lost = LOST, time.time(), True
             self._on_end(r)
 
     def _on_end(self, r: Rank) -> None:
+        r.ended = True
         self.console.ended(r)
         if r.code not in (0, EXIT_REQUEUE) and not self.ending:
             self.ending = True
             self._loop.call_later(SETTLE_S, self._end_all, FALL_S)
-        if all(other.code is not None for other in self.ranks.values()):
+        if all(other.ended for other in self.ranks.values()):
             self.ending = True
             self._tell_all(bye=True)
             self._loop.call_later(LEAVE_S, self._give_up)
