@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -23,7 +22,18 @@ def launch(folder: Path, *words: str) -> Started:
     """`allranks launch` of two ranks under mpiexec."""
     mpiexec()
     os.chdir(folder)
-    argv = [PYTHON, "-m", "allranks", "launch", "-n", "2", "--launcher", "mpiexec", "--no-preflight", *words]
+    argv = [
+        PYTHON,
+        "-m",
+        "allranks",
+        "launch",
+        "-n",
+        "2",
+        "--launcher",
+        "mpiexec",
+        "--no-preflight",
+        *words,
+    ]
     return Started(argv, "going-on", **HERE)
 
 
@@ -79,7 +89,7 @@ def test_killed_twice_it_is_the_same_run(tmp_path, undisturbed):
 def test_three_crashes_without_a_step_gained_end_it(tmp_path):
     (tmp_path / "mine.py").write_text(
         "import torch\nclass Bad(torch.nn.Module):\n"
-        "    def __init__(self):\n        super().__init__()\n        self.linear = torch.nn.Linear(784, 10)\n"
+        "    def __init__(self):\n        super().__init__()\n        self.a = torch.nn.Linear(784, 10)\n"
         "    def forward(self, x):\n        raise RuntimeError('a bug')\n"
     )
     bad = ("model=linear", "model._target_=mine.Bad", "~model.input_shape", "~model.classes")

@@ -208,7 +208,8 @@ def run(job, index=None, array_id=None):
     spooled = target if direct else spool / f"{job_id}.OU"
     with spooled.open("wb") as output:
         process = subprocess.Popen(
-            ["/bin/bash", "-lc", '"$1"; exit $?', "-bash", job["script"]], cwd=user.pw_dir, env=environment,
+            ["/bin/bash", "-lc", '"$1"; exit $?', "-bash", job["script"]], cwd=user.pw_dir,
+            env={**environment, "PBS_STANDIN": str(HOME)},  # as a real one's commands have /etc/pbs.conf
             umask=0o077, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
     process.stdin.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -201,6 +202,9 @@ def _environment(environ: Mapping[str, str], pbs: bool) -> list[str]:
         lines.append("unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT")
     if sys.prefix != sys.base_prefix:  # a virtual environment: what `python` means in it
         lines.append(f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"')
+    tool = shutil.which("qsub" if pbs else "sbatch", path=environ.get("PATH", ""))
+    if tool and (folder := str(Path(tool).parent)) not in ("/usr/local/bin", "/usr/bin", "/bin"):
+        lines.append(f'export PATH="$PATH":{shlex.quote(folder)}  # the scheduler\'s commands')
     if environ.get("PYTHONPATH"):
         paths = shlex.quote(environ["PYTHONPATH"])
         lines.append(f'export PYTHONPATH={paths}"${{PYTHONPATH:+:$PYTHONPATH}}"')
