@@ -125,15 +125,17 @@ def read_only(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / "read-only"
 
 
+SETTING = {"SL_NODES": "3", "SL_CPUS": "32", "SL_GPUS": "4", "SL_REQUEUE": "5", "SL_KILLWAIT": "5"}
+
+
 @pytest.fixture(scope="module")
 def real_slurm() -> Iterator[None]:
-    """A Slurm of two nodes on this host alone, brought up for a module's tests and down again."""
+    """A Slurm of three nodes on this host alone, brought up for a module's tests and down again."""
     cluster = ROOT.parent / "shared/cluster"
     if os.geteuid() != 0 or not (cluster / "slurm-up").exists():
         pytest.skip("needs root and ../shared/cluster/slurm-up")
     if slurm_answers():
         pytest.skip("a Slurm is running here already, and is somebody else's")
-    setting = {"SL_NODES": "2", "SL_CPUS": "32", "SL_GPUS": "4", "SL_REQUEUE": "5", "SL_KILLWAIT": "5"}
 
     def call(*words: str, timeout_s: float, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -142,7 +144,7 @@ def real_slurm() -> Iterator[None]:
         )  # fmt: skip
 
     try:
-        up = call("slurm-up", timeout_s=300, **setting)
+        up = call("slurm-up", timeout_s=300, **SETTING)
         if up.returncode:
             pytest.skip(f"slurm-up failed: {up.stderr[-300:]}")
         yield

@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+# What `allranks launch` does with an outcome.
+TOLD = "if outcome.failure: supervise.say(outcome.failure)\nsys.exit(outcome.code)"
 BIN = Path(sys.executable).parent
 RANK = [sys.executable, "-m", "allranks.launch.rank", "--"]
 
@@ -45,8 +47,8 @@ def supervised(
     """A command that supervises them, as `allranks launch` does."""
     return python(
         "import os, sys\nfrom allranks.launch import supervise\n"
-        f"sys.exit(supervise.run({launcher(name, ranks, program)!r}, dict(os.environ), "
-        f"{str(run_dir) if run_dir else None!r}, world_size={ranks}, **{more!r}))"
+        f"outcome = supervise.run({launcher(name, ranks, program)!r}, dict(os.environ), "
+        f"{str(run_dir) if run_dir else None!r}, world_size={ranks}, **{more!r})\n" + TOLD
     )
 
 

@@ -97,7 +97,7 @@ def test_perlmutter_asks_for_what_its_pages_do():
     assert directives(rendered("perlmutter", 2)) == [
         "--job-name=try-1", "-A proj", "-q debug", "--nodes=2", "--ntasks-per-node=4", "--cpus-per-task=32",
         "--time=00:30:00", "-C gpu", "--gpus-per-node=4", "--output='/fs/runs/it'\"'\"'s one/job.log'",
-        "--open-mode=append",
+        "--open-mode=append", "--requeue",
     ]  # fmt: skip
 
 
@@ -134,6 +134,9 @@ def test_paths_that_a_scheduler_refuses_are_not_given_to_it():
 
 RECORDER = """#!{python}
 import json, os, signal, sys, time
+if sys.argv[3:4] == ["submit"]:  # what comes after the job
+    open({note!r} + ".next", "w").write(" ".join(sys.argv[4:]))
+    sys.exit({code})
 note = dict(argv=sys.argv[1:], env=dict(os.environ), cwd=os.getcwd(), time=time.time())
 got = []
 for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -220,6 +223,11 @@ class Job:
     def note(self):
         return json.loads((self.folder / "note.json").read_text())
 
+    @property
+    def next(self):
+        path = self.folder / "note.json.next"
+        return path.read_text() if path.exists() else ""
+
     def wait_for_note(self):
         deadline = time.monotonic() + 20
         while not (self.folder / "note.json").exists():
@@ -234,7 +242,7 @@ def test_a_pbs_job_gets_its_directory_deadline_umask_and_log(job):
     note = made.note
     assert note["argv"] == ["-m", "allranks", "launch", "--machine", "polaris", "--run", str(made.run)]
     assert note["cwd"] == str(made.folder / "work")
-    assert 1799 <= int(note["env"]["ALLRANKS_DEADLINE"]) - before <= 1802
+    assert 1779 <= int(note["env"]["ALLRANKS_DEADLINE"]) - before <= 1782
     assert (made.run / "job.log").read_text() == "out of the program\n"
     assert (made.run / "job.log").stat().st_mode & 0o777 == 0o640
     assert (made.run / "exit_code").read_text() == "0\n"
@@ -284,6 +292,14 @@ def test_the_exit_code_is_the_launchs(job, name):
     made = job(name, code=85)
     assert made.do() == 85
     assert (made.run / "exit_code").read_text() == "85\n"
+    assert made.next == f"--next {made.run}"
+
+
+@pytest.mark.parametrize(("code", "asked"), [(0, True), (1, False), (137, False)])
+def test_what_comes_next_is_asked_after_an_end_in_order_only(job, code, asked):
+    made = job("polaris", code=code)
+    assert made.do() == code
+    assert bool(made.next) == asked
 
 
 def test_ranks_left_over_in_a_shell_do_not_reach_a_slurm_job(job):
@@ -331,6 +347,7 @@ def test_term_for_every_process_lets_the_program_end_in_its_own_way(job):
     os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(timeout=20) == 85
     assert (made.run / "job.log").read_text().endswith("signals 15\n")
+    assert not made.next  # whoever ends the job wants no other
     assert (made.run / "exit_code").read_text() == "85\n"
 
 

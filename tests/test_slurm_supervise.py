@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from launching import RANK, Started, python
+from launching import RANK, TOLD, Started, python
 
 CONF = Path("/etc/slurm/slurm.conf")
 
@@ -55,8 +55,8 @@ def supervised(program: list[str]) -> Started:
     argv = ["srun", "-N2", "--ntasks-per-node=2", "-w", ",".join(NODES[:2]), *RANK, *program]
     return on_login(
         "import os, sys\nfrom allranks.launch import supervise\n"
-        f"sys.exit(supervise.run({argv!r}, dict(os.environ), None, world_size=4, "
-        f"hosts={NODES[:2]!r}, start_s=20))"
+        f"outcome = supervise.run({argv!r}, dict(os.environ), None, world_size=4, "
+        f"hosts={NODES[:2]!r}, start_s=20)\n" + TOLD
     )
 
 

@@ -1,21 +1,27 @@
 """`allranks submit`, `runs` and `cancel`: PBS by a stand-in (tests/pbs_standin), Slurm the real one."""
 
+import contextlib
 import importlib.util
 import json
 import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from allranks import checkpoints
 from allranks.launch import scheduler
+from conftest import SETTING
 from helpers import PYTHON, ROOT, SMALL, Run, execute, tree
+from test_resume import figures
 
 STANDIN = ROOT / "tests/pbs_standin"
 CLUSTER = ROOT.parent / "shared/cluster"
@@ -178,38 +184,57 @@ def test_a_queued_training_has_the_curve_of_one_by_hand(pbs, train, tmp_path):
 
 
 @needs_launch
-def test_the_second_link_finds_a_finished_run(pbs):
-    answer = pbs.submit(*PBS, "--ppn", "1", "--chain", "2", *ONE_EPOCH)
+def test_a_chain_ends_early_when_the_run_is_finished(pbs):
+    answer = pbs.submit(*PBS, "--ppn", "1", "--chain", "3", *ONE_EPOCH)
     pbs.until("finished")
     log = Path(answer["directory"]) / "job.log"
     deadline = time.monotonic() + 30
-    while pbs.job("2.pbs")["state"] != "F":
+    while "cancelled" not in log.read_text():
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    assert pbs.job("2.pbs")["exit_status"] == 0
-    assert log.read_text().splitlines()[-1] == f"{answer['directory']} is finished: nothing is left to do"
-    assert len(Run(Path(answer["directory"])).metrics) == 1
+    assert log.read_text().splitlines()[-1] == "finished: 2.pbs, 3.pbs cancelled"
+    assert [pbs.job(f"{i}.pbs")["exit_status"] for i in (2, 3)] == [271, 271]
 
 
 @needs_launch
 def test_the_next_link_goes_on_where_one_was_cut_short(pbs):
-    """Without a checkpoint to go on from it begins again, and its metrics are its own."""
-    long = ("trainer.epochs=400", *SMALL)
-    answer = pbs.submit(*PBS, "--ppn", "1", "--chain", "2", "--no-preflight", *long)
+    answer = pbs.submit(*PBS, "--ppn", "1", "--chain", "2", "--no-preflight", *SMALL, "trainer.epochs=4000")
     run = Path(answer["directory"])
     deadline = time.monotonic() + 60
-    while not (run / "metrics.jsonl").exists():
+    while not checkpoints.steps(run):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     pbs.qdel("1.pbs")
-    while not (run / "metrics-1.jsonl").exists() or not (run / "metrics.jsonl").exists():
+    while "going on from" not in (run / "job.log").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.1)
     [row] = pbs.rows()
     assert (row["state"], row["job_id"]) == ("running", "2.pbs")
-    assert Run(run).metrics[0]["epoch"] == 1
     assert pbs.allranks("cancel", str(run)).ok().out == f"cancelled 2.pbs of {run}\n"
     assert pbs.until("ended early")
+    assert [line["epoch"] for line in Run(run).metrics] == list(range(1, len(Run(run).metrics) + 1))
+
+
+@needs_launch
+def test_a_run_that_stops_before_its_walltime_queues_one_successor(pbs):
+    """Walltime 40 s: 20 s are the script's, and 10 s the run's own margin."""
+    words = ("--ppn", "1", "--no-preflight", *SMALL, "trainer.epochs=100000", "checkpoint.every_s=1")
+    run = Path(pbs.submit("--machine", "generic_pbs", "--walltime", "00:00:40", *words)["directory"])
+    deadline = time.monotonic() + 90
+    while not (run / "job.log").exists() or "going on from" not in (run / "job.log").read_text():
+        assert time.monotonic() < deadline, (run / "job.log").read_text()
+        time.sleep(0.2)
+    assert pbs.job("1.pbs")["exit_status"] == 85
+    assert json.loads((run / "job.json").read_text())["job_ids"] == ["1.pbs", "2.pbs"]
+    assert pbs.allranks("cancel", str(run)).ok().out == f"cancelled 2.pbs of {run}\n"
+    pbs.until("ended early")  # what is cancelled queues no other
+    again = [pbs.allranks("submit", "--next", str(run), PBS_JOBID="1.pbs") for _ in range(2)]
+    assert [done.code for done in again] == [85, 85]
+    assert not Path(pbs.env["PBS_STANDIN"], "jobs/3.pbs.json").exists()
+    (run / ".next-0.pbs-0").write_text("1000000000")
+    stuck = pbs.allranks("submit", "--next", str(run), PBS_JOBID="2.pbs")
+    assert stuck.code == 86
+    assert "this job has not gained a step" in stuck.message
 
 
 @needs_launch
@@ -554,6 +579,12 @@ def a_slurm(real_slurm):
 
 @pytest.fixture
 def slurm(a_slurm):
+    with plain_users_folder(a_slurm) as cluster:
+        yield cluster
+
+
+@contextlib.contextmanager
+def plain_users_folder(a_slurm):
     python, path = a_slurm
     home = Path(f"~{USER}").expanduser()
     folder = home / f"allranks-test-{os.getpid()}-{time.monotonic_ns()}"
@@ -650,3 +681,137 @@ def test_the_ready_slurm_scripts_run(slurm, name):
     rows = slurm.until(*["finished"] * (3 if name == "sweep" else 1))
     size = {"debug": 1, "two-nodes": 4, "sweep": 2, "chain": 2}[name]
     assert {Run(slurm.folder / row["directory"]).summary["world_size"] for row in rows} == {size}
+
+
+LONG = ("data=synthetic", "device=cpu", "threads=1", "trainer.epochs=3", "checkpoint.every_steps=20")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(a_slurm):
+    """The same training on two nodes, left alone."""
+    with plain_users_folder(a_slurm) as cluster:
+        cluster.submit(*SLURM, "--nodes", "2", "--ppn", "1", *LONG)
+        [row] = cluster.until("finished")
+        yield Run(cluster.folder / row["directory"])
+
+
+def until_step(run, step, within_s=90):
+    deadline = time.monotonic() + within_s
+    while max(checkpoints.steps(run), default=0) < step:
+        assert time.monotonic() < deadline, (run / "job.log").read_text()
+        time.sleep(0.05)
+    return max(checkpoints.steps(run))
+
+
+def test_slurm_a_chain_over_three_jobs_has_the_bits_of_an_undisturbed_run(slurm, undisturbed):
+    answer = slurm.submit(*SLURM, "--nodes", "2", "--ppn", "1", "--chain", "3", *LONG)
+    run, step = Path(answer["directory"]), 0
+    for job_id in answer["job_ids"][:2]:
+        step = until_step(run, step + 1)
+        subprocess.run(["scancel", "--batch", "--signal=USR1", job_id], check=True, timeout=30)
+        while "stopped by SIGUSR1" not in (run / "job.log").read_text().rpartition("going on from")[2]:
+            time.sleep(0.1)
+        step = max(checkpoints.steps(run))
+    slurm.until("finished")
+    assert (run / "job.log").read_text().count("going on from") == 2
+    assert figures(Run(run)) == figures(undisturbed)
+
+
+def test_slurm_queued_again_by_a_signal_and_cancelled_it_still_has_the_same_bits(slurm, undisturbed):
+    answer = slurm.submit(*SLURM, "--nodes", "2", "--ppn", "1", *LONG)
+    [job_id], run = answer["job_ids"], Path(answer["directory"])
+    step = until_step(run, 1)
+    subprocess.run(["scancel", "--batch", "--signal=USR1", job_id], check=True, timeout=30)
+    step = until_step(run, step + 20)
+    assert f"job {job_id} is queued again" in (run / "job.log").read_text()
+    slurm.run("scancel", job_id).ok()
+    slurm.until("ended early")  # and is not queued again
+    [again] = slurm.submit("--cell", str(run))["job_ids"]
+    assert [row["job_id"] for row in slurm.until("finished")] == [again]
+    assert max(checkpoints.steps(run)) > step
+    assert figures(Run(run)) == figures(undisturbed)
+
+
+@pytest.fixture
+def a_node_to_lose():
+    """lose("n2"): its daemon and all that runs there are killed; afterwards it is up again."""
+
+    def lose(name):
+        daemon = Path(f"/var/lib/test-slurm/pids/slurmd-{name}.pid").read_text()
+        there = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=True)
+        for pid in {daemon.strip(), *there.stdout.split()}:
+            os.kill(int(pid), signal.SIGKILL)
+
+    yield lose
+    subprocess.run(["scancel", "-u", USER], timeout=30, check=False)
+    subprocess.run([CLUSTER / "slurm-up"], env={**os.environ, **SETTING}, cwd="/", timeout=100, check=True,
+                   stdout=subprocess.DEVNULL)  # fmt: skip
+    deadline = time.monotonic() + 60
+    while free_nodes() < 3:
+        assert time.monotonic() < deadline
+        for state in ("down", "resume"):
+            update = ["scontrol", "update", "nodename=n[1-3]", f"state={state}", "reason=test"]
+            subprocess.run(update, timeout=30, check=False, capture_output=True)
+        time.sleep(1)
+
+
+def free_nodes():
+    done = subprocess.run(["sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%T"], capture_output=True,
+                          text=True, timeout=30, check=True)  # fmt: skip
+    return done.stdout.split().count("idle")
+
+
+def test_slurm_a_node_that_dies_in_mid_run_is_gone_on_without(slurm, a_node_to_lose):
+    """Four ranks, then two: the same bits, as the run is a reproducible one."""
+    same = (*LONG, "trainer.reproducible=true", "trainer.epochs=2")
+    words = ("--nodes", "2", "--ppn", "2", "--max-restarts", "1", "--min-ranks", "2")
+    whole = Path(slurm.submit(*SLURM, "--nodes", "1", "--ppn", "2", *same, "run.dir=whole")["directory"])
+    run = Path(slurm.submit(*SLURM, *words, *same, "run.dir=lost")["directory"])
+    until_step(run, 20)
+    a_node_to_lose(json.loads((run / "environment.json").read_text())["ranks"][-1]["host"])
+    slurm.until("finished", "finished")
+    log = (run / "job.log").read_text()
+    assert re.search(
+        r"vanished without a word.* Going on without n\d\. From step \d+: restart 1 of 1\.", log
+    )
+    assert Run(run).summary["world_size"] == 2
+    assert figures(Run(run)) == figures(Run(whole))
+
+
+@pytest.mark.parametrize("launcher", ["srun", "mpiexec", "torchrun"])
+def test_slurm_launch_inside_salloc_on_three_nodes(slurm, train, launcher):
+    alloc = ("salloc", "-Q", "-N3", "--ntasks-per-node=2")
+    words = (slurm.python, "-m", "allranks", "launch", "--launcher", launcher, *ONE_EPOCH, "run.dir=here")
+    slurm.run(*alloc, *words).ok()
+    mine = Run(slurm.folder / "here")
+    assert [rank["host"] for rank in mine.environment["ranks"]] == ["n1", "n1", "n2", "n2", "n3", "n3"]
+    assert mine.losses == pytest.approx(train(*ONE_EPOCH).ok().run.losses, rel=1e-5)
+
+
+def test_slurm_launch_inside_sbatch_with_uneven_tasks(slurm):
+    (slurm.folder / "job.sh").write_text(
+        "#!/bin/bash\n#SBATCH -N3 -n5 -W -o log\n"
+        f"exec {slurm.python} -m allranks launch {' '.join(ONE_EPOCH)} run.dir=here\n"
+    )
+    slurm.run("sbatch", "job.sh").ok()
+    hosts = [rank["host"] for rank in Run(slurm.folder / "here").environment["ranks"]]
+    assert (len(hosts), set(hosts)) == (5, {"n1", "n2", "n3"})
+
+
+def test_slurm_a_node_that_is_down_is_named(slurm, a_node_to_lose):
+    """Under Open MPI's mpiexec, which itself says of no node that it is gone."""
+    launch = f"{slurm.python} -m allranks launch --launcher mpiexec {' '.join(ONE_EPOCH)}"
+    (slurm.folder / "job.sh").write_text(
+        f"touch ready; while [ ! -e go ]; do sleep 0.1; done; SECONDS=0; {launch} 2> said; echo $? $SECONDS > end"
+    )
+    job = threading.Thread(target=slurm.run, args=("salloc", "-Q", "--no-kill", "-N3", "bash", "job.sh"))
+    job.start()
+    while not (slurm.folder / "ready").exists():
+        time.sleep(0.1)
+    a_node_to_lose("n3")
+    (slurm.folder / "go").touch()
+    job.join()
+    code, took_s = map(int, (slurm.folder / "end").read_text().split())
+    said = (slurm.folder / "said").read_text()
+    assert said.startswith("allranks: preflight: n3 cannot be reached"), said
+    assert (code, took_s < 60) == (2, True)

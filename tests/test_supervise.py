@@ -13,7 +13,7 @@ import time
 import pytest
 
 from allranks.launch import processes, variables, wire
-from launching import RANK, Started, python, supervised
+from launching import RANK, TOLD, Started, python, supervised
 
 LAUNCHERS = ["mpiexec", "torchrun"]
 HOST = socket.gethostname()
@@ -319,7 +319,7 @@ def test_what_the_launcher_says_is_shown_where_no_rank_explains_it():
     command = python(
         "import os, sys\nfrom allranks.launch import supervise\n"
         f"argv = [{sys.executable!r}, '-c', 'import sys; print(\"no such queue\"); sys.exit(9)']\n"
-        "sys.exit(supervise.run(argv, dict(os.environ), None, world_size=2))"
+        "outcome = supervise.run(argv, dict(os.environ), None, world_size=2)\n" + TOLD
     )
     started = Started(command, "launcher")
     try:
@@ -336,7 +336,8 @@ def by_shell(script: str, ranks: int, **more: object) -> list[str]:
     argv = ["sh", "-c", script, "sh", *RANK, *python("import time; time.sleep(30)")]
     return python(
         "import os, sys\nfrom allranks.launch import supervise\n"
-        f"sys.exit(supervise.run({argv!r}, dict(os.environ), None, world_size={ranks}, **{more!r}))"
+        f"outcome = supervise.run({argv!r}, dict(os.environ), None, world_size={ranks}, **{more!r})\n"
+        + TOLD
     )
 
 
@@ -378,7 +379,7 @@ def test_nobody_without_the_secret_is_listened_to(tmp_path):
     command = python(
         "import os, sys\nfrom allranks.launch import supervise\n"
         f"argv = ['sh', '-c', 'echo $ALLRANKS_SUPERVISOR >&2; exec \"$@\"', 'sh', *{inner!r}]\n"
-        "sys.exit(supervise.run(argv, dict(os.environ), None, world_size=1))"
+        "outcome = supervise.run(argv, dict(os.environ), None, world_size=1)\n" + TOLD
     )
     started = Started(command, "stranger")
     try:

@@ -15,7 +15,7 @@ run=runs/chain         # another name for another chain
 links=3                # jobs in all
 
 umask 022
-export ALLRANKS_DEADLINE=$(($(date +%s) + 3600))   # the walltime in seconds: PBS does not tell it
+export ALLRANKS_DEADLINE=$(($(date +%s) + 3570))   # the walltime in seconds, less 30 for this script
 cd "$PBS_O_WORKDIR" || exit 1
 # The environment that allranks is installed in; module load lines, where your centre has such, come first.
 # shellcheck source=/dev/null
@@ -26,11 +26,14 @@ if grep -qs '"state": "finished"' "$run/summary.json"; then
   echo "$run is finished: nothing is left to do"
   exit 0
 fi
-if [ "$link" -lt "$links" ]; then
-  # Where qsub is not allowed on compute nodes: `allranks submit --chain` queues them all at the start.
-  qsub -W depend=afterany:"$PBS_JOBID" -v LINK=$((link + 1)) scripts/pbs/chain.sh
+newest=$(find "$run/checkpoints" -name 'step-*' 2> /dev/null | sort | tail -n 1)
+if [ "$link" -gt 1 ] && [ "$newest" = "${NEWEST:-}" ]; then
+  echo "the job before this one has not gained a step: the chain ends here"
+  exit 86
 fi
-if [ -e "$run/config.yaml" ]; then
-  exec allranks launch --run "$run"
+mark=$run.after-$PBS_JOBID   # one successor, even where this job is started twice
+if [ "$link" -lt "$links" ] && mkdir -p "$(dirname "$run")" && mkdir "$mark" 2> /dev/null; then
+  # Where qsub is not allowed on compute nodes: `allranks submit --chain` queues them all at the start.
+  qsub -W depend=afterany:"$PBS_JOBID" -v LINK=$((link + 1)),NEWEST="$newest" scripts/pbs/chain.sh
 fi
 exec allranks launch "${training[@]}" run.dir="$run"

@@ -11,12 +11,13 @@
 #PBS -k oed
 
 training=(model=cnn trainer.epochs=1)   # overrides: `allranks train --help` lists them
+run=runs/debug   # submitted again, the training goes on there until it is finished
 
 umask 022
-export ALLRANKS_DEADLINE=$(($(date +%s) + 900))   # the walltime in seconds: PBS does not tell it
+export ALLRANKS_DEADLINE=$(($(date +%s) + 870))   # the walltime in seconds, less 30 for this script
 cd "$PBS_O_WORKDIR" || exit 1
 # The environment that allranks is installed in; module load lines, where your centre has such, come first.
 # shellcheck source=/dev/null
 . .venv/bin/activate
 
-exec allranks launch "${training[@]}"
+exec allranks launch "${training[@]}" run.dir="$run"

@@ -16,14 +16,11 @@ training=(model=cnn)   # overrides: `allranks train --help` lists them
 rates=(0.1 0.03 0.01)   # as many as the array has jobs
 
 umask 022
-export ALLRANKS_DEADLINE=$(($(date +%s) + 3600))   # the walltime in seconds: PBS does not tell it
+export ALLRANKS_DEADLINE=$(($(date +%s) + 3570))   # the walltime in seconds, less 30 for this script
 cd "$PBS_O_WORKDIR" || exit 1
 # The environment that allranks is installed in; module load lines, where your centre has such, come first.
 # shellcheck source=/dev/null
 . .venv/bin/activate
 
 run=runs/sweep-${PBS_ARRAY_ID%%[*}/$PBS_ARRAY_INDEX
-if [ -e "$run/config.yaml" ]; then   # this job was requeued
-  exec allranks launch --run "$run"
-fi
 exec allranks launch "${training[@]}" optimizer.lr="${rates[PBS_ARRAY_INDEX]}" run.dir="$run"

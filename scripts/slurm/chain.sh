@@ -12,6 +12,7 @@
 #SBATCH --time=01:00:00
 #SBATCH --output=%x-%j.out
 #SBATCH --open-mode=append
+#SBATCH --requeue
 
 training=(model=cnn)   # overrides: `allranks train --help` lists them
 run=runs/chain         # another name for another chain
@@ -20,7 +21,7 @@ links=3                # jobs in all
 umask 022
 # Slurm hands on what was left over in the shell that submitted.
 unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
-export ALLRANKS_DEADLINE=$(($(date +%s) + 3600))   # --time in seconds: Slurm before 23.02 does not tell it
+export ALLRANKS_DEADLINE=$(($(date +%s) + 3570))   # --time in seconds, less 30 for this script
 cd "$SLURM_SUBMIT_DIR" || exit 1
 # The environment that allranks is installed in; module load lines, where your centre has such, come first.
 # shellcheck source=/dev/null
@@ -31,11 +32,14 @@ if grep -qs '"state": "finished"' "$run/summary.json"; then
   echo "$run is finished: nothing is left to do"
   exit 0
 fi
-if [ "$link" -lt "$links" ]; then
-  sbatch --dependency=afterany:"$SLURM_JOB_ID" --kill-on-invalid-dep=yes --export=ALL,LINK=$((link + 1)) \
-    scripts/slurm/chain.sh
+newest=$(find "$run/checkpoints" -name 'step-*' 2> /dev/null | sort | tail -n 1)
+if [ "$link" -gt 1 ] && [ "$newest" = "${NEWEST:-}" ]; then
+  echo "the job before this one has not gained a step: the chain ends here"
+  exit 86
 fi
-if [ -e "$run/config.yaml" ]; then
-  exec allranks launch --run "$run"
+mark=$run.after-$SLURM_JOB_ID   # one successor, even where this job is started twice
+if [ "$link" -lt "$links" ] && mkdir -p "$(dirname "$run")" && mkdir "$mark" 2> /dev/null; then
+  export LINK=$((link + 1)) NEWEST=$newest
+  sbatch --dependency=afterany:"$SLURM_JOB_ID" --kill-on-invalid-dep=yes scripts/slurm/chain.sh
 fi
 exec allranks launch "${training[@]}" run.dir="$run"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 EXIT_USER_ERROR = 2
+EXIT_STUCK = 86  # started again and again without gaining a step
 
 
 class UserError(Exception):

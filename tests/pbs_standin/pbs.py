@@ -129,6 +129,7 @@ def qsub(arguments):  # noqa: PLR0912  a refusal each
         "number": number, "script": str(spooled), "resources": resources, "workdir": str(Path.cwd()),
         "output": options.get("-o", [None])[0], "keep": options.get("-k", ["n"])[0], "comment": "",
         "after": options.get("-W", [""])[0].removeprefix("depend=afterany:"),
+        "variables": options.get("-v", [""])[0],
         "indices": list(range(int(span[1]), int(span[2]) + 1)) if array else None,
     }  # fmt: skip
     save(job)
@@ -198,6 +199,7 @@ def run(job, index=None, array_id=None):
         "PBS_O_PATH": os.environ["PBS_STANDIN_PATH"], "PBS_O_QUEUE": job["queue"],
         "PBS_O_SHELL": "/bin/bash", "PBS_O_SYSTEM": "Linux", "PBS_O_WORKDIR": job["workdir"],
     }  # fmt: skip
+    environment |= dict(word.split("=", 1) for word in job["variables"].split(",") if word)
     if index is not None:
         environment |= {"PBS_ARRAY_INDEX": str(index), "PBS_ARRAY_ID": array_id}
     target = Path((job["output"] or f"{job['workdir']}/{job['name']}.o{job['number']}").replace(
@@ -206,7 +208,8 @@ def run(job, index=None, array_id=None):
     spooled = target if direct else spool / f"{job_id}.OU"
     with spooled.open("wb") as output:
         process = subprocess.Popen(
-            ["/bin/bash", "-lc", '"$1"; exit $?', "-bash", job["script"]], cwd=user.pw_dir, env=environment,
+            ["/bin/bash", "-lc", '"$1"; exit $?', "-bash", job["script"]], cwd=user.pw_dir,
+            env={**environment, "PBS_STANDIN": str(HOME)},  # as a real one's commands have /etc/pbs.conf
             umask=0o077, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
     process.stdin.close()

@@ -9,13 +9,12 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-from allranks.config import Config
+from allranks.control import EXIT_REQUEUE
 from allranks.errors import EXIT_USER_ERROR, UserError
 from allranks.launch import allocation as allocations
-from allranks.launch import command, dryrun, machine, runs
+from allranks.launch import command, dryrun, machine, runs, scheduler
 from allranks.launch.allocation import Allocation
 from allranks.launch.command import Request
 from allranks.launch.machine import LAUNCHERS, Machine
@@ -43,6 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--run", metavar="DIR", help="the run directory of `allranks submit`: starts what is frozen there")
     add("--hosts", metavar="FILE", help="hosts to use: `host`, `host:4` or `host slots=4` a line")
     add("--config-dir", metavar="DIR", help="a folder with machine/NAME.yaml (and groups) of your own")
+    add("--max-restarts", type=int, default=0, metavar="N", help="start again after a crash; default: 0")
+    add(
+        "--min-ranks",
+        type=int,
+        metavar="M",
+        help="then go on without a host that is gone, with M ranks or more",
+    )
     add("--no-preflight", action="store_true", help="start at once, without checking the hosts first")
     add("--dry-run", action="store_true", help="show the command and every rank's place, do nothing")
     add("--json", action="store_true", help="the dry run for programs")
@@ -60,8 +66,14 @@ def main(namespace: argparse.Namespace, rest: Sequence[str]) -> int:
 def _launch(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str, str]) -> int:
     if args.json and not args.dry_run:
         raise UserError("--json is for a dry run: add --dry-run.")
+    for option, value, low in (
+        ("--max-restarts", args.max_restarts, 0),
+        ("--min-ranks", args.min_ranks, 1),
+    ):
+        if value is not None and value < low:
+            raise UserError(f"{option} {value} is not valid: give a whole number >= {low}.")
     overrides, machine_overrides, program = split(rest)
-    trainings: list[runs.Cell] = []
+    directory, trainings = "", list[runs.Cell]()
     if program is None:
         own = ["--config-dir", args.config_dir] if args.config_dir else []
         if args.run and overrides:
@@ -82,54 +94,54 @@ def _launch(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str,
         show = dryrun.as_json if args.json else dryrun.text
         print(show(plan, allocation.source))
         return 0
-    run = partial(_run, request, known, allocation, environ)
-    if not trainings:
-        return run(args.run and str(Path(args.run).absolute()), None, not args.no_preflight)
-    if args.run and runs.is_finished(directory):
-        print(f"{directory} is finished: nothing is left to do", flush=True)
-        return 0
-    if args.run:
-        runs.set_aside(trainings[0].directory)
-    else:
-        runs.make(directory, trainings)
-    codes: list[int] = []
-    for cell in trainings:  # of a sweep, whether or not one fails
-        if len(trainings) > 1:
-            print(f"{cell.directory}: {' '.join(cell.overrides)}", flush=True)
-        codes.append(run(cell.directory, cell.config, not (args.no_preflight or codes), cell.program()))
-        if codes[-1] > 128:  # a signal, which is for all of it
-            break
-    return next((code for code in codes if code), 0)
+    return _start(request, known, allocation, environ, args, directory, trainings)
 
 
-def _run(
+def _start(
     request: Request,
     known: Machine,
     allocation: Allocation,
     environ: Mapping[str, str],
-    directory: str | None,
-    config: Config | None,
-    check: bool,
-    program: tuple[str, ...] | None = None,
+    args: argparse.Namespace,
+    directory: str,
+    trainings: Sequence[runs.Cell],
 ) -> int:
-    """Starts the ranks and watches over them; the exit code."""
-    from allranks.launch import preflight, supervise, variables
+    """Starts the program, or one training after another; the exit code."""
+    from allranks.launch.attempts import Launch, run
 
-    request = replace(request, passed=variables.PRIVATE, program=program or request.program)
-    if directory is not None:
-        request = replace(request, hosts_path=str(Path(directory) / "hosts"))
-    plan = command.plan(request, known, allocation, environ)
-    for path, content in plan.files:
-        Path(path).write_text(content)
-    unset = dict.fromkeys(variables.PRIVATE, "")  # Open MPI warns of those that it cannot hand on
-    env = {**unset, **plan.environment(environ)}
-    size, hosts = plan.world_size, [host.name for host in plan.hosts]
-    if check:
-        fit = preflight.check(
-            plan.argv_for, env, world_size=size, hosts=hosts, config=config, run_dir=directory
-        )
-        print(fit, file=sys.stderr, flush=True)
-    return int(supervise.run(plan.argv, env, directory, world_size=size, hosts=hosts))
+    environ = {**_deadline(environ), **environ}
+    own = str(Path(args.run).absolute()) if args.run else None
+    launch = Launch(request, known, allocation, environ, own, None, args.max_restarts, args.min_ranks)
+    check = not args.no_preflight
+    if not trainings:
+        return run(launch, check)
+    if not args.run:
+        runs.make(directory, trainings)
+    codes: list[int] = []
+    for cell in trainings:  # of a sweep, whether or not one fails
+        if runs.is_finished(cell.directory):
+            print(f"{cell.directory} is finished: nothing is left to do", flush=True)
+            continue
+        if len(trainings) > 1:
+            print(f"{cell.directory}: {' '.join(cell.overrides)}", flush=True)
+        mine = replace(request, program=cell.program())
+        training = replace(launch, request=mine, directory=cell.directory, config=cell.config)
+        codes.append(run(training, check and not codes))
+        if codes[-1] == EXIT_REQUEUE or codes[-1] > 128:  # a signal or the job's end, for all of it
+            break
+    return next((code for code in codes if code), 0)
+
+
+def _deadline(environ: Mapping[str, str]) -> dict[str, str]:
+    """When the job ends, from the scheduler: our job scripts know it, `salloc` and `qsub -I` do not."""
+    if environ.get("ALLRANKS_DEADLINE") or environ.get("SLURM_JOB_END_TIME"):
+        return {}
+    try:
+        ends_at = scheduler.ends_at(environ)
+    except UserError as error:
+        print(f"allranks: when this job ends is not known: {error}", file=sys.stderr, flush=True)
+        return {}
+    return {} if ends_at is None else {"ALLRANKS_DEADLINE": str(ends_at)}
 
 
 def split(rest: Sequence[str]) -> tuple[list[str], list[str], tuple[str, ...] | None]:

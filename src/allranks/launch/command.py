@@ -45,6 +45,7 @@ class Request:
     ppn: int | None = None
     launcher: str = "auto"
     hosts_path: str = "allranks-hosts"  # for a list of hosts too long for an argument
+    placed: tuple[Host, ...] = ()  # just these ranks on these hosts, whatever the above say
     passed: tuple[str, ...] = ()  # variables that the launcher must hand on besides the plan's
     installed_here: bool = True  # False: planned for elsewhere, so do not look for programs here
 
@@ -133,8 +134,9 @@ def plan(
     passed = (name for name in PASSED if environ.get(name))
     names = tuple(dict.fromkeys([*(v.name for v in variables), *passed, *request.passed]))
     job = launchers.Job(
-        machine, allocation, hosts, names, master, request.hosts_path, request.installed_here
-    )
+        machine, allocation, hosts, names, master, request.hosts_path, request.installed_here,
+        again=bool(request.placed),
+    )  # fmt: skip
     per_rank = (sys.executable, "-m", WRAPPER, "--", *request.program)
     argv, files = launchers.build(dialect, job, bound, per_rank)
     if machine.device.one_visible or machine.device.variable:
@@ -159,6 +161,8 @@ def check_program(program: Sequence[str]) -> None:
 
 def place(request: Request, machine: Machine, allocation: Allocation) -> tuple[Host, ...]:
     """The hosts to use, each with its number of ranks as `slots`."""
+    if request.placed:
+        return request.placed
     for option, value in (
         ("-n", request.ranks), ("--nodes", request.nodes), ("--ppn", request.ppn)
     ):  # fmt: skip

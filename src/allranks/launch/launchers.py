@@ -42,6 +42,7 @@ class Job:
     master: str  # host:port
     hosts_path: str  # where a list of hosts may be written that is too long for an argument
     installed_here: bool
+    again: bool = False  # in place of ranks that may not be quite gone, as far as Slurm knows
 
     @cached_property
     def ranks(self) -> int:
@@ -105,6 +106,10 @@ def choose(asked: str, machine: Machine, allocation: Allocation, installed_here:
         raise UserError(
             f"--launcher {launcher} is not installed here: {remedy}"
             + (f"; --launcher {others} would work." if others else ".")
+        )
+    if launcher == "srun" and allocation.scheduler == "local":
+        raise UserError(
+            "--launcher srun needs a job of Slurm: get one with `salloc`, or `allranks submit`."
         )
     return launcher
 
@@ -236,7 +241,8 @@ def _srun(job: Job, bound: Binding) -> Built:
         argv += ["--distribution=arbitrary", "-w", ",".join(names)]
     # Always -c: srun since 22.05 does not take over --cpus-per-task from sbatch (`man srun`).
     # And by default it lets the other ranks wait for ever for one that has failed.
-    return (*argv, "-c", str(bound.each or 1), "--kill-on-bad-exit=1"), ()
+    again = ("--overlap",) if job.again else ()
+    return (*argv, "-c", str(bound.each or 1), "--kill-on-bad-exit=1", *again), ()
 
 
 def _torchrun(job: Job, bound: Binding, per_rank: Sequence[str]) -> Built:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from allranks.config import Config
 
 LIMIT_S = 60.0
+START_S = 40.0  # until every rank has said who it is, and 10 ms a host
 CONNECT_S = 10.0
 HELLO_S = 5.0  # for whoever connects to rank 0 to send its numbers
 LATE_S = 5.0  # for a shared file system to show a new file
@@ -50,6 +51,14 @@ FABRIC = (
 
 
 # --- before the launch: on the supervisor's side ------------------------------------------------
+
+
+class Unreached(UserError):
+    """No rank came from the hosts `gone`."""
+
+    def __init__(self, message: str, gone: Sequence[str]) -> None:
+        super().__init__(message)
+        self.gone = gone
 
 
 def check(
@@ -74,7 +83,8 @@ def check(
     try:
         if token:
             token.touch()
-        outcome = supervise.Supervision(heard, world_size, hosts, start_s=limit_s, limit_s=limit_s).run(
+        start_s = min(limit_s, START_S + len(set(hosts)) / 100)
+        outcome = supervise.Supervision(heard, world_size, hosts, start_s=start_s, limit_s=limit_s).run(
             argv_for([sys.executable, "-m", "allranks.launch.preflight", task]), env, None
         )
     except OSError as error:
@@ -88,7 +98,8 @@ def check(
     if problems:
         raise UserError("\n".join(f"preflight: {problem}" for problem in problems))
     if outcome.code:
-        raise UserError(f"preflight: {outcome.failure}\n{heard.said.decode(errors='replace')}".rstrip())
+        text = f"preflight: {outcome.failure}\n{heard.said.decode(errors='replace')}".rstrip()
+        raise UserError(text) if outcome.stopped or not outcome.gone else Unreached(text, outcome.gone)
     count = len(set(outcome.hosts.values()))
     return (
         f"preflight: {world_size} rank{'s' * (world_size > 1)} on {count} host{'s' * (count > 1)} "

@@ -111,10 +111,8 @@ class Guard:
             self._say(err=f"allranks: {error}\n".encode())
             code, signum = EXIT_USER_ERROR, 0
         else:
-            status = self._run(program, ready)
-            signum = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-            code = 128 + signum if signum else os.WEXITSTATUS(status)
-        self._say(code=code, signal=signum, time=time.time())
+            code, signum = how_it_ended(self._run(program, ready))
+        self._say(code=code, signal=signum, time=time.time(), last=True)
         with contextlib.suppress(EOFError):
             while "bye" not in self._next_word():
                 pass
@@ -222,6 +220,9 @@ class Guard:
                 while (reaped := os.waitpid(-1, os.WNOHANG))[0]:
                     if reaped[0] == self.child:
                         self.status = reaped[1]
+                        # at once, as the launcher may kill this process before all output is passed on
+                        code, by = how_it_ended(self.status)
+                        self._say(code=code, signal=by, time=time.time(), last=False)
 
     def _forward(self, signum: int) -> None:
         if self.status is None:
@@ -273,6 +274,12 @@ class Guard:
             if self.child:
                 self._forward(signal.SIGTERM)
                 self.kill_at = time.monotonic() + END_S
+
+
+def how_it_ended(status: int) -> tuple[int, int]:
+    """(exit code, signal or 0) of a wait status; the code is 128 + signal, as shells have it."""
+    signum = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+    return (128 + signum if signum else os.WEXITSTATUS(status)), signum
 
 
 def _stream(terminal: bool) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from typing import Any
 from allranks import config as configs
 from allranks import rundir
 from allranks.config import Config
+from allranks.control import EXIT_REQUEUE
 from allranks.errors import UserError
 from allranks.launch import scheduler
 
@@ -101,14 +102,6 @@ def of(directory: str) -> tuple[str, list[Cell]]:
     return absolute, [Cell(absolute, config, tuple(job.get("overrides", ())), str(sha256))]
 
 
-def set_aside(directory: str) -> None:
-    """The metrics of an attempt that did not come to its end: the next one begins at epoch 1."""
-    path = Path(directory) / "metrics.jsonl"
-    if path.exists():
-        attempt = 1 + sum(1 for _ in path.parent.glob("metrics-*.jsonl"))
-        path.rename(path.with_name(f"metrics-{attempt}.jsonl"))
-
-
 def read(path: Path) -> dict[str, Any]:
     """A JSON file's values; none where it is not there."""
     try:
@@ -162,7 +155,7 @@ def _row(directory: Path, job: dict[str, Any], now: dict[str, str]) -> dict[str,
         state = "finished"
     elif alive:
         state = now[alive]
-    elif code.exists() and (text := code.read_text().strip()) not in ("0", TERMINATED):
+    elif code.exists() and (text := code.read_text().strip()) not in ("0", TERMINATED, str(EXIT_REQUEUE)):
         state = f"failed ({text})"
     else:  # without a job nobody knows whether its process is still there
         state = "ended early" if job else "not finished"

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 
 from allranks.errors import UserError
 
@@ -116,6 +117,44 @@ def cancel(scheduler: str, job_ids: Sequence[str]) -> None:
     done = _call(["qdel" if scheduler == "pbs" else "scancel", *job_ids])
     if done.returncode and not (scheduler == "pbs" and done.returncode in (FINISHED_PBS, UNKNOWN_PBS)):
         raise _refused(done)
+
+
+def requeue(job_id: str) -> None:
+    """Ends this job of Slurm, and queues it again."""
+    done = _call(["scontrol", "requeue", job_id])
+    if done.returncode:
+        raise _refused(done)
+
+
+def this_job(environ: Mapping[str, str]) -> str | None:
+    """The id of the job that this process is in, in an array that of its own job there."""
+    array, index = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    if array and index:
+        return f"{array}_{index}"
+    return environ.get("PBS_JOBID") or environ.get("SLURM_JOB_ID")
+
+
+def ends_at(environ: Mapping[str, str]) -> int | None:
+    """When this job ends, in seconds since 1970; None outside a job, or where the job has no limit."""
+    job_id = this_job(environ)
+    if job_id is None:
+        return None
+    if environ.get("PBS_JOBID"):
+        said = _call(["qstat", "-f", job_id]).stdout
+        limit = re.search(r"Resource_List.walltime = ([\d:]+)", said)
+        start = re.search(r"stime = (.+)", said)
+        if limit is None or start is None:
+            return None
+        began = datetime.strptime(start[1].strip(), "%a %b %d %H:%M:%S %Y").timestamp()  # local time
+        return int(began) + _seconds(limit[1])
+    left = _call(["squeue", "-h", "-j", job_id, "-o", "%L"]).stdout.strip()  # UNLIMITED, or 1-02:03:04
+    return int(time.time()) + _seconds(left) if re.fullmatch(r"[\d:-]+", left) else None
+
+
+def _seconds(text: str) -> int:
+    days, _, clock = text.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    return int(days or 0) * 86400 + sum(part * 60**i for i, part in enumerate(reversed(parts)))
 
 
 def of_array(scheduler: str, array_id: str, index: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,17 +25,27 @@ _PAYLOAD = """\
 # In the background, because a signal reaches a shell that waits, but not one with a program before it.
 # On TERM both schedulers signal every process of the job, so there is nothing to pass on but USR1, USR2.
 rm -f "$run/exit_code"
+ended=
 {command} &
 payload=$!
-trap : TERM
+trap 'ended=1' TERM
 trap 'kill -USR1 "$payload"' USR1
 trap 'kill -USR2 "$payload"' USR2
 while wait "$payload"; kill -0 "$payload" 2> /dev/null; do :; done  # a signal ends `wait` early
 wait "$payload"
 code=$?
 echo "$code" > "$run/exit_code"
+# 85: stopped in order before the walltime, to go on in another job; whoever sends TERM wants no other.
+if [ "$code" = 0 ] || {{ [ "$code" = 85 ] && [ -z "$ended" ]; }}; then
+  {next} "$run"
+  code=$?
+  echo "$code" > "$run/exit_code"
+fi
 exit "$code"
 """
+
+
+END_S = 20  # of the walltime, for the script's own end
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,9 @@ class Order:
     ranks: int | None = None
     ppn: int | None = None
     launcher: str = "auto"
+    max_restarts: int = 0
+    min_ranks: int | None = None
+    chain: int | None = None  # jobs at most; None for a training: as many as it takes
     preflight: bool = True
     config_dir: str | None = None
     machine_overrides: tuple[str, ...] = ()
@@ -70,6 +84,8 @@ class Order:
             "-n": self.ranks,
             "--ppn": self.ppn,
             "--launcher": None if self.launcher == "auto" else self.launcher,
+            "--max-restarts": self.max_restarts or None,
+            "--min-ranks": self.min_ranks,
             "--config-dir": self.config_dir,
         }
         words = [w for option, value in given.items() if value is not None for w in (option, str(value))]
@@ -99,8 +115,10 @@ def render(
     if any(sign in word for word in quoted for sign in "$`"):
         lines.append("# shellcheck disable=SC2016 # a $ in single quotes is meant as it stands")
     lines.append(f"umask {umask:04o}")
-    if order.walltime_s is not None:
-        lines += ["start=$(date +%s)", f"export ALLRANKS_DEADLINE=$((start + {order.walltime_s}))"]
+    if order.walltime_s is None:
+        lines.append("unset ALLRANKS_DEADLINE")
+    else:
+        lines += ["start=$(date +%s)", f"export ALLRANKS_DEADLINE=$((start + {order.walltime_s - END_S}))"]
     lines += [f"run={run}", f"cd {shlex.quote(order.workdir)} || exit 1"]
     # Here rather than by the scheduler: PBS may show it only at the end, and both refuse some paths.
     lines.append(f'exec >> "$run/{LOG}" 2>&1')
@@ -114,7 +132,8 @@ def render(
     lines += ["", "set -u", *_environment(environ or {}, pbs)]
     words = (sys.executable, "-m", "allranks", "launch", *order.launch_options(), "--run")
     command = shlex.join(words) + ' "$run"' + (f" \\\n  -- {shlex.join(program)}" if program else "")
-    return "\n".join(lines) + "\n\n" + _PAYLOAD.format(command=command)
+    after = shlex.join((sys.executable, "-m", "allranks", "submit", "--next"))
+    return "\n".join(lines) + "\n\n" + _PAYLOAD.format(command=command, next=after)
 
 
 def chunk(order: Order, machine: Machine) -> tuple[int | None, int | None]:
@@ -160,6 +179,8 @@ def _slurm(order: Order, machine: Machine, directory: str, cells: int) -> list[s
         # No path with a backslash: it ends the job.
         f"--output={'/dev/null' if chr(92) in log else shlex.quote(log)}",
         "--open-mode=append",  # the job may be requeued, or another one go on here
+        "--requeue",
+        *(["--no-kill"] if order.min_ranks else []),  # a node that fails does not end the job
         *([f"--array=0-{cells - 1}"] if cells else []),
     ]
 
@@ -181,6 +202,9 @@ def _environment(environ: Mapping[str, str], pbs: bool) -> list[str]:
         lines.append("unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT")
     if sys.prefix != sys.base_prefix:  # a virtual environment: what `python` means in it
         lines.append(f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"')
+    tool = shutil.which("qsub" if pbs else "sbatch", path=environ.get("PATH", ""))
+    if tool and (folder := str(Path(tool).parent)) not in ("/usr/local/bin", "/usr/bin", "/bin"):
+        lines.append(f'export PATH="$PATH":{shlex.quote(folder)}  # the scheduler\'s commands')
     if environ.get("PYTHONPATH"):
         paths = shlex.quote(environ["PYTHONPATH"])
         lines.append(f'export PYTHONPATH={paths}"${{PYTHONPATH:+:$PYTHONPATH}}"')

@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from allranks import rundir
-from allranks.errors import EXIT_USER_ERROR, UserError
+from allranks import checkpoints, rundir
+from allranks.control import EXIT_REQUEUE
+from allranks.errors import EXIT_STUCK, UserError
 from allranks.launch import allocation as allocations
 from allranks.launch import cli, command, dryrun, machine, runs, scheduler, script
 from allranks.launch.allocation import Host
@@ -64,18 +65,23 @@ def submit(arguments: Sequence[str]) -> int:
     add("--account", metavar="NAME", help="whose account pays")
     add("--queue", metavar="Q", help="queue, partition or QOS; default: the machine file's")
     add("--name", metavar="N", help="the job's name; default: the run's")
-    add("--chain", type=int, default=1, metavar="K", help="K jobs one after another in one run directory")
+    add("--chain", type=int, metavar="K", help="K jobs one after another in one run directory, and no more")
     add("--after", metavar="ID", help="start once that job has ended")
     add("--cell", metavar="DIR", help="submit a cell of a sweep (or any run that was submitted) once more")
     add("-n", dest="ranks", type=int, metavar="RANKS", help="ranks in all; default: the machine file's")
     add("--ppn", type=int, metavar="P", help="ranks per node")
     add("--launcher", metavar="|".join(LAUNCHERS), help="who starts the ranks")
+    add("--max-restarts", type=int, default=None, metavar="N", help="in the job: as for allranks launch")
+    add("--min-ranks", type=int, metavar="M", help="in the job: as for allranks launch")
     add("--config-dir", metavar="DIR", help="a folder with machine/NAME.yaml (and groups) of your own")
+    add("--next", metavar="DIR", help="of a job script: what comes after this job, once it has stopped")
     add("--no-preflight", action="store_true", help="start at once, without checking the hosts first")
     add("--dry-run", action="store_true", help="show the script, the command and every rank's place")
     add("--json", action="store_true", help="the answer for programs")
     end = arguments.index("--") if "--" in arguments else len(arguments)
     args, rest = parser.parse_known_args(arguments[:end])
+    if args.next:
+        return _answer(lambda: _next(parser, args.next))
     return _answer(lambda: _submit(args, [*rest, *arguments[end:]]))
 
 
@@ -122,16 +128,16 @@ def _answer(run: object) -> int:
         return int(run())
     except UserError as error:
         print(f"allranks: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
+        return error.code
 
 
 def _submit(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    if args.chain < 1:
+    if args.chain is not None and args.chain < 1:
         raise UserError(f"--chain {args.chain} is not valid: give a whole number >= 1.")
     task = _again(args, rest) if args.cell else _new(args, rest)
     if task is None:
         return 0
-    if args.chain > 1 and len(task.cells) > 1:
+    if args.chain and len(task.cells) > 1:
         raise UserError("--chain is for one run, -m for many: leave one of them out.")
     _check_shared(task)
     if args.dry_run:
@@ -155,6 +161,51 @@ def _submit(args: argparse.Namespace, rest: Sequence[str]) -> int:
     print(f"directory  {task.directory}" + (f" ({len(task.cells)} cells)" if task.is_sweep else ""))
     print(f"follow     tail -F {log if task.is_sweep else shlex.quote(log)}")
     return 0
+
+
+def _next(parser: argparse.ArgumentParser, directory: str) -> int:
+    """After a job has stopped in order: the next one, or none; the exit code for its script.
+
+    A file in the run directory keeps it to one successor, and has the step that the run had come to.
+    """
+    job, me = runs.read(Path(directory) / runs.JOB), scheduler.this_job(os.environ)
+    if not job or me is None:
+        raise UserError(f"--next {directory} is for the script of a job that `allranks submit` has queued.")
+    kind, ids = str(job["scheduler"]), [str(job_id) for job_id in job["job_ids"]]
+    mine = next((i for i, job_id in enumerate(ids) if job_id.split(".")[0] == me.split(".")[0]), len(ids))
+    later = scheduler.states(kind, ids[mine + 1 :])
+    if runs.is_finished(directory):
+        if later:
+            scheduler.cancel(kind, list(later)[::-1])
+            print(f"finished: {', '.join(later)} cancelled", flush=True)
+        return 0
+    if later or job["program"] or job["order"].get("chain"):
+        goes_on = f"job {next(iter(later))} goes on" if later else "this was the last job of it"
+        print(f"{directory} is not finished: {goes_on}", flush=True)
+        return EXIT_REQUEUE
+    before = max((int(path.read_text() or 0) for path in Path(directory).glob(".next-*")), default=-1)
+    step = max(checkpoints.steps(directory), default=0)
+    mark = Path(directory) / f".next-{me}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    try:
+        with mark.open("x") as file:
+            file.write(str(step))
+    except FileExistsError:
+        return EXIT_REQUEUE
+    if step <= before:
+        raise RunStuck(
+            f"{directory}: this job has not gained a step (step {step}), so no other is queued. Give a "
+            "longer --walltime with `allranks submit --cell`."
+        )
+    if kind == "slurm":
+        print(f"{directory} goes on from step {step}: job {me} is queued again", flush=True)
+        scheduler.requeue(me)
+    else:
+        _submit(parser.parse_args(["--cell", directory, "--after", me]), [])
+    return EXIT_REQUEUE
+
+
+class RunStuck(UserError):
+    code = EXIT_STUCK
 
 
 # --- what is asked for ---------------------------------------------------------------------------
@@ -205,7 +256,8 @@ def _again(args: argparse.Namespace, rest: Sequence[str]) -> Task:
 
 
 def _with_options(order: Order, args: argparse.Namespace) -> Order:
-    names = ("machine", "nodes", "walltime", "account", "queue", "name", "ranks", "ppn", "launcher")
+    names = ("machine", "nodes", "walltime", "account", "queue", "name", "ranks", "ppn", "launcher",
+             "max_restarts", "min_ranks", "chain")  # fmt: skip
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return replace(order, **given, preflight=order.preflight and not args.no_preflight)
 
@@ -308,7 +360,7 @@ def _queue(task: Task, args: argparse.Namespace, keep: bool) -> list[str]:
     _record(task, ids)  # a job may start, and read it, before its id is known here
     after = args.after
     try:
-        for link in range(args.chain):
+        for link in range(args.chain or 1):
             if link and not scheduler.states(kind, [ids[-1]]):
                 after = None  # it has ended already, and nothing may wait for a job that is gone
             ids.append(scheduler.submit(kind, str(path), after))
@@ -352,7 +404,7 @@ def _shown(task: Task, args: argparse.Namespace) -> str:
     """The dry run. Nothing was written, and nobody was asked."""
     path = f"{task.job_directory()}/job.sh"
     kind = task.machine.scheduler
-    links = [args.after, *(f"ID_OF_JOB_{link}" for link in range(1, args.chain))]
+    links = [args.after, *(f"ID_OF_JOB_{link}" for link in range(1, args.chain or 1))]
     commands = [scheduler.submit_argv(kind, path, after) for after in links]
     if args.json:
         plan = json.loads(dryrun.as_json(task.plan, "placeholders"))

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from allranks.control import EXIT_REQUEUE
 from allranks.errors import UserError
 from allranks.launch import processes, variables, wire
 from allranks.launch.allocation import is_this_host, short
@@ -34,7 +35,6 @@ FALL_S = 1.0  # from SIGTERM to SIGKILL for the ranks beside one that failed
 LEAVE_S = 5.0  # for the launcher, once every rank has ended
 HELLO_S = 10.0  # for whoever connects to show the secret
 HOLD_S = 0.5  # other ranks' lines wait so long for the end of rank 0's line
-REQUEUE = 85  # a rank's exit code for "stopped in order, go on later": no failure
 TIMED_OUT = 124  # as of timeout(1)
 LOST = 128 + signal.SIGKILL
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -51,6 +51,7 @@ class Rank:
     code: int | None = None  # None: still running
     signal: int = 0
     ended_at: float = 0.0  # by its host's clock
+    ended: bool = False  # with all of its output here, or no more to come
     lost: bool = False
 
     def how_it_ended(self) -> str:
@@ -69,6 +70,8 @@ class Outcome:
     code: int
     failure: str  # one line, empty where nothing failed
     hosts: Mapping[int, str]  # by rank, of those that came
+    gone: tuple[str, ...] = ()  # hosts of which nothing is heard: no rank came, or all vanished
+    stopped: bool = False  # by a signal to us
 
 
 def run(
@@ -79,8 +82,8 @@ def run(
     world_size: int,
     hosts: Sequence[str] = (),
     **limits: float,
-) -> int:
-    """Runs the launcher `argv`, which starts allranks.launch.rank on every rank; the exit code.
+) -> Outcome:
+    """Runs the launcher `argv`, which starts allranks.launch.rank on every rank; how it went.
 
     `env` is the launcher's whole environment; `hosts` are the hosts that the ranks will be on, so that
     one that does not come can be named. Other ranks' stdout than rank 0's goes to
@@ -88,10 +91,11 @@ def run(
     """
     console = Console()
     env = {**env, variables.TERMINAL: console.terminals()}
-    outcome = Supervision(console, world_size, hosts, **limits).run(argv, env, run_dir)
-    if outcome.failure:
-        print(f"allranks: {outcome.failure}", file=sys.stderr, flush=True)
-    return outcome.code
+    return Supervision(console, world_size, hosts, **limits).run(argv, env, run_dir)
+
+
+def say(text: str) -> None:
+    print(f"allranks: {text}", file=sys.stderr, flush=True)
 
 
 class Console:
@@ -230,8 +234,14 @@ class Supervision:
             self.code = 128 + signal.SIGPIPE if unread else 1
             reason = f"the ranks' output cannot be written ({self.console.lost.strerror})"
             self.failure = "" if unread else reason
+        gone, ranks = self._gone(), self.ranks.values()
         code, failure = self._verdict(Path(argv[0]).name)
-        return Outcome(code, failure and f"{failure}.", {r.rank: r.host for r in self.ranks.values()})
+        where = {r.rank: r.host for r in ranks}
+        return Outcome(code, failure and f"{failure}.", where, gone, bool(self.stopped_by))
+
+    def _gone(self) -> tuple[str, ...]:
+        heard_of = {short(r.host) for r in self.ranks.values() if not r.lost}
+        return tuple(host for host in dict.fromkeys(self.hosts) if short(host) not in heard_of)
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         """Waits for what news of ranks or processes may bring about, or until nobody reads on."""
@@ -309,7 +319,8 @@ class Supervision:
     def _hear(self, r: Rank, word: Mapping[str, Any]) -> None:
         if "code" in word:
             r.code, r.signal, r.ended_at = int(word["code"]), int(word["signal"]), float(word["time"])
-            self._on_end(r)
+            if word["last"]:
+                self._on_end(r)
         else:
             for kind, text in word.items():
                 self.console.show(r, kind, wire.output(text))
@@ -322,16 +333,18 @@ class Supervision:
         r.guard = None
         if not self.started:
             del self.ranks[r.rank]  # it counts as one that did not come
-        elif r.code is None:
-            r.code, r.ended_at, r.lost = LOST, time.time(), True
+        elif not r.ended:
+            if r.code is None:
+                r.code, r.ended_at, r.lost = LOST, time.time(), True
             self._on_end(r)
 
     def _on_end(self, r: Rank) -> None:
+        r.ended = True
         self.console.ended(r)
-        if r.code not in (0, REQUEUE) and not self.ending:
+        if r.code not in (0, EXIT_REQUEUE) and not self.ending:
             self.ending = True
             self._loop.call_later(SETTLE_S, self._end_all, FALL_S)
-        if all(other.code is not None for other in self.ranks.values()):
+        if all(other.ended for other in self.ranks.values()):
             self.ending = True
             self._tell_all(bye=True)
             self._loop.call_later(LEAVE_S, self._give_up)
@@ -386,10 +399,8 @@ class Supervision:
         if self.started:
             return
         missing = [number for number in range(self.world_size) if number not in self.ranks]
-        come = {short(r.host) for r in self.ranks.values()}
-        silent = [host for host in dict.fromkeys(self.hosts) if short(host) not in come]
         where = "The hosts all answered:"
-        if silent:
+        if silent := self._gone():
             where = f"None came from {some(silent)}: look whether they are up, take them out, or"
         self._fail(
             1,
@@ -423,8 +434,8 @@ class Supervision:
     def _verdict(self, launcher: str) -> tuple[int, str]:
         """The exit code and what has failed, the first cause first."""
         bad = [r for r in self.ranks.values() if r.code not in (0, None)]
-        failed = [r for r in bad if r.code != REQUEUE]
-        if not failed and not self.stopped_by:  # else the launcher speaks of what we name
+        failed = [r for r in bad if r.code != EXIT_REQUEUE]
+        if not bad and not self.stopped_by:  # else the launcher speaks of what we name
             for line in self._said:
                 self.console.line(line)
         self.console.flush(force=True)
@@ -436,7 +447,7 @@ class Supervision:
             first = min(failed, key=lambda r: (r.ended_at, r.rank))
             return first.code or 0, self._first_failure(first, failed)
         if bad:
-            return REQUEUE, ""
+            return EXIT_REQUEUE, ""
         code = self._launcher.returncode
         if code == 0 or self.stopped_by:
             return 0, ""

@@ -25,6 +25,7 @@ SUPERVISOR = "ALLRANKS_SUPERVISOR"  # host:port
 SECRET = "ALLRANKS_SECRET"
 TERMINAL = "ALLRANKS_TERMINAL"  # which of rank 0's streams end at a terminal: out, err, or both
 OUTPUT = "ALLRANKS_OUTPUT"  # directory for the other ranks' stdout
+LAUNCH_ID = "ALLRANKS_LAUNCH_ID"  # the same for all its restarts; the program sees this one
 PRIVATE = (SUPERVISOR, SECRET, TERMINAL, OUTPUT)
 
 # Drawn by the supervisor for this start: whoever connects to a rank shows it.

@@ -1,0 +1,127 @@
+"""Runs that go on: after a crash in the same job, or in the next one, to the bits of an undisturbed run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from allranks import checkpoints
+from helpers import PYTHON, ROOT, SMALL, Run, mpiexec
+from launching import Started
+from test_resume import figures
+
+TRAINING = (*SMALL, "trainer.epochs=16", "checkpoint.every_steps=5", "model=mlp")
+HERE = {"PYTHONPATH": f"{ROOT}/src", "PATH": f"{Path(PYTHON).parent}:{os.environ['PATH']}"}
+
+
+def launch(folder: Path, *words: str) -> Started:
+    """`allranks launch` of two ranks under mpiexec."""
+    mpiexec()
+    os.chdir(folder)
+    argv = [
+        PYTHON,
+        "-m",
+        "allranks",
+        "launch",
+        "-n",
+        "2",
+        "--launcher",
+        "mpiexec",
+        "--no-preflight",
+        *words,
+    ]
+    return Started(argv, "going-on", **HERE)
+
+
+def ranks(started: Started, run: Path) -> list[int]:
+    """The trainings among its processes, not their guards."""
+    found = []
+    for pid in started.pids():
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        except OSError:
+            continue
+        if words[1:3] == ["-m", "allranks.train"] and str(run) in words:
+            found.append(pid)
+    return found
+
+
+def until_step(run: Path, step: int, within_s: float = 60) -> None:
+    deadline = time.monotonic() + within_s
+    while max(checkpoints.steps(run), default=0) < step:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Run:
+    folder = tmp_path_factory.mktemp("whole")
+    started = launch(folder, *TRAINING, "run.dir=run")
+    code, _, err = started.finish(60)
+    assert code == 0, err
+    return Run(folder / "run")
+
+
+def test_killed_twice_it_is_the_same_run(tmp_path, undisturbed):
+    started = launch(tmp_path, "--max-restarts", "2", *TRAINING, "run.dir=run")
+    run = tmp_path / "run"
+    try:
+        for step in (20, 80):
+            until_step(run, step)
+            os.kill(ranks(started, run)[0], signal.SIGKILL)
+            time.sleep(0.5)
+        code, _, err = started.finish(60)
+    finally:
+        started.end()
+    assert code == 0, err
+    told = [line for line in err.splitlines() if "restart" in line]
+    assert len(told) == 2
+    assert "was killed by SIGKILL" in told[0]
+    assert "From step " in told[0]
+    assert told[0].endswith(": restart 1 of 2.")
+    assert figures(Run(run)) == figures(undisturbed)
+
+
+def test_three_crashes_without_a_step_gained_end_it(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import torch\nclass Bad(torch.nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.a = torch.nn.Linear(784, 10)\n"
+        "    def forward(self, x):\n        raise RuntimeError('a bug')\n"
+    )
+    bad = ("model=linear", "model._target_=mine.Bad", "~model.input_shape", "~model.classes")
+    started = launch(tmp_path, "--max-restarts", "9", *SMALL, *bad, "run.dir=run")
+    code, _, err = started.finish(90)
+    assert code == 86, err
+    assert "the third crash without a step gained (step 0)" in err
+    assert err.count(": restart ") == 2
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "starts"), [(0, 2, 1), (1, 2, 3), (1, 0, 1), (2, 2, 1), (85, 2, 1)]
+)
+def test_any_program_is_started_again_after_a_crash_only(tmp_path, code, restarts, starts):
+    program = ["sh", "-c", f'if [ "$RANK" = 0 ]; then echo >> started; fi; exit {code}']
+    started = launch(tmp_path, "--max-restarts", str(restarts), "--", *program)
+    got, _, err = started.finish(60)
+    assert got == code, err
+    assert (tmp_path / "started").read_text().count("\n") == starts
+
+
+def test_a_run_that_is_to_stop_is_not_started_again(tmp_path):
+    started = launch(tmp_path, "--max-restarts", "2", *TRAINING, "run.dir=run")
+    until_step(tmp_path / "run", 10)
+    started.process.send_signal(signal.SIGTERM)
+    code, _, err = started.finish(30)
+    assert code == 85, err
+    assert "restart" not in err
+
+
+def test_numbers_that_make_no_sense(tmp_path):
+    for words in (["--max-restarts", "-1"], ["--min-ranks", "0"]):
+        code, _, err = launch(tmp_path, *words, *SMALL).finish(30)
+        assert code == 2
+        assert "is not valid: give a whole number" in err
