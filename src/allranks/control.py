@@ -110,14 +110,14 @@ class Control:
     def _find_end(self, environ: Mapping[str, str]) -> None:
         text = environ.get("ALLRANKS_DEADLINE", "")
         try:
-            left_s = int(text) - time.time() if text.isdigit() else scheduler.seconds_left(environ)
+            ends_at = int(text) if text.isdigit() else scheduler.ends_at(environ)
         except UserError as error:
             log.warning("when this job ends is not known: %s", error)
             return
         if text and not text.isdigit():
             log.warning("ALLRANKS_DEADLINE=%s is not a time in seconds since 1970: it is not used", text)
-        if left_s is not None:
-            self.ends_at = time.monotonic() + left_s
+        if ends_at is not None:
+            self.ends_at = time.monotonic() + ends_at - time.time()
 
     def _pause(self, step: int, now: float) -> int:
         """The number of steps that take about BEAT_S, by the pace since the last meeting."""

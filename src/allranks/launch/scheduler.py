@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shlex
@@ -90,28 +89,6 @@ def states(scheduler: str, job_ids: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def seconds_left(environ: Mapping[str, str]) -> float | None:
-    """Until the job that this process is in ends by its walltime; None without a limit, or a job."""
-    if job_id := environ.get("SLURM_JOB_ID"):
-        done = _call(["squeue", "-h", "-j", job_id, "-o", "%L"])
-        left = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", done.stdout.strip())
-        return _seconds(left) if left else None
-    if job_id := environ.get("PBS_JOBID"):  # it says when the job started, and for how long
-        done = _call(["qstat", "-f", job_id])
-        started = re.search(r"^\s+stime = (.+)$", done.stdout, flags=re.M)
-        wall = re.search(r"Resource_List\.walltime = ()(\d+):(\d+):(\d+)$", done.stdout, flags=re.M)
-        if started and wall:
-            with contextlib.suppress(ValueError):
-                began = time.mktime(time.strptime(started[1].strip()))
-                return began + _seconds(wall) - time.time()
-    return None
-
-
-def _seconds(parts: re.Match[str]) -> float:
-    days, hours, minutes, seconds = (int(part or 0) for part in parts.groups())
-    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
-
-
 def cancel(scheduler: str, job_ids: Sequence[str]) -> None:
     """Ends the jobs."""
     done = _call(["qdel" if scheduler == "pbs" else "scancel", *job_ids])
@@ -145,8 +122,11 @@ def ends_at(environ: Mapping[str, str]) -> int | None:
         start = re.search(r"stime = (.+)", said)
         if limit is None or start is None:
             return None
-        began = datetime.strptime(start[1].strip(), "%a %b %d %H:%M:%S %Y").timestamp()  # local time
-        return int(began) + _seconds(limit[1])
+        try:
+            began = datetime.strptime(start[1].strip(), "%a %b %d %H:%M:%S %Y")  # local time
+        except ValueError:
+            return None
+        return int(began.timestamp()) + _seconds(limit[1])
     left = _call(["squeue", "-h", "-j", job_id, "-o", "%L"]).stdout.strip()  # UNLIMITED, or 1-02:03:04
     return int(time.time()) + _seconds(left) if re.fullmatch(r"[\d:-]+", left) else None
 
