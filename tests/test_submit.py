@@ -232,7 +232,7 @@ def test_a_run_that_stops_before_its_walltime_queues_one_successor(pbs):
     assert [done.code for done in again] == [85, 85]
     assert not Path(pbs.env["PBS_STANDIN"], "jobs/3.pbs.json").exists()
     (run / ".next-0.pbs-0").write_text("1000000000")
-    stuck = pbs.allranks("submit", "--next", str(run), PBS_JOBID="2.pbs")
+    stuck = pbs.allranks("submit", "--next", str(run), PBS_JOBID="3.pbs")
     assert stuck.code == 86
     assert "this job has not gained a step" in stuck.message
 
@@ -722,8 +722,9 @@ def test_slurm_queued_again_by_a_signal_and_cancelled_it_still_has_the_same_bits
     [job_id], run = answer["job_ids"], Path(answer["directory"])
     step = until_step(run, 1)
     subprocess.run(["scancel", "--batch", "--signal=USR1", job_id], check=True, timeout=30)
-    step = until_step(run, step + 20)
-    assert f"job {job_id} is queued again" in (run / "job.log").read_text()
+    while f"job {job_id} is queued again" not in (run / "job.log").read_text():
+        time.sleep(0.1)
+    step = until_step(run, max(checkpoints.steps(run)) + 1)
     slurm.run("scancel", job_id).ok()
     slurm.until("ended early")  # and is not queued again
     [again] = slurm.submit("--cell", str(run))["job_ids"]
@@ -756,8 +757,8 @@ def a_node_to_lose():
 
 
 def free_nodes():
-    done = subprocess.run(["sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%T"], capture_output=True,
-                          text=True, timeout=30, check=True)  # fmt: skip
+    ask = ["sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%T"]
+    done = subprocess.run(ask, capture_output=True, text=True, timeout=30, check=True)
     return done.stdout.split().count("idle")
 
 
@@ -771,9 +772,7 @@ def test_slurm_a_node_that_dies_in_mid_run_is_gone_on_without(slurm, a_node_to_l
     a_node_to_lose(json.loads((run / "environment.json").read_text())["ranks"][-1]["host"])
     slurm.until("finished", "finished")
     log = (run / "job.log").read_text()
-    assert re.search(
-        r"vanished without a word.* Going on without n\d\. From step \d+: restart 1 of 1\.", log
-    )
+    assert re.search(r"Going on without n\d\. From step \d+: restart 1 of 1\.", log)
     assert Run(run).summary["world_size"] == 2
     assert figures(Run(run)) == figures(Run(whole))
 
@@ -802,7 +801,8 @@ def test_slurm_a_node_that_is_down_is_named(slurm, a_node_to_lose):
     """Under Open MPI's mpiexec, which itself says of no node that it is gone."""
     launch = f"{slurm.python} -m allranks launch --launcher mpiexec {' '.join(ONE_EPOCH)}"
     (slurm.folder / "job.sh").write_text(
-        f"touch ready; while [ ! -e go ]; do sleep 0.1; done; SECONDS=0; {launch} 2> said; echo $? $SECONDS > end"
+        "touch ready; while [ ! -e go ]; do sleep 0.1; done; SECONDS=0\n"
+        f"{launch} 2> said; echo $? $SECONDS > end\n"
     )
     job = threading.Thread(target=slurm.run, args=("salloc", "-Q", "--no-kill", "-N3", "bash", "job.sh"))
     job.start()
