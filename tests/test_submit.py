@@ -683,7 +683,10 @@ def test_the_ready_slurm_scripts_run(slurm, name):
     assert {Run(slurm.folder / row["directory"]).summary["world_size"] for row in rows} == {size}
 
 
-LONG = ("data=synthetic", "device=cpu", "threads=1", "trainer.epochs=3", "checkpoint.every_steps=20")
+LONG = (
+    "data=synthetic", "data.train.count=9600", "data.test.count=400", "data.split=[7200,2400]",
+    "device=cpu", "threads=1", "trainer.epochs=4", "checkpoint.every_steps=20",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -764,7 +767,7 @@ def free_nodes():
 
 def test_slurm_a_node_that_dies_in_mid_run_is_gone_on_without(slurm, a_node_to_lose):
     """Four ranks, then two: the same bits, as the run is a reproducible one."""
-    same = (*LONG, "trainer.reproducible=true", "trainer.epochs=2")
+    same = (*LONG, "trainer.reproducible=true")
     words = ("--nodes", "2", "--ppn", "2", "--max-restarts", "1", "--min-ranks", "2")
     whole = Path(slurm.submit(*SLURM, "--nodes", "1", "--ppn", "2", *same, "run.dir=whole")["directory"])
     run = Path(slurm.submit(*SLURM, *words, *same, "run.dir=lost")["directory"])
