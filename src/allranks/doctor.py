@@ -322,7 +322,7 @@ def run_dir() -> Findings:
         text = f"no run directory can be made in {above}: {problem.strerror}."
         yield error(text, "Go to a directory that you may write, or give run.dir.")
         return
-    free, kind = shutil.disk_usage(above).free / 2**30, file_system(above)
+    free, kind = shutil.disk_usage(above).free / 2**30, allocation.file_system(above)
     text = f"{above} is writable ({kind}, {free:,.0f} GiB free)"
     nodes = len(allocation.find(os.environ).hosts)
     if kind in NODE_LOCAL and nodes > 1:
@@ -334,17 +334,6 @@ def run_dir() -> Findings:
         yield warn(text, "Make room, or give a run.dir elsewhere.")
     else:
         yield ok(text)
-
-
-def file_system(path: Path) -> str:
-    """The file system's type by /proc/mounts; `unknown` where that is not to be had."""
-    mounts: list[tuple[int, str]] = [(0, "unknown")]
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/mounts").read_text().splitlines():
-            _, point, kind, *_ = line.split()
-            if path.is_relative_to(point):
-                mounts.append((len(point), kind))
-    return max(mounts, key=lambda mount: mount[0])[1]
 
 
 def threads() -> Findings:

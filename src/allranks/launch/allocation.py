@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import socket
@@ -254,3 +255,14 @@ def is_this_host(name: str) -> bool:
 def short(name: str) -> str:
     """A host's name without its domain; an address stays whole."""
     return name if re.fullmatch(r"[0-9.]+", name) else name.partition(".")[0]
+
+
+def file_system(path: Path) -> str:
+    """The file system's type by /proc/mounts; `unknown` where that is not to be had."""
+    mounts: list[tuple[int, str]] = [(0, "unknown")]
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/mounts").read_text().splitlines():
+            _, point, kind, *_ = line.split()
+            if path.is_relative_to(point):
+                mounts.append((len(point), kind))
+    return max(mounts, key=lambda mount: mount[0])[1]

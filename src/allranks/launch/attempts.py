@@ -57,7 +57,10 @@ class Launch:
 
     def environment(self, plan: Plan) -> dict[str, str]:
         unset = dict.fromkeys(variables.PRIVATE, "")  # Open MPI warns of those that it cannot hand on
-        return {**unset, **plan.environment(self.environ), variables.LAUNCH_ID: self.id}
+        # A step may share the CPUs of one before it that Slurm still takes for running. Read by srun, which
+        # mpiexec calls, too.
+        overlap = {"SLURM_OVERLAP": "1"} if self.allocation.scheduler == "slurm" else {}
+        return {**unset, **overlap, **plan.environment(self.environ), variables.LAUNCH_ID: self.id}
 
 
 def run(launch: Launch, check: bool) -> int:
@@ -84,14 +87,15 @@ def run(launch: Launch, check: bool) -> int:
                 "what fails there. Nothing is started again."
             )
             return EXIT_STUCK
-        why, left = [outcome.failure], plan.hosts
+        why = [outcome.failure]
         if launch.min_ranks and outcome.gone:
             gone = _to_blame(launch, plan, outcome.gone)
             left = tuple(host for host in plan.hosts if host.name not in gone)
             if not _enough(launch, left):
                 break
-            why += [f"Going on without {supervise.some(gone)}."] * (left != plan.hosts)
-        plan = launch.plan(left)
+            if gone:
+                plan = launch.plan(left)
+                why.append(f"Going on without {supervise.some(gone)}.")
         if launch.config:
             why.append(f"From step {step}:")
         supervise.say(" ".join([*why, f"restart {attempt} of {launch.max_restarts}."]))

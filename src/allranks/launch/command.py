@@ -134,9 +134,8 @@ def plan(
     passed = (name for name in PASSED if environ.get(name))
     names = tuple(dict.fromkeys([*(v.name for v in variables), *passed, *request.passed]))
     job = launchers.Job(
-        machine, allocation, hosts, names, master, request.hosts_path, request.installed_here,
-        again=bool(request.placed),
-    )  # fmt: skip
+        machine, allocation, hosts, names, master, request.hosts_path, request.installed_here
+    )
     per_rank = (sys.executable, "-m", WRAPPER, "--", *request.program)
     argv, files = launchers.build(dialect, job, bound, per_rank)
     if machine.device.one_visible or machine.device.variable:

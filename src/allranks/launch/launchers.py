@@ -42,7 +42,6 @@ class Job:
     master: str  # host:port
     hosts_path: str  # where a list of hosts may be written that is too long for an argument
     installed_here: bool
-    again: bool = False  # in place of ranks that may not be quite gone, as far as Slurm knows
 
     @cached_property
     def ranks(self) -> int:
@@ -241,8 +240,7 @@ def _srun(job: Job, bound: Binding) -> Built:
         argv += ["--distribution=arbitrary", "-w", ",".join(names)]
     # Always -c: srun since 22.05 does not take over --cpus-per-task from sbatch (`man srun`).
     # And by default it lets the other ranks wait for ever for one that has failed.
-    again = ("--overlap",) if job.again else ()
-    return (*argv, "-c", str(bound.each or 1), "--kill-on-bad-exit=1", *again), ()
+    return (*argv, "-c", str(bound.each or 1), "--kill-on-bad-exit=1"), ()
 
 
 def _torchrun(job: Job, bound: Binding, per_rank: Sequence[str]) -> Built:

@@ -117,9 +117,9 @@ TERMINATED = str(128 + signal.SIGTERM)  # by the scheduler: at the walltime, or 
 
 
 def is_finished(directory: str | Path) -> bool:
-    summary, exit_code = Path(directory) / "summary.json", Path(directory) / "exit_code"
-    if (Path(directory) / "config.yaml").exists():
-        return read(summary).get("state") == "finished"
+    if (Path(directory) / rundir.CONFIG).exists():
+        return rundir.is_finished(Path(directory))
+    exit_code = Path(directory) / "exit_code"
     return exit_code.exists() and exit_code.read_text().strip() == "0"
 
 

@@ -336,11 +336,8 @@ def _check_shared(task: Task) -> None:
         return
     path = Path(task.directory).resolve()
     local = next((place for place in NODE_LOCAL if path.is_relative_to(place)), None)
-    if local is None and Path("/proc/mounts").exists():
-        mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
-        above = [(place, kind) for place, kind in mounts if path.is_relative_to(place)]
-        place, kind = max(above, key=lambda mount: len(mount[0]), default=("/", ""))
-        local = place if kind in ("tmpfs", "ramfs", "devtmpfs") else None
+    if local is None and (kind := allocations.file_system(path)) in ("tmpfs", "ramfs", "devtmpfs"):
+        local = f"a {kind}"
     if local is not None:
         raise UserError(
             f"run.dir={task.directory} is in {local}, which each node has for itself: start on one that "
