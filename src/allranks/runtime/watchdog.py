@@ -277,7 +277,7 @@ class Watchdog:
         elif self._findings:
             if late or not self._asked:
                 self._pronounce()
-        elif self._reports is not None:
+        elif self._reports and (late or len(self._reports) + len(self._left) >= len(self._peers)):
             missing = [r for r in range(len(self._peers)) if r not in {*self._reports, *self._left}]
             if not missing:
                 self._judge(self._reports)
@@ -306,14 +306,15 @@ class Watchdog:
         """Has somebody on their hosts look what has become of these ranks."""
         self._due = self._clock + 2 * LOOK_S
         self._steps = [*(report["step"] for report in (self._reports or {}).values()), self.step]
+        others = self._links.keys() - set(ranks)
+        witnesses = {self._peers[r]["host"]: self._links[r] for r in others}
         for r in ranks:
             peer, self._findings[r] = self._peers[r], FROM_AFAR[how]
-            near = (other for other in self._links if self._peers[other]["host"] == peer["host"])
             if peer["host"] == self._host:
                 self._findings[r] = self._look(peer, how)
-            elif (witness := next((other for other in near if other not in ranks), None)) is not None:
+            elif peer["host"] in witnesses:
                 self._asked.add(r)
-                self._links[witness].say(look=[r, dict(peer), how])
+                witnesses[peer["host"]].say(look=[r, dict(peer), how])
         self._conclude(late=False)
 
     def _pronounce(self) -> None:
