@@ -312,20 +312,27 @@ def thaw(directory: str, sha256: str) -> Config:
     return replace(config, run=RunConfig(directory))
 
 
-# What may change when a run goes on: where and how it runs, not what it computes.
-_FREE = ("runtime", "device", "oversubscribe", "threads", "resume", "run", "checkpoint", "watchdog")
+# Where and how a run goes on, which may change, not what it computes.
+_FREE = re.compile(
+    r"(name|runtime|device|oversubscribe|threads|resume|run|checkpoint|watchdog)(\.|$)"
+    r"|data\.(root|fetch|workers)$|trainer\.nonfinite$"
+)
 
 
-def differing(path: Path, config: Config) -> str:
-    """The values by which the frozen configuration in the file is another training; "" for none."""
-    there = leaves(typed(_loaded(path)))
-    here = leaves(config)
-    keys = [key for key in sorted({*there, *here}) if key.split(".")[0] not in _FREE]
-    return "; ".join(
-        f"{key} is {there.get(key)} there, not {here.get(key)}"
-        for key in keys
-        if there.get(key) != here.get(key)
-    )
+def identity(config: Config) -> dict[str, Any]:
+    """The values that decide what a training computes, under their dotted keys."""
+    return {key: value for key, value in leaves(config).items() if not _FREE.match(key)}
+
+
+def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """The values by which two identities are not the same; "" for none."""
+    keys = [key for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
+    return "; ".join(f"{key} is {there.get(key)} there, not {here.get(key)}" for key in keys)
+
+
+def frozen_identity(path: Path) -> dict[str, Any]:
+    """That of the frozen configuration in the file."""
+    return identity(typed(_loaded(path)))
 
 
 def _loaded(path: Path) -> DictConfig:

@@ -74,8 +74,11 @@ class Control:
         every = self.config.checkpoint.every_steps
         return step >= self._next or bool(every and step % every == 0)
 
-    def agree_to_stop(self, training: Training) -> bool:
-        """Saves where it is time to; True where the run is to stop now, after a save. All ranks call."""
+    def agree_to_stop(self, training: Training, evaluates_next: bool = False) -> bool:
+        """Saves where it is time to; True where the run is to stop now, after a save. All ranks call.
+
+        A run that `evaluates_next` saves after that, unless it stops: then the checkpoint has the metrics.
+        """
         now = time.monotonic()
         if self._met_after is not None:
             self._longest_s = max(self._longest_s, now - self._met_at)
@@ -90,13 +93,13 @@ class Control:
         done = at_end and training.epoch == self.config.trainer.epochs
         stop = any(told[:4]) and not done
         every_steps, every_epochs = config.every_steps, config.every_epochs
-        if (
-            stop
-            or done
+        on_time = (
+            done
             or told[4]
             or (every_steps and step % every_steps == 0)
             or (at_end and every_epochs and training.epoch % every_epochs == 0)
-        ):
+        )
+        if stop or (on_time and not evaluates_next):
             self.saver.save(training)
             self._saved_at = time.monotonic()
         if stop:

@@ -150,7 +150,7 @@ def train_step(training: Training, shares: Sequence[Batch], config: Config, runt
     trainer, scaler, optimizer = config.trainer, training.scaler, training.optimizer
     training.trained.train()
     losses = []
-    sums_before = training.sums.rows.clone()
+    sums_before = training.sums.rows.clone() if trainer.train_metrics == "running" else None
     for row, (share, batch) in enumerate(zip(runtime.shares, shares, strict=True)):
         reseed(mixed(config.seed, training.step, share), runtime.device)
         losses.append(_backward(training, row, batch, trainer, runtime))
@@ -171,7 +171,8 @@ def train_step(training: Training, shares: Sequence[Batch], config: Config, runt
             optimizer.step()
     if not finite:
         _not_finite(training, losses, trainer, runtime)
-        training.sums.rows.copy_(sums_before)
+        if sums_before is not None:
+            training.sums.rows.copy_(sums_before)
     optimizer.zero_grad()
     training.schedule.after_step()
     training.step += 1
@@ -303,7 +304,7 @@ def fit(
             train_step(training, shares, config, runtime)
             if control.is_due(training.step) or training.epoch_steps == steps:
                 training.epoch_s = time.perf_counter() - started
-                if control.agree_to_stop(training):
+                if control.agree_to_stop(training, evaluates_next=training.epoch_steps == steps):
                     return False
             runtime.watchdog.progress(training.step)
         runtime.synchronize()

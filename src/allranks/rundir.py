@@ -61,7 +61,7 @@ def standing(directory: str, config: Config) -> str:
     path = Path(directory)
     if not (path / CONFIG).exists():
         return "new"
-    differing = configs.differing(path / CONFIG, config)
+    differing = configs.differing(configs.frozen_identity(path / CONFIG), configs.identity(config))
     if differing:
         raise UserError(
             f"run.dir={path} holds a run of another configuration: {differing}. Give another run.dir, or "

@@ -17,8 +17,9 @@ import torch
 
 import allranks
 from allranks import checkpoints
+from allranks import config as configs
 from allranks.claim import Claim
-from allranks.config import Config, leaves
+from allranks.config import Config
 from allranks.engine import Training
 from allranks.errors import UserError
 from allranks.runtime.runtime import Runtime
@@ -26,9 +27,6 @@ from allranks.runtime.runtime import Runtime
 log = logging.getLogger(__name__)
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
-SECTIONS = ("model", "optimizer", "scheduler", "data", "trainer", "seed")
-# What may differ between a checkpoint and the run that goes on from it.
-FREE = ("data.root", "data.fetch", "data.workers", "trainer.epochs", "trainer.compile", "trainer.nonfinite")
 
 
 class Saver:
@@ -178,7 +176,7 @@ def capture(
         "history": list(training.history),
         "sums": sums.tolist(),
         "world_size": runtime.world_size,
-        "identity": identity(config),
+        "identity": configs.identity(config),
         "versions": {"allranks": allranks.__version__, "torch": torch.__version__},
         "optimizer": _taken_apart(training.optimizer.state_dict(), "optimizer", optimizer),
         "scheduler": _taken_apart(schedule.state_dict() if schedule else {}, "scheduler", optimizer),
@@ -205,13 +203,10 @@ def _restore(
     training: Training, files: Mapping[str, bytes], path: str, config: Config, runtime: Runtime
 ) -> None:
     state = json.loads(files[STATE])
-    there, here = state["identity"], identity(config)
-    differing = [key for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
+    more_epochs = {"trainer.epochs": config.trainer.epochs}  # may be asked for
+    differing = configs.differing({**state["identity"], **more_epochs}, configs.identity(config))
     if differing:
-        listed = "; ".join(
-            f"{key} is {there.get(key)} there, {here.get(key)} here" for key in differing[:8]
-        )
-        raise UserError(f"{path} is a checkpoint of another training: {listed}.")
+        raise UserError(f"{path} is a checkpoint of another training: {differing}.")
     per_rank = config.trainer.per_rank_batch_size
     if per_rank and state["world_size"] != runtime.world_size:
         raise UserError(
@@ -248,11 +243,6 @@ def _load(content: bytes) -> dict[str, torch.Tensor]:
         return load(content)
     except SafetensorError as error:
         raise KeyError(error) from error
-
-
-def identity(config: Config) -> dict[str, Any]:
-    """The keys by which a checkpoint knows its training, with their values."""
-    return {k: v for k, v in leaves(config).items() if k.split(".")[0] in SECTIONS and k not in FREE}
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
