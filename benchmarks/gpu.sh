@@ -36,6 +36,17 @@ if [ "$(nvidia-smi --list-gpus | wc -l)" = 1 ]; then
   check two-on-one-asked 0 torchrun --nproc-per-node 2 -m allranks.train device=cuda oversubscribe=true "${data[@]}" \
     model=mlp model.dropout=0 run.dir="$out/shared"
 fi
+# stopped and gone on: the weights of the run that never stopped; reproducible: those of another number of ranks
+steps=(trainer.epochs=2 trainer.reproducible=true checkpoint.every_steps=100 checkpoint.keep=100)
+check whole 0 "${train[@]}" "${data[@]}" model=cnn "${steps[@]}" run.dir="$out/whole"
+mkdir -p "$out/stopped/logs" "$out/stopped/checkpoints"
+cp "$out/whole/config.yaml" "$out/stopped/"
+cp -r "$out/whole/checkpoints/step-000300" "$out/stopped/checkpoints/"
+check went-on 0 "${train[@]}" "${data[@]}" model=cnn "${steps[@]}" run.dir="$out/stopped"
+check two-ranks 0 torchrun --nproc-per-node 2 -m allranks.train device=cuda oversubscribe=true "${data[@]}" model=cnn \
+  "${steps[@]}" run.dir="$out/two-ranks"
+echo "weights that must be equal (whole, gone on, two ranks):"
+grep -h model/sha256 "$out"/{whole,stopped,two-ranks}/summary.json
 echo "losses that must agree to 1e-4 (cpu, gpu, two ranks on one gpu):"
 for run in cpu gpu shared; do [ -e "$out/$run/metrics.jsonl" ] && tail -n 1 "$out/$run/metrics.jsonl" | cut -c 1-110; done
 exit $failed

@@ -56,12 +56,17 @@ class Started:
     """A process with all that came of it; `end()` leaves none of them."""
 
     def __init__(
-        self, command: Sequence[str], mark: str, stdout: int = subprocess.PIPE, **environ: str
+        self,
+        command: Sequence[str],
+        mark: str,
+        stdout: int = subprocess.PIPE,
+        cwd: Path | None = None,
+        **environ: str,
     ) -> None:
         self.mark = f"TEST_MARK={mark}-{os.getpid()}-{time.monotonic_ns()}"
         name, _, value = self.mark.partition("=")
         self.process = subprocess.Popen(
-            command, env={**CLEAN, name: value, **environ}, stdin=subprocess.DEVNULL,
+            command, cwd=cwd, env={**CLEAN, name: value, **environ}, stdin=subprocess.DEVNULL,
             stdout=stdout, stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
 

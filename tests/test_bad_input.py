@@ -283,7 +283,7 @@ def test_a_run_directory_that_is_used(train, tmp_path):
     used = tmp_path / "mine"
     train(*SMALL, "trainer.epochs=0", f"run.dir={used}").ok()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    assert_refused(train(*SMALL, f"run.dir={used}"), f"run.dir={used} is already used", "give another")
+    assert_refused(train(*SMALL, f"run.dir={used}"), f"run.dir={used} holds a run of another configuration")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 

@@ -222,8 +222,9 @@ FOREIGN = {"host": "other", "boot_id": "other", "pid": 1}
         ({**FOREIGN, "job_id": "7"}, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "0"}),
         ({**FOREIGN, "job_id": "7", "restart_count": 3}, {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "4"}),
         ({"pid_namespace": "pid:[1]", "started_ticks": 1}, {}),
+        ({"time_namespace": "time:[1]", "started_ticks": 1}, {}),
     ],
-    ids=["another host", "the same job", "another job", "another container"],
+    ids=["another host", "the same job", "another job", "another container", "another clock"],
 )
 def test_of_whom_nothing_is_known_the_heartbeat_decides(run, quick, monkeypatch, about, env):
     for name, value in env.items():

@@ -184,7 +184,7 @@ def add(size: int, strangers: tuple[bytes, ...] = ()) -> dict[int, str]:
 
     def member(r):
         try:
-            preflight.add_by_tcp(r, size, place, listener if r == 0 else None)
+            preflight.add_by_tcp(r, size, place, listener if r == 0 else None, "secret")
             said[r] = ""
         except UserError as error:
             said[r] = str(error)
@@ -220,7 +220,11 @@ def test_traffic_is_linear_at_256_ranks(monkeypatch):
 
 
 def test_strangers_are_not_counted():
-    wrong = (b"GET / HTTP/1.1\r\n\r\n", b"[1, 2]\n", b"\x80\x04.\n", wire.message(part=[1, 2, 3]), b"")
+    wrong = (
+        b"GET / HTTP/1.1\r\n\r\n", b"[1, 2]\n", b"\x80\x04.\n", b"", b"[" * 99_999 + b"\n",
+        b'{"secret": "\\ud800\xc3\xa9"}\n', wire.message(secret="guess", rank=1, part=[9, 9, 9]),
+        wire.message(secret="secret", part=[1]), wire.message(rank=1, part=[9, 9, 9]),
+    )  # fmt: skip
     assert add(3, wrong) == {0: "", 1: "", 2: ""}
 
 
@@ -229,7 +233,7 @@ def test_rank_0_that_is_not_reached_is_named():
         place = probe.getsockname()[:2]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as error:
         patch.setattr(preflight, "CONNECT_S", 0.3)
-        preflight.add_by_tcp(1, 2, place, None)
+        preflight.add_by_tcp(1, 2, place, None, "secret")
     assert f"no connection to rank 0 at 127.0.0.1:{place[1]} (Connection refused)" in str(error.value)
 
 
@@ -238,14 +242,16 @@ def test_the_sum_is_checked_by_every_rank():
 
         def wrong():
             link, _ = listener.accept()
-            assert wire.parse(link.makefile("rb").readline()) == {"rank": 1, "part": preflight.part(1)}
+            assert wire.parse(link.makefile("rb").readline()) == {
+                "secret": "secret", "rank": 1, "part": preflight.part(1)
+            }  # fmt: skip
             link.sendall(wire.message(sum=[2.0, 1.0, 2.0]))
             link.close()
 
         thread = threading.Thread(target=wrong)
         thread.start()
         with pytest.raises(UserError, match=r"add up to \[2.0, 1.0, 2.0\] by TCP, not \[2.0, 1.0, 1.0\]"):
-            preflight.add_by_tcp(1, 2, listener.getsockname()[:2], None)
+            preflight.add_by_tcp(1, 2, listener.getsockname()[:2], None, "secret")
         thread.join()
 
 

@@ -140,6 +140,9 @@ def long_run(tmp_path_factory) -> Run:
 def test_a_signal_to_any_rank_stops_all_with_a_checkpoint(tmp_path, train, long_run, signum):
     process = started(*LONG, cwd=tmp_path, under="mpiexec", ranks=2)
     os.kill(rank_pid(tmp_path, 1), signum)
+    if signum == signal.SIGTERM:  # an impatient scheduler
+        os.kill(rank_pid(tmp_path, 1), signum)
+        os.kill(rank_pid(tmp_path, 0), signum)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 85, err
     assert f"stopped by {signum.name}" in out
@@ -149,6 +152,15 @@ def test_a_signal_to_any_rank_stops_all_with_a_checkpoint(tmp_path, train, long_
     went_on = train(*LONG, "run.dir=run", under="mpiexec", ranks=2).ok()
     assert f"going on from run/checkpoints/step-{step:06d}" in went_on.out
     assert figures(went_on.run) == figures(long_run)
+
+
+def test_asked_to_stop_again_and_again_it_keeps_its_exit_code(tmp_path):
+    """A job that is cancelled sends more than one signal; one came when Python itself was ending."""
+    process = started(*LONG, cwd=tmp_path)
+    while process.poll() is None:
+        process.terminate()
+        time.sleep(0.005)
+    assert process.returncode == 85, process.communicate()
 
 
 def test_a_run_stops_by_itself_before_the_job_ends(tmp_path, train, long_run):
@@ -280,6 +292,34 @@ def test_weights_load_in_plain_torch(train, finished):
     assert sum(p.numel() for p in model.parameters()) == finished.summary["model/parameters"]
 
 
+# --- saves that fail, files that others see late ------------------------------------------------------
+
+
+def test_a_save_that_fails_is_a_warning_and_at_the_end_an_error(tmp_path, train):
+    """The kernel refuses any file beyond 100 kB; the weights take 360."""
+    limited = ["bash", "-c", 'ulimit -f 100; exec "$@"', "-"]
+    options = (*SMALL, "model=mlp", "trainer.epochs=2", "run.dir=run")
+    done = execute([*limited, *launcher(None, 1), "-m", "allranks.train", *options], tmp_path)
+    assert done.code == 2
+    assert (
+        "the checkpoint of step 10 could not be written (File too large); the training goes on" in done.out
+    )
+    assert "The last checkpoint, of step 20, could not be written to run (File too large)" in done.message
+    assert checkpoints.steps(tmp_path / "run") == []
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
+    assert train(*options).ok().run.summary["state"] == "finished"
+
+
+def test_only_rank_0_looks_for_checkpoints(tmp_path, finished, strace):
+    """Shared file systems show files late: what rank 0 has read is what all get."""
+    unfinish(finished)
+    trace = [strace, "-f", "-qq", "-e", "trace=openat", "-o", "trace"]
+    execute([*trace, *launcher("mpiexec", 2), "-m", "allranks.train", *SHORT], tmp_path).ok()
+    lines = (tmp_path / "trace").read_text().splitlines()
+    looked = {line.split()[0] for line in lines if "step-000010" in line}
+    assert len(looked) == 1
+
+
 # --- which are kept ------------------------------------------------------------------------------------
 
 
@@ -288,6 +328,17 @@ def test_the_newest_and_the_best_are_kept(train_here):
     losses = run.column("val/loss")
     best = 10 * (1 + losses.index(min(losses)))
     assert set(checkpoints.steps(run.path)) == {best, 50, 60}
+
+
+def test_a_damaged_newer_one_counts_for_nothing(train):
+    words = (*SMALL, "model=linear", "trainer.epochs=6", "optimizer.lr=3", "run.dir=run")
+    run = train(*words).ok().run
+    kept = set(checkpoints.steps(run.path))
+    (run.path / "summary.json").unlink()
+    checkpoints.remove(run.path, keep=[])
+    checkpoints.path_of(run.path, 999).mkdir()
+    train(*words).ok()
+    assert set(checkpoints.steps(run.path)) == kept | {999}
 
 
 def test_every_so_many_steps(train_here):

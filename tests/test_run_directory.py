@@ -11,13 +11,14 @@ import struct
 import subprocess
 import termios
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import yaml
 
 from allranks import rundir
-from helpers import SMALL, Done, Run, clean_environment, execute, launcher, tree
+from helpers import SMALL, TRAIN, Done, Run, clean_environment, execute, launcher, tree
 
 METRICS = [
     "epoch", "step", "lr", "train/loss", "train/accuracy", "val/loss", "val/accuracy",
@@ -193,6 +194,35 @@ def test_no_epochs_leave_an_untrained_model_and_no_metrics(train_here):
     assert run.summary["epochs"] == 0
     assert run.summary["test/count"] == 400
     assert not (run.path / "metrics.jsonl").exists() or run.metrics == []
+
+
+def test_a_start_that_was_killed_before_the_configuration_was_there_is_no_obstacle(train_here, tmp_path):
+    (tmp_path / "mine/logs").mkdir(parents=True)
+    (tmp_path / "mine/.config.yaml.0123abcd.tmp").write_text("half of")
+    assert train_here(*SMALL, "trainer.epochs=0", "run.dir=mine").summary["state"] == "finished"
+
+
+def test_a_full_disk_delays_the_metrics_and_ends_no_training(mounted, tmp_path):
+    disk = mounted("size=4m")
+    process = subprocess.Popen(
+        [*TRAIN, *SMALL, "model=linear", "trainer.epochs=400", f"run.dir={disk}/run"], cwd=tmp_path,
+        env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    told = []
+    for line in process.stdout:
+        told.append(line)
+        if line.startswith("epoch   2"):
+            with suppress(OSError), (disk / "ballast").open("wb", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+        if "metrics.jsonl could not be written" in line:
+            (disk / "ballast").unlink(missing_ok=True)
+    assert process.wait(60) == 0, told
+    assert "metrics.jsonl could not be written" in "".join(told)
+    assert "Traceback" not in "".join(told)
+    assert [line["epoch"] for line in Run(disk / "run").metrics] == list(range(1, 401))
+    assert [path.name for path in (disk / "run").glob(".*")] == []
 
 
 def test_a_directory_of_ones_own(train_here, tmp_path):

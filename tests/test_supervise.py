@@ -399,14 +399,16 @@ def test_nobody_without_the_secret_is_listened_to(tmp_path):
             wire.message(code=3),
             b"GET / HTTP/1.1\r\n\r\n",
             b"\xff" * 9 + b"\n",
+            wire.message(**{**hello, "secret": "gu\xe9ss\ud800"}),
+            b"[" * 99_999 + b"\n",
         ):
             link = socket.create_connection((host, int(port)), timeout=5)
             link.sendall(data)
             sent.append(link)
-        assert [link.recv(100) for link in sent] == [b""] * 4
+        assert [link.recv(100) for link in sent] == [b""] * 6
         with socket.create_connection((host, int(port)), timeout=5):
             go.touch()
-            assert started.finish(within_s=10)[:2] == (0, "fine\n")
+            assert started.finish(within_s=10) == (0, "fine\n", "")
         for link in sent:
             link.close()
     finally:

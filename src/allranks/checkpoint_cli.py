@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
 def _found(path: Path) -> list[Path]:
     """The checkpoints at PATH, oldest first."""
     try:
-        if (path / checkpoints.MANIFEST).exists() or checkpoints.step_of(path) is not None:
+        if (path / checkpoints.MANIFEST).exists() or checkpoints.step_of(path.absolute()) is not None:
             return [path]
         below = checkpoints.in_folder(checkpoints.folder(path)) or checkpoints.in_folder(path)
     except OSError as error:
@@ -66,7 +66,7 @@ def _look(path: Path) -> dict[str, Any]:
     last = history[-1] if isinstance(history, list) and history else None
     return {
         "checkpoint": str(path),
-        "step": state.get("step", checkpoints.step_of(path)),
+        "step": state.get("step", checkpoints.step_of(path.absolute())),
         "epoch": state.get("epoch"),
         "val/loss": last.get("val/loss") if isinstance(last, dict) else None,
         "bytes": size,

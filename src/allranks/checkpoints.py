@@ -24,7 +24,7 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 _MANIFEST_BYTES = 1 << 20  # a longer one is not ours
-_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
@@ -109,7 +109,7 @@ def steps(run_dir: str | Path) -> list[int]:
 
 def step_of(path: str | Path) -> int | None:
     """The step in the name of a checkpoint's folder; None for another name."""
-    name = Path(path).absolute().name
+    name = Path(path).name
     match = _STEP.fullmatch(name)
     return int(match[1]) if match and name == path_of("", int(match[1])).name else None
 
@@ -200,7 +200,9 @@ def tensors(name: str, content: bytes) -> dict[str, Tensor]:
     header = from_json(name, content[8 : 8 + length])
     if type(header) is not dict:
         raise Damaged(f"{name}: its header is not a JSON object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if type(metadata) is not dict or not all(_is_text(text) for text in metadata.values()):
+        raise Damaged(f"{name}: its __metadata__ is not text")
     found = {key: _tensor(name, key, about) for key, about in header.items()}
     in_order = sorted(found.items(), key=lambda item: (item[1].begin, item[1].end))
     end = 0
@@ -217,9 +219,20 @@ def tensors(name: str, content: bytes) -> dict[str, Tensor]:
 def _tensor(name: str, key: str, about: Any) -> Tensor:
     if type(about) is dict and set(about) == {"dtype", "shape", "data_offsets"}:
         dtype, shape, offsets = about["dtype"], about["shape"], about["data_offsets"]
-        if type(dtype) is str and _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2:
+        if (
+            _is_text(key)
+            and type(dtype) is str
+            and _are_sizes(shape)
+            and _are_sizes(offsets)
+            and len(offsets) == 2
+        ):
             return Tensor(dtype, shape, *offsets)
     raise Damaged(f"{name}: {ascii(key)[:80]} is not described as a tensor")
+
+
+def _is_text(value: Any) -> bool:
+    """JSON can say half a character, which no other program takes."""
+    return type(value) is str and value == value.encode(errors="ignore").decode()
 
 
 def _are_sizes(value: Any) -> bool:

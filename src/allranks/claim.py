@@ -158,7 +158,10 @@ def _reason(owner: Mapping[str, Any], me: Mapping[str, Any]) -> str | None:
         return "was the same job before it was requeued"
     if same("host") and owner.get("boot_id") and me["boot_id"] and not same("boot_id"):
         return "has ended: its host was started again"
-    if same("boot_id", "pid_namespace") and _has_ended(owner.get("pid"), owner.get("started_ticks")):
+    started = (
+        owner.get("started_ticks") if same("time_namespace") else None
+    )  # else they count from elsewhere
+    if same("boot_id", "pid_namespace") and _has_ended(owner.get("pid"), started):
         return "has ended"
     return None
 
@@ -173,7 +176,7 @@ def _has_ended(pid: object, started_ticks: object) -> bool:
     except PermissionError:  # another user's, which /proc may hide
         pass
     stat = _stat(pid)
-    return stat is not None and (stat[0] in "ZX" or stat[1] != started_ticks)
+    return stat is not None and (stat[0] in "ZX" or started_ticks not in (None, stat[1]))
 
 
 def _stat(pid: int) -> tuple[str, int] | None:
@@ -193,6 +196,7 @@ def _this_process() -> dict[str, Any]:
         "started_ticks": stat[1] if stat else None,
         "boot_id": _text("/proc/sys/kernel/random/boot_id"),
         "pid_namespace": Path("/proc/self/ns/pid").resolve().name,
+        "time_namespace": Path("/proc/self/ns/time").resolve().name,
         "job_id": os.environ.get("PBS_JOBID") or os.environ.get("SLURM_JOB_ID") or None,
         "restart_count": int(restarts) if re.fullmatch("[0-9]{1,9}", restarts) else 0,
         "launch": os.environ.get("ALLRANKS_LAUNCH_ID") or None,

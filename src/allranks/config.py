@@ -308,7 +308,7 @@ def thaw(directory: str, sha256: str) -> Config:
             f"{path} is not the configuration that was launched: its sha256 is {found[:12]}..., not "
             f"{sha256[:12]}... Launch the run again; do not edit the file in between."
         )
-    config = typed(OmegaConf.create(content.decode()))  # type: ignore[arg-type]
+    config = typed(_loaded(path))
     return replace(config, run=RunConfig(directory))
 
 
@@ -333,7 +333,7 @@ def _loaded(path: Path) -> DictConfig:
 
     try:
         return OmegaConf.create(path.read_text())  # type: ignore[return-value]
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, AssertionError, YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path} cannot be read ({_first_line(error)}): give another run.dir.") from error
 
 

@@ -7,13 +7,17 @@ quarter of a second and at the ends of an epoch, and do together what it says.
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import threading
 import time
 from collections.abc import Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from allranks.config import Config
+from allranks.errors import UserError
+from allranks.launch import scheduler
 
 if TYPE_CHECKING:
     from allranks.engine import Training
@@ -44,6 +48,10 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def ignore(self) -> None:
+        """To the process's end: a second signal must not change the exit code of a run that stops."""
+        self._before = dict.fromkeys(STOPPING, signal.SIG_IGN)  # which Python's own end leaves in place
+
     def _count(self, number: int, _: FrameType | None) -> None:
         self.counts[signal.Signals(number)] += 1
 
@@ -51,17 +59,16 @@ class Signals:
 class Control:
     """The ranks' agreement; every rank has one."""
 
-    def __init__(
-        self, runtime: Runtime, config: Config, saver: Saver, signals: Signals, ends_at: float | None
-    ) -> None:
-        """`ends_at`: when the job ends, in time.monotonic() seconds, where it is known."""
+    def __init__(self, runtime: Runtime, config: Config, saver: Saver, signals: Signals) -> None:
         self.runtime, self.config, self.saver, self.signals = runtime, config, saver, signals
-        self.ends_at = ends_at
+        self.ends_at: float | None = None  # the job, by time.monotonic(), which no clock's change moves
         self.reason = ""  # why the run stopped
         self._next = 0  # the step after which the ranks meet again
         self._saved_at = self._met_at = time.monotonic()
         self._met_after: int | None = None
         self._longest_s = 0.0  # between two meetings
+        if runtime.is_main:  # a scheduler may take its time to answer
+            threading.Thread(target=self._find_end, args=(dict(os.environ),), daemon=True).start()
 
     def is_due(self, step: int) -> bool:
         every = self.config.checkpoint.every_steps
@@ -100,20 +107,21 @@ class Control:
     def _reserve_s(self) -> float:
         return MARGIN_S + 2 * self.saver.longest_s + self._longest_s
 
+    def _find_end(self, environ: Mapping[str, str]) -> None:
+        text = environ.get("ALLRANKS_DEADLINE", "")
+        try:
+            ends_at = int(text) if text.isdigit() else scheduler.ends_at(environ)
+        except UserError as error:
+            log.warning("when this job ends is not known: %s", error)
+            return
+        if text and not text.isdigit():
+            log.warning("ALLRANKS_DEADLINE=%s is not a time in seconds since 1970: it is not used", text)
+        if ends_at is not None:
+            self.ends_at = time.monotonic() + ends_at - time.time()
+
     def _pause(self, step: int, now: float) -> int:
         """The number of steps that take about BEAT_S, by the pace since the last meeting."""
         if self._met_after is None or step == self._met_after:
             return 1
         step_s = (now - self._met_at) / (step - self._met_after)
         return max(1, min(10_000, int(BEAT_S / max(step_s, 1e-6))))
-
-
-def job_ends_at(environ: Mapping[str, str]) -> float | None:
-    """When the scheduler ends this job, by time.monotonic(), which no setting of the clock moves."""
-    for name in ("ALLRANKS_DEADLINE", "SLURM_JOB_END_TIME"):
-        text = environ.get(name, "")
-        if text.isdigit():
-            return time.monotonic() + int(text) - time.time()
-        if text:
-            log.warning("%s=%s is not a time in seconds since 1970: it is not used", name, text)
-    return None

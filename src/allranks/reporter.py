@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
@@ -33,6 +34,7 @@ class Reporter:
         self.runtime = runtime
         self.directory: Path | None = None
         self._metrics: TextIO | None = None
+        self._history: Sequence[Mapping[str, Any]] = ()
         self._early = logging.handlers.MemoryHandler(10_000, logging.CRITICAL + 1)
         self._handlers: list[logging.Handler] = []
 
@@ -101,11 +103,12 @@ class Reporter:
     def opened(self, directory: str, training: Training, resumed: str | None) -> None:
         """The run directory is there: logs go to it from now on. `resumed`: from which checkpoint."""
         self.directory = Path(directory)
-        if self.runtime.is_main:
-            rundir.describe(directory, self.runtime.describe())
-            known = "".join(rundir.line(metrics) for metrics in training.history)
-            self._metrics = rundir.write_text(self.directory / "metrics.jsonl", known)
-        file = logging.FileHandler(self.directory / "logs" / f"rank-{self.runtime.rank}.log")
+        self._history = training.history
+        with self._writing():
+            if self.runtime.is_main:
+                rundir.describe(directory, self.runtime.describe())
+                self._metrics = self._all_metrics()
+            file = logging.FileHandler(self.directory / "logs" / f"rank-{self.runtime.rank}.log")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self._early.setTarget(file)
         self._early.flush()
@@ -138,8 +141,14 @@ class Reporter:
 
     def epoch(self, metrics: Mapping[str, float | int], epochs: int) -> None:
         if self.runtime.is_main:
-            assert self._metrics is not None
-            rundir.append_line(self._metrics, metrics)
+            try:
+                if self._metrics is None:
+                    self._metrics = self._all_metrics()
+                else:
+                    rundir.append_line(self._metrics, metrics)
+            except OSError as error:
+                self._metrics = None  # all of it is written anew as soon as that is possible
+                log.warning("metrics.jsonl could not be written (%s); the training goes on", error)
         self._say(
             "epoch %*d/%d  lr %-8.3g train %.4f %6.2f %%  val %.4f %6.2f %%  %s/s",
             len(str(epochs)), metrics["epoch"], epochs, metrics["lr"],
@@ -160,12 +169,29 @@ class Reporter:
     def finished(self, summary: Mapping[str, Any]) -> None:
         if self.runtime.is_main:
             assert self.directory is not None
-            rundir.write_json(self.directory / "summary.json", summary)
+            with self._writing():
+                self._metrics = self._metrics or self._all_metrics()
+                rundir.write_json(self.directory / "summary.json", summary)
         self._say(
             "test  loss %.4f  accuracy %.2f %% of %s examples; %.1f s in all",
             summary["test/loss"], summary["test/accuracy"], f"{summary['test/count']:,}",
             summary["time/total_s"],
         )  # fmt: skip
+
+    def _all_metrics(self) -> TextIO:
+        assert self.directory is not None
+        known = "".join(map(rundir.line, self._history))
+        return rundir.write_text(self.directory / "metrics.jsonl", known)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.directory} cannot be written ({error.strerror}). Free some space or quota there, "
+                "and start the run again: it goes on from the newest checkpoint."
+            ) from error
 
     def _say(self, message: str, *values: object) -> None:
         if self.runtime.is_main:

@@ -12,6 +12,7 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
@@ -34,7 +35,7 @@ def choose(directory: str | None, name: str) -> str:
     path = Path(directory)
     if path.exists() and not path.is_dir():
         raise UserError(f"run.dir={path} is a file: give a directory that does not exist yet.")
-    if path.is_dir() and any(path.iterdir()) and not (path / CONFIG).exists():
+    if _is_used(path) and not (path / CONFIG).exists():
         raise UserError(
             f"run.dir={path} is already used, and not by a run: give another one, or leave run.dir out "
             "for a new directory."
@@ -94,10 +95,10 @@ def create(directory: str, config_yaml: str | None, exactly: bool = True) -> str
     path = Path(directory)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.mkdir(0o700, exist_ok=exactly and path.is_dir() and not any(path.iterdir()))
-        (path / "logs").mkdir()
+        path.mkdir(0o700, exist_ok=exactly and path.is_dir() and not _is_used(path))
+        (path / "logs").mkdir(exist_ok=exactly)
         if config_yaml is not None:
-            (path / CONFIG).write_text(config_yaml)
+            write_text(path / CONFIG, config_yaml).close()
     except FileExistsError:
         if not exactly:
             return create(f"{directory}-{secrets.token_hex(3)}", config_yaml)
@@ -107,6 +108,11 @@ def create(directory: str, config_yaml: str | None, exactly: bool = True) -> str
             f"run.dir={path} cannot be written ({error.strerror}): give another run.dir."
         ) from error
     return str(path)
+
+
+def _is_used(path: Path) -> bool:
+    """Whether more is there than a start leaves that was killed before it had written config.yaml."""
+    return path.is_dir() and any(p.name != "logs" and not p.name.startswith(".") for p in path.iterdir())
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -127,7 +133,8 @@ def write_text(path: Path, text: str) -> TextIO:
         os.fsync(file.fileno())
         temporary.replace(path)
     except OSError:
-        file.close()
+        with suppress(OSError):  # what the full disk did not take is tried once more
+            file.close()
         temporary.unlink(missing_ok=True)
         raise
     return file

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from allranks import checkpoints, rundir
+import allranks
+from allranks import checkpoints
 from allranks.claim import Claim
 from allranks.config import Config, leaves
 from allranks.engine import Training
@@ -65,6 +66,7 @@ class Saver:
             if path is None and self.config.resume not in ("auto", "never"):
                 path, found = self._given(self.config.resume)
             files.update(found)
+            self.claim.check()  # reading takes time, in which another may have taken over
             return path
 
         path = self.runtime.meeting.from_rank_0(look)
@@ -114,21 +116,23 @@ class Saver:
             return
         pending, self._pending = self._pending, None
         try:
-            pending.result()
+            with self.runtime.watchdog.phase("saving (watchdog.save_s)", self.config.watchdog.save_s):
+                pending.result()
             self.failure = None
         except OSError as error:
             self.failure = error
             log.warning(
                 "the checkpoint of step %s could not be written (%s); the training goes on",
-                self.saved_step,
-                error,
-            )
+                self.saved_step, error.strerror,
+            )  # fmt: skip
 
     def finish(self) -> None:
         """On every rank: waits for rank 0's last save. Raises UserError on all if it failed."""
 
         def last() -> None:
             self.wait()
+            if self.claim is not None:
+                self.claim.check()
             if self.failure is not None:
                 raise UserError(
                     f"The last checkpoint, of step {self.saved_step}, could not be written to "
@@ -137,7 +141,9 @@ class Saver:
                 )
 
         with self.runtime.watchdog.phase("saving (watchdog.save_s)", self.config.watchdog.save_s):
-            self.runtime.meeting.from_rank_0(last, timeout_s=self.config.watchdog.save_s)
+            limit_s = self.config.watchdog.save_s
+        with self.runtime.watchdog.phase("saving (watchdog.save_s)", limit_s):
+            self.runtime.meeting.from_rank_0(last, timeout_s=limit_s)
 
     def _write(self, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> None:
         from safetensors.torch import save
@@ -151,7 +157,9 @@ class Saver:
         present = checkpoints.steps(self.run_dir)
         losses = {h["step"]: h["val/loss"] for h in state["history"] if h["val/loss"] is not None}
         best = min((s for s in present if s in losses), key=lambda s: losses[s], default=step)
-        checkpoints.remove(self.run_dir, keep={*present[: self.config.checkpoint.keep], best})
+        # one that is newer is damaged, or this run would have gone on from it: it does not count
+        count = present.index(step) + self.config.checkpoint.keep
+        checkpoints.remove(self.run_dir, {*present[:count], best}, self.claim.check)
         self.longest_s = max(self.longest_s, time.perf_counter() - started)
 
 
@@ -171,7 +179,7 @@ def capture(
         "sums": sums.tolist(),
         "world_size": runtime.world_size,
         "identity": identity(config),
-        "versions": rundir.versions(),
+        "versions": {"allranks": allranks.__version__, "torch": torch.__version__},
         "optimizer": _taken_apart(training.optimizer.state_dict(), "optimizer", optimizer),
         "scheduler": _taken_apart(schedule.state_dict() if schedule else {}, "scheduler", optimizer),
         "scaler": _taken_apart(training.scaler.state_dict(), "scaler", optimizer),
@@ -184,8 +192,18 @@ def restore(
     training: Training, files: Mapping[str, bytes], path: str, config: Config, runtime: Runtime
 ) -> None:
     """Puts the training where the checkpoint's was. Raises UserError where it is another training's."""
-    from safetensors.torch import load
+    try:
+        _restore(training, files, path, config, runtime)
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{path} does not hold what this version saves ({type(error).__name__}: {error}): give a "
+            "checkpoint that allranks has made."
+        ) from error
 
+
+def _restore(
+    training: Training, files: Mapping[str, bytes], path: str, config: Config, runtime: Runtime
+) -> None:
     state = json.loads(files[STATE])
     there, here = state["identity"], identity(config)
     differing = [key for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
@@ -200,9 +218,9 @@ def restore(
             f"{path} was made by {state['world_size']} ranks with trainer.per_rank_batch_size={per_rank}: "
             f"start as many ranks, not {runtime.world_size}, or the batches would be others."
         )
-    tensors = load(files[OPTIMIZER])
+    tensors = _load(files[OPTIMIZER])
     try:
-        training.model.load_state_dict(load(files[MODEL]))
+        training.model.load_state_dict(_load(files[MODEL]))
         training.optimizer.load_state_dict(_put_together(state["optimizer"], tensors))
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
@@ -220,6 +238,16 @@ def restore(
         mine = torch.zeros_like(training.sums.rows, device="cpu")
         mine[0] = sums.sum(dim=0) * (runtime.rank == 0)
     training.sums.rows.copy_(mine)
+
+
+def _load(content: bytes) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        return load(content)
+    except SafetensorError as error:
+        raise KeyError(error) from error
 
 
 def identity(config: Config) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import traceback
 
 from allranks import config as configs
 from allranks.config import Config
-from allranks.control import EXIT_REQUEUE, Control, Signals, job_ends_at
+from allranks.control import EXIT_REQUEUE, Control, Signals
 from allranks.errors import EXIT_USER_ERROR, UserError
 from allranks.runtime import environment, mpi
 
@@ -122,31 +122,30 @@ def run(config: Config, launch: environment.Launch, launched: bool = False, numb
         with saving.Saver(runtime, path, config) as saver:
             report.opened(path, training, saver.resume(training))
             startup_s = process_age_s() - began_s
-            control = Control(runtime, config, saver, signals, job_ends_at(os.environ))
-            finished = engine.fit(training, data, config, runtime, control, report)
-            if finished:
-                tested = engine.evaluate(training.model, data.test, config, runtime)
-            saver.finish()
-            if not finished:
+            control = Control(runtime, config, saver, signals)
+            if not engine.fit(training, data, config, runtime, control, report):
+                saver.finish()
+                signals.ignore()
                 report.stopped(control.reason, training, trainer.epochs)
                 return False
-            test_loss, test_accuracy, test_count = tested
-        report.finished(
-            {
-                "state": "finished",
-                "epochs": training.epoch,
-                "world_size": runtime.world_size,
-                "global_batch_size": batch_size,
-                "model/parameters": training.parameters,
-                "model/sha256": engine.weights_sha256(training.model),
-                "test/loss": test_loss,
-                "test/accuracy": test_accuracy,
-                "test/count": test_count,
-                "val/count": len(data.val),
-                "time/total_s": process_age_s() - began_s,
-                "time/startup_s": startup_s,
-            }
-        )
+            loss, accuracy, count = engine.evaluate(training.model, data.test, config, runtime)
+            saver.finish()
+            report.finished(
+                {
+                    "state": "finished",
+                    "epochs": training.epoch,
+                    "world_size": runtime.world_size,
+                    "global_batch_size": batch_size,
+                    "model/parameters": training.parameters,
+                    "model/sha256": engine.weights_sha256(training.model),
+                    "test/loss": loss,
+                    "test/accuracy": accuracy,
+                    "test/count": count,
+                    "val/count": len(data.val),
+                    "time/total_s": process_age_s() - began_s,
+                    "time/startup_s": startup_s,
+                }
+            )
     return True
 
 

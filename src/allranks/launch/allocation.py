@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import socket
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from allranks.errors import UserError
 from allranks.runtime.environment import cpu_affinity, repeated
 
 Scheduler = Literal["pbs", "slurm", "hostfile", "local"]
+MOST_HOSTS = 1_000_000  # more are a mistake, and would fill the memory
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,10 @@ def from_hostfile(path: Path) -> Allocation:
 
 _LINE = re.compile(
     r"""(?P<host>[A-Za-z0-9][\w.-]*)
-        (?: : (?P<mpich>\d+) (?:\s+ binding=\S+ )?          # MPICH: host:slots
-          | (?: \s+ (?: slots\s*=\s*(?P<openmpi>\d+) | max[_-]slots\s*=\s*\d+ ) )+ )?  # Open MPI
+        (?: : (?P<mpich>\d{1,6}) (?:\s+ binding=\S+ )?          # MPICH: host:slots
+          | (?: \s+ (?: slots\s*=\s*(?P<openmpi>\d{1,6}) | max[_-]slots\s*=\s*\d+ ) )+ )?  # Open MPI
     """,
-    re.VERBOSE,
+    re.VERBOSE | re.ASCII,
 )
 
 
@@ -186,14 +188,16 @@ def expand(node_list: str) -> list[str]:
     hosts: list[str] = []
     for part in _split_outside_brackets(node_list):
         pieces = re.split(r"\[([^\[\]]*)\]", part)
-        if not part or any(c in piece for piece in pieces[::2] for c in "[]") or " " in part:
+        all_indices = [_indices(ranges, node_list) for ranges in pieces[1::2]]
+        count = math.prod(map(len, all_indices)) + len(hosts)
+        named = all(re.fullmatch(r"[A-Za-z0-9_.-]*", piece) for piece in pieces[::2])
+        if not part or part[0] in "-." or not named or count > MOST_HOSTS:
             raise UserError(
                 f"{node_list!r} is not a Slurm node list: it is written like a[001-003,7],b2. "
                 "`scontrol show hostnames` shows what Slurm makes of it."
             )
         names = [pieces[0]]
-        for ranges, after in zip(pieces[1::2], pieces[2::2], strict=True):
-            indices = _indices(ranges, node_list)
+        for indices, after in zip(all_indices, pieces[2::2], strict=True):
             names = [f"{name}{index}{after}" for name in names for index in indices]
         hosts += names
     return hosts
@@ -207,8 +211,8 @@ def _indices(ranges: str, node_list: str) -> list[str]:
     """`001-003,7` gives 001, 002, 003, 7: the first number's width is kept."""
     found: list[str] = []
     for span in ranges.split(","):
-        match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", span)
-        if match is None or int(match[2] or match[1]) < int(match[1]):
+        match = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", span)
+        if match is None or not 0 <= int(match[2] or match[1]) - int(match[1]) < MOST_HOSTS:
             raise UserError(
                 f"[{ranges}] in the node list {node_list!r} cannot be read: it is written like [001-003,7]."
             )

@@ -184,7 +184,7 @@ def main() -> int:
         listener = listen(place) if rank == 0 and size > 1 else None  # before others come to connect
         _tell(problems=problems(task, environ), facts=facts() if environ["LOCAL_RANK"] == "0" else None)
         if size > 1:
-            add_by_tcp(rank, size, place, listener)
+            add_by_tcp(rank, size, place, listener, environ[variables.RANKS_SECRET])
             add_by_mpi(environ)
     except UserError as error:
         _tell(added=str(error))
@@ -288,7 +288,9 @@ def listen(place: tuple[str, int]) -> socket.socket:
         ) from error
 
 
-def add_by_tcp(rank: int, size: int, place: tuple[str, int], listener: socket.socket | None) -> None:
+def add_by_tcp(
+    rank: int, size: int, place: tuple[str, int], listener: socket.socket | None, secret: str
+) -> None:
     """Through rank 0, which has the `listener`. Raises UserError where the sum is not right."""
     if listener is not None:
         parts, links = {0: part(0)}, []
@@ -297,8 +299,9 @@ def add_by_tcp(rank: int, size: int, place: tuple[str, int], listener: socket.so
             link.settimeout(HELLO_S)
             with contextlib.suppress(OSError, EOFError, wire.WireError, KeyError):  # a stranger
                 word = wire.parse(link.makefile("rb").readline(wire.LONGEST))
-                parts[word["rank"]] = word["part"]
-                links.append(link)
+                if wire.is_secret(word["secret"], secret):
+                    parts[word["rank"]] = word["part"]
+                    links.append(link)
         total = [sum(column) for column in zip(*parts.values(), strict=True)]
         for link in links:
             with contextlib.suppress(OSError), link:  # a rank that is gone is the supervisor's to name
@@ -307,7 +310,7 @@ def add_by_tcp(rank: int, size: int, place: tuple[str, int], listener: socket.so
     else:
         try:
             with wire.connect(*place, CONNECT_S) as link:
-                link.sendall(wire.message(rank=rank, part=part(rank)))
+                link.sendall(wire.message(secret=secret, rank=rank, part=part(rank)))
                 total = wire.parse(link.makefile("rb").readline())["sum"]
         except (OSError, EOFError) as error:
             reason = getattr(error, "strerror", None) or error or "the connection was closed"

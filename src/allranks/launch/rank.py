@@ -128,6 +128,7 @@ class Guard:
             # under torchrun MASTER_PORT is its own store's; this one is free there too
             variables.MASTER_ADDR: str(place["master_addr"]),
             variables.MASTER_PORT: str(place["master_port"]),
+            variables.RANKS_SECRET: str(place["secret"]),
         }
 
     # --- the program ----------------------------------------------------------------------------

@@ -122,8 +122,11 @@ def ends_at(environ: Mapping[str, str]) -> int | None:
         start = re.search(r"stime = (.+)", said)
         if limit is None or start is None:
             return None
-        began = datetime.strptime(start[1].strip(), "%a %b %d %H:%M:%S %Y").timestamp()  # local time
-        return int(began) + _seconds(limit[1])
+        try:
+            began = datetime.strptime(start[1].strip(), "%a %b %d %H:%M:%S %Y")  # local time
+        except ValueError:
+            return None
+        return int(began.timestamp()) + _seconds(limit[1])
     left = _call(["squeue", "-h", "-j", job_id, "-o", "%L"]).stdout.strip()  # UNLIMITED, or 1-02:03:04
     return int(time.time()) + _seconds(left) if re.fullmatch(r"[\d:-]+", left) else None
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import hmac
 import os
 import resource
 import secrets
@@ -184,7 +183,7 @@ class Supervision:
         self.ending = False  # every rank has been told to end, or will be at once
         self.stopped_by = 0  # a signal to us
         self.code, self.failure = 0, ""  # of what no rank's end explains
-        self._place: dict[str, Any] = {"world_size": world_size}
+        self._place: dict[str, Any] = {"world_size": world_size, "secret": secrets.token_hex(16)}
         self._said: list[bytes] = []  # the launcher's lines, not shown yet
 
     def run(self, argv: Sequence[str], env: Mapping[str, str], run_dir: str | Path | None) -> Outcome:
@@ -261,11 +260,13 @@ class Supervision:
         try:
             wire.keep_alive(guard.get_extra_info("socket"))
             hello = wire.parse(await asyncio.wait_for(reader.readline(), HELLO_S))
-            if not hmac.compare_digest(str(hello.get("secret")), self.secret):
+            if not wire.is_secret(hello.get("secret"), self.secret):
                 return
             r = self._welcome(hello, guard)
             while r is not None:
                 self._hear(r, wire.parse(await reader.readline()))
+        except asyncio.CancelledError:
+            pass  # at the launch's end: asyncio would show where a stranger's connection waits
         except (OSError, EOFError, ValueError, wire.WireError, asyncio.TimeoutError):
             if r is not None and r.guard is not None:
                 self._on_break(r)

@@ -28,6 +28,9 @@ OUTPUT = "ALLRANKS_OUTPUT"  # directory for the other ranks' stdout
 LAUNCH_ID = "ALLRANKS_LAUNCH_ID"  # the same for all its restarts; the program sees this one
 PRIVATE = (SUPERVISOR, SECRET, TERMINAL, OUTPUT)
 
+# Drawn by the supervisor for this start: whoever connects to a rank shows it.
+RANKS_SECRET = "ALLRANKS_RANKS_SECRET"
+
 PORTS = range(20000, 30000)  # below the ports that systems hand out for outgoing connections
 
 

@@ -5,6 +5,7 @@ A program's output travels in them too. Whoever connects must show the launch's 
 
 from __future__ import annotations
 
+import hmac
 import json
 import socket
 import time
@@ -22,6 +23,11 @@ def message(**values: Any) -> bytes:
     return json.dumps(values, default=lambda data: data.decode("latin-1")).encode() + b"\n"
 
 
+def is_secret(said: object, secret: str) -> bool:
+    """Compared in a time that tells a stranger nothing; half a character of JSON's is none of ours."""
+    return hmac.compare_digest(str(said).encode(errors="replace"), secret.encode())
+
+
 def output(text: str) -> bytes:
     return text.encode("latin-1")
 
@@ -32,7 +38,7 @@ def parse(line: bytes) -> dict[str, Any]:
         raise EOFError
     try:
         values = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WireError(f"a message that is no JSON ({error})") from error
     if not isinstance(values, dict):
         raise WireError("a message that is no JSON object")

@@ -14,6 +14,7 @@ from allranks.errors import UserError
 
 # Slurm's special steps (batch script, interactive shell, ...) count down from here; they are no tasks.
 SLURM_FIRST_SPECIAL_STEP = 4294967280
+_NUMBER = "[0-9]{1,10}"
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,8 @@ def discover(environ: Mapping[str, str]) -> Launch:
 def launcher_rank(environ: Mapping[str, str]) -> int:
     """The rank by the launcher's variables alone, however they contradict others; 0 where unknown."""
     names = next((n for n in _LAUNCHERS if _matches(n, environ)), None)
-    text = environ.get(names.rank, "") if names else ""
-    return int(text) if text.isascii() and text.isdigit() else 0
+    text = environ.get(names.rank, "").strip() if names else ""
+    return int(text) if re.fullmatch(_NUMBER, text) else 0
 
 
 def started_by_mpi(environ: Mapping[str, str]) -> bool:
@@ -126,11 +127,11 @@ def started_by_mpi(environ: Mapping[str, str]) -> bool:
 
 
 def _matches(names: _Names, environ: Mapping[str, str]) -> bool:
-    if not all(environ.get(name) for name in names.proof):
+    if not all(environ.get(name, "").strip() for name in names.proof):
         return False
     if names.launcher == "srun":  # a shell of salloc or sbatch has SLURM_PROCID too, but is no task
         step = environ["SLURM_STEP_ID"]
-        return step.isascii() and step.isdigit() and int(step) < SLURM_FIRST_SPECIAL_STEP
+        return re.fullmatch(_NUMBER, step) is not None and int(step) < SLURM_FIRST_SPECIAL_STEP
     return True
 
 
@@ -160,7 +161,7 @@ def _number(environ: Mapping[str, str], name: str) -> int | None:
     text = environ.get(name, "").strip() if name else ""
     if not text:
         return None
-    if not re.fullmatch(r"[0-9]{1,10}", text):
+    if not re.fullmatch(_NUMBER, text):
         raise UserError(f"{name}={text!r} is not a whole number: unset it, or let a launcher set it.")
     return int(text)
 
@@ -179,8 +180,8 @@ def repeated(text: str, named: str) -> list[int]:
     """Slurm's counts per node: `2(x3),1` gives [2, 2, 2, 1]."""
     counts: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        if match is None:
+        match = re.fullmatch(r"([0-9]{1,6})(?:\(x([0-9]{1,6})\))?", part)
+        if match is None or not int(match[1]):
             raise UserError(f"{named}={text!r} cannot be read: Slurm writes it like 2(x3),1.")
         counts += [int(match[1])] * int(match[2] or 1)
     return counts
@@ -195,8 +196,8 @@ def cpu_affinity() -> frozenset[int]:
 
 def first_host(node_list: str) -> str:
     """The first host of a Slurm node list: `nid[001-003,7],login1` gives `nid001`."""
-    match = re.match(r"([^\[,]*)(?:\[([0-9]+)[^\]]*\])?([^\[,]*)", node_list)
-    host = "".join(part or "" for part in match.groups()) if match else ""
+    first = re.split(r",(?![^\[]*\])", node_list.strip())[0]
+    host = re.sub(r"\[([0-9]+)[^\]]*\]", r"\1", first)
     if not host:
         raise UserError(f"SLURM_JOB_NODELIST={node_list!r} names no host: start the ranks with srun.")
     return host

@@ -208,59 +208,72 @@ def open_runtime(
     A rank that has no valid configuration comes with its `error` instead, so that every rank can end
     with one message. Raises UserError, agreed by all, for whatever makes the run impossible.
     """
+    watchdog = Watchdog(config.watchdog if config else WatchdogConfig(), launch)
+    try:
+        return _bring_up(launch, config, digest, error, run, watchdog)
+    except UserError:
+        watchdog.close()
+        if watchdog.meeting is not None:
+            watchdog.meeting.leave()
+        raise
+
+
+def _bring_up(
+    launch: Launch,
+    config: Config | None,
+    digest: str,
+    error: UserError | None,
+    run: int,
+    watchdog: Watchdog,
+) -> Runtime:
     comm = None
     if launch.is_mpi and not launch.alone:
         comm = mpi.world(launch)
         launch = replace(launch, world_size=int(comm.size))
-    meeting = open_meeting(launch, comm, run)
-    watchdog = Watchdog(config.watchdog if config else WatchdogConfig(), meeting, launch)
+    meeting = watchdog.meeting = open_meeting(launch, comm, run)
+    host = socket.gethostname()
+    about_me = {
+        "host": host,
+        "local_rank": launch.local_rank,
+        "cpus": sorted(cpu_affinity()),
+        "digest": digest,
+        "version": f"allranks {allranks.__version__}, torch {torch.__version__}",
+        "error": str(error) if error else None,
+    }
+    place = meeting.settle(about_me, _places)
+    assert config is not None  # an error of this rank was raised by settle()
+    runtime_error: UserError | None = None
     try:
-        host = socket.gethostname()
-        about_me = {
-            "host": host,
-            "local_rank": launch.local_rank,
-            "cpus": sorted(cpu_affinity()),
-            "digest": digest,
-            "version": f"allranks {allranks.__version__}, torch {torch.__version__}",
-            "error": str(error) if error else None,
-        }
-        place = meeting.settle(about_me, _places)
-        assert config is not None  # an error of this rank was raised by settle()
-        runtime_error: UserError | None = None
-        try:
-            device, identity = _pick_device(config, place)
-            _check_precision(config.trainer.precision, device)
-            use_ezpz = ezpz.chosen(config.runtime, launch.rank)
-            watch = watchdog.prepare(one_host=place["hosts"] == 1)
-        except UserError as problem:
-            runtime_error, identity, watch = problem, "", None
-        mine = {
-            "host": host,
-            "pid": os.getpid(),
-            "error": str(runtime_error) if runtime_error else None,
-            "device": identity,
-            "local_rank": place["local_rank"],
-            "oversubscribe": config.oversubscribe,
-            "watch": watch,
-        }
-        seen: list[dict[str, Any]] = []
-        agreed = meeting.settle(mine, partial(_check_devices, seen))
+        device, identity = _pick_device(config, place)
+        _check_precision(config.trainer.precision, device)
+        use_ezpz = ezpz.chosen(config.runtime, launch.rank)
+        watch = watchdog.prepare(one_host=place["hosts"] == 1) if meeting.world_size > 1 else None
+    except UserError as problem:
+        runtime_error, identity, watch = problem, "", None
+    mine = {
+        "host": host,
+        "pid": os.getpid(),
+        "error": str(runtime_error) if runtime_error else None,
+        "device": identity,
+        "local_rank": place["local_rank"],
+        "oversubscribe": config.oversubscribe,
+        "watch": watch,
+    }
+    seen: list[dict[str, Any]] = []
+    agreed = meeting.settle(mine, partial(_check_devices, seen))
+    if watch is not None:
         watchdog.join(**agreed["watch"])
-        fixed = _virtual_ranks(config.trainer, meeting.world_size)
-        threads = config.threads or (1 if fixed else place["threads"])  # which may change sums' last bits
-        torch.set_num_threads(threads)
-        runtime = Runtime(
-            launch, meeting, watchdog, device, "ezpz" if use_ezpz else "native", place["local_rank"],
-            place["local_world_size"], threads, seen, comm if device.type == "cpu" else None, fixed,
-        )  # fmt: skip
-        if meeting.world_size > 1 or use_ezpz:
-            # NCCL and XCCL refuse two ranks on one device; gloo serves them
-            backend = "gloo" if agreed["shared"] else BACKENDS[device.type]
-            _start_process_group(runtime, backend, place["hosts"])
-    except UserError:
-        watchdog.close()
-        meeting.leave()
-        raise
+    fixed = _virtual_ranks(config.trainer, meeting.world_size)
+    threads = config.threads or (1 if fixed else place["threads"])  # which may change sums' last bits
+    torch.set_num_threads(threads)
+    runtime = Runtime(
+        launch, meeting, watchdog, device, "ezpz" if use_ezpz else "native", place["local_rank"],
+        place["local_world_size"], threads, seen, comm if device.type == "cpu" else None, fixed,
+    )  # fmt: skip
+    if meeting.world_size > 1 or use_ezpz:
+        # NCCL and XCCL refuse two ranks on one device; gloo serves them
+        backend = "gloo" if agreed["shared"] else BACKENDS[device.type]
+        _start_process_group(runtime, backend, place["hosts"])
     return runtime
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
-import hmac
 import logging
 import os
 import resource
@@ -72,8 +71,9 @@ class _Link:
 class Watchdog:
     """The training's progress (attributes that the main thread writes), and the thread that looks at it."""
 
-    def __init__(self, limits: WatchdogConfig, meeting: Meeting, launch: Launch) -> None:
-        self.limits, self.meeting, self.rank = limits, meeting, meeting.rank
+    def __init__(self, limits: WatchdogConfig, launch: Launch) -> None:
+        self.limits, self.rank = limits, launch.rank
+        self.meeting: Meeting | None = None  # not there yet
         self.step = 0  # completed
         self.begun = 0  # steps that this process has begun
         self.batches = self.arrivals = 0
@@ -160,19 +160,17 @@ class Watchdog:
 
     def close(self) -> None:
         """The run has ended well, or with an error that all ranks know."""
-        self._closed = True
         for link in list(self._links.values()):
-            link.say(bye=True)
+            link.say(bye=True)  # before the connection ends, which would be an alarm without it
+        self._closed = True
         if self._dump is not None:
             faulthandler.unregister(DUMP)
             os.close(self._dump)
 
     # --- getting to know the others -------------------------------------------------------------------
 
-    def prepare(self, one_host: bool) -> dict[str, Any] | None:
+    def prepare(self, one_host: bool) -> dict[str, Any]:
         """What others must know to look after this process; rank 0 opens its door. Raises UserError."""
-        if self.meeting.world_size == 1:
-            return None
         if sys.platform == "linux":
             self._dump = os.memfd_create("allranks-stack")
             faulthandler.register(DUMP, file=self._dump)
@@ -185,8 +183,6 @@ class Watchdog:
         """Connects. `peers`: what the ranks prepared, on rank 0 of all, on others of rank 0 alone; `deputy`
         is the rank that speaks when rank 0 cannot.
         """
-        if self.meeting.world_size == 1:
-            return
         self._peers, self._deputy = peers, deputy
         if self.rank:
             address, port, secret = peers[0]["door"]
@@ -227,15 +223,15 @@ class Watchdog:
                 seen, self._moved_at, self._alarm_after = progress, self._clock, 0.0
             if self._parent is not None and os.getppid() != self._parent:
                 self._end("the launcher has ended" if self.rank == 0 else "")
-            if self._idle_s() >= self._limit()[1] + self._alarm_after:
-                self._alarm()
             if self._due is not None:
                 self._conclude(late=self._clock >= self._due)
+            elif self._idle_s() >= self._limit()[1] + self._alarm_after:
+                self._alarm()
         self._drop_sockets()
         self._selector.close()
 
     def _arrived(self) -> int:
-        return self.arrivals + self.meeting.rounds
+        return self.arrivals + (self.meeting.rounds if self.meeting else 0)
 
     def _idle_s(self) -> float:
         return self._clock - self._moved_at
@@ -380,7 +376,7 @@ class Watchdog:
         """What another rank tells rank 0."""
         match word:
             case {"secret": str(secret), "rank": int(rank)} if link.rank is None:
-                if hmac.compare_digest(secret.encode(), self._secret.encode()):
+                if wire.is_secret(secret, self._secret):
                     link.rank = rank
                     self._links[rank] = link
             case _ if link.rank is None:

@@ -1,0 +1,143 @@
+"""Seconds from a fault until every rank is down, by launcher; beside plain DDP under plain torchrun.
+
+python benchmarks/failures.py [REPEATS]
+
+Each figure is the worst of REPEATS (default 3) on this host. Then: what the watchdog costs a step.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from allranks.config import WatchdogConfig
+from allranks.runtime.environment import Launch
+from allranks.runtime.watchdog import Watchdog
+from common import BIN, RANK_VARIABLES, scratch
+
+RANKS = 3
+STEP_S = 3  # watchdog.step_s
+TIMEOUT_S = 15  # of the plain loop's process group; torch's own is 1800 s
+GIVE_UP_S = 60
+
+# Raises on rank 1 once there is a file `raise`.
+MODEL = """
+import os, time, torch
+class Net(torch.nn.Linear):
+    def forward(self, images):
+        time.sleep(0.01)
+        if int(os.environ.get("RANK") or os.environ["PMI_RANK"]) == 1 and os.path.exists("raise"):
+            raise ValueError("as told")
+        return super().forward(images.flatten(1))
+"""
+PLAIN = f"""
+import datetime, os, sys, torch, lab
+torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds={TIMEOUT_S}))
+model = torch.nn.parallel.DistributedDataParallel(lab.Net(784, 10))
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+while True:
+    model(torch.rand(32, 784)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    open("going", "w").close()
+"""
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+OVERRIDES = [
+    "data=synthetic", "model=lab", "device=cpu", "threads=1", "trainer.epochs=1000000",
+    "trainer.batch_size=2000", "checkpoint.every_epochs=null", f"watchdog.step_s={STEP_S}", "run.dir=run",
+    "--config-dir=conf",
+]  # fmt: skip
+SETUPS = {
+    "mpiexec": [str(BIN / "mpiexec"), "-n", str(RANKS), sys.executable, "-m", "allranks.train", *OVERRIDES],
+    "torchrun": [*TORCHRUN, "-m", "allranks.train", *OVERRIDES],
+    "allranks launch": [sys.executable, "-m", "allranks", "launch", "-n", str(RANKS), *OVERRIDES],
+    "plain DDP, torchrun": [*TORCHRUN, "plain.py"],
+}
+FAULTS: dict[str, Callable[[Path, int, int], object]] = {  # by folder, the launcher's pid, rank 1's pid
+    "a rank raises": lambda folder, launcher, rank: (folder / "raise").touch(),
+    "kill -9 of a rank": lambda folder, launcher, rank: os.kill(rank, signal.SIGKILL),
+    "a rank is stopped": lambda folder, launcher, rank: os.kill(rank, signal.SIGSTOP),
+    "kill -9 of the launcher": lambda folder, launcher, rank: os.kill(launcher, signal.SIGKILL),
+}
+
+
+def ranks_with(mark: str) -> dict[int, int | None]:
+    """Living processes that carry the mark and a rank's variable, with the rank of those that train."""
+    found: dict[int, int | None] = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            environ = (process / "environ").read_text(errors="replace")
+            state = (process / "stat").read_text().rpartition(")")[2].split()[0]
+            line = (process / "cmdline").read_text()
+        except OSError:
+            continue
+        number = re.search(r"(?:^|\0)(?:RANK|PMI_RANK)=(\d+)", environ)
+        if mark in environ and number and state not in "ZX":
+            trains = "launch.rank" not in line
+            found[int(process.name)] = int(number[1]) if trains else None
+    return found
+
+
+def seconds_until_down(argv: list[str], fault: str) -> float:
+    """inf where ranks are left after GIVE_UP_S."""
+    mark = str(uuid.uuid4())
+    environ = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
+    with scratch() as folder:
+        (folder / "lab.py").write_text(MODEL)
+        (folder / "plain.py").write_text(PLAIN)
+        (folder / "conf/model").mkdir(parents=True)
+        (folder / "conf/model/lab.yaml").write_text(
+            "_target_: lab.Net\nin_features: 784\nout_features: 10\n"
+        )
+        environ |= {"MARK": mark, "PYTHONPATH": f"{folder}:{environ.get('PYTHONPATH', '')}"}
+        launcher = subprocess.Popen(
+            argv, cwd=folder, env=environ, start_new_session=True, stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        metrics = folder / "run/metrics.jsonl"
+        while not (folder / "going").exists() and not (metrics.exists() and metrics.read_text()):
+            time.sleep(0.1)
+        time.sleep(1)
+        [rank] = [pid for pid, number in ranks_with(mark).items() if number == 1]
+        FAULTS[fault](folder, launcher.pid, rank)
+        began = time.monotonic()
+        while ranks_with(mark) and time.monotonic() < began + GIVE_UP_S:
+            time.sleep(0.01)
+        took = time.monotonic() - began
+        left = ranks_with(mark)
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+        launcher.kill()
+        launcher.wait()
+        return float("inf") if left else took
+
+
+def main() -> None:
+    repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    print(f"{RANKS} ranks on one host; watchdog.step_s={STEP_S}; the plain loop's timeout is {TIMEOUT_S} s")
+    print(f"{'seconds until all ranks are down':<34}" + "".join(f"{name:>21}" for name in SETUPS))
+    for fault in FAULTS:
+        figures = []
+        for argv in SETUPS.values():
+            worst = max(seconds_until_down(argv, fault) for _ in range(repeats))
+            figures.append(f"{worst:.1f}" if worst < GIVE_UP_S else f"not in {GIVE_UP_S}")
+        print(f"{fault:<34}" + "".join(f"{figure:>21}" for figure in figures), flush=True)
+
+    watchdog, calls = Watchdog(WatchdogConfig(), Launch("none")), 100_000
+    for name, call in {"progress": lambda: watchdog.progress(1), "arrive": watchdog.arrive}.items():
+        began = time.perf_counter()
+        for _ in range(calls):
+            call()
+        print(f"watchdog.{name}(): {(time.perf_counter() - began) / calls * 1e9:.0f} ns")
+    watchdog.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,375 @@
+"""Ranks that die, hang, are stopped or drift apart: named, and all of them down, under every launcher."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from allranks.config import WatchdogConfig
+from allranks.launch import wire
+from allranks.runtime.environment import Launch
+from allranks.runtime.watchdog import Watchdog
+from launching import BIN, Started
+
+HOST = socket.gethostname()
+STEP_S = 2  # watchdog.step_s of most trainings here
+LAUNCHERS = ["mpiexec", "torchrun", "launch"]
+
+# A user's own package. A model or a Dataset of it goes wrong at one place on one rank, and notes when.
+PACKAGE = '''
+import ctypes, os, signal, time, torch
+from torch import nn
+
+def rank():
+    return int(os.environ.get("RANK") or os.environ.get("PMI_RANK") or 0)
+
+def go_wrong(fault, who):
+    if rank() != who:
+        return
+    with open("fault.tmp", "w") as file:
+        file.write(str(time.monotonic()))
+    os.rename("fault.tmp", "fault")
+    match fault:
+        case "raise":
+            raise ValueError("as I was told")
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "segv":
+            ctypes.string_at(0)
+        case "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "sleep":
+            time.sleep(1000)
+
+class Net(nn.Module):
+    """`at`: begin (the first step), step, eval or init; `pause_s`: between steps."""
+    def __init__(self, fault, at, who, pause_s):
+        super().__init__()
+        self.body = nn.Linear(64, 3)
+        self.fault, self.at, self.who, self.pause_s = fault, at, who, pause_s
+        self.steps = 0
+        if at == "init":
+            go_wrong(fault, who)
+
+    def forward(self, images):
+        self.steps += self.training
+        if self.training:
+            time.sleep(self.pause_s)
+        if self.at == ("eval" if not self.training else "begin" if self.steps == 1 else "step"):
+            if self.steps != 2 and (self.at != "step" or self.steps == 6):  # the first pass counts twice
+                go_wrong(self.fault, self.who)
+        return self.body(images.flatten(1))
+
+class Slow(Net):
+    """Nothing is wrong with it, but it takes its time: to begin, to evaluate, and in a call that keeps
+    the GIL."""
+    def forward(self, images):
+        if rank() == self.who:
+            if not self.training:
+                time.sleep(0.6)
+            elif self.steps == 1:
+                time.sleep(5)
+            elif self.steps == 20:
+                ctypes.PyDLL(None).usleep(5_000_000)
+        return super().forward(images)
+
+class Straggler(Net):
+    def forward(self, images):
+        if rank() == self.who and self.training:
+            time.sleep(0.04)
+        return super().forward(images)
+
+class Drifting(torch.optim.SGD):
+    """On rank 1 of three it adds a little of its own."""
+    def step(self, closure=None):
+        super().step()
+        if rank() == 1:
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].view(-1)[0] += 1e-6
+
+class Stripes(torch.utils.data.Dataset):
+    def __init__(self, count, at=None, fetch_s=0):
+        self.count, self.at = count, at
+        time.sleep(fetch_s if rank() == 0 else 0)
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, n):
+        if n == self.at:
+            go_wrong("sleep", rank())
+        return torch.rand(1, 8, 8), n % 3
+'''
+MODEL = "fault: none\nat: step\nwho: 1\npause_s: 0\n"
+STRIPES = "_target_: lab.Stripes\n  count: "
+
+
+@pytest.fixture
+def start(tmp_path: Path):
+    """start("mpiexec", 3, "model.fault=kill"): a training in tmp_path; ends whatever is left of it."""
+    started: list[Started] = []
+    (tmp_path / "lab.py").write_text(PACKAGE)
+    for name, text in {
+        "model/lab": "_target_: lab.Net\n" + MODEL,
+        "model/slow": "_target_: lab.Slow\n" + MODEL,
+        "model/straggler": "_target_: lab.Straggler\n" + MODEL,
+        "optimizer/drifting": "_target_: lab.Drifting\nlr: 0.1\n",
+        "data/stripes": f"input_shape: [1, 8, 8]\nclasses: 3\nsplit: [960, 240]\nworkers: 0\n"
+        f"train:\n  {STRIPES}1200\n  at: null\n  fetch_s: 0\ntest:\n  {STRIPES}240\n",
+    }.items():
+        path = tmp_path / f"conf/{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    def start(under: str | None, ranks: int, *overrides: str) -> Started:
+        train = ["-m", "allranks.train"]
+        command = {
+            None: [sys.executable, *train],
+            "mpiexec": [str(BIN / "mpiexec"), "-n", str(ranks), sys.executable, *train],
+            "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                         f"--nproc-per-node={ranks}", *train],
+            "launch": [sys.executable, "-m", "allranks", "launch", "-n", str(ranks)],
+            "hosts": [sys.executable, "-c", TWO_HOSTS, sys.executable, *train],
+        }[under]  # fmt: skip
+        overrides = (
+            "data=stripes", "model=lab", "device=cpu", "threads=1", "trainer.epochs=1000",
+            "trainer.batch_size=96", f"watchdog.step_s={STEP_S}", "run.dir=run",
+            "checkpoint.every_epochs=null", *overrides, "--config-dir=conf",
+        )  # fmt: skip
+        path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+        started.append(Started([*command, *overrides], "detect", cwd=tmp_path, PYTHONPATH=path))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.end()
+
+
+def fault_s(tmp_path: Path, within_s: float = 60) -> float:
+    """When it went wrong, by time.monotonic()."""
+    deadline = time.monotonic() + within_s
+    while not (tmp_path / "fault").exists():
+        assert time.monotonic() < deadline, "nothing went wrong"
+        time.sleep(0.02)
+    return float((tmp_path / "fault").read_text())
+
+
+def ranks_of(started: Started) -> set[int]:
+    return started.pids() - {started.process.pid} or {started.process.pid}
+
+
+def all_down(started: Started, tmp_path: Path, within_s: float) -> tuple[float, str, str]:
+    """Seconds from the fault until no rank was left, stdout and stderr; exit code 0 would be wrong.
+
+    The launcher's own process has a little longer: torchrun tells at length, and imports much for it.
+    """
+    since = fault_s(tmp_path)
+    ranks = ranks_of(started)
+    while ranks & started.pids() and time.monotonic() < since + within_s + 5:
+        time.sleep(0.02)
+    took = time.monotonic() - since
+    code, out, err = started.finish()
+    assert code not in (0, 2, 85), err
+    assert took < within_s, err
+    started.gone(within_s=1)
+    return took, out, err
+
+
+# --- ranks that die ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("under", "who"), [("mpiexec", 1), ("torchrun", 1), ("torchrun", 0), ("launch", 2)]
+)
+def test_kill_9_of_a_rank_is_named_and_all_are_down_in_2_s(start, tmp_path, under, who):
+    started = start(under, 3, "model.fault=kill", f"model.who={who}")
+    _, _, err = all_down(started, tmp_path, within_s=2)
+    said = re.search(rf"^allranks: rank {who} on {HOST}(, in step \d+:)? was killed by SIGKILL", err, re.M)
+    if under == "mpiexec" and said is None and not err:
+        return  # MPICH kills the others after 3 ms: on a busy host before rank 0 has got to speak
+    assert said, err
+    for later in ("BAD TERMINATION", "ChildFailedError", "Traceback"):
+        assert later not in err[: said.start()]
+
+
+@pytest.mark.parametrize(("under", "who"), [("mpiexec", 1), ("torchrun", 0), ("launch", 2)])
+def test_an_exception_on_one_rank_is_the_first_and_only_thing_said(start, tmp_path, under, who):
+    started = start(under, 3, "model.fault=raise", f"model.who={who}", "model.at=begin")
+    _, out, err = all_down(started, tmp_path, within_s=2)
+    traceback, stream = f"rank {who} on {HOST}] Traceback", err if who else out  # rank 0's log is on stdout
+    assert stream.count(traceback) == 1
+    assert "ValueError: as I was told" in stream
+    assert "Connection" not in out + err  # what the others see of it
+
+
+@pytest.mark.parametrize("under", ["torchrun", "launch"])
+def test_a_segfault_leaves_its_stack(start, tmp_path, under):
+    _, _, err = all_down(start(under, 2, "model.fault=segv"), tmp_path, within_s=2)
+    assert "Fatal Python error: Segmentation fault" in err
+    assert "in go_wrong" in err
+    assert re.search(rf"rank 1 on {HOST}(, in step \d+:)? was killed by SIGSEGV", err), err
+
+
+@pytest.mark.parametrize("under", LAUNCHERS)
+def test_kill_9_of_the_launcher_leaves_nobody_after_5_s(start, tmp_path, under):
+    started = start(under, 2, "model.pause_s=0.01", "model.at=begin")
+    fault_s(tmp_path)
+    started.process.kill()
+    assert started.gone(within_s=5) < 5
+
+
+def test_nor_does_it_where_the_ranks_have_only_begun(start):
+    started = start("torchrun", 2)
+    deadline = time.monotonic() + 60
+    while True:
+        ranks = started.pids() - {started.process.pid}
+        if any("libtorch" in Path(f"/proc/{pid}/maps").read_text() for pid in ranks):
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    started.process.kill()
+    started.gone(within_s=20)  # torch is imported to the end first
+
+
+# --- ranks that hang or are stopped --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("under", "who"), [("mpiexec", 1), ("torchrun", 0), ("launch", 2)])
+def test_a_stopped_rank_is_named_with_its_stack_and_killed(start, tmp_path, under, who):
+    started = start(under, 3, "model.fault=stop", f"model.who={who}")
+    _, _, err = all_down(started, tmp_path, within_s=STEP_S + 5)
+    assert re.search(rf"rank {who} on {HOST}, in step 5: is stopped \(state T\). It is at\n", err), err
+    assert re.search(r"lab.py\", line \d+ in go_wrong\n", err), err
+
+
+@pytest.mark.parametrize(
+    ("under", "at", "limit", "step"),
+    [
+        ("torchrun", "init", "start_s", 1),
+        ("mpiexec", "begin", "first_step_s", 1),
+        ("launch", "step", "step_s", 5),
+        ("mpiexec", "eval", "step_s", 11),
+        (None, "step", "step_s", 6),
+    ],
+)
+def test_a_hanging_rank_is_named_with_its_stack(start, tmp_path, under, at, limit, step):
+    who = 1 if under else 0
+    given = () if limit == "step_s" else (f"watchdog.{limit}={STEP_S}",)
+    started = start(under, 3, "model.fault=sleep", f"model.at={at}", f"model.who={who}", *given)
+    took, _, err = all_down(started, tmp_path, within_s=STEP_S + 5)
+    assert took >= STEP_S - 1  # the start's limit began before
+    assert f"{STEP_S} s are allowed for" in err
+    assert f"watchdog.{limit}). It is at" in err
+    assert f"allranks: rank {who} on {HOST}, in step {step}: has made no progress for" in err
+    assert "go_wrong\n    time.sleep(1000)\n" in err
+    assert len(re.findall("has made no progress", err)) == 1
+
+
+def test_a_dataset_that_hangs_on_one_rank_is_seen(start, tmp_path):
+    started = start("torchrun", 2, "data.train.at=500", "data.workers=1")
+    _, _, err = all_down(started, tmp_path, within_s=STEP_S + 5)
+    assert re.search(rf"allranks: rank \d on {HOST}, in step \d+: has made no progress", err)
+    assert "_get_data" in err  # where the DataLoader waits for its worker
+
+
+def test_a_rank_that_takes_its_time_is_left_alone(start, tmp_path):
+    """Slow to get its data, to begin, to evaluate, and in a call that keeps the GIL; then all suspended."""
+    started = start(
+        "mpiexec", 2, "model=slow", "data.train.fetch_s=3", "watchdog.start_s=2", "trainer.epochs=3"
+    )  # fmt: skip
+    deadline = time.monotonic() + 90
+    while not (tmp_path / "run/metrics.jsonl").exists() or not (tmp_path / "run/metrics.jsonl").read_text():
+        assert started.process.poll() is None, started.finish()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    everybody = started.pids()
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for pid in everybody:
+            os.kill(pid, number)
+        time.sleep(STEP_S + 2)
+    code, _, err = started.finish(within_s=60)
+    assert (code, err) == (0, "")
+
+
+# --- several hosts -------------------------------------------------------------------------------------
+
+# A stand-in for a launcher on two hosts, of two ranks each: namespaces with names of their own.
+TWO_HOSTS = """
+import os, socket, subprocess, sys
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = str(free.getsockname()[1])
+ranks = [
+    subprocess.Popen(
+        ["unshare", "--uts", "sh", "-c", 'hostname $1; shift; exec "$@"', "sh", f"host{r // 2}",
+         *sys.argv[1:]],
+        env={**os.environ, "RANK": str(r), "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"})
+    for r in range(4)
+]
+sys.exit(max([abs(rank.wait()) for rank in ranks]))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may name a host")
+@pytest.mark.parametrize(
+    ("fault", "who", "host", "said", "within_s"),
+    [
+        ("kill", 3, "host1", "was killed by SIGKILL", 5),
+        ("stop", 2, "host1", r"is stopped \(state T\). It is at", STEP_S + 5),
+        ("stop", 0, "host0", r"is stopped \(state T\). It is at", STEP_S + 5),
+    ],
+)
+def test_on_several_hosts_a_neighbour_looks(start, tmp_path, fault, who, host, said, within_s):
+    started = start("hosts", 4, f"model.fault={fault}", f"model.who={who}")
+    _, _, err = all_down(started, tmp_path, within_s)
+    assert re.search(rf"^allranks: rank {who} on {host}, in step \d+: {said}", err, re.M), err
+
+
+# --- ranks that drift apart, or lag behind -------------------------------------------------------------
+
+
+def test_ranks_whose_weights_differ_are_named(start, tmp_path):
+    started = start("mpiexec", 3, "optimizer=drifting", "trainer.epochs=2")
+    code, _, err = started.finish(within_s=60)
+    assert code == 1
+    assert f"allranks: After step 10 the ranks' weights differ (rank 1 on {HOST} from the others')" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "run/checkpoints/step-000010").exists()
+
+
+def test_a_straggler_is_reported(start):
+    started = start("torchrun", 3, "model=straggler", "trainer.epochs=1", "trainer.batch_size=32")
+    code, out, err = started.finish(within_s=60)
+    assert code == 0, err
+    assert re.search(rf"^rank 1 on {HOST} works longer on a step than the others: [\d.]+ times", out, re.M)
+
+
+# --- the connections -----------------------------------------------------------------------------------
+
+
+def test_nobody_without_the_secret_is_listened_to():
+    watchdog = Watchdog(WatchdogConfig(), Launch("none"))
+    address, port, secret = watchdog.prepare(one_host=True)["door"]
+    watchdog.join([{"host": HOST, "pid": os.getpid(), "dump": None}] * 2, deputy=1)
+    for words in (
+        {"secret": "x", "rank": 1},
+        {"failed": True},
+        {"rank": 1},
+        {"secret": "é" * 64, "rank": 1},
+    ):
+        link = wire.connect(address, port, 5)
+        link.sendall(wire.message(**words) + wire.message(failed=True))
+        link.settimeout(5)
+        assert link.recv(100) == b""  # and this process has not been ended
+        link.close()
+    assert address == "127.0.0.1"
+    assert len(secret) == 64
+    watchdog.close()
