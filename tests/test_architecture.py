@@ -37,7 +37,7 @@ ARROWS = {
     "launch.command": "errors launch.allocation launch.launchers launch.machine launch.variables",
     "launch.dryrun": "launch.allocation launch.command",
     "launch.cli": "control errors launch.allocation launch.command launch.dryrun launch.machine "
-    "launch.attempts launch.runs launch.scheduler",
+    "launch.attempts launch.runs",
     "launch.attempts": "checkpoints config control errors launch.allocation launch.command launch.machine "
     "launch.preflight launch.processes launch.supervise launch.variables",
     "launch.scheduler": "errors",

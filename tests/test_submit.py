@@ -743,10 +743,11 @@ def a_node_to_lose():
     """lose("n2"): its daemon and all that runs there are killed; afterwards it is up again."""
 
     def lose(name):
-        daemon = Path(f"/var/lib/test-slurm/pids/slurmd-{name}.pid").read_text()
+        pid_file = Path(f"/var/lib/test-slurm/pids/slurmd-{name}.pid")
         there = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=True)
-        for pid in {daemon.strip(), *there.stdout.split()}:
+        for pid in {pid_file.read_text().strip(), *there.stdout.split()}:
             os.kill(int(pid), signal.SIGKILL)
+        pid_file.unlink()  # where nobody reaps it, slurm-up would take what is left of it for alive
 
     yield lose
     subprocess.run(["scancel", "-u", USER], timeout=30, check=False)

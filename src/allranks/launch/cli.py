@@ -14,7 +14,7 @@ from pathlib import Path
 from allranks.control import EXIT_REQUEUE
 from allranks.errors import EXIT_USER_ERROR, UserError
 from allranks.launch import allocation as allocations
-from allranks.launch import command, dryrun, machine, runs, scheduler
+from allranks.launch import command, dryrun, machine, runs
 from allranks.launch.allocation import Allocation
 from allranks.launch.command import Request
 from allranks.launch.machine import LAUNCHERS, Machine
@@ -109,7 +109,6 @@ def _start(
     """Starts the program, or one training after another; the exit code."""
     from allranks.launch.attempts import Launch, run
 
-    environ = {**_deadline(environ), **environ}
     own = str(Path(args.run).absolute()) if args.run else None
     launch = Launch(request, known, allocation, environ, own, None, args.max_restarts, args.min_ranks)
     check = not args.no_preflight
@@ -130,18 +129,6 @@ def _start(
         if codes[-1] == EXIT_REQUEUE or codes[-1] > 128:  # a signal or the job's end, for all of it
             break
     return next((code for code in codes if code), 0)
-
-
-def _deadline(environ: Mapping[str, str]) -> dict[str, str]:
-    """When the job ends, from the scheduler: our job scripts know it, `salloc` and `qsub -I` do not."""
-    if environ.get("ALLRANKS_DEADLINE") or environ.get("SLURM_JOB_END_TIME"):
-        return {}
-    try:
-        ends_at = scheduler.ends_at(environ)
-    except UserError as error:
-        print(f"allranks: when this job ends is not known: {error}", file=sys.stderr, flush=True)
-        return {}
-    return {} if ends_at is None else {"ALLRANKS_DEADLINE": str(ends_at)}
 
 
 def split(rest: Sequence[str]) -> tuple[list[str], list[str], tuple[str, ...] | None]:
