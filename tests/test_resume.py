@@ -154,13 +154,14 @@ def test_a_signal_to_any_rank_stops_all_with_a_checkpoint(tmp_path, train, long_
     assert figures(went_on.run) == figures(long_run)
 
 
-def test_asked_to_stop_again_and_again_it_keeps_its_exit_code(tmp_path):
+@pytest.mark.parametrize(("epochs", "code"), [(60, 85), (1, 0)], ids=["stopped", "finished"])
+def test_asked_to_stop_again_and_again_it_keeps_its_exit_code(tmp_path, epochs, code):
     """A job that is cancelled sends more than one signal; one came when Python itself was ending."""
-    process = started(*LONG, cwd=tmp_path)
+    process = started(*LONG, f"trainer.epochs={epochs}", cwd=tmp_path)
     while process.poll() is None:
         process.terminate()
         time.sleep(0.005)
-    assert process.returncode == 85, process.communicate()
+    assert process.returncode == code, process.communicate()
 
 
 def test_a_run_stops_by_itself_before_the_job_ends(tmp_path, train, long_run):

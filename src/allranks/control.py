@@ -49,7 +49,7 @@ class Signals:
             signal.signal(number, handler)
 
     def ignore(self) -> None:
-        """To the process's end: a second signal must not change the exit code of a run that stops."""
+        """From its end to the process's: a second signal must not change a run's exit code."""
         self._before = dict.fromkeys(STOPPING, signal.SIG_IGN)  # which Python's own end leaves in place
 
     def _count(self, number: int, _: FrameType | None) -> None:

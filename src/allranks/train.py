@@ -34,8 +34,9 @@ def main() -> None:
     try:
         launch = environment.discover(os.environ)
         launched = sys.argv[1:2] == ["--run"]
-        for number, config in enumerate(compose(launch, launched)):
-            if not run(config, launch, launched, number):
+        composed = compose(launch, launched)
+        for number, config in enumerate(composed):
+            if not run(config, launch, launched, number, last=number == len(composed) - 1):
                 sys.exit(EXIT_REQUEUE)
         if "triton" not in sys.modules:  # whose binding complains about objects that are still there
             gc.freeze()  # Python would look through all of torch's objects once more before it ends
@@ -77,10 +78,17 @@ def compose(launch: environment.Launch, launched: bool) -> list[Config]:
         raise
 
 
-def run(config: Config, launch: environment.Launch, launched: bool = False, number: int = 0) -> bool:
+def run(
+    config: Config,
+    launch: environment.Launch,
+    launched: bool = False,
+    number: int = 0,
+    last: bool = False,
+) -> bool:
     """The whole of one run, or what is left of it; False where it was stopped before its end.
 
-    `launched`: its directory is there already. The runs of a process have numbers.
+    `launched`: its directory is there already. The runs of a process have numbers; after the last one, or
+    one that was stopped, the process ends.
     """
     from allranks.data import early
 
@@ -130,6 +138,8 @@ def run(config: Config, launch: environment.Launch, launched: bool = False, numb
                 return False
             loss, accuracy, count = engine.evaluate(training.model, data.test, config, runtime)
             saver.finish()
+            if last:
+                signals.ignore()
             report.finished(
                 {
                     "state": "finished",
