@@ -132,10 +132,10 @@ def main() -> None:
 
     watchdog, calls = Watchdog(WatchdogConfig(), Launch("none")), 100_000
     for name, call in {"progress": lambda: watchdog.progress(1), "arrive": watchdog.arrive}.items():
-        began = time.perf_counter()
+        began = time.thread_time()  # others' use of the processor left out
         for _ in range(calls):
             call()
-        print(f"watchdog.{name}(): {(time.perf_counter() - began) / calls * 1e9:.0f} ns")
+        print(f"watchdog.{name}(): {(time.thread_time() - began) / calls * 1e9:.0f} ns")
     watchdog.close()
 
 
