@@ -1,4 +1,5 @@
-"""Seconds from a fault until every rank is down, by launcher; beside plain DDP under plain torchrun.
+"""Seconds from a fault until every rank is down, and until the first step after a restart, by launcher;
+beside plain DDP under plain torchrun.
 
 python benchmarks/failures.py [REPEATS]
 
@@ -14,7 +15,8 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from allranks.config import WatchdogConfig
@@ -27,14 +29,16 @@ STEP_S = 3  # watchdog.step_s
 TIMEOUT_S = 15  # of the plain loop's process group; torch's own is 1800 s
 GIVE_UP_S = 60
 
-# Raises on rank 1 once there is a file `raise`.
+# Raises on rank 1 once there is a file `raise`, and leaves a file for each process that trains as rank 1.
 MODEL = """
 import os, time, torch
 class Net(torch.nn.Linear):
     def forward(self, images):
         time.sleep(0.01)
-        if int(os.environ.get("RANK") or os.environ["PMI_RANK"]) == 1 and os.path.exists("raise"):
-            raise ValueError("as told")
+        if self.training and int(os.environ.get("RANK") or os.environ["PMI_RANK"]) == 1:
+            open(f"trains-{os.getpid()}", "w").close()
+            if os.path.exists("raise"):
+                raise ValueError("as told")
         return super().forward(images.flatten(1))
 """
 PLAIN = f"""
@@ -59,6 +63,12 @@ SETUPS = {
     "torchrun": [*TORCHRUN, "-m", "allranks.train", *OVERRIDES],
     "allranks launch": [sys.executable, "-m", "allranks", "launch", "-n", str(RANKS), *OVERRIDES],
     "plain DDP, torchrun": [*TORCHRUN, "plain.py"],
+}
+ONCE_MORE = "--max-restarts=1"
+RESTARTS = {
+    "torchrun": [*TORCHRUN, ONCE_MORE, "-m", "allranks.train", *OVERRIDES],
+    "allranks launch": [*SETUPS["allranks launch"][:4], ONCE_MORE, *SETUPS["allranks launch"][4:]],
+    "plain DDP, torchrun": [*TORCHRUN, ONCE_MORE, "plain.py"],
 }
 FAULTS: dict[str, Callable[[Path, int, int], object]] = {  # by folder, the launcher's pid, rank 1's pid
     "a rank raises": lambda folder, launcher, rank: (folder / "raise").touch(),
@@ -85,8 +95,9 @@ def ranks_with(mark: str) -> dict[int, int | None]:
     return found
 
 
-def seconds_until_down(argv: list[str], fault: str) -> float:
-    """inf where ranks are left after GIVE_UP_S."""
+@contextmanager
+def training(argv: list[str]) -> Iterator[tuple[Path, int, int, str]]:
+    """(its folder, the launcher's pid, rank 1's pid, the mark of its processes) of a training under way."""
     mark = str(uuid.uuid4())
     environ = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
     with scratch() as folder:
@@ -106,17 +117,42 @@ def seconds_until_down(argv: list[str], fault: str) -> float:
             time.sleep(0.1)
         time.sleep(1)
         [rank] = [pid for pid, number in ranks_with(mark).items() if number == 1]
-        FAULTS[fault](folder, launcher.pid, rank)
-        began = time.monotonic()
-        while ranks_with(mark) and time.monotonic() < began + GIVE_UP_S:
-            time.sleep(0.01)
-        took = time.monotonic() - began
-        left = ranks_with(mark)
-        for pid in left:
-            os.kill(pid, signal.SIGKILL)
+        yield folder, launcher.pid, rank, mark
         launcher.kill()
         launcher.wait()
-        return float("inf") if left else took
+        for pid in ranks_with(mark):
+            os.kill(pid, signal.SIGKILL)
+
+
+def seconds_until(reached: Callable[[], bool]) -> float:
+    """inf where it is not reached within GIVE_UP_S."""
+    began = time.monotonic()
+    while not reached():
+        if time.monotonic() > began + GIVE_UP_S:
+            return float("inf")
+        time.sleep(0.01)
+    return time.monotonic() - began
+
+
+def until_down(argv: list[str], fault: str) -> float:
+    with training(argv) as (folder, launcher, rank, mark):
+        FAULTS[fault](folder, launcher, rank)
+        return seconds_until(lambda: not ranks_with(mark))
+
+
+def until_it_trains_again(argv: list[str]) -> float:
+    with training(argv) as (folder, _, rank, _):
+        os.kill(rank, signal.SIGKILL)
+        return seconds_until(lambda: len(list(folder.glob("trains-*"))) > 1)
+
+
+def row(name: str, measure: Callable[[str], float | None], repeats: int) -> str:
+    """One line of the table; a setup that `measure` has nothing for gets a dash."""
+    figures = []
+    for setup in SETUPS:
+        worst = max(measure(setup) or 0.0 for _ in range(repeats))
+        figures.append("-" if not worst else f"{worst:.1f}" if worst < GIVE_UP_S else f"not in {GIVE_UP_S}")
+    return f"{name:<34}" + "".join(f"{figure:>21}" for figure in figures)
 
 
 def main() -> None:
@@ -124,11 +160,12 @@ def main() -> None:
     print(f"{RANKS} ranks on one host; watchdog.step_s={STEP_S}; the plain loop's timeout is {TIMEOUT_S} s")
     print(f"{'seconds until all ranks are down':<34}" + "".join(f"{name:>21}" for name in SETUPS))
     for fault in FAULTS:
-        figures = []
-        for argv in SETUPS.values():
-            worst = max(seconds_until_down(argv, fault) for _ in range(repeats))
-            figures.append(f"{worst:.1f}" if worst < GIVE_UP_S else f"not in {GIVE_UP_S}")
-        print(f"{fault:<34}" + "".join(f"{figure:>21}" for figure in figures), flush=True)
+        print(row(fault, lambda name, fault=fault: until_down(SETUPS[name], fault), repeats), flush=True)  # type: ignore[misc]
+    print("seconds from kill -9 of a rank until its successor trains, with --max-restarts=1")
+    again = row(
+        "", lambda name: until_it_trains_again(RESTARTS[name]) if name in RESTARTS else None, repeats
+    )
+    print(again, flush=True)
 
     watchdog, calls = Watchdog(WatchdogConfig(), Launch("none")), 100_000
     for name, call in {"progress": lambda: watchdog.progress(1), "arrive": watchdog.arrive}.items():
