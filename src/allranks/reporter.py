@@ -8,7 +8,6 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
@@ -104,7 +103,7 @@ class Reporter:
         """The run directory is there: logs go to it from now on. `resumed`: from which checkpoint."""
         self.directory = Path(directory)
         self._history = training.history
-        with self._writing():
+        with rundir.writing(directory):
             if self.runtime.is_main:
                 rundir.describe(directory, self.runtime.describe())
                 self._metrics = self._all_metrics()
@@ -169,7 +168,7 @@ class Reporter:
     def finished(self, summary: Mapping[str, Any]) -> None:
         if self.runtime.is_main:
             assert self.directory is not None
-            with self._writing():
+            with rundir.writing(str(self.directory)):
                 self._metrics = self._metrics or self._all_metrics()
                 rundir.write_json(self.directory / "summary.json", summary)
         self._say(
@@ -182,16 +181,6 @@ class Reporter:
         assert self.directory is not None
         known = "".join(map(rundir.line, self._history))
         return rundir.write_text(self.directory / "metrics.jsonl", known)
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"{self.directory} cannot be written ({error.strerror}). Free some space or quota there, "
-                "and start the run again: it goes on from the newest checkpoint."
-            ) from error
 
     def _say(self, message: str, *values: object) -> None:
         if self.runtime.is_main:

@@ -11,8 +11,8 @@ import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
@@ -94,20 +94,31 @@ def create(directory: str, config_yaml: str | None, exactly: bool = True) -> str
     """
     path = Path(directory)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.mkdir(0o700, exist_ok=exactly and path.is_dir() and not _is_used(path))
-        (path / "logs").mkdir(exist_ok=exactly)
-        if config_yaml is not None:
-            write_text(path / CONFIG, config_yaml).close()
+        with writing(directory):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir(0o700, exist_ok=exactly and path.is_dir() and not _is_used(path))
+            (path / "logs").mkdir(exist_ok=exactly)
+            if config_yaml is not None:
+                write_text(path / CONFIG, config_yaml).close()
     except FileExistsError:
         if not exactly:
             return create(f"{directory}-{secrets.token_hex(3)}", config_yaml)
         raise UserError(f"run.dir={path} was taken by another run just now: give another one.") from None
+    return str(path)
+
+
+@contextmanager
+def writing(directory: str) -> Iterator[None]:
+    """Raises UserError where the run directory cannot be written."""
+    try:
+        yield
+    except FileExistsError:
+        raise
     except OSError as error:
         raise UserError(
-            f"run.dir={path} cannot be written ({error.strerror}): give another run.dir."
+            f"run.dir={directory} cannot be written ({error.strerror}): free some space or quota there and "
+            "start the run again, or give another run.dir."
         ) from error
-    return str(path)
 
 
 def _is_used(path: Path) -> bool:

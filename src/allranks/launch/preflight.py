@@ -82,18 +82,16 @@ def check(
     heard = Heard()
     try:
         if token:
-            token.touch()
+            with rundir.writing(str(run_dir)):
+                token.touch()
         start_s = min(limit_s, START_S + len(set(hosts)) / 100)
         outcome = supervise.Supervision(heard, world_size, hosts, start_s=start_s, limit_s=limit_s).run(
             argv_for([sys.executable, "-m", "allranks.launch.preflight", task]), env, None
         )
-    except OSError as error:
-        raise UserError(
-            f"run.dir={run_dir} cannot be written ({error.strerror}): give another run.dir."
-        ) from error
     finally:
         if token:
-            token.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the directory may have become read-only
+                token.unlink()
     problems = judge(heard.words(), outcome.hosts, outcome.code == supervise.TIMED_OUT)
     if problems:
         raise UserError("\n".join(f"preflight: {problem}" for problem in problems))

@@ -76,7 +76,8 @@ def make(directory: str, found: Sequence[Cell]) -> None:
         if rundir.standing(cell.directory, cell.config) == "new":
             rundir.create(cell.directory, frozen)
         else:  # checkpoints, threads and the like may be others now
-            rundir.write_text(Path(cell.directory) / rundir.CONFIG, frozen).close()
+            with rundir.writing(cell.directory):
+                rundir.write_text(Path(cell.directory) / rundir.CONFIG, frozen).close()
     if found[0].directory != directory:
         write_cells(directory, found)
 
