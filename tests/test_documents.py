@@ -12,8 +12,7 @@ def test_every_fault_has_its_row_and_every_test_it_names_is_there():
     rows = re.findall(r"^\| (\d+) \|.*\| ([^|]*) \|$", text, flags=re.M)
     assert [int(number) for number, _ in rows] == list(range(1, 42))
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    named = {name for _, seen in rows for name in re.findall(r"`(test_\w+)`", seen)}
-    assert named
+    named = set(re.findall(r"`(test_\w+)`", text))
     assert {name for name in named if f"def {name}(" not in tests} == set()
 
 
