@@ -225,12 +225,13 @@ def test_kill_9_of_the_launcher_leaves_nobody_after_5_s(start, tmp_path, under):
     assert started.gone(within_s=5) < 5
 
 
-def test_nor_does_it_where_the_ranks_have_only_begun(start):
+@pytest.mark.parametrize("loaded", ["", "libtorch"], ids=["at once", "torch is there"])
+def test_nor_does_it_where_the_ranks_have_only_begun(start, loaded):
     started = start("torchrun", 2)
     deadline = time.monotonic() + 60
     while True:
         ranks = started.pids() - {started.process.pid}
-        if any("libtorch" in Path(f"/proc/{pid}/maps").read_text() for pid in ranks):
+        if any(loaded in Path(f"/proc/{pid}/maps").read_text() for pid in ranks):
             break
         assert time.monotonic() < deadline
         time.sleep(0.02)

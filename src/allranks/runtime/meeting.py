@@ -200,6 +200,12 @@ def _join_env(launch: Launch) -> Store:
             "not: start the ranks with mpiexec or torchrun, or set them on every rank.",
             said_by=0,
         )
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # served before torchrun starts a rank
+        place = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        try:
+            socket.create_connection(place, START_S).close()
+        except ConnectionRefusedError:
+            raise UserError(f"torchrun has ended: nobody answers at {place[0]}:{place[1]}.") from None
     assert launch.world_size is not None  # `environment` and torchrun always tell it
     store, _, _ = next(
         rendezvous("env://", launch.rank, launch.world_size, timeout=timedelta(seconds=START_S))
