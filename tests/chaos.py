@@ -381,10 +381,16 @@ class Trial:
                 "checkpoint": len({name for name in names if name.startswith("step-")} - there),
                 "epoch": lines,
             }[fault.moment]
-            if value >= fault.value or lines >= EPOCHS - 1:
+            if (value >= fault.value or lines >= EPOCHS - 1) and self._is_there(attempt, fault.kind):
                 return True
             time.sleep(0.001)
         return False
+
+    def _is_there(self, attempt: Attempt, kind: str) -> bool:
+        """Whether what the fault is to meet has begun."""
+        if kind == "read-only directory":
+            return self.run.exists()
+        return bool(attempt.ranks()) if kind in SENT or kind == "a pause" else True
 
     def _wait(self, attempt: Attempt, seconds: float) -> None:
         with suppress(subprocess.TimeoutExpired):
