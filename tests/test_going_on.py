@@ -14,7 +14,7 @@ from helpers import PYTHON, ROOT, SMALL, Run, mpiexec
 from launching import Started
 from test_resume import figures
 
-TRAINING = (*SMALL, "trainer.epochs=16", "checkpoint.every_steps=5", "model=mlp")
+TRAINING = (*SMALL, "trainer.epochs=100", "checkpoint.every_steps=5", "model=mlp")
 HERE = {"PYTHONPATH": f"{ROOT}/src", "PATH": f"{Path(PYTHON).parent}:{os.environ['PATH']}"}
 
 

@@ -181,7 +181,9 @@ class Job:
 
     def __init__(self, folder, run, text):
         self.folder, self.run, self.path = folder, run, folder / "spool" / "1.pbs.SC"
-        self.path.parent.mkdir(exist_ok=True)
+        self.home = folder / "home"  # without a profile that may do as it likes
+        for made in (self.path.parent, self.home):
+            made.mkdir(exist_ok=True)
         self.path.write_text(text)
         self.path.chmod(0o700)
 
@@ -191,13 +193,13 @@ class Job:
         nodefile = self.folder / "nodes"
         nodefile.write_text(f"{socket.gethostname()}\n")
         found = {
-            "ENVIRONMENT": "BATCH", "HOME": user.pw_dir, "LOGNAME": user.pw_name, "USER": user.pw_name,
+            "ENVIRONMENT": "BATCH", "HOME": str(self.home), "LOGNAME": user.pw_name, "USER": user.pw_name,
             "SHELL": "/bin/bash", "SHLVL": "2", "NCPUS": "1", "OMP_NUM_THREADS": "1",
             "TMPDIR": f"/var/tmp/pbs.{job_id}", "PATH": "/usr/local/bin:/usr/bin:/bin",
-            "PBS_ENVIRONMENT": "PBS_BATCH", "PBS_JOBCOOKIE": "1234", "PBS_JOBDIR": user.pw_dir,
+            "PBS_ENVIRONMENT": "PBS_BATCH", "PBS_JOBCOOKIE": "1234", "PBS_JOBDIR": str(self.home),
             "PBS_JOBID": job_id, "PBS_JOBNAME": "try-1", "PBS_MOMPORT": "15003",
             "PBS_NODEFILE": str(nodefile), "PBS_NODENUM": "0", "PBS_TASKNUM": "1", "PBS_QUEUE": "debug",
-            "PBS_O_HOME": user.pw_dir, "PBS_O_HOST": "login", "PBS_O_LOGNAME": user.pw_name,
+            "PBS_O_HOME": str(self.home), "PBS_O_HOST": "login", "PBS_O_LOGNAME": user.pw_name,
             "PBS_O_PATH": "/usr/bin:/bin", "PBS_O_QUEUE": "debug", "PBS_O_SHELL": "/bin/bash",
             "PBS_O_SYSTEM": "Linux", "PBS_O_WORKDIR": str(self.folder / "work"),
         }  # fmt: skip
@@ -205,7 +207,7 @@ class Job:
 
     def start(self, index=None, **more):
         process = subprocess.Popen(
-            [str(self.path)], cwd=pwd.getpwuid(os.getuid()).pw_dir, env={**self.environment(index), **more},
+            [str(self.path)], cwd=self.home, env={**self.environment(index), **more},
             umask=0o077, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             start_new_session=True,
         )  # fmt: skip

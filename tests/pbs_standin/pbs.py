@@ -187,15 +187,19 @@ def run(job, index=None, array_id=None):
     temporary = HOME / "tmp" / f"pbs.{job_id}"
     temporary.mkdir(parents=True, exist_ok=True)
     user = pwd.getpwuid(os.getuid())
+    home = (
+        HOME / "home"
+    )  # a profile of this machine's user may do what it likes to the job, or wait for a lock
+    home.mkdir(exist_ok=True)
     cpus = chunk.get("ncpus", "1")
     environment = {
-        "ENVIRONMENT": "BATCH", "HOME": user.pw_dir, "LOGNAME": user.pw_name, "USER": user.pw_name,
+        "ENVIRONMENT": "BATCH", "HOME": str(home), "LOGNAME": user.pw_name, "USER": user.pw_name,
         "SHELL": "/bin/bash", "SHLVL": "2", "NCPUS": cpus, "OMP_NUM_THREADS": cpus,
         "TMPDIR": str(temporary), "PATH": "/usr/local/bin:/usr/bin:/bin", "PBS_ENVIRONMENT": "PBS_BATCH",
         "PBS_JOBCOOKIE": "0" * 32,
-        "PBS_JOBDIR": user.pw_dir, "PBS_JOBID": job_id, "PBS_JOBNAME": job["name"], "PBS_MOMPORT": "15003",
+        "PBS_JOBDIR": str(home), "PBS_JOBID": job_id, "PBS_JOBNAME": job["name"], "PBS_MOMPORT": "15003",
         "PBS_NODEFILE": str(nodefile), "PBS_NODENUM": "0", "PBS_TASKNUM": "1", "PBS_QUEUE": job["queue"],
-        "PBS_O_HOME": user.pw_dir, "PBS_O_HOST": socket.gethostname(), "PBS_O_LOGNAME": user.pw_name,
+        "PBS_O_HOME": str(home), "PBS_O_HOST": socket.gethostname(), "PBS_O_LOGNAME": user.pw_name,
         "PBS_O_PATH": os.environ["PBS_STANDIN_PATH"], "PBS_O_QUEUE": job["queue"],
         "PBS_O_SHELL": "/bin/bash", "PBS_O_SYSTEM": "Linux", "PBS_O_WORKDIR": job["workdir"],
     }  # fmt: skip
@@ -208,7 +212,7 @@ def run(job, index=None, array_id=None):
     spooled = target if direct else spool / f"{job_id}.OU"
     with spooled.open("wb") as output:
         process = subprocess.Popen(
-            ["/bin/bash", "-lc", '"$1"; exit $?', "-bash", job["script"]], cwd=user.pw_dir,
+            ["/bin/bash", "-lc", '"$1"; exit $?', "-bash", job["script"]], cwd=home,
             env={**environment, "PBS_STANDIN": str(HOME)},  # as a real one's commands have /etc/pbs.conf
             umask=0o077, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
