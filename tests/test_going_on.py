@@ -80,7 +80,8 @@ def test_killed_twice_it_is_the_same_run(tmp_path, undisturbed):
     assert code == 0, err
     told = [line for line in err.splitlines() if "restart" in line]
     assert len(told) == 2
-    assert "was killed by SIGKILL" in told[0]
+    # MPI may end the guards in the same moment, before one of them could tell
+    assert "was killed by SIGKILL" in told[0] or "vanished without a word" in told[0]
     assert "From step " in told[0]
     assert told[0].endswith(": restart 1 of 2.")
     assert figures(Run(run)) == figures(undisturbed)

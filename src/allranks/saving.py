@@ -35,6 +35,7 @@ class Saver:
     def __init__(self, runtime: Runtime, run_dir: str, config: Config) -> None:
         self.runtime, self.run_dir, self.config = runtime, run_dir, config
         self.claim: Claim | None = None  # on the run directory; rank 0's, once resume() has taken it
+        self.identity = configs.identity(config)  # once: it takes milliseconds
         self.longest_s = 0.0  # that a save has taken
         self.saved_step: int | None = None  # the newest
         self.failure: OSError | None = None  # of the newest save
@@ -105,7 +106,7 @@ class Saver:
         with self.runtime.watchdog.phase("saving (watchdog.save_s)", self.config.watchdog.save_s):
             self.wait()
         self.saved_step = training.step
-        tensors, state = capture(training, sums, self.config, self.runtime)
+        tensors, state = capture(training, sums, self.identity, self.runtime)
         self._pending = self._writer.submit(self._write, training.step, tensors, state)
 
     def wait(self) -> None:
@@ -162,7 +163,7 @@ class Saver:
 
 
 def capture(
-    training: Training, sums: torch.Tensor, config: Config, runtime: Runtime
+    training: Training, sums: torch.Tensor, identity: Mapping[str, Any], runtime: Runtime
 ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
     """(tensors by file, state.json), copied to the CPU. `sums` [share_count, 3]."""
     optimizer: dict[str, torch.Tensor] = {}
@@ -176,7 +177,7 @@ def capture(
         "history": list(training.history),
         "sums": sums.tolist(),
         "world_size": runtime.world_size,
-        "identity": configs.identity(config),
+        "identity": identity,
         "versions": {"allranks": allranks.__version__, "torch": torch.__version__},
         "optimizer": _taken_apart(training.optimizer.state_dict(), "optimizer", optimizer),
         "scheduler": _taken_apart(schedule.state_dict() if schedule else {}, "scheduler", optimizer),
