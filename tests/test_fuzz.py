@@ -26,7 +26,7 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from allranks import checkpoint_cli, checkpoints, claim
+from allranks import checkpoints, claim, cli
 from allranks import config as configs
 from allranks.checkpoints import Damaged
 from allranks.config import Config
@@ -263,7 +263,9 @@ def test_checkpoints_that_say_anything_are_shown(memory, capsys):
         files = {"model.safetensors": model, "state.json": state}
         checkpoints.write(memory, 7, files, "me", lambda: None)
         words = rng.choice((["list"], ["verify"], ["show"])) + rng.choice(([], ["--json"]))
-        code = checkpoint_cli.main([*words, str(memory)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["checkpoint", *words, str(memory)])
+        code = ended.value.code
         shown = capsys.readouterr()
         assert shown.out.isascii()
         assert all(line.isprintable() for line in (shown.out + shown.err).splitlines())

@@ -240,6 +240,26 @@ def test_a_run_that_stops_before_its_walltime_queues_one_successor(pbs):
 
 
 @needs_launch
+def test_a_cell_that_stops_before_its_walltime_queues_a_job_of_its_own(pbs):
+    """Without a dependency: PBS takes none on one job of an array."""
+    words = (*SMALL, "trainer.epochs=100000", "checkpoint.every_s=1")
+    answer = pbs.submit(*PBS, "--ppn", "1", "--no-preflight", "-m", "seed=1,2", *words)
+    cell = Path(answer["directory"]) / "0"
+    deadline = time.monotonic() + 60
+    while not checkpoints.steps(cell):
+        assert time.monotonic() < deadline, (cell / "job.log").read_text()
+        time.sleep(0.2)
+    pbs.qdel("1[0].pbs")
+    went_on = pbs.allranks("submit", "--next", str(cell), PBS_JOBID="1[0].pbs")
+    assert went_on.code == 85, went_on.err
+    assert pbs.job("2.pbs")["after"] == ""
+    assert json.loads((cell / "job.json").read_text())["job_ids"] == ["1[0].pbs", "2.pbs"]
+    while "going on from" not in (cell / "job.log").read_text():
+        assert time.monotonic() < deadline, (cell / "job.log").read_text()
+        time.sleep(0.2)
+
+
+@needs_launch
 def test_a_failed_cell_is_submitted_again_alone(pbs):
     """A cell fails as long as its data are not there."""
     (pbs.folder / "mine.py").write_text(

@@ -12,12 +12,12 @@ from typing import Any
 
 from allranks import checkpoints
 from allranks.checkpoints import Damaged
-from allranks.errors import EXIT_USER_ERROR, UserError
+from allranks.errors import UserError
 from allranks.launch import dryrun
 
 
 def main(arguments: Sequence[str]) -> int:
-    """0; 1 where a checkpoint is damaged; 2 where there is none at PATH."""
+    """0; 1 where a checkpoint is damaged. Raises UserError where there is none at PATH."""
     parser = argparse.ArgumentParser(prog="allranks checkpoint", description="Look at checkpoints.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, run, text in (
@@ -32,11 +32,7 @@ def main(arguments: Sequence[str]) -> int:
         command.add_argument("--json", action="store_true", help="for programs: one JSON line a checkpoint")
         command.set_defaults(run=run)
     options = parser.parse_args(arguments)
-    try:
-        return int(options.run(_found(Path(options.path)), options.json))
-    except UserError as error:
-        print(f"allranks: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
+    return int(options.run(_found(Path(options.path)), options.json))
 
 
 def _found(path: Path) -> list[Path]:

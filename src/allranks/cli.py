@@ -8,39 +8,45 @@ import sys
 from collections.abc import Sequence
 
 import allranks
-from allranks.errors import EXIT_USER_ERROR, UserError
+from allranks.errors import UserError
 
 DESCRIPTION = "The same PyTorch training run on one core, one GPU or every rank of a supercomputer."
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one command and exits: 0, or 2 after a user's error."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] == ["train"]:  # Hydra's own command line follows, --help included
-        os.execv(sys.executable, [sys.executable, "-m", "allranks.train", *given[1:]])
-    if given[:1] == ["launch"]:  # overrides or `-- PROGRAM ARGS` follow its options
+    """Runs one command and exits with its code; after a UserError with one message and that error's."""
+    try:
+        sys.exit(_run(list(sys.argv[1:] if arguments is None else arguments)))
+    except UserError as error:
+        print(f"allranks: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.code)
+
+
+def _run(given: list[str]) -> int:
+    """The exit code of a command; those with a command line of their own see all that follows."""
+    command, rest = "".join(given[:1]), given[1:]
+    if command == "train":  # Hydra's
+        os.execv(sys.executable, [sys.executable, "-m", "allranks.train", *rest])
+    if command == "launch":
         from allranks.launch import cli as launching
 
-        sys.exit(launching.launch(given[1:]))
-    if given[:1] == ["doctor"]:
+        return launching.launch(rest)
+    if command == "doctor":
         from allranks import doctor
 
-        sys.exit(doctor.main(given[1:]))
-    if given[:1] == ["checkpoint"]:
+        return doctor.main(rest)
+    if command == "checkpoint":
         from allranks import checkpoint_cli
 
-        sys.exit(checkpoint_cli.main(given[1:]))
-    if given[:1] in (["submit"], ["runs"], ["cancel"]):
+        return checkpoint_cli.main(rest)
+    if command in ("submit", "runs", "cancel"):
         from allranks.launch import submit
 
-        answer = {"submit": submit.submit, "runs": submit.list_runs, "cancel": submit.cancel}[given[0]]
-        sys.exit(answer(given[1:]))
+        answer = {"submit": submit.submit, "runs": submit.list_runs, "cancel": submit.cancel}[command]
+        return answer(rest)
     options = _parser().parse_args(given)
-    try:
-        options.run(options)
-    except UserError as error:
-        print(f"allranks: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+    options.run(options)
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -115,6 +115,8 @@ def qsub(arguments):  # noqa: PLR0912  a refusal each
             refuse("qsub", "illegal -J value", 2)
         if options.get("-r") == ["n"]:
             refuse("qsub", "cannot submit non-rerunable Array Job", 1)
+    if re.search(r"\[\d+\]", options.get("-W", [""])[0]):  # as PBS's documentation has it
+        refuse("qsub", "illegal -W value", 2)
     for where in options.get("-o", []):
         if not (where.isascii() and where.isprintable()):
             refuse("qsub", "illegal -o value", 2)
@@ -187,9 +189,7 @@ def run(job, index=None, array_id=None):
     temporary = HOME / "tmp" / f"pbs.{job_id}"
     temporary.mkdir(parents=True, exist_ok=True)
     user = pwd.getpwuid(os.getuid())
-    home = (
-        HOME / "home"
-    )  # a profile of this machine's user may do what it likes to the job, or wait for a lock
+    home = HOME / "home"  # a profile of this machine's user may do anything to the job
     home.mkdir(exist_ok=True)
     cpus = chunk.get("ncpus", "1")
     environment = {

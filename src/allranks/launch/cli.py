@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from allranks.control import EXIT_REQUEUE
-from allranks.errors import EXIT_USER_ERROR, UserError
+from allranks.errors import UserError
 from allranks.launch import allocation as allocations
 from allranks.launch import command, dryrun, machine, runs
 from allranks.launch.allocation import Allocation
@@ -23,16 +23,8 @@ USAGE = "%(prog)s [options] [machine.key=value ...] [overrides of the training |
 
 
 def launch(arguments: Sequence[str]) -> int:
-    """`allranks launch ARGUMENTS`; returns the exit code."""
+    """`allranks launch ARGUMENTS`; the exit code. Raises UserError."""
     parser = argparse.ArgumentParser(prog="allranks launch", usage=USAGE, allow_abbrev=False)
-    add_arguments(parser)
-    end = arguments.index("--") if "--" in arguments else len(arguments)
-    namespace, rest = parser.parse_known_args(arguments[:end])
-    return main(namespace, [*rest, *arguments[end:]])
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `allranks launch`. What they leave over is overrides, or `-- PROGRAM ARGS`."""
     add = parser.add_argument
     add("-n", dest="ranks", type=int, metavar="RANKS", help="ranks in all; default: all there are")
     add("--nodes", type=int, metavar="K", help="use the first K nodes")
@@ -43,24 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--hosts", metavar="FILE", help="hosts to use: `host`, `host:4` or `host slots=4` a line")
     add("--config-dir", metavar="DIR", help="a folder with machine/NAME.yaml (and groups) of your own")
     add("--max-restarts", type=int, default=0, metavar="N", help="start again after a crash; default: 0")
-    add(
-        "--min-ranks",
-        type=int,
-        metavar="M",
-        help="then go on without a host that is gone, with M ranks or more",
-    )
+    add("--min-ranks", type=int, metavar="M", help="go on without a host that is gone, on M ranks or more")
     add("--no-preflight", action="store_true", help="start at once, without checking the hosts first")
     add("--dry-run", action="store_true", help="show the command and every rank's place, do nothing")
     add("--json", action="store_true", help="the dry run for programs")
-
-
-def main(namespace: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Runs `allranks launch`; returns the exit code: 2 and one message after a user's error."""
-    try:
-        return _launch(namespace, rest, os.environ)
-    except UserError as error:
-        print(f"allranks: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    args, rest = parser.parse_known_args(arguments[:end])
+    return _launch(args, [*rest, *arguments[end:]], os.environ)
 
 
 def _launch(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str, str]) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,8 +121,15 @@ TERMINATED = str(128 + signal.SIGTERM)  # by the scheduler: at the walltime, or 
 def is_finished(directory: str | Path) -> bool:
     if (Path(directory) / rundir.CONFIG).exists():
         return rundir.is_finished(Path(directory))
-    exit_code = Path(directory) / "exit_code"
-    return exit_code.exists() and exit_code.read_text().strip() == "0"
+    return _text(Path(directory) / "exit_code") == "0"
+
+
+def _text(path: Path) -> str:
+    """What the file holds; nothing where it is not there, or has just been taken away."""
+    try:
+        return path.read_text().strip()
+    except FileNotFoundError:
+        return ""
 
 
 # --- `allranks runs` and `allranks cancel` -------------------------------------------------------
@@ -131,8 +139,7 @@ def listed(root: str, warn: Callable[[str], None]) -> list[dict[str, Any]]:
     """Every run below `root`: state, job id, epochs, validation accuracy, directory."""
     if not Path(root).is_dir():
         raise UserError(f"{root} is no folder: give one with runs in it. The default is ./runs.")
-    found = sorted({p.parent for name in ("config.yaml", JOB) for p in Path(root).rglob(name)})
-    found = [directory for directory in found if not (directory / CELLS).exists()]
+    found = sorted(_below(root))
     jobs = {directory: read(directory / JOB) for directory in found}
     now: dict[str, str] = {}
     for kind in sorted({str(job["scheduler"]) for job in jobs.values() if job}):
@@ -145,19 +152,26 @@ def listed(root: str, warn: Callable[[str], None]) -> list[dict[str, Any]]:
     return [_row(directory, jobs[directory], now) for directory in found]
 
 
+def _below(root: str) -> Iterator[Path]:
+    """The runs' directories; a folder that vanishes meanwhile, as checkpoints do, is passed over."""
+    for folder, below, names in os.walk(root):
+        if (rundir.CONFIG in names or JOB in names) and CELLS not in names:
+            below.clear()
+            yield Path(folder)
+
+
 def _row(directory: Path, job: dict[str, Any], now: dict[str, str]) -> dict[str, Any]:
-    metrics = directory / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    lines = _text(directory / "metrics.jsonl").splitlines()
     last = json.loads(lines[-1]) if lines and lines[-1].endswith("}") else {}
     ids = job.get("job_ids", [])
     alive = next((job_id for job_id in ids if job_id in now), None)
-    code = directory / "exit_code"
+    code = _text(directory / "exit_code")
     if is_finished(directory):
         state = "finished"
     elif alive:
         state = now[alive]
-    elif code.exists() and (text := code.read_text().strip()) not in ("0", TERMINATED, str(EXIT_REQUEUE)):
-        state = f"failed ({text})"
+    elif code not in ("", "0", TERMINATED, str(EXIT_REQUEUE)):
+        state = f"failed ({code})"
     else:  # without a job nobody knows whether its process is still there
         state = "ended early" if job else "not finished"
     return {

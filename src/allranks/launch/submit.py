@@ -56,7 +56,7 @@ class Task:
 
 
 def submit(arguments: Sequence[str]) -> int:
-    """`allranks submit ARGUMENTS`; returns the exit code."""
+    """`allranks submit ARGUMENTS`; the exit code. Raises UserError."""
     parser = argparse.ArgumentParser(prog="allranks submit", usage=USAGE, allow_abbrev=False)
     add = parser.add_argument
     add("--machine", metavar="M", help="machine file to use; default: the one this host belongs to")
@@ -81,54 +81,37 @@ def submit(arguments: Sequence[str]) -> int:
     end = arguments.index("--") if "--" in arguments else len(arguments)
     args, rest = parser.parse_known_args(arguments[:end])
     if args.next:
-        return _answer(lambda: _next(parser, args.next))
-    return _answer(lambda: _submit(args, [*rest, *arguments[end:]]))
+        return _next(parser, args.next)
+    return _submit(args, [*rest, *arguments[end:]])
 
 
 def list_runs(arguments: Sequence[str]) -> int:
-    """`allranks runs [DIR]`."""
+    """`allranks runs [DIR]`; the exit code. Raises UserError."""
     parser = argparse.ArgumentParser(prog="allranks runs", description="lists runs", allow_abbrev=False)
     parser.add_argument("root", nargs="?", default="runs", metavar="DIR", help="default: ./runs")
     parser.add_argument("--json", action="store_true", help="one JSON line a run")
     args = parser.parse_args(arguments)
-
-    def show() -> int:
-        found = runs.listed(args.root, lambda text: print(f"allranks: {text}", file=sys.stderr))
-        if args.json:
-            print("".join(json.dumps(row) + "\n" for row in found), end="")
-            return 0
-        header = ("state", "job", "epochs", "val/accuracy", "directory")
-        cells = [
-            (r["state"], r["job_id"] or "-", str(r["epochs"]),
-             "-" if r["val/accuracy"] is None else f"{r['val/accuracy']:.2f} %", r["directory"])
-            for r in found
-        ]  # fmt: skip
-        print(dryrun.table([header, *cells]))
+    found = runs.listed(args.root, lambda text: print(f"allranks: {text}", file=sys.stderr))
+    if args.json:
+        print("".join(json.dumps(row) + "\n" for row in found), end="")
         return 0
-
-    return _answer(show)
+    header = ("state", "job", "epochs", "val/accuracy", "directory")
+    cells = [
+        (r["state"], r["job_id"] or "-", str(r["epochs"]),
+         "-" if r["val/accuracy"] is None else f"{r['val/accuracy']:.2f} %", r["directory"])
+        for r in found
+    ]  # fmt: skip
+    print(dryrun.table([header, *cells]))
+    return 0
 
 
 def cancel(arguments: Sequence[str]) -> int:
-    """`allranks cancel RUN`."""
+    """`allranks cancel RUN`; the exit code. Raises UserError."""
     parser = argparse.ArgumentParser(prog="allranks cancel", description="ends a run's jobs")
     parser.add_argument("run", metavar="RUN", help="a run's directory, a sweep's, or one cell's")
     args = parser.parse_args(arguments)
-
-    def end() -> int:
-        print(f"cancelled {', '.join(runs.cancelled(args.run))} of {args.run}")
-        return 0
-
-    return _answer(end)
-
-
-def _answer(run: object) -> int:
-    assert callable(run)
-    try:
-        return int(run())
-    except UserError as error:
-        print(f"allranks: {error}", file=sys.stderr, flush=True)
-        return error.code
+    print(f"cancelled {', '.join(runs.cancelled(args.run))} of {args.run}")
+    return 0
 
 
 def _submit(args: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -200,7 +183,10 @@ def _next(parser: argparse.ArgumentParser, directory: str) -> int:
         print(f"{directory} goes on from step {step}: job {me} is queued again", flush=True)
         scheduler.requeue(me)
     else:
-        _submit(parser.parse_args(["--cell", directory, "--after", me]), [])
+        args = parser.parse_args(["--cell", directory, "--next", directory])
+        # PBS takes no dependency on one job of an array, and the training of this one has ended
+        args.after = None if "[" in me else me
+        _submit(args, [])
     return EXIT_REQUEUE
 
 
@@ -242,7 +228,7 @@ def _again(args: argparse.Namespace, rest: Sequence[str]) -> Task:
     job = runs.read(Path(directory) / runs.JOB)
     if not job or (Path(directory) / runs.CELLS).exists():
         raise UserError(f"--cell {args.cell} was never submitted: give the directory of one cell.")
-    asks = not (args.after or args.dry_run)
+    asks = not (args.after or args.next or args.dry_run)
     if asks and (alive := scheduler.states(job["scheduler"], job["job_ids"])):
         there = ", ".join(f"{job_id} {state}" for job_id, state in alive.items())
         raise UserError(f"--cell {args.cell} still has a job ({there}): `allranks cancel` it first.")
