@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
@@ -43,10 +44,10 @@ class Reporter:
         logging.captureWarnings(True)
         console: logging.Handler
         if self.runtime.is_main:
-            console = _Stdout(sys.stdout)
+            console = _Console(sys.stdout)
             console.addFilter(lambda r: r.name.startswith("allranks") or r.levelno >= logging.WARNING)
         else:
-            console = logging.StreamHandler(sys.stderr)
+            console = _Console(sys.stderr)
             console.setFormatter(logging.Formatter(f"[{self._me()}] %(message)s"))
             console.addFilter(
                 lambda r: r.levelno >= logging.WARNING and r.name != "py.warnings"  # rank 0 shows them
@@ -107,7 +108,7 @@ class Reporter:
             if self.runtime.is_main:
                 rundir.describe(directory, self.runtime.describe())
                 self._metrics = self._all_metrics()
-            file = logging.FileHandler(self.directory / "logs" / f"rank-{self.runtime.rank}.log")
+            file = _LogFile(self.directory / "logs" / f"rank-{self.runtime.rank}.log")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self._early.setTarget(file)
         self._early.flush()
@@ -203,11 +204,17 @@ class Reporter:
             handler.close()
 
 
-class _Stdout(logging.StreamHandler):
+class _Console(logging.StreamHandler):
     def handleError(self, record: logging.LogRecord) -> None:
-        """`| head` may close the console: that is no reason to complain, or to stop training."""
-        if not isinstance(sys.exc_info()[1], BrokenPipeError):
+        """`| head` closes the console, a disk is full: no reason to complain, or to stop training."""
+        if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
+
+
+class _LogFile(_Console, logging.FileHandler):
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
 
 
 def _count(number: int, noun: str) -> str:
