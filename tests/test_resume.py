@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -109,14 +111,18 @@ def test_without_the_flag_another_number_of_ranks_gives_the_same_losses(train, t
 LONG = (*SMALL, "model=mlp", "trainer.epochs=60", "trainer.batch_size=16", "checkpoint.keep=1")
 
 
-def started(
+def begun(
     *overrides: str, cwd: Path, under: str | None = None, ranks: int = 1, **env: str
 ) -> subprocess.Popen[str]:
-    """A training that has saved at least once."""
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [*launcher(under, ranks), "-m", "allranks.train", *overrides, "run.dir=run"], cwd=cwd,
         env=clean_environment(**env), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+def started(*overrides: str, cwd: Path, **how: Any) -> subprocess.Popen[str]:
+    """A training that has saved at least once."""
+    process = begun(*overrides, cwd=cwd, **how)
     limit = time.monotonic() + 60
     while not checkpoints.steps(cwd / "run"):
         assert process.poll() is None, process.communicate()
@@ -162,6 +168,19 @@ def test_asked_to_stop_again_and_again_it_keeps_its_exit_code(tmp_path, epochs, 
         process.terminate()
         time.sleep(0.005)
     assert process.returncode == code, process.communicate()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_warning_that_comes_while_torch_is_imported_is_not_lost(tmp_path):
+    process = begun(*LONG, cwd=tmp_path)
+    caught, status = 0, Path(f"/proc/{process.pid}/status")
+    while not caught >> (signal.SIGUSR1 - 1) & 1:
+        caught = int(re.search(r"SigCgt:\s+(\w+)", status.read_text())[1], 16)
+    process.send_signal(signal.SIGUSR1)
+    assert not (tmp_path / "run").exists()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 85, err
+    assert "stopped by SIGUSR1 after step 1," in out
 
 
 def test_a_run_stops_by_itself_before_the_job_ends(tmp_path, train, long_run):

@@ -6,6 +6,7 @@ quarter of a second and at the ends of an epoch, and do together what it says.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
@@ -13,7 +14,7 @@ import threading
 import time
 from collections.abc import Mapping
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from allranks.config import Config
 from allranks.errors import UserError
@@ -33,24 +34,16 @@ STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Signals:
-    """While it is open SIGTERM, SIGUSR1 and SIGUSR2 are counted, and do nothing else."""
+    """Those that stop a run, for the process's whole life: counted, and nothing else."""
 
     def __init__(self) -> None:
         self.counts = dict.fromkeys(STOPPING, 0)
-        self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Signals:
-        for number in STOPPING:
-            self._before[number] = signal.signal(number, self._count)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def ignore(self) -> None:
-        """From its end to the process's: a second signal must not change a run's exit code."""
-        self._before = dict.fromkeys(STOPPING, signal.SIG_IGN)  # which Python's own end leaves in place
+    def count(self, *numbers: signal.Signals) -> None:
+        """From now on. A later one must not change a run's exit code while Python ends either."""
+        for number in numbers:
+            signal.signal(number, self._count)
+            atexit.register(signal.signal, number, signal.SIG_IGN)  # handlers in Python end before it does
 
     def _count(self, number: int, _: FrameType | None) -> None:
         self.counts[signal.Signals(number)] += 1

@@ -15,6 +15,7 @@ import faulthandler
 import gc
 import io
 import os
+import signal
 import sys
 import traceback
 
@@ -34,9 +35,10 @@ def main() -> None:
     try:
         launch = environment.discover(os.environ)
         launched = sys.argv[1:2] == ["--run"]
-        composed = compose(launch, launched)
-        for number, config in enumerate(composed):
-            if not run(config, launch, launched, number, last=number == len(composed) - 1):
+        signals = Signals()
+        signals.count(signal.SIGUSR1, signal.SIGUSR2)  # which would end a process that awaits none
+        for number, config in enumerate(compose(launch, launched)):
+            if not run(config, launch, launched, number, signals):
                 sys.exit(EXIT_REQUEUE)
         if "triton" not in sys.modules:  # whose binding complains about objects that are still there
             gc.freeze()  # Python would look through all of torch's objects once more before it ends
@@ -83,12 +85,11 @@ def run(
     launch: environment.Launch,
     launched: bool = False,
     number: int = 0,
-    last: bool = False,
+    signals: Signals | None = None,
 ) -> bool:
     """The whole of one run, or what is left of it; False where it was stopped before its end.
 
-    `launched`: its directory is there already. The runs of a process have numbers; after the last one, or
-    one that was stopped, the process ends.
+    `launched`: its directory is there already. The runs of a process have numbers. `signals` stop it.
     """
     from allranks.data import early
 
@@ -111,7 +112,9 @@ def run(
     trainer = config.trainer
     began_s = process_age_s() if number else 0.0  # a sweep's first run counts torch's import too
     runtime = open_runtime(launch, config, configs.digest(config), run=number)
-    with Reporter(runtime) as report, Signals() as signals:
+    if signals is not None:
+        signals.count(signal.SIGTERM)  # not before: a start that hangs would be hard to end
+    with Reporter(runtime) as report:
         batch_size = engine.global_batch_size(trainer, runtime.world_size)
         path, standing = runtime.meeting.from_rank_0(lambda: rundir.find(config))
         if standing == "finished":
@@ -130,16 +133,13 @@ def run(
         with saving.Saver(runtime, path, config) as saver:
             report.opened(path, training, saver.resume(training))
             startup_s = process_age_s() - began_s
-            control = Control(runtime, config, saver, signals)
+            control = Control(runtime, config, saver, signals or Signals())
             if not engine.fit(training, data, config, runtime, control, report):
                 saver.finish()
-                signals.ignore()
                 report.stopped(control.reason, training, trainer.epochs)
                 return False
             loss, accuracy, count = engine.evaluate(training.model, data.test, config, runtime)
             saver.finish()
-            if last:
-                signals.ignore()
             report.finished(
                 {
                     "state": "finished",
