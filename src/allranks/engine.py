@@ -148,7 +148,6 @@ def train_step(training: Training, shares: Sequence[Batch], config: Config, runt
     applied: the sum is the same on all ranks, so all of them see it.
     """
     trainer, scaler, optimizer = config.trainer, training.scaler, training.optimizer
-    training.trained.train()
     losses = []
     sums_before = training.sums.rows.clone() if trainer.train_metrics == "running" else None
     for row, (share, batch) in enumerate(zip(runtime.shares, shares, strict=True)):
@@ -189,7 +188,6 @@ def settle_buckets(training: Training, batch: Batch, config: TrainerConfig, runt
     if training.trained is training.model:
         return
     buffers = [buffer.clone() for buffer in training.model.buffers()]
-    training.trained.train()
     with runtime.autocast(config.precision):
         logits = training.trained(batch.images)
     (logits.sum() * 0).backward()
@@ -230,8 +228,9 @@ def _clip(training: Training, config: TrainerConfig) -> None:
 
 def _is_finite(training: Training) -> bool:
     """Whether every gradient is. The sum of finite numbers may overflow, hence the second look."""
-    gradients = [p.grad for p in training.model.parameters() if p.grad is not None]
-    if math.isfinite(sum(g.sum() for g in gradients)):
+    groups = training.optimizer.param_groups
+    gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+    if math.isfinite(torch.stack([g.sum(dtype=torch.float32) for g in gradients]).sum()):
         return True
     return all(bool(g.isfinite().all()) for g in gradients)
 
@@ -297,6 +296,7 @@ def fit(
             data.train, runtime, batch_size, training.epoch, config.seed, training.epoch_steps
         )
         runtime.watchdog.progress(training.step)
+        training.trained.train()  # walks all modules: not for every step
         for shares in report.progress(batches, training, steps):
             if not settled:
                 settle_buckets(training, shares[0], trainer, runtime)
