@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shutil
 import subprocess
@@ -66,6 +67,7 @@ def train_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
         before = set(tmp_path.rglob("config.yaml"))
         [config] = from_command_line(overrides)
         run_training(config, Launch("none"))
+        gc.unfreeze()  # this process goes on
         if config.run.dir is not None:
             return Run(tmp_path / config.run.dir)
         [made] = set(tmp_path.rglob("config.yaml")) - before

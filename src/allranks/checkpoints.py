@@ -219,13 +219,8 @@ def tensors(name: str, content: bytes) -> dict[str, Tensor]:
 def _tensor(name: str, key: str, about: Any) -> Tensor:
     if type(about) is dict and set(about) == {"dtype", "shape", "data_offsets"}:
         dtype, shape, offsets = about["dtype"], about["shape"], about["data_offsets"]
-        if (
-            _is_text(key)
-            and type(dtype) is str
-            and _are_sizes(shape)
-            and _are_sizes(offsets)
-            and len(offsets) == 2
-        ):
+        words, sizes = _is_text(key) and type(dtype) is str, _are_sizes(shape) and _are_sizes(offsets)
+        if words and sizes and len(offsets) == 2:
             return Tensor(dtype, shape, *offsets)
     raise Damaged(f"{name}: {ascii(key)[:80]} is not described as a tensor")
 

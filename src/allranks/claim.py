@@ -158,9 +158,8 @@ def _reason(owner: Mapping[str, Any], me: Mapping[str, Any]) -> str | None:
         return "was the same job before it was requeued"
     if same("host") and owner.get("boot_id") and me["boot_id"] and not same("boot_id"):
         return "has ended: its host was started again"
-    started = (
-        owner.get("started_ticks") if same("time_namespace") else None
-    )  # else they count from elsewhere
+    # in another time namespace they count from elsewhere
+    started = owner.get("started_ticks") if same("time_namespace") else None
     if same("boot_id", "pid_namespace") and _has_ended(owner.get("pid"), started):
         return "has ended"
     return None

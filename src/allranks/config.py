@@ -222,7 +222,7 @@ def typed(composed: DictConfig) -> Config:
         raise UserError(f"{key}={_shown(composed, key)} is not valid: give {kind}.") from error
     except ConfigKeyError as error:
         key = error.full_key or str(error.key)
-        raise UserError(_unknown_key(key, _leaves(OmegaConf.to_container(schema)))) from error
+        raise UserError(_unknown_key(key, [*_leaves(OmegaConf.to_container(schema))])) from error
     except OmegaConfBaseException as error:
         raise UserError(f"The configuration does not hold together: {_first_line(error)}") from error
     assert isinstance(config, Config)
@@ -256,15 +256,12 @@ def _plain(config: Config) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
-def _leaves(node: Any, prefix: str = "", *, with_values: bool = False) -> Any:
-    """Dotted keys below a dict, lists being leaves; with_values: (key, value) pairs."""
-    found: list[Any] = []
+def _leaves(node: Any, prefix: str = "") -> dict[str, Any]:
+    """What is below a dict, by dotted key; lists are leaves."""
+    found: dict[str, Any] = {}
     for key, value in node.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict) and value:
-            found += _leaves(value, name + ".", with_values=with_values)
-        else:
-            found.append((name, value) if with_values else name)
+        found |= _leaves(value, name + ".") if isinstance(value, dict) and value else {name: value}
     return found
 
 
@@ -346,7 +343,7 @@ def _loaded(path: Path) -> DictConfig:
 
 def leaves(config: Config) -> dict[str, Any]:
     """Every value of the configuration under its dotted key."""
-    return dict(_leaves(_plain(config), with_values=True))
+    return _leaves(_plain(config))
 
 
 # --- the command line --------------------------------------------------------------------------------

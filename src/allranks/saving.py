@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,7 @@ class Saver:
         sums = self.runtime.gather(training.sums.rows)
         if self.claim is None or (self.saved_step == training.step and self.failure is None):
             return
-        with self.runtime.watchdog.phase("saving (watchdog.save_s)", self.config.watchdog.save_s):
-            self.wait()
+        self.wait()
         self.saved_step = training.step
         tensors, state = capture(training, sums, self.identity, self.runtime)
         self._pending = self._writer.submit(self._write, training.step, tensors, state)
@@ -115,7 +115,7 @@ class Saver:
             return
         pending, self._pending = self._pending, None
         try:
-            with self.runtime.watchdog.phase("saving (watchdog.save_s)", self.config.watchdog.save_s):
+            with self._saving():
                 pending.result()
             self.failure = None
         except OSError as error:
@@ -139,10 +139,11 @@ class Saver:
                     "the run again: it goes on from the newest checkpoint."
                 )
 
-        with self.runtime.watchdog.phase("saving (watchdog.save_s)", self.config.watchdog.save_s):
-            limit_s = self.config.watchdog.save_s
-        with self.runtime.watchdog.phase("saving (watchdog.save_s)", limit_s):
-            self.runtime.meeting.from_rank_0(last, timeout_s=limit_s)
+        with self._saving():
+            self.runtime.meeting.from_rank_0(last, timeout_s=self.config.watchdog.save_s)
+
+    def _saving(self) -> AbstractContextManager[None]:
+        return self.runtime.watchdog.phase("saving (watchdog.save_s)", self.config.watchdog.save_s)
 
     def _write(self, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> None:
         from safetensors.torch import save

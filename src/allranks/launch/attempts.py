@@ -40,9 +40,8 @@ class Launch:
     config: Config | None = None
     max_restarts: int = 0
     min_ranks: int | None = None
-    id: str = field(
-        default_factory=partial(secrets.token_hex, 8)
-    )  # a restart may take its run over at once
+    # that of all its attempts: a restart may take its run over at once
+    id: str = field(default_factory=partial(secrets.token_hex, 8))
 
     def plan(self, hosts: tuple[Host, ...] = (), **changes: str) -> Plan:
         """Of all that is asked for, or of the ranks that `hosts` have."""

@@ -444,7 +444,11 @@ class Supervision:
         if self.code and not self.stopped_by:
             return self.code, self.failure
         if failed:
-            first = min(failed, key=lambda r: (r.ended_at, r.rank))
+            first = min(failed, key=_when)
+            if first.lost:  # MPICH kills the other guards 3 ms after a rank has been killed
+                near = first.ended_at + SETTLE_S
+                killed = [r for r in failed if r.signal and r.ended_at < near]
+                first = min(killed, key=_when, default=first)
             return first.code or 0, self._first_failure(first, failed)
         if bad:
             return EXIT_REQUEUE, ""
@@ -463,6 +467,10 @@ class Supervision:
         if len(alike) == self.world_size:
             return f"{text}, and so did all {self.world_size} ranks"
         return f"{text}, the first of {self.world_size} ranks to fail; the others have been ended"
+
+
+def _when(r: Rank) -> tuple[float, int]:
+    return r.ended_at, r.rank
 
 
 def _started(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:

@@ -140,20 +140,22 @@ def open_meeting(launch: Launch, comm: Any, run: int) -> Meeting:
     return Meeting(launch.rank, world_size, PrefixStore(f"allranks/{run}", store))
 
 
-def serve(address: str, world_size: int) -> tuple[Store, int]:
-    """A store on rank 0's host at this address, on a free port, and that port.
-
-    Raises UserError where the address is none of this host's.
-    """
-    from torch.distributed import TCPStore
-
+def listen(address: str) -> socket.socket:
+    """At this address of rank 0's host, on a free port; raises UserError where it has no such address."""
     try:
-        listener = socket.create_server((address, 0), backlog=4096)
+        return socket.create_server((address, 0), backlog=4096)
     except OSError as error:
         raise UserError(
             f"MASTER_ADDR={address} is no address of rank 0's host {socket.gethostname()} ({error}): unset "
             "MASTER_ADDR, or set it to that host's."
         ) from error
+
+
+def serve(address: str, world_size: int) -> tuple[Store, int]:
+    """A store on rank 0's host at this address, and its port; raises UserError as listen() does."""
+    from torch.distributed import TCPStore
+
+    listener = listen(address)
     port = listener.getsockname()[1]
     store = TCPStore(
         address, port, world_size, True, timedelta(seconds=START_S), wait_for_workers=False,

@@ -31,11 +31,10 @@ from pathlib import Path
 from typing import Any
 
 from allranks.config import WatchdogConfig
-from allranks.errors import UserError
 from allranks.launch import processes, wire
 from allranks.runtime import mpi
 from allranks.runtime.environment import Launch
-from allranks.runtime.meeting import Meeting
+from allranks.runtime.meeting import Meeting, listen
 
 TICK_S = 0.5
 ANSWER_S = 2.5  # for another rank's thread to answer, on a busy host too
@@ -90,13 +89,11 @@ class Watchdog:
         self._dump: int | None = None
         self._selector = selectors.DefaultSelector()
         self._links: dict[int, _Link] = {}  # by rank; rank 0's on every other rank
-        self._peers: Sequence[
-            Mapping[str, Any]
-        ] = []  # what the ranks prepared; on other ranks than 0 its alone
+        # what the ranks prepared; on other ranks than 0 rank 0's alone
+        self._peers: Sequence[Mapping[str, Any]] = []
         self._deputy = 1
-        self._clock = (
-            0.0  # s, as far as this thread was scheduled: a suspended machine's time does not count
-        )
+        # s, as far as this thread was scheduled: a suspended machine's time does not count
+        self._clock = 0.0
         self._moved_at = self._alarm_after = 0.0
         self._due: float | None = None  # by when others must have answered
         self._patient = True
@@ -174,9 +171,8 @@ class Watchdog:
         if sys.platform == "linux":
             self._dump = os.memfd_create("allranks-stack")
             faulthandler.register(DUMP, file=self._dump)
-        door = (
-            None if self.rank else self._open_door("127.0.0.1" if one_host else os.environ["MASTER_ADDR"])
-        )
+        address = "127.0.0.1" if one_host else os.environ["MASTER_ADDR"]
+        door = None if self.rank else self._open_door(address)
         return {"host": self._host, "pid": os.getpid(), "dump": self._dump, "door": door}
 
     def join(self, peers: Sequence[Mapping[str, Any]], deputy: int) -> None:
@@ -195,18 +191,11 @@ class Watchdog:
         os.register_at_fork(after_in_child=self._drop_sockets)
 
     def _open_door(self, address: str) -> list[Any]:
-        try:
-            listener = socket.create_server((address, 0), backlog=4096)
-        except OSError as error:
-            raise UserError(
-                f"MASTER_ADDR={address} is no address of rank 0's host {self._host} ({error}): unset "
-                "MASTER_ADDR, or set it to that host's."
-            ) from error
+        self._listener = listen(address)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft != hard:  # a connection a rank
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        self._listener = listener
-        return [address, listener.getsockname()[1], self._secret]
+        return [address, self._listener.getsockname()[1], self._secret]
 
     # --- the thread -----------------------------------------------------------------------------------
 
