@@ -214,7 +214,7 @@ def _backward(
             # A stand-in for an empty share weighs nothing. A loss that is not finite makes the whole
             # gradient NaN, for all ranks to see: NaN = inf * 0.
             weight = (batch.count > 0) / batch.total + known * 0
-            training.scaler.scale(loss * weight).backward()
+            training.scaler.scale(loss).backward(weight)
         total += known
         if config.train_metrics == "running" and batch.count:
             training.sums.add(row, known, logits.detach(), labels)
@@ -227,12 +227,15 @@ def _clip(training: Training, config: TrainerConfig) -> None:
 
 
 def _is_finite(training: Training) -> bool:
-    """Whether every gradient is. The sum of finite numbers may overflow, hence the second look."""
+    """Whether every gradient is. The squares of finite numbers may overflow, hence the second look."""
     groups = training.optimizer.param_groups
-    gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-    if math.isfinite(torch.stack([g.sum(dtype=torch.float32) for g in gradients]).sum()):
-        return True
-    return all(bool(g.isfinite().all()) for g in gradients)
+    gradients = [p.grad.reshape(-1) for group in groups for p in group["params"] if p.grad is not None]
+    squares = [torch.dot(g, g) for g in gradients]  # on a CPU the quickest look at all of a tensor
+    if gradients[0].is_cpu:
+        total = sum(square.item() for square in squares)
+    else:  # one wait for the device, not many
+        total = torch.stack(squares).sum().item()
+    return math.isfinite(total) or all(bool(g.isfinite().all()) for g in gradients)
 
 
 def _not_finite(
