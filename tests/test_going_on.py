@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from allranks import checkpoints
-from helpers import PYTHON, ROOT, SMALL, Run, mpiexec
+from helpers import PYTHON, ROOT, SMALL, Run, launcher, mpiexec
 from launching import Started
-from test_resume import figures
+from test_resume import figures, rank_pid
 
 TRAINING = (*SMALL, "trainer.epochs=100", "checkpoint.every_steps=5", "model=mlp")
 HERE = {"PYTHONPATH": f"{ROOT}/src", "PATH": f"{Path(PYTHON).parent}:{os.environ['PATH']}"}
@@ -85,6 +85,24 @@ def test_killed_twice_it_is_the_same_run(tmp_path, undisturbed):
     assert "From step " in told[0]
     assert told[0].endswith(": restart 1 of 2.")
     assert figures(Run(run)) == figures(undisturbed)
+
+
+def test_torchruns_own_restarts_go_on_as_well(tmp_path, undisturbed):
+    """Its attempts share one store, in which the words of the one before still stand."""
+    os.chdir(tmp_path)
+    argv = [*launcher("torchrun", 2), "-m", "allranks.train", *TRAINING, "run.dir=run"]
+    started = Started([*argv[:3], "--max-restarts=2", *argv[3:]], "torchrun", **HERE)
+    try:
+        for step in (20, 80):
+            until_step(tmp_path / "run", step)
+            os.kill(rank_pid(tmp_path, 1), signal.SIGKILL)
+            time.sleep(0.5)
+        code, out, err = started.finish(60)
+    finally:
+        started.end()
+    assert code == 0, err
+    assert out.count("going on from") == 2
+    assert figures(Run(tmp_path / "run")) == figures(undisturbed)
 
 
 def test_three_crashes_without_a_step_gained_end_it(tmp_path):

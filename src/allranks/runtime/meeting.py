@@ -137,7 +137,10 @@ def open_meeting(launch: Launch, comm: Any, run: int) -> Meeting:
     store = _serve_through_mpi(comm) if comm is not None else _join_env(launch)
     world_size = launch.world_size
     assert world_size is not None  # MPI filled in what the launcher did not tell
-    return Meeting(launch.rank, world_size, PrefixStore(f"allranks/{run}", store))
+    # torchrun serves all its attempts, which may differ in size, from one store
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT") if launch.launcher == "torchrun" else None
+    prefix = f"allranks/{restarts or 0}/{world_size}/{run}"
+    return Meeting(launch.rank, world_size, PrefixStore(prefix, store))
 
 
 def listen(address: str) -> socket.socket:
