@@ -214,7 +214,8 @@ def _backward(
             # A stand-in for an empty share weighs nothing. A loss that is not finite makes the whole
             # gradient NaN, for all ranks to see: NaN = inf * 0.
             weight = (batch.count > 0) / batch.total + known * 0
-            training.scaler.scale(loss).backward(weight)
+            # not backward(weight): it would import sympy
+            training.scaler.scale(loss * weight).backward()
         total += known
         if config.train_metrics == "running" and batch.count:
             training.sums.add(row, known, logits.detach(), labels)
