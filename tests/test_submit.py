@@ -803,6 +803,24 @@ def test_slurm_a_node_that_dies_in_mid_run_is_gone_on_without(slurm, a_node_to_l
     assert figures(Run(run)) == figures(Run(whole))
 
 
+def test_slurm_requeues_a_job_whose_node_has_failed_and_it_goes_on(slurm, undisturbed):
+    """As without --min-ranks; what is left of the job's first start is fenced off by its second."""
+    answer = slurm.submit(*SLURM, "--nodes", "2", "--ppn", "1", *LONG)
+    run = Path(answer["directory"])
+    until_step(run, 20)
+    node = json.loads((run / "environment.json").read_text())["ranks"][1]["host"]
+    update = ["scontrol", "update", f"nodename={node}", "reason=test"]
+    subprocess.run([*update, "state=down"], timeout=30, check=True)
+    deadline = time.monotonic() + 30
+    while subprocess.run([*update, "state=resume"], timeout=30, check=False).returncode:
+        assert time.monotonic() < deadline  # it clears up after the job first
+        time.sleep(0.5)
+    slurm.until("finished")
+    assert "going on from" in (run / "job.log").read_text()
+    assert [row["job_id"] for row in slurm.rows()] == answer["job_ids"]
+    assert figures(Run(run)) == figures(undisturbed)
+
+
 @pytest.mark.parametrize("launcher", ["srun", "mpiexec", "torchrun"])
 def test_slurm_launch_inside_salloc_on_three_nodes(slurm, train, launcher):
     alloc = ("salloc", "-Q", "-N3", "--ntasks-per-node=2")
