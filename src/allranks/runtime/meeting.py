@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 import time
 import zlib
@@ -169,23 +170,29 @@ def serve(address: str, world_size: int) -> tuple[Store, int]:
 
 
 def _serve_through_mpi(comm: Any) -> Store:
-    """Rank 0 serves on a free port, which MPI tells the others: no port is ever guessed."""
-    from torch.distributed import TCPStore
+    """Rank 0 serves on a free port, which MPI tells the others: no port is ever guessed.
+
+    So is a secret that begins the name of every key, as torch's protocol has no password.
+    """
+    from torch.distributed import PrefixStore, TCPStore
 
     near = mpi.one_host(comm)
     store: Store | None = None
-    address, port, problem = "", 0, ""
+    address, port, problem, secret = "", 0, "", ""
     if comm.rank == 0:
+        secret = secrets.token_hex(16)
         address = "127.0.0.1" if near else os.environ.get("MASTER_ADDR") or socket.gethostname()
         try:
             store, port = serve(address, comm.size)
         except UserError as error:
             problem = str(error)
-    address, port, problem = json.loads(mpi.broadcast_text(comm, json.dumps([address, port, problem])))
+    said = mpi.broadcast_text(comm, json.dumps([address, port, problem, secret]))
+    address, port, problem, secret = json.loads(said)
     if problem:
         raise UserError(problem, said_by=0)
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
-    return store or TCPStore(address, port, comm.size, False, timedelta(seconds=START_S))
+    store = store or TCPStore(address, port, comm.size, False, timedelta(seconds=START_S))
+    return PrefixStore(secret, store)
 
 
 def _join_env(launch: Launch) -> Store:
