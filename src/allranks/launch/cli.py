@@ -19,7 +19,8 @@ from allranks.launch.allocation import Allocation
 from allranks.launch.command import Request
 from allranks.launch.machine import LAUNCHERS, Machine
 
-USAGE = "%(prog)s [options] [machine.key=value ...] [overrides of the training | -- PROGRAM ARGS...]"
+USAGE = """%(prog)s [options] [machine.key=value ...]
+                       [overrides of the training | -- PROGRAM ARGS...]"""
 
 
 def launch(arguments: Sequence[str]) -> int:

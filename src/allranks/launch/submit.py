@@ -24,7 +24,8 @@ from allranks.launch.command import Plan, Request
 from allranks.launch.machine import LAUNCHERS, Machine
 from allranks.launch.script import Order
 
-USAGE = "%(prog)s [options] [machine.key=value ...] [overrides of the training, -m | -- PROGRAM ARGS...]"
+USAGE = """%(prog)s [options] [machine.key=value ...]
+                       [overrides of the training, -m | -- PROGRAM ARGS...]"""
 NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run", "/local", "/localscratch")
 
 
