@@ -37,11 +37,11 @@ ARROWS = {
     "launch.command": "errors launch.allocation launch.launchers launch.machine launch.variables",
     "launch.dryrun": "launch.allocation launch.command",
     "launch.cli": "control errors launch.allocation launch.command launch.dryrun launch.machine "
-    "launch.attempts launch.runs",
+    "launch.attempts launch.runs launch.supervise",
     "launch.attempts": "checkpoints config control errors launch.allocation launch.command launch.machine "
-    "launch.preflight launch.processes launch.supervise launch.variables",
+    "launch.preflight launch.processes launch.supervise launch.variables rundir",
     "launch.scheduler": "errors",
-    "launch.runs": "config control errors launch.scheduler rundir",
+    "launch.runs": "claim config control errors launch.scheduler rundir",
     "launch.script": "errors launch.machine",
     "launch.submit": "checkpoints control errors launch.allocation launch.cli launch.command launch.dryrun "
     "launch.machine launch.runs launch.scheduler launch.script rundir",

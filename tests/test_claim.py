@@ -280,3 +280,12 @@ def test_a_directory_that_cannot_be_written_is_refused(read_only):
         Claim.take(read_only)
     with pytest.raises(UserError, match=r"cannot be written \(No such file"):
         Claim.take(read_only / "missing")
+
+
+def test_a_run_directory_that_was_moved_is_named(tmp_path):
+    (tmp_path / "run").mkdir()
+    claim = Claim.take(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="was moved or removed while this run was going on"):
+        claim.check()
+    claim.release()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -103,6 +104,25 @@ def test_torchruns_own_restarts_go_on_as_well(tmp_path, undisturbed):
     assert code == 0, err
     assert out.count("going on from") == 2
     assert figures(Run(tmp_path / "run")) == figures(undisturbed)
+
+
+@pytest.mark.parametrize("when", ["before the preflight", "in the preflight"])
+def test_a_warning_before_the_ranks_run_asks_for_another_start(tmp_path, when):
+    mpiexec()
+    os.chdir(tmp_path)
+    started = Started(
+        [PYTHON, "-m", "allranks", "launch", "-n", "2", *TRAINING, "run.dir=run"], "warned", **HERE
+    )
+    caught, status = 0, Path(f"/proc/{started.process.pid}/status")
+    while not caught >> (signal.SIGUSR1 - 1) & 1:
+        caught = int(re.search(r"SigCgt:\s+(\w+)", status.read_text())[1], 16)
+    while when.startswith("in") and len(started.pids()) < 4:
+        time.sleep(0.01)
+    started.process.send_signal(signal.SIGUSR1)
+    code, _, err = started.finish(60)
+    assert code == 85, err
+    assert "Traceback" not in err
+    assert checkpoints.steps("run") == []
 
 
 def test_three_crashes_without_a_step_gained_end_it(tmp_path):

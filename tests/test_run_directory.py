@@ -283,3 +283,10 @@ def test_the_command_is_recorded_as_typed(train, tmp_path):
     done = train(*SMALL, "trainer.epochs=0").ok()
     assert done.run.environment["command"][1:] == [*SMALL, "trainer.epochs=0"]
     assert Path(done.run.environment["command"][0]).name == "train.py"
+
+
+def test_paths_that_cannot_be_looked_at(train):
+    long = "x" * 300
+    assert f"run.dir={long} cannot be looked at (File name too long)" in train(f"run.dir={long}").message
+    done = train(*SMALL, f"resume={long}")
+    assert f"resume={long} cannot be read (File name too long)" in done.message

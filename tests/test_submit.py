@@ -18,7 +18,9 @@ from pathlib import Path
 import pytest
 
 from allranks import checkpoints
-from allranks.launch import scheduler
+from allranks.claim import Claim
+from allranks.errors import UserError
+from allranks.launch import runs, scheduler
 from conftest import SETTING
 from helpers import PYTHON, ROOT, SMALL, Run, execute, tree
 from test_resume import figures
@@ -237,6 +239,82 @@ def test_a_run_that_stops_before_its_walltime_queues_one_successor(pbs):
     stuck = pbs.allranks("submit", "--next", str(run), PBS_JOBID="99.pbs")
     assert stuck.code == 86
     assert "this job has not gained a step" in stuck.message
+
+
+def unfinished(pbs, *overrides):
+    """A run in `mine` that has stopped with a checkpoint."""
+    words = [PYTHON, "-m", "allranks", "train", *SMALL, *overrides, "run.dir=mine"]
+    assert execute(words, pbs.folder, {**pbs.env, "ALLRANKS_DEADLINE": "1"}).code == 85
+    assert checkpoints.steps(pbs.folder / "mine")
+
+
+def test_a_job_that_is_refused_leaves_a_run_that_was_there_alone(pbs):
+    unfinished(pbs)
+    before = tree(pbs.folder / "mine")
+    Path(pbs.env["PBS_STANDIN"]).mkdir(exist_ok=True)
+    (Path(pbs.env["PBS_STANDIN"]) / "down").touch()
+    assert "scheduler is down" in pbs.refused(*PBS, *SMALL, "run.dir=mine")
+    assert set(before) <= set(tree(pbs.folder / "mine"))
+    (Path(pbs.env["PBS_STANDIN"]) / "down").unlink()
+    assert "queue" in pbs.refused(*PBS, "--queue", "none", *SMALL, "run.dir=mine")
+    assert set(before) <= set(tree(pbs.folder / "mine"))
+
+
+def test_a_queued_run_that_is_launched_with_other_means_stays_startable(pbs, monkeypatch):
+    """checkpoint.keep is no part of what a run computes; but the job knows the file by its sha256."""
+    monkeypatch.chdir(pbs.folder)
+    queued = [*SMALL, "run.dir=mine"]
+    runs.make(*runs.cells(queued))
+    [cell] = runs.cells(queued)[1]
+    about = {"scheduler": "pbs", "job_ids": ["1.pbs"], "config_sha256": cell.sha256}
+    (pbs.folder / "mine/job.json").write_text(json.dumps(about))
+    runs.make(*runs.cells([*queued, "checkpoint.keep=7"]))
+    [found] = runs.of("mine")[1]
+    assert found.config.checkpoint.keep == 7
+    claim = Claim.take("mine")
+    with pytest.raises(UserError, match="is in use by process"):
+        runs.make(*runs.cells([*queued, "checkpoint.keep=9"]))
+    claim.release()
+    assert runs.of("mine")[1][0].config.checkpoint.keep == 7
+
+
+def test_a_sweep_that_is_started_again_is_the_same_sweep(pbs, monkeypatch):
+    monkeypatch.chdir(pbs.folder)
+    words = [*SMALL, "-m", "optimizer.lr=0.1,0.2", "run.dir=mine"]
+    runs.make(*runs.cells(words))
+    before = tree(pbs.folder)
+    assert runs.cells(words)[0] == str(pbs.folder / "mine")
+    runs.make(*runs.cells(words))
+    assert tree(pbs.folder) == before
+    with pytest.raises(UserError, match="another configuration"):
+        runs.make(*runs.cells([*SMALL, "-m", "optimizer.lr=0.3,0.4", "run.dir=mine"]))
+
+
+def test_a_finished_run_is_finished_even_if_the_scheduler_is_down(pbs):
+    """--next: its exit code is the job's, and the next link of a chain looks at it."""
+    state = Path(pbs.env["PBS_STANDIN"])
+    answer = pbs.submit(*PBS, "--ppn", "1", "--chain", "2", "--", "true")
+    run = Path(answer["directory"])
+    pbs.until("finished")
+    (state / "down").touch()
+    done = pbs.allranks("submit", "--next", str(run), PBS_JOBID="1.pbs")
+    assert done.code == 0
+    assert "scheduler is down" in done.err
+
+
+def test_what_others_leave_below_runs_does_not_hide_the_list(pbs):
+    for number, (name, text) in enumerate(
+        [("job.json", "[1]"), ("job.json", '{"a": 1}'), ("job.json", "{"), ("config.yaml", "a: 1")]
+    ):
+        (pbs.folder / f"runs/{number}").mkdir(parents=True)
+        (pbs.folder / f"runs/{number}/{name}").write_text(text)
+    (pbs.folder / "runs/3/metrics.jsonl").write_bytes(b"\xff abc}")
+    done = pbs.allranks("runs", "--json").ok()
+    assert [json.loads(line)["directory"] for line in done.out.splitlines()] == [
+        f"runs/{i}" for i in range(4)
+    ]
+    assert "runs/2/job.json cannot be read" in done.err
+    assert "no job.json" in pbs.allranks("cancel", "runs/0").message
 
 
 @needs_launch

@@ -77,7 +77,13 @@ class Claim:
         """Raises UserError, naming the new owner, where the directory is not ours any more."""
         if _is_at(self.path, self.token):
             return
-        owners = _owners(self.path.parent)
+        try:
+            owners = _owners(self.path.parent)
+        except FileNotFoundError:
+            raise UserError(
+                f"{self.path.parent} was moved or removed while this run was going on: it ends. Start it "
+                "again with the directory's new place as run.dir."
+            ) from None
         now = f"{owners[-1]} has taken it over" if owners else f"{self.path.name} was removed"
         raise UserError(
             f"{self.path.parent} does not belong to this run any more: {now}. This run ends, and leaves "

@@ -33,6 +33,16 @@ def choose(directory: str | None, name: str) -> str:
         stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
         return str(Path("runs") / name / f"{stamp}-{_job_id() or secrets.token_hex(3)}")
     path = Path(directory)
+    try:
+        _check(path)
+    except OSError as error:
+        raise UserError(
+            f"run.dir={path} cannot be looked at ({error.strerror}): give another run.dir."
+        ) from error
+    return str(path)
+
+
+def _check(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise UserError(f"run.dir={path} is a file: give a directory that does not exist yet.")
     if _is_used(path) and not (path / CONFIG).exists():
@@ -43,7 +53,6 @@ def choose(directory: str | None, name: str) -> str:
     above = path if path.is_dir() else next((p for p in path.absolute().parents if p.exists()), Path())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"run.dir={path} cannot be made: {above} is not writable. Give another run.dir.")
-    return str(path)
 
 
 def find(config: Config) -> tuple[str, str]:

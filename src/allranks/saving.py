@@ -84,14 +84,18 @@ class Saver:
         return str(path) if path else None, files
 
     def _given(self, given: str) -> tuple[str, dict[str, bytes]]:
-        if (Path(given) / checkpoints.MANIFEST).exists():
-            try:
+        try:
+            if (Path(given) / checkpoints.MANIFEST).exists():
                 return given, checkpoints.read(given)
-            except checkpoints.Damaged as damaged:
-                raise UserError(
-                    f"resume={given} is damaged: {damaged}. Give an earlier checkpoint."
-                ) from damaged
-        path, files = self._newest(given)
+            path, files = self._newest(given)
+        except checkpoints.Damaged as damaged:
+            raise UserError(
+                f"resume={given} is damaged: {damaged}. Give an earlier checkpoint."
+            ) from damaged
+        except OSError as error:
+            raise UserError(
+                f"resume={given} cannot be read ({error.strerror}): give another one."
+            ) from error
         if path is None:
             raise UserError(
                 f"resume={given} has no valid checkpoint: give the path of one, or of a run directory that "
@@ -130,8 +134,11 @@ class Saver:
 
         def last() -> None:
             self.wait()
-            if self.claim is not None:
-                self.claim.check()
+            try:
+                if self.claim is not None:
+                    self.claim.check()
+            except OSError as error:
+                self.failure = error
             if self.failure is not None:
                 raise UserError(
                     f"The last checkpoint, of step {self.saved_step}, could not be written to "
@@ -159,7 +166,10 @@ class Saver:
         best = min((s for s in present if s in losses), key=lambda s: losses[s], default=step)
         # one that is newer is damaged, or this run would have gone on from it: it does not count
         count = present.index(step) + self.config.checkpoint.keep
-        checkpoints.remove(self.run_dir, {*present[:count], best}, self.claim.check)
+        try:
+            checkpoints.remove(self.run_dir, {*present[:count], best}, self.claim.check)
+        except OSError as error:
+            log.warning("earlier checkpoints could not be removed (%s)", error.strerror)
         self.longest_s = max(self.longest_s, time.perf_counter() - started)
 
 

@@ -50,6 +50,9 @@ def main() -> None:
         if error.said_by is None:
             mpi.abort(error.code)  # the other ranks do not know, and may wait for this one
         sys.exit(error.code)
+    except KeyboardInterrupt:  # alone, that is: several ranks end one another
+        print("allranks: interrupted", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # `--help | head` closed the console
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from allranks import checkpoints
+from allranks import checkpoints, rundir
 from allranks.config import Config
 from allranks.control import EXIT_REQUEUE
 from allranks.errors import EXIT_STUCK, EXIT_USER_ERROR, UserError
@@ -51,7 +51,8 @@ class Launch:
         request = replace(request, **changes)  # type: ignore[arg-type]
         plan = command.plan(request, self.machine, self.allocation, self.environ)
         for path, content in plan.files:
-            Path(path).write_text(content)
+            with rundir.writing(str(Path(path).parent)):
+                Path(path).write_text(content)
         return plan
 
     def environment(self, plan: Plan) -> dict[str, str]:

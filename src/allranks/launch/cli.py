@@ -90,7 +90,9 @@ def _start(
 ) -> int:
     """Starts the program, or one training after another; the exit code."""
     from allranks.launch.attempts import Launch, run
+    from allranks.launch.supervise import until_ranks_run
 
+    until_ranks_run()
     own = str(Path(args.run).absolute()) if args.run else None
     launch = Launch(request, known, allocation, environ, own, None, args.max_restarts, args.min_ranks)
     check = not args.no_preflight

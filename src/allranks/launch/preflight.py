@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import secrets
+import signal
 import socket
 import sys
 import time
@@ -61,6 +62,14 @@ class Unreached(UserError):
         self.gone = gone
 
 
+class Stopped(UserError):
+    """By a signal, before the training had begun."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(f"preflight: {message}")
+        self.code = code
+
+
 def check(
     argv_for: Callable[[Sequence[str]], Sequence[str]],
     env: Mapping[str, str],
@@ -85,19 +94,23 @@ def check(
             with rundir.writing(str(run_dir)):
                 token.touch()
         start_s = min(limit_s, START_S + len(set(hosts)) / 100)
-        outcome = supervise.Supervision(heard, world_size, hosts, start_s=start_s, limit_s=limit_s).run(
+        supervision = supervise.Supervision(heard, world_size, hosts, start_s=start_s, limit_s=limit_s)
+        supervision.passes_on = False
+        outcome = supervision.run(
             argv_for([sys.executable, "-m", "allranks.launch.preflight", task]), env, None
         )
     finally:
         if token:
             with contextlib.suppress(OSError):  # the directory may have become read-only
                 token.unlink()
+    if outcome.stopped:
+        raise Stopped(outcome.failure or "stopped", outcome.code or 128 + signal.SIGTERM)
     problems = judge(heard.words(), outcome.hosts, outcome.code == supervise.TIMED_OUT)
     if problems:
         raise UserError("\n".join(f"preflight: {problem}" for problem in problems))
     if outcome.code:
         text = f"preflight: {outcome.failure}\n{heard.said.decode(errors='replace')}".rstrip()
-        raise UserError(text) if outcome.stopped or not outcome.gone else Unreached(text, outcome.gone)
+        raise Unreached(text, outcome.gone) if outcome.gone else UserError(text)
     count = len(set(outcome.hosts.values()))
     return (
         f"preflight: {world_size} rank{'s' * (world_size > 1)} on {count} host{'s' * (count > 1)} "

@@ -8,12 +8,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from allranks import config as configs
 from allranks import rundir
+from allranks.claim import Claim
 from allranks.config import Config
 from allranks.control import EXIT_REQUEUE
 from allranks.errors import UserError
@@ -51,7 +53,9 @@ def cells(arguments: Sequence[str]) -> tuple[str, list[Cell]]:
         return directory, [_cell(directory, *composed[0])]
     if any(config.name != name for config, _ in composed):
         name = "sweep"
-    sweep = _absolute(rundir.choose(str(Path(given).parent) if given else None, name))
+    above = str(Path(given).parent) if given else None
+    known = above is not None and (Path(above) / CELLS).exists()  # a sweep that goes on
+    sweep = _absolute(str(above) if known else rundir.choose(above, name))
     return sweep, [_cell(f"{sweep}/{i}", *each) for i, each in enumerate(composed)]
 
 
@@ -73,14 +77,26 @@ def _absolute(directory: str) -> str:
 def make(directory: str, found: Sequence[Cell]) -> None:
     """Makes and freezes every cell that is not there from an earlier start."""
     for cell in found:
-        frozen = configs.freeze(cell.config)
-        if rundir.standing(cell.directory, cell.config) == "new":
-            rundir.create(cell.directory, frozen)
-        else:  # checkpoints, threads and the like may be others now
-            with rundir.writing(cell.directory):
-                rundir.write_text(Path(cell.directory) / rundir.CONFIG, frozen).close()
+        standing = rundir.standing(cell.directory, cell.config)
+        if standing == "new":
+            rundir.create(cell.directory, configs.freeze(cell.config))
+        elif standing != "finished":
+            _freeze_anew(cell)
     if found[0].directory != directory:
-        write_cells(directory, found)
+        with rundir.writing(directory):
+            write_cells(directory, found)
+
+
+def _freeze_anew(cell: Cell) -> None:
+    """`checkpoint.`, `threads` and the like may be others now. Raises UserError if the run is under way."""
+    path, frozen = Path(cell.directory) / rundir.CONFIG, configs.freeze(cell.config)
+    with rundir.writing(cell.directory):
+        if path.read_text() == frozen:
+            return
+        Claim.take(cell.directory).release()
+        rundir.write_text(path, frozen).close()
+        if job := read(Path(cell.directory) / JOB):  # one that is queued would refuse another file
+            rundir.write_json(Path(cell.directory) / JOB, job | {"config_sha256": cell.sha256})
 
 
 def write_cells(sweep: str, found: Sequence[Cell], job_ids: Sequence[str | None] = ()) -> None:
@@ -105,14 +121,15 @@ def of(directory: str) -> tuple[str, list[Cell]]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A JSON file's values; none where it is not there."""
+    """What job.json says; nothing where there is none, or it is another program's."""
     try:
         found = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): move it away.") from error
-    return dict(found)
+    ours = isinstance(found, dict) and isinstance(found.get("job_ids"), list) and "scheduler" in found
+    return found if ours else {}
 
 
 TERMINATED = str(128 + signal.SIGTERM)  # by the scheduler: at the walltime, or cancelled
@@ -127,7 +144,7 @@ def is_finished(directory: str | Path) -> bool:
 def _text(path: Path) -> str:
     """What the file holds; nothing where it is not there, or has just been taken away."""
     try:
-        return path.read_text().strip()
+        return path.read_text(errors="replace").strip()
     except FileNotFoundError:
         return ""
 
@@ -140,7 +157,13 @@ def listed(root: str, warn: Callable[[str], None]) -> list[dict[str, Any]]:
     if not Path(root).is_dir():
         raise UserError(f"{root} is no folder: give one with runs in it. The default is ./runs.")
     found = sorted(_below(root))
-    jobs = {directory: read(directory / JOB) for directory in found}
+    jobs: dict[Path, dict[str, Any]] = {}
+    for directory in found:
+        try:
+            jobs[directory] = read(directory / JOB)
+        except UserError as error:
+            warn(str(error))
+            jobs[directory] = {}
     now: dict[str, str] = {}
     for kind in sorted({str(job["scheduler"]) for job in jobs.values() if job}):
         mine = [d for d, job in jobs.items() if job and job["scheduler"] == kind and not is_finished(d)]
@@ -162,7 +185,9 @@ def _below(root: str) -> Iterator[Path]:
 
 def _row(directory: Path, job: dict[str, Any], now: dict[str, str]) -> dict[str, Any]:
     lines = _text(directory / "metrics.jsonl").splitlines()
-    last = json.loads(lines[-1]) if lines and lines[-1].endswith("}") else {}
+    last: dict[str, Any] = {}
+    with suppress(ValueError, IndexError):  # no line yet, or half of one
+        last = dict(json.loads(lines[-1]))
     ids = job.get("job_ids", [])
     alive = next((job_id for job_id in ids if job_id in now), None)
     code = _text(directory / "exit_code")

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -132,11 +133,12 @@ def _submit(args: argparse.Namespace, rest: Sequence[str]) -> int:
             f"--after {args.after}: {task.machine.scheduler.upper()} knows no such job; one that waits for "
             "it would never run. Look with `allranks runs`, and leave --after out where it has ended."
         )
+    fresh = not Path(task.directory).exists()
     if not args.cell and task.cells:
         runs.make(task.directory, task.cells)
     elif not args.cell:
         rundir.create(task.directory, None)
-    ids = _queue(task, args, keep=bool(args.cell))
+    ids = _queue(task, args, fresh)
     log = task.directory + ("/*" if task.is_sweep else "") + f"/{script.LOG}"
     if args.json:
         print(json.dumps({"job_ids": ids, "directory": task.directory, "log": log}))
@@ -157,12 +159,15 @@ def _next(parser: argparse.ArgumentParser, directory: str) -> int:
         raise UserError(f"--next {directory} is for the script of a job that `allranks submit` has queued.")
     kind, ids = str(job["scheduler"]), [str(job_id) for job_id in job["job_ids"]]
     mine = next((i for i, job_id in enumerate(ids) if job_id.split(".")[0] == me.split(".")[0]), len(ids))
-    later = scheduler.states(kind, ids[mine + 1 :])
     if runs.is_finished(directory):
-        if later:
-            scheduler.cancel(kind, list(later)[::-1])
-            print(f"finished: {', '.join(later)} cancelled", flush=True)
+        try:
+            if later := scheduler.states(kind, ids[mine + 1 :]):
+                scheduler.cancel(kind, list(later)[::-1])
+                print(f"finished: {', '.join(later)} cancelled", flush=True)
+        except UserError as error:  # they will find that there is nothing left to do
+            print(f"allranks: {error}", file=sys.stderr, flush=True)
         return 0
+    later = scheduler.states(kind, ids[mine + 1 :])
     if later or job["program"] or job["order"].get("chain"):
         goes_on = f"job {next(iter(later))} goes on" if later else "this was the last job of it"
         print(f"{directory} is not finished: {goes_on}", flush=True)
@@ -335,28 +340,31 @@ def _check_shared(task: Task) -> None:
 # --- queueing ------------------------------------------------------------------------------------
 
 
-def _queue(task: Task, args: argparse.Namespace, keep: bool) -> list[str]:
-    """Writes the script, queues it, and records the job's id; a refusal leaves no new directory behind."""
+def _queue(task: Task, args: argparse.Namespace, fresh: bool) -> list[str]:
+    """Writes the script, queues it, and records the job's id; a refusal leaves no fresh directory."""
     path = Path(task.job_directory()) / "job.sh"
-    path.write_text(task.text())
     kind = task.machine.scheduler
     ids: list[str] = []
-    _record(task, ids)  # a job may start, and read it, before its id is known here
     after = args.after
     try:
+        with rundir.writing(task.directory):
+            path.write_text(task.text())
+            _record(task, ids)  # a job may start, and read it, before its id is known here
         for link in range(args.chain or 1):
             if link and not scheduler.states(kind, [ids[-1]]):
                 after = None  # it has ended already, and nothing may wait for a job that is gone
             ids.append(scheduler.submit(kind, str(path), after))
             after = ids[-1]
+        with rundir.writing(task.directory):
+            _record(task, ids)
     except UserError as error:
         if ids:
-            _record(task, ids)
+            with suppress(OSError):
+                _record(task, ids)
             raise UserError(f"{error} Queued until then, in {task.directory}: {', '.join(ids)}.") from error
-        if not keep and not isinstance(error, scheduler.NoAnswer):
+        if fresh and not isinstance(error, scheduler.NoAnswer):
             shutil.rmtree(task.directory)
         raise
-    _record(task, ids)
     return ids
 
 

@@ -94,6 +94,12 @@ def run(
     return Supervision(console, world_size, hosts, **limits).run(argv, env, run_dir)
 
 
+def until_ranks_run() -> None:
+    """Until then SIGUSR1 and SIGUSR2 end this process with "start me again": nothing is lost yet."""
+    for number in PASSED_ON:
+        signal.signal(number, lambda *_: sys.exit(EXIT_REQUEUE))
+
+
 def say(text: str) -> None:
     print(f"allranks: {text}", file=sys.stderr, flush=True)
 
@@ -173,6 +179,7 @@ class Supervision:
         grace_s: float = GRACE_S,
         limit_s: float | None = None,  # for all of it, counted from when all ranks have started
     ) -> None:
+        self.passes_on = True  # SIGUSR1 and SIGUSR2 to the ranks; else they end all
         self.console = console
         self.world_size = world_size
         self.hosts = hosts
@@ -193,6 +200,7 @@ class Supervision:
         try:
             return asyncio.run(self._run(argv, env, run_dir))
         finally:
+            until_ranks_run()
             processes.kill_descendants(spare=before)
             processes.adopt_orphans(False)
 
@@ -360,7 +368,7 @@ class Supervision:
     # --- ending ---------------------------------------------------------------------------------
 
     def _on_signal(self, signum: int) -> None:
-        if signum in PASSED_ON:
+        if signum in PASSED_ON and self.started and self.passes_on:
             self._tell_all(signal=signum)
         elif self.stopped_by:  # asked twice: no more grace
             self._kill()
@@ -439,8 +447,9 @@ class Supervision:
             for line in self._said:
                 self.console.line(line)
         self.console.flush(force=True)
-        if self.stopped_by and (failed or not self.started):
-            return 128 + self.stopped_by, f"stopped by {signal.Signals(self.stopped_by).name}"
+        if self.stopped_by and (failed or not self.started or not self.passes_on):
+            code = EXIT_REQUEUE if self.stopped_by in PASSED_ON else 128 + self.stopped_by
+            return code, f"stopped by {signal.Signals(self.stopped_by).name}"
         if self.code and not self.stopped_by:
             return self.code, self.failure
         if failed:

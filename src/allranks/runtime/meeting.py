@@ -219,7 +219,14 @@ def _join_env(launch: Launch) -> Store:
         except ConnectionRefusedError:
             raise UserError(f"torchrun has ended: nobody answers at {place[0]}:{place[1]}.") from None
     assert launch.world_size is not None  # `environment` and torchrun always tell it
-    store, _, _ = next(
-        rendezvous("env://", launch.rank, launch.world_size, timeout=timedelta(seconds=START_S))
-    )
+    limit = timedelta(seconds=START_S)
+    try:
+        store, _, _ = next(rendezvous("env://", launch.rank, launch.world_size, timeout=limit))
+    except (RuntimeError, ValueError) as error:
+        where = f"MASTER_ADDR={os.environ['MASTER_ADDR']} and MASTER_PORT={os.environ['MASTER_PORT']}"
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"rank {launch.rank} cannot meet the others at {where} ({reason}): give an address of rank 0's "
+            "host and a port that is free there, the same on every rank."
+        ) from error
     return store

@@ -363,6 +363,11 @@ def is_available(name: str) -> bool:
 
 
 def _virtual_ranks(trainer: TrainerConfig, world_size: int) -> int | None:
+    wanted = 2 if trainer.reproducible else 0  # "error", "default": a sweep's runs share this process
+    if torch.get_deterministic_debug_mode() != wanted:
+        torch.set_deterministic_debug_mode(wanted)
+        # memory that is never read here
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if not trainer.reproducible:
         return None
     if trainer.virtual_ranks % world_size:
@@ -372,8 +377,6 @@ def _virtual_ranks(trainer: TrainerConfig, world_size: int) -> int | None:
             said_by=0,
         )
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.set_deterministic_debug_mode("error")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # which is never read here
     return trainer.virtual_ranks
 
 
