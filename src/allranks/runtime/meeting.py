@@ -17,6 +17,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from allranks.errors import UserError
+from allranks.launch import variables
 from allranks.runtime import mpi
 from allranks.runtime.environment import Launch, first_host
 
@@ -140,7 +141,8 @@ def open_meeting(launch: Launch, comm: Any, run: int) -> Meeting:
     assert world_size is not None  # MPI filled in what the launcher did not tell
     # torchrun serves all its attempts, which may differ in size, from one store
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT") if launch.launcher == "torchrun" else None
-    prefix = f"allranks/{restarts or 0}/{world_size}/{run}"
+    secret = os.environ.get(variables.RANKS_SECRET, "")  # under `allranks launch`
+    prefix = f"allranks/{secret}/{restarts or 0}/{world_size}/{run}"
     return Meeting(launch.rank, world_size, PrefixStore(prefix, store))
 
 
