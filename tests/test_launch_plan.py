@@ -447,3 +447,10 @@ def test_help_tells_every_option():
     told = launch("--help").stdout
     for option in ("-n", "--nodes", "--ppn", "--launcher", "--machine", "--hosts", "--dry-run"):
         assert option in told
+
+
+def test_a_misspelt_option_is_named_with_the_right_one():
+    said = message(launch("--max-restart", "3", "model=cnn"))
+    assert said == (
+        "allranks: --max-restart is not an option of `allranks launch`. Did you mean --max-restarts?"
+    )

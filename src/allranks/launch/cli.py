@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from allranks.control import EXIT_REQUEUE
-from allranks.errors import UserError
+from allranks.errors import UserError, did_you_mean
 from allranks.launch import allocation as allocations
 from allranks.launch import command, dryrun, machine, runs
 from allranks.launch.allocation import Allocation
@@ -21,6 +22,9 @@ from allranks.launch.machine import LAUNCHERS, Machine
 
 USAGE = """%(prog)s [options] [machine.key=value ...]
                        [overrides of the training | -- PROGRAM ARGS...]"""
+HYDRAS = frozenset(
+    "--cfg --resolve --package --info --run --multirun --config-path --config-name --hydra-help".split()
+)
 
 
 def launch(arguments: Sequence[str]) -> int:
@@ -40,9 +44,21 @@ def launch(arguments: Sequence[str]) -> int:
     add("--no-preflight", action="store_true", help="start at once, without checking the hosts first")
     add("--dry-run", action="store_true", help="show the command and every rank's place, do nothing")
     add("--json", action="store_true", help="the dry run for programs")
+    args, rest = parsed(parser, arguments)
+    return _launch(args, rest, os.environ)
+
+
+def parsed(
+    parser: argparse.ArgumentParser, arguments: Sequence[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """(the parser's own options, the rest: overrides, Hydra's flags, `-- PROGRAM ARGS`)."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     args, rest = parser.parse_known_args(arguments[:end])
-    return _launch(args, [*rest, *arguments[end:]], os.environ)
+    for flag in (word.partition("=")[0] for word in rest):
+        if flag.startswith("--") and flag not in HYDRAS:
+            known = re.findall(r"--[a-z-]+", parser.format_help())
+            raise UserError(f"{flag} is not an option of `{parser.prog}`.{did_you_mean(flag, known)}")
+    return args, [*rest, *arguments[end:]]
 
 
 def _launch(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str, str]) -> int:

@@ -80,11 +80,10 @@ def submit(arguments: Sequence[str]) -> int:
     add("--no-preflight", action="store_true", help="start at once, without checking the hosts first")
     add("--dry-run", action="store_true", help="show the script, the command and every rank's place")
     add("--json", action="store_true", help="the answer for programs")
-    end = arguments.index("--") if "--" in arguments else len(arguments)
-    args, rest = parser.parse_known_args(arguments[:end])
+    args, rest = cli.parsed(parser, arguments)
     if args.next:
         return _next(parser, args.next)
-    return _submit(args, [*rest, *arguments[end:]])
+    return _submit(args, rest)
 
 
 def list_runs(arguments: Sequence[str]) -> int:
