@@ -188,7 +188,7 @@ def test_a_dry_run_writes_nothing(tmp_path):
         (["--dry-run", "machine=polaris", "--", "ls"], "write --machine polaris"),
         (["--json", "--", "ls"], "add --dry-run"),
         (["--dry-run", "-n", "2", "trainer.epoch=3"], "Did you mean trainer.epochs?"),
-        (["--dry-run", "--node", "2", "--", "ls"], "--node stands before"),
+        (["--dry-run", "--node", "2", "--", "ls"], "Did you mean --nodes?"),
     ],
 )
 def test_bad_input(arguments, said):
