@@ -341,7 +341,7 @@ def test_what_shows_late_is_said_once_too(train, overrides, what):
         ({"RANK": "0", "WORLD_SIZE": "2"}, ["MASTER_ADDR and MASTER_PORT"]),
         (
             {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "abc"},
-            ["MASTER_PORT=abc", "a port that is free there"],
+            ["MASTER_PORT=abc", "a port's number"],
         ),
         ({"RANK": "zero", "WORLD_SIZE": "2"}, ["RANK='zero'", "whole number"]),
     ],

@@ -146,22 +146,27 @@ def open_meeting(launch: Launch, comm: Any, run: int) -> Meeting:
     return Meeting(launch.rank, world_size, PrefixStore(prefix, store))
 
 
-def listen(address: str) -> socket.socket:
-    """At this address of rank 0's host, on a free port; raises UserError where it has no such address."""
+def listen(address: str, port: int = 0) -> socket.socket:
+    """At this address of rank 0's host, 0 being a free port; raises UserError where that cannot be."""
     try:
-        return socket.create_server((address, 0), backlog=4096)
-    except OSError as error:
+        return socket.create_server((address, port), backlog=4096)
+    except (OSError, OverflowError) as error:
+        if port:
+            raise UserError(
+                f"rank 0 cannot listen at MASTER_ADDR={address} and MASTER_PORT={port} ({error}): give an "
+                "address of its host and a port that is free there, the same on every rank."
+            ) from error
         raise UserError(
             f"MASTER_ADDR={address} is no address of rank 0's host {socket.gethostname()} ({error}): unset "
             "MASTER_ADDR, or set it to that host's."
         ) from error
 
 
-def serve(address: str, world_size: int) -> tuple[Store, int]:
+def serve(address: str, world_size: int, port: int = 0) -> tuple[Store, int]:
     """A store on rank 0's host at this address, and its port; raises UserError as listen() does."""
     from torch.distributed import TCPStore
 
-    listener = listen(address)
+    listener = listen(address, port)
     port = listener.getsockname()[1]
     store = TCPStore(
         address, port, world_size, True, timedelta(seconds=START_S), wait_for_workers=False,
@@ -199,7 +204,7 @@ def _serve_through_mpi(comm: Any) -> Store:
 
 def _join_env(launch: Launch) -> Store:
     """The store that MASTER_ADDR and MASTER_PORT name; under bare srun both follow from the job."""
-    from torch.distributed.rendezvous import rendezvous
+    from torch.distributed import TCPStore
 
     if launch.launcher == "srun":
         nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
@@ -214,21 +219,15 @@ def _join_env(launch: Launch) -> Store:
             "not: start the ranks with mpiexec or torchrun, or set them on every rank.",
             said_by=0,
         )
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # served before torchrun starts a rank
-        place = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-        try:
-            socket.create_connection(place, START_S).close()
-        except ConnectionRefusedError:
-            raise UserError(f"torchrun has ended: nobody answers at {place[0]}:{place[1]}.") from None
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if not port.isdigit():
+        raise UserError(f"MASTER_PORT={port} is not valid: give a port's number, the same on every rank.")
     assert launch.world_size is not None  # `environment` and torchrun always tell it
-    limit = timedelta(seconds=START_S)
-    try:
-        store, _, _ = next(rendezvous("env://", launch.rank, launch.world_size, timeout=limit))
-    except (RuntimeError, ValueError) as error:
-        where = f"MASTER_ADDR={os.environ['MASTER_ADDR']} and MASTER_PORT={os.environ['MASTER_PORT']}"
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"rank {launch.rank} cannot meet the others at {where} ({reason}): give an address of rank 0's "
-            "host and a port that is free there, the same on every rank."
-        ) from error
-    return store
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # served before torchrun starts a rank
+        try:
+            socket.create_connection((address, int(port)), START_S).close()
+        except ConnectionRefusedError:
+            raise UserError(f"torchrun has ended: nobody answers at {address}:{port}.") from None
+    elif launch.rank == 0:
+        return serve(address, launch.world_size, int(port))[0]
+    return TCPStore(address, int(port), launch.world_size, False, timedelta(seconds=START_S))
