@@ -198,18 +198,19 @@ class Guard:
             data = os.read(fd, 65536)
         except OSError:  # how a terminal says that nobody writes to it any more
             return False
+        if not data:
+            return False
         if kind == "out" and self.file is not None:
             try:
                 os.makedirs(os.path.dirname(self.file), exist_ok=True)  # noqa: PTH103 PTH120
                 with open(self.file, "ab") as file:  # noqa: PTH123  pathlib costs every rank 10 ms
                     file.write(data)
-                return bool(data)
+                return True
             except OSError as error:
                 kind, self.file = "err", None
                 data = f"allranks: {error}; going on without that file\n".encode() + data
-        if data:
-            self._say(**{kind: data})
-        return bool(data)
+        self._say(**{kind: data})
+        return True
 
     def _on_signals(self, numbers: bytes) -> None:
         for signum in numbers:
