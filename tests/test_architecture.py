@@ -66,7 +66,7 @@ ARROWS = {
     "runtime.__init__": "",
     "runtime.environment": "errors",
     "runtime.mpi": "errors runtime.environment",
-    "runtime.meeting": "errors launch.variables runtime.environment runtime.mpi",
+    "runtime.meeting": "errors launch.allocation launch.variables runtime.environment runtime.mpi",
     "runtime.ezpz": "errors runtime.meeting",
     "runtime.native": "runtime.meeting",
     "runtime.gradients": "runtime.mpi",

@@ -37,6 +37,12 @@ def assert_nothing_left(done: Done) -> None:
 @pytest.mark.parametrize(
     ("override", "patterns"),
     [
+        ("threads=100000", ["threads=100000", "<= 1024"]),
+        ("trainer.virtual_ranks=1073741824", ["trainer.virtual_ranks=1073741824", "a power of two"]),
+        ("watchdog.save_s=1e300", [r"watchdog.save_s=1e\+300"]),
+        ("data.train=null", ["data.train._target_ is missing"]),
+        ("~data.train", ["data.train._target_ is missing"]),
+        ("+optimizer._partial_=true", ["optimizer._partial_ is not valid"]),
         # misspelt: the nearest right name is given
         ("trainer.epoch=3", ["trainer.epoch is not a key", "trainer.epochs"]),
         ("optimzer.lr=0.1", ["optimzer", "optimizer"]),
@@ -119,6 +125,17 @@ def test_an_unknown_data_set_to_fetch(command):
         (["model._target_=allranks.models.perceptron"], ["model._target_=allranks.models.perceptron"]),
         (["optimizer._target_=torch.optim.SDG"], ["optimizer._target_=torch.optim.SDG"]),
         (["+model.wdith=3"], ["model: allranks.models.mlp refuses its arguments", "wdith"]),
+        (["model.widths=[99999999999]"], ["model: allranks.models.mlp refuses its arguments", "memory"]),
+        (["optimizer=adam", "+optimizer.foreach=true"], ["torch.optim.Adam refuses its arguments"]),
+        (
+            [
+                "scheduler=onecycle",
+                "scheduler.interval=epoch",
+                "trainer.epochs=10",
+                "scheduler.pct_start=0.1",
+            ],
+            ["OneCycleLR refuses its arguments"],
+        ),
     ],
 )
 def test_a_bad_value_that_needs_torch_to_see(train, overrides, patterns):
@@ -135,6 +152,20 @@ def test_a_bad_value_that_needs_torch_to_see(train, overrides, patterns):
     done = train(*SMALL, *overrides)
     assert_refused(done, *patterns)
     assert_nothing_left(done)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "patterns"),
+    [
+        (["data.classes=5"], [r"Label \d does not fit the model's 5 outputs"]),
+        (["scheduler=cosine", "scheduler.T_max=0"], ["CosineAnnealingLR cannot go on"]),
+        (["scheduler=onecycle", "scheduler.total_steps=2"], ["OneCycleLR cannot go on", "2"]),
+        (["scheduler=plateau", "~scheduler.monitor"], ["ReduceLROnPlateau cannot go on", "metrics"]),
+    ],
+)
+def test_a_bad_value_that_only_training_shows(train, overrides, patterns):
+    done = train(*SMALL, *overrides)
+    assert_refused(done, *patterns)
 
 
 # --- data files ----------------------------------------------------------------------------------------
@@ -342,6 +373,23 @@ def test_what_shows_late_is_said_once_too(train, overrides, what):
         (
             {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "abc"},
             ["MASTER_PORT=abc", "a port's number"],
+        ),
+        (
+            {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "99999"},
+            ["MASTER_PORT=99999", "a port's number"],
+        ),
+        (
+            {
+                "TORCHELASTIC_RUN_ID": "x",
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "RANK": "1",
+                "WORLD_SIZE": "2",
+                "LOCAL_RANK": "1",
+                "LOCAL_WORLD_SIZE": "2",
+                "MASTER_PORT": "2999",
+                "MASTER_ADDR": "nowhere.invalid",
+            },
+            ["torchrun cannot be reached at nowhere.invalid:2999"],
         ),
         ({"RANK": "zero", "WORLD_SIZE": "2"}, ["RANK='zero'", "whole number"]),
     ],

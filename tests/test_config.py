@@ -271,7 +271,7 @@ def test_a_run_that_a_launcher_froze_must_be_the_same_file(train, tmp_path):
     frozen = tmp_path / "run"
     frozen.mkdir()
     (frozen / "config.yaml").write_text(configs.freeze(one(*SMALL)))
-    done = train("--run", str(frozen), "0" * 64)
+    done = train("--frozen", str(frozen), "0" * 64)
     assert "config.yaml is not the configuration that was launched" in done.message
     assert done.code == 2
     assert tree(frozen) == ["config.yaml"]

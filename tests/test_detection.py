@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from allranks.config import WatchdogConfig
+from allranks.errors import UserError
 from allranks.launch import wire
 from allranks.runtime.environment import Launch
+from allranks.runtime.meeting import listen
 from allranks.runtime.watchdog import Watchdog
 from launching import BIN, Started
 
@@ -152,11 +154,13 @@ def start(tmp_path: Path):
         one.end()
 
 
-def fault_s(tmp_path: Path, within_s: float = 60) -> float:
+def fault_s(started: Started, tmp_path: Path, within_s: float = 60) -> float:
     """When it went wrong, by time.monotonic()."""
     deadline = time.monotonic() + within_s
     while not (tmp_path / "fault").exists():
-        assert time.monotonic() < deadline, "nothing went wrong"
+        if time.monotonic() > deadline or started.process.poll() is not None:
+            started.end()
+            pytest.fail(f"nothing went wrong: {started.finish()}")
         time.sleep(0.02)
     return float((tmp_path / "fault").read_text())
 
@@ -170,7 +174,7 @@ def all_down(started: Started, tmp_path: Path, within_s: float) -> tuple[float, 
 
     The launcher's own process has a little longer: torchrun tells at length, and imports much for it.
     """
-    since = fault_s(tmp_path)
+    since = fault_s(started, tmp_path)
     ranks = ranks_of(started)
     while ranks & started.pids() and time.monotonic() < since + within_s + 5:
         time.sleep(0.02)
@@ -220,7 +224,7 @@ def test_a_segfault_leaves_its_stack(start, tmp_path, under):
 @pytest.mark.parametrize("under", LAUNCHERS)
 def test_kill_9_of_the_launcher_leaves_nobody_after_5_s(start, tmp_path, under):
     started = start(under, 2, "model.pause_s=0.01", "model.at=begin")
-    fault_s(tmp_path)
+    fault_s(started, tmp_path)
     started.process.kill()
     assert started.gone(within_s=5) < 5
 
@@ -374,3 +378,23 @@ def test_nobody_without_the_secret_is_listened_to():
     assert address == "127.0.0.1"
     assert len(secret) == 64
     watchdog.close()
+
+
+def test_a_step_that_compiles_has_the_first_steps_time():
+    """The last batch of the first epoch is smaller, and is compiled for once more."""
+    watchdog = Watchdog(WatchdogConfig(step_s=1, first_step_s=77), Launch("none"))
+    watchdog.compiles = True
+    limits = []
+    for step in (0, 1, 2):
+        watchdog.progress(step)
+        limits.append(watchdog._limit()[1])
+    watchdog.compiles = False
+    limits.append(watchdog._limit()[1])
+    watchdog.close()
+    assert limits == [77, 77, 77, 1]
+
+
+def test_an_address_that_other_hosts_cannot_reach_is_refused():
+    with pytest.raises(UserError, match="MASTER_ADDR=localhost is rank 0's host's loopback"):
+        listen("localhost", far=True)
+    listen("localhost").close()

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from helpers import Done
+from allranks import checkpoints
+from helpers import Done, Run, clean_environment, tree
 
 PACKAGE = '''
-import os, torch
+import os, signal, time, torch
 from torch import nn
 
 class Net(nn.Module):
@@ -62,6 +71,27 @@ class Fragile(Net):
             raise RuntimeError("the third step is one too many")
         return super().forward(images)
 
+def normed(input_shape, classes, hidden):
+    layers = nn.Linear(64, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, classes)
+    return nn.Sequential(nn.Flatten(), *layers)
+
+class Stopping(Net):
+    """Is stopped as it takes a checkpoint's weights, where it is told to."""
+    def load_state_dict(self, *args, **values):
+        done = super().load_state_dict(*args, **values)
+        if os.environ.get("STOP_HERE"):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return done
+
+class Odd(Net):
+    def get_extra_state(self):
+        return {"hidden": 16}
+
+class SlowStripes(Stripes):
+    def __init__(self, count, seed):
+        time.sleep(4)
+        super().__init__(count, seed)
+
 class Unmade(Net):
     def __init__(self, **values):
         self.ratio = 1 / 0
@@ -105,10 +135,9 @@ def lab(train, tmp_path_factory: pytest.TempPathFactory):
         path.write_text(text)
 
     def run(*overrides: str, **options) -> Done:
-        return train(
-            "--config-dir", str(home / "conf"), *overrides, env={"PYTHONPATH": str(home)}, **options
-        )
+        return train("--config-dir", run.conf, *overrides, env={"PYTHONPATH": str(home)}, **options)
 
+    run.home, run.conf = home, str(home / "conf")
     return run
 
 
@@ -140,6 +169,102 @@ def test_own_data_by_worker_processes(lab):
     assert len(figures[0]) == 2
 
 
+@pytest.mark.parametrize("wait_s", [0, 0.3])
+def test_a_sigterm_to_every_process_stops_a_run_with_workers(lab, tmp_path, wait_s):
+    """Schedulers send it to all of a job, the workers included: the run saves all the same."""
+    process = with_limits(lab, tmp_path, {}, *MINE, "trainer.epochs=100000", "+data.workers=2")
+    deadline = time.monotonic() + 60
+    while not checkpoints.steps(tmp_path / "run"):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(wait_s)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (85, "")
+    assert "stopped by SIGTERM" in out
+
+
+def with_limits(lab, cwd: Path, limits: dict[str, float], *overrides: str, **env: str):
+    """A training in `cwd`/run, a process group of its own, with other limits of allranks' modules."""
+    code = "import importlib, sys\n" + "".join(
+        f"setattr(importlib.import_module({module!r}), {name!r}, {value})\n"
+        for (module, name), value in ((key.rsplit(".", 1), value) for key, value in limits.items())
+    )
+    (cwd / "started.py").write_text(code + "from allranks import train\ntrain.main()\n")
+    return subprocess.Popen(
+        [sys.executable, "started.py", "--config-dir", lab.conf, *overrides, "run.dir=run"], cwd=cwd,
+        env=clean_environment(PYTHONPATH=str(lab.home), **env), text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def test_a_dataset_that_takes_long_to_make_is_waited_for(lab, tmp_path):
+    """Longer than the ranks otherwise wait for each other: there are 300 s, here 2."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    slow = [*MINE, "trainer.epochs=1", "data.train._target_=mylab.SlowStripes"]
+    # of settle(), as it was when Python read its definition
+    code = "import allranks.runtime.meeting as m\nm.Meeting.agree.__defaults__ = (2,)\n"
+    code += "from allranks import train\ntrain.main()\n"
+    (tmp_path / "started.py").write_text(code)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "started.py", "--config-dir", lab.conf, *slow, "run.dir=run"], cwd=tmp_path,
+            env=clean_environment(PYTHONPATH=str(lab.home), RANK=str(rank), **place), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    told = [rank.communicate(timeout=60) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], told
+    assert (tmp_path / "run/summary.json").exists()
+
+
+def test_what_is_evaluated_with_batch_norm_is_what_is_saved(lab):
+    """Its figures are each rank's own: rank 0's are taken."""
+    words = [*MINE, "model._target_=mylab.normed", "trainer.batch_size=16"]
+    done = lab(*words, under="mpiexec", ranks=2).ok()
+    sys.path.insert(0, str(lab.home))
+    try:
+        import mylab
+    finally:
+        sys.path.remove(str(lab.home))
+    [newest, *_] = checkpoints.steps(done.run.path)
+    model = mylab.normed([1, 8, 8], 3, 16).double()
+    model.load_state_dict(load_file(checkpoints.path_of(done.run.path, newest) / "model.safetensors"))
+    test = mylab.Stripes(61, 5000)
+    images = torch.stack([test[n][0] for n in range(61)]).double()
+    labels = torch.tensor([test[n][1] for n in range(61)])
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(model.eval()(images), labels)
+    assert done.run.summary["test/loss"] == pytest.approx(loss.item(), rel=1e-9)
+
+
+def test_a_run_that_wakes_up_leaves_its_successors_records_alone(lab, tmp_path):
+    """It was stopped as it took a checkpoint's weights; another run took over, and finished."""
+    words = [*MINE, "model._target_=mylab.Stopping", "trainer.epochs=6", "checkpoint.keep=9"]
+    quick = {"allranks.claim.BEAT_S": 0.2, "allranks.claim.SILENT_S": 1.5}
+    lab(*words, "run.dir=run").ok()
+    run = tmp_path / "run"
+    (run / "summary.json").unlink()
+    checkpoints.remove(run, checkpoints.steps(run)[-2:])
+    first = with_limits(lab, tmp_path, quick, *words, STOP_HERE="1")
+    os.waitid(os.P_PID, first.pid, os.WSTOPPED)
+    second = with_limits(lab, tmp_path, quick, *words)
+    _, err = second.communicate(timeout=60)
+    assert second.returncode == 0, err
+    before = tree(run), (run / "metrics.jsonl").read_bytes(), (run / "environment.json").read_bytes()
+    first.send_signal(signal.SIGCONT)
+    _, err = first.communicate(timeout=60)
+    assert first.returncode == 2
+    assert "does not belong to this run any more" in err
+    after = tree(run), (run / "metrics.jsonl").read_bytes(), (run / "environment.json").read_bytes()
+    assert after == before
+    assert len(Run(run).metrics) == 6
+
+
 def test_help_lists_the_users_choices(lab):
     assert "cnn, linear, mine, mlp" in lab("--help").ok().out
 
@@ -153,6 +278,7 @@ def test_help_lists_the_users_choices(lab):
         ("data.train._target_=mylab.Dots", "data.train._target_=mylab.Dots cannot be loaded"),
         ("+model.depth=3", "model: mylab.Net refuses its arguments"),
         ("data.split=[200,60]", "263"),
+        ("model._target_=mylab.Odd", "_extra_state of its state_dict is a dict"),
     ],
 )
 def test_what_does_not_fit_gets_one_message(lab, override, what):

@@ -289,6 +289,14 @@ def test_going_on_from_another_runs_checkpoint_for_more_epochs(train, finished):
     assert finished.summary["epochs"] == 2  # it is as it was
 
 
+def test_more_epochs_where_they_decide_the_learning_rates(train):
+    words = (*SMALL, "model=linear", "scheduler=cosine")
+    train(*words, "trainer.epochs=2", "run.dir=run").ok()
+    done = train(*words, "trainer.epochs=4", "run.dir=other", "resume=run")
+    assert done.code == 2
+    assert "is a checkpoint of another training: trainer.epochs is 2 there, not 4." in done.message
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -296,6 +304,7 @@ def test_going_on_from_another_runs_checkpoint_for_more_epochs(train, finished):
         (["optimizer=adam"], "optimizer._target_ is torch.optim.SGD there, not torch.optim.Adam"),
         (["data.train.seed=5"], "data.train.seed is"),
         (["resume=nowhere"], "resume=nowhere has no valid checkpoint"),
+        (["trainer.epochs=1"], "step-000020 has 2 epochs behind it already"),
     ],
 )
 def test_what_a_checkpoint_does_not_fit(train, finished, overrides, message):
@@ -348,6 +357,17 @@ def test_the_newest_and_the_best_are_kept(train_here):
     losses = run.column("val/loss")
     best = 10 * (1 + losses.index(min(losses)))
     assert set(checkpoints.steps(run.path)) == {best, 50, 60}
+
+
+def test_the_best_is_kept_where_later_ones_are_not_finite(train_here):
+    run = train_here(
+        *SMALL, "model=linear", "trainer.epochs=5", "trainer.precision=fp32", "trainer.nonfinite=skip",
+        "scheduler=step", "scheduler.step_size=1", "scheduler.gamma=1e36", "checkpoint.keep=2",
+    )  # fmt: skip
+    losses = run.column("val/loss")
+    assert losses[-2:] == [None, None]
+    best = 10 * (1 + losses.index(min(loss for loss in losses if loss is not None)))
+    assert set(checkpoints.steps(run.path)) == {best, 40, 50}
 
 
 def test_a_damaged_newer_one_counts_for_nothing(train):

@@ -202,6 +202,15 @@ def test_a_start_that_was_killed_before_the_configuration_was_there_is_no_obstac
     assert train_here(*SMALL, "trainer.epochs=0", "run.dir=mine").summary["state"] == "finished"
 
 
+def test_of_two_that_make_it_at_once_one_keeps_its_configuration(tmp_path):
+    """Both have found nothing there; the second comes to write its configuration after the first."""
+    rundir.create(str(tmp_path / "mine"), "seed: 1\n")
+    with pytest.raises(FileExistsError):
+        rundir.write_text(tmp_path / "mine/config.yaml", "seed: 2\n", os.link)
+    assert (tmp_path / "mine/config.yaml").read_text() == "seed: 1\n"
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["config.yaml", "logs"]
+
+
 def test_a_full_disk_delays_the_metrics_and_ends_no_training(mounted, tmp_path):
     disk = mounted("size=4m")
     process = subprocess.Popen(

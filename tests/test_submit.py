@@ -302,12 +302,30 @@ def test_a_finished_run_is_finished_even_if_the_scheduler_is_down(pbs):
     assert "scheduler is down" in done.err
 
 
+def test_a_successor_that_a_full_disk_prevents_can_be_asked_for_again(pbs, mounted):
+    unfinished(pbs)
+    disk = mounted("size=2m")
+    run = disk / "mine"
+    shutil.copytree(pbs.folder / "mine", run)
+    order = {"machine": "generic_pbs", "name": "mine", "walltime": "00:05:00", "machine_overrides": []}
+    about = {"scheduler": "pbs", "job_ids": ["1.pbs"], "program": [], "order": order}
+    (run / "job.json").write_text(json.dumps(about))
+    with (disk / "ballast").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+    (run / "one-more").touch()
+    done = pbs.allranks("submit", "--next", str(run), PBS_JOBID="1.pbs")
+    assert f"{run} cannot be written (No space left on device), so no job is queued" in done.message
+    assert list(run.glob(".next-*")) == []
+
+
 def test_what_others_leave_below_runs_does_not_hide_the_list(pbs):
     for number, (name, text) in enumerate(
         [("job.json", "[1]"), ("job.json", '{"a": 1}'), ("job.json", "{"), ("config.yaml", "a: 1")]
     ):
         (pbs.folder / f"runs/{number}").mkdir(parents=True)
         (pbs.folder / f"runs/{number}/{name}").write_text(text)
+    (pbs.folder / "runs/2/metrics.jsonl").write_text("5\n")
     (pbs.folder / "runs/3/metrics.jsonl").write_bytes(b"\xff abc}")
     done = pbs.allranks("runs", "--json").ok()
     assert [json.loads(line)["directory"] for line in done.out.splitlines()] == [

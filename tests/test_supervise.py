@@ -13,7 +13,7 @@ import time
 import pytest
 
 from allranks.launch import processes, variables, wire
-from launching import RANK, TOLD, Started, python, supervised
+from launching import BIN, RANK, TOLD, Started, python, supervised
 
 LAUNCHERS = ["mpiexec", "torchrun"]
 HOST = socket.gethostname()
@@ -278,16 +278,37 @@ def test_when_nobody_reads_the_output_the_ranks_end(start):
     started.gone(within_s=1)
 
 
-def test_a_full_disk_for_the_output_is_named():
+def test_a_full_disk_under_the_output_is_no_reason_to_end(tmp_path):
+    told = f"for _ in range(1000): print('x' * 99)\nopen({str(tmp_path / 'there')!r}, 'w').close()"
     with open("/dev/full", "wb") as full:  # noqa: PTH123
-        started = Started(supervised("mpiexec", 1, python(FLOOD)), "full", stdout=full.fileno())
+        started = Started(supervised("mpiexec", 1, python(told)), "full", stdout=full.fileno())
         try:
             got, _, err = started.finish(within_s=10)
             started.gone(within_s=1)
         finally:
             started.end()
-    assert got == 1
-    assert err == "allranks: the ranks' output cannot be written (No space left on device).\n"
+    assert (got, err) == (0, "")
+    assert (tmp_path / "there").exists()
+
+
+def test_a_launcher_that_lingers_after_the_last_rank_is_no_failure(tmp_path):
+    slow = tmp_path / "mpiexec"
+    slow.write_text(f'#!/bin/sh\n"{BIN}/mpiexec" "$@"\nsleep 60\n')
+    slow.chmod(0o755)
+    words = [str(slow), "-n", "2", *RANK, *python("pass")]
+    started = Started(
+        python(
+            "import os, sys\nfrom allranks.launch import supervise\nsupervise.LEAVE_S = 1\n"
+            f"outcome = supervise.run({words!r}, dict(os.environ), None, world_size=2)\n" + TOLD
+        ),
+        "lingering",
+    )
+    try:
+        got, _, err = started.finish(within_s=20)
+        started.gone(within_s=1)
+    finally:
+        started.end()
+    assert (got, err) == (0, "allranks: mpiexec had not ended 1 s after its last rank, and was killed\n")
 
 
 def test_other_ranks_stdout_goes_to_their_files(start, tmp_path):

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 import allranks
 from allranks.errors import UserError
@@ -18,7 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         sys.exit(_run(list(sys.argv[1:] if arguments is None else arguments)))
     except UserError as error:
-        print(f"allranks: {error}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # a full disk under stderr
+            print(f"allranks: {error}", file=sys.stderr, flush=True)
         sys.exit(error.code)
 
 

@@ -30,7 +30,8 @@ def build(key: str, section: Mapping[str, Any], *args: Any, **values: Any) -> An
             ) from error
         if isinstance(cause, UserError):
             raise cause from None
-        if isinstance(cause, TypeError | ValueError):
+        ours = str(target).startswith(("torch.", "torchvision.", "allranks."))
+        if isinstance(cause, TypeError | ValueError) or ours:
             raise UserError(f"{key}: {target} refuses its arguments: {_one_line(cause)}.") from error
         raise cause from None
 

@@ -102,10 +102,10 @@ class _Rule:
     names: Sequence[str] = ()  # where only some words are valid: to find the nearest
 
 
-def _whole(low: int) -> _Rule:
+def _whole(low: int, high: float = math.inf) -> _Rule:
     return _Rule(
-        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= low,
-        f"a whole number >= {low}",
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high,
+        f"a whole number >= {low}" + (f" and <= {high}" if high < math.inf else ""),
     )
 
 
@@ -135,6 +135,7 @@ def _list_of(item: _Rule, length: int | None = None) -> _Rule:
 _SHARE = _number(0, 1, open_high=True)
 _BETA = _number(0, 1, open_high=True)
 _FLAG = _Rule(lambda v: isinstance(v, bool), "true or false")
+_POWERS = [1 << n for n in range(17)]
 _TEXT = _Rule(lambda v: isinstance(v, str) and bool(v.strip()), "a text")
 
 RULES: dict[str, _Rule] = {
@@ -145,7 +146,7 @@ RULES: dict[str, _Rule] = {
     "seed": _Rule(lambda v: isinstance(v, int) and 0 <= v < 2**63, "a whole number from 0 to 2^63 - 1"),
     "runtime": _one_of("auto", "ezpz", "native"),
     "device": _one_of("auto", "cuda", "xpu", "mps", "cpu"),
-    "threads": _whole(1),
+    "threads": _whole(1, 1024),
     "run.dir": _TEXT,
     "trainer.epochs": _whole(0),
     "trainer.batch_size": _whole(1),
@@ -157,16 +158,16 @@ RULES: dict[str, _Rule] = {
     "trainer.train_metrics": _one_of("evaluate", "running"),
     "trainer.nonfinite": _one_of("stop", "skip"),
     "trainer.virtual_ranks": _Rule(
-        lambda v: isinstance(v, int) and v > 0 and v & (v - 1) == 0, "a power of two: 1, 2, 4, 8, ..."
+        lambda v: v in _POWERS, f"a power of two: 1, 2, 4, 8, ... {_POWERS[-1]}"
     ),
     "checkpoint.every_steps": _whole(1),
     "checkpoint.every_epochs": _whole(1),
     "checkpoint.every_s": _number(0, open_low=True),
     "checkpoint.keep": _whole(1),
-    "watchdog.start_s": _number(0, open_low=True),
-    "watchdog.first_step_s": _number(0, open_low=True),
-    "watchdog.step_s": _number(0, open_low=True),
-    "watchdog.save_s": _number(0, open_low=True),
+    "watchdog.start_s": _number(0, 1e9, open_low=True),
+    "watchdog.first_step_s": _number(0, 1e9, open_low=True),
+    "watchdog.step_s": _number(0, 1e9, open_low=True),
+    "watchdog.save_s": _number(0, 1e9, open_low=True),
     "resume": _TEXT,
     "data.split": _list_of(_whole(1), 2),
     "data.input_shape": _list_of(_whole(1), 3),
@@ -238,7 +239,9 @@ def _check(config: Config) -> None:
             continue
         guess = did_you_mean(str(value), rule.names) if rule.names else ""
         raise UserError(f"{key}={value} is not valid: give {rule.remedy}.{guess}")
-    for group in ("model", "optimizer"):
+    for group in ("model", "optimizer", "data.train", "data.test"):
+        if f"{group}._partial_" in values:
+            raise UserError(f"{group}._partial_ is not valid: give all values that _target_ takes.")
         if not isinstance(values.get(f"{group}._target_"), str):
             raise UserError(
                 f"{group}._target_ is missing: name the class or function that makes the {group}, "

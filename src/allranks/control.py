@@ -106,11 +106,11 @@ class Control:
     def _find_end(self, environ: Mapping[str, str]) -> None:
         text = environ.get("ALLRANKS_DEADLINE", "")
         try:
-            ends_at = int(text) if text.isdigit() else scheduler.ends_at(environ)
+            ends_at = int(text) if text.isdecimal() and text.isascii() else scheduler.ends_at(environ)
         except UserError as error:
             log.warning("when this job ends is not known: %s", error)
             return
-        if text and not text.isdigit():
+        if text and not (text.isdecimal() and text.isascii()):
             log.warning("ALLRANKS_DEADLINE=%s is not a time in seconds since 1970: it is not used", text)
         if ends_at is not None:
             self.ends_at = time.monotonic() + ends_at - time.time()

@@ -44,15 +44,22 @@ class Schedule:
 
     def after_step(self) -> None:
         if self.scheduler is not None and self.every_step:
-            self.scheduler.step()
+            self._step()
 
     def after_epoch(self, metrics: Mapping[str, float]) -> None:
         if self.scheduler is None or self.every_step:
             return
         if self.monitor is None:
-            self.scheduler.step()
+            self._step()
         else:
-            self.scheduler.step(metrics[self.monitor])
+            self._step(metrics[self.monitor])
+
+    def _step(self, *metric: float) -> None:
+        try:
+            self.scheduler.step(*metric)
+        except (ArithmeticError, TypeError, ValueError) as error:  # of its arguments, seen only now
+            what = f"{type(self.scheduler).__name__} cannot go on ({' '.join(str(error).split())})"
+            raise UserError(f"scheduler: {what}: look at its values.", said_by=0) from error
 
 
 @dataclass
@@ -102,8 +109,15 @@ def build_training(config: Config, runtime: Runtime, examples: int) -> Training:
     torch.manual_seed(config.seed)
     net: nn.Module = build("model", config.model).to(runtime.device, dtype(trainer))
     parameters = [p for p in net.parameters() if p.requires_grad]
+    target = f"model._target_={config.model['_target_']}"
     if not parameters:
-        raise UserError(f"model._target_={config.model['_target_']} has no parameters to train.")
+        raise UserError(f"{target} has no parameters to train.")
+    for name, value in net.state_dict().items():
+        if not isinstance(value, torch.Tensor):
+            raise UserError(
+                f"{target}: {name} of its state_dict is a {type(value).__name__}, but a checkpoint holds "
+                "tensors: register it as a buffer."
+            )
     ordered_sum = None
     if trainer.reproducible:
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules()):
@@ -207,9 +221,15 @@ def _backward(
         with runtime.without_sync(training.trained) if number < len(parts) else nullcontext():
             with runtime.autocast(config.precision):
                 logits = training.trained(images)
-            loss = cross_entropy(
-                _at_least_fp32(logits), labels, reduction="sum", label_smoothing=config.label_smoothing
-            )
+            try:
+                loss = cross_entropy(
+                    _at_least_fp32(logits), labels, reduction="sum", label_smoothing=config.label_smoothing
+                )
+            except IndexError as error:
+                raise UserError(
+                    f"Label {int(labels.max())} does not fit the model's {logits.shape[1]} outputs: labels "
+                    "count from 0; give data.classes and model.classes as the data has them."
+                ) from error
             known = loss.detach()
             # A stand-in for an empty share weighs nothing. A loss that is not finite makes the whole
             # gradient NaN, for all ranks to see: NaN = inf * 0.
@@ -292,6 +312,7 @@ def fit(
     batch_size = global_batch_size(trainer, runtime.world_size)
     steps = steps_per_epoch(len(data.train), batch_size)
     settled = False
+    runtime.watchdog.compiles = trainer.compile  # the last batch, which is smaller, once more
     while training.epoch < trainer.epochs:
         if training.epoch_steps == 0:
             training.epoch_lr = training.optimizer.param_groups[0]["lr"]
@@ -311,8 +332,11 @@ def fit(
                 if control.agree_to_stop(training, evaluates_next=training.epoch_steps == steps):
                     return False
             runtime.watchdog.progress(training.step)
+        for buffer in training.model.buffers():  # BatchNorm's: evaluated and saved are rank 0's
+            buffer.copy_(runtime.broadcast(buffer.contiguous()))
         runtime.synchronize()
         trained = time.perf_counter()
+        runtime.watchdog.compiles = False
         if trainer.train_metrics == "running":
             train_loss, train_accuracy, _ = training.sums.total(runtime)
         else:

@@ -7,8 +7,9 @@ import logging.handlers
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
@@ -33,6 +34,7 @@ class Reporter:
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self.directory: Path | None = None
+        self._check: Callable[[], None] = lambda: None
         self._metrics: TextIO | None = None
         self._history: Sequence[Mapping[str, Any]] = ()
         self._early = logging.handlers.MemoryHandler(10_000, logging.CRITICAL + 1)
@@ -100,12 +102,17 @@ class Reporter:
             " x ".join(map(str, input_shape)),
         )  # fmt: skip
 
-    def opened(self, directory: str, training: Training, resumed: str | None) -> None:
-        """The run directory is there: logs go to it from now on. `resumed`: from which checkpoint."""
-        self.directory = Path(directory)
+    def opened(
+        self, directory: str, training: Training, resumed: str | None, check: Callable[[], None]
+    ) -> None:
+        """The run directory is there: logs go to it from now on. `resumed`: from which checkpoint; `check`
+        raises UserError where another run has taken the directory.
+        """
+        self.directory, self._check = Path(directory), check
         self._history = training.history
         with rundir.writing(directory):
             if self.runtime.is_main:
+                check()
                 rundir.describe(directory, self.runtime.describe())
                 self._metrics = self._all_metrics()
             file = _LogFile(self.directory / "logs" / f"rank-{self.runtime.rank}.log")
@@ -170,7 +177,9 @@ class Reporter:
         if self.runtime.is_main:
             assert self.directory is not None
             with rundir.writing(str(self.directory)):
-                self._metrics = self._metrics or self._all_metrics()
+                if self._metrics is not None:
+                    self._metrics.close()
+                self._metrics = self._all_metrics()
                 rundir.write_json(self.directory / "summary.json", summary)
         self._say(
             "test  loss %.4f  accuracy %.2f %% of %s examples; %.1f s in all",
@@ -180,6 +189,7 @@ class Reporter:
 
     def _all_metrics(self) -> TextIO:
         assert self.directory is not None
+        self._check()  # what is there may be another run's by now
         known = "".join(map(rundir.line, self._history))
         return rundir.write_text(self.directory / "metrics.jsonl", known)
 
@@ -212,6 +222,13 @@ class _Console(logging.StreamHandler):
 
 
 class _LogFile(_Console, logging.FileHandler):
+    def _open(self) -> TextIOWrapper:
+        try:
+            return super()._open()
+        except FileNotFoundError:  # somebody has tidied up
+            Path(self.baseFilename).parent.mkdir(exist_ok=True)
+            return super()._open()
+
     def close(self) -> None:
         with suppress(OSError):
             super().close()

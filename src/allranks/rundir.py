@@ -11,7 +11,7 @@ import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -78,7 +78,11 @@ def standing(directory: str, config: Config) -> str:
         )
     if is_finished(path):
         return "finished"
-    if not (path / "checkpoints").exists():
+    if not (path / "checkpoints").is_dir():
+        if (path / "checkpoints").exists():
+            raise UserError(
+                f"run.dir={path} has a file named checkpoints: move it, or give another run.dir."
+            )
         return "begun"
     if config.resume == "never":
         raise UserError(
@@ -108,7 +112,7 @@ def create(directory: str, config_yaml: str | None, exactly: bool = True) -> str
             path.mkdir(0o700, exist_ok=exactly and path.is_dir() and not _is_used(path))
             (path / "logs").mkdir(exist_ok=exactly)
             if config_yaml is not None:
-                write_text(path / CONFIG, config_yaml).close()
+                write_text(path / CONFIG, config_yaml, os.link).close()
     except FileExistsError:
         if not exactly:
             return create(f"{directory}-{secrets.token_hex(3)}", config_yaml)
@@ -140,10 +144,11 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(_finite(values), indent=2, allow_nan=False) + "\n").close()
 
 
-def write_text(path: Path, text: str) -> TextIO:
+def write_text(path: Path, text: str, put: Callable[[Path, Path], None] = os.replace) -> TextIO:
     """Puts a new file in the place of what is there, and leaves it open to append to.
 
-    Who still has the earlier file open writes into nowhere from now on.
+    Who still has the earlier file open writes into nowhere from now on. With os.link for `put` a file that
+    is there is left alone: raises FileExistsError.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     file = temporary.open("w")
@@ -151,12 +156,13 @@ def write_text(path: Path, text: str) -> TextIO:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-        temporary.replace(path)
+        put(temporary, path)
     except OSError:
         with suppress(OSError):  # what the full disk did not take is tried once more
             file.close()
         temporary.unlink(missing_ok=True)
         raise
+    temporary.unlink(missing_ok=True)
     return file
 
 

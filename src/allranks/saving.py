@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -77,6 +78,11 @@ class Saver:
             self.saved_step = training.step
         return path
 
+    def check(self) -> None:
+        """Raises UserError, on rank 0, where another run has taken the directory."""
+        if self.claim is not None:
+            self.claim.check()
+
     def _newest(self, run_dir: str) -> tuple[str | None, dict[str, bytes]]:
         path, files, passed_over = checkpoints.newest_valid(run_dir)
         for damaged in passed_over:
@@ -135,8 +141,7 @@ class Saver:
         def last() -> None:
             self.wait()
             try:
-                if self.claim is not None:
-                    self.claim.check()
+                self.check()
             except OSError as error:
                 self.failure = error
             if self.failure is not None:
@@ -162,7 +167,7 @@ class Saver:
         files[STATE] = json.dumps(state, separators=(",", ":")).encode()
         checkpoints.write(self.run_dir, step, files, self.claim.token, self.claim.check)
         present = checkpoints.steps(self.run_dir)
-        losses = {h["step"]: h["val/loss"] for h in state["history"] if h["val/loss"] is not None}
+        losses = {h["step"]: h["val/loss"] for h in state["history"] if math.isfinite(h["val/loss"])}
         best = min((s for s in present if s in losses), key=lambda s: losses[s], default=step)
         # one that is newer is damaged, or this run would have gone on from it: it does not count
         count = present.index(step) + self.config.checkpoint.keep
@@ -215,10 +220,15 @@ def _restore(
     training: Training, files: Mapping[str, bytes], path: str, config: Config, runtime: Runtime
 ) -> None:
     state = json.loads(files[STATE])
-    more_epochs = {"trainer.epochs": config.trainer.epochs}  # may be asked for
-    differing = configs.differing({**state["identity"], **more_epochs}, configs.identity(config))
-    if differing:
+    there, epochs = state["identity"], config.trainer.epochs
+    if "length" not in config.scheduler.values():  # else the run's length decides every learning rate
+        there = {**there, "trainer.epochs": epochs}
+    if differing := configs.differing(there, configs.identity(config)):
         raise UserError(f"{path} is a checkpoint of another training: {differing}.")
+    if epochs < state["epoch"]:
+        raise UserError(
+            f"{path} has {state['epoch']} epochs behind it already: give more than trainer.epochs={epochs}."
+        )
     per_rank = config.trainer.per_rank_batch_size
     if per_rank and state["world_size"] != runtime.world_size:
         raise UserError(

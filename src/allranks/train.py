@@ -34,7 +34,7 @@ def main() -> None:
     launch: environment.Launch | None = None
     try:
         launch = environment.discover(os.environ)
-        launched = sys.argv[1:2] == ["--run"]
+        launched = sys.argv[1:2] == ["--frozen"]
         signals = Signals()
         signals.count(signal.SIGUSR1, signal.SIGUSR2)  # which would end a process that awaits none
         for number, config in enumerate(compose(launch, launched)):
@@ -66,7 +66,7 @@ def main() -> None:
 def compose(launch: environment.Launch, launched: bool) -> list[Config]:
     """The configurations of the command line; a rank's error there becomes every rank's.
 
-    `allranks launch` composed beforehand, and starts each rank with `--run DIRECTORY SHA256`.
+    `allranks launch` composed beforehand, and starts each rank with `--frozen DIRECTORY SHA256`.
     """
     try:
         if launched:
@@ -134,7 +134,8 @@ def run(
             frozen, exactly = configs.freeze(config), config.run.dir is not None
             path = runtime.meeting.from_rank_0(lambda: rundir.create(path, frozen, exactly))
         with saving.Saver(runtime, path, config) as saver:
-            report.opened(path, training, saver.resume(training))
+            resumed = saver.resume(training)
+            report.opened(path, training, resumed, saver.check)
             startup_s = process_age_s() - began_s
             control = Control(runtime, config, saver, signals or Signals())
             if not engine.fit(training, data, config, runtime, control, report):

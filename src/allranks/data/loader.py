@@ -144,6 +144,8 @@ class _Seeded(Dataset[Any]):
 
 
 def _end_with_its_rank(_worker: int) -> None:
+    # a scheduler sends it to every process of a job: the rank saves first, and needs its batches for that
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     processes.die_with_parent(os.getppid(), signal.SIGKILL)
 
 
@@ -269,14 +271,14 @@ def _open_set(
 
     with runtime.watchdog.phase("fetching the data", FETCH_S):
         shape = runtime.meeting.from_rank_0(describe, FETCH_S)["shape"]
-    if shape is None:
-        problem = None
-        try:
-            dataset = made[0] if made else make(section, part)
-        except UserError as error:
-            problem = error
-        runtime.meeting.agree(problem)
-        return dataset
+        if shape is None:
+            problem = None
+            try:
+                dataset = made[0] if made else make(section, part)
+            except UserError as error:
+                problem = error
+            runtime.meeting.agree(problem, FETCH_S)
+            return dataset
     if runtime.is_main:
         images, labels = (torch.from_numpy(np.array(array)) for array in made[0])  # writable copies
         images = images.view(shape)

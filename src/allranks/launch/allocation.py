@@ -257,6 +257,22 @@ def short(name: str) -> str:
     return name if re.fullmatch(r"[0-9.]+", name) else name.partition(".")[0]
 
 
+def address_for(hosts: Sequence[str]) -> str:
+    """This host's address on its way to `hosts`: loopback where they are all this one."""
+    other = next((host for host in hosts if not is_this_host(host)), None)
+    if other is None:
+        return "127.0.0.1"
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((other, 9))  # only looks up the route; nothing is sent
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise UserError(
+            f"host {other} of the allocation cannot be found from {socket.gethostname()} "
+            f"({error.strerror or error}): look at the hostfile, or take that host out."
+        ) from error
+
+
 def file_system(path: Path) -> str:
     """The file system's type by /proc/mounts; `unknown` where that is not to be had."""
     mounts: list[tuple[int, str]] = [(0, "unknown")]

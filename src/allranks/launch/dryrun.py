@@ -37,7 +37,7 @@ def text(plan: Plan, source: str) -> str:
         f"Each rank's own, set by allranks.launch.rank: {SET_PER_RANK}"
         + (f" {plan.machine.device.variable}" if plan.machine.device.variable else "")
     )
-    if "allranks.train" in plan.argv and "--run" not in plan.argv:
+    if "allranks.train" in plan.argv and "--frozen" not in plan.argv:
         parts.append(
             "Without --dry-run the configuration is first frozen in a run directory, and the ranks start\n"
             "`-m allranks.train --run DIRECTORY SHA256` in place of the overrides."

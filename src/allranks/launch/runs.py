@@ -35,7 +35,7 @@ class Cell:
 
     def program(self) -> tuple[str, ...]:
         """What each rank starts."""
-        return (sys.executable, "-m", "allranks.train", "--run", self.directory, self.sha256)
+        return (sys.executable, "-m", "allranks.train", "--frozen", self.directory, self.sha256)
 
 
 def cells(arguments: Sequence[str]) -> tuple[str, list[Cell]]:
@@ -186,7 +186,7 @@ def _below(root: str) -> Iterator[Path]:
 def _row(directory: Path, job: dict[str, Any], now: dict[str, str]) -> dict[str, Any]:
     lines = _text(directory / "metrics.jsonl").splitlines()
     last: dict[str, Any] = {}
-    with suppress(ValueError, IndexError):  # no line yet, or half of one
+    with suppress(ValueError, IndexError, TypeError):  # no line yet, or half of one
         last = dict(json.loads(lines[-1]))
     ids = job.get("job_ids", [])
     alive = next((job_id for job_id in ids if job_id in now), None)

@@ -179,6 +179,12 @@ def _next(parser: argparse.ArgumentParser, directory: str) -> int:
             file.write(str(step))
     except FileExistsError:
         return EXIT_REQUEUE
+    except OSError as error:
+        mark.unlink(missing_ok=True)  # an empty one would stand for a successor
+        raise UserError(
+            f"{directory} cannot be written ({error.strerror}), so no job is queued: free some space or "
+            "quota there, then `allranks submit --cell` goes on from the newest checkpoint."
+        ) from error
     if step <= before:
         raise RunStuck(
             f"{directory}: this job has not gained a step (step {step}), so no other is queued. Give a "

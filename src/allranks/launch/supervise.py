@@ -8,12 +8,10 @@ its summary of a failure that has been named here already.
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
 import resource
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,7 +24,7 @@ from typing import Any
 from allranks.control import EXIT_REQUEUE
 from allranks.errors import UserError
 from allranks.launch import processes, variables, wire
-from allranks.launch.allocation import is_this_host, short
+from allranks.launch.allocation import address_for, short
 
 START_S = 60.0  # until every rank has said who it is
 GRACE_S = 10.0  # from a user's SIGTERM or Ctrl-C to SIGKILL
@@ -101,14 +99,14 @@ def until_ranks_run() -> None:
 
 
 def say(text: str) -> None:
-    print(f"allranks: {text}", file=sys.stderr, flush=True)
+    Console().write(2, f"allranks: {text}\n".encode())
 
 
 class Console:
     """Rank 0's bytes as they come, all other lines whole and between rank 0's lines."""
 
     def __init__(self) -> None:
-        self.lost: OSError | None = None  # why nothing can be written any more
+        self.unread = False  # nobody reads any more
         self._in_line: dict[int, float] = {}  # rank 0's streams that have begun a line, since when
         self._partial: dict[tuple[int, str], bytes] = {}  # other ranks' lines that are not whole yet
         self.held: list[bytes] = []
@@ -160,10 +158,12 @@ class Console:
 
     def write(self, fd: int, data: bytes) -> None:
         try:
-            while data and not self.lost:
+            while data and not self.unread:
                 data = data[os.write(fd, data) :]
-        except OSError as error:
-            self.lost = error
+        except BrokenPipeError:
+            self.unread = True
+        except OSError:  # a full disk under the job's log: no reason to end the training
+            pass
 
 
 class Supervision:
@@ -192,6 +192,7 @@ class Supervision:
         self.code, self.failure = 0, ""  # of what no rank's end explains
         self._place: dict[str, Any] = {"world_size": world_size, "secret": secrets.token_hex(16)}
         self._said: list[bytes] = []  # the launcher's lines, not shown yet
+        self._gave_up = False  # the launcher had to be killed
 
     def run(self, argv: Sequence[str], env: Mapping[str, str], run_dir: str | Path | None) -> Outcome:
         """Raises UserError where the launcher cannot be started or a host is not known."""
@@ -237,11 +238,8 @@ class Supervision:
         finally:
             self._give_up()
             self._launcher.wait()
-        if self.console.lost:  # as a program that is not watched over would end
-            unread = self.console.lost.errno == errno.EPIPE
-            self.code = 128 + signal.SIGPIPE if unread else 1
-            reason = f"the ranks' output cannot be written ({self.console.lost.strerror})"
-            self.failure = "" if unread else reason
+        if self.console.unread:  # as a program that is not watched over would end
+            self.code, self.failure = 128 + signal.SIGPIPE, ""
         gone, ranks = self._gone(), self.ranks.values()
         code, failure = self._verdict(Path(argv[0]).name)
         where = {r.rank: r.host for r in ranks}
@@ -253,7 +251,7 @@ class Supervision:
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         """Waits for what news of ranks or processes may bring about, or until nobody reads on."""
-        while not condition() and not self.console.lost:
+        while not condition() and not self.console.unread:
             await self._changed.wait()
             self._changed.clear()
 
@@ -334,7 +332,7 @@ class Supervision:
                 self.console.show(r, kind, wire.output(text))
             if self.console.held:
                 self._loop.call_later(HOLD_S, self.console.flush)
-        if self.console.lost:
+        if self.console.unread:
             self._changed.set()
 
     def _on_break(self, r: Rank) -> None:
@@ -400,6 +398,7 @@ class Supervision:
             r.guard.close()
             r.guard = None
         if self._launcher.poll() is None:
+            self._gave_up = True
             os.killpg(self._launcher.pid, signal.SIGKILL)
         self._changed.set()
 
@@ -462,6 +461,10 @@ class Supervision:
         if bad:
             return EXIT_REQUEUE, ""
         code = self._launcher.returncode
+        all_well = sum(r.code == 0 for r in self.ranks.values()) == self.world_size
+        if all_well and self._gave_up:
+            say(f"{launcher} had not ended {LEAVE_S:.0f} s after its last rank, and was killed")
+            code = 0
         if code == 0 or self.stopped_by:
             return 0, ""
         how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
@@ -497,22 +500,6 @@ def _started(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[by
         raise UserError(
             f"launcher {argv[0]} cannot be started ({error.strerror}): load the module that brings it, "
             "or take another with --launcher."
-        ) from error
-
-
-def address_for(hosts: Sequence[str]) -> str:
-    """This host's address on its way to `hosts`: loopback where they are all this one."""
-    other = next((host for host in hosts if not is_this_host(host)), None)
-    if other is None:
-        return "127.0.0.1"
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((other, 9))  # only looks up the route; nothing is sent
-            return str(probe.getsockname()[0])
-    except OSError as error:
-        raise UserError(
-            f"host {other} of the allocation cannot be found from {socket.gethostname()} "
-            f"({error.strerror or error}): look at the hostfile, or take that host out."
         ) from error
 
 

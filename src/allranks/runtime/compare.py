@@ -22,7 +22,7 @@ SLOW_S = 0.5  # lost in an epoch; less is not worth a word
 def compare_ranks(runtime: Runtime, model: torch.nn.Module) -> None:
     """Raises an agreed RunError where the ranks' parameters differ; warns of a rank that is slow.
 
-    A collective call, for before anything is saved. Buffers may differ: a rank's own batches make them.
+    A collective call, for before anything is saved.
     """
     if runtime.world_size == 1:
         return

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import socket
 import time
@@ -146,10 +147,12 @@ def open_meeting(launch: Launch, comm: Any, run: int) -> Meeting:
     return Meeting(launch.rank, world_size, PrefixStore(prefix, store))
 
 
-def listen(address: str, port: int = 0) -> socket.socket:
-    """At this address of rank 0's host, 0 being a free port; raises UserError where that cannot be."""
+def listen(address: str, port: int = 0, far: bool = False) -> socket.socket:
+    """At this address of rank 0's host, 0 being a free port; raises UserError where that cannot be, or
+    where ranks are `far` off and the host's own name leads to its loopback.
+    """
     try:
-        return socket.create_server((address, port), backlog=4096)
+        listener = socket.create_server((address, port), backlog=4096)
     except (OSError, OverflowError) as error:
         if port:
             raise UserError(
@@ -160,13 +163,20 @@ def listen(address: str, port: int = 0) -> socket.socket:
             f"MASTER_ADDR={address} is no address of rank 0's host {socket.gethostname()} ({error}): unset "
             "MASTER_ADDR, or set it to that host's."
         ) from error
+    if far and listener.getsockname()[0].startswith("127.") and not address.startswith("127."):
+        listener.close()
+        raise UserError(
+            f"MASTER_ADDR={address} is rank 0's host's loopback, which no other host can reach: set "
+            "MASTER_ADDR to its address on the network that the hosts share, on every rank."
+        )
+    return listener
 
 
-def serve(address: str, world_size: int, port: int = 0) -> tuple[Store, int]:
+def serve(address: str, world_size: int, port: int = 0, far: bool = False) -> tuple[Store, int]:
     """A store on rank 0's host at this address, and its port; raises UserError as listen() does."""
     from torch.distributed import TCPStore
 
-    listener = listen(address, port)
+    listener = listen(address, port, far)
     port = listener.getsockname()[1]
     store = TCPStore(
         address, port, world_size, True, timedelta(seconds=START_S), wait_for_workers=False,
@@ -181,16 +191,16 @@ def _serve_through_mpi(comm: Any) -> Store:
 
     So is a secret that begins the name of every key, as torch's protocol has no password.
     """
-    from torch.distributed import PrefixStore, TCPStore
+    from torch.distributed import PrefixStore
 
-    near = mpi.one_host(comm)
+    hosts = mpi.hosts(comm)
     store: Store | None = None
     address, port, problem, secret = "", 0, "", ""
     if comm.rank == 0:
-        secret = secrets.token_hex(16)
-        address = "127.0.0.1" if near else os.environ.get("MASTER_ADDR") or socket.gethostname()
+        secret, far = secrets.token_hex(16), len(set(hosts)) > 1
         try:
-            store, port = serve(address, comm.size)
+            address = _address(hosts) if far else "127.0.0.1"
+            store, port = serve(address, comm.size, far=far)
         except UserError as error:
             problem = str(error)
     said = mpi.broadcast_text(comm, json.dumps([address, port, problem, secret]))
@@ -198,14 +208,19 @@ def _serve_through_mpi(comm: Any) -> Store:
     if problem:
         raise UserError(problem, said_by=0)
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
-    store = store or TCPStore(address, port, comm.size, False, timedelta(seconds=START_S))
+    store = store or _connect(address, port, comm.rank, comm.size)
     return PrefixStore(secret, store)
+
+
+def _address(hosts: Sequence[str]) -> str:
+    """Where ranks on other hosts reach this one. Its own name may lead to its loopback."""
+    from allranks.launch.allocation import address_for
+
+    return os.environ.get("MASTER_ADDR") or address_for(hosts)
 
 
 def _join_env(launch: Launch) -> Store:
     """The store that MASTER_ADDR and MASTER_PORT name; under bare srun both follow from the job."""
-    from torch.distributed import TCPStore
-
     if launch.launcher == "srun":
         nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
         single = launch.local_world_size == launch.world_size
@@ -219,15 +234,32 @@ def _join_env(launch: Launch) -> Store:
             "not: start the ranks with mpiexec or torchrun, or set them on every rank.",
             said_by=0,
         )
-    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    if not port.isdigit():
-        raise UserError(f"MASTER_PORT={port} is not valid: give a port's number, the same on every rank.")
+    address, text = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    port = int(text) if re.fullmatch("[0-9]{1,5}", text) else 0
+    if not 0 < port < 1 << 16:
+        raise UserError(f"MASTER_PORT={text} is not valid: give a port's number, the same on every rank.")
     assert launch.world_size is not None  # `environment` and torchrun always tell it
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # served before torchrun starts a rank
         try:
-            socket.create_connection((address, int(port)), START_S).close()
+            socket.create_connection((address, port), START_S).close()
         except ConnectionRefusedError:
             raise UserError(f"torchrun has ended: nobody answers at {address}:{port}.") from None
+        except OSError as error:
+            raise UserError(f"torchrun cannot be reached at {address}:{port} ({error}).") from None
     elif launch.rank == 0:
-        return serve(address, launch.world_size, int(port))[0]
-    return TCPStore(address, int(port), launch.world_size, False, timedelta(seconds=START_S))
+        far = launch.local_world_size not in (None, launch.world_size)
+        return serve(address, launch.world_size, port, far)[0]
+    return _connect(address, port, launch.rank, launch.world_size)
+
+
+def _connect(address: str, port: int, rank: int, world_size: int) -> Store:
+    """The store that rank 0 serves. Raises UserError where nobody does for START_S."""
+    from torch.distributed import TCPStore
+
+    try:
+        return TCPStore(address, port, world_size, False, timedelta(seconds=START_S))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"rank {rank} has not found rank 0 at MASTER_ADDR={address} and MASTER_PORT={port} for "
+            f"{START_S} s: look whether rank 0 has started, and whether both are those of its host."
+        ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -68,14 +69,12 @@ def library() -> str:
     return flat(_mpi().Get_library_version().strip().splitlines()[0].split(",")[0])
 
 
-def one_host(comm: Any) -> bool:
-    """True where all ranks share one node's memory. A collective call."""
-    from mpi4py import MPI
-
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    size = int(node.size)
-    node.Free()
-    return size == int(comm.size)
+def hosts(comm: Any) -> list[str]:
+    """Every rank's host name, in their order, on rank 0; elsewhere nothing."""
+    mine, width = socket.gethostname().encode(), 256
+    everyones = bytearray(width * comm.size if comm.rank == 0 else 0)
+    comm.Gather(bytearray(mine[:width].ljust(width)), everyones, root=0)
+    return [everyones[i : i + width].decode().rstrip() for i in range(0, len(everyones), width)]
 
 
 def broadcast_text(comm: Any, text: str) -> str:

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from allranks.config import WatchdogConfig
+from allranks.errors import UserError
 from allranks.launch import processes, wire
 from allranks.runtime import mpi
 from allranks.runtime.environment import Launch
@@ -77,6 +78,7 @@ class Watchdog:
         self.begun = 0  # steps that this process has begun
         self.batches = self.arrivals = 0
         self.busy_s, self.busy_steps = 0.0, 0
+        self.compiles = False  # any step may take as long as the first
         self._began, self._busy = time.perf_counter(), False
         self._durations: deque[float] = deque(maxlen=101)
         self._phase: tuple[str, float] | None = None
@@ -171,8 +173,7 @@ class Watchdog:
         if sys.platform == "linux":
             self._dump = os.memfd_create("allranks-stack")
             faulthandler.register(DUMP, file=self._dump)
-        address = "127.0.0.1" if one_host else os.environ["MASTER_ADDR"]
-        door = None if self.rank else self._open_door(address)
+        door = None if self.rank else self._open_door(one_host)
         return {"host": self._host, "pid": os.getpid(), "dump": self._dump, "door": door}
 
     def join(self, peers: Sequence[Mapping[str, Any]], deputy: int) -> None:
@@ -182,7 +183,13 @@ class Watchdog:
         self._peers, self._deputy = peers, deputy
         if self.rank:
             address, port, secret = peers[0]["door"]
-            link = self._links[0] = _Link(wire.connect(address, port, 4 * ANSWER_S), rank=0)
+            try:
+                link = self._links[0] = _Link(wire.connect(address, port, 4 * ANSWER_S), rank=0)
+            except OSError as error:
+                raise UserError(
+                    f"rank {self.rank} on {self._host} cannot reach rank 0 at {address}:{port} ({error}): "
+                    "look whether MASTER_ADDR is the same host's there, and whether a firewall is between."
+                ) from error
             link.say(secret=secret, rank=self.rank)
             self._listen_to(link.sock, lambda: self._hear(link))
         else:
@@ -190,8 +197,9 @@ class Watchdog:
         # children, such as a data loader's workers, must not keep this rank's connections open
         os.register_at_fork(after_in_child=self._drop_sockets)
 
-    def _open_door(self, address: str) -> list[Any]:
-        self._listener = listen(address)
+    def _open_door(self, one_host: bool) -> list[Any]:
+        address = "127.0.0.1" if one_host else os.environ["MASTER_ADDR"]
+        self._listener = listen(address, far=not one_host)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft != hard:  # a connection a rank
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -231,8 +239,8 @@ class Watchdog:
             return self._phase
         if self.begun == 0:
             return "the start (watchdog.start_s)", self.limits.start_s
-        if self.begun == 1:
-            return "the first step (watchdog.first_step_s)", self.limits.first_step_s
+        if self.begun == 1 or self.compiles:
+            return "a step that is the first or compiles (watchdog.first_step_s)", self.limits.first_step_s
         if self.limits.step_s is not None:
             return "a step (watchdog.step_s)", self.limits.step_s
         usual = statistics.median(list(self._durations) or [0.0])
