@@ -278,6 +278,22 @@ def test_when_nobody_reads_the_output_the_ranks_end(start):
     started.gone(within_s=1)
 
 
+def test_a_pipe_that_does_not_wait_loses_nothing():
+    ours, theirs = os.pipe()
+    os.set_blocking(theirs, False)
+    started = Started(
+        supervised("mpiexec", 1, python("for _ in range(5000): print('x' * 99)")), "pipe", stdout=theirs
+    )
+    os.close(theirs)
+    try:
+        time.sleep(2)  # by then the pipe is full
+        with os.fdopen(ours) as lines:
+            assert sum(line == "x" * 99 + "\n" for line in lines) == 5000
+        assert started.finish(within_s=10)[0] == 0
+    finally:
+        started.end()
+
+
 def test_a_full_disk_under_the_output_is_no_reason_to_end(tmp_path):
     told = f"for _ in range(1000): print('x' * 99)\nopen({str(tmp_path / 'there')!r}, 'w').close()"
     with open("/dev/full", "wb") as full:  # noqa: PTH123

@@ -157,13 +157,15 @@ class Console:
         return " ".join(kind for fd, kind in ((1, "out"), (2, "err")) if os.isatty(fd))
 
     def write(self, fd: int, data: bytes) -> None:
-        try:
-            while data and not self.unread:
+        while data and not self.unread:
+            try:
                 data = data[os.write(fd, data) :]
-        except BrokenPipeError:
-            self.unread = True
-        except OSError:  # a full disk under the job's log: no reason to end the training
-            pass
+            except BlockingIOError:  # somebody else who has this pipe, too, wants it like that
+                time.sleep(0.01)
+            except BrokenPipeError:
+                self.unread = True
+            except OSError:  # a full disk under the job's log: no reason to end the training
+                return
 
 
 class Supervision:
