@@ -16,7 +16,6 @@ from allranks.config import WatchdogConfig
 from allranks.errors import UserError
 from allranks.launch import wire
 from allranks.runtime.environment import Launch
-from allranks.runtime.meeting import listen
 from allranks.runtime.watchdog import Watchdog
 from launching import BIN, Started
 
@@ -395,6 +394,6 @@ def test_a_step_that_compiles_has_the_first_steps_time():
 
 
 def test_an_address_that_other_hosts_cannot_reach_is_refused():
-    with pytest.raises(UserError, match="MASTER_ADDR=localhost is rank 0's host's loopback"):
-        listen("localhost", far=True)
-    listen("localhost").close()
+    with pytest.raises(UserError, match="MASTER_ADDR=localhost is the loopback of rank 0's host"):
+        wire.listen("localhost", far=True)
+    wire.listen("localhost").close()

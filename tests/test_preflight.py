@@ -144,7 +144,7 @@ def test_a_master_address_that_is_not_rank_0s_is_named(name):
             lambda program: launcher(name, 2, program),
             {**CLEAN, variables.MASTER_ADDR: "192.0.2.1"}, world_size=2, limit_s=10,
         )  # fmt: skip
-    assert f"rank 0 on {HOST} cannot listen at 192.0.2.1" in str(error.value)
+    assert f"rank 0 on {HOST} cannot listen at MASTER_ADDR=192.0.2.1" in str(error.value)
     assert variables.MASTER_ADDR in str(error.value)
 
 
@@ -189,7 +189,7 @@ def add(size: int, strangers: tuple[bytes, ...] = ()) -> dict[int, str]:
         except UserError as error:
             said[r] = str(error)
 
-    listener = preflight.listen(("127.0.0.1", 0))
+    listener = wire.listen("127.0.0.1")
     place = listener.getsockname()[:2]
     for data in strangers:
         with socket.create_connection(place) as link:

@@ -192,7 +192,7 @@ def main() -> int:
     rank, size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
     place = (environ[variables.MASTER_ADDR], int(environ[variables.MASTER_PORT]))
     try:
-        listener = listen(place) if rank == 0 and size > 1 else None  # before others come to connect
+        listener = wire.listen(*place) if rank == 0 and size > 1 else None  # before others come to connect
         _tell(problems=problems(task, environ), facts=facts() if environ["LOCAL_RANK"] == "0" else None)
         if size > 1:
             add_by_tcp(rank, size, place, listener, environ[variables.RANKS_SECRET])
@@ -286,17 +286,6 @@ def check_sum(total: Sequence[float], size: int, how: str) -> None:
     expected = [float(size), size * (size - 1) / 2, (size - 1) * size * (2 * size - 1) / 6]
     if list(total) != expected:
         raise UserError(f"the ranks add up to {list(total)} by {how}, not {expected}: {FABRIC}")
-
-
-def listen(place: tuple[str, int]) -> socket.socket:
-    supervise.raise_file_limit()
-    try:
-        return socket.create_server(place, backlog=4096)
-    except OSError as error:
-        raise UserError(
-            f"rank 0 on {socket.gethostname()} cannot listen at {place[0]}:{place[1]} ({error.strerror}): "
-            f"set {variables.MASTER_ADDR} to an address of that host."
-        ) from error
 
 
 def add_by_tcp(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import resource
 import secrets
 import signal
 import subprocess
@@ -212,7 +211,7 @@ class Supervision:
     ) -> Outcome:
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
-        raise_file_limit()
+        wire.raise_file_limit()
         self._place["master_addr"] = env.get(variables.MASTER_ADDR)
         server = await asyncio.start_server(
             self._serve, address_for(self.hosts), 0, backlog=4096, limit=wire.LONGEST
@@ -507,10 +506,3 @@ def _started(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[by
 
 def some(things: Sequence[object]) -> str:
     return ", ".join(map(str, things[:8])) + (", ..." if len(things) > 8 else "")
-
-
-def raise_file_limit() -> None:
-    """A connection a rank: the usual 1,024 open files are too few for a large job."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import hmac
 import json
+import resource
 import socket
 import time
 from typing import Any
 
+from allranks.errors import UserError
+
+BY_LAUNCH = "For `allranks launch`: ALLRANKS_MASTER_ADDR."
 LONGEST = 1 << 20  # bytes in a line: who sends more is none of ours
 
 
@@ -43,6 +47,36 @@ def parse(line: bytes) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise WireError("a message that is no JSON object")
     return values
+
+
+def listen(address: str, port: int = 0, far: bool = False) -> socket.socket:
+    """At this address of rank 0's host, 0 being a free port; raises UserError where that cannot be, or
+    where ranks are `far` off and the host's own name leads to its loopback.
+    """
+    raise_file_limit()
+    host = socket.gethostname()
+    try:
+        listener = socket.create_server((address, port), backlog=4096)
+    except (OSError, OverflowError) as error:
+        where = f"MASTER_ADDR={address}" + (f" and MASTER_PORT={port}" if port else "")
+        raise UserError(
+            f"rank 0 on {host} cannot listen at {where} ({error}): give an address of that host, and a port "
+            f"that is free there, the same on every rank. {BY_LAUNCH}"
+        ) from error
+    if far and listener.getsockname()[0].startswith("127.") and not address.startswith("127."):
+        listener.close()
+        raise UserError(
+            f"MASTER_ADDR={address} is the loopback of rank 0's host {host}, which no other can reach: "
+            f"give its address on the hosts' own network, the same on every rank. {BY_LAUNCH}"
+        )
+    return listener
+
+
+def raise_file_limit() -> None:
+    """A connection a rank: the usual 1,024 open files are too few for a large job."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def connect(host: str, port: int, within_s: float) -> socket.socket:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from allranks.errors import UserError
 from allranks.launch import variables
+from allranks.launch.wire import listen
 from allranks.runtime import mpi
 from allranks.runtime.environment import Launch, first_host
 
@@ -145,31 +146,6 @@ def open_meeting(launch: Launch, comm: Any, run: int) -> Meeting:
     secret = os.environ.get(variables.RANKS_SECRET, "")  # under `allranks launch`
     prefix = f"allranks/{secret}/{restarts or 0}/{world_size}/{run}"
     return Meeting(launch.rank, world_size, PrefixStore(prefix, store))
-
-
-def listen(address: str, port: int = 0, far: bool = False) -> socket.socket:
-    """At this address of rank 0's host, 0 being a free port; raises UserError where that cannot be, or
-    where ranks are `far` off and the host's own name leads to its loopback.
-    """
-    try:
-        listener = socket.create_server((address, port), backlog=4096)
-    except (OSError, OverflowError) as error:
-        if port:
-            raise UserError(
-                f"rank 0 cannot listen at MASTER_ADDR={address} and MASTER_PORT={port} ({error}): give an "
-                "address of its host and a port that is free there, the same on every rank."
-            ) from error
-        raise UserError(
-            f"MASTER_ADDR={address} is no address of rank 0's host {socket.gethostname()} ({error}): unset "
-            "MASTER_ADDR, or set it to that host's."
-        ) from error
-    if far and listener.getsockname()[0].startswith("127.") and not address.startswith("127."):
-        listener.close()
-        raise UserError(
-            f"MASTER_ADDR={address} is rank 0's host's loopback, which no other host can reach: set "
-            "MASTER_ADDR to its address on the network that the hosts share, on every rank."
-        )
-    return listener
 
 
 def serve(address: str, world_size: int, port: int = 0, far: bool = False) -> tuple[Store, int]:

@@ -14,7 +14,6 @@ import ctypes
 import faulthandler
 import logging
 import os
-import resource
 import secrets
 import selectors
 import signal
@@ -35,7 +34,7 @@ from allranks.errors import UserError
 from allranks.launch import processes, wire
 from allranks.runtime import mpi
 from allranks.runtime.environment import Launch
-from allranks.runtime.meeting import Meeting, listen
+from allranks.runtime.meeting import Meeting
 
 TICK_S = 0.5
 ANSWER_S = 2.5  # for another rank's thread to answer, on a busy host too
@@ -199,10 +198,7 @@ class Watchdog:
 
     def _open_door(self, one_host: bool) -> list[Any]:
         address = "127.0.0.1" if one_host else os.environ["MASTER_ADDR"]
-        self._listener = listen(address, far=not one_host)
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if soft != hard:  # a connection a rank
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        self._listener = wire.listen(address, far=not one_host)
         return [address, self._listener.getsockname()[1], self._secret]
 
     # --- the thread -----------------------------------------------------------------------------------
