@@ -60,7 +60,7 @@ def listen(address: str, port: int = 0, far: bool = False) -> socket.socket:
     except (OSError, OverflowError) as error:
         where = f"MASTER_ADDR={address}" + (f" and MASTER_PORT={port}" if port else "")
         raise UserError(
-            f"rank 0 on {host} cannot listen at {where} ({error}): give an address of that host, and a port "
+            f"rank 0 on {host} cannot listen at {where} ({error}): give an address of that host and a port "
             f"that is free there, the same on every rank. {BY_LAUNCH}"
         ) from error
     if far and listener.getsockname()[0].startswith("127.") and not address.startswith("127."):
