@@ -36,8 +36,8 @@ ARROWS = {
     "launch.launchers": "errors launch.allocation launch.machine",
     "launch.command": "errors launch.allocation launch.launchers launch.machine launch.variables",
     "launch.dryrun": "launch.allocation launch.command",
-    "launch.cli": "control errors launch.allocation launch.command launch.dryrun launch.machine "
-    "launch.attempts launch.runs launch.supervise",
+    "launch.cli": "config control errors launch.allocation launch.command launch.dryrun launch.machine "
+    "launch.attempts launch.runs launch.supervise runtime.environment",
     "launch.attempts": "checkpoints config control errors launch.allocation launch.command launch.machine "
     "launch.preflight launch.processes launch.supervise launch.variables rundir",
     "launch.scheduler": "errors",

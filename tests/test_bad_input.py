@@ -37,6 +37,9 @@ def assert_nothing_left(done: Done) -> None:
 @pytest.mark.parametrize(
     ("override", "patterns"),
     [
+        ("--epochs=3", ["--epochs is not an option", r"trainer\.epochs="]),
+        ("optimizer.lr=0.1,0.2", ["add -m for a run of each value"]),
+        ("run.dir=runs/x=1", ["cannot be read as an override", "in quotes"]),
         ("threads=100000", ["threads=100000", "<= 1024"]),
         ("trainer.virtual_ranks=1073741824", ["trainer.virtual_ranks=1073741824", "a power of two"]),
         ("watchdog.save_s=1e300", [r"watchdog.save_s=1e\+300"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from allranks import config as configs
-from allranks.config import Config, from_command_line, typed
+from allranks.config import Config, from_command_line, identity, typed
 from allranks.errors import UserError, did_you_mean
 from helpers import ROOT, SMALL, Run, tree
 
@@ -288,3 +289,12 @@ def test_flags_and_overrides_may_be_mixed(words):
     flags, overrides = configs.split_flags([part for word in words for part in word])
     assert flags == [part for word in words if word[0].startswith("-") for part in word]
     assert overrides == [word[0] for word in words if not word[0].startswith("-")]
+
+
+def test_where_the_data_are_is_no_part_of_what_is_computed():
+    def of(*overrides: str) -> dict[str, Any]:
+        [config] = from_command_line(["data=mnist", *overrides])
+        return identity(config)
+
+    assert of("data.root=a", "data.fetch=false") == of("data.root=b")
+    assert of("data=fashion_mnist") != of()

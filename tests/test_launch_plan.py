@@ -15,6 +15,8 @@ from allranks.errors import UserError
 from allranks.launch import allocation, command, launchers, machine
 from allranks.launch.allocation import Allocation, Host
 from allranks.launch.command import Request
+from helpers import PYTHON, SMALL, clean_environment, execute
+from helpers import launcher as started_by
 
 MAIN = """
 import sys
@@ -454,3 +456,24 @@ def test_a_misspelt_option_is_named_with_the_right_one():
     assert said == (
         "allranks: --max-restart is not an option of `allranks launch`. Did you mean --max-restarts?"
     )
+
+
+def test_launch_within_another_launcher_is_refused_once(tmp_path):
+    words = [*started_by("mpiexec", 2), "-m", "allranks", "launch", "-n", "2", *SMALL]
+    done = execute(words, tmp_path)
+    assert done.code == 2
+    assert "`allranks launch` starts the ranks itself, but mpich has started it 2 times" in done.message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["launch", "--dry-run", *SMALL], ["doctor", "--json"]])
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path, words):
+    process = subprocess.Popen(
+        [PYTHON, "-m", "allranks", *words], cwd=tmp_path, env=clean_environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.close()
+    process.stdout = None
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (1, "")

@@ -245,6 +245,7 @@ def test_a_value_that_the_user_gave_is_said_to_be_his():
         ("machine.node.devices=-1", "a positive number, or null"),
         ("machine.node.devices=true", "a whole number"),
         ("machine.switches.nccl=maybe", "true or false"),
+        ("machine.switches.ncl=false", "Did you mean nccl"),
         ("machine.device.order=3", "a list"),
         ("machine.device.order=[0,2]", "each of 0 to 1 once"),
         ("machine.options.mpirun=[-x]", r"machine\.options\.mpirun is not a key"),

@@ -17,7 +17,12 @@ DESCRIPTION = "The same PyTorch training run on one core, one GPU or every rank 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and exits with its code; after a UserError with one message and that error's."""
     try:
-        sys.exit(_run(list(sys.argv[1:] if arguments is None else arguments)))
+        code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+        sys.exit(code)
+    except BrokenPipeError:  # `| head` closed the console
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except UserError as error:
         with suppress(OSError):  # a full disk under stderr
             print(f"allranks: {error}", file=sys.stderr, flush=True)

@@ -315,7 +315,7 @@ def thaw(directory: str, sha256: str) -> Config:
 # Where and how a run goes on, which may change, not what it computes.
 _FREE = re.compile(
     r"(name|runtime|device|oversubscribe|threads|resume|run|checkpoint|watchdog)(\.|$)"
-    r"|data\.(root|fetch|workers)$|trainer\.nonfinite$"
+    r"|data\.((train|test)\.)?(root|fetch)$|data\.workers$|trainer\.nonfinite$"
 )
 
 
@@ -384,6 +384,10 @@ def cells_from_command_line(arguments: Sequence[str]) -> list[tuple[Config, list
 
     app = hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(collect)
     flags, overrides = split_flags(arguments)
+    for flag in (flag.partition("=")[0] for flag in flags):
+        if flag.startswith("--") and flag not in HYDRAS:
+            key = next((k for k in leaves(Config()) if k.endswith("." + flag.strip("-"))), "key")
+            raise UserError(f"{flag} is not an option: values are given as {key}=..., without dashes.")
     for override in overrides:
         group, _, choice = override.partition("=")
         if group in GROUPS and re.match(r"[\[{]|[-+]?[0-9.]+$", choice):
@@ -398,6 +402,10 @@ def cells_from_command_line(arguments: Sequence[str]) -> list[tuple[Config, list
     return [(typed(cfg), task) for cfg, task in composed]
 
 
+HYDRAS = frozenset(
+    "--help --hydra-help --version --cfg --resolve --package --run --multirun --shell-completion "
+    "--config-path --config-name --config-dir --experimental-rerun --info".split()
+)
 _FLAGS_WITH_VALUE = frozenset(
     "-c -p -cp -cn -cd --cfg --package --config-path --config-name --config-dir --info".split()
 )
@@ -449,7 +457,12 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         return _unknown_key(cause.full_key or str(cause.key), _known_keys(overrides))
     if isinstance(error, OverrideParseException):
-        return f"{error.override} cannot be read as an override: write key=value. ({_first_line(error)})"
+        return (
+            f"{error.override} cannot be read as an override: write key=value, in quotes what has other "
+            f"signs than letters, digits and /._-: 'key=\"a=b\"'. ({_first_line(error)})"
+        )
+    if "Ambiguous value" in str(error):
+        return f"{_first_line(error)}: add -m for a run of each value, or write key=[a,b] for one list."
     missing, options = getattr(error, "missing_cfg_file", None), getattr(error, "options", None)
     if missing and options:
         group, _, choice = str(missing).rpartition("/")

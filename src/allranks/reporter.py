@@ -64,6 +64,8 @@ class Reporter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if isinstance(error, KeyboardInterrupt) and self.runtime.world_size == 1 and self.directory:
+            log.warning("run.dir=%s goes on from the newest checkpoint there", self.directory)
         agreed = error is None or (isinstance(error, UserError) and error.said_by is not None)
         if not agreed and self.runtime.world_size > 1:
             if isinstance(error, RuntimeError):  # perhaps only a collective that has lost a rank

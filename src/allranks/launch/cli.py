@@ -12,19 +12,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from allranks.config import HYDRAS
 from allranks.control import EXIT_REQUEUE
-from allranks.errors import UserError, did_you_mean
+from allranks.errors import EXIT_USER_ERROR, UserError, did_you_mean
 from allranks.launch import allocation as allocations
 from allranks.launch import command, dryrun, machine, runs
 from allranks.launch.allocation import Allocation
 from allranks.launch.command import Request
 from allranks.launch.machine import LAUNCHERS, Machine
+from allranks.runtime.environment import discover
 
 USAGE = """%(prog)s [options] [machine.key=value ...]
                        [overrides of the training | -- PROGRAM ARGS...]"""
-HYDRAS = frozenset(
-    "--cfg --resolve --package --info --run --multirun --config-path --config-name --hydra-help".split()
-)
 
 
 def launch(arguments: Sequence[str]) -> int:
@@ -62,6 +61,15 @@ def parsed(
 
 
 def _launch(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str, str]) -> int:
+    around = discover(environ)
+    if around.world_size not in (None, 1):
+        if around.rank == 0:
+            raise UserError(
+                f"`allranks launch` starts the ranks itself, but {around.launcher} has started it "
+                f"{around.world_size} times: leave that launcher out, or have it start `python -m "
+                "allranks.train`."
+            )
+        return EXIT_USER_ERROR
     if args.json and not args.dry_run:
         raise UserError("--json is for a dry run: add --dry-run.")
     for option, value, low in (

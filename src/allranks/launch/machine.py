@@ -342,6 +342,11 @@ def _check(machine: Machine) -> None:
                 f"machine.variables.{name}.switch={variable.switch} ({machine.name}) "
                 f"has no switch: add `switches: {{{variable.switch}: true}}`."
             )
+    used = {variable.switch for variable in machine.variables.values()} - {None}
+    for switch in machine.switches:
+        if switch not in used:
+            near = did_you_mean(switch, sorted(map(str, used)))
+            raise UserError(f"machine.switches.{switch} ({machine.name}) switches no variable.{near}")
     node, order = machine.node, machine.device.order
     for key, number in (("devices", node.devices), ("ranks", node.ranks), ("cpus", node.cpus),
                         ("cpus_per_rank", node.cpus_per_rank)):  # fmt: skip
