@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hmac
 import json
-import resource
 import socket
 import time
 from typing import Any
@@ -74,6 +73,8 @@ def listen(address: str, port: int = 0, far: bool = False) -> socket.socket:
 
 def raise_file_limit() -> None:
     """A connection a rank: the usual 1,024 open files are too few for a large job."""
+    import resource  # not every rank's guard, which starts in a few milliseconds, needs it
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
