@@ -289,6 +289,12 @@ def test_going_on_from_another_runs_checkpoint_for_more_epochs(train, finished):
     assert finished.summary["epochs"] == 2  # it is as it was
 
 
+def test_a_checkpoint_that_is_not_there_leaves_nothing(train, tmp_path):
+    done = train(*SMALL, "model=linear", "resume=nowhere")
+    assert (done.code, list(tmp_path.iterdir())) == (2, [])
+    assert "resume=nowhere does not exist" in done.message
+
+
 def test_more_epochs_where_they_decide_the_learning_rates(train):
     words = (*SMALL, "model=linear", "scheduler=cosine")
     train(*words, "trainer.epochs=2", "run.dir=run").ok()
@@ -303,7 +309,7 @@ def test_more_epochs_where_they_decide_the_learning_rates(train):
         (["model=mlp"], "model._target_ is allranks.models.linear there, not allranks.models.mlp"),
         (["optimizer=adam"], "optimizer._target_ is torch.optim.SGD there, not torch.optim.Adam"),
         (["data.train.seed=5"], "data.train.seed is"),
-        (["resume=nowhere"], "resume=nowhere has no valid checkpoint"),
+        (["resume=run/logs"], "resume=run/logs has no valid checkpoint"),
         (["trainer.epochs=1"], "step-000020 has 2 epochs behind it already"),
     ],
 )

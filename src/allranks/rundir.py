@@ -58,7 +58,14 @@ def _check(path: Path) -> None:
 def find(config: Config) -> tuple[str, str]:
     """The run's directory, and how far the run has come there."""
     directory = choose(config.run.dir, config.name)
-    return directory, standing(directory, config) if config.run.dir else "new"
+    so_far = standing(directory, config) if config.run.dir else "new"
+    given = config.resume not in ("auto", "never")
+    if so_far == "new" and given and not Path(config.resume).exists():
+        raise UserError(
+            f"resume={config.resume} does not exist: give the path of a checkpoint, or of a run directory "
+            "that has one."
+        )
+    return directory, so_far
 
 
 def standing(directory: str, config: Config) -> str:
