@@ -292,7 +292,7 @@ def test_going_on_from_another_runs_checkpoint_for_more_epochs(train, finished):
 def test_a_checkpoint_that_is_not_there_leaves_nothing(train, tmp_path):
     done = train(*SMALL, "model=linear", "resume=nowhere")
     assert (done.code, list(tmp_path.iterdir())) == (2, [])
-    assert "resume=nowhere does not exist" in done.message
+    assert "resume=nowhere cannot be read (No such file or directory)" in done.message
 
 
 def test_more_epochs_where_they_decide_the_learning_rates(train):

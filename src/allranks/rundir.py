@@ -59,12 +59,14 @@ def find(config: Config) -> tuple[str, str]:
     """The run's directory, and how far the run has come there."""
     directory = choose(config.run.dir, config.name)
     so_far = standing(directory, config) if config.run.dir else "new"
-    given = config.resume not in ("auto", "never")
-    if so_far == "new" and given and not Path(config.resume).exists():
-        raise UserError(
-            f"resume={config.resume} does not exist: give the path of a checkpoint, or of a run directory "
-            "that has one."
-        )
+    if so_far == "new" and config.resume not in ("auto", "never"):
+        try:
+            Path(config.resume).stat()
+        except OSError as error:
+            raise UserError(
+                f"resume={config.resume} cannot be read ({error.strerror}): give the path of a checkpoint, or "
+                "of a run directory that has one."
+            ) from error
     return directory, so_far
 
 
