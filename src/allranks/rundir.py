@@ -64,8 +64,8 @@ def find(config: Config) -> tuple[str, str]:
             Path(config.resume).stat()
         except OSError as error:
             raise UserError(
-                f"resume={config.resume} cannot be read ({error.strerror}): give the path of a checkpoint, or "
-                "of a run directory that has one."
+                f"resume={config.resume} cannot be read ({error.strerror}): give the path of a checkpoint, "
+                "or of a run directory that has one."
             ) from error
     return directory, so_far
 
