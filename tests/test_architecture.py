@@ -62,7 +62,7 @@ ARROWS = {
     "data.early": "components",
     "data.mnist": "errors",
     "data.synthetic": "",
-    "data.loader": "data.early errors launch.processes randomness runtime.runtime",
+    "data.loader": "control data.early errors launch.processes randomness runtime.runtime",
     "runtime.__init__": "",
     "runtime.environment": "errors",
     "runtime.mpi": "errors runtime.environment",

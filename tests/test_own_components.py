@@ -92,6 +92,22 @@ class SlowStripes(Stripes):
         time.sleep(4)
         super().__init__(count, seed)
 
+class Deadly(Stripes):
+    """One worker process ends without a word; another does not come back."""
+    def __getitem__(self, n):
+        if torch.utils.data.get_worker_info().id == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(1000)
+
+class Warned(Stripes):
+    """A signal comes to a worker process as early as can be."""
+    def __len__(self):
+        if not hasattr(self, "told"):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as torch sets it in a worker
+            os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))
+            self.told = True
+        return self.count
+
 class Unmade(Net):
     def __init__(self, **values):
         self.ratio = 1 / 0
@@ -182,6 +198,16 @@ def test_a_sigterm_to_every_process_stops_a_run_with_workers(lab, tmp_path, wait
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (85, "")
     assert "stopped by SIGTERM" in out
+
+
+def test_a_signal_to_a_worker_process_just_started_is_nothing(lab):
+    lab(*MINE, "trainer.epochs=1", "+data.workers=2", "data.train._target_=mylab.Warned").ok()
+
+
+def test_a_worker_process_that_is_stuck_does_not_keep_a_run_that_failed(lab):
+    done = lab(*MINE, "+data.workers=2", "data.train._target_=mylab.Deadly", timeout_s=60)
+    assert done.code == 1
+    assert "killed by signal: Killed" in done.err
 
 
 def with_limits(lab, cwd: Path, limits: dict[str, float], *overrides: str, **env: str):

@@ -9,6 +9,8 @@ shares is fixed instead, and a rank takes several (Runtime.shares).
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +23,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from allranks.control import STOPPING
 from allranks.data.early import make
 from allranks.errors import UserError
 from allranks.launch import processes
@@ -121,7 +124,10 @@ class Mapped:
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_end_with_its_rank,
         )
-        for images, labels in loader:
+        # schedulers send them to all processes of a job: a rank saves first, and needs its batches for that
+        with processes.blocked(STOPPING):
+            batches = iter(loader)
+        for images, labels in batches:
             moved = images.to(self.device, non_blocking=True).to(self.dtype)
             scale = 255 if images.dtype == torch.uint8 else 1
             yield moved / scale, labels.to(self.device, non_blocking=True).long()
@@ -144,9 +150,15 @@ class _Seeded(Dataset[Any]):
 
 
 def _end_with_its_rank(_worker: int) -> None:
-    # a scheduler sends it to every process of a job: the rank saves first, and needs its batches for that
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     processes.die_with_parent(os.getppid(), signal.SIGKILL)
+
+
+@atexit.register
+def _end_workers() -> None:
+    # multiprocessing would send them SIGTERM, and wait
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 Part = InMemory | Mapped

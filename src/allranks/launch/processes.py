@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Set
+from collections.abc import Iterable, Iterator, Set
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2), linux/prctl.h
 
@@ -17,6 +17,16 @@ def die_with_parent(parent: int, signum: int) -> None:
     _prctl(_PR_SET_PDEATHSIG, signum)
     if os.getppid() != parent:  # it ended before we could ask
         os.kill(os.getpid(), signum)
+
+
+@contextlib.contextmanager
+def blocked(signals: Iterable[int]) -> Iterator[None]:
+    """Not delivered to this thread meanwhile; to the processes that it starts here, never."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def adopt_orphans(yes: bool = True) -> None:
