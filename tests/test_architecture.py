@@ -24,7 +24,7 @@ ARROWS = {
     "config": "errors",
     "rundir": "config errors",
     # of engine, runtime.runtime and saving only the types
-    "control": "config engine errors launch.scheduler runtime.runtime saving",
+    "control": "config engine errors launch.processes launch.scheduler runtime.runtime saving",
     "randomness": "",
     "saving": "checkpoints claim config engine errors rundir runtime.runtime",
     "checkpoints": "",
@@ -62,7 +62,7 @@ ARROWS = {
     "data.early": "components",
     "data.mnist": "errors",
     "data.synthetic": "",
-    "data.loader": "control data.early errors launch.processes randomness runtime.runtime",
+    "data.loader": "data.early errors launch.processes randomness runtime.runtime",
     "runtime.__init__": "",
     "runtime.environment": "errors",
     "runtime.mpi": "errors runtime.environment",

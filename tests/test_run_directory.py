@@ -9,6 +9,7 @@ import pty
 import re
 import struct
 import subprocess
+import sys
 import termios
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -206,8 +207,19 @@ def test_of_two_that_make_it_at_once_one_keeps_its_configuration(tmp_path):
     """Both have found nothing there; the second comes to write its configuration after the first."""
     rundir.create(str(tmp_path / "mine"), "seed: 1\n")
     with pytest.raises(FileExistsError):
-        rundir.write_text(tmp_path / "mine/config.yaml", "seed: 2\n", os.link)
+        rundir.write_text(tmp_path / "mine/config.yaml", "seed: 2\n", new=True)
     assert (tmp_path / "mine/config.yaml").read_text() == "seed: 1\n"
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["config.yaml", "logs"]
+
+
+def test_a_file_system_without_hard_links_will_do(strace, tmp_path):
+    """As DAOS at Argonne."""
+    code = "from allranks import rundir; rundir.create('mine', 'seed: 1')"
+    refused = [f"--inject=?{name}:error=EOPNOTSUPP" for name in ("link", "linkat")]
+    traced = [strace, "-f", "-e", "trace=?link,?linkat", *refused, sys.executable, "-c", code]
+    done = execute(traced, tmp_path).ok()
+    assert "(INJECTED)" in done.err
+    assert (tmp_path / "mine/config.yaml").read_text() == "seed: 1"
     assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["config.yaml", "logs"]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 import allranks
-from allranks.errors import UserError
+from allranks.errors import UserError, end_unread
 
 DESCRIPTION = "The same PyTorch training run on one core, one GPU or every rank of a supercomputer."
 
@@ -20,9 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = _run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
         sys.exit(code)
-    except BrokenPipeError:  # `| head` closed the console
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except BrokenPipeError:
+        end_unread()
     except UserError as error:
         with suppress(OSError):  # a full disk under stderr
             print(f"allranks: {error}", file=sys.stderr, flush=True)

@@ -8,7 +8,7 @@ from typing import Any
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
-from allranks.errors import UserError
+from allranks.errors import UserError, one_line
 
 
 def build(key: str, section: Mapping[str, Any], *args: Any, **values: Any) -> Any:
@@ -23,18 +23,14 @@ def build(key: str, section: Mapping[str, Any], *args: Any, **values: Any) -> An
         cause = error.__cause__
         target = section.get("_target_")
         if cause is None or isinstance(cause, ImportError | AttributeError | InstantiationException):
-            reason = cause or error
             raise UserError(
-                f"{key}._target_={target} cannot be loaded ({_one_line(reason)}): give the dotted name of "
-                "a class or function that Python can import."
+                f"{key}._target_={target} cannot be loaded ({one_line(cause or error)}): give the dotted name "
+                "of a class or function that Python can import."
             ) from error
         if isinstance(cause, UserError):
             raise cause from None
         ours = str(target).startswith(("torch.", "torchvision.", "allranks."))
         if isinstance(cause, TypeError | ValueError) or ours:
-            raise UserError(f"{key}: {target} refuses its arguments: {_one_line(cause)}.") from error
+            reason = one_line(cause).rstrip(".")
+            raise UserError(f"{key}: {target} refuses its arguments: {reason}.") from error
         raise cause from None
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split()).rstrip(".")

@@ -402,12 +402,12 @@ def cells_from_command_line(arguments: Sequence[str]) -> list[tuple[Config, list
     return [(typed(cfg), task) for cfg, task in composed]
 
 
-HYDRAS = frozenset(
-    "--help --hydra-help --version --cfg --resolve --package --run --multirun --shell-completion "
-    "--config-path --config-name --config-dir --experimental-rerun --info".split()
-)
 _FLAGS_WITH_VALUE = frozenset(
     "-c -p -cp -cn -cd --cfg --package --config-path --config-name --config-dir --info".split()
+)
+HYDRAS = _FLAGS_WITH_VALUE.union(
+    "--help --hydra-help --version --resolve --run --multirun --shell-completion "
+    "--experimental-rerun".split()
 )
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from allranks.config import Config
 from allranks.errors import UserError
 from allranks.launch import scheduler
+from allranks.launch.processes import STOPPING
 
 if TYPE_CHECKING:
     from allranks.engine import Training
@@ -30,7 +31,6 @@ log = logging.getLogger(__name__)
 EXIT_REQUEUE = 85  # stopped in order, with a checkpoint: start the run again and it goes on
 BEAT_S = 0.25
 MARGIN_S = 10.0  # before the deadline, besides what the run's own saves and steps take
-STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Signals:
@@ -105,12 +105,13 @@ class Control:
 
     def _find_end(self, environ: Mapping[str, str]) -> None:
         text = environ.get("ALLRANKS_DEADLINE", "")
+        is_time = text.isascii() and text.isdecimal()
         try:
-            ends_at = int(text) if text.isdecimal() and text.isascii() else scheduler.ends_at(environ)
+            ends_at = int(text) if is_time else scheduler.ends_at(environ)
         except UserError as error:
             log.warning("when this job ends is not known: %s", error)
             return
-        if text and not (text.isdecimal() and text.isascii()):
+        if text and not is_time:
             log.warning("ALLRANKS_DEADLINE=%s is not a time in seconds since 1970: it is not used", text)
         if ends_at is not None:
             self.ends_at = time.monotonic() + ends_at - time.time()

@@ -25,7 +25,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import allranks
-from allranks.errors import UserError
+from allranks.errors import UserError, one_line
 
 LIMIT_S = 30.0  # for one check; torch's first import on a cold file system takes long
 TOOL_S = 8.0  # for one command of a scheduler or MPI
@@ -187,7 +187,7 @@ def mpi() -> Findings:
         library = mpi.library()
     except (ImportError, RuntimeError) as reason:
         remedy = "Load the machine's MPI module, or `pip install mpi4py mpich`; torchrun needs none."
-        yield warn(f"mpi4py finds no MPI library: {mpi.flat(reason)}", remedy)
+        yield warn(f"mpi4py finds no MPI library: {one_line(reason)}", remedy)
         return
     beside = shutil.which("mpiexec", path=Path(sys.executable).parent)
     launchers = [path for path in dict.fromkeys([shutil.which("mpiexec"), beside]) if path]

@@ -24,7 +24,7 @@ from allranks.data.loader import (
     steps_per_epoch,
     training_batches,
 )
-from allranks.errors import UserError
+from allranks.errors import UserError, one_line
 from allranks.metrics import Sums
 from allranks.randomness import mixed, reseed
 from allranks.runtime.compare import compare_ranks
@@ -58,7 +58,7 @@ class Schedule:
         try:
             self.scheduler.step(*metric)
         except (ArithmeticError, TypeError, ValueError) as error:  # of its arguments, seen only now
-            what = f"{type(self.scheduler).__name__} cannot go on ({' '.join(str(error).split())})"
+            what = f"{type(self.scheduler).__name__} cannot go on ({one_line(error)})"
             raise UserError(f"scheduler: {what}: look at its values.", said_by=0) from error
 
 
@@ -332,8 +332,9 @@ def fit(
                 if control.agree_to_stop(training, evaluates_next=training.epoch_steps == steps):
                     return False
             runtime.watchdog.progress(training.step)
-        for buffer in training.model.buffers():  # BatchNorm's: evaluated and saved are rank 0's
-            buffer.copy_(runtime.broadcast(buffer.contiguous()))
+        if runtime.world_size > 1:
+            for buffer in training.model.buffers():  # BatchNorm's: evaluated and saved are rank 0's
+                buffer.copy_(runtime.broadcast(buffer.contiguous()))
         runtime.synchronize()
         trained = time.perf_counter()
         runtime.watchdog.compiles = False

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterable
+from typing import NoReturn
 
 EXIT_USER_ERROR = 2
 EXIT_STUCK = 86  # started again and again without gaining a step
@@ -26,6 +29,17 @@ class RunError(UserError):
     """What went wrong in a run that was asked for rightly."""
 
     code = 1
+
+
+def one_line(said: object) -> str:
+    """What another library's error says, fit for a message of ours."""
+    return " ".join(str(said).replace("\0", " ").split())
+
+
+def end_unread() -> NoReturn:
+    """Ends a command whose console was closed, as by `| head`, without Python's own word about it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -121,7 +121,7 @@ def create(directory: str, config_yaml: str | None, exactly: bool = True) -> str
             path.mkdir(0o700, exist_ok=exactly and path.is_dir() and not _is_used(path))
             (path / "logs").mkdir(exist_ok=exactly)
             if config_yaml is not None:
-                write_text(path / CONFIG, config_yaml, os.link).close()
+                write_text(path / CONFIG, config_yaml, new=True).close()
     except FileExistsError:
         if not exactly:
             return create(f"{directory}-{secrets.token_hex(3)}", config_yaml)
@@ -153,11 +153,11 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(_finite(values), indent=2, allow_nan=False) + "\n").close()
 
 
-def write_text(path: Path, text: str, put: Callable[[Path, Path], None] = os.replace) -> TextIO:
+def write_text(path: Path, text: str, new: bool = False) -> TextIO:
     """Puts a new file in the place of what is there, and leaves it open to append to.
 
-    Who still has the earlier file open writes into nowhere from now on. With os.link for `put` a file that
-    is there is left alone: raises FileExistsError.
+    Who still has the earlier file open writes into nowhere from now on. With `new` a file that is there is
+    left alone: raises FileExistsError.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     file = temporary.open("w")
@@ -165,7 +165,7 @@ def write_text(path: Path, text: str, put: Callable[[Path, Path], None] = os.rep
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-        put(temporary, path)
+        (_put_new if new else os.replace)(temporary, path)
     except OSError:
         with suppress(OSError):  # what the full disk did not take is tried once more
             file.close()
@@ -173,6 +173,16 @@ def write_text(path: Path, text: str, put: Callable[[Path, Path], None] = os.rep
         raise
     temporary.unlink(missing_ok=True)
     return file
+
+
+def _put_new(temporary: Path, path: Path) -> None:
+    """As os.replace, but raises FileExistsError rather than replace a file."""
+    try:
+        os.link(temporary, path)
+    except OSError:
+        if path.exists():
+            raise
+        temporary.replace(path)  # no hard links, as on DAOS: of two at the same moment one is lost
 
 
 def append_line(file: TextIO, values: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ from allranks import config as configs
 from allranks.claim import Claim
 from allranks.config import Config
 from allranks.engine import Training
-from allranks.errors import UserError
+from allranks.errors import UserError, one_line
 from allranks.runtime.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -240,8 +240,8 @@ def _restore(
         training.model.load_state_dict(_load(files[MODEL]))
         training.optimizer.load_state_dict(_put_together(state["optimizer"], tensors))
     except (RuntimeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} does not fit the model and optimizer of this run: {reason}") from error
+        what = f"{path} does not fit the model and optimizer of this run"
+        raise UserError(f"{what}: {one_line(error)}") from error
     if training.schedule.scheduler is not None:
         training.schedule.scheduler.load_state_dict(_put_together(state["scheduler"], tensors))
     training.scaler.load_state_dict(_put_together(state["scaler"], tensors))

@@ -22,7 +22,7 @@ import traceback
 from allranks import config as configs
 from allranks.config import Config
 from allranks.control import EXIT_REQUEUE, Control, Signals
-from allranks.errors import EXIT_USER_ERROR, UserError
+from allranks.errors import EXIT_USER_ERROR, UserError, end_unread
 from allranks.runtime import environment, mpi
 
 
@@ -53,9 +53,8 @@ def main() -> None:
     except KeyboardInterrupt:  # alone, that is: several ranks end one another
         print("allranks: interrupted", file=sys.stderr, flush=True)
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # `--help | head` closed the console
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except BrokenPipeError:
+        end_unread()
     except Exception:
         if mpi.at_work():
             traceback.print_exc()

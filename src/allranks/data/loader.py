@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from allranks.control import STOPPING
 from allranks.data.early import make
 from allranks.errors import UserError
 from allranks.launch import processes
@@ -125,7 +124,7 @@ class Mapped:
             worker_init_fn=_end_with_its_rank,
         )
         # schedulers send them to all processes of a job: a rank saves first, and needs its batches for that
-        with processes.blocked(STOPPING):
+        with processes.blocked(processes.STOPPING):
             batches = iter(loader)
         for images, labels in batches:
             moved = images.to(self.device, non_blocking=True).to(self.dtype)

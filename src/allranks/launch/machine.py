@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from allranks.config import conf_dir
-from allranks.errors import UserError, did_you_mean
+from allranks.errors import UserError, did_you_mean, one_line
 
 Launcher = Literal["auto", "mpiexec", "srun", "torchrun"]
 LAUNCHERS = typing.get_args(Launcher)
@@ -233,8 +233,7 @@ def _yaml(path: Path) -> dict[str, Any]:
     try:
         tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (OSError, YAMLError, OmegaConfBaseException) as error:
-        line = " ".join(str(error).split())
-        raise UserError(f"{path} cannot be read as YAML: {line}") from error
+        raise UserError(f"{path} cannot be read as YAML: {one_line(error)}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds no keys: write `key: value` lines.")
     return {str(key): value for key, value in tree.items()}

@@ -94,8 +94,9 @@ def check(
             with rundir.writing(str(run_dir)):
                 token.touch()
         start_s = min(limit_s, START_S + len(set(hosts)) / 100)
-        supervision = supervise.Supervision(heard, world_size, hosts, start_s=start_s, limit_s=limit_s)
-        supervision.passes_on = False
+        supervision = supervise.Supervision(
+            heard, world_size, hosts, start_s=start_s, limit_s=limit_s, passes_on=False
+        )
         outcome = supervision.run(
             argv_for([sys.executable, "-m", "allranks.launch.preflight", task]), env, None
         )

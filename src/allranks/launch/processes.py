@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Set
 
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # a run, which saves first
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2), linux/prctl.h
 
 

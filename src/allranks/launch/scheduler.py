@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 
-from allranks.errors import UserError
+from allranks.errors import UserError, one_line
 
 LIMIT_S = 60.0
 FINISHED_PBS, UNKNOWN_PBS = 35, 153  # exit codes of qstat
@@ -176,7 +176,7 @@ def _call(argv: Sequence[str], if_late: str = "") -> subprocess.CompletedProcess
 
 
 def _refused(done: subprocess.CompletedProcess[str]) -> UserError:
-    said = " ".join((done.stderr + " " + done.stdout).split()) or "no word of explanation"
+    said = one_line(done.stderr + " " + done.stdout) or "no word of explanation"
     fits = (remedy for pattern, remedy in _REMEDIES if re.search(pattern, said, flags=re.I))
     remedy = next(fits, "put right what it names")
     failed = f"`{shlex.join(done.args)}` failed with exit code {done.returncode}"

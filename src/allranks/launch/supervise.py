@@ -78,7 +78,7 @@ def run(
     *,
     world_size: int,
     hosts: Sequence[str] = (),
-    **limits: float,
+    **limits: Any,
 ) -> Outcome:
     """Runs the launcher `argv`, which starts allranks.launch.rank on every rank; how it went.
 
@@ -179,12 +179,12 @@ class Supervision:
         start_s: float = START_S,
         grace_s: float = GRACE_S,
         limit_s: float | None = None,  # for all of it, counted from when all ranks have started
+        passes_on: bool = True,  # SIGUSR1 and SIGUSR2 to the ranks; else they end all
     ) -> None:
-        self.passes_on = True  # SIGUSR1 and SIGUSR2 to the ranks; else they end all
         self.console = console
         self.world_size = world_size
         self.hosts = hosts
-        self.start_s, self.grace_s, self.limit_s = start_s, grace_s, limit_s
+        self.start_s, self.grace_s, self.limit_s, self.passes_on = start_s, grace_s, limit_s, passes_on
         self.secret = secrets.token_hex(32)
         self.ranks: dict[int, Rank] = {}
         self.started = False  # every rank has come, and has been told to begin

@@ -6,7 +6,7 @@ import socket
 import sys
 from typing import TYPE_CHECKING, Any
 
-from allranks.errors import UserError
+from allranks.errors import UserError, one_line
 from allranks.runtime.environment import Launch
 
 if TYPE_CHECKING:
@@ -23,14 +23,14 @@ def world(launch: Launch) -> Any:
         MPI = _mpi()
     except (ImportError, RuntimeError) as error:
         raise UserError(
-            f"{launch.launcher} started this run, but mpi4py finds no MPI library ({flat(error)}). "
+            f"{launch.launcher} started this run, but mpi4py finds no MPI library ({one_line(error)}). "
             "On a supercomputer load the site's MPI module; elsewhere `pip install mpi4py mpich`. "
             "Or start the ranks with torchrun.",
             said_by=0,
         ) from error
 
     expected = launch.world_size or max(launch.local_world_size or 1, launch.rank + 1)
-    library = flat(MPI.Get_library_version())[:60].strip()
+    library = one_line(MPI.Get_library_version())[:60].strip()
     foreign = UserError(
         f"The launcher and mpi4py use different MPIs: {_NAMES.get(launch.launcher, launch.launcher)}'s "
         f"launcher started {expected} ranks, but mpi4py is bound to {library}, where each of them is "
@@ -66,7 +66,7 @@ def _mpi() -> Any:
 
 def library() -> str:
     """mpi4py's MPI in a few words; raises ImportError or RuntimeError where it finds none."""
-    return flat(_mpi().Get_library_version().strip().splitlines()[0].split(",")[0])
+    return one_line(_mpi().Get_library_version().strip().splitlines()[0].split(",")[0])
 
 
 def hosts(comm: Any) -> list[str]:
@@ -117,7 +117,3 @@ def end_job(code: int) -> None:
     except (ImportError, RuntimeError):
         return
     MPI.COMM_WORLD.Abort(code)
-
-
-def flat(text: object) -> str:
-    return " ".join(str(text).replace("\0", " ").split())
