@@ -211,7 +211,7 @@ def test_no_data_can_become_code_and_few_modules_listen():
 
 def test_the_source_stays_small():
     lines = sum(len(path.read_text().splitlines()) for path in SOURCE.rglob("*.py"))
-    assert 1000 < lines < 10_400  # the design's aim is 5,000: this number rises with a mended fault alone
+    assert 1000 < lines < 10_450  # the design's aim is 5,000: this number rises with a mended fault alone
 
 
 # --- what a process imports ----------------------------------------------------------------------------

@@ -24,8 +24,8 @@ def build(key: str, section: Mapping[str, Any], *args: Any, **values: Any) -> An
         target = section.get("_target_")
         if cause is None or isinstance(cause, ImportError | AttributeError | InstantiationException):
             raise UserError(
-                f"{key}._target_={target} cannot be loaded ({one_line(cause or error)}): give the dotted name "
-                "of a class or function that Python can import."
+                f"{key}._target_={target} cannot be loaded ({one_line(cause or error)}): give the dotted "
+                "name of a class or function that Python can import."
             ) from error
         if isinstance(cause, UserError):
             raise cause from None

@@ -386,7 +386,7 @@ def _result(child: subprocess.Popen[str], limit_s: float) -> tuple[str, str]:
             out, err = child.communicate(timeout=limit_s)
             code = child.returncode
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            problem = f"{how}: {' '.join((err or out).split())[-200:]}" if code else ""
+            problem = f"{how}: {one_line(err or out)[-200:]}" if code else ""
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
