@@ -40,7 +40,7 @@ def text(plan: Plan, source: str) -> str:
     if "allranks.train" in plan.argv and "--frozen" not in plan.argv:
         parts.append(
             "Without --dry-run the configuration is first frozen in a run directory, and the ranks start\n"
-            "`-m allranks.train --run DIRECTORY SHA256` in place of the overrides."
+            "`-m allranks.train --frozen DIRECTORY SHA256` in place of the overrides."
         )
     header = ("rank", "host", "local rank", "CPUs", "device")
     parts.append("Ranks:\n" + table([header, *_rows(plan)]))
