@@ -100,6 +100,12 @@ class Started:
             time.sleep(0.02)
         return time.monotonic() - start
 
+    def __enter__(self) -> Started:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
     def end(self) -> None:
         for pid in self.pids():
             try:

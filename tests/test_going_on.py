@@ -68,16 +68,13 @@ def undisturbed(tmp_path_factory) -> Run:
 
 
 def test_killed_twice_it_is_the_same_run(tmp_path, undisturbed):
-    started = launch(tmp_path, "--max-restarts", "2", *TRAINING, "run.dir=run")
     run = tmp_path / "run"
-    try:
+    with launch(tmp_path, "--max-restarts", "2", *TRAINING, "run.dir=run") as started:
         for step in (20, 80):
             until_step(run, step)
             os.kill(ranks(started, run)[0], signal.SIGKILL)
             time.sleep(0.5)
         code, _, err = started.finish(60)
-    finally:
-        started.end()
     assert code == 0, err
     told = [line for line in err.splitlines() if "restart" in line]
     assert len(told) == 2
@@ -92,15 +89,12 @@ def test_torchruns_own_restarts_go_on_as_well(tmp_path, undisturbed):
     """Its attempts share one store, in which the words of the one before still stand."""
     os.chdir(tmp_path)
     argv = [*launcher("torchrun", 2), "-m", "allranks.train", *TRAINING, "run.dir=run"]
-    started = Started([*argv[:3], "--max-restarts=2", *argv[3:]], "torchrun", **HERE)
-    try:
+    with Started([*argv[:3], "--max-restarts=2", *argv[3:]], "torchrun", **HERE) as started:
         for step in (20, 80):
             until_step(tmp_path / "run", step)
             os.kill(rank_pid(tmp_path, 1), signal.SIGKILL)
             time.sleep(0.5)
         code, out, err = started.finish(60)
-    finally:
-        started.end()
     assert code == 0, err
     assert out.count("going on from") == 2
     assert figures(Run(tmp_path / "run")) == figures(undisturbed)
@@ -110,16 +104,15 @@ def test_torchruns_own_restarts_go_on_as_well(tmp_path, undisturbed):
 def test_a_warning_before_the_ranks_run_asks_for_another_start(tmp_path, when):
     mpiexec()
     os.chdir(tmp_path)
-    started = Started(
-        [PYTHON, "-m", "allranks", "launch", "-n", "2", *TRAINING, "run.dir=run"], "warned", **HERE
-    )
-    caught, status = 0, Path(f"/proc/{started.process.pid}/status")
-    while not caught >> (signal.SIGUSR1 - 1) & 1:
-        caught = int(re.search(r"SigCgt:\s+(\w+)", status.read_text())[1], 16)
-    while when.startswith("in") and len(started.pids()) < 4:
-        time.sleep(0.01)
-    started.process.send_signal(signal.SIGUSR1)
-    code, _, err = started.finish(60)
+    command = [PYTHON, "-m", "allranks", "launch", "-n", "2", *TRAINING, "run.dir=run"]
+    with Started(command, "warned", **HERE) as started:
+        caught, status = 0, Path(f"/proc/{started.process.pid}/status")
+        while not caught >> (signal.SIGUSR1 - 1) & 1:
+            caught = int(re.search(r"SigCgt:\s+(\w+)", status.read_text())[1], 16)
+        while when.startswith("in") and len(started.pids()) < 4:
+            time.sleep(0.01)
+        started.process.send_signal(signal.SIGUSR1)
+        code, _, err = started.finish(60)
     assert code == 85, err
     assert "Traceback" not in err
     assert checkpoints.steps("run") == []

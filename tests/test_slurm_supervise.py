@@ -66,11 +66,8 @@ def test_every_rank_gets_its_place_on_two_nodes():
         "import os, socket; e = os.environ; print(e['RANK'], e['LOCAL_RANK'], e['WORLD_SIZE'], "
         "e['LOCAL_WORLD_SIZE'], socket.gethostname(), e['MASTER_ADDR'], e['MASTER_PORT'])"
     )
-    started = supervised(python(code))
-    try:
+    with supervised(python(code)) as started:
         got, out, err = started.finish()
-    finally:
-        started.end()
     assert got == 0, err
     # srun says when it has to wait for a node that the job before has just left.
     lines = [line for line in (out + err).splitlines() if not line.startswith("srun: job ")]
@@ -81,14 +78,10 @@ def test_every_rank_gets_its_place_on_two_nodes():
 
 
 def test_the_first_rank_that_fails_is_named_with_its_node():
-    started = supervised(
-        python("import os, sys, time\nif os.environ['RANK'] == '3': sys.exit(23)\ntime.sleep(60)")
-    )
-    try:
+    code = "import os, sys, time\nif os.environ['RANK'] == '3': sys.exit(23)\ntime.sleep(60)"
+    with supervised(python(code)) as started:
         got, _, err = started.finish()
         assert started.gone(within_s=5) < 5
-    finally:
-        started.end()
     assert got == 23
     assert err.splitlines()[-1].startswith(f"allranks: rank 3 on {NODES[1]} ended with exit code 23")
     assert "srun: error" not in err
@@ -96,8 +89,7 @@ def test_the_first_rank_that_fails_is_named_with_its_node():
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_no_rank_outlives_the_supervisor(signum):
-    started = supervised(python("import time; print('here', flush=True); time.sleep(60)"))
-    try:
+    with supervised(python("import time; print('here', flush=True); time.sleep(60)")) as started:
         assert started.process.stdout.readline() == b"here\n"
         others = (line for line in started.process.stderr if line.endswith(b"] here\n"))
         assert len(list(islice(others, 3))) == 3
@@ -106,20 +98,16 @@ def test_no_rank_outlives_the_supervisor(signum):
         started.process.send_signal(signum)
         started.gone(within_s=5)
         assert time.monotonic() - before < 5
-    finally:
-        started.end()
 
 
 def test_the_preflight_over_the_nodes_network():
     argv = ["srun", "-N2", "--ntasks-per-node=2", "-w", ",".join(NODES[:2]), *RANK]
-    started = on_login(
+    code = (
         "import os\nfrom allranks.launch import preflight\n"
         f"print(preflight.check(lambda program: [*{argv!r}, *program], dict(os.environ), "
         f"world_size=4, hosts={NODES[:2]!r}, limit_s=30))"
     )
-    try:
+    with on_login(code) as started:
         got, out, err = started.finish()
-    finally:
-        started.end()
     assert got == 0, err
     assert out.startswith("preflight: 4 ranks on 2 hosts are fit")

@@ -281,28 +281,24 @@ def test_when_nobody_reads_the_output_the_ranks_end(start):
 def test_a_pipe_that_does_not_wait_loses_nothing():
     ours, theirs = os.pipe()
     os.set_blocking(theirs, False)
-    started = Started(
-        supervised("mpiexec", 1, python("for _ in range(5000): print('x' * 99)")), "pipe", stdout=theirs
-    )
-    os.close(theirs)
-    try:
+    command = supervised("mpiexec", 1, python("for _ in range(5000): print('x' * 99)"))
+    with Started(command, "pipe", stdout=theirs) as started:
+        os.close(theirs)
         time.sleep(2)  # by then the pipe is full
         with os.fdopen(ours) as lines:
             assert sum(line == "x" * 99 + "\n" for line in lines) == 5000
         assert started.finish(within_s=10)[0] == 0
-    finally:
-        started.end()
 
 
 def test_a_full_disk_under_the_output_is_no_reason_to_end(tmp_path):
     told = f"for _ in range(1000): print('x' * 99)\nopen({str(tmp_path / 'there')!r}, 'w').close()"
-    with open("/dev/full", "wb") as full:  # noqa: PTH123
-        started = Started(supervised("mpiexec", 1, python(told)), "full", stdout=full.fileno())
-        try:
-            got, _, err = started.finish(within_s=10)
-            started.gone(within_s=1)
-        finally:
-            started.end()
+    command = supervised("mpiexec", 1, python(told))
+    with (
+        open("/dev/full", "wb") as full,  # noqa: PTH123
+        Started(command, "full", stdout=full.fileno()) as started,
+    ):
+        got, _, err = started.finish(within_s=10)
+        started.gone(within_s=1)
     assert (got, err) == (0, "")
     assert (tmp_path / "there").exists()
 
@@ -312,18 +308,13 @@ def test_a_launcher_that_lingers_after_the_last_rank_is_no_failure(tmp_path):
     slow.write_text(f'#!/bin/sh\n"{BIN}/mpiexec" "$@"\nsleep 60\n')
     slow.chmod(0o755)
     words = [str(slow), "-n", "2", *RANK, *python("pass")]
-    started = Started(
-        python(
-            "import os, sys\nfrom allranks.launch import supervise\nsupervise.LEAVE_S = 1\n"
-            f"outcome = supervise.run({words!r}, dict(os.environ), None, world_size=2)\n" + TOLD
-        ),
-        "lingering",
+    code = (
+        "import os, sys\nfrom allranks.launch import supervise\nsupervise.LEAVE_S = 1\n"
+        f"outcome = supervise.run({words!r}, dict(os.environ), None, world_size=2)\n"
     )
-    try:
+    with Started(python(code + TOLD), "lingering") as started:
         got, _, err = started.finish(within_s=20)
         started.gone(within_s=1)
-    finally:
-        started.end()
     assert (got, err) == (0, "allranks: mpiexec had not ended 1 s after its last rank, and was killed\n")
 
 
@@ -339,14 +330,11 @@ def test_rank_0_sees_a_terminal_where_the_user_has_one():
     code = "import os, sys; print(os.environ['RANK'], sys.stdout.isatty(), sys.stderr.isatty())"
     outer, inner = os.openpty()
     command = supervised("mpiexec", 2, python(code))
-    started = Started(command, "terminal", stdout=inner)
-    try:
+    with Started(command, "terminal", stdout=inner) as started:
         got, _, err = started.finish()
         # stdout ends at the terminal, stderr in a pipe
         assert (got, err) == (0, f"[rank 1 on {HOST}] 1 False False\n")
         assert os.read(outer, 1000) == b"0 True False\r\n"
-    finally:
-        started.end()
         os.close(inner)
         os.close(outer)
 
@@ -357,11 +345,8 @@ def test_what_the_launcher_says_is_shown_where_no_rank_explains_it():
         f"argv = [{sys.executable!r}, '-c', 'import sys; print(\"no such queue\"); sys.exit(9)']\n"
         "outcome = supervise.run(argv, dict(os.environ), None, world_size=2)\n" + TOLD
     )
-    started = Started(command, "launcher")
-    try:
+    with Started(command, "launcher") as started:
         got, _, err = started.finish()
-    finally:
-        started.end()
     assert got == 9
     assert err.splitlines()[0] == "no such queue"
     assert "ended with exit code 9; 0 of 2 ranks had started" in err
@@ -395,14 +380,11 @@ def by_shell(script: str, ranks: int, **more: object) -> list[str]:
     ids=["missing", "other-size", "twice", "solo"],
 )  # fmt: skip
 def test_ranks_that_do_not_make_one_run_are_named_in_time(script, ranks, message):
-    started = Started(by_shell(script, ranks, start_s=2, hosts=[HOST, "localhost"]), "shell")
-    try:
+    with Started(by_shell(script, ranks, start_s=2, hosts=[HOST, "localhost"]), "shell") as started:
         before = time.monotonic()
         got, _, err = started.finish(within_s=10)
         assert time.monotonic() - before < 6
         started.gone(within_s=1)
-    finally:
-        started.end()
     assert got == 1
     assert message in err.splitlines()[-1]
 
@@ -417,8 +399,7 @@ def test_nobody_without_the_secret_is_listened_to(tmp_path):
         f"argv = ['sh', '-c', 'echo $ALLRANKS_SUPERVISOR >&2; exec \"$@\"', 'sh', *{inner!r}]\n"
         "outcome = supervise.run(argv, dict(os.environ), None, world_size=1)\n" + TOLD
     )
-    started = Started(command, "stranger")
-    try:
+    with Started(command, "stranger") as started:
         host, _, port = started.process.stderr.readline().decode().strip().rpartition(":")
         assert host == "127.0.0.1"
         hello = {
@@ -447,5 +428,3 @@ def test_nobody_without_the_secret_is_listened_to(tmp_path):
             assert started.finish(within_s=10) == (0, "fine\n", "")
         for link in sent:
             link.close()
-    finally:
-        started.end()
