@@ -17,6 +17,7 @@ from allranks.errors import UserError
 from allranks.launch import wire
 from allranks.runtime.environment import Launch
 from allranks.runtime.watchdog import Watchdog
+from helpers import execute
 from launching import BIN, Started
 
 HOST = socket.gethostname()
@@ -377,6 +378,38 @@ def test_nobody_without_the_secret_is_listened_to():
     assert address == "127.0.0.1"
     assert len(secret) == 64
     watchdog.close()
+
+
+RESET = """
+import os, socket, time
+from allranks.config import WatchdogConfig
+from allranks.launch import wire
+from allranks.runtime import watchdog
+from allranks.runtime.environment import Launch
+
+mine = watchdog.Watchdog(WatchdogConfig(), Launch("none"))
+address, port, secret = mine.prepare(one_host=True)["door"]
+mine.join([{"host": socket.gethostname(), "pid": os.getpid(), "dump": None}] * 2, deputy=1)
+other = wire.connect(address, port, 5)
+other.sendall(wire.message(secret=secret, rank=1))
+while not mine._links:
+    time.sleep(0.01)
+say = watchdog._Link.say
+
+def busy(link, **word):
+    say(link, **word)
+    other.close()  # what it has not read resets the connection
+    time.sleep(1)
+
+watchdog._Link.say = busy
+mine.close()
+"""
+
+
+def test_a_rank_that_closes_while_another_says_goodbye_is_not_gone(tmp_path):
+    """Or the end of a run that was well is an alarm now and then."""
+    done = execute([sys.executable, "-c", RESET], tmp_path).ok()
+    assert (done.out, done.err) == ("", "")
 
 
 def test_a_step_that_compiles_has_the_first_steps_time():

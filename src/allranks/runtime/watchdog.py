@@ -84,7 +84,7 @@ class Watchdog:
         self._main = threading.get_ident()
         # no rank outlives its launcher; what a shell has started may
         self._parent = None if launch.launcher in ("none", "environment") else launch.parent
-        self._closed = self._ending = False
+        self._parting = self._closed = self._ending = False
         self._code = 1
         self._host, self._secret = socket.gethostname(), secrets.token_hex(32)
         self._dump: int | None = None
@@ -158,6 +158,9 @@ class Watchdog:
 
     def close(self) -> None:
         """The run has ended well, or with an error that all ranks know."""
+        self._parting = (
+            True  # a rank that closes while our bye comes there resets the connection, its own lost
+        )
         for link in list(self._links.values()):
             link.say(bye=True)  # before the connection ends, which would be an alarm without it
         self._closed = True
@@ -358,7 +361,7 @@ class Watchdog:
             pass
         self._selector.unregister(link.sock)
         link.sock.close()
-        if link.rank is None or self._closed or self._ending:
+        if link.rank is None or self._parting or self._ending:
             return
         self._links.pop(link.rank, None)
         if self.rank:
