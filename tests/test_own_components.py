@@ -83,6 +83,11 @@ class Stopping(Net):
             os.kill(os.getpid(), signal.SIGSTOP)
         return done
 
+class Stuck(Net):
+    def forward(self, images):
+        open("stuck", "w").close()
+        time.sleep(1000)
+
 class Odd(Net):
     def get_extra_state(self):
         return {"hidden": 16}
@@ -186,18 +191,36 @@ def test_own_data_by_worker_processes(lab):
 
 
 @pytest.mark.parametrize("wait_s", [0, 0.3])
-def test_a_sigterm_to_every_process_stops_a_run_with_workers(lab, tmp_path, wait_s):
-    """Schedulers send it to all of a job, the workers included: the run saves all the same."""
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+def test_a_signal_to_every_process_stops_a_run_with_workers(lab, tmp_path, signum, wait_s):
+    """Schedulers and terminals send it to all, the workers included: the run saves all the same."""
     process = with_limits(lab, tmp_path, {}, *MINE, "trainer.epochs=100000", "+data.workers=2")
     deadline = time.monotonic() + 60
     while not checkpoints.steps(tmp_path / "run"):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     time.sleep(wait_s)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, signum)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (85, "")
-    assert "stopped by SIGTERM" in out
+    assert f"stopped by {signum.name}" in out
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step(lab, tmp_path):
+    process = with_limits(
+        lab, tmp_path, {"allranks.control.TWICE_S": 0.2}, *MINE, "model._target_=mylab.Stuck"
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "stuck").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for _ in range(3):  # the first as from a terminal and from a launcher
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.15)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130, err
+    assert "run.dir=run goes on from the newest checkpoint there" in out
+    assert err == "allranks: interrupted\n"
 
 
 def test_a_signal_to_a_worker_process_just_started_is_nothing(lab):

@@ -142,7 +142,10 @@ def long_run(tmp_path_factory) -> Run:
     return execute(command, tmp_path_factory.mktemp("long")).ok().run
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2], ids=lambda s: s.name)
+STOPPING = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP]
+
+
+@pytest.mark.parametrize("signum", STOPPING, ids=lambda s: s.name)
 def test_a_signal_to_any_rank_stops_all_with_a_checkpoint(tmp_path, train, long_run, signum):
     process = started(*LONG, cwd=tmp_path, under="mpiexec", ranks=2)
     os.kill(rank_pid(tmp_path, 1), signum)
@@ -158,6 +161,16 @@ def test_a_signal_to_any_rank_stops_all_with_a_checkpoint(tmp_path, train, long_
     went_on = train(*LONG, "run.dir=run", under="mpiexec", ranks=2).ok()
     assert f"going on from run/checkpoints/step-{step:06d}" in went_on.out
     assert figures(went_on.run) == figures(long_run)
+
+
+def test_what_a_shell_ignores_stays_ignored(tmp_path):
+    code = (
+        "import os, signal\nfrom allranks.control import Signals\nsignals = Signals()\n"
+        "signals.count(signal.SIGTERM, signal.SIGHUP)\n"
+        "for number in (signal.SIGTERM, signal.SIGHUP): os.kill(os.getpid(), number)\n"
+        "print([s.name for s, count in signals.counts.items() if count])"
+    )
+    assert execute(["nohup", sys.executable, "-c", code], tmp_path).ok().out == "['SIGTERM']\n"
 
 
 @pytest.mark.parametrize(("epochs", "code"), [(60, 85), (1, 0)], ids=["stopped", "finished"])

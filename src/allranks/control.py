@@ -30,23 +30,32 @@ log = logging.getLogger(__name__)
 
 EXIT_REQUEUE = 85  # stopped in order, with a checkpoint: start the run again and it goes on
 BEAT_S = 0.25
+FROM_TERMINAL = (signal.SIGINT, signal.SIGHUP)
+TWICE_S = 1.0  # a Ctrl-C later than that is a second one: the first may come from terminal and launcher
 MARGIN_S = 10.0  # before the deadline, besides what the run's own saves and steps take
 
 
 class Signals:
-    """Those that stop a run, for the process's whole life: counted, and nothing else."""
+    """Those that stop a run, for the process's whole life: counted. A second Ctrl-C does not wait."""
 
     def __init__(self) -> None:
         self.counts = dict.fromkeys(STOPPING, 0)
+        self._interrupted_at = 0.0
 
     def count(self, *numbers: signal.Signals) -> None:
         """From now on. A later one must not change a run's exit code while Python ends either."""
         for number in numbers:
+            if number in FROM_TERMINAL and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup, or a script's background
             signal.signal(number, self._count)
             atexit.register(signal.signal, number, signal.SIG_IGN)  # handlers in Python end before it does
 
     def _count(self, number: int, _: FrameType | None) -> None:
         self.counts[signal.Signals(number)] += 1
+        if number == signal.SIGINT:
+            self._interrupted_at = self._interrupted_at or time.monotonic()
+            if time.monotonic() > self._interrupted_at + TWICE_S:
+                raise KeyboardInterrupt
 
 
 class Control:
@@ -76,19 +85,20 @@ class Control:
         if self._met_after is not None:
             self._longest_s = max(self._longest_s, now - self._met_at)
         config, main, step = self.config.checkpoint, self.runtime.is_main, training.step
-        late = main and self.ends_at is not None and now + self._reserve_s() > self.ends_at
-        overdue = main and config.every_s is not None and now - self._saved_at >= config.every_s
+        is_late = main and self.ends_at is not None and now + self._reserve_s() > self.ends_at
+        is_overdue = main and config.every_s is not None and now - self._saved_at >= config.every_s
         mine = [float(self.signals.counts[s] > 0) for s in STOPPING]
-        told = self.runtime.add_up([*mine, late, overdue, self._pause(step, now) if main else 0])
-        self._next, self._met_at, self._met_after = step + round(told[5]), now, step
+        pause = self._pause(step, now) if main else 0
+        *asked, late, overdue, pause = self.runtime.add_up([*mine, is_late, is_overdue, pause])
+        self._next, self._met_at, self._met_after = step + round(pause), now, step
 
         at_end = training.epoch_steps == 0  # of an epoch
         done = at_end and training.epoch == self.config.trainer.epochs
-        stop = any(told[:4]) and not done
+        stop = any([*asked, late]) and not done
         every_steps, every_epochs = config.every_steps, config.every_epochs
         on_time = (
             done
-            or told[4]
+            or overdue
             or (every_steps and step % every_steps == 0)
             or (at_end and every_epochs and training.epoch % every_epochs == 0)
         )
@@ -96,7 +106,7 @@ class Control:
             self.saver.save(training)
             self._saved_at = time.monotonic()
         if stop:
-            names = [s.name for s, count in zip(STOPPING, told, strict=False) if count]
+            names = [s.name for s, count in zip(STOPPING, asked, strict=True) if count]
             self.reason = " and ".join(names) or "the job's end"
         return stop
 
@@ -116,7 +126,7 @@ class Control:
         if ends_at is not None:
             self.ends_at = time.monotonic() + ends_at - time.time()
 
-    def _pause(self, step: int, now: float) -> int:
+    def _pause(self, step: int, now: float) -> float:
         """The number of steps that take about BEAT_S, by the pace since the last meeting."""
         if self._met_after is None or step == self._met_after:
             return 1

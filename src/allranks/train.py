@@ -21,7 +21,7 @@ import traceback
 
 from allranks import config as configs
 from allranks.config import Config
-from allranks.control import EXIT_REQUEUE, Control, Signals
+from allranks.control import EXIT_REQUEUE, FROM_TERMINAL, Control, Signals
 from allranks.errors import EXIT_USER_ERROR, UserError, end_unread
 from allranks.runtime import environment, mpi
 
@@ -115,7 +115,7 @@ def run(
     began_s = process_age_s() if number else 0.0  # a sweep's first run counts torch's import too
     runtime = open_runtime(launch, config, configs.digest(config), run=number)
     if signals is not None:
-        signals.count(signal.SIGTERM)  # not before: a start that hangs would be hard to end
+        signals.count(signal.SIGTERM, *FROM_TERMINAL)  # not before: a start that hangs would be hard to end
     with Reporter(runtime) as report:
         batch_size = engine.global_batch_size(trainer, runtime.world_size)
         path, standing = runtime.meeting.from_rank_0(lambda: rundir.find(config))

@@ -9,7 +9,8 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Set
 
-STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # a run, which saves first
+# A run, which saves first.
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2), linux/prctl.h
 
 
