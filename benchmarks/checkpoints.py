@@ -22,25 +22,25 @@ BASE = ["device=cpu", "trainer.epochs=2"]
 def waits_ms(overrides: list[str], folder: Path) -> list[float]:
     """How long Saver.save() holds up the training, in a run in this process with a save every 150 steps:
     further apart than a save takes, so that none waits for the one before."""
-    from allranks import saving
     from allranks.config import from_command_line
-    from allranks.runtime.environment import Launch
+    from allranks.job.identity import Launch
     from allranks.train import run
+    from allranks.training import state
 
     took: list[float] = []
-    save = saving.Saver.save
+    save = state.Saver.save
 
-    def timed(self: saving.Saver, training: object) -> None:
+    def timed(self: state.Saver, training: object) -> None:
         began = time.perf_counter()
         save(self, training)  # type: ignore[arg-type]
         took.append(1000 * (time.perf_counter() - began))
 
-    saving.Saver.save = timed  # type: ignore[method-assign, assignment]
+    state.Saver.save = timed  # type: ignore[method-assign, assignment]
     try:
         [config] = from_command_line([*BASE, *overrides, "checkpoint.every_steps=150", f"run.dir={folder}"])
         run(config, Launch("none"))
     finally:
-        saving.Saver.save = save  # type: ignore[method-assign]
+        state.Saver.save = save  # type: ignore[method-assign]
     return took
 
 

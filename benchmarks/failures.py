@@ -20,8 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from allranks.config import WatchdogConfig
-from allranks.runtime.environment import Launch
-from allranks.runtime.watchdog import Watchdog
+from allranks.job.identity import Launch
+from allranks.runtime.watch.thread import Watchdog
 from common import BIN, RANK_VARIABLES, scratch
 
 RANKS = 3

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from allranks.config import from_command_line
-from allranks.runtime.environment import Launch
+from allranks.job.identity import Launch
 from helpers import LEAKY, ROOT, Done, Run, execute, launcher
 
 # The same examples every time, on machines that may be busy.

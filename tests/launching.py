@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 # What `allranks launch` does with an outcome.
-TOLD = "if outcome.failure: supervise.say(outcome.failure)\nsys.exit(outcome.code)"
+TOLD = "if outcome.failure: supervisor.say(outcome.failure)\nsys.exit(outcome.code)"
 BIN = Path(sys.executable).parent
-RANK = [sys.executable, "-m", "allranks.launch.rank", "--"]
+RANK = [sys.executable, "-m", "allranks.launch.guard", "--"]
 
 # Rank variables of whatever started the tests must not reach the ranks that they start.
 CLEAN = {
@@ -46,8 +46,8 @@ def supervised(
 ) -> list[str]:
     """A command that supervises them, as `allranks launch` does."""
     return python(
-        "import os, sys\nfrom allranks.launch import supervise\n"
-        f"outcome = supervise.run({launcher(name, ranks, program)!r}, dict(os.environ), "
+        "import os, sys\nfrom allranks.launch import supervisor\n"
+        f"outcome = supervisor.run({launcher(name, ranks, program)!r}, dict(os.environ), "
         f"{str(run_dir) if run_dir else None!r}, world_size={ranks}, **{more!r})\n" + TOLD
     )
 

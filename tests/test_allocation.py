@@ -6,10 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from allranks.errors import UserError
-from allranks.launch import allocation
-from allranks.launch.allocation import Host, compress, expand, find
-from allranks.runtime.environment import repeated
+from allranks.base.errors import UserError
+from allranks.job.hosts import Host, compress, expand, find_allocation, is_this_host
+from allranks.job.identity import repeated
 
 
 def file(tmp_path, text):
@@ -75,7 +74,7 @@ SLURM = {"SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "n[1-3]", "SLURM_TASKS_PER_
 
 
 def test_slurm_job_with_uneven_tasks():
-    job = find({**SLURM, "SLURM_NTASKS": "5", "SLURM_JOB_CPUS_PER_NODE": "8(x2),4"})
+    job = find_allocation({**SLURM, "SLURM_NTASKS": "5", "SLURM_JOB_CPUS_PER_NODE": "8(x2),4"})
     assert (job.scheduler, job.job_id) == ("slurm", "41")
     assert job.hosts == (Host("n1", 2), Host("n2", 2), Host("n3", 1))
     assert job.slots_given
@@ -85,25 +84,25 @@ def test_slurm_job_with_uneven_tasks():
 def test_salloc_shell_in_which_nobody_asked_for_tasks():
     """`salloc -N 2`: TASKS_PER_NODE is what would fit, and the machine file knows better."""
     environ = {**SLURM, "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_TASKS_PER_NODE": "64(x2)"}
-    assert not find(environ).slots_given
-    assert find({**environ, "SLURM_NTASKS": "128"}).slots_given
+    assert not find_allocation(environ).slots_given
+    assert find_allocation({**environ, "SLURM_NTASKS": "128"}).slots_given
 
 
 def test_slurm_variables_of_two_jobs_are_refused():
     with pytest.raises(UserError, match="for 3 nodes, but SLURM_JOB_NODELIST=n1 names 1"):
-        find({**SLURM, "SLURM_JOB_NODELIST": "n1"})
+        find_allocation({**SLURM, "SLURM_JOB_NODELIST": "n1"})
 
 
 def test_pbs_node_file_repeats_a_host_for_each_mpiproc(tmp_path):
     nodes = file(tmp_path, "x1.hsn\nx1.hsn\nx2.hsn\n")
-    job = find({"PBS_NODEFILE": str(nodes), "PBS_JOBID": "7.pbs", "PBS_QUEUE": "debug"})
+    job = find_allocation({"PBS_NODEFILE": str(nodes), "PBS_JOBID": "7.pbs", "PBS_QUEUE": "debug"})
     assert (job.scheduler, job.job_id, job.queue) == ("pbs", "7.pbs", "debug")
     assert job.hosts == (Host("x1.hsn", 2), Host("x2.hsn", 1))
     assert job.slots_given
 
 
 def test_pbs_one_line_per_chunk_says_nothing_of_ranks(tmp_path):
-    job = find({"PBS_NODEFILE": str(file(tmp_path, "x1\nx2\n")), "PBS_JOBID": "7.pbs"})
+    job = find_allocation({"PBS_NODEFILE": str(file(tmp_path, "x1\nx2\n")), "PBS_JOBID": "7.pbs"})
     assert [host.name for host in job.hosts] == ["x1", "x2"]
     assert not job.slots_given
 
@@ -111,22 +110,22 @@ def test_pbs_one_line_per_chunk_says_nothing_of_ranks(tmp_path):
 def test_pbs_goes_before_slurm_and_a_hostfile_before_both(tmp_path):
     nodes = file(tmp_path, "p1\n")
     environ = {**SLURM, "PBS_NODEFILE": str(nodes)}
-    assert find(environ).scheduler == "pbs"
+    assert find_allocation(environ).scheduler == "pbs"
     hosts = tmp_path / "mine"
     hosts.write_text("m1 slots=2\n")
-    assert find(environ, hosts).hosts == (Host("m1", 2),)
+    assert find_allocation(environ, hosts).hosts == (Host("m1", 2),)
 
 
 def test_pbs_node_file_that_is_gone():
     with pytest.raises(UserError, match=r"PBS_NODEFILE=/gone cannot be read \(No such file"):
-        find({"PBS_NODEFILE": "/gone"})
+        find_allocation({"PBS_NODEFILE": "/gone"})
 
 
 def test_this_host_where_there_is_no_job():
-    job = find({"CUDA_VISIBLE_DEVICES": "0,2,3"})
+    job = find_allocation({"CUDA_VISIBLE_DEVICES": "0,2,3"})
     assert (job.scheduler, job.job_id) == ("local", None)
     assert job.hosts == (Host(socket.gethostname(), 3),)
-    assert find({"CUDA_VISIBLE_DEVICES": ""}).hosts[0].slots >= 1
+    assert find_allocation({"CUDA_VISIBLE_DEVICES": ""}).hosts[0].slots >= 1
 
 
 # --- hostfiles -----------------------------------------------------------------------------------
@@ -143,7 +142,7 @@ def test_this_host_where_there_is_no_job():
     ],
 )
 def test_hostfiles(tmp_path, text, hosts):
-    assert find({}, file(tmp_path, text)).hosts == tuple(Host(*host) for host in hosts)
+    assert find_allocation({}, file(tmp_path, text)).hosts == tuple(Host(*host) for host in hosts)
 
 
 @pytest.mark.parametrize(
@@ -161,10 +160,10 @@ def test_hostfiles(tmp_path, text, hosts):
 )
 def test_bad_hostfiles_are_refused_with_one_message(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
-        find({}, file(tmp_path, text))
+        find_allocation({}, file(tmp_path, text))
 
 
 def test_this_host_by_its_short_name():
-    assert allocation.is_this_host(socket.gethostname().partition(".")[0] + ".some.domain")
-    assert allocation.is_this_host("127.0.0.1")
-    assert not allocation.is_this_host("10.9.8.7")
+    assert is_this_host(socket.gethostname().partition(".")[0] + ".some.domain")
+    assert is_this_host("127.0.0.1")
+    assert not is_this_host("10.9.8.7")

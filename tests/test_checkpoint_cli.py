@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from allranks import checkpoints
-from allranks.checkpoints import Damaged
+from allranks.run import checkpoint
+from allranks.run.checkpoint import Damaged
 from helpers import PYTHON, Done, execute
 
 
@@ -40,30 +40,30 @@ def run(tmp_path: Path) -> Path:
             "model.safetensors": weights(MODEL, bytes(32)),
             "state.json": json.dumps(state(step)).encode(),
         }
-        checkpoints.write(tmp_path, step, files, "me", lambda: None)
-    (checkpoints.path_of(tmp_path, 30) / "model.safetensors").unlink()
+        checkpoint.write(tmp_path, step, files, "me", lambda: None)
+    (checkpoint.path_of(tmp_path, 30) / "model.safetensors").unlink()
     return tmp_path
 
 
 def size(run: Path, step: int, name: str = "*") -> int:
     """Bytes of a checkpoint's files, without its manifest."""
-    files = checkpoints.path_of(run, step).glob(name)
+    files = checkpoint.path_of(run, step).glob(name)
     return sum(file.stat().st_size for file in files if file.name != "manifest.json")
 
 
-def checkpoint(*words: str | Path, cwd: Path) -> Done:
+def command(*words: str | Path, cwd: Path) -> Done:
     return execute([PYTHON, "-m", "allranks", "checkpoint", *map(str, words)], cwd)
 
 
 def test_list(run):
-    done = checkpoint("list", ".", cwd=run).ok()
+    done = command("list", ".", cwd=run).ok()
     assert [line.split() for line in done.out.splitlines()] == [
         ["step", "epoch", "val/loss", "bytes"],
         ["10", "1", "1", f"{size(run, 10)}", "valid"],
         ["25", "2", "0.5", f"{size(run, 25)}", "valid"],
         ["30", "-", "-", f"{size(run, 30)}", "model.safetensors:", "it", "is", "missing"],
     ]
-    rows = [json.loads(line) for line in checkpoint("list", "--json", ".", cwd=run).ok().out.splitlines()]
+    rows = [json.loads(line) for line in command("list", "--json", ".", cwd=run).ok().out.splitlines()]
     assert rows[1] == {
         "checkpoint": "checkpoints/step-000025", "step": 25, "epoch": 2, "val/loss": 0.5,
         "bytes": size(run, 25),
@@ -74,7 +74,7 @@ def test_list(run):
 
 @pytest.mark.parametrize("path", [".", "checkpoints", "../{run.name}/checkpoints"])
 def test_verify_names_the_damaged_one(run, path):
-    done = checkpoint("verify", path.format(run=run), cwd=run)
+    done = command("verify", path.format(run=run), cwd=run)
     assert done.code == 1
     lines = [line.partition("checkpoints/")[2] for line in done.out.splitlines()]
     assert lines == [
@@ -83,18 +83,16 @@ def test_verify_names_the_damaged_one(run, path):
 
 
 def test_verify_one(run):
-    assert (
-        checkpoint("verify", "checkpoints/step-000025", cwd=run).ok().out.endswith("step-000025: valid\n")
-    )
-    done = checkpoint("verify", "--json", "checkpoints/step-000030/", cwd=run)
+    assert command("verify", "checkpoints/step-000025", cwd=run).ok().out.endswith("step-000025: valid\n")
+    done = command("verify", "--json", "checkpoints/step-000030/", cwd=run)
     assert done.code == 1
     assert json.loads(done.out)["problem"] == "model.safetensors: it is missing"
-    checkpoints.path_of(run, 25).rename(run / "kept")
-    assert checkpoint("verify", "kept", cwd=run).ok().out == "kept: valid\n"
+    checkpoint.path_of(run, 25).rename(run / "kept")
+    assert command("verify", "kept", cwd=run).ok().out == "kept: valid\n"
 
 
 def test_show_the_newest_valid_one(run):
-    done = checkpoint("show", run, cwd=run).ok()
+    done = command("show", run, cwd=run).ok()
     assert done.err == f"{run}/checkpoints/step-000030: model.safetensors: it is missing\n"
     assert done.out.splitlines() == [
         f"{run}/checkpoints/step-000025: valid, {size(run, 25)} bytes in 2 files",
@@ -109,7 +107,7 @@ def test_show_the_newest_valid_one(run):
         "  first.weight  F32  2 x 3",
         "  last.bias     F64",
     ]
-    shown = json.loads(checkpoint("show", "--json", run, cwd=run).ok().out)
+    shown = json.loads(command("show", "--json", run, cwd=run).ok().out)
     assert shown["state"] == state(25)
     assert shown["bytes"] == {f: size(run, 25, f) for f in ("model.safetensors", "state.json")}
     first = {"dtype": "F32", "shape": [2, 3], "begin": 0, "end": 24}
@@ -117,7 +115,7 @@ def test_show_the_newest_valid_one(run):
 
 
 def test_show_of_a_damaged_one(run):
-    done = checkpoint("show", "checkpoints/step-000030", cwd=run)
+    done = command("show", "checkpoints/step-000030", cwd=run)
     assert (done.code, done.out) == (1, "")
     assert done.err == "checkpoints/step-000030: model.safetensors: it is missing\n"
 
@@ -134,7 +132,7 @@ def test_show_of_a_damaged_one(run):
 def test_what_is_no_checkpoint_is_refused(tmp_path, command, path, said):
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
-    done = checkpoint(command, path, cwd=tmp_path)
+    done = command(command, path, cwd=tmp_path)
     assert done.code == 2
     assert done.message.startswith(f"allranks: {said}")
 
@@ -167,7 +165,7 @@ def described(**changes: object) -> bytes:
 )
 def test_a_header_that_does_not_fit_is_refused(content, said):
     with pytest.raises(Damaged, match=said):
-        checkpoints.tensors("m", content)
+        checkpoint.tensors("m", content)
 
 
 def test_the_header_is_read_as_the_librarys_own(tmp_path):
@@ -183,6 +181,6 @@ def test_the_header_is_read_as_the_librarys_own(tmp_path):
             safetensors.save({kind: tensor})
             given[kind] = tensor
     assert len(given) >= 10
-    read = checkpoints.tensors("m", safetensors.save(given))
+    read = checkpoint.tensors("m", safetensors.save(given))
     assert {name: tensor.shape for name, tensor in read.items()} == {kind: [2, 3] for kind in given}
     assert {n: t.end - t.begin for n, t in read.items()} == {n: t.nbytes for n, t in given.items()}

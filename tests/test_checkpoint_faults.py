@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from allranks import checkpoints
+from allranks.run import checkpoint
 from helpers import PYTHON, ROOT, clean_environment, tree
 
 OLD = {"model.safetensors": b"old" * 1000, "state.json": b"{}"}
@@ -25,12 +25,12 @@ NEED_ROOM = ("mkdir", "openat", "write", "fsync", "close", "rename")
 # What happens between the two calls of getppid is the save.
 SAVER = f"""
 import os
-from allranks import checkpoints
+from allranks.run import checkpoint
 os.getppid()
 try:
-    checkpoints.write("run", 2, {NEW!r}, "saver", lambda: None)
-    if 0 in checkpoints.steps("run"):
-        checkpoints.remove("run", (1, 2))
+    checkpoint.write("run", 2, {NEW!r}, "saver", lambda: None)
+    if 0 in checkpoint.steps("run"):
+        checkpoint.remove("run", (1, 2))
     said = "saved"
 except OSError as error:
     said = type(error).__name__
@@ -64,17 +64,17 @@ def calls_of_the_save(trace: list[str]) -> list[tuple[str, int]]:
 def before(request, memory: Path) -> Path:
     """A folder with a run that has checkpoint 1; and 0, which is removed after the save, or a damaged 2."""
     (memory / "before/run").mkdir(parents=True)
-    checkpoints.write(memory / "before/run", 1, OLD, "first", lambda: None)
+    checkpoint.write(memory / "before/run", 1, OLD, "first", lambda: None)
     if not request.param:
-        checkpoints.write(memory / "before/run", 0, OLD, "first", lambda: None)
+        checkpoint.write(memory / "before/run", 0, OLD, "first", lambda: None)
     else:
-        damaged = checkpoints.write(memory / "before/run", 2, NEW, "first", lambda: None)
+        damaged = checkpoint.write(memory / "before/run", 2, NEW, "first", lambda: None)
         (damaged / "state.json").write_bytes(b"")
     return memory / "before"
 
 
 def test_a_save_that_is_stopped_or_fails_at_any_system_call(strace, before, memory):
-    was_damaged = 2 in checkpoints.steps(before / "run")
+    was_damaged = 2 in checkpoint.steps(before / "run")
     shutil.copytree(before, memory / "undisturbed")
     done, trace = saver(strace, memory / "undisturbed")
     assert (done.returncode, done.stdout) == (0, "saved\n"), done.stderr
@@ -99,18 +99,18 @@ def test_a_save_that_is_stopped_or_fails_at_any_system_call(strace, before, memo
             assert (markers[:hit].count(True), markers.count(True)) == (1, 2), (name, nth, trace)
 
         run = cwd / "run"
-        path, files, passed_over = checkpoints.newest_valid(run)
+        path, files, passed_over = checkpoint.newest_valid(run)
         is_new = files == NEW
-        assert path == checkpoints.path_of(run, 2 if is_new else 1), (fault, name, nth, said)
+        assert path == checkpoint.path_of(run, 2 if is_new else 1), (fault, name, nth, said)
         assert is_new or (files == OLD and said != "saved"), (fault, name, nth, said)
-        assert len(passed_over) == int(was_damaged and not is_new and 2 in checkpoints.steps(run))
-        if 0 in checkpoints.steps(run):  # is removed as a whole, or not
-            assert checkpoints.read(checkpoints.path_of(run, 0)) == OLD
-        checkpoints.sweep_up(run)  # and then the next owner can save
-        checkpoints.write(run, 2, NEW, "next", lambda: None)
-        checkpoints.remove(run, (1, 2))
+        assert len(passed_over) == int(was_damaged and not is_new and 2 in checkpoint.steps(run))
+        if 0 in checkpoint.steps(run):  # is removed as a whole, or not
+            assert checkpoint.read(checkpoint.path_of(run, 0)) == OLD
+        checkpoint.sweep_up(run)  # and then the next owner can save
+        checkpoint.write(run, 2, NEW, "next", lambda: None)
+        checkpoint.remove(run, (1, 2))
         assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
-        assert checkpoints.newest_valid(run)[1:] == (NEW, [])
+        assert checkpoint.newest_valid(run)[1:] == (NEW, [])
         shutil.rmtree(cwd)
         return f"{fault} {'new' if is_new else 'old'}"
 
@@ -124,29 +124,29 @@ def test_a_save_that_is_stopped_or_fails_at_any_system_call(strace, before, memo
 
 def test_a_disk_that_is_really_full(mounted):
     run = mounted("size=64k")
-    checkpoints.write(run, 1, OLD, "me", lambda: None)
+    checkpoint.write(run, 1, OLD, "me", lambda: None)
     before = tree(run)
     with pytest.raises(OSError, match="No space left") as full:
-        checkpoints.write(run, 2, NEW, "me", lambda: None)
+        checkpoint.write(run, 2, NEW, "me", lambda: None)
     assert full.value.errno == errno.ENOSPC
     assert tree(run) == before
-    assert checkpoints.newest_valid(run) == (checkpoints.path_of(run, 1), OLD, [])
-    checkpoints.write(run, 2, OLD, "me", lambda: None)  # there is room for a smaller one
-    assert checkpoints.steps(run) == [2, 1]
+    assert checkpoint.newest_valid(run) == (checkpoint.path_of(run, 1), OLD, [])
+    checkpoint.write(run, 2, OLD, "me", lambda: None)  # there is room for a smaller one
+    assert checkpoint.steps(run) == [2, 1]
 
 
 def test_a_file_system_that_becomes_read_only(mounted):
     run = mounted("size=1m")
-    checkpoints.write(run, 1, OLD, "me", lambda: None)
+    checkpoint.write(run, 1, OLD, "me", lambda: None)
     subprocess.run(["mount", "-o", "remount,ro", str(run)], check=True, timeout=30)
     with pytest.raises(OSError, match="Read-only"):
-        checkpoints.write(run, 2, NEW, "me", lambda: None)
+        checkpoint.write(run, 2, NEW, "me", lambda: None)
     with pytest.raises(OSError, match="Read-only"):
-        checkpoints.remove(run, ())
-    assert checkpoints.newest_valid(run) == (checkpoints.path_of(run, 1), OLD, [])
+        checkpoint.remove(run, ())
+    assert checkpoint.newest_valid(run) == (checkpoint.path_of(run, 1), OLD, [])
 
 
 def test_a_directory_that_cannot_be_written(read_only):
     with pytest.raises(OSError, match=r"Read-only|Permission"):
-        checkpoints.write(read_only, 1, NEW, "me", lambda: None)
-    assert checkpoints.newest_valid(read_only) == (None, {}, [])
+        checkpoint.write(read_only, 1, NEW, "me", lambda: None)
+    assert checkpoint.newest_valid(read_only) == (None, {}, [])

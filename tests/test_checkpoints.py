@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from allranks import checkpoints
-from allranks.checkpoints import Damaged
+from allranks.run import checkpoint
+from allranks.run.checkpoint import Damaged
 from helpers import tree
 
 FILES = {"model.safetensors": bytes(range(40)), "state.json": b'{"step": 7}', "empty": b""}
@@ -18,13 +18,13 @@ FILES = {"model.safetensors": bytes(range(40)), "state.json": b'{"step": 7}', "e
 def write(
     run: Path, step: int = 7, files: dict[str, bytes] = FILES, owner=lambda: None, token="me"
 ) -> Path:
-    return checkpoints.write(run, step, files, token, owner)
+    return checkpoint.write(run, step, files, token, owner)
 
 
 def why(path: Path) -> str:
     """What is said to be wrong with it, after checking that it is one line."""
     with pytest.raises(Damaged) as damaged:
-        checkpoints.read(path)
+        checkpoint.read(path)
     assert str(damaged.value).isprintable()
     return str(damaged.value)
 
@@ -38,12 +38,12 @@ def edit(path: Path, change) -> None:
 
 def test_what_is_written_is_read(tmp_path):
     path = write(tmp_path)
-    assert path == tmp_path / "checkpoints/step-000007" == checkpoints.path_of(tmp_path, 7)
-    assert checkpoints.read(path) == FILES
+    assert path == tmp_path / "checkpoints/step-000007" == checkpoint.path_of(tmp_path, 7)
+    assert checkpoint.read(path) == FILES
     assert tree(tmp_path / "checkpoints") == [
         "step-000007", *(f"step-000007/{name}" for name in sorted([*FILES, "manifest.json"]))
     ]  # fmt: skip
-    assert checkpoints.path_of(tmp_path, 12_345_678).name == "step-12345678"
+    assert checkpoint.path_of(tmp_path, 12_345_678).name == "step-12345678"
 
 
 def test_a_checkpoint_is_private_to_its_user(tmp_path):
@@ -64,7 +64,7 @@ def test_no_bit_can_change_unseen(tmp_path):
             why(path)
             flipped += 1
         file.write_bytes(content)
-    assert checkpoints.read(path) == FILES
+    assert checkpoint.read(path) == FILES
     assert flipped == 8 * sum(len(file.read_bytes()) for file in path.iterdir())
 
 
@@ -105,8 +105,8 @@ def test_no_link_is_followed_and_no_pipe_waited_for(tmp_path):
     (path / "state.json").unlink()
     os.mkfifo(path / "state.json")
     assert why(path) == "state.json: it is not a regular file"
-    checkpoints.path_of(tmp_path, 8).symlink_to(path)
-    assert checkpoints.steps(tmp_path) == [7]
+    checkpoint.path_of(tmp_path, 8).symlink_to(path)
+    assert checkpoint.steps(tmp_path) == [7]
 
 
 def test_what_is_no_checkpoint_is_damaged(tmp_path):
@@ -117,16 +117,16 @@ def test_what_is_no_checkpoint_is_damaged(tmp_path):
 
 
 def test_the_newest_valid_one_is_found_and_the_damaged_named(tmp_path):
-    assert checkpoints.newest_valid(tmp_path) == (None, {}, [])
+    assert checkpoint.newest_valid(tmp_path) == (None, {}, [])
     for step in (9, 1_000_000, 10, 100):
         write(tmp_path, step, {"state.json": str(step).encode()})
     for other in ("step-00000100", "step-5", "latest", ".step-000200.x.tmp"):
         (tmp_path / "checkpoints" / other).mkdir()
-    assert checkpoints.steps(tmp_path) == [1_000_000, 100, 10, 9]
-    (checkpoints.path_of(tmp_path, 1_000_000) / "state.json").unlink()
-    (checkpoints.path_of(tmp_path, 100) / "manifest.json").unlink()
-    assert checkpoints.newest_valid(tmp_path) == (
-        checkpoints.path_of(tmp_path, 10),
+    assert checkpoint.steps(tmp_path) == [1_000_000, 100, 10, 9]
+    (checkpoint.path_of(tmp_path, 1_000_000) / "state.json").unlink()
+    (checkpoint.path_of(tmp_path, 100) / "manifest.json").unlink()
+    assert checkpoint.newest_valid(tmp_path) == (
+        checkpoint.path_of(tmp_path, 10),
         {"state.json": b"10"},
         ["step-1000000: state.json: it is missing", "step-000100: manifest.json: it is missing"],
     )
@@ -135,12 +135,12 @@ def test_the_newest_valid_one_is_found_and_the_damaged_named(tmp_path):
 def test_a_valid_one_stays_and_a_damaged_one_is_replaced(tmp_path):
     path = write(tmp_path)
     write(tmp_path, files={"state.json": b"other"})
-    assert checkpoints.read(path) == FILES
+    assert checkpoint.read(path) == FILES
     (path / "state.json").write_bytes(b"")
     write(tmp_path, files={"state.json": b"other"})
-    assert checkpoints.read(path) == {"state.json": b"other"}
-    checkpoints.path_of(tmp_path, 8).write_text("a file is in the way")
-    assert checkpoints.read(write(tmp_path, 8)) == FILES
+    assert checkpoint.read(path) == {"state.json": b"other"}
+    checkpoint.path_of(tmp_path, 8).write_text("a file is in the way")
+    assert checkpoint.read(write(tmp_path, 8)) == FILES
     assert [p.name for p in sorted(path.parent.iterdir())] == ["step-000007", "step-000008"]
 
 
@@ -155,7 +155,7 @@ def test_who_is_no_longer_the_owner_changes_nothing(tmp_path, damaged):
         raise RuntimeError("another owner")
 
     def paused() -> None:  # between the check and the rename, when nothing can be refused any more
-        checkpoints.sweep_up(tmp_path)
+        checkpoint.sweep_up(tmp_path)
         write(tmp_path, files={"state.json": b"the new owner's"}, token="other")
 
     before = tree(tmp_path)
@@ -164,19 +164,19 @@ def test_who_is_no_longer_the_owner_changes_nothing(tmp_path, damaged):
     assert tree(tmp_path) == before
     with pytest.raises(FileNotFoundError):
         write(tmp_path, owner=paused)
-    assert checkpoints.read(path) == FILES
-    assert checkpoints.read(checkpoints.path_of(tmp_path, 7)) == {"state.json": b"the new owner's"}
+    assert checkpoint.read(path) == FILES
+    assert checkpoint.read(checkpoint.path_of(tmp_path, 7)) == {"state.json": b"the new owner's"}
     with pytest.raises(FileNotFoundError):
-        checkpoints.remove(tmp_path, [], before_rename=paused)
-    assert checkpoints.steps(tmp_path) == [7, 6]
+        checkpoint.remove(tmp_path, [], before_rename=paused)
+    assert checkpoint.steps(tmp_path) == [7, 6]
     assert len(list(path.parent.iterdir())) == 2
 
 
 def test_the_others_are_removed(tmp_path):
     for step in (1, 2, 3, 4):
         write(tmp_path, step)
-    (checkpoints.path_of(tmp_path, 4) / "empty").unlink()
-    checkpoints.remove(tmp_path, {1, 3, 99})
+    (checkpoint.path_of(tmp_path, 4) / "empty").unlink()
+    checkpoint.remove(tmp_path, {1, 3, 99})
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000001", "step-000003"]
 
 
@@ -186,6 +186,6 @@ def test_what_writers_left_is_swept_up(tmp_path):
     for left in (".step-000008.other.tmp", ".step-000007.other.damaged.tmp", ".0123456789abcdef.tmp"):
         (tmp_path / "checkpoints" / left).mkdir()
         (tmp_path / "checkpoints" / left / "model.safetensors").touch()
-    checkpoints.sweep_up(tmp_path)
+    checkpoint.sweep_up(tmp_path)
     assert tree(tmp_path) == before
-    checkpoints.sweep_up(tmp_path / "none")
+    checkpoint.sweep_up(tmp_path / "none")

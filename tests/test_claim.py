@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from allranks import checkpoints, claim
-from allranks.claim import Claim
-from allranks.errors import UserError
+from allranks.base.errors import UserError
+from allranks.run import checkpoint, claim
+from allranks.run.claim import Claim
 from helpers import PYTHON, clean_environment, tree
 
 QUICK = {"BEAT_S": 0.2, "SILENT_S": 1.5}  # in place of 5 and 30 seconds
@@ -25,8 +25,8 @@ QUICK = {"BEAT_S": 0.2, "SILENT_S": 1.5}  # in place of 5 and 30 seconds
 # Takes the directory, then does what it is told, a word a line: the answer is a line, too.
 WRITER = f"""
 import os, signal, sys
-from allranks import checkpoints, claim
-from allranks.errors import UserError
+from allranks.run import checkpoint, claim
+from allranks.base.errors import UserError
 vars(claim).update({QUICK})
 def stopped():
     owner.check()
@@ -40,7 +40,7 @@ def do(word):
         owner.release()
     elif word in ("save", "save-and-stop"):
         before = owner.check if word == "save" else stopped
-        checkpoints.write("run", 7, {{"state.json": owner.token.encode()}}, owner.token, before)
+        checkpoint.write("run", 7, {{"state.json": owner.token.encode()}}, owner.token, before)
 for line in sys.stdin:
     try:
         do(line.strip())
@@ -139,14 +139,14 @@ def test_a_stopped_writer_that_wakes_up_overwrites_nothing(writer, run):
     """It is stopped at the worst moment: in a save, after it has seen that the directory is its own."""
     first, second = writer(), writer()
     assert first.do("take") == "done"
-    assert checkpoints.write(run, 6, {"state.json": b"six"}, "me", lambda: None)
+    assert checkpoint.write(run, 6, {"state.json": b"six"}, "me", lambda: None)
     first.tell("save-and-stop")
     os.waitid(os.P_PID, first.process.pid, os.WSTOPPED)
     assert len(list((run / "checkpoints").glob(".*"))) == 1
     began = time.monotonic()
     assert second.do("take") == "done"
     assert time.monotonic() - began > QUICK["SILENT_S"]
-    checkpoints.sweep_up(run)
+    checkpoint.sweep_up(run)
     assert second.do("save") == "done"
     token = json.loads(owner_file(run).read_text())["token"]
     before = tree(run)
@@ -158,8 +158,8 @@ def test_a_stopped_writer_that_wakes_up_overwrites_nothing(writer, run):
     assert first.do("save").startswith("done")  # it is there, and valid: nothing is done
     assert first.do("release") == second.do("check") == "done"
     assert tree(run) == before
-    assert checkpoints.newest_valid(run)[1] == {"state.json": token.encode()}
-    assert checkpoints.steps(run) == [7, 6]
+    assert checkpoint.newest_valid(run)[1] == {"state.json": token.encode()}
+    assert checkpoint.steps(run) == [7, 6]
 
 
 @pytest.mark.parametrize("owned", [False, True], ids=["free", "of a killed writer"])

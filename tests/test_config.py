@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from allranks import config as configs
+from allranks.base.errors import UserError
+from allranks.base.text import did_you_mean
 from allranks.config import Config, from_command_line, identity, typed
-from allranks.errors import UserError, did_you_mean
 from helpers import ROOT, SMALL, Run, tree
 
 GROUPS = (ROOT / "conf" / group for group in configs.GROUPS)  # a machine is no part of a training

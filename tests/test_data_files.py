@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from allranks.base.errors import UserError
 from allranks.data import mnist
-from allranks.errors import UserError
 from helpers import PYTHON, real_data, tree
 
 STEMS = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from allranks.base import links
+from allranks.base.errors import UserError
 from allranks.config import WatchdogConfig
-from allranks.errors import UserError
-from allranks.launch import wire
-from allranks.runtime.environment import Launch
-from allranks.runtime.watchdog import Watchdog
+from allranks.job.identity import Launch
+from allranks.runtime.watch.thread import Watchdog
 from helpers import execute
 from launching import BIN, Started
 
@@ -370,8 +370,8 @@ def test_nobody_without_the_secret_is_listened_to():
         {"rank": 1},
         {"secret": "é" * 64, "rank": 1},
     ):
-        link = wire.connect(address, port, 5)
-        link.sendall(wire.message(**words) + wire.message(failed=True))
+        link = links.connect(address, port, 5)
+        link.sendall(links.message(**words) + links.message(failed=True))
         link.settimeout(5)
         assert link.recv(100) == b""  # and this process has not been ended
         link.close()
@@ -383,9 +383,9 @@ def test_nobody_without_the_secret_is_listened_to():
 RESET = """
 import os, socket, time
 from allranks.config import WatchdogConfig
-from allranks.launch import wire
-from allranks.runtime import watchdog
-from allranks.runtime.environment import Launch
+from allranks.base import links
+from allranks.runtime.watch import thread
+from allranks.job.identity import Launch
 
 mine = watchdog.Watchdog(WatchdogConfig(), Launch("none"))
 address, port, secret = mine.prepare(one_host=True)["door"]
@@ -428,5 +428,5 @@ def test_a_step_that_compiles_has_the_first_steps_time():
 
 def test_an_address_that_other_hosts_cannot_reach_is_refused():
     with pytest.raises(UserError, match="MASTER_ADDR=localhost is the loopback of rank 0's host"):
-        wire.listen("localhost", far=True)
-    wire.listen("localhost").close()
+        links.listen("localhost", far=True)
+    links.listen("localhost").close()

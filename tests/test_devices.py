@@ -7,8 +7,8 @@ import os
 
 import pytest
 
-from allranks.errors import UserError
-from allranks.runtime.runtime import _check_devices
+from allranks.base.errors import UserError
+from allranks.runtime.bringup import _check_devices
 from helpers import SMALL, execute, launcher
 
 

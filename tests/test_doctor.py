@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from allranks import doctor
-from allranks.launch import allocation
+from allranks.base.files import file_system
 from launching import BIN, CLEAN
 
 
@@ -179,7 +179,7 @@ def test_a_run_directory_that_cannot_be_made(tmp_path):
 
 
 def test_a_node_local_file_system_is_no_place_for_a_job_of_several_nodes():
-    if allocation.file_system(Path("/dev/shm")) != "tmpfs":
+    if file_system(Path("/dev/shm")) != "tmpfs":
         pytest.skip("/dev/shm is no tmpfs here")
     (finding,) = check("run dir", cwd=Path("/dev/shm"), SLURM_JOB_ID="7", SLURM_JOB_NODELIST="n[1-2]")
     assert finding.state == "error" and "this job has 2 nodes" in finding.text

@@ -13,10 +13,10 @@ import torch
 from torch import nn, optim
 from torch.utils.data import DistributedSampler
 
-from allranks import engine
+from allranks.base.errors import UserError
 from allranks.config import from_command_line
 from allranks.data.synthetic import generate
-from allranks.errors import UserError
+from allranks.training import engine
 from helpers import SMALL, Run
 
 LINEAR = (*SMALL, "model=linear", "trainer.batch_size=100")

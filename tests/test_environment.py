@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from allranks.errors import UserError
-from allranks.runtime.environment import Launch, discover, first_host, launcher_rank
+from allranks.base.errors import UserError
+from allranks.job.identity import Launch, discover, first_host, launcher_rank
 
 TORCHRUN = {
     "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1",
@@ -222,7 +222,7 @@ def test_the_real_launchers_here(launcher):
     from allranks.launch import launchers
 
     show = (
-        "import os; from allranks.runtime.environment import discover; d = discover(os.environ); "
+        "import os; from allranks.job.identity import discover; d = discover(os.environ); "
         "os.write(1, f'{d.rank} {d.world_size} {d.local_rank} {d.local_world_size}\\n'.encode())"
     )
     program = [sys.executable, "-c", show]

@@ -26,14 +26,15 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from allranks import checkpoints, claim, cli
+from allranks import cli
 from allranks import config as configs
-from allranks.checkpoints import Damaged
+from allranks.base.errors import UserError
 from allranks.config import Config
 from allranks.data import mnist
-from allranks.errors import UserError
-from allranks.launch import allocation
-from allranks.runtime.environment import discover, first_host, launcher_rank, repeated, started_by_mpi
+from allranks.job.hosts import expand, find_allocation
+from allranks.job.identity import discover, first_host, launcher_rank, repeated, started_by_mpi
+from allranks.run import checkpoint, claim
+from allranks.run.checkpoint import Damaged
 from test_environment import CRAY_PMI, JSRUN, MPICH, MVAPICH2, OPENMPI, PALS, SRUN, TORCHRUN
 
 MUTANTS = 10_000
@@ -189,7 +190,7 @@ def damage(path: Path, elsewhere: Path, rng: random.Random) -> None:
 
 def test_mutated_checkpoints(memory):
     """One of them is accepted only where all of its bytes are as they were."""
-    path = checkpoints.write(memory, 7, FILES, "me", lambda: None)
+    path = checkpoint.write(memory, 7, FILES, "me", lambda: None)
     whole = {file.name: file.read_bytes() for file in path.iterdir()}
     shutil.copytree(path, memory / "elsewhere")
 
@@ -208,7 +209,7 @@ def test_mutated_checkpoints(memory):
             ):  # the one before left nothing to be damaged that way
                 break
         try:
-            read = checkpoints.read(path)
+            read = checkpoint.read(path)
         except Damaged as damaged:
             assert str(damaged).isprintable()
             assert len(str(damaged)) < 500
@@ -237,7 +238,7 @@ def test_mutated_safetensors_headers():
                 content = rng.choice((2**63, 2**40, 10**8 + 1, 0, 1)).to_bytes(8, "little") + bytes(100)
             case _:
                 content = safetensors_file(edited(TENSORS, rng))
-        found = checkpoints.tensors("model.safetensors", content)
+        found = checkpoint.tensors("model.safetensors", content)
         there = dict(library.deserialize(content))
         assert {name: (t["dtype"], t["shape"]) for name, t in there.items()} == {
             name: (t.dtype, t.shape) for name, t in found.items()
@@ -258,10 +259,10 @@ def test_checkpoints_that_say_anything_are_shown(memory, capsys):
     def accepts(rng: random.Random) -> bool:
         state = rng.choice((mutated(FILES["state.json"], rng), json.dumps(edited(STATE, rng)).encode()))
         model = safetensors_file(edited(TENSORS, rng)) if rng.random() < 0.5 else FILES["model.safetensors"]
-        path = checkpoints.path_of(memory, 7)
+        path = checkpoint.path_of(memory, 7)
         shutil.rmtree(path, ignore_errors=True)
         files = {"model.safetensors": model, "state.json": state}
-        checkpoints.write(memory, 7, files, "me", lambda: None)
+        checkpoint.write(memory, 7, files, "me", lambda: None)
         words = rng.choice((["list"], ["verify"], ["show"])) + rng.choice(([], ["--json"]))
         with pytest.raises(SystemExit) as ended:
             cli.main(["checkpoint", *words, str(memory)])
@@ -381,17 +382,17 @@ def test_mutated_node_lists(memory):
         slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": rng.choice(NODE_LISTS)}
         if rng.random() < 0.5:
             slurm["SLURM_JOB_NODELIST"] = mutated_text(slurm["SLURM_JOB_NODELIST"], rng)
-            job = allocation.find(slurm)
+            job = find_allocation(slurm)
         elif rng.random() < 0.5:
             slurm["SLURM_JOB_NODELIST"] = "n[1-4]"
             slurm["SLURM_TASKS_PER_NODE"] = mutated_text("2(x3),1", rng)
             slurm["SLURM_JOB_CPUS_PER_NODE"] = mutated_text("64(x4)", rng)
-            job = allocation.find(slurm)
+            job = find_allocation(slurm)
         else:
             hosts_file.write_bytes(mutated(rng.choice(HOSTFILES).encode(), rng))
             if rng.random() < 0.7:
                 hosts_file.write_text(mutated_text(rng.choice(HOSTFILES), rng))
-            job = allocation.find({"PBS_NODEFILE": str(hosts_file)}, rng.choice((hosts_file, None)))
+            job = find_allocation({"PBS_NODEFILE": str(hosts_file)}, rng.choice((hosts_file, None)))
         assert all(HOST.fullmatch(host.name) for host in job.hosts), job
         assert all(1 <= host.slots <= 1_000_000 for host in job.hosts), job
         assert 1 <= len(job.hosts) <= 1_000_000
@@ -410,7 +411,7 @@ def test_mutated_node_lists(memory):
 @example("[" * 5000)
 @settings(max_examples=1_000)
 def test_any_text_as_a_node_list(text):
-    for read in (allocation.expand, first_host, lambda t: repeated(t, "X")):
+    for read in (expand, first_host, lambda t: repeated(t, "X")):
         try:
             assert read(text)
         except UserError as error:

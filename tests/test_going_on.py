@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from allranks import checkpoints
+from allranks.run import checkpoint
 from helpers import PYTHON, ROOT, SMALL, Run, launcher, mpiexec
 from launching import Started
 from test_resume import figures, rank_pid
@@ -53,7 +53,7 @@ def ranks(started: Started, run: Path) -> list[int]:
 
 def until_step(run: Path, step: int, within_s: float = 60) -> None:
     deadline = time.monotonic() + within_s
-    while max(checkpoints.steps(run), default=0) < step:
+    while max(checkpoint.steps(run), default=0) < step:
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -115,7 +115,7 @@ def test_a_warning_before_the_ranks_run_asks_for_another_start(tmp_path, when):
         code, _, err = started.finish(60)
     assert code == 85, err
     assert "Traceback" not in err
-    assert checkpoints.steps("run") == []
+    assert checkpoint.steps("run") == []
 
 
 def test_three_crashes_without_a_step_gained_end_it(tmp_path):

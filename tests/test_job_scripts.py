@@ -16,8 +16,9 @@ import time
 
 import pytest
 
-from allranks.launch import machine, script
-from allranks.launch.script import Order
+from allranks.job import machine
+from allranks.submit import script
+from allranks.submit.script import Order
 from helpers import PYTHON, ROOT
 
 MACHINES = [name for name in machine.available() if machine.load(name).scheduler != "local"]

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from allranks.errors import UserError
-from allranks.launch import allocation, command, launchers, machine
-from allranks.launch.allocation import Allocation, Host
-from allranks.launch.command import Request
+from allranks.base.errors import UserError
+from allranks.job import machine
+from allranks.job.hosts import Allocation, Host, find_allocation
+from allranks.job.variables import MASTER_ADDR, MASTER_PORT
+from allranks.launch import launchers
+from allranks.launch.plan import Request, make_plan
 from helpers import PYTHON, SMALL, clean_environment, execute
 from helpers import launcher as started_by
 
@@ -30,7 +32,7 @@ finally:
 
 def launch(*arguments, cwd=None, **environ):
     """`allranks launch` as a process, outside any job unless `environ` makes one."""
-    source = str(Path(command.__file__).parents[2])
+    source = str(Path(launchers.__file__).parents[2])
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "PBS", "NERSC"))}
     return subprocess.run(
         [sys.executable, "-c", MAIN, *arguments],
@@ -56,7 +58,7 @@ def job(*slots, scheduler="pbs", given=True, **more):
 
 def plan(allocation, *overrides, name="generic_pbs", **request):
     request = Request(**{"program": ("python", "t.py"), "installed_here": False, **request})
-    return command.plan(request, machine.load(name, overrides), allocation, {})
+    return make_plan(request, machine.load(name, overrides), allocation, {})
 
 
 def counts(allocation, name="generic_pbs", **request):
@@ -315,12 +317,12 @@ def test_openmpi_is_given_slots_variables_and_no_binding():
     openmpi = argv_of(plan(job(2, 1), "machine.mpiexec=openmpi"))
     assert openmpi[:7] == ["mpiexec", "-n", "3", "--map-by", "slot", "--bind-to", "none"]
     assert openmpi[7:9] == ["--host", "n1:2,n2:1"]
-    assert openmpi[9:11] == ["-x", command.MASTER_ADDR]
+    assert openmpi[9:11] == ["-x", MASTER_ADDR]
     request = Request(("ls",), passed=("MINE",), installed_here=False)
     known = machine.load("generic_pbs", ["machine.mpiexec=openmpi"])
-    told = command.plan(request, known, job(2), {"PYTHONPATH": "/p", "HOME": "/h"}).argv
+    told = make_plan(request, known, job(2), {"PYTHONPATH": "/p", "HOME": "/h"}).argv
     handed_on = {name for option, name in itertools.pairwise(told) if option == "-x"}
-    assert {"MINE", "PYTHONPATH", command.MASTER_ADDR} < handed_on
+    assert {"MINE", "PYTHONPATH", MASTER_ADDR} < handed_on
     assert "HOME" not in handed_on
     crowded = argv_of(plan(job(1, given=False), "machine.mpiexec=openmpi", "machine.node.ranks=4"))
     assert crowded[4] == "ppr:4:node:OVERSUBSCRIBE"
@@ -351,11 +353,11 @@ def test_a_list_of_hosts_too_long_for_an_argument_goes_into_a_file():
 def test_torchrun_starts_once_a_node_and_not_unevenly():
     two = plan(job(4, 4), launcher="torchrun")
     assert argv_of(two)[:5] == ["mpiexec", "-n", "2", "-hosts", "n1:1,n2:1"]
-    port = next(v.value for v in two.variables if v.name == command.MASTER_PORT)
+    port = next(v.value for v in two.variables if v.name == MASTER_PORT)
     tail = two.argv[two.argv.index("torch.distributed.run") :]
     assert tail == (
         "torch.distributed.run", "--nproc-per-node", "4", "--nnodes", "2", "--rdzv-backend", "c10d",
-        "--rdzv-endpoint", f"n1:{port}", "--rdzv-id", "7", "-m", "--", "allranks.launch.rank", "--",
+        "--rdzv-endpoint", f"n1:{port}", "--rdzv-id", "7", "-m", "--", "allranks.launch.guard", "--",
         "python", "t.py",
     )  # fmt: skip
     with pytest.raises(UserError, match="torchrun starts the same number"):
@@ -372,7 +374,7 @@ def test_the_same_command_line_for_another_program(launcher):
 def test_two_jobs_meet_on_different_ports():
     def port(job_id):
         one = Allocation("pbs", job_id, (Host("n1", 2),))
-        return next(v.value for v in plan(one).variables if v.name == command.MASTER_PORT)
+        return next(v.value for v in plan(one).variables if v.name == MASTER_PORT)
 
     assert port("7.pbs") == port("7.pbs")
     assert port("7.pbs") != port("8.pbs")
@@ -394,16 +396,16 @@ def test_the_planned_command_runs_here(launcher, tmp_path):
         pytest.skip("no mpiexec: pip install mpich")
     script = tmp_path / "show.py"
     script.write_text(SHOW)
-    here = allocation.find({"CUDA_VISIBLE_DEVICES": ""})
+    here = find_allocation({"CUDA_VISIBLE_DEVICES": ""})
     known = machine.load("local", ["machine.variables.ODD=a 'b' $c"])
     request = Request((sys.executable, str(script)), ranks=3, launcher=launcher)
-    told = command.plan(request, known, here, {})
+    told = make_plan(request, known, here, {})
     argv = list(told.argv)
     # A module that starts what stands after its `--` stands for the rank's wrapper.
     (tmp_path / "wrapper.py").write_text(
         "import os, sys; assert sys.argv[1] == '--'; os.execvp(sys.argv[2], sys.argv[2:])"
     )
-    argv[argv.index("allranks.launch.rank")] = "wrapper"
+    argv[argv.index("allranks.launch.guard")] = "wrapper"
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("PMI", "OMPI", "RANK"))}
     environ["PYTHONPATH"] = str(tmp_path)
     done = subprocess.run(

@@ -5,10 +5,11 @@ import math
 
 import pytest
 
-from allranks.errors import UserError
-from allranks.launch import allocation, command, machine
-from allranks.launch.allocation import Allocation, Host
-from allranks.launch.command import Request
+from allranks.base.errors import UserError
+from allranks.job import machine
+from allranks.job.hosts import Allocation, Host, placeholder_allocation
+from allranks.job.variables import DEVICE_VARIABLE, DEVICES, MASTER_ADDR
+from allranks.launch.plan import Request, make_plan
 
 SHIPPED = (
     "aurora", "frontier", "generic_pbs", "generic_slurm",
@@ -22,7 +23,7 @@ def planned(name, nodes, *overrides, **request):
     known = machine.load(name, overrides)
     scheduler = "slurm" if known.scheduler == "slurm" else "pbs"
     request = Request(("python", "train.py"), installed_here=False, **request)
-    return command.plan(request, known, allocation.placeholder(nodes, scheduler), {})
+    return make_plan(request, known, placeholder_allocation(nodes, scheduler), {})
 
 
 def before_program(plan):
@@ -45,7 +46,7 @@ def test_every_machine_is_planned_for(name, nodes):
     assert len(ranks) == plan.world_size == nodes * (known.node.ranks_per_node or 1)
     assert [place.rank for place in ranks] == list(range(plan.world_size))
     assert str(plan.world_size) in plan.argv
-    assert plan.argv[-5:] == ("-m", "allranks.launch.rank", "--", "python", "train.py")
+    assert plan.argv[-5:] == ("-m", "allranks.launch.guard", "--", "python", "train.py")
     if nodes > 1 and name in CENTRES:
         assert ranks[-1].host == f"node{nodes}"
         assert ranks[-1].local_rank == known.node.ranks_per_node - 1
@@ -73,7 +74,7 @@ def test_aurora_has_twelve_tiles_with_eight_cores_each():
     ranks = list(plan.ranks())
     assert [(p.cpus, p.device) for p in ranks[5:7]] == [("41-48", "5"), ("53-60", "6")]
     assert [p.cpus for p in ranks[12:]] == [p.cpus for p in ranks[:12]]
-    assert value(plan, command.MASTER_ADDR) == "node1.hsn.cm.aurora.alcf.anl.gov"
+    assert value(plan, MASTER_ADDR) == "node1.hsn.cm.aurora.alcf.anl.gov"
     assert value(plan, "CCL_PROCESS_LAUNCHER") == "pmix"
 
 
@@ -95,8 +96,8 @@ def test_polaris_reverses_its_gpus():
     assert [(p.cpus, p.device[0]) for p in plan.ranks()] == [
         ("0-7", "3"), ("8-15", "2"), ("16-23", "1"), ("24-31", "0"),
     ]  # fmt: skip
-    assert value(plan, command.DEVICE_VARIABLE) == "CUDA_VISIBLE_DEVICES"
-    assert value(plan, command.DEVICES) == "3,2,1,0"
+    assert value(plan, DEVICE_VARIABLE) == "CUDA_VISIBLE_DEVICES"
+    assert value(plan, DEVICES) == "3,2,1,0"
 
 
 def test_polaris_network_block_is_for_several_nodes_and_can_be_switched_off():
@@ -108,10 +109,10 @@ def test_polaris_network_block_is_for_several_nodes_and_can_be_switched_off():
 
 def test_polaris_library_path_goes_before_the_users():
     known = machine.load("polaris")
-    plan = command.plan(
+    plan = make_plan(
         Request(("ls",), installed_here=False),
         known,
-        allocation.placeholder(2, "pbs"),
+        placeholder_allocation(2, "pbs"),
         {"LD_LIBRARY_PATH": "/mine"},
     )
     path = value(plan, "LD_LIBRARY_PATH").split(":")
@@ -133,7 +134,7 @@ def test_frontier_shows_each_rank_one_gcd():
     ranks = list(plan.ranks())
     assert (ranks[0].cpus, ranks[0].device) == ("1-7", "4, seen as 0")
     assert (ranks[7].cpus, ranks[7].device) == ("57-63", "1, seen as 0")
-    assert value(plan, command.DEVICES) is None  # srun has done it already
+    assert value(plan, DEVICES) is None  # srun has done it already
     assert value(plan, "NCCL_NET") == "OFI"
     assert value(planned("frontier", 1), "NCCL_NET") is None
 
@@ -158,7 +159,7 @@ def test_sophia_takes_a_gpu_a_chunk_in_one_queue_and_a_node_in_the_other():
 
     def ranks(queue, slots, given):
         job = Allocation("pbs", "1.sophia", (Host("sophia-gpu-11", slots),), given, queue)
-        return command.plan(request, known, job, {}).world_size
+        return make_plan(request, known, job, {}).world_size
 
     assert ranks("by-gpu", 1, False) == 1
     assert ranks("by-gpu", 4, True) == 4
@@ -166,7 +167,7 @@ def test_sophia_takes_a_gpu_a_chunk_in_one_queue_and_a_node_in_the_other():
     with pytest.raises(UserError, match="sophia-gpu-11, which takes 1"):
         more = Request(("ls",), ppn=8, installed_here=False)
         job = Allocation("pbs", "1.sophia", (Host("sophia-gpu-11", 1),), False, "by-gpu")
-        command.plan(more, known, job, {})
+        make_plan(more, known, job, {})
 
 
 # --- which machine -------------------------------------------------------------------------------

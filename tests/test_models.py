@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from allranks import models
-from allranks.errors import UserError
+from allranks.base.errors import UserError
 
 SHAPE = [1, 28, 28]
 MODELS = {"linear": 7_850, "mlp": 44_860, "cnn": 421_642, "resnet18": 11_172_810, "vit": 204_938}

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from allranks import checkpoints
+from allranks.run import checkpoint
 from helpers import Done, Run, clean_environment, tree
 
 PACKAGE = '''
@@ -196,7 +196,7 @@ def test_a_signal_to_every_process_stops_a_run_with_workers(lab, tmp_path, signu
     """Schedulers and terminals send it to all, the workers included: the run saves all the same."""
     process = with_limits(lab, tmp_path, {}, *MINE, "trainer.epochs=100000", "+data.workers=2")
     deadline = time.monotonic() + 60
-    while not checkpoints.steps(tmp_path / "run"):
+    while not checkpoint.steps(tmp_path / "run"):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     time.sleep(wait_s)
@@ -208,7 +208,7 @@ def test_a_signal_to_every_process_stops_a_run_with_workers(lab, tmp_path, signu
 
 def test_a_second_ctrl_c_does_not_wait_for_the_step(lab, tmp_path):
     process = with_limits(
-        lab, tmp_path, {"allranks.control.TWICE_S": 0.2}, *MINE, "model._target_=mylab.Stuck"
+        lab, tmp_path, {"allranks.training.control.TWICE_S": 0.2}, *MINE, "model._target_=mylab.Stuck"
     )
     deadline = time.monotonic() + 60
     while not (tmp_path / "stuck").exists():
@@ -280,9 +280,9 @@ def test_what_is_evaluated_with_batch_norm_is_what_is_saved(lab):
         import mylab
     finally:
         sys.path.remove(str(lab.home))
-    [newest, *_] = checkpoints.steps(done.run.path)
+    [newest, *_] = checkpoint.steps(done.run.path)
     model = mylab.normed([1, 8, 8], 3, 16).double()
-    model.load_state_dict(load_file(checkpoints.path_of(done.run.path, newest) / "model.safetensors"))
+    model.load_state_dict(load_file(checkpoint.path_of(done.run.path, newest) / "model.safetensors"))
     test = mylab.Stripes(61, 5000)
     images = torch.stack([test[n][0] for n in range(61)]).double()
     labels = torch.tensor([test[n][1] for n in range(61)])
@@ -294,11 +294,11 @@ def test_what_is_evaluated_with_batch_norm_is_what_is_saved(lab):
 def test_a_run_that_wakes_up_leaves_its_successors_records_alone(lab, tmp_path):
     """It was stopped as it took a checkpoint's weights; another run took over, and finished."""
     words = [*MINE, "model._target_=mylab.Stopping", "trainer.epochs=6", "checkpoint.keep=9"]
-    quick = {"allranks.claim.BEAT_S": 0.2, "allranks.claim.SILENT_S": 1.5}
+    quick = {"allranks.run.claim.BEAT_S": 0.2, "allranks.run.claim.SILENT_S": 1.5}
     lab(*words, "run.dir=run").ok()
     run = tmp_path / "run"
     (run / "summary.json").unlink()
-    checkpoints.remove(run, checkpoints.steps(run)[-2:])
+    checkpoint.remove(run, checkpoint.steps(run)[-2:])
     first = with_limits(lab, tmp_path, quick, *words, STOP_HERE="1")
     os.waitid(os.P_PID, first.pid, os.WSTOPPED)
     second = with_limits(lab, tmp_path, quick, *words)

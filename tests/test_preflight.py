@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 
 from allranks import config as configs
-from allranks.errors import UserError
-from allranks.launch import preflight, variables, wire
+from allranks.base import links
+from allranks.base.errors import UserError
+from allranks.job import variables
+from allranks.launch import preflight
 from launching import CLEAN, by_hand, can_make_hosts, launcher
 
 HOST = socket.gethostname()
@@ -164,7 +166,7 @@ def test_a_gpu_that_is_asked_for_and_is_not_there():
 def test_mpi_that_sees_other_ranks_than_the_launcher_started():
     """Without the launcher's own variables MPI is alone: the sum would be of one rank."""
     code = (
-        "from allranks.errors import UserError\n"
+        "from allranks.base.errors import UserError\n"
         "from allranks.launch import preflight\n"
         "try: preflight.add_by_mpi({'OMPI_COMM_WORLD_RANK': '1', 'OMPI_COMM_WORLD_SIZE': '4'})\n"
         "except UserError as error: print(error)"
@@ -189,7 +191,7 @@ def add(size: int, strangers: tuple[bytes, ...] = ()) -> dict[int, str]:
         except UserError as error:
             said[r] = str(error)
 
-    listener = wire.listen("127.0.0.1")
+    listener = links.listen("127.0.0.1")
     place = listener.getsockname()[:2]
     for data in strangers:
         with socket.create_connection(place) as link:
@@ -222,8 +224,8 @@ def test_traffic_is_linear_at_256_ranks(monkeypatch):
 def test_strangers_are_not_counted():
     wrong = (
         b"GET / HTTP/1.1\r\n\r\n", b"[1, 2]\n", b"\x80\x04.\n", b"", b"[" * 99_999 + b"\n",
-        b'{"secret": "\\ud800\xc3\xa9"}\n', wire.message(secret="guess", rank=1, part=[9, 9, 9]),
-        wire.message(secret="secret", part=[1]), wire.message(rank=1, part=[9, 9, 9]),
+        b'{"secret": "\\ud800\xc3\xa9"}\n', links.message(secret="guess", rank=1, part=[9, 9, 9]),
+        links.message(secret="secret", part=[1]), links.message(rank=1, part=[9, 9, 9]),
     )  # fmt: skip
     assert add(3, wrong) == {0: "", 1: "", 2: ""}
 
@@ -242,10 +244,10 @@ def test_the_sum_is_checked_by_every_rank():
 
         def wrong():
             link, _ = listener.accept()
-            assert wire.parse(link.makefile("rb").readline()) == {
+            assert links.parse(link.makefile("rb").readline()) == {
                 "secret": "secret", "rank": 1, "part": preflight.part(1)
             }  # fmt: skip
-            link.sendall(wire.message(sum=[2.0, 1.0, 2.0]))
+            link.sendall(links.message(sum=[2.0, 1.0, 2.0]))
             link.close()
 
         thread = threading.Thread(target=wrong)

@@ -10,10 +10,10 @@ import sys
 
 import pytest
 
-from allranks.errors import UserError
-from allranks.launch import rank
-from allranks.launch import variables as given
-from allranks.runtime.environment import discover
+from allranks.base.errors import UserError
+from allranks.job import variables as given
+from allranks.job.identity import discover
+from allranks.launch import guard
 from launching import BIN, CLEAN, RANK, python
 
 SHOW = python(
@@ -104,7 +104,7 @@ def test_what_is_wrong_is_said_in_one_line_with_the_host(program, environ, messa
 def test_no_program_is_a_mistake_too():
     for arguments in ([], ["--"], ["true"]):
         with pytest.raises(UserError, match="needs `-- PROGRAM"):
-            rank.program_of(arguments)
+            guard.program_of(arguments)
 
 
 # --- recorded environments ----------------------------------------------------------------------
@@ -219,7 +219,7 @@ def test_a_start_is_cheap():
         "else None)\n"
         "sys.argv = ['rank', '--', 'true']\n"
         "os.execvpe = lambda *a: None\n"  # the start without its end
-        "from allranks.launch import rank\n"
+        "from allranks.launch import guard\n"
         "rank.main()\n"
         "new = set(sys.modules) - before\n"
         "print(len(new), len(opened), *sorted(m for m in new if m.split('.')[0] in "

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from allranks import checkpoints
+from allranks.run import checkpoint
 from helpers import SMALL, Run, clean_environment, execute, launcher
 
 # 12 steps in each of 2 epochs, a checkpoint after each, none removed
@@ -48,7 +48,7 @@ def stopped_after(run: Run, step: int, directory: Path) -> str:
     directory.mkdir()
     (directory / "logs").mkdir()
     shutil.copy(run.path / "config.yaml", directory)
-    shutil.copytree(checkpoints.path_of(run.path, step), checkpoints.path_of(directory, step))
+    shutil.copytree(checkpoint.path_of(run.path, step), checkpoint.path_of(directory, step))
     return f"run.dir={directory}"
 
 
@@ -61,7 +61,7 @@ def test_what_is_compared_can_differ(train_here):
 @pytest.mark.parametrize("kind", KINDS)
 def test_stopped_after_any_step_it_goes_on_as_if_nothing_had_been(train_here, tmp_path, kind):
     whole = train_here(*EVERY_STEP, *KINDS[kind])
-    assert checkpoints.steps(whole.path) == list(range(24, 0, -1))
+    assert checkpoint.steps(whole.path) == list(range(24, 0, -1))
     for step in (1, 7, 12, 13, 23, 24):  # 12: the end of an epoch
         went_on = train_here(*EVERY_STEP, *KINDS[kind], stopped_after(whole, step, tmp_path / str(step)))
         assert figures(went_on) == figures(whole), step
@@ -124,7 +124,7 @@ def started(*overrides: str, cwd: Path, **how: Any) -> subprocess.Popen[str]:
     """A training that has saved at least once."""
     process = begun(*overrides, cwd=cwd, **how)
     limit = time.monotonic() + 60
-    while not checkpoints.steps(cwd / "run"):
+    while not checkpoint.steps(cwd / "run"):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < limit
         time.sleep(0.02)
@@ -155,7 +155,7 @@ def test_a_signal_to_any_rank_stops_all_with_a_checkpoint(tmp_path, train, long_
     out, err = process.communicate(timeout=30)
     assert process.returncode == 85, err
     assert f"stopped by {signum.name}" in out
-    step = checkpoints.steps(tmp_path / "run")[0]
+    step = checkpoint.steps(tmp_path / "run")[0]
     assert f"after step {step}" in out
     assert not (tmp_path / "run/summary.json").exists()
     went_on = train(*LONG, "run.dir=run", under="mpiexec", ranks=2).ok()
@@ -165,7 +165,7 @@ def test_a_signal_to_any_rank_stops_all_with_a_checkpoint(tmp_path, train, long_
 
 def test_what_a_shell_ignores_stays_ignored(tmp_path):
     code = (
-        "import os, signal\nfrom allranks.control import Signals\nsignals = Signals()\n"
+        "import os, signal\nfrom allranks.training.control import Signals\nsignals = Signals()\n"
         "signals.count(signal.SIGTERM, signal.SIGHUP)\n"
         "for number in (signal.SIGTERM, signal.SIGHUP): os.kill(os.getpid(), number)\n"
         "print([s.name for s, count in signals.counts.items() if count])"
@@ -223,7 +223,7 @@ def finished(train) -> Run:
 
 def unfinish(run: Run) -> None:
     (run.path / "summary.json").unlink()
-    checkpoints.remove(run.path, keep=[10])
+    checkpoint.remove(run.path, keep=[10])
 
 
 def test_a_finished_run_is_not_run_again(train, finished):
@@ -259,7 +259,7 @@ def test_metrics_are_those_of_the_checkpoint(train, finished):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(train, finished):
     whole = figures(finished)
     (finished.path / "summary.json").unlink()
-    newest = checkpoints.path_of(finished.path, 20) / "model.safetensors"
+    newest = checkpoint.path_of(finished.path, 20) / "model.safetensors"
     content = bytearray(newest.read_bytes())
     content[1234] ^= 1
     newest.write_bytes(content)
@@ -267,14 +267,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(train, finished)
     assert "passing over the checkpoint step-000020: model.safetensors: its sha256 is" in done.out
     assert "going on from run/checkpoints/step-000010" in done.out
     assert figures(done.run) == whole
-    checkpoints.read(newest.parent)  # the damaged one has been replaced
+    checkpoint.read(newest.parent)  # the damaged one has been replaced
 
 
 def test_without_any_valid_checkpoint_it_begins_again(train, finished):
     whole = figures(finished)
     (finished.path / "summary.json").unlink()
     for step in (10, 20):
-        (checkpoints.path_of(finished.path, step) / "state.json").write_bytes(b"")
+        (checkpoint.path_of(finished.path, step) / "state.json").write_bytes(b"")
     done = train(*SHORT).ok()
     assert done.out.count("passing over the checkpoint") == 2
     assert figures(done.run) == whole
@@ -353,7 +353,7 @@ def test_a_save_that_fails_is_a_warning_and_at_the_end_an_error(tmp_path, train)
         "the checkpoint of step 10 could not be written (File too large); the training goes on" in done.out
     )
     assert "The last checkpoint, of step 20, could not be written to run (File too large)" in done.message
-    assert checkpoints.steps(tmp_path / "run") == []
+    assert checkpoint.steps(tmp_path / "run") == []
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
     assert train(*options).ok().run.summary["state"] == "finished"
 
@@ -375,7 +375,7 @@ def test_the_newest_and_the_best_are_kept(train_here):
     run = train_here(*SMALL, "model=linear", "trainer.epochs=6", "optimizer.lr=3", "checkpoint.keep=2")
     losses = run.column("val/loss")
     best = 10 * (1 + losses.index(min(losses)))
-    assert set(checkpoints.steps(run.path)) == {best, 50, 60}
+    assert set(checkpoint.steps(run.path)) == {best, 50, 60}
 
 
 def test_the_best_is_kept_where_later_ones_are_not_finite(train_here):
@@ -386,18 +386,18 @@ def test_the_best_is_kept_where_later_ones_are_not_finite(train_here):
     losses = run.column("val/loss")
     assert losses[-2:] == [None, None]
     best = 10 * (1 + losses.index(min(loss for loss in losses if loss is not None)))
-    assert set(checkpoints.steps(run.path)) == {best, 40, 50}
+    assert set(checkpoint.steps(run.path)) == {best, 40, 50}
 
 
 def test_a_damaged_newer_one_counts_for_nothing(train):
     words = (*SMALL, "model=linear", "trainer.epochs=6", "optimizer.lr=3", "run.dir=run")
     run = train(*words).ok().run
-    kept = set(checkpoints.steps(run.path))
+    kept = set(checkpoint.steps(run.path))
     (run.path / "summary.json").unlink()
-    checkpoints.remove(run.path, keep=[])
-    checkpoints.path_of(run.path, 999).mkdir()
+    checkpoint.remove(run.path, keep=[])
+    checkpoint.path_of(run.path, 999).mkdir()
     train(*words).ok()
-    assert set(checkpoints.steps(run.path)) == kept | {999}
+    assert set(checkpoint.steps(run.path)) == kept | {999}
 
 
 def test_every_so_many_steps(train_here):
@@ -405,7 +405,7 @@ def test_every_so_many_steps(train_here):
         *SMALL, "model=linear", "trainer.epochs=2", "checkpoint.every_steps=7", "checkpoint.keep=9",
         "checkpoint.every_epochs=null",
     )  # fmt: skip
-    assert checkpoints.steps(run.path) == [20, 14, 7]
+    assert checkpoint.steps(run.path) == [20, 14, 7]
 
 
 # --- numbers that are not finite -----------------------------------------------------------------------
@@ -436,7 +436,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks(tmp_path, train, under, value
     assert done.code != 0
     message = "The loss of rank 1 (nan) is not finite in step 4 (epoch 1); the step was not applied."
     assert f"allranks: {message}" in done.err
-    assert checkpoints.steps(tmp_path / "run") == [3, 2]
+    assert checkpoint.steps(tmp_path / "run") == [3, 2]
     assert done.left_running == []
 
 
@@ -453,4 +453,4 @@ def test_such_a_step_can_be_skipped(tmp_path, train):
     assert "rank 1 (nan)" in done.out
     assert done.run.metrics[0]["step"] == 10
     assert all(torch.isfinite(t).all() for t in load_file(
-        checkpoints.path_of(done.run.path, 10) / "model.safetensors").values())  # fmt: skip
+        checkpoint.path_of(done.run.path, 10) / "model.safetensors").values())  # fmt: skip

@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from allranks import rundir
+from allranks.base import files
+from allranks.run import directory as rundir
 from helpers import SMALL, TRAIN, Done, Run, clean_environment, execute, launcher, tree
 
 METRICS = [
@@ -207,14 +208,14 @@ def test_of_two_that_make_it_at_once_one_keeps_its_configuration(tmp_path):
     """Both have found nothing there; the second comes to write its configuration after the first."""
     rundir.create(str(tmp_path / "mine"), "seed: 1\n")
     with pytest.raises(FileExistsError):
-        rundir.write_text(tmp_path / "mine/config.yaml", "seed: 2\n", new=True)
+        files.write_text(tmp_path / "mine/config.yaml", "seed: 2\n", new=True)
     assert (tmp_path / "mine/config.yaml").read_text() == "seed: 1\n"
     assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["config.yaml", "logs"]
 
 
 def test_a_file_system_without_hard_links_will_do(strace, tmp_path):
     """As DAOS at Argonne."""
-    code = "from allranks import rundir; rundir.create('mine', 'seed: 1')"
+    code = "from allranks.run import directory as rundir; rundir.create('mine', 'seed: 1')"
     refused = [f"--inject=?{name}:error=EOPNOTSUPP" for name in ("link", "linkat")]
     traced = [strace, "-f", "-e", "trace=?link,?linkat", *refused, sys.executable, "-c", code]
     done = execute(traced, tmp_path).ok()
@@ -285,9 +286,9 @@ def test_runs_started_in_the_same_second_get_a_directory_each(places, tmp_path, 
 def test_figures_that_are_no_numbers_become_null(tmp_path):
     """JSON has neither NaN nor infinity: a diverged run must stay readable."""
     nan, infinity = float("nan"), float("inf")
-    with rundir.write_text(tmp_path / "metrics.jsonl", "") as file:
-        rundir.append_line(file, {"epoch": 1, "val/loss": nan, "lr": infinity})
-    rundir.write_json(tmp_path / "summary.json", {"test/loss": -infinity})
+    with files.write_text(tmp_path / "metrics.jsonl", "") as file:
+        files.append_line(file, {"epoch": 1, "val/loss": nan, "lr": infinity})
+    files.write_json(tmp_path / "summary.json", {"test/loss": -infinity})
     run = Run(tmp_path)
     assert run.metrics == [{"epoch": 1, "val/loss": None, "lr": None}]
     assert run.summary == {"test/loss": None}

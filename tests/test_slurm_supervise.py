@@ -55,8 +55,8 @@ def on_login(code: str) -> Started:
 def supervised(program: list[str]) -> Started:
     argv = ["srun", "-N2", "--ntasks-per-node=2", "-w", ",".join(NODES[:2]), *RANK, *program]
     return on_login(
-        "import os, sys\nfrom allranks.launch import supervise\n"
-        f"outcome = supervise.run({argv!r}, dict(os.environ), None, world_size=4, "
+        "import os, sys\nfrom allranks.launch import supervisor\n"
+        f"outcome = supervisor.run({argv!r}, dict(os.environ), None, world_size=4, "
         f"hosts={NODES[:2]!r}, start_s=20)\n" + TOLD
     )
 

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from allranks import checkpoints
-from allranks.claim import Claim
-from allranks.errors import UserError
-from allranks.launch import runs, scheduler
+from allranks.base.errors import UserError
+from allranks.job import scheduler
+from allranks.run import checkpoint
+from allranks.run.cells import composed_cells, frozen_cells, make_cells
+from allranks.run.claim import Claim
 from conftest import SETTING
 from helpers import PYTHON, ROOT, SMALL, Run, execute, tree
 from test_resume import figures
@@ -29,8 +30,8 @@ STANDIN = ROOT / "tests/pbs_standin"
 CLUSTER = ROOT.parent / "shared/cluster"
 ONE_EPOCH = (*SMALL, "trainer.epochs=1", "model.dropout=0")  # dropout is each rank's own
 needs_launch = pytest.mark.skipif(
-    importlib.util.find_spec("allranks.launch.supervise") is None,
-    reason="allranks.launch.supervise is not there",
+    importlib.util.find_spec("allranks.launch.supervisor") is None,
+    reason="allranks.launch.supervisor is not there",
 )
 PBS = ("--machine", "generic_pbs", "--walltime", "00:05:00")
 ANSWER = "import os; print(os.environ['RANK'], os.environ.get('ANSWER'))"
@@ -203,7 +204,7 @@ def test_the_next_link_goes_on_where_one_was_cut_short(pbs):
     answer = pbs.submit(*PBS, "--ppn", "1", "--chain", "2", "--no-preflight", *SMALL, "trainer.epochs=4000")
     run = Path(answer["directory"])
     deadline = time.monotonic() + 60
-    while not checkpoints.steps(run):
+    while not checkpoint.steps(run):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     pbs.qdel("1.pbs")
@@ -245,7 +246,7 @@ def unfinished(pbs, *overrides):
     """A run in `mine` that has stopped with a checkpoint."""
     words = [PYTHON, "-m", "allranks", "train", *SMALL, *overrides, "run.dir=mine"]
     assert execute(words, pbs.folder, {**pbs.env, "ALLRANKS_DEADLINE": "1"}).code == 85
-    assert checkpoints.steps(pbs.folder / "mine")
+    assert checkpoint.steps(pbs.folder / "mine")
 
 
 def test_a_job_that_is_refused_leaves_a_run_that_was_there_alone(pbs):
@@ -264,30 +265,30 @@ def test_a_queued_run_that_is_launched_with_other_means_stays_startable(pbs, mon
     """checkpoint.keep is no part of what a run computes; but the job knows the file by its sha256."""
     monkeypatch.chdir(pbs.folder)
     queued = [*SMALL, "run.dir=mine"]
-    runs.make(*runs.cells(queued))
-    [cell] = runs.cells(queued)[1]
+    make_cells(*composed_cells(queued))
+    [cell] = composed_cells(queued)[1]
     about = {"scheduler": "pbs", "job_ids": ["1.pbs"], "config_sha256": cell.sha256}
     (pbs.folder / "mine/job.json").write_text(json.dumps(about))
-    runs.make(*runs.cells([*queued, "checkpoint.keep=7"]))
-    [found] = runs.of("mine")[1]
+    make_cells(*composed_cells([*queued, "checkpoint.keep=7"]))
+    [found] = frozen_cells("mine")[1]
     assert found.config.checkpoint.keep == 7
     claim = Claim.take("mine")
     with pytest.raises(UserError, match="is in use by process"):
-        runs.make(*runs.cells([*queued, "checkpoint.keep=9"]))
+        make_cells(*composed_cells([*queued, "checkpoint.keep=9"]))
     claim.release()
-    assert runs.of("mine")[1][0].config.checkpoint.keep == 7
+    assert frozen_cells("mine")[1][0].config.checkpoint.keep == 7
 
 
 def test_a_sweep_that_is_started_again_is_the_same_sweep(pbs, monkeypatch):
     monkeypatch.chdir(pbs.folder)
     words = [*SMALL, "-m", "optimizer.lr=0.1,0.2", "run.dir=mine"]
-    runs.make(*runs.cells(words))
+    make_cells(*composed_cells(words))
     before = tree(pbs.folder)
-    assert runs.cells(words)[0] == str(pbs.folder / "mine")
-    runs.make(*runs.cells(words))
+    assert composed_cells(words)[0] == str(pbs.folder / "mine")
+    make_cells(*composed_cells(words))
     assert tree(pbs.folder) == before
     with pytest.raises(UserError, match="another configuration"):
-        runs.make(*runs.cells([*SMALL, "-m", "optimizer.lr=0.3,0.4", "run.dir=mine"]))
+        make_cells(*composed_cells([*SMALL, "-m", "optimizer.lr=0.3,0.4", "run.dir=mine"]))
 
 
 def test_a_finished_run_is_finished_even_if_the_scheduler_is_down(pbs):
@@ -342,7 +343,7 @@ def test_a_cell_that_stops_before_its_walltime_queues_a_job_of_its_own(pbs):
     answer = pbs.submit(*PBS, "--ppn", "1", "--no-preflight", "-m", "seed=1,2", *words)
     cell = Path(answer["directory"]) / "0"
     deadline = time.monotonic() + 60
-    while not checkpoints.steps(cell):
+    while not checkpoint.steps(cell):
         assert time.monotonic() < deadline, (cell / "job.log").read_text()
         time.sleep(0.2)
     pbs.qdel("1[0].pbs")
@@ -498,7 +499,7 @@ def test_a_dry_run_writes_nothing_asks_nobody_and_loads_no_torch(pbs):
         assert "#PBS -l select=1\n" in done.out
         assert "12 ranks on 1 node of aurora" in done.out
         assert "torch" not in done.err.split()
-        assert "allranks.launch.submit" in done.err.split()
+        assert "allranks.submit.command" in done.err.split()
     assert tree(pbs.folder) == []
     assert not (forbidden / "asked").exists()
 
@@ -818,10 +819,10 @@ def undisturbed(a_slurm):
 
 def until_step(run, step, within_s=90):
     deadline = time.monotonic() + within_s
-    while max(checkpoints.steps(run), default=0) < step:
+    while max(checkpoint.steps(run), default=0) < step:
         assert time.monotonic() < deadline, (run / "job.log").read_text()
         time.sleep(0.05)
-    return max(checkpoints.steps(run))
+    return max(checkpoint.steps(run))
 
 
 def test_slurm_a_chain_over_three_jobs_has_the_bits_of_an_undisturbed_run(slurm, undisturbed):
@@ -832,7 +833,7 @@ def test_slurm_a_chain_over_three_jobs_has_the_bits_of_an_undisturbed_run(slurm,
         subprocess.run(["scancel", "--batch", "--signal=USR1", job_id], check=True, timeout=30)
         while "stopped by SIGUSR1" not in (run / "job.log").read_text().rpartition("going on from")[2]:
             time.sleep(0.1)
-        step = max(checkpoints.steps(run))
+        step = max(checkpoint.steps(run))
     slurm.until("finished")
     assert (run / "job.log").read_text().count("going on from") == 2
     assert figures(Run(run)) == figures(undisturbed)
@@ -845,12 +846,12 @@ def test_slurm_queued_again_by_a_signal_and_cancelled_it_still_has_the_same_bits
     subprocess.run(["scancel", "--batch", "--signal=USR1", job_id], check=True, timeout=30)
     while f"job {job_id} is queued again" not in (run / "job.log").read_text():
         time.sleep(0.1)
-    step = until_step(run, max(checkpoints.steps(run)) + 1)
+    step = until_step(run, max(checkpoint.steps(run)) + 1)
     slurm.run("scancel", job_id).ok()
     slurm.until("ended early")  # and is not queued again
     [again] = slurm.submit("--cell", str(run))["job_ids"]
     assert [row["job_id"] for row in slurm.until("finished")] == [again]
-    assert max(checkpoints.steps(run)) > step
+    assert max(checkpoint.steps(run)) > step
     assert figures(Run(run)) == figures(undisturbed)
 
 

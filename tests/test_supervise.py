@@ -12,7 +12,8 @@ import time
 
 import pytest
 
-from allranks.launch import processes, variables, wire
+from allranks.base import links, processes
+from allranks.job import variables
 from launching import BIN, RANK, TOLD, Started, python, supervised
 
 LAUNCHERS = ["mpiexec", "torchrun"]
@@ -309,8 +310,8 @@ def test_a_launcher_that_lingers_after_the_last_rank_is_no_failure(tmp_path):
     slow.chmod(0o755)
     words = [str(slow), "-n", "2", *RANK, *python("pass")]
     code = (
-        "import os, sys\nfrom allranks.launch import supervise\nsupervise.LEAVE_S = 1\n"
-        f"outcome = supervise.run({words!r}, dict(os.environ), None, world_size=2)\n"
+        "import os, sys\nfrom allranks.launch import supervisor\nsupervisor.LEAVE_S = 1\n"
+        f"outcome = supervisor.run({words!r}, dict(os.environ), None, world_size=2)\n"
     )
     with Started(python(code + TOLD), "lingering") as started:
         got, _, err = started.finish(within_s=20)
@@ -341,9 +342,9 @@ def test_rank_0_sees_a_terminal_where_the_user_has_one():
 
 def test_what_the_launcher_says_is_shown_where_no_rank_explains_it():
     command = python(
-        "import os, sys\nfrom allranks.launch import supervise\n"
+        "import os, sys\nfrom allranks.launch import supervisor\n"
         f"argv = [{sys.executable!r}, '-c', 'import sys; print(\"no such queue\"); sys.exit(9)']\n"
-        "outcome = supervise.run(argv, dict(os.environ), None, world_size=2)\n" + TOLD
+        "outcome = supervisor.run(argv, dict(os.environ), None, world_size=2)\n" + TOLD
     )
     with Started(command, "launcher") as started:
         got, _, err = started.finish()
@@ -356,8 +357,8 @@ def by_shell(script: str, ranks: int, **more: object) -> list[str]:
     """Supervised ranks that a shell script starts; its "$@" is the wrapper with a program."""
     argv = ["sh", "-c", script, "sh", *RANK, *python("import time; time.sleep(30)")]
     return python(
-        "import os, sys\nfrom allranks.launch import supervise\n"
-        f"outcome = supervise.run({argv!r}, dict(os.environ), None, world_size={ranks}, **{more!r})\n"
+        "import os, sys\nfrom allranks.launch import supervisor\n"
+        f"outcome = supervisor.run({argv!r}, dict(os.environ), None, world_size={ranks}, **{more!r})\n"
         + TOLD
     )
 
@@ -395,9 +396,9 @@ def test_nobody_without_the_secret_is_listened_to(tmp_path):
     code = f"import os, time\nwhile not os.path.exists({str(go)!r}): time.sleep(0.01)\nprint('fine')"
     inner = [*RANK, *python(code)]
     command = python(
-        "import os, sys\nfrom allranks.launch import supervise\n"
+        "import os, sys\nfrom allranks.launch import supervisor\n"
         f"argv = ['sh', '-c', 'echo $ALLRANKS_SUPERVISOR >&2; exec \"$@\"', 'sh', *{inner!r}]\n"
-        "outcome = supervise.run(argv, dict(os.environ), None, world_size=1)\n" + TOLD
+        "outcome = supervisor.run(argv, dict(os.environ), None, world_size=1)\n" + TOLD
     )
     with Started(command, "stranger") as started:
         host, _, port = started.process.stderr.readline().decode().strip().rpartition(":")
@@ -412,11 +413,11 @@ def test_nobody_without_the_secret_is_listened_to(tmp_path):
         }
         sent = []
         for data in (
-            wire.message(**hello),
-            wire.message(code=3),
+            links.message(**hello),
+            links.message(code=3),
             b"GET / HTTP/1.1\r\n\r\n",
             b"\xff" * 9 + b"\n",
-            wire.message(**{**hello, "secret": "gu\xe9ss\ud800"}),
+            links.message(**{**hello, "secret": "gu\xe9ss\ud800"}),
             b"[" * 99_999 + b"\n",
         ):
             link = socket.create_connection((host, int(port)), timeout=5)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 import allranks
-from allranks.errors import UserError, end_unread
+from allranks.base.errors import UserError, end_unread
 
 DESCRIPTION = "The same PyTorch training run on one core, one GPU or every rank of a supercomputer."
 
@@ -34,7 +34,7 @@ def _run(given: list[str]) -> int:
     if command == "train":  # Hydra's
         os.execv(sys.executable, [sys.executable, "-m", "allranks.train", *rest])
     if command == "launch":
-        from allranks.launch import cli as launching
+        from allranks.launch import options as launching
 
         return launching.launch(rest)
     if command == "doctor":
@@ -42,13 +42,14 @@ def _run(given: list[str]) -> int:
 
         return doctor.main(rest)
     if command == "checkpoint":
-        from allranks import checkpoint_cli
+        from allranks.run import show
 
-        return checkpoint_cli.main(rest)
+        return show.main(rest)
     if command in ("submit", "runs", "cancel"):
-        from allranks.launch import submit
+        from allranks.submit import command as submitting
+        from allranks.submit import listing
 
-        answer = {"submit": submit.submit, "runs": submit.list_runs, "cancel": submit.cancel}[command]
+        answer = {"submit": submitting.submit, "runs": listing.list_runs, "cancel": listing.cancel}[command]
         return answer(rest)
     options = _parser().parse_args(given)
     options.run(options)

@@ -8,7 +8,8 @@ from typing import Any
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
-from allranks.errors import UserError, one_line
+from allranks.base.errors import UserError
+from allranks.base.text import one_line
 
 
 def build(key: str, section: Mapping[str, Any], *args: Any, **values: Any) -> Any:

@@ -28,7 +28,8 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from allranks.errors import UserError, did_you_mean
+from allranks.base.errors import UserError
+from allranks.base.text import did_you_mean
 
 GROUPS = ("data", "model", "optimizer", "scheduler", "trainer", "experiment")
 MONITORED = ("train/loss", "train/accuracy", "val/loss", "val/accuracy")

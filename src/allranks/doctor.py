@@ -25,7 +25,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import allranks
-from allranks.errors import UserError, one_line
+from allranks.base.errors import UserError
+from allranks.base.files import file_system
+from allranks.base.text import one_line
+from allranks.job.hosts import find_allocation
 
 LIMIT_S = 30.0  # for one check; torch's first import on a cold file system takes long
 TOOL_S = 8.0  # for one command of a scheduler or MPI
@@ -228,7 +231,7 @@ def _starts_ranks_of(library: str, launcher: str) -> str:
 
 
 def ezpz() -> Findings:
-    from allranks import rundir
+    from allranks.run import directory as rundir
     from allranks.runtime import ezpz
 
     state = ezpz.installed()
@@ -270,14 +273,14 @@ def scheduler() -> Findings:
 
 
 def machine() -> Findings:
-    from allranks.launch import machine
+    from allranks.job import machine
 
     yield ok(f"{machine.load().name} (chosen by host name; --machine takes another)")
 
 
 def ranks() -> Findings:
     """Whether rank variables are left over in this shell."""
-    from allranks.runtime.environment import discover
+    from allranks.job.identity import discover
 
     try:
         launch = discover(os.environ)
@@ -312,7 +315,6 @@ def data() -> Findings:
 
 def run_dir() -> Findings:
     """Whether a run directory can be made below here, and what the file system is good for."""
-    from allranks.launch import allocation
 
     above = next(p for p in [Path("runs").absolute(), *Path("runs").absolute().parents] if p.is_dir())
     try:
@@ -322,9 +324,9 @@ def run_dir() -> Findings:
         text = f"no run directory can be made in {above}: {problem.strerror}."
         yield error(text, "Go to a directory that you may write, or give run.dir.")
         return
-    free, kind = shutil.disk_usage(above).free / 2**30, allocation.file_system(above)
+    free, kind = shutil.disk_usage(above).free / 2**30, file_system(above)
     text = f"{above} is writable ({kind}, {free:,.0f} GiB free)"
-    nodes = len(allocation.find(os.environ).hosts)
+    nodes = len(find_allocation(os.environ).hosts)
     if kind in NODE_LOCAL and nodes > 1:
         yield error(
             f"{text}, but this job has {nodes} nodes, and that file system is this one's.",
@@ -337,7 +339,7 @@ def run_dir() -> Findings:
 
 
 def threads() -> Findings:
-    from allranks.runtime.environment import cpu_affinity
+    from allranks.base.processes import cpu_affinity
 
     mine, there = len(cpu_affinity()), os.cpu_count() or 1
     omp = os.environ.get("OMP_NUM_THREADS", "")

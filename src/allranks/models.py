@@ -9,7 +9,8 @@ from math import prod
 import torch
 from torch import nn
 
-from allranks.errors import UserError, did_you_mean
+from allranks.base.errors import UserError
+from allranks.base.text import did_you_mean
 
 
 def linear(input_shape: Sequence[int], classes: int) -> nn.Module:

@@ -20,20 +20,22 @@ import sys
 import traceback
 
 from allranks import config as configs
+from allranks.base.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError, end_unread
 from allranks.config import Config
-from allranks.control import EXIT_REQUEUE, FROM_TERMINAL, Control, Signals
-from allranks.errors import EXIT_USER_ERROR, UserError, end_unread
-from allranks.runtime import environment, mpi
+from allranks.job import identity
+from allranks.run import directory as rundir
+from allranks.runtime import mpi
+from allranks.training.control import FROM_TERMINAL, Control, Signals
 
 
 def main() -> None:
     """Composes, trains once for each composed configuration, and exits: 0, 2 after a user's error, or 85
     where it was stopped with a checkpoint to go on from."""
     faulthandler.enable()
-    rank = environment.launcher_rank(os.environ)
-    launch: environment.Launch | None = None
+    rank = identity.launcher_rank(os.environ)
+    launch: identity.Launch | None = None
     try:
-        launch = environment.discover(os.environ)
+        launch = identity.discover(os.environ)
         launched = sys.argv[1:2] == ["--frozen"]
         signals = Signals()
         signals.count(signal.SIGUSR1, signal.SIGUSR2)  # which would end a process that awaits none
@@ -45,7 +47,7 @@ def main() -> None:
     except UserError as error:
         if error.said_by in (None, rank):
             print(f"allranks: {error}", file=sys.stderr, flush=True)
-        if launch is None and environment.started_by_mpi(os.environ):
+        if launch is None and identity.started_by_mpi(os.environ):
             mpi.end_job(EXIT_USER_ERROR)  # a rank that the stale variables happen to fit waits for this one
         if error.said_by is None:
             mpi.abort(error.code)  # the other ranks do not know, and may wait for this one
@@ -62,7 +64,7 @@ def main() -> None:
         raise
 
 
-def compose(launch: environment.Launch, launched: bool) -> list[Config]:
+def compose(launch: identity.Launch, launched: bool) -> list[Config]:
     """The configurations of the command line; a rank's error there becomes every rank's.
 
     `allranks launch` composed beforehand, and starts each rank with `--frozen DIRECTORY SHA256`.
@@ -76,7 +78,7 @@ def compose(launch: environment.Launch, launched: bool) -> list[Config]:
     except UserError as error:
         if launch.alone:
             raise
-        from allranks.runtime.runtime import open_runtime
+        from allranks.runtime.bringup import open_runtime
 
         open_runtime(launch, None, "", error)
         raise
@@ -84,7 +86,7 @@ def compose(launch: environment.Launch, launched: bool) -> list[Config]:
 
 def run(
     config: Config,
-    launch: environment.Launch,
+    launch: identity.Launch,
     launched: bool = False,
     number: int = 0,
     signals: Signals | None = None,
@@ -104,10 +106,10 @@ def run(
         from allranks.runtime import lean
 
         lean.keep_compiler_out()
-    from allranks import engine, rundir, saving
     from allranks.data import loader
-    from allranks.reporter import Reporter, process_age_s
-    from allranks.runtime.runtime import open_runtime
+    from allranks.runtime.bringup import open_runtime
+    from allranks.training import engine, state
+    from allranks.training.report import Reporter, process_age_s
 
     gc.freeze()
     gc.enable()
@@ -132,7 +134,7 @@ def run(
         if standing == "new":
             frozen, exactly = configs.freeze(config), config.run.dir is not None
             path = runtime.meeting.from_rank_0(lambda: rundir.create(path, frozen, exactly))
-        with saving.Saver(runtime, path, config) as saver:
+        with state.Saver(runtime, path, config) as saver:
             resumed = saver.resume(training)
             report.opened(path, training, resumed, saver.check)
             startup_s = process_age_s() - began_s

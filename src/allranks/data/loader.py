@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from allranks.base import processes
+from allranks.base.errors import UserError
 from allranks.data.early import make
-from allranks.errors import UserError
-from allranks.launch import processes
-from allranks.randomness import mixed, reseed
+from allranks.data.randomness import mixed, reseed
 from allranks.runtime.runtime import Runtime
 
 FETCH_S = 1800  # rank 0 may have to download

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from allranks.errors import UserError, did_you_mean
+from allranks.base.errors import UserError
+from allranks.base.text import did_you_mean
 
 CONNECT_S = 5  # a compute node without internet must say so within seconds
 CLASSES = 10

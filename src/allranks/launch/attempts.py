@@ -14,14 +14,16 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from allranks import checkpoints, rundir
+from allranks.base import processes
+from allranks.base.errors import EXIT_REQUEUE, EXIT_STUCK, EXIT_USER_ERROR, UserError
 from allranks.config import Config
-from allranks.control import EXIT_REQUEUE
-from allranks.errors import EXIT_STUCK, EXIT_USER_ERROR, UserError
-from allranks.launch import command, preflight, processes, supervise, variables
-from allranks.launch.allocation import Allocation, Host
-from allranks.launch.command import Plan, Request
-from allranks.launch.machine import Machine
+from allranks.job import variables
+from allranks.job.hosts import Allocation, Host
+from allranks.job.machine import Machine
+from allranks.launch import preflight, supervisor
+from allranks.launch.plan import Plan, Request, make_plan
+from allranks.run import checkpoint
+from allranks.run import directory as rundir
 
 MOST_STUCK = 3
 ALONE_S = 15.0  # for a host that is tried alone
@@ -49,7 +51,7 @@ class Launch:
         if self.directory is not None:
             request = replace(request, hosts_path=str(Path(self.directory) / "hosts"))
         request = replace(request, **changes)  # type: ignore[arg-type]
-        plan = command.plan(request, self.machine, self.allocation, self.environ)
+        plan = make_plan(request, self.machine, self.allocation, self.environ)
         for path, content in plan.files:
             with rundir.writing(str(Path(path).parent)):
                 Path(path).write_text(content)
@@ -72,7 +74,7 @@ def run(launch: Launch, check: bool) -> int:
     plan = _fit(launch, launch.plan()) if check else launch.plan()
     step, stuck = newest_step(launch), 0
     for attempt in itertools.count(1):
-        outcome = supervise.run(
+        outcome = supervisor.run(
             plan.argv, launch.environment(plan), launch.directory, world_size=plan.world_size,
             hosts=[host.name for host in plan.hosts],
         )  # fmt: skip
@@ -82,7 +84,7 @@ def run(launch: Launch, check: bool) -> int:
         before, step = step, newest_step(launch)
         stuck = stuck + 1 if step == before and launch.config else 0
         if stuck == MOST_STUCK:
-            supervise.say(
+            supervisor.say(
                 f"{outcome.failure} This was the third crash without a step gained (step {step}): look at "
                 "what fails there. Nothing is started again."
             )
@@ -95,18 +97,18 @@ def run(launch: Launch, check: bool) -> int:
                 break
             if gone:
                 plan = launch.plan(left)
-                why.append(f"Going on without {supervise.some(gone)}.")
+                why.append(f"Going on without {supervisor.some(gone)}.")
         if launch.config:
             why.append(f"From step {step}:")
-        supervise.say(" ".join([*why, f"restart {attempt} of {launch.max_restarts}."]))
+        supervisor.say(" ".join([*why, f"restart {attempt} of {launch.max_restarts}."]))
     if outcome.failure:
-        supervise.say(outcome.failure)
+        supervisor.say(outcome.failure)
     return outcome.code
 
 
 def newest_step(launch: Launch) -> int:
     """Of the training's checkpoints, by name alone; 0 without one."""
-    return max(checkpoints.steps(launch.directory), default=0) if launch.directory else 0
+    return max(checkpoint.steps(launch.directory), default=0) if launch.directory else 0
 
 
 def _enough(launch: Launch, hosts: Sequence[Host]) -> bool:
@@ -124,12 +126,12 @@ def _fit(launch: Launch, plan: Plan) -> Plan:
         gone = _to_blame(launch, plan, error.gone)
         left = tuple(host for host in plan.hosts if host.name not in gone)
         if gone and _enough(launch, left):
-            supervise.say(f"{supervise.some(gone)} cannot be reached: going on without.")
+            supervisor.say(f"{supervisor.some(gone)} cannot be reached: going on without.")
             return _fit(launch, launch.plan(left))
         if not gone:
             raise
         raise UserError(
-            f"preflight: {supervise.some(gone)} cannot be reached: nothing can be started there. Take "
+            f"preflight: {supervisor.some(gone)} cannot be reached: nothing can be started there. Take "
             f"it out of the job, or allow fewer ranks with --min-ranks.\n{error}"
         ) from error
     print(fit, file=sys.stderr, flush=True)

@@ -7,8 +7,9 @@ import json
 import shlex
 from collections.abc import Iterator, Sequence
 
-from allranks.launch.allocation import Host
-from allranks.launch.command import Plan, RankPlace
+from allranks.base.text import table
+from allranks.job.hosts import Host
+from allranks.launch.plan import Plan, RankPlace
 
 ROWS_PER_HOST = 16  # of a host with more ranks, the first ones and the last are shown
 FOLDED_FROM = 32  # ranks; fewer are all shown
@@ -34,7 +35,7 @@ def text(plan: Plan, source: str) -> str:
     parts += [f"File {path}:\n{_folded(content)}" for path, content in plan.files]
     parts.append("Variables:\n" + table([(v.name, v.value, v.why) for v in plan.variables]))
     parts.append(
-        f"Each rank's own, set by allranks.launch.rank: {SET_PER_RANK}"
+        f"Each rank's own, set by allranks.launch.guard: {SET_PER_RANK}"
         + (f" {plan.machine.device.variable}" if plan.machine.device.variable else "")
     )
     if "allranks.train" in plan.argv and "--frozen" not in plan.argv:
@@ -104,14 +105,6 @@ def _row(place: RankPlace) -> Sequence[str]:
         place.cpus or "not bound",
         place.device or "-",
     )
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns side by side; a row's last cell is as wide as it likes."""
-    columns = max(len(row) for row in rows)
-    widths = [max((len(r[i]) for r in rows if len(r) > i + 1), default=0) for i in range(columns)]
-    lines = ("  ".join(f"{cell:{w}}" for cell, w in zip(r, widths, strict=False)) for r in rows)
-    return "\n".join("  " + line.rstrip() for line in lines)
 
 
 def _folded(content: str, most: int = 8) -> str:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from allranks.errors import UserError, did_you_mean
-from allranks.launch import allocation as allocations
-from allranks.launch.allocation import Allocation, Host
-from allranks.launch.machine import LAUNCHERS, Machine
+from allranks.base.errors import UserError
+from allranks.base.text import did_you_mean
+from allranks.job.hosts import Allocation, Host, compress, is_this_host
+from allranks.job.machine import LAUNCHERS, Machine
 
 MAX_ARGUMENT = 65536  # bytes; Linux takes 128 KiB for one argument
 Files = tuple[tuple[str, str], ...]  # (path, text) that must be there before the command starts
@@ -234,7 +234,7 @@ def _srun(job: Job, bound: Binding) -> Built:
     if job.even:
         argv.append(f"--ntasks-per-node={job.most}")
         if not job.whole:
-            argv += ["-w", allocations.compress(host.name for host in job.hosts)]
+            argv += ["-w", compress(host.name for host in job.hosts)]
     else:  # one name for each rank: `man srun`, --distribution=arbitrary
         names = [host.name for host in job.hosts for _ in range(host.slots)]
         argv += ["--distribution=arbitrary", "-w", ",".join(names)]
@@ -254,7 +254,7 @@ def _torchrun(job: Job, bound: Binding, per_rank: Sequence[str]) -> Built:
     here = (python, "-m", "torch.distributed.run", "--nproc-per-node", str(job.most))
     # The first `--` is for torchrun's own argument parser, which would swallow the second one.
     ranks = (*job.machine.options.torchrun, "-m", "--", module, *program)
-    local = job.allocation.scheduler == "local" or allocations.is_this_host(job.hosts[0].name)
+    local = job.allocation.scheduler == "local" or is_this_host(job.hosts[0].name)
     if len(job.hosts) == 1 and local:
         return (*here, "--standalone", *ranks), ()
     meet = ("--nnodes", str(len(job.hosts)), "--rdzv-backend", "c10d", "--rdzv-endpoint",

@@ -23,10 +23,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from allranks import rundir
-from allranks.errors import EXIT_USER_ERROR, UserError
-from allranks.launch import supervise, variables, wire
-from allranks.runtime import environment
+from allranks.base import links
+from allranks.base.errors import EXIT_TIMED_OUT, EXIT_USER_ERROR, UserError
+from allranks.job import identity, variables
+from allranks.launch import supervisor
+from allranks.run import directory as rundir
 
 if TYPE_CHECKING:
     from allranks.config import Config
@@ -94,7 +95,7 @@ def check(
             with rundir.writing(str(run_dir)):
                 token.touch()
         start_s = min(limit_s, START_S + len(set(hosts)) / 100)
-        supervision = supervise.Supervision(
+        supervision = supervisor.Supervision(
             heard, world_size, hosts, start_s=start_s, limit_s=limit_s, passes_on=False
         )
         outcome = supervision.run(
@@ -106,7 +107,7 @@ def check(
                 token.unlink()
     if outcome.stopped:
         raise Stopped(outcome.failure or "stopped", outcome.code or 128 + signal.SIGTERM)
-    problems = judge(heard.words(), outcome.hosts, outcome.code == supervise.TIMED_OUT)
+    problems = judge(heard.words(), outcome.hosts, outcome.code == EXIT_TIMED_OUT)
     if problems:
         raise UserError("\n".join(f"preflight: {problem}" for problem in problems))
     if outcome.code:
@@ -129,7 +130,7 @@ def _needs(config: Config | None) -> dict[str, Any]:
     return {"data": data, "device": config.device}
 
 
-class Heard(supervise.Console):
+class Heard(supervisor.Console):
     """Instead of the user's console: what the ranks have found, and what else was said."""
 
     def __init__(self) -> None:
@@ -137,7 +138,7 @@ class Heard(supervise.Console):
         self.said = b""
         self._out: dict[int, bytes] = {}
 
-    def show(self, r: supervise.Rank, kind: str, data: bytes) -> None:
+    def show(self, r: supervisor.Rank, kind: str, data: bytes) -> None:
         if kind == "out":
             self._out[r.rank] = self._out.get(r.rank, b"") + data
         else:
@@ -152,7 +153,7 @@ class Heard(supervise.Console):
         for rank, out in self._out.items():
             for line in out.splitlines():
                 if line.startswith(b'{"'):
-                    words.setdefault(rank, {}).update(wire.parse(line))
+                    words.setdefault(rank, {}).update(links.parse(line))
         return words
 
 
@@ -182,7 +183,7 @@ def judge(words: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str], time
         for r in sorted(hosts):
             if text := words.get(r, {}).get("added", stuck):
                 wrong.setdefault(text, []).append(hosts[r])
-    return [f"{supervise.some(list(dict.fromkeys(where)))}: {text}" for text, where in wrong.items()]
+    return [f"{supervisor.some(list(dict.fromkeys(where)))}: {text}" for text, where in wrong.items()]
 
 
 # --- in the allocation: on every rank -----------------------------------------------------------
@@ -193,7 +194,7 @@ def main() -> int:
     rank, size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
     place = (environ[variables.MASTER_ADDR], int(environ[variables.MASTER_PORT]))
     try:
-        listener = wire.listen(*place) if rank == 0 and size > 1 else None  # before others come to connect
+        listener = links.listen(*place) if rank == 0 and size > 1 else None  # before others come to connect
         _tell(problems=problems(task, environ), facts=facts() if environ["LOCAL_RANK"] == "0" else None)
         if size > 1:
             add_by_tcp(rank, size, place, listener, environ[variables.RANKS_SECRET])
@@ -233,7 +234,7 @@ def device_problem(device: str | None, environ: Mapping[str, str]) -> str:
         return ""
     import torch
 
-    from allranks.runtime.runtime import is_available
+    from allranks.runtime.bringup import is_available
 
     if not is_available(device):
         return (
@@ -294,25 +295,26 @@ def add_by_tcp(
 ) -> None:
     """Through rank 0, which has the `listener`. Raises UserError where the sum is not right."""
     if listener is not None:
-        parts, links = {0: part(0)}, []
+        parts: dict[int, list[float]] = {0: part(0)}
+        others: list[socket.socket] = []
         while len(parts) < size:
             link, _ = listener.accept()
             link.settimeout(HELLO_S)
-            with contextlib.suppress(OSError, EOFError, wire.WireError, KeyError):  # a stranger
-                word = wire.parse(link.makefile("rb").readline(wire.LONGEST))
-                if wire.is_secret(word["secret"], secret):
+            with contextlib.suppress(OSError, EOFError, links.WireError, KeyError):  # a stranger
+                word = links.parse(link.makefile("rb").readline(links.LONGEST))
+                if links.is_secret(word["secret"], secret):
                     parts[word["rank"]] = word["part"]
-                    links.append(link)
+                    others.append(link)
         total = [sum(column) for column in zip(*parts.values(), strict=True)]
-        for link in links:
+        for link in others:
             with contextlib.suppress(OSError), link:  # a rank that is gone is the supervisor's to name
-                link.sendall(wire.message(sum=total))
+                link.sendall(links.message(sum=total))
         listener.close()
     else:
         try:
-            with wire.connect(*place, CONNECT_S) as link:
-                link.sendall(wire.message(secret=secret, rank=rank, part=part(rank)))
-                total = wire.parse(link.makefile("rb").readline())["sum"]
+            with links.connect(*place, CONNECT_S) as link:
+                link.sendall(links.message(secret=secret, rank=rank, part=part(rank)))
+                total = links.parse(link.makefile("rb").readline())["sum"]
         except (OSError, EOFError) as error:
             reason = getattr(error, "strerror", None) or error or "the connection was closed"
             raise UserError(
@@ -323,7 +325,7 @@ def add_by_tcp(
 
 def add_by_mpi(environ: Mapping[str, str]) -> None:
     """The same over MPI, where an MPI launcher started the ranks."""
-    launch = environment.discover(environ)
+    launch = identity.discover(environ)
     if not launch.is_mpi:
         return
     from allranks.runtime import mpi

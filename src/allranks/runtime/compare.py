@@ -8,7 +8,7 @@ import statistics
 
 import torch
 
-from allranks.errors import RunError
+from allranks.base.errors import RunError
 from allranks.runtime.meeting import ranks_named
 from allranks.runtime.runtime import Runtime
 

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from allranks.errors import UserError
+from allranks.base.errors import UserError
 
 if TYPE_CHECKING:
     import torch

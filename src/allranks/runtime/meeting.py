@@ -17,11 +17,11 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from allranks.errors import UserError
-from allranks.launch import variables
-from allranks.launch.wire import listen
+from allranks.base.errors import UserError
+from allranks.base.links import listen
+from allranks.job import variables
+from allranks.job.identity import Launch, first_host
 from allranks.runtime import mpi
-from allranks.runtime.environment import Launch, first_host
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -190,7 +190,7 @@ def _serve_through_mpi(comm: Any) -> Store:
 
 def _address(hosts: Sequence[str]) -> str:
     """Where ranks on other hosts reach this one. Its own name may lead to its loopback."""
-    from allranks.launch.allocation import address_for
+    from allranks.job.hosts import address_for
 
     return os.environ.get("MASTER_ADDR") or address_for(hosts)
 

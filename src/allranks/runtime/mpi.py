@@ -6,8 +6,9 @@ import socket
 import sys
 from typing import TYPE_CHECKING, Any
 
-from allranks.errors import UserError, one_line
-from allranks.runtime.environment import Launch
+from allranks.base.errors import UserError
+from allranks.base.text import one_line
+from allranks.job.identity import Launch
 
 if TYPE_CHECKING:
     import torch

@@ -8,25 +8,36 @@ import os
 import re
 import shlex
 import shutil
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from allranks import checkpoints, rundir
-from allranks.control import EXIT_REQUEUE
-from allranks.errors import EXIT_STUCK, UserError
-from allranks.launch import allocation as allocations
-from allranks.launch import cli, command, dryrun, machine, runs, scheduler, script
-from allranks.launch.allocation import Host
-from allranks.launch.command import Plan, Request
-from allranks.launch.machine import LAUNCHERS, Machine
-from allranks.launch.script import Order
+from allranks.base import files
+from allranks.base.errors import UserError
+from allranks.base.files import file_system
+from allranks.base.text import table
+from allranks.job import machine, scheduler
+from allranks.job.hosts import Host, placeholder_allocation
+from allranks.job.machine import Machine
+from allranks.launch import dryrun, options
+from allranks.launch.plan import Plan, Request, check_program, make_plan
+from allranks.run import directory as rundir
+from allranks.run.cells import (
+    CELLS,
+    JOB,
+    Cell,
+    composed_cells,
+    frozen_cells,
+    is_finished,
+    make_cells,
+    read_job,
+    write_cells,
+)
+from allranks.submit import script
+from allranks.submit.script import Order
 
-USAGE = """%(prog)s [options] [machine.key=value ...]
-                       [overrides of the training, -m | -- PROGRAM ARGS...]"""
 NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run", "/local", "/localscratch")
 
 
@@ -39,7 +50,7 @@ class Task:
     plan: Plan
     directory: str
     program: tuple[str, ...] = ()
-    cells: tuple[runs.Cell, ...] = ()
+    cells: tuple[Cell, ...] = ()
 
     @property
     def is_sweep(self) -> bool:
@@ -57,65 +68,7 @@ class Task:
         return script.render(self.order, self.machine, directory, self.program, number, umask, os.environ)
 
 
-def submit(arguments: Sequence[str]) -> int:
-    """`allranks submit ARGUMENTS`; the exit code. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="allranks submit", usage=USAGE, allow_abbrev=False)
-    add = parser.add_argument
-    add("--machine", metavar="M", help="machine file to use; default: the one this host belongs to")
-    add("--nodes", type=int, metavar="K", help="nodes (chunks, where a queue deals in those); default: 1")
-    add("--walltime", metavar="HH:MM:SS", help="how long the job may run")
-    add("--account", metavar="NAME", help="whose account pays")
-    add("--queue", metavar="Q", help="queue, partition or QOS; default: the machine file's")
-    add("--name", metavar="N", help="the job's name; default: the run's")
-    add("--chain", type=int, metavar="K", help="K jobs one after another in one run directory, and no more")
-    add("--after", metavar="ID", help="start once that job has ended")
-    add("--cell", metavar="DIR", help="submit a cell of a sweep (or any run that was submitted) once more")
-    add("-n", dest="ranks", type=int, metavar="RANKS", help="ranks in all; default: the machine file's")
-    add("--ppn", type=int, metavar="P", help="ranks per node")
-    add("--launcher", metavar="|".join(LAUNCHERS), help="who starts the ranks")
-    add("--max-restarts", type=int, default=None, metavar="N", help="in the job: as for allranks launch")
-    add("--min-ranks", type=int, metavar="M", help="in the job: as for allranks launch")
-    add("--config-dir", metavar="DIR", help="a folder with machine/NAME.yaml (and groups) of your own")
-    add("--next", metavar="DIR", help="of a job script: what comes after this job, once it has stopped")
-    add("--no-preflight", action="store_true", help="start at once, without checking the hosts first")
-    add("--dry-run", action="store_true", help="show the script, the command and every rank's place")
-    add("--json", action="store_true", help="the answer for programs")
-    args, rest = cli.parsed(parser, arguments)
-    if args.next:
-        return _next(parser, args.next)
-    return _submit(args, rest)
-
-
-def list_runs(arguments: Sequence[str]) -> int:
-    """`allranks runs [DIR]`; the exit code. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="allranks runs", description="lists runs", allow_abbrev=False)
-    parser.add_argument("root", nargs="?", default="runs", metavar="DIR", help="default: ./runs")
-    parser.add_argument("--json", action="store_true", help="one JSON line a run")
-    args = parser.parse_args(arguments)
-    found = runs.listed(args.root, lambda text: print(f"allranks: {text}", file=sys.stderr))
-    if args.json:
-        print("".join(json.dumps(row) + "\n" for row in found), end="")
-        return 0
-    header = ("state", "job", "epochs", "val/accuracy", "directory")
-    cells = [
-        (r["state"], r["job_id"] or "-", str(r["epochs"]),
-         "-" if r["val/accuracy"] is None else f"{r['val/accuracy']:.2f} %", r["directory"])
-        for r in found
-    ]  # fmt: skip
-    print(dryrun.table([header, *cells]))
-    return 0
-
-
-def cancel(arguments: Sequence[str]) -> int:
-    """`allranks cancel RUN`; the exit code. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="allranks cancel", description="ends a run's jobs")
-    parser.add_argument("run", metavar="RUN", help="a run's directory, a sweep's, or one cell's")
-    args = parser.parse_args(arguments)
-    print(f"cancelled {', '.join(runs.cancelled(args.run))} of {args.run}")
-    return 0
-
-
-def _submit(args: argparse.Namespace, rest: Sequence[str]) -> int:
+def enqueue(args: argparse.Namespace, rest: Sequence[str]) -> int:
     if args.chain is not None and args.chain < 1:
         raise UserError(f"--chain {args.chain} is not valid: give a whole number >= 1.")
     task = _again(args, rest) if args.cell else _new(args, rest)
@@ -134,7 +87,7 @@ def _submit(args: argparse.Namespace, rest: Sequence[str]) -> int:
         )
     fresh = not Path(task.directory).exists()
     if not args.cell and task.cells:
-        runs.make(task.directory, task.cells)
+        make_cells(task.directory, task.cells)
     elif not args.cell:
         rundir.create(task.directory, None)
     ids = _queue(task, args, fresh)
@@ -148,73 +101,16 @@ def _submit(args: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
-def _next(parser: argparse.ArgumentParser, directory: str) -> int:
-    """After a job has stopped in order: the next one, or none; the exit code for its script.
-
-    A file in the run directory keeps it to one successor, and has the step that the run had come to.
-    """
-    job, me = runs.read(Path(directory) / runs.JOB), scheduler.this_job(os.environ)
-    if not job or me is None:
-        raise UserError(f"--next {directory} is for the script of a job that `allranks submit` has queued.")
-    kind, ids = str(job["scheduler"]), [str(job_id) for job_id in job["job_ids"]]
-    mine = next((i for i, job_id in enumerate(ids) if job_id.split(".")[0] == me.split(".")[0]), len(ids))
-    if runs.is_finished(directory):
-        try:
-            if later := scheduler.states(kind, ids[mine + 1 :]):
-                scheduler.cancel(kind, list(later)[::-1])
-                print(f"finished: {', '.join(later)} cancelled", flush=True)
-        except UserError as error:  # they will find that there is nothing left to do
-            print(f"allranks: {error}", file=sys.stderr, flush=True)
-        return 0
-    later = scheduler.states(kind, ids[mine + 1 :])
-    if later or job["program"] or job["order"].get("chain"):
-        goes_on = f"job {next(iter(later))} goes on" if later else "this was the last job of it"
-        print(f"{directory} is not finished: {goes_on}", flush=True)
-        return EXIT_REQUEUE
-    before = max((int(path.read_text() or 0) for path in Path(directory).glob(".next-*")), default=-1)
-    step = max(checkpoints.steps(directory), default=0)
-    mark = Path(directory) / f".next-{me}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-    try:
-        with mark.open("x") as file:
-            file.write(str(step))
-    except FileExistsError:
-        return EXIT_REQUEUE
-    except OSError as error:
-        mark.unlink(missing_ok=True)  # an empty one would stand for a successor
-        raise UserError(
-            f"{directory} cannot be written ({error.strerror}), so no job is queued: free some space or "
-            "quota there, then `allranks submit --cell` goes on from the newest checkpoint."
-        ) from error
-    if step <= before:
-        raise RunStuck(
-            f"{directory}: this job has not gained a step (step {step}), so no other is queued. Give a "
-            "longer --walltime with `allranks submit --cell`."
-        )
-    if kind == "slurm":
-        print(f"{directory} goes on from step {step}: job {me} is queued again", flush=True)
-        scheduler.requeue(me)
-    else:
-        args = parser.parse_args(["--cell", directory, "--next", directory])
-        # PBS takes no dependency on one job of an array, and the training of this one has ended
-        args.after = None if "[" in me else me
-        _submit(args, [])
-    return EXIT_REQUEUE
-
-
-class RunStuck(UserError):
-    code = EXIT_STUCK
-
-
 # --- what is asked for ---------------------------------------------------------------------------
 
 
 def _new(args: argparse.Namespace, rest: Sequence[str]) -> Task | None:
-    overrides, machine_overrides, program = cli.split(rest)
-    cells: list[runs.Cell] = []
+    overrides, machine_overrides, program = options.split(rest)
+    cells: list[Cell] = []
     directory = ""
     if program is None:
         own = ["--config-dir", args.config_dir] if args.config_dir else []
-        directory, cells = runs.cells([*own, *overrides])
+        directory, cells = composed_cells([*own, *overrides])
         if not cells:
             return None
     name = Path(directory).parent.name if cells else Path(_script_of(program or ())).stem
@@ -236,18 +132,18 @@ def _again(args: argparse.Namespace, rest: Sequence[str]) -> Task:
     if rest:
         raise UserError(f"{rest[0]} cannot be given with --cell: its configuration is frozen.")
     directory = str(Path(args.cell).absolute())
-    job = runs.read(Path(directory) / runs.JOB)
-    if not job or (Path(directory) / runs.CELLS).exists():
+    job = read_job(Path(directory) / JOB)
+    if not job or (Path(directory) / CELLS).exists():
         raise UserError(f"--cell {args.cell} was never submitted: give the directory of one cell.")
     asks = not (args.after or args.next or args.dry_run)
     if asks and (alive := scheduler.states(job["scheduler"], job["job_ids"])):
         there = ", ".join(f"{job_id} {state}" for job_id, state in alive.items())
         raise UserError(f"--cell {args.cell} still has a job ({there}): `allranks cancel` it first.")
-    if runs.is_finished(directory):
+    if is_finished(directory):
         raise UserError(f"--cell {args.cell} is finished: there is nothing left to do.")
     given = job["order"] | {"machine_overrides": tuple(job["order"]["machine_overrides"])}
     program = tuple(job["program"])
-    cells = [] if program else runs.of(directory)[1]
+    cells = [] if program else frozen_cells(directory)[1]
     order, known, plan = _checked(_with_options(Order(**given), args), program or cells[0].program())
     return Task(order, known, plan, directory, program, tuple(cells))
 
@@ -298,14 +194,14 @@ def _checked(order: Order, program: Sequence[str]) -> tuple[Order, Machine, Plan
 def _plan(order: Order, known: Machine, program: Sequence[str]) -> Plan:
     """How it will be launched, on placeholders for the hosts that the job will get."""
     queue = known.queues.get(order.queue or "")
-    hosts = allocations.placeholder(order.nodes, "slurm" if known.scheduler == "slurm" else "pbs")
+    hosts = placeholder_allocation(order.nodes, "slurm" if known.scheduler == "slurm" else "pbs")
     if queue and queue.ranks_per_chunk:  # all chunks of such a job are on one node
         slots = order.nodes * queue.ranks_per_chunk
         hosts = replace(hosts, hosts=(Host("node1", slots),), slots_given=True, queue=order.queue)
     _check_program(program, known)
     spread = order.nodes if order.ranks and not order.ppn else None
     request = Request(tuple(program), order.ranks, spread, order.ppn, order.launcher, installed_here=False)
-    plan = command.plan(request, known, hosts)
+    plan = make_plan(request, known, hosts)
     if order.ranks and len(plan.hosts) < len(hosts.hosts):
         raise UserError(
             f"-n {order.ranks} fills {len(plan.hosts)} of --nodes {order.nodes}: give fewer nodes."
@@ -324,7 +220,7 @@ def _check_program(program: Sequence[str], known: Machine) -> None:
     """That it is there, as far as can be told here: modules of the job may bring it."""
     if known.setup and "/" not in program[0] and shutil.which(program[0]) is None:
         return
-    command.check_program(program)
+    check_program(program)
 
 
 def _check_shared(task: Task) -> None:
@@ -333,7 +229,7 @@ def _check_shared(task: Task) -> None:
         return
     path = Path(task.directory).resolve()
     local = next((place for place in NODE_LOCAL if path.is_relative_to(place)), None)
-    if local is None and (kind := allocations.file_system(path)) in ("tmpfs", "ramfs", "devtmpfs"):
+    if local is None and (kind := file_system(path)) in ("tmpfs", "ramfs", "devtmpfs"):
         local = f"a {kind}"
     if local is not None:
         raise UserError(
@@ -385,16 +281,16 @@ def _record(task: Task, ids: Sequence[str]) -> None:
     for index, cell in enumerate(task.cells):
         own = [scheduler.of_array(kind, ids[0], index)] if is_array and ids else list(ids)
         of_cells.append(own[0] if own else None)
-        path = Path(cell.directory) / runs.JOB
-        before = runs.read(path).get("job_ids", []) if not is_array else []
+        path = Path(cell.directory) / JOB
+        before = read_job(path).get("job_ids", []) if not is_array else []
         own = list(dict.fromkeys([*before, *own]))
         mine = {"job_ids": own, "overrides": cell.overrides, "config_sha256": cell.sha256}
-        rundir.write_json(path, about | mine)
+        files.write_json(path, about | mine)
     if not task.cells or task.is_sweep:
-        path = Path(task.directory) / runs.JOB
-        rundir.write_json(path, about | {"job_ids": list(ids), "overrides": []})
+        path = Path(task.directory) / JOB
+        files.write_json(path, about | {"job_ids": list(ids), "overrides": []})
     if task.is_sweep:
-        runs.write_cells(task.directory, task.cells, of_cells)
+        write_cells(task.directory, task.cells, of_cells)
 
 
 def _shown(task: Task, args: argparse.Namespace) -> str:
@@ -416,6 +312,6 @@ def _shown(task: Task, args: argparse.Namespace) -> str:
     ]
     if task.is_sweep:
         rows = [(Path(cell.directory).name, *cell.overrides) for cell in task.cells]
-        parts.append("Cells:\n" + dryrun.table(rows))
+        parts.append("Cells:\n" + table(rows))
     parts.append("In the job:\n" + dryrun.text(task.plan, "placeholders, as there is no job yet"))
     return "\n\n".join(parts)

@@ -24,7 +24,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from allranks.errors import UserError
+from allranks.base.errors import UserError
 
 BEAT_S = 5.0
 SILENT_S = 30.0  # six beats missed

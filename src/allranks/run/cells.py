@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from allranks import config as configs
-from allranks import rundir
-from allranks.claim import Claim
+from allranks.base import files
+from allranks.base.errors import UserError
 from allranks.config import Config
-from allranks.control import EXIT_REQUEUE
-from allranks.errors import UserError
-from allranks.launch import scheduler
+from allranks.run import directory as rundir
+from allranks.run.claim import Claim
 
 JOB, CELLS = "job.json", "cells.jsonl"
 
@@ -38,7 +34,7 @@ class Cell:
         return (sys.executable, "-m", "allranks.train", "--frozen", self.directory, self.sha256)
 
 
-def cells(arguments: Sequence[str]) -> tuple[str, list[Cell]]:
+def composed_cells(arguments: Sequence[str]) -> tuple[str, list[Cell]]:
     """(directory, its cells) of the trainings that the command line asks for; none after --help.
 
     Several are a sweep: its directory has one for each cell, 0, 1, ... Nothing is made yet.
@@ -74,7 +70,7 @@ def _absolute(directory: str) -> str:
     return str(Path(directory).absolute())
 
 
-def make(directory: str, found: Sequence[Cell]) -> None:
+def make_cells(directory: str, found: Sequence[Cell]) -> None:
     """Makes and freezes every cell that is not there from an earlier start."""
     for cell in found:
         standing = rundir.standing(cell.directory, cell.config)
@@ -94,9 +90,9 @@ def _freeze_anew(cell: Cell) -> None:
         if path.read_text() == frozen:
             return
         Claim.take(cell.directory).release()
-        rundir.write_text(path, frozen).close()
-        if job := read(Path(cell.directory) / JOB):  # one that is queued would refuse another file
-            rundir.write_json(Path(cell.directory) / JOB, job | {"config_sha256": cell.sha256})
+        files.write_text(path, frozen).close()
+        if job := read_job(Path(cell.directory) / JOB):  # one that is queued would refuse another file
+            files.write_json(Path(cell.directory) / JOB, job | {"config_sha256": cell.sha256})
 
 
 def write_cells(sweep: str, found: Sequence[Cell], job_ids: Sequence[str | None] = ()) -> None:
@@ -109,10 +105,10 @@ def write_cells(sweep: str, found: Sequence[Cell], job_ids: Sequence[str | None]
     (Path(sweep) / CELLS).write_text("".join(f"{line}\n" for line in lines))
 
 
-def of(directory: str) -> tuple[str, list[Cell]]:
+def frozen_cells(directory: str) -> tuple[str, list[Cell]]:
     """The same of a run directory that is there, frozen as it was when a job was submitted for it."""
     absolute = _absolute(directory)
-    path, job = Path(absolute) / "config.yaml", read(Path(absolute) / JOB)
+    path, job = Path(absolute) / "config.yaml", read_job(Path(absolute) / JOB)
     if not path.is_file():
         raise UserError(f"{directory} has no config.yaml: give a directory that `allranks` made.")
     sha256 = job.get("config_sha256") or hashlib.sha256(path.read_bytes()).hexdigest()
@@ -120,7 +116,7 @@ def of(directory: str) -> tuple[str, list[Cell]]:
     return absolute, [Cell(absolute, config, tuple(job.get("overrides", ())), str(sha256))]
 
 
-def read(path: Path) -> dict[str, Any]:
+def read_job(path: Path) -> dict[str, Any]:
     """What job.json says; nothing where there is none, or it is another program's."""
     try:
         found = json.loads(path.read_text())
@@ -132,16 +128,13 @@ def read(path: Path) -> dict[str, Any]:
     return found if ours else {}
 
 
-TERMINATED = str(128 + signal.SIGTERM)  # by the scheduler: at the walltime, or cancelled
-
-
 def is_finished(directory: str | Path) -> bool:
     if (Path(directory) / rundir.CONFIG).exists():
         return rundir.is_finished(Path(directory))
-    return _text(Path(directory) / "exit_code") == "0"
+    return text_of(Path(directory) / "exit_code") == "0"
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
     """What the file holds; nothing where it is not there, or has just been taken away."""
     try:
         return path.read_text(errors="replace").strip()
@@ -150,72 +143,3 @@ def _text(path: Path) -> str:
 
 
 # --- `allranks runs` and `allranks cancel` -------------------------------------------------------
-
-
-def listed(root: str, warn: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Every run below `root`: state, job id, epochs, validation accuracy, directory."""
-    if not Path(root).is_dir():
-        raise UserError(f"{root} is no folder: give one with runs in it. The default is ./runs.")
-    found = sorted(_below(root))
-    jobs: dict[Path, dict[str, Any]] = {}
-    for directory in found:
-        try:
-            jobs[directory] = read(directory / JOB)
-        except UserError as error:
-            warn(str(error))
-            jobs[directory] = {}
-    now: dict[str, str] = {}
-    for kind in sorted({str(job["scheduler"]) for job in jobs.values() if job}):
-        mine = [d for d, job in jobs.items() if job and job["scheduler"] == kind and not is_finished(d)]
-        try:
-            now |= scheduler.states(kind, [job_id for d in mine for job_id in jobs[d]["job_ids"]])
-        except UserError as error:  # what is in the directories can be shown all the same
-            warn(str(error))
-            now |= {job_id: "not known" for d in mine for job_id in jobs[d]["job_ids"]}
-    return [_row(directory, jobs[directory], now) for directory in found]
-
-
-def _below(root: str) -> Iterator[Path]:
-    """The runs' directories; a folder that vanishes meanwhile, as checkpoints do, is passed over."""
-    for folder, below, names in os.walk(root):
-        if (rundir.CONFIG in names or JOB in names) and CELLS not in names:
-            below.clear()
-            yield Path(folder)
-
-
-def _row(directory: Path, job: dict[str, Any], now: dict[str, str]) -> dict[str, Any]:
-    lines = _text(directory / "metrics.jsonl").splitlines()
-    last: dict[str, Any] = {}
-    with suppress(ValueError, IndexError, TypeError):  # no line yet, or half of one
-        last = dict(json.loads(lines[-1]))
-    ids = job.get("job_ids", [])
-    alive = next((job_id for job_id in ids if job_id in now), None)
-    code = _text(directory / "exit_code")
-    if is_finished(directory):
-        state = "finished"
-    elif alive:
-        state = now[alive]
-    elif code not in ("", "0", TERMINATED, str(EXIT_REQUEUE)):
-        state = f"failed ({code})"
-    else:  # without a job nobody knows whether its process is still there
-        state = "ended early" if job else "not finished"
-    return {
-        "state": state,
-        "job_id": alive or (ids[-1] if ids else None),
-        "epochs": len(lines),
-        "val/accuracy": last.get("val/accuracy"),
-        "directory": str(directory),
-    }
-
-
-def cancelled(run: str) -> list[str]:
-    """Ends the jobs of a run directory, of a sweep's, or of a cell's; their ids."""
-    job = read(Path(run) / JOB)
-    if not job:
-        raise UserError(f"{run} has no {JOB}: give the directory of a run that `allranks submit` queued.")
-    kind, ids = str(job["scheduler"]), list(job["job_ids"])
-    known = [job_id for job_id in ids if scheduler.states(kind, [job_id])]
-    if not known:
-        raise UserError(f"{run}: {', '.join(ids)} has ended already. `allranks runs` shows how it went.")
-    scheduler.cancel(kind, known[::-1])  # the last of a chain first, so that none starts in between
-    return known

@@ -1,6 +1,6 @@
 """From what the user asks for, a machine and an allocation to a command line and each rank's place.
 
-Every rank is started as `python -m allranks.launch.rank -- PROGRAM ...`, which turns the launcher's
+Every rank is started as `python -m allranks.launch.guard -- PROGRAM ...`, which turns the launcher's
 own variables into RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE and MASTER_*, and shows the rank
 its device. Nothing is written; only `mpiexec --version` is run, where no file says which MPI it is.
 """
@@ -16,12 +16,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from allranks.errors import UserError
-from allranks.launch import allocation as allocations
-from allranks.launch import launchers
-from allranks.launch.allocation import Allocation, Host
-from allranks.launch.machine import Machine
-from allranks.launch.variables import (
+from allranks.base.errors import UserError
+from allranks.job.hosts import Allocation, Host, compress, short
+from allranks.job.machine import Machine
+from allranks.job.variables import (
     DEVICE_VARIABLE,
     DEVICES,
     LOCAL_WORLD_SIZE,
@@ -30,8 +28,9 @@ from allranks.launch.variables import (
     PORTS,
     WORLD_SIZE,
 )
+from allranks.launch import launchers
 
-WRAPPER = "allranks.launch.rank"
+WRAPPER = "allranks.launch.guard"
 PASSED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "ALLRANKS_DEADLINE")
 
 
@@ -114,7 +113,7 @@ class Plan:
             yield RankPlace(first + local, host.name, local, cpus, device)
 
 
-def plan(
+def make_plan(
     request: Request, machine: Machine, allocation: Allocation, environ: Mapping[str, str] | None = None
 ) -> Plan:
     """The command line for this request; raises UserError where it cannot be had."""
@@ -257,7 +256,7 @@ def _room(host: Host, machine: Machine, allocation: Allocation) -> int | None:
 
 def _what_there_is(allocation: Allocation) -> str:
     count, slots = len(allocation.hosts), sum(host.slots for host in allocation.hosts)
-    names = allocations.compress(host.name for host in allocation.hosts)
+    names = compress(host.name for host in allocation.hosts)
     return (
         f"{allocation.source}: {count} host{'s' * (count != 1)}"
         + (f" with {slots} slot{'s' * (slots != 1)}" if allocation.slots_given else "")
@@ -293,12 +292,12 @@ def _variables(
     devices: Sequence[str],
     environ: Mapping[str, str],
 ) -> tuple[Variable, ...]:
-    """The variables that all ranks get; what differs between ranks is allranks.launch.rank's."""
+    """The variables that all ranks get; what differs between ranks is allranks.launch.guard's."""
     file = f"machine file {machine.name}"
     local = allocation.scheduler == "local"
     master, why = "127.0.0.1" if local else hosts[0].name, "launcher: rank 0's host"
     if machine.master_suffix and not local:
-        master = allocations.short(master) + machine.master_suffix
+        master = short(master) + machine.master_suffix
         why = f"{file}: rank 0's host on the fast network"
     counts = {host.slots for host in hosts}
     ranks = str(sum(host.slots for host in hosts))

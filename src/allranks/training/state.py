@@ -18,13 +18,14 @@ from typing import Any
 import torch
 
 import allranks
-from allranks import checkpoints
 from allranks import config as configs
-from allranks.claim import Claim
+from allranks.base.errors import UserError
+from allranks.base.text import one_line
 from allranks.config import Config
-from allranks.engine import Training
-from allranks.errors import UserError, one_line
+from allranks.run import checkpoint
+from allranks.run.claim import Claim
 from allranks.runtime.runtime import Runtime
+from allranks.training.engine import Training
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class Saver:
 
         def look() -> str | None:
             self.claim = Claim.take(self.run_dir)
-            checkpoints.sweep_up(self.run_dir)
+            checkpoint.sweep_up(self.run_dir)
             path, found = self._newest(self.run_dir)
             if path is None and self.config.resume not in ("auto", "never"):
                 path, found = self._given(self.config.resume)
@@ -84,17 +85,17 @@ class Saver:
             self.claim.check()
 
     def _newest(self, run_dir: str) -> tuple[str | None, dict[str, bytes]]:
-        path, files, passed_over = checkpoints.newest_valid(run_dir)
+        path, files, passed_over = checkpoint.newest_valid(run_dir)
         for damaged in passed_over:
             log.warning("passing over the checkpoint %s", damaged)
         return str(path) if path else None, files
 
     def _given(self, given: str) -> tuple[str, dict[str, bytes]]:
         try:
-            if (Path(given) / checkpoints.MANIFEST).exists():
-                return given, checkpoints.read(given)
+            if (Path(given) / checkpoint.MANIFEST).exists():
+                return given, checkpoint.read(given)
             path, files = self._newest(given)
-        except checkpoints.Damaged as damaged:
+        except checkpoint.Damaged as damaged:
             raise UserError(
                 f"resume={given} is damaged: {damaged}. Give an earlier checkpoint."
             ) from damaged
@@ -165,14 +166,14 @@ class Saver:
         self.claim.check()
         files = {name: save(content) for name, content in tensors.items()}
         files[STATE] = json.dumps(state, separators=(",", ":")).encode()
-        checkpoints.write(self.run_dir, step, files, self.claim.token, self.claim.check)
-        present = checkpoints.steps(self.run_dir)
+        checkpoint.write(self.run_dir, step, files, self.claim.token, self.claim.check)
+        present = checkpoint.steps(self.run_dir)
         losses = {h["step"]: h["val/loss"] for h in state["history"] if math.isfinite(h["val/loss"])}
         best = min((s for s in present if s in losses), key=lambda s: losses[s], default=step)
         # one that is newer is damaged, or this run would have gone on from it: it does not count
         count = present.index(step) + self.config.checkpoint.keep
         try:
-            checkpoints.remove(self.run_dir, {*present[:count], best}, self.claim.check)
+            checkpoint.remove(self.run_dir, {*present[:count], best}, self.claim.check)
         except OSError as error:
             log.warning("earlier checkpoints could not be removed (%s)", error.strerror)
         self.longest_s = max(self.longest_s, time.perf_counter() - started)

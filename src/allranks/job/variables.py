@@ -10,8 +10,8 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
-from allranks.errors import UserError
-from allranks.runtime.environment import Launch
+from allranks.base.errors import UserError
+from allranks.job.identity import Launch
 
 # Set by the launch's plan, the same for all ranks.
 MASTER_ADDR = "ALLRANKS_MASTER_ADDR"  # where rank 0 is reached

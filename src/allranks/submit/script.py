@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from allranks.errors import UserError
-from allranks.launch.machine import Machine
+from allranks.base.errors import UserError
+from allranks.job.machine import Machine
 
 LOG = "job.log"  # in the run directory: what the job says, as it says it
 INDEX = {"pbs": "PBS_ARRAY_INDEX", "slurm": "SLURM_ARRAY_TASK_ID"}

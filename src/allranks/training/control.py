@@ -16,19 +16,18 @@ from collections.abc import Mapping
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from allranks.base.errors import UserError
+from allranks.base.processes import STOPPING
 from allranks.config import Config
-from allranks.errors import UserError
-from allranks.launch import scheduler
-from allranks.launch.processes import STOPPING
+from allranks.job import scheduler
 
 if TYPE_CHECKING:
-    from allranks.engine import Training
     from allranks.runtime.runtime import Runtime
-    from allranks.saving import Saver
+    from allranks.training.engine import Training
+    from allranks.training.state import Saver
 
 log = logging.getLogger(__name__)
 
-EXIT_REQUEUE = 85  # stopped in order, with a checkpoint: start the run again and it goes on
 BEAT_S = 0.25
 FROM_TERMINAL = (signal.SIGINT, signal.SIGHUP)
 TWICE_S = 1.0  # a Ctrl-C later than that is a second one: the first may come from terminal and launcher

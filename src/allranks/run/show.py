@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from allranks import checkpoints
-from allranks.checkpoints import Damaged
-from allranks.errors import UserError
-from allranks.launch import dryrun
+from allranks.base.errors import UserError
+from allranks.base.text import table
+from allranks.run import checkpoint
+from allranks.run.checkpoint import Damaged
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -38,9 +38,9 @@ def main(arguments: Sequence[str]) -> int:
 def _found(path: Path) -> list[Path]:
     """The checkpoints at PATH, oldest first."""
     try:
-        if (path / checkpoints.MANIFEST).exists() or checkpoints.step_of(path.absolute()) is not None:
+        if (path / checkpoint.MANIFEST).exists() or checkpoint.step_of(path.absolute()) is not None:
             return [path]
-        below = checkpoints.in_folder(checkpoints.folder(path)) or checkpoints.in_folder(path)
+        below = checkpoint.in_folder(checkpoint.folder(path)) or checkpoint.in_folder(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     if not below:
@@ -52,17 +52,17 @@ def _found(path: Path) -> list[Path]:
 def _look(path: Path) -> dict[str, Any]:
     """A row of the list; `problem` is None for a valid one."""
     try:
-        files, problem = checkpoints.read(path), None
+        files, problem = checkpoint.read(path), None
         state = _state(files)
         size = sum(map(len, files.values()))
     except Damaged as damaged:
         state, problem = {}, str(damaged)
-        size = sum(file.lstat().st_size for file in path.glob("*") if file.name != checkpoints.MANIFEST)
+        size = sum(file.lstat().st_size for file in path.glob("*") if file.name != checkpoint.MANIFEST)
     history = state.get("history")
     last = history[-1] if isinstance(history, list) and history else None
     return {
         "checkpoint": str(path),
-        "step": state.get("step", checkpoints.step_of(path.absolute())),
+        "step": state.get("step", checkpoint.step_of(path.absolute())),
         "epoch": state.get("epoch"),
         "val/loss": last.get("val/loss") if isinstance(last, dict) else None,
         "bytes": size,
@@ -80,7 +80,7 @@ def _list(found: Sequence[Path], as_json: bool) -> int:
          row["problem"] or "valid")
         for row in rows
     ]  # fmt: skip
-    print(dryrun.table([("step", "epoch", "val/loss", "bytes", ""), *cells]))
+    print(table([("step", "epoch", "val/loss", "bytes", ""), *cells]))
     return 0
 
 
@@ -97,9 +97,9 @@ def _verify(found: Sequence[Path], as_json: bool) -> int:
 def _show(found: Sequence[Path], as_json: bool) -> int:
     for path in reversed(found):
         try:
-            files = checkpoints.read(path)
+            files = checkpoint.read(path)
             held = {
-                name: checkpoints.tensors(name, content)
+                name: checkpoint.tensors(name, content)
                 for name, content in files.items()
                 if name.endswith(".safetensors")
             }
@@ -120,21 +120,19 @@ def _show(found: Sequence[Path], as_json: bool) -> int:
     for title, values in (("counters", counters), ("identity", identity)):
         if isinstance(values, dict) and values:
             rows = [(_plain(key), _plain(value)) for key, value in sorted(values.items())]
-            print(f"{title}\n{dryrun.table(rows)}")
+            print(f"{title}\n{table(rows)}")
     for file, of in held.items():
         numbers = sum(math.prod(tensor.shape) for tensor in of.values())
         print(f"{file}: {len(of)} tensors, {numbers:,} numbers")
         if of:
-            print(
-                dryrun.table([(_plain(n), t.dtype, " x ".join(map(str, t.shape))) for n, t in of.items()])
-            )
+            print(table([(_plain(n), t.dtype, " x ".join(map(str, t.shape))) for n, t in of.items()]))
     return 0
 
 
 def _state(files: dict[str, bytes]) -> dict[str, Any]:
     """state.json; empty where it is not as ours."""
     try:
-        state = checkpoints.from_json("state.json", files.get("state.json", b""))
+        state = checkpoint.from_json("state.json", files.get("state.json", b""))
     except Damaged:
         return {}
     return state if isinstance(state, dict) else {}

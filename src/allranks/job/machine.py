@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from allranks.base.errors import UserError
+from allranks.base.text import did_you_mean, one_line
 from allranks.config import conf_dir
-from allranks.errors import UserError, did_you_mean, one_line
 
 Launcher = Literal["auto", "mpiexec", "srun", "torchrun"]
 LAUNCHERS = typing.get_args(Launcher)

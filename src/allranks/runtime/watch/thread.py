@@ -29,11 +29,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from allranks.base import links, processes
+from allranks.base.errors import UserError
 from allranks.config import WatchdogConfig
-from allranks.errors import UserError
-from allranks.launch import processes, wire
+from allranks.job.identity import Launch
 from allranks.runtime import mpi
-from allranks.runtime.environment import Launch
 from allranks.runtime.meeting import Meeting
 
 TICK_S = 0.5
@@ -64,7 +64,7 @@ class _Link:
 
     def say(self, **word: Any) -> None:
         with contextlib.suppress(OSError):  # its end is noticed where we listen
-            self.sock.sendall(wire.message(**word))
+            self.sock.sendall(links.message(**word))
 
 
 class Watchdog:
@@ -186,7 +186,7 @@ class Watchdog:
         if self.rank:
             address, port, secret = peers[0]["door"]
             try:
-                link = self._links[0] = _Link(wire.connect(address, port, 4 * ANSWER_S), rank=0)
+                link = self._links[0] = _Link(links.connect(address, port, 4 * ANSWER_S), rank=0)
             except OSError as error:
                 raise UserError(
                     f"rank {self.rank} on {self._host} cannot reach rank 0 at {address}:{port} ({error}): "
@@ -201,7 +201,7 @@ class Watchdog:
 
     def _open_door(self, one_host: bool) -> list[Any]:
         address = "127.0.0.1" if one_host else os.environ["MASTER_ADDR"]
-        self._listener = wire.listen(address, far=not one_host)
+        self._listener = links.listen(address, far=not one_host)
         return [address, self._listener.getsockname()[1], self._secret]
 
     # --- the thread -----------------------------------------------------------------------------------
@@ -344,7 +344,7 @@ class Watchdog:
 
     def _accept(self) -> None:
         sock, _ = self._listener.accept()
-        wire.keep_alive(sock)
+        links.keep_alive(sock)
         sock.settimeout(LOOK_S)
         link = _Link(sock)
         self._listen_to(sock, lambda: self._hear(link))
@@ -354,10 +354,10 @@ class Watchdog:
             data = link.sock.recv(65536)
             *lines, link.rest = (link.rest + data).split(b"\n")
             for line in lines:
-                (self._obey_rank_0 if self.rank else self._obey)(link, wire.parse(line))
-            if data and len(link.rest) < wire.LONGEST:
+                (self._obey_rank_0 if self.rank else self._obey)(link, links.parse(line))
+            if data and len(link.rest) < links.LONGEST:
                 return
-        except (OSError, EOFError, RecursionError, wire.WireError):
+        except (OSError, EOFError, RecursionError, links.WireError):
             pass
         self._selector.unregister(link.sock)
         link.sock.close()
@@ -373,11 +373,11 @@ class Watchdog:
         """What another rank tells rank 0."""
         match word:
             case {"secret": str(secret), "rank": int(rank)} if link.rank is None:
-                if wire.is_secret(secret, self._secret):
+                if links.is_secret(secret, self._secret):
                     link.rank = rank
                     self._links[rank] = link
             case _ if link.rank is None:
-                raise wire.WireError("no secret")
+                raise links.WireError("no secret")
             case {"bye": True}:
                 self._left.add(link.rank)
                 self._links.pop(link.rank)

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from allranks.base.errors import UserError
+from allranks.base.text import one_line
 from allranks.components import build
 from allranks.config import Config, TrainerConfig
 from allranks.data.loader import (
@@ -24,12 +26,11 @@ from allranks.data.loader import (
     steps_per_epoch,
     training_batches,
 )
-from allranks.errors import UserError, one_line
-from allranks.metrics import Sums
-from allranks.randomness import mixed, reseed
+from allranks.data.randomness import mixed, reseed
 from allranks.runtime.compare import compare_ranks
 from allranks.runtime.gradients import OrderedSum
 from allranks.runtime.runtime import Runtime
+from allranks.training.metrics import Sums
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """What every rank runs first, under every launcher.
 
-    python -m allranks.launch.rank -- PROGRAM ARGS...
+    python -m allranks.launch.guard -- PROGRAM ARGS...
 
 It finds out which rank it is and gives the program its variables. Without a supervisor (`allranks
 launch`) it then becomes the program: signals and exit code are the program's own. With one it stays as
@@ -22,15 +22,15 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from allranks.errors import EXIT_USER_ERROR, UserError
-from allranks.launch import processes, variables, wire
-from allranks.runtime.environment import Launch, discover
+from allranks.base import links, processes
+from allranks.base.errors import EXIT_CANNOT_START, EXIT_USER_ERROR, UserError
+from allranks.job import variables
+from allranks.job.identity import Launch, discover
 
 CONNECT_S = 30
 END_S = 1.0  # from SIGTERM to SIGKILL when the supervisor is gone
 DRAIN_S = 1.0  # for output that is still in the pipes when the program has ended
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-CANNOT_START = 127
 
 
 def main() -> None:
@@ -51,7 +51,7 @@ def main() -> None:
 def program_of(arguments: Sequence[str]) -> Sequence[str]:
     """What stands after `--`."""
     if len(arguments) < 2 or arguments[0] != "--":
-        raise UserError("python -m allranks.launch.rank needs `-- PROGRAM ARGS...` after it.")
+        raise UserError("python -m allranks.launch.guard needs `-- PROGRAM ARGS...` after it.")
     return arguments[1:]
 
 
@@ -74,7 +74,7 @@ class Guard:
         self.launch, self.environ = launch, environ
         host, _, port = environ[variables.SUPERVISOR].rpartition(":")
         try:
-            self.link = wire.connect(host, int(port), CONNECT_S)
+            self.link = links.connect(host, int(port), CONNECT_S)
         except OSError as error:
             raise UserError(
                 f"rank {launch.rank} cannot reach `allranks launch` at {host}:{port} "
@@ -187,7 +187,7 @@ class Guard:
             except UserError as error:
                 os.write(2, f"allranks: {error}\n".encode())
             finally:
-                os._exit(CANNOT_START)
+                os._exit(EXIT_CANNOT_START)
         for _, inner in streams.values():
             os.close(inner)
         return {outer: kind for kind, (outer, _) in streams.items()}
@@ -239,7 +239,7 @@ class Guard:
     def _say(self, **values: Any) -> None:
         if not self.alone:
             try:
-                self.link.sendall(wire.message(**values))
+                self.link.sendall(links.message(**values))
             except OSError:
                 self._end_alone()
 
@@ -258,7 +258,7 @@ class Guard:
             if not self._receive():
                 raise EOFError
         line, _, self.rest = self.rest.partition(b"\n")
-        return wire.parse(line)
+        return links.parse(line)
 
     def _obey(self) -> None:
         while b"\n" in self.rest:

@@ -1,6 +1,6 @@
 """Starts the launcher, and watches over every rank until all have ended.
 
-Each rank's guard (allranks.launch.rank) connects to this process: the ranks' output, their ends and our
+Each rank's guard (allranks.launch.guard) connects to this process: the ranks' output, their ends and our
 word to end them take that way, whatever the launcher. What the launcher itself writes is shown, but not
 its summary of a failure that has been named here already.
 """
@@ -20,10 +20,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from allranks.control import EXIT_REQUEUE
-from allranks.errors import UserError
-from allranks.launch import processes, variables, wire
-from allranks.launch.allocation import address_for, short
+from allranks.base import links, processes
+from allranks.base.errors import EXIT_REQUEUE, EXIT_TIMED_OUT, UserError
+from allranks.base.text import some
+from allranks.job import variables
+from allranks.job.hosts import address_for, short
+from allranks.launch.console import HOLD_S, Console, Rank, say
 
 START_S = 60.0  # until every rank has said who it is
 GRACE_S = 10.0  # from a user's SIGTERM or Ctrl-C to SIGKILL
@@ -31,33 +33,9 @@ SETTLE_S = 0.2  # for news of an earlier failure that is still on its way
 FALL_S = 1.0  # from SIGTERM to SIGKILL for the ranks beside one that failed
 LEAVE_S = 5.0  # for the launcher, once every rank has ended
 HELLO_S = 10.0  # for whoever connects to show the secret
-HOLD_S = 0.5  # other ranks' lines wait so long for the end of rank 0's line
-TIMED_OUT = 124  # as of timeout(1)
 LOST = 128 + signal.SIGKILL
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2)
-
-
-@dataclass
-class Rank:
-    """What is known of a rank."""
-
-    rank: int
-    host: str
-    guard: asyncio.StreamWriter | None  # None: its connection has ended
-    code: int | None = None  # None: still running
-    signal: int = 0
-    ended_at: float = 0.0  # by its host's clock
-    ended: bool = False  # with all of its output here, or no more to come
-    lost: bool = False
-
-    def how_it_ended(self) -> str:
-        if self.lost:
-            return "vanished without a word: its guard was killed, or its node went down"
-        if self.signal:
-            hint = " (out of memory?)" if self.signal == signal.SIGKILL else ""
-            return f"was killed by {signal.Signals(self.signal).name}{hint}"
-        return f"ended with exit code {self.code}"
 
 
 @dataclass(frozen=True)
@@ -80,7 +58,7 @@ def run(
     hosts: Sequence[str] = (),
     **limits: Any,
 ) -> Outcome:
-    """Runs the launcher `argv`, which starts allranks.launch.rank on every rank; how it went.
+    """Runs the launcher `argv`, which starts allranks.launch.guard on every rank; how it went.
 
     `env` is the launcher's whole environment; `hosts` are the hosts that the ranks will be on, so that
     one that does not come can be named. Other ranks' stdout than rank 0's goes to
@@ -95,76 +73,6 @@ def until_ranks_run() -> None:
     """Until then SIGUSR1 and SIGUSR2 end this process with "start me again": nothing is lost yet."""
     for number in PASSED_ON:
         signal.signal(number, lambda *_: sys.exit(EXIT_REQUEUE))
-
-
-def say(text: str) -> None:
-    Console().write(2, f"allranks: {text}\n".encode())
-
-
-class Console:
-    """Rank 0's bytes as they come, all other lines whole and between rank 0's lines."""
-
-    def __init__(self) -> None:
-        self.unread = False  # nobody reads any more
-        self._in_line: dict[int, float] = {}  # rank 0's streams that have begun a line, since when
-        self._partial: dict[tuple[int, str], bytes] = {}  # other ranks' lines that are not whole yet
-        self.held: list[bytes] = []
-
-    def show(self, r: Rank, kind: str, data: bytes) -> None:
-        """What a rank wrote to its stdout ("out") or stderr ("err")."""
-        if r.rank == 0:
-            fd = 1 if kind == "out" else 2
-            self.write(fd, data)
-            self._in_line.pop(fd, None)
-            if not data.endswith(b"\n"):
-                self._in_line[fd] = time.monotonic()
-            self.flush()
-            return
-        *lines, rest = (self._partial.pop((r.rank, kind), b"") + data).split(b"\n")
-        if len(rest) > wire.LONGEST:
-            lines, rest = [*lines, rest], b""
-        if rest:
-            self._partial[r.rank, kind] = rest
-        me = f"[rank {r.rank} on {r.host}] ".encode()
-        for line in lines:  # our own training names rank and host itself
-            self.line((b"" if line.startswith(me) else me) + line + b"\n")
-
-    def ended(self, r: Rank) -> None:
-        """Ends the lines that the rank has begun."""
-        for number, kind in list(self._partial):
-            if number == r.rank:
-                self.show(r, kind, b"\n")
-
-    def line(self, line: bytes) -> None:
-        self.held.append(line)
-        self.flush()
-
-    def flush(self, force: bool = False) -> None:
-        """Writes the lines that wait, once rank 0's line has ended or has taken too long."""
-        if not self.held:
-            return
-        if any(time.monotonic() - since < HOLD_S for since in self._in_line.values()) and not force:
-            return
-        for fd in self._in_line:
-            self.write(fd, b"\n")
-        self._in_line.clear()
-        lines, self.held = self.held, []
-        self.write(2, b"".join(lines))
-
-    def terminals(self) -> str:
-        """Which of rank 0's streams end at a terminal."""
-        return " ".join(kind for fd, kind in ((1, "out"), (2, "err")) if os.isatty(fd))
-
-    def write(self, fd: int, data: bytes) -> None:
-        while data and not self.unread:
-            try:
-                data = data[os.write(fd, data) :]
-            except BlockingIOError:  # somebody else who has this pipe, too, wants it like that
-                time.sleep(0.01)
-            except BrokenPipeError:
-                self.unread = True
-            except OSError:  # a full disk under the job's log: no reason to end the training
-                return
 
 
 class Supervision:
@@ -211,10 +119,10 @@ class Supervision:
     ) -> Outcome:
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
-        wire.raise_file_limit()
+        links.raise_file_limit()
         self._place["master_addr"] = env.get(variables.MASTER_ADDR)
         server = await asyncio.start_server(
-            self._serve, address_for(self.hosts), 0, backlog=4096, limit=wire.LONGEST
+            self._serve, address_for(self.hosts), 0, backlog=4096, limit=links.LONGEST
         )
         host, port = server.sockets[0].getsockname()
         env = {
@@ -265,16 +173,16 @@ class Supervision:
         """One connection, from hello to its end; nobody without the secret gets a word."""
         r = None
         try:
-            wire.keep_alive(guard.get_extra_info("socket"))
-            hello = wire.parse(await asyncio.wait_for(reader.readline(), HELLO_S))
-            if not wire.is_secret(hello.get("secret"), self.secret):
+            links.keep_alive(guard.get_extra_info("socket"))
+            hello = links.parse(await asyncio.wait_for(reader.readline(), HELLO_S))
+            if not links.is_secret(hello.get("secret"), self.secret):
                 return
             r = self._welcome(hello, guard)
             while r is not None:
-                self._hear(r, wire.parse(await reader.readline()))
+                self._hear(r, links.parse(await reader.readline()))
         except asyncio.CancelledError:
             pass  # at the launch's end: asyncio would show where a stranger's connection waits
-        except (OSError, EOFError, ValueError, wire.WireError, asyncio.TimeoutError):
+        except (OSError, EOFError, ValueError, links.WireError, asyncio.TimeoutError):
             if r is not None and r.guard is not None:
                 self._on_break(r)
         finally:
@@ -299,7 +207,7 @@ class Supervision:
         if problem:
             self._fail(1, problem)
         if self.ending:
-            guard.write(wire.message(code=1))
+            guard.write(links.message(code=1))
         if problem:
             return None
         r = self.ranks[number] = Rank(number, host, guard)
@@ -330,7 +238,7 @@ class Supervision:
                 self._on_end(r)
         else:
             for kind, text in word.items():
-                self.console.show(r, kind, wire.output(text))
+                self.console.show(r, kind, links.output(text))
             if self.console.held:
                 self._loop.call_later(HOLD_S, self.console.flush)
         if self.console.unread:
@@ -358,7 +266,7 @@ class Supervision:
 
     def _tell(self, r: Rank, **word: Any) -> None:
         if r.guard is not None:
-            r.guard.write(wire.message(**word))
+            r.guard.write(links.message(**word))
 
     def _tell_all(self, **word: Any) -> None:
         for r in self.ranks.values():
@@ -418,7 +326,7 @@ class Supervision:
 
     def _at_limit(self) -> None:
         running = [f"{r.rank} on {r.host}" for r in self.ranks.values() if r.code is None]
-        self._fail(TIMED_OUT, f"not done within {self.limit_s:.0f} s: rank {some(running)}")
+        self._fail(EXIT_TIMED_OUT, f"not done within {self.limit_s:.0f} s: rank {some(running)}")
 
     # --- what is said ---------------------------------------------------------------------------
 
@@ -502,7 +410,3 @@ def _started(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[by
             f"launcher {argv[0]} cannot be started ({error.strerror}): load the module that brings it, "
             "or take another with --launcher."
         ) from error
-
-
-def some(things: Sequence[object]) -> str:
-    return ", ".join(map(str, things[:8])) + (", ..." if len(things) > 8 else "")

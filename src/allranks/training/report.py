@@ -14,13 +14,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from allranks import rundir
+from allranks.base import files
+from allranks.base.errors import UserError
 from allranks.data.loader import Batch, Data
-from allranks.errors import UserError
+from allranks.run import directory as rundir
 from allranks.runtime.runtime import Runtime
 
 if TYPE_CHECKING:
-    from allranks.engine import Training
+    from allranks.training.engine import Training
 
 log = logging.getLogger("allranks")
 
@@ -154,7 +155,7 @@ class Reporter:
                 if self._metrics is None:
                     self._metrics = self._all_metrics()
                 else:
-                    rundir.append_line(self._metrics, metrics)
+                    files.append_line(self._metrics, metrics)
             except OSError as error:
                 self._metrics = None  # all of it is written anew as soon as that is possible
                 log.warning("metrics.jsonl could not be written (%s); the training goes on", error)
@@ -182,7 +183,7 @@ class Reporter:
                 if self._metrics is not None:
                     self._metrics.close()
                 self._metrics = self._all_metrics()
-                rundir.write_json(self.directory / "summary.json", summary)
+                files.write_json(self.directory / "summary.json", summary)
         self._say(
             "test  loss %.4f  accuracy %.2f %% of %s examples; %.1f s in all",
             summary["test/loss"], summary["test/accuracy"], f"{summary['test/count']:,}",
@@ -192,8 +193,8 @@ class Reporter:
     def _all_metrics(self) -> TextIO:
         assert self.directory is not None
         self._check()  # what is there may be another run's by now
-        known = "".join(map(rundir.line, self._history))
-        return rundir.write_text(self.directory / "metrics.jsonl", known)
+        known = "".join(map(files.line, self._history))
+        return files.write_text(self.directory / "metrics.jsonl", known)
 
     def _say(self, message: str, *values: object) -> None:
         if self.runtime.is_main:

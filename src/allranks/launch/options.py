@@ -12,15 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from allranks.base.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
+from allranks.base.text import did_you_mean
 from allranks.config import HYDRAS
-from allranks.control import EXIT_REQUEUE
-from allranks.errors import EXIT_USER_ERROR, UserError, did_you_mean
-from allranks.launch import allocation as allocations
-from allranks.launch import command, dryrun, machine, runs
-from allranks.launch.allocation import Allocation
-from allranks.launch.command import Request
-from allranks.launch.machine import LAUNCHERS, Machine
-from allranks.runtime.environment import discover
+from allranks.job import machine
+from allranks.job.hosts import Allocation, find_allocation, placeholder_allocation
+from allranks.job.identity import discover
+from allranks.job.machine import LAUNCHERS, Machine
+from allranks.launch import dryrun
+from allranks.launch.plan import Request, make_plan
+from allranks.run.cells import Cell, composed_cells, frozen_cells, is_finished, make_cells
 
 USAGE = """%(prog)s [options] [machine.key=value ...]
                        [overrides of the training | -- PROGRAM ARGS...]"""
@@ -79,23 +80,23 @@ def _launch(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str,
         if value is not None and value < low:
             raise UserError(f"{option} {value} is not valid: give a whole number >= {low}.")
     overrides, machine_overrides, program = split(rest)
-    directory, trainings = "", list[runs.Cell]()
+    directory, trainings = "", list[Cell]()
     if program is None:
         own = ["--config-dir", args.config_dir] if args.config_dir else []
         if args.run and overrides:
             raise UserError(f"{overrides[0]} cannot be given with --run: the configuration is frozen.")
-        directory, trainings = runs.of(args.run) if args.run else runs.cells([*own, *overrides])
+        directory, trainings = frozen_cells(args.run) if args.run else composed_cells([*own, *overrides])
         if not trainings:
             return 0
         typed = (sys.executable, "-m", "allranks.train", *own, *overrides)
         program = trainings[0].program() if args.run else typed
     known = machine.load(args.machine, machine_overrides, args.config_dir, environ=environ)
-    given = allocations.find(environ, args.hosts)
+    given = find_allocation(environ, args.hosts)
     allocation = fitting(given, known, args)
     request = Request(
         program, args.ranks, args.nodes, args.ppn, args.launcher, installed_here=allocation.exists
     )
-    plan = command.plan(request, known, allocation, environ)
+    plan = make_plan(request, known, allocation, environ)
     if args.dry_run:
         show = dryrun.as_json if args.json else dryrun.text
         print(show(plan, allocation.source))
@@ -110,11 +111,12 @@ def _start(
     environ: Mapping[str, str],
     args: argparse.Namespace,
     directory: str,
-    trainings: Sequence[runs.Cell],
+    trainings: Sequence[Cell],
 ) -> int:
     """Starts the program, or one training after another; the exit code."""
     from allranks.launch.attempts import Launch, run
-    from allranks.launch.supervise import Console, until_ranks_run
+    from allranks.launch.console import Console
+    from allranks.launch.supervisor import until_ranks_run
 
     until_ranks_run()
     console = Console()
@@ -124,10 +126,10 @@ def _start(
     if not trainings:
         return run(launch, check)
     if not args.run:
-        runs.make(directory, trainings)
+        make_cells(directory, trainings)
     codes: list[int] = []
     for cell in trainings:  # of a sweep, whether or not one fails
-        if runs.is_finished(cell.directory):
+        if is_finished(cell.directory):
             console.write(1, f"{cell.directory} is finished: nothing is left to do\n".encode())
             continue
         if len(trainings) > 1:
@@ -174,4 +176,4 @@ def fitting(given: Allocation, known: Machine, args: argparse.Namespace) -> Allo
         )
     per_node = args.ppn or known.node.ranks_per_node or args.ranks or 1
     nodes = args.nodes or math.ceil((args.ranks or 1) / max(per_node, 1))
-    return allocations.placeholder(max(nodes, 1), "slurm" if known.scheduler == "slurm" else "pbs")
+    return placeholder_allocation(max(nodes, 1), "slurm" if known.scheduler == "slurm" else "pbs")

@@ -10,7 +10,8 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 
-from allranks.errors import UserError, one_line
+from allranks.base.errors import UserError
+from allranks.base.text import one_line
 
 LIMIT_S = 60.0
 FINISHED_PBS, UNKNOWN_PBS = 35, 153  # exit codes of qstat

@@ -6,20 +6,20 @@ docs/run-directory.md describes the files; they are the interface for every prog
 from __future__ import annotations
 
 import json
-import math
 import os
 import secrets
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from allranks import config as configs
+from allranks.base.errors import UserError
+from allranks.base.files import write_json, write_text
 from allranks.config import Config
-from allranks.errors import UserError
 
 CONFIG = "config.yaml"
 
@@ -146,58 +146,6 @@ def writing(directory: str) -> Iterator[None]:
 def _is_used(path: Path) -> bool:
     """Whether more is there than a start leaves that was killed before it had written config.yaml."""
     return path.is_dir() and any(p.name != "logs" and not p.name.startswith(".") for p in path.iterdir())
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes a whole file or none: readers never see half of it."""
-    write_text(path, json.dumps(_finite(values), indent=2, allow_nan=False) + "\n").close()
-
-
-def write_text(path: Path, text: str, new: bool = False) -> TextIO:
-    """Puts a new file in the place of what is there, and leaves it open to append to.
-
-    Who still has the earlier file open writes into nowhere from now on. With `new` a file that is there is
-    left alone: raises FileExistsError.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    file = temporary.open("w")
-    try:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-        (_put_new if new else os.replace)(temporary, path)
-    except OSError:
-        with suppress(OSError):  # what the full disk did not take is tried once more
-            file.close()
-        temporary.unlink(missing_ok=True)
-        raise
-    temporary.unlink(missing_ok=True)
-    return file
-
-
-def _put_new(temporary: Path, path: Path) -> None:
-    """As os.replace, but raises FileExistsError rather than replace a file."""
-    try:
-        os.link(temporary, path)
-    except OSError:
-        if path.exists():
-            raise
-        temporary.replace(path)  # no hard links, as on DAOS: of two at the same moment one is lost
-
-
-def append_line(file: TextIO, values: Mapping[str, Any]) -> None:
-    """Appends one JSON line, and sees it out of this process. Checkpoints hold the same lines, on disk."""
-    file.write(line(values))
-    file.flush()
-
-
-def line(values: Mapping[str, Any]) -> str:
-    return json.dumps(_finite(values), allow_nan=False) + "\n"
-
-
-def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN and no infinity: null stands for them."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def describe(directory: str, ranks: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 import socket
@@ -11,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from allranks.errors import UserError
-from allranks.runtime.environment import cpu_affinity, repeated
+from allranks.base.errors import UserError
+from allranks.base.processes import cpu_affinity
+from allranks.job.identity import repeated
 
 Scheduler = Literal["pbs", "slurm", "hostfile", "local"]
 MOST_HOSTS = 1_000_000  # more are a mistake, and would fill the memory
@@ -44,7 +44,7 @@ class Allocation:
     source: str = "this host"
 
 
-def find(environ: Mapping[str, str], hosts_file: str | Path | None = None) -> Allocation:
+def find_allocation(environ: Mapping[str, str], hosts_file: str | Path | None = None) -> Allocation:
     """The allocation: what `hosts_file` says, else PBS's, else Slurm's, else this host."""
     if hosts_file is not None:
         return from_hostfile(Path(hosts_file))
@@ -55,7 +55,7 @@ def find(environ: Mapping[str, str], hosts_file: str | Path | None = None) -> Al
     return Allocation("local", None, (Host(socket.gethostname(), _local_slots(environ)),), False)
 
 
-def placeholder(nodes: int, scheduler: Scheduler) -> Allocation:
+def placeholder_allocation(nodes: int, scheduler: Scheduler) -> Allocation:
     """Hosts that stand for those of a job that does not exist yet: node1, node2, ..."""
     width = len(str(nodes))
     hosts = tuple(Host(f"node{i:0{width}}", 1) for i in range(1, nodes + 1))
@@ -271,14 +271,3 @@ def address_for(hosts: Sequence[str]) -> str:
             f"host {other} of the allocation cannot be found from {socket.gethostname()} "
             f"({error.strerror or error}): look at the hostfile, or take that host out."
         ) from error
-
-
-def file_system(path: Path) -> str:
-    """The file system's type by /proc/mounts; `unknown` where that is not to be had."""
-    mounts: list[tuple[int, str]] = [(0, "unknown")]
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/mounts").read_text().splitlines():
-            _, point, kind, *_ = line.split()
-            if path.is_relative_to(point):
-                mounts.append((len(point), kind))
-    return max(mounts, key=lambda mount: mount[0])[1]

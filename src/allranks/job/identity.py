@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from allranks.errors import UserError
+from allranks.base.errors import UserError
 
 # Slurm's special steps (batch script, interactive shell, ...) count down from here; they are no tasks.
 SLURM_FIRST_SPECIAL_STEP = 4294967280
@@ -185,13 +185,6 @@ def repeated(text: str, named: str) -> list[int]:
             raise UserError(f"{named}={text!r} cannot be read: Slurm writes it like 2(x3),1.")
         counts += [int(match[1])] * int(match[2] or 1)
     return counts
-
-
-def cpu_affinity() -> frozenset[int]:
-    """The CPUs that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return frozenset(os.sched_getaffinity(0))
-    return frozenset(range(os.cpu_count() or 1))
 
 
 def first_host(node_list: str) -> str:

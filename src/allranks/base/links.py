@@ -11,7 +11,7 @@ import socket
 import time
 from typing import Any
 
-from allranks.errors import UserError
+from allranks.base.errors import UserError
 
 BY_LAUNCH = "For `allranks launch`: ALLRANKS_MASTER_ADDR."
 LONGEST = 1 << 20  # bytes in a line: who sends more is none of ours

@@ -1,0 +1,33 @@
+"""Words for people: one line out of many, a guess at what was meant, columns side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+def one_line(said: object) -> str:
+    """What another library's error says, fit for a message of ours."""
+    return " ".join(str(said).replace("\0", " ").split())
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` Did you mean X?` for the known name nearest to `word`, or an empty string."""
+    import difflib  # only for a mistake: every rank's start comes by here
+
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if not near:  # a case or a leaf name only: Relu for ReLU, lr for optimizer.lr
+        near = [name for name in known if name.lower().split(".")[-1] == word.lower().split(".")[-1]]
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+def some(things: Sequence[object]) -> str:
+    return ", ".join(map(str, things[:8])) + (", ..." if len(things) > 8 else "")
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns side by side; a row's last cell is as wide as it likes."""
+    columns = max(len(row) for row in rows)
+    widths = [max((len(r[i]) for r in rows if len(r) > i + 1), default=0) for i in range(columns)]
+    lines = ("  ".join(f"{cell:{w}}" for cell, w in zip(r, widths, strict=False)) for r in rows)
+    return "\n".join("  " + line.rstrip() for line in lines)

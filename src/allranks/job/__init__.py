@@ -1,0 +1,1 @@
+"""What this job is: a process's rank, the hosts, the machine and its scheduler. No torch."""

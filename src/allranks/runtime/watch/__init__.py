@@ -1,0 +1,1 @@
+"""Who hangs and who has died: the ranks look after each other."""
