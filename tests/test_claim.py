@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from allranks.base.errors import UserError
+from allranks.base.processes import process_stat
 from allranks.run import checkpoint, claim
 from allranks.run.claim import Claim
 from helpers import PYTHON, clean_environment, tree
@@ -27,6 +28,7 @@ WRITER = f"""
 import os, signal, sys
 from allranks.run import checkpoint, claim
 from allranks.base.errors import UserError
+from allranks.base.processes import process_stat
 vars(claim).update({QUICK})
 def stopped():
     owner.check()
@@ -129,7 +131,7 @@ def test_the_directory_of_a_killed_writer_is_free_at_once(writer, run, monkeypat
     assert second.do("take") == "done"  # its 1.5 s of silence are not waited for: see the next test
     assert owner_file(run).name == "owner-2.json"
     second.process.send_signal(signal.SIGKILL)
-    while (state := claim._stat(second.process.pid)) and state[0] != "Z":
+    while (stat := process_stat(second.process.pid)) and stat.state != "Z":
         time.sleep(0.01)
     monkeypatch.setattr(claim, "SILENT_S", 1e9)
     Claim.take(run).release()  # nor does it matter that nobody has asked yet how it ended

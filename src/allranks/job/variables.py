@@ -34,6 +34,17 @@ RANKS_SECRET = "ALLRANKS_RANKS_SECRET"
 PORTS = range(20000, 30000)  # below the ports that systems hand out for outgoing connections
 
 
+def port_for(job: str) -> int:
+    """A port that every rank of a job works out alike, before any of them can speak to another.
+
+    `job` is a text that the ranks share and other jobs do not, such as the scheduler's id of the job: two
+    jobs on one host then seldom take the same port.
+    """
+    import zlib  # a guard, which every rank starts, does without
+
+    return PORTS[zlib.crc32(job.encode()) % len(PORTS)]
+
+
 def of_rank(
     launch: Launch, environ: Mapping[str, str], told: Mapping[str, Any] | None = None
 ) -> dict[str, str]:

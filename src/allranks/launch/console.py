@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import time
 from dataclasses import dataclass
 
-from allranks.base import links
+from allranks.base import links, processes
 
 HOLD_S = 0.5  # other ranks' lines wait so long for the end of rank 0's line
 
@@ -29,10 +28,8 @@ class Rank:
     def how_it_ended(self) -> str:
         if self.lost:
             return "vanished without a word: its guard was killed, or its node went down"
-        if self.signal:
-            hint = " (out of memory?)" if self.signal == signal.SIGKILL else ""
-            return f"was killed by {signal.Signals(self.signal).name}{hint}"
-        return f"ended with exit code {self.code}"
+        assert self.code is not None
+        return processes.how_it_ended(self.code, self.signal)
 
 
 def say(text: str) -> None:

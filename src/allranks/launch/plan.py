@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,8 +24,8 @@ from allranks.job.variables import (
     LOCAL_WORLD_SIZE,
     MASTER_ADDR,
     MASTER_PORT,
-    PORTS,
     WORLD_SIZE,
+    port_for,
 )
 from allranks.launch import launchers
 
@@ -280,11 +279,6 @@ def _devices(machine: Machine, most: int) -> tuple[str, ...]:
     return tuple(str(order[local % len(order)]) for local in range(most)) if order else ()
 
 
-def _port(allocation: Allocation) -> int:
-    """A port that two jobs seldom share: from the job's id, as nobody speaks to anybody yet."""
-    return PORTS[zlib.crc32((allocation.job_id or "").encode()) % len(PORTS)]
-
-
 def _variables(
     machine: Machine,
     allocation: Allocation,
@@ -303,7 +297,7 @@ def _variables(
     ranks = str(sum(host.slots for host in hosts))
     found = [
         Variable(MASTER_ADDR, master, why),
-        Variable(MASTER_PORT, str(_port(allocation)), "launcher: from the job's id"),
+        Variable(MASTER_PORT, str(port_for(allocation.job_id or "")), "launcher: from the job's id"),
         Variable(WORLD_SIZE, ranks, "launcher: not every launcher tells it"),
     ]
     if len(counts) == 1:

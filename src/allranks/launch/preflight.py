@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from allranks.base import links
+from allranks.base.agreement import majority
 from allranks.base.errors import EXIT_TIMED_OUT, EXIT_USER_ERROR, UserError
 from allranks.job import identity, variables
 from allranks.launch import supervisor
@@ -164,16 +165,16 @@ def judge(words: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str], time
         for text in words[r].get("problems", ()):
             wrong.setdefault(text, []).append(hosts[r])
     facts = {r: words[r]["facts"] for r in sorted(words) if words[r].get("facts")}
+    tellers = list(facts)
     for name in next(iter(facts.values()), ()):
-        values = [found[name] for found in facts.values()]
-        usual = max(dict.fromkeys(values), key=values.count)
-        for r, found in facts.items():
-            if found[name] != usual:
-                text = (
-                    f"{name} is {found[name]} there, but {usual} elsewhere: start every host from the same "
-                    "environment and the same copy of the code."
-                )
-                wrong.setdefault(text, []).append(hosts[r])
+        values = [facts[r][name] for r in tellers]
+        usual, odd = majority(values)
+        for position in odd:
+            text = (
+                f"{name} is {values[position]} there, but {usual} elsewhere: start every host from the "
+                "same environment and the same copy of the code."
+            )
+            wrong.setdefault(text, []).append(hosts[tellers[position]])
     if timed_out:
         for r in sorted(hosts):
             if "problems" not in words.get(r, ()):

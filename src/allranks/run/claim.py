@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from allranks.base.errors import UserError
+from allranks.base.processes import ProcessIdentity
 
 BEAT_S = 5.0
 SILENT_S = 30.0  # six beats missed
@@ -164,56 +165,22 @@ def _reason(owner: Mapping[str, Any], me: Mapping[str, Any]) -> str | None:
         return "was the same job before it was requeued"
     if same("host") and owner.get("boot_id") and me["boot_id"] and not same("boot_id"):
         return "has ended: its host was started again"
-    # in another time namespace they count from elsewhere
-    started = owner.get("started_ticks") if same("time_namespace") else None
-    if same("boot_id", "pid_namespace") and _has_ended(owner.get("pid"), started):
+    if ProcessIdentity.from_json(owner).has_ended(here=ProcessIdentity.from_json(me)):
         return "has ended"
     return None
 
 
-def _has_ended(pid: object, started_ticks: object) -> bool:
-    if not isinstance(pid, int) or not 0 < pid < 1 << 31:
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # another user's, which /proc may hide
-        pass
-    stat = _stat(pid)
-    return stat is not None and (stat[0] in "ZX" or started_ticks not in (None, stat[1]))
-
-
-def _stat(pid: int) -> tuple[str, int] | None:
-    """(state, start time in ticks since the host's start) of a process; None where it cannot be seen."""
-    text = _text(f"/proc/{pid}/stat")
-    fields = text.rpartition(")")[2].split() if text else []
-    return (fields[0], int(fields[19])) if fields else None
-
-
 def _this_process() -> dict[str, Any]:
     restarts = os.environ.get("SLURM_RESTART_COUNT", "")
-    stat = _stat(os.getpid())
     return {
         "token": secrets.token_hex(8),
         "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "started_ticks": stat[1] if stat else None,
-        "boot_id": _text("/proc/sys/kernel/random/boot_id"),
-        "pid_namespace": Path("/proc/self/ns/pid").resolve().name,
-        "time_namespace": Path("/proc/self/ns/time").resolve().name,
+        **ProcessIdentity.of_this_process().to_json(),
         "job_id": os.environ.get("PBS_JOBID") or os.environ.get("SLURM_JOB_ID") or None,
         "restart_count": int(restarts) if re.fullmatch("[0-9]{1,9}", restarts) else 0,
         "launch": os.environ.get("ALLRANKS_LAUNCH_ID") or None,
         "taken_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def _text(path: str) -> str | None:
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return None
 
 
 def _owners(directory: Path) -> list[_Owner]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import allranks
+from allranks.base.agreement import majority
 from allranks.base.errors import UserError
 from allranks.base.processes import cpu_affinity
 from allranks.config import Config, TrainerConfig, WatchdogConfig
@@ -127,8 +128,7 @@ def _places(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
         ("version", "start every rank from the same environment"),
     ):
         values = [rank[what] for rank in ranks]
-        usual = max(dict.fromkeys(values), key=values.count)
-        odd = [r for r, value in enumerate(values) if value != usual]
+        usual, odd = majority(values)
         if odd:
             hosts = ", ".join(dict.fromkeys(ranks[r]["host"] for r in odd[:8]))
             detail = (

@@ -8,6 +8,7 @@ import statistics
 
 import torch
 
+from allranks.base.agreement import majority
 from allranks.base.errors import RunError
 from allranks.runtime.meeting import ranks_named
 from allranks.runtime.runtime import Runtime
@@ -33,8 +34,7 @@ def compare_ranks(runtime: Runtime, model: torch.nn.Module) -> None:
         torch.tensor([mine], dtype=torch.float64, device=runtime.device)
     ).T.tolist()
 
-    usual = max(dict.fromkeys(digests), key=digests.count)
-    odd = [r for r, digest in enumerate(digests) if digest != usual]
+    _, odd = majority(digests)
     if odd:
         who = f" ({_named(runtime, odd)} from the others')" if 2 * len(odd) < len(digests) else ""
         raise RunError(

@@ -12,7 +12,6 @@ import re
 import secrets
 import socket
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -202,7 +201,7 @@ def _join_env(launch: Launch) -> Store:
         single = launch.local_world_size == launch.world_size
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1" if single else first_host(nodes))
         step = f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_STEP_ID')}"
-        os.environ.setdefault("MASTER_PORT", str(20000 + zlib.crc32(step.encode()) % 10000))
+        os.environ.setdefault("MASTER_PORT", str(variables.port_for(step)))
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise UserError(

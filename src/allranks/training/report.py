@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import logging.handlers
+import os
 import sys
 import time
 import traceback
@@ -14,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from allranks.base import files
+from allranks.base import files, processes
 from allranks.base.errors import UserError
 from allranks.data.loader import Batch, Data
 from allranks.run import directory as rundir
@@ -243,18 +244,15 @@ def _count(number: int, noun: str) -> str:
 
 def process_age_s() -> float:
     """Seconds since this process started, imports included."""
+    stat = processes.process_stat(os.getpid())
     try:
-        with open("/proc/self/stat") as stat, open("/proc/uptime") as uptime:  # noqa: PTH123
-            ticks = int(stat.read().rpartition(")")[2].split()[19])
-            return float(uptime.read().split()[0]) - ticks / _ticks_per_s()
-    except OSError:  # no /proc: count from the first import of this module
+        with open("/proc/uptime") as file:  # noqa: PTH123
+            host_up_s = float(file.read().split()[0])
+    except OSError:
+        stat = None
+    if stat is None:  # no /proc: count from the first import of this module
         return time.perf_counter() - _IMPORTED
-
-
-def _ticks_per_s() -> int:
-    import os
-
-    return os.sysconf("SC_CLK_TCK")
+    return host_up_s - stat.started_ticks / os.sysconf("SC_CLK_TCK")
 
 
 _IMPORTED = time.perf_counter()

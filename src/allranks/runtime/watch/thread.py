@@ -26,7 +26,6 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from allranks.base import links, processes
@@ -459,17 +458,16 @@ def look(pid: int, dump: int | None, how: str) -> str:
     """What has become of a rank on this host that is `gone`, or `mute`: then "" unless it is stopped, or
     `stuck`: it has been mute for so long that it is to blame anyhow.
     """
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+    stat = processes.process_stat(pid)
+    if stat is None:
         return FROM_AFAR[how]
     if how == "gone":
-        code = int(fields[49])  # there until the launcher has taken note of the end
-        if number := code & 127:
-            hint = " (out of memory?)" if number == signal.SIGKILL else ""
-            return f"was killed by {signal.Signals(number).name}{hint}"
-        return f"ended with exit code {code >> 8}" if code else FROM_AFAR[how]
-    stopped = fields[0] in "Tt"
+        status = stat.wait_status  # there until the launcher has taken note of the end
+        if status == 0:
+            return FROM_AFAR[how]
+        signum = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+        return processes.how_it_ended(os.WEXITSTATUS(status), signum)
+    stopped = stat.state in "Tt"
     if how == "mute" and not stopped:
         return ""
     found, stack = "is stopped (state T)" if stopped else FROM_AFAR[how], ""

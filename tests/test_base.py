@@ -1,0 +1,137 @@
+"""The ground floor: processes are told apart, their ends put into words, votes counted, ports chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+from allranks.base.agreement import majority
+from allranks.base.processes import ProcessIdentity, how_it_ended, process_stat
+from allranks.job.variables import PORTS, port_for
+from helpers import PYTHON
+
+# Prints its identity and waits. Its name in /proc/PID/stat holds a parenthesis and a byte that is no UTF-8.
+CHILD = r"""
+import ctypes, json, sys
+from allranks.base.processes import ProcessIdentity
+ctypes.CDLL(None).prctl(15, b"a) S \xff", 0, 0, 0)  # PR_SET_NAME
+print(json.dumps(ProcessIdentity.of_this_process().to_json()), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def child():
+    """A process that waits, and the identity that it gave itself."""
+    with subprocess.Popen(
+        [PYTHON, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield process, ProcessIdentity.from_json(json.loads(process.stdout.readline()))
+        process.kill()
+
+
+def until_ended(pid: int) -> None:
+    while (stat := process_stat(pid)) and stat.state != "Z":
+        time.sleep(0.01)
+
+
+def test_a_process_is_the_same_to_itself_and_to_others(child):
+    process, identity = child
+    here = ProcessIdentity.of_this_process()
+    assert identity.pid == process.pid
+    assert identity.is_visible_from(here)
+    assert here.is_visible_from(identity)
+    assert not identity.has_ended(here)
+    stat = process_stat(process.pid)
+    assert stat.started_ticks == identity.started_ticks
+    assert stat.state in "RSD"  # just after it has printed, or asleep already
+    assert ProcessIdentity.from_json(identity.to_json()) == identity
+
+
+def test_an_ended_process_is_known_before_and_after_its_parent_has_waited_for_it(child):
+    process, identity = child
+    here = ProcessIdentity.of_this_process()
+    process.kill()
+    until_ended(process.pid)
+    status = process_stat(process.pid).wait_status
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert identity.has_ended(here)
+    process.wait()
+    assert process_stat(process.pid) is None
+    assert identity.has_ended(here)
+
+
+def test_another_process_with_the_same_number_is_not_taken_for_the_one_that_ended(child):
+    _, identity = child
+    earlier = dataclasses.replace(identity, started_ticks=identity.started_ticks - 1)
+    assert earlier.has_ended(here=identity)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"boot_id": "another host"},
+        {"boot_id": None},
+        {"pid_namespace": "pid:[1]"},
+        {"pid_namespace": None},
+        {"pid": None},
+        {"pid": 0},
+        {"pid": -1},
+        {"pid": 1 << 31},
+    ],
+    ids=str,
+)
+def test_nobody_is_said_to_have_ended_who_cannot_be_seen_from_here(change):
+    gone = {"pid": 2**22 + 1, "started_ticks": 1}  # above the highest number that Linux gives
+    here = ProcessIdentity.of_this_process()
+    assert dataclasses.replace(here, **gone).has_ended(here)
+    assert not dataclasses.replace(here, **{**gone, **change}).has_ended(here)
+
+
+def test_ticks_of_another_time_namespace_are_not_compared():
+    here = ProcessIdentity.of_this_process()
+    assert dataclasses.replace(here, started_ticks=1).has_ended(here)
+    assert not dataclasses.replace(here, started_ticks=1, time_namespace="time:[1]").has_ended(here)
+    assert not dataclasses.replace(here, started_ticks=None).has_ended(here)
+
+
+def test_what_a_file_says_of_a_process_may_be_anything():
+    nobody = ProcessIdentity(None, None, None, None, None)
+    assert ProcessIdentity.from_json({}) == nobody
+    assert ProcessIdentity.from_json({"pid": True, "started_ticks": "1", "boot_id": 7, "else": 1}) == nobody
+
+
+@pytest.mark.parametrize(
+    ("code", "signum", "words"),
+    [
+        (3, 0, "ended with exit code 3"),
+        (137, signal.SIGKILL, "was killed by SIGKILL (out of memory?)"),
+        (143, signal.SIGTERM, "was killed by SIGTERM"),
+        (163, 35, "was killed by signal 35"),  # a real-time signal without a name of its own
+    ],
+)
+def test_an_end_is_put_into_words(code, signum, words):
+    assert how_it_ended(code, signum) == words
+
+
+def test_the_majority_is_what_most_say_and_the_first_of_two_that_are_equal():
+    assert majority(["a", "b", "b"]) == ("b", [0])
+    assert majority(["a", "b"]) == ("a", [1])
+    assert majority([7.0] * 3) == (7.0, [])
+    with pytest.raises(ValueError):
+        majority([])
+
+
+def test_a_jobs_port_is_the_same_on_every_rank_and_seldom_another_jobs():
+    ports = [port_for(f"{number}.server") for number in range(100)]
+    assert ports == [port_for(f"{number}.server") for number in range(100)]
+    assert set(ports) <= set(PORTS)
+    assert len(set(ports)) >= 95
+    assert port_for("123.4") == 22641  # Python's own hash() would give each process another one
