@@ -22,7 +22,7 @@ from allranks.run import directory as rundir
 from allranks.runtime.runtime import Runtime
 
 if TYPE_CHECKING:
-    from allranks.training.engine import Training
+    from allranks.training.training import Training
 
 log = logging.getLogger("allranks")
 

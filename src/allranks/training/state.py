@@ -25,7 +25,7 @@ from allranks.config import Config
 from allranks.run import checkpoint
 from allranks.run.claim import Claim
 from allranks.runtime.runtime import Runtime
-from allranks.training.engine import Training
+from allranks.training.training import Training
 
 log = logging.getLogger(__name__)
 

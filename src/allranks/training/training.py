@@ -1,0 +1,70 @@
+"""What a training consists of: the model, its optimizer, its learning rates, and where it stands.
+
+The engine changes it step by step, a checkpoint holds all of it, and the reporter tells of it. It stands in
+a module of its own so that these three need not know each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from allranks.base.errors import UserError
+from allranks.base.text import one_line
+from allranks.runtime.gradients import OrderedSum
+from allranks.training.metrics import Sums
+
+
+@dataclass
+class Schedule:
+    """A learning-rate scheduler and when to step it."""
+
+    scheduler: Any = None
+    every_step: bool = False
+    monitor: str | None = None  # the metric that a plateau scheduler watches
+
+    def after_step(self) -> None:
+        if self.scheduler is not None and self.every_step:
+            self._step()
+
+    def after_epoch(self, metrics: Mapping[str, float]) -> None:
+        if self.scheduler is None or self.every_step:
+            return
+        if self.monitor is None:
+            self._step()
+        else:
+            self._step(metrics[self.monitor])
+
+    def _step(self, *metric: float) -> None:
+        try:
+            self.scheduler.step(*metric)
+        except (ArithmeticError, TypeError, ValueError) as error:  # of its arguments, seen only now
+            what = f"{type(self.scheduler).__name__} cannot go on ({one_line(error)})"
+            raise UserError(f"scheduler: {what}: look at its values.", said_by=0) from error
+
+
+@dataclass
+class Training:
+    """All that changes while a run trains: what a checkpoint holds."""
+
+    model: nn.Module  # as it is evaluated and saved
+    trained: nn.Module  # the same, compiled and wrapped in DDP where asked for
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    scaler: torch.amp.GradScaler
+    sums: Sums  # of the running epoch, where trainer.train_metrics=running
+    ordered_sum: OrderedSum | None = None  # in a reproducible run
+    epoch: int = 0  # completed
+    step: int = 0  # optimizer steps, skipped ones included
+    epoch_steps: int = 0  # of them in the epoch that is under way
+    epoch_s: float = 0.0  # spent in these
+    epoch_lr: float = 0.0  # the learning rate at its beginning
+    history: list[dict[str, Any]] = field(default_factory=list)  # the metrics of each completed epoch
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
