@@ -23,7 +23,7 @@ def waits_ms(overrides: list[str], folder: Path) -> list[float]:
     """How long Saver.save() holds up the training, in a run in this process with a save every 150 steps:
     further apart than a save takes, so that none waits for the one before."""
     from allranks.config import from_command_line
-    from allranks.job.identity import Launch
+    from allranks.job.identity import RankIdentity
     from allranks.train import run
     from allranks.training import state
 
@@ -38,7 +38,7 @@ def waits_ms(overrides: list[str], folder: Path) -> list[float]:
     state.Saver.save = timed  # type: ignore[method-assign, assignment]
     try:
         [config] = from_command_line([*BASE, *overrides, "checkpoint.every_steps=150", f"run.dir={folder}"])
-        run(config, Launch("none"))
+        run(config, RankIdentity("none"))
     finally:
         state.Saver.save = save  # type: ignore[method-assign]
     return took

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from allranks.config import WatchdogConfig
-from allranks.job.identity import Launch
+from allranks.job.identity import RankIdentity
 from allranks.runtime.watch.thread import Watchdog
 from common import BIN, RANK_VARIABLES, scratch
 
@@ -167,7 +167,7 @@ def main() -> None:
     )
     print(again, flush=True)
 
-    watchdog, calls = Watchdog(WatchdogConfig(), Launch("none")), 100_000
+    watchdog, calls = Watchdog(WatchdogConfig(), RankIdentity("none")), 100_000
     for name, call in {"progress": lambda: watchdog.progress(1), "arrive": watchdog.arrive}.items():
         began = time.thread_time()  # others' use of the processor left out
         for _ in range(calls):

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from allranks.config import from_command_line
-from allranks.job.identity import Launch
+from allranks.job.identity import RankIdentity
 from helpers import LEAKY, ROOT, Done, Run, execute, launcher
 
 # The same examples every time, on machines that may be busy.
@@ -66,7 +66,7 @@ def train_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
     def run(*overrides: str) -> Run:
         before = set(tmp_path.rglob("config.yaml"))
         [config] = from_command_line(overrides)
-        run_training(config, Launch("none"))
+        run_training(config, RankIdentity("none"))
         gc.unfreeze()  # this process goes on
         if config.run.dir is not None:
             return Run(tmp_path / config.run.dir)

@@ -15,7 +15,7 @@ import pytest
 from allranks.base import links
 from allranks.base.errors import UserError
 from allranks.config import WatchdogConfig
-from allranks.job.identity import Launch
+from allranks.job.identity import RankIdentity
 from allranks.runtime.watch.thread import Watchdog
 from helpers import execute
 from launching import BIN, Started
@@ -361,7 +361,7 @@ def test_a_straggler_is_reported(start):
 
 
 def test_nobody_without_the_secret_is_listened_to():
-    watchdog = Watchdog(WatchdogConfig(), Launch("none"))
+    watchdog = Watchdog(WatchdogConfig(), RankIdentity("none"))
     address, port, secret = watchdog.prepare(one_host=True)["door"]
     watchdog.join([{"host": HOST, "pid": os.getpid(), "dump": None}] * 2, deputy=1)
     for words in (
@@ -385,9 +385,9 @@ import os, socket, time
 from allranks.config import WatchdogConfig
 from allranks.base import links
 from allranks.runtime.watch import thread
-from allranks.job.identity import Launch
+from allranks.job.identity import RankIdentity
 
-mine = watchdog.Watchdog(WatchdogConfig(), Launch("none"))
+mine = watchdog.Watchdog(WatchdogConfig(), RankIdentity("none"))
 address, port, secret = mine.prepare(one_host=True)["door"]
 mine.join([{"host": socket.gethostname(), "pid": os.getpid(), "dump": None}] * 2, deputy=1)
 other = wire.connect(address, port, 5)
@@ -414,7 +414,7 @@ def test_a_rank_that_closes_while_another_says_goodbye_is_not_gone(tmp_path):
 
 def test_a_step_that_compiles_has_the_first_steps_time():
     """The last batch of the first epoch is smaller, and is compiled for once more."""
-    watchdog = Watchdog(WatchdogConfig(step_s=1, first_step_s=77), Launch("none"))
+    watchdog = Watchdog(WatchdogConfig(step_s=1, first_step_s=77), RankIdentity("none"))
     watchdog.compiles = True
     limits = []
     for step in (0, 1, 2):

@@ -11,7 +11,8 @@ import sys
 import pytest
 
 from allranks.base.errors import UserError
-from allranks.job.identity import Launch, discover, first_host, launcher_rank
+from allranks.job.hosts import first_host
+from allranks.job.identity import RankIdentity, discover, launcher_rank
 
 TORCHRUN = {
     "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1",
@@ -64,21 +65,21 @@ BATCH_SHELL = {**SLURM_JOB, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NO
 @pytest.mark.parametrize(
     ("environ", "expected"),
     [
-        (TORCHRUN, Launch("torchrun", 5, 8, 1, 4)),
-        (MPICH, Launch("mpich", 5, 8, 1, 4)),
-        (INTEL_MPI, Launch("mpich", 5, 8, 1, 4)),
-        (OPENMPI, Launch("openmpi", 5, 8, 1, 4)),
-        (MVAPICH2, Launch("mvapich2", 5, 8, 1, 4)),
-        (SRUN, Launch("srun", 5, 8, 1, 4)),
-        (PALS, Launch("pals", 5, None, 1, 4)),  # MPI knows the size, PALS does not tell it
-        ({**PALS, "PMI_SIZE": "8"}, Launch("pals", 5, 8, 1, 4)),
-        (CRAY_PMI, Launch("cray-pmi", 5, 8, 1, 4)),
-        (JSRUN, Launch("jsrun", 5, 8, 1, None)),
+        (TORCHRUN, RankIdentity("torchrun", 5, 8, 1, 4)),
+        (MPICH, RankIdentity("mpich", 5, 8, 1, 4)),
+        (INTEL_MPI, RankIdentity("mpich", 5, 8, 1, 4)),
+        (OPENMPI, RankIdentity("openmpi", 5, 8, 1, 4)),
+        (MVAPICH2, RankIdentity("mvapich2", 5, 8, 1, 4)),
+        (SRUN, RankIdentity("srun", 5, 8, 1, 4)),
+        (PALS, RankIdentity("pals", 5, None, 1, 4)),  # MPI knows the size, PALS does not tell it
+        ({**PALS, "PMI_SIZE": "8"}, RankIdentity("pals", 5, 8, 1, 4)),
+        (CRAY_PMI, RankIdentity("cray-pmi", 5, 8, 1, 4)),
+        (JSRUN, RankIdentity("jsrun", 5, 8, 1, None)),
         (
             {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
-            Launch("environment", 5, 8, 1, 4),
+            RankIdentity("environment", 5, 8, 1, 4),
         ),
-        ({}, Launch("none", 0, 1, 0, 1)),
+        ({}, RankIdentity("none", 0, 1, 0, 1)),
     ],
 )
 def test_each_launcher(environ, expected):
@@ -115,7 +116,7 @@ def test_a_rank_that_fits_the_launcher_is_no_contradiction():
     ],
 )
 def test_a_shell_of_salloc_or_sbatch_is_no_task(shell):
-    assert discover(shell) == Launch("none")
+    assert discover(shell) == RankIdentity("none")
 
 
 def test_pmi_names_leak_into_a_slurm_step():
@@ -123,11 +124,11 @@ def test_pmi_names_leak_into_a_slurm_step():
     assert discover({**SRUN, "PMI_RANK": "0", "PMI_SIZE": "1"}).launcher == "srun"
     cray_plugin = {"PMI_RANK": "5", "PMI_SIZE": "8", "PMI_LOCAL_RANK": "1", "PMI_LOCAL_SIZE": "4"}
     pals_names = {"PALS_RANKID": "5", "PALS_LOCAL_RANKID": "1", "PALS_NODEID": "1"}
-    assert discover({**SRUN, **cray_plugin, **pals_names}) == Launch("srun", 5, 8, 1, 4)
+    assert discover({**SRUN, **cray_plugin, **pals_names}) == RankIdentity("srun", 5, 8, 1, 4)
 
 
 def test_pmi_rank_alone_proves_no_launcher():
-    assert discover({"PMI_RANK": "5", "PMI_SIZE": "8"}) == Launch("none")
+    assert discover({"PMI_RANK": "5", "PMI_SIZE": "8"}) == RankIdentity("none")
 
 
 def test_the_node_rank_of_openmpi_is_no_local_rank():
@@ -137,19 +138,19 @@ def test_the_node_rank_of_openmpi_is_no_local_rank():
 
 @pytest.mark.parametrize("empty", ["", " "])
 def test_an_empty_pmi_size_is_no_size(empty):
-    assert discover({**PALS, "PMI_SIZE": empty}) == Launch("pals", 5, None, 1, 4)
+    assert discover({**PALS, "PMI_SIZE": empty}) == RankIdentity("pals", 5, None, 1, 4)
 
 
 def test_mpiexec_inside_slurm_is_not_srun():
     """MPICH and Open MPI start their daemons with srun, so ranks inherit the daemon's step."""
     daemon = {**SRUN, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}
-    assert discover({**daemon, **MPICH}) == Launch("mpich", 5, 8, 1, 4)
-    assert discover({**daemon, **OPENMPI}) == Launch("openmpi", 5, 8, 1, 4)
+    assert discover({**daemon, **MPICH}) == RankIdentity("mpich", 5, 8, 1, 4)
+    assert discover({**daemon, **OPENMPI}) == RankIdentity("openmpi", 5, 8, 1, 4)
 
 
 @pytest.mark.parametrize("outer", [SRUN, MPICH, PALS, OPENMPI])
 def test_torchrun_inside_another_launcher(outer):
-    assert discover({**outer, **TORCHRUN}) == Launch("torchrun", 5, 8, 1, 4)
+    assert discover({**outer, **TORCHRUN}) == RankIdentity("torchrun", 5, 8, 1, 4)
 
 
 def test_uneven_tasks_of_a_step():
@@ -161,7 +162,7 @@ def test_uneven_tasks_of_a_step():
         "SLURM_STEP_TASKS_PER_NODE": "2,1", "SLURM_TASKS_PER_NODE": "2,1",
         "SLURM_DISTRIBUTION": "arbitrary", "SLURM_JOB_ID": "2",
     }  # fmt: skip
-    assert discover(recorded) == Launch("srun", 2, 3, 0, 1)
+    assert discover(recorded) == RankIdentity("srun", 2, 3, 0, 1)
     uneven = {**SRUN, "SLURM_STEP_TASKS_PER_NODE": "5,3", "SLURM_TASKS_PER_NODE": "4(x2)"}
     assert discover(uneven).local_world_size == 3
     assert discover({**uneven, "SLURM_NODEID": "0", "SLURM_PROCID": "1"}).local_world_size == 5
@@ -175,7 +176,7 @@ def test_a_request_for_tasks_per_node_is_not_what_runs():
 def test_a_step_smaller_than_its_job():
     first = {"SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_LOCALID": "0"}
     one = {**SRUN, **first, "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}
-    assert discover(one) == Launch("srun", 0, 1, 0, 1)
+    assert discover(one) == RankIdentity("srun", 0, 1, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +198,7 @@ def test_variables_that_contradict_each_other(environ, said):
 
 
 def test_a_lone_world_size_of_one_is_nobodys():
-    assert discover({"WORLD_SIZE": "1"}) == Launch("none")
+    assert discover({"WORLD_SIZE": "1"}) == RankIdentity("none")
 
 
 @pytest.mark.parametrize(
@@ -212,7 +213,7 @@ def test_the_first_host_of_a_node_list(nodes, host):
 
 
 def test_no_host_in_a_node_list():
-    with pytest.raises(UserError, match="names no host"):
+    with pytest.raises(UserError, match="is not a Slurm node list"):
         first_host("")
 
 

@@ -220,7 +220,7 @@ def test_a_start_is_cheap():
         "sys.argv = ['rank', '--', 'true']\n"
         "os.execvpe = lambda *a: None\n"  # the start without its end
         "from allranks.launch import guard\n"
-        "rank.main()\n"
+        "guard.main()\n"
         "new = set(sys.modules) - before\n"
         "print(len(new), len(opened), *sorted(m for m in new if m.split('.')[0] in "
         "('torch', 'numpy', 'mpi4py', 'omegaconf', 'hydra', 'yaml', 'subprocess', 'logging')))"

@@ -283,19 +283,19 @@ def ranks() -> Findings:
     from allranks.job.identity import discover
 
     try:
-        launch = discover(os.environ)
+        identity = discover(os.environ)
     except UserError as problem:
         yield error(str(problem), "unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT")
         return
     stale = [name for name in ("MASTER_ADDR", "MASTER_PORT") if os.environ.get(name)]
-    if launch.launcher == "none" and stale:
+    if identity.launcher == "none" and stale:
         text = f"{' and '.join(stale)} set in this shell, and no launcher at work."
         yield warn(text, f"unset {' '.join(stale)}")
-    elif launch.launcher == "environment":
-        text = f"RANK={launch.rank} and WORLD_SIZE={launch.world_size} are set in this shell."
+    elif identity.launcher == "environment":
+        text = f"RANK={identity.rank} and WORLD_SIZE={identity.world_size} are set in this shell."
         yield warn(text, "unset RANK LOCAL_RANK WORLD_SIZE unless you start each rank by hand.")
     else:
-        who = "no launcher at work" if launch.launcher == "none" else f"started by {launch.launcher}"
+        who = "no launcher at work" if identity.launcher == "none" else f"started by {identity.launcher}"
         yield ok(f"{who}, no rank variables left over")
 
 

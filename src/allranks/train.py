@@ -22,7 +22,7 @@ import traceback
 from allranks import config as configs
 from allranks.base.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError, end_unread
 from allranks.config import Config
-from allranks.job import identity
+from allranks.job.identity import RankIdentity, discover, launcher_rank, started_by_mpi
 from allranks.run import directory as rundir
 from allranks.runtime import mpi
 from allranks.training.control import FROM_TERMINAL, Control, Signals
@@ -32,22 +32,22 @@ def main() -> None:
     """Composes, trains once for each composed configuration, and exits: 0, 2 after a user's error, or 85
     where it was stopped with a checkpoint to go on from."""
     faulthandler.enable()
-    rank = identity.launcher_rank(os.environ)
-    launch: identity.Launch | None = None
+    rank = launcher_rank(os.environ)
+    identity: RankIdentity | None = None
     try:
-        launch = identity.discover(os.environ)
+        identity = discover(os.environ)
         launched = sys.argv[1:2] == ["--frozen"]
         signals = Signals()
         signals.count(signal.SIGUSR1, signal.SIGUSR2)  # which would end a process that awaits none
-        for number, config in enumerate(compose(launch, launched)):
-            if not run(config, launch, launched, number, signals):
+        for number, config in enumerate(compose(identity, launched)):
+            if not run(config, identity, launched, number, signals):
                 sys.exit(EXIT_REQUEUE)
         if "triton" not in sys.modules:  # whose binding complains about objects that are still there
             gc.freeze()  # Python would look through all of torch's objects once more before it ends
     except UserError as error:
         if error.said_by in (None, rank):
             print(f"allranks: {error}", file=sys.stderr, flush=True)
-        if launch is None and identity.started_by_mpi(os.environ):
+        if identity is None and started_by_mpi(os.environ):
             mpi.end_job(EXIT_USER_ERROR)  # a rank that the stale variables happen to fit waits for this one
         if error.said_by is None:
             mpi.abort(error.code)  # the other ranks do not know, and may wait for this one
@@ -64,7 +64,7 @@ def main() -> None:
         raise
 
 
-def compose(launch: identity.Launch, launched: bool) -> list[Config]:
+def compose(identity: RankIdentity, launched: bool) -> list[Config]:
     """The configurations of the command line; a rank's error there becomes every rank's.
 
     `allranks launch` composed beforehand, and starts each rank with `--frozen DIRECTORY SHA256`.
@@ -73,20 +73,20 @@ def compose(launch: identity.Launch, launched: bool) -> list[Config]:
         if launched:
             return [configs.thaw(*sys.argv[2:4])]
         # --help and --cfg are rank 0's to print
-        with contextlib.redirect_stdout(io.StringIO()) if launch.rank else contextlib.nullcontext():
+        with contextlib.redirect_stdout(io.StringIO()) if identity.rank else contextlib.nullcontext():
             return configs.from_command_line(sys.argv[1:])
     except UserError as error:
-        if launch.alone:
+        if identity.alone:
             raise
         from allranks.runtime.bringup import open_runtime
 
-        open_runtime(launch, None, "", error)
+        open_runtime(identity, None, "", error)
         raise
 
 
 def run(
     config: Config,
-    launch: identity.Launch,
+    identity: RankIdentity,
     launched: bool = False,
     number: int = 0,
     signals: Signals | None = None,
@@ -100,7 +100,7 @@ def run(
     # Threads that wait for each other spin, by default so long that a busy node slows a step 50 times.
     # Read once, when torch loads libgomp.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    reading = early.start_reading(config.data) if launch.rank == 0 else None
+    reading = early.start_reading(config.data) if identity.rank == 0 else None
     gc.disable()  # importing torch makes a million objects, none of which is garbage
     if not config.trainer.compile:
         from allranks.runtime import lean
@@ -115,7 +115,7 @@ def run(
     gc.enable()
     trainer = config.trainer
     began_s = process_age_s() if number else 0.0  # a sweep's first run counts torch's import too
-    runtime = open_runtime(launch, config, configs.digest(config), run=number)
+    runtime = open_runtime(identity, config, configs.digest(config), run=number)
     if signals is not None:
         signals.count(signal.SIGTERM, *FROM_TERMINAL)  # not before: a start that hangs would be hard to end
     with Reporter(runtime) as report:

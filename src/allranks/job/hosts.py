@@ -203,6 +203,11 @@ def expand(node_list: str) -> list[str]:
     return hosts
 
 
+def first_host(node_list: str) -> str:
+    """The first host of a Slurm node list, where Slurm starts rank 0: `nid[001-003,7]` gives `nid001`."""
+    return expand(node_list)[0]
+
+
 def _split_outside_brackets(text: str) -> list[str]:
     return re.split(r",(?![^\[]*\])", text.strip())
 

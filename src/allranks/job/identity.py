@@ -18,15 +18,20 @@ _NUMBER = "[0-9]{1,10}"
 
 
 @dataclass(frozen=True)
-class Launch:
-    """What the launcher told this process. None where it does not tell: MPI knows the rest."""
+class RankIdentity:
+    """Which rank of which job this process is, by what its launcher told it.
+
+    None stands for what the launcher does not tell; under an MPI launcher MPI knows it. `launcher` is one
+    of those in _LAUNCHERS, or `none` for a process that no launcher started.
+    """
 
     launcher: str
     rank: int = 0
     world_size: int | None = 1
     local_rank: int | None = 0
     local_world_size: int | None = 1
-    parent: int = field(default_factory=os.getppid, compare=False)  # noted before it can have ended
+    # The process that started this one: noted here, as early as can be, before it may have ended.
+    parent_pid: int = field(default_factory=os.getppid, compare=False)
 
     @property
     def is_mpi(self) -> bool:
@@ -76,7 +81,7 @@ _LAUNCHERS = (
 MPI_LAUNCHERS = frozenset({"openmpi", "mvapich2", "mpich", "pals", "jsrun", "cray-pmi"})
 
 
-def discover(environ: Mapping[str, str]) -> Launch:
+def discover(environ: Mapping[str, str]) -> RankIdentity:
     """The rank that the launcher gave this process; a lone process where nothing launched it.
 
     Raises UserError where variables are missing, contradict each other, or are left over from another
@@ -90,7 +95,7 @@ def discover(environ: Mapping[str, str]) -> Launch:
                 f"{there}={environ[there]} is set but {missing} is not, and no launcher's variables are: "
                 f"unset {there} for a single process, or start the ranks with mpiexec or torchrun."
             )
-        return Launch("none")
+        return RankIdentity("none")
 
     rank = _number(environ, names.rank)
     world_size = _number(environ, names.world_size)
@@ -110,7 +115,7 @@ def discover(environ: Mapping[str, str]) -> Launch:
                 f"Unset them, or start all ranks with one launcher."
             )
     _refuse_stale(environ, names, rank, world_size)
-    return Launch(names.launcher, rank, world_size, local_rank, local_world_size)
+    return RankIdentity(names.launcher, rank, world_size, local_rank, local_world_size)
 
 
 def launcher_rank(environ: Mapping[str, str]) -> int:
@@ -185,12 +190,3 @@ def repeated(text: str, named: str) -> list[int]:
             raise UserError(f"{named}={text!r} cannot be read: Slurm writes it like 2(x3),1.")
         counts += [int(match[1])] * int(match[2] or 1)
     return counts
-
-
-def first_host(node_list: str) -> str:
-    """The first host of a Slurm node list: `nid[001-003,7],login1` gives `nid001`."""
-    first = re.split(r",(?![^\[]*\])", node_list.strip())[0]
-    host = re.sub(r"\[([0-9]+)[^\]]*\]", r"\1", first)
-    if not host:
-        raise UserError(f"SLURM_JOB_NODELIST={node_list!r} names no host: start the ranks with srun.")
-    return host

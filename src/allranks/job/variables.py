@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from allranks.base.errors import UserError
-from allranks.job.identity import Launch
+from allranks.job.identity import RankIdentity
 
 # Set by the launch's plan, the same for all ranks.
 MASTER_ADDR = "ALLRANKS_MASTER_ADDR"  # where rank 0 is reached
@@ -46,7 +46,7 @@ def port_for(job: str) -> int:
 
 
 def of_rank(
-    launch: Launch, environ: Mapping[str, str], told: Mapping[str, Any] | None = None
+    identity: RankIdentity, environ: Mapping[str, str], told: Mapping[str, Any] | None = None
 ) -> dict[str, str]:
     """The rank, the master, and the device that the rank is to see, as variables for its program.
 
@@ -54,15 +54,15 @@ def of_rank(
     master_port. Raises UserError for what neither the launcher nor anybody else tells.
     """
     told = told or {}
-    world_size = launch.world_size or told.get("world_size") or _given(environ, WORLD_SIZE)
+    world_size = identity.world_size or told.get("world_size") or _given(environ, WORLD_SIZE)
     plans_local_size = _given(environ, LOCAL_WORLD_SIZE)
-    local_size = launch.local_world_size or told.get("local_world_size") or plans_local_size
+    local_size = identity.local_world_size or told.get("local_world_size") or plans_local_size
     local_size = 1 if world_size == 1 else local_size
-    local_rank = told.get("local_rank") if launch.local_rank is None else launch.local_rank
+    local_rank = told.get("local_rank") if identity.local_rank is None else identity.local_rank
     if local_rank is None and plans_local_size:
-        local_rank = launch.rank % plans_local_size  # the plan fills hosts one after another
+        local_rank = identity.rank % plans_local_size  # the plan fills hosts one after another
     found = {
-        "RANK": launch.rank,
+        "RANK": identity.rank,
         "WORLD_SIZE": world_size,
         "LOCAL_RANK": local_rank,
         "LOCAL_WORLD_SIZE": local_size,
@@ -70,13 +70,13 @@ def of_rank(
     missing = [name for name, value in found.items() if value is None]
     if missing:
         raise UserError(
-            f"{launch.launcher} does not tell rank {launch.rank} its {' and '.join(missing)}: start the "
-            f"ranks with `allranks launch`, or set {WORLD_SIZE} and {LOCAL_WORLD_SIZE}."
+            f"{identity.launcher} does not tell rank {identity.rank} its {' and '.join(missing)}: start "
+            f"the ranks with `allranks launch`, or set {WORLD_SIZE} and {LOCAL_WORLD_SIZE}."
         )
     assert local_rank is not None
     return {
         **{name: str(value) for name, value in found.items()},
-        **_master(launch, environ, told, one_host=world_size == local_size),
+        **_master(identity, environ, told, one_host=world_size == local_size),
         **_device(local_rank, environ),
     }
 
@@ -106,19 +106,19 @@ def _given(environ: Mapping[str, str], name: str) -> int | None:
 
 
 def _master(
-    launch: Launch, environ: Mapping[str, str], told: Mapping[str, Any], one_host: bool
+    identity: RankIdentity, environ: Mapping[str, str], told: Mapping[str, Any], one_host: bool
 ) -> dict[str, str]:
     """MASTER_ADDR and MASTER_PORT. torchrun serves a store there already: its own are kept."""
     address, port = environ.get("MASTER_ADDR", ""), environ.get("MASTER_PORT", "")
-    if address and port and launch.launcher in ("torchrun", "environment"):
+    if address and port and identity.launcher in ("torchrun", "environment"):
         return {}
     if told:  # a MASTER_PORT left over in the shell must not win over one that was found free
         return {"MASTER_ADDR": str(told["master_addr"]), "MASTER_PORT": str(told["master_port"])}
     address = environ.get(MASTER_ADDR) or address or ("127.0.0.1" if one_host else "")
-    port = environ.get(MASTER_PORT) or port or (str(free_port()) if launch.alone else "")
+    port = environ.get(MASTER_PORT) or port or (str(free_port()) if identity.alone else "")
     if not address or not port:
         raise UserError(
-            f"{launch.launcher} does not tell where rank 0 is to be reached: start the ranks with "
+            f"{identity.launcher} does not tell where rank 0 is to be reached: start the ranks with "
             f"`allranks launch`, or set {MASTER_ADDR} and {MASTER_PORT} for all of them."
         )
     return {"MASTER_ADDR": address, "MASTER_PORT": port}

@@ -25,7 +25,7 @@ from typing import Any
 from allranks.base import links, processes
 from allranks.base.errors import EXIT_CANNOT_START, EXIT_USER_ERROR, UserError
 from allranks.job import variables
-from allranks.job.identity import Launch, discover
+from allranks.job.identity import RankIdentity, discover
 
 CONNECT_S = 30
 END_S = 1.0  # from SIGTERM to SIGKILL when the supervisor is gone
@@ -38,11 +38,11 @@ def main() -> None:
     environ = os.environ
     try:
         program = program_of(sys.argv[1:])
-        launch = discover(environ)
+        identity = discover(environ)
         if environ.get(variables.SUPERVISOR):
-            sys.exit(Guard(launch, environ).attend(program))
+            sys.exit(Guard(identity, environ).attend(program))
         processes.restore_signals()
-        execute(program, {**environ, **variables.of_rank(launch, environ)})
+        execute(program, {**environ, **variables.of_rank(identity, environ)})
     except UserError as error:
         print(f"allranks: [{socket.gethostname()}] {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)
@@ -69,15 +69,15 @@ def execute(program: Sequence[str], environ: Mapping[str, str]) -> None:
 class Guard:
     """The parent of one rank's program, in touch with the supervisor."""
 
-    def __init__(self, launch: Launch, environ: Mapping[str, str]) -> None:
+    def __init__(self, identity: RankIdentity, environ: Mapping[str, str]) -> None:
         """Connects. Raises UserError where the supervisor cannot be reached."""
-        self.launch, self.environ = launch, environ
+        self.identity, self.environ = identity, environ
         host, _, port = environ[variables.SUPERVISOR].rpartition(":")
         try:
             self.link = links.connect(host, int(port), CONNECT_S)
         except OSError as error:
             raise UserError(
-                f"rank {launch.rank} cannot reach `allranks launch` at {host}:{port} "
+                f"rank {identity.rank} cannot reach `allranks launch` at {host}:{port} "
                 f"({error.strerror or error}): look whether it still runs, and whether a firewall "
                 "stands between."
             ) from error
@@ -86,18 +86,18 @@ class Guard:
         self.child = 0
         self.status: int | None = None  # the program's wait status, once it has ended
         self.kill_at: float | None = None
-        folder = environ.get(variables.OUTPUT) if launch.rank else None
-        self.file = f"{folder}/rank-{launch.rank}.out" if folder else None  # for stdout
+        folder = environ.get(variables.OUTPUT) if identity.rank else None
+        self.file = f"{folder}/rank-{identity.rank}.out" if folder else None  # for stdout
 
     def attend(self, program: Sequence[str]) -> int:
         """Runs the program to its end; returns its exit code, 128 + signal as shells do."""
         self._say(
             secret=self.environ.get(variables.SECRET, ""),
-            rank=self.launch.rank,
-            launcher=self.launch.launcher,
-            world_size=self.launch.world_size,
+            rank=self.identity.rank,
+            launcher=self.identity.launcher,
+            world_size=self.identity.world_size,
             host=socket.gethostname(),
-            port=variables.free_port() if self.launch.rank == 0 else None,
+            port=variables.free_port() if self.identity.rank == 0 else None,
         )
         try:
             told = self._next_word()
@@ -124,7 +124,7 @@ class Guard:
         kept.setdefault("PYTHONUNBUFFERED", "1")
         return {
             **kept,
-            **variables.of_rank(self.launch, self.environ, place),
+            **variables.of_rank(self.identity, self.environ, place),
             # under torchrun MASTER_PORT is its own store's; this one is free there too
             variables.MASTER_ADDR: str(place["master_addr"]),
             variables.MASTER_PORT: str(place["master_port"]),
@@ -172,7 +172,7 @@ class Guard:
 
     def _start(self, program: Sequence[str], environ: Mapping[str, str]) -> dict[int, str]:
         """Starts the program; its two streams, by the descriptor to read them from."""
-        terminals = self.environ.get(variables.TERMINAL, "") if self.launch.rank == 0 else ""
+        terminals = self.environ.get(variables.TERMINAL, "") if self.identity.rank == 0 else ""
         streams = {kind: _stream(kind in terminals) for kind in ("out", "err")}
         parent = os.getpid()
         self.child = os.fork()

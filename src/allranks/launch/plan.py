@@ -49,7 +49,9 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Variable:
+class PlannedVariable:
+    """An environment variable that all ranks get, and who wants it: the dry run shows `why`."""
+
     name: str
     value: str
     why: str
@@ -77,7 +79,7 @@ class Plan:
     launcher: str
     dialect: str  # the launcher, or whose mpiexec it is: hydra, pals, openmpi
     argv: tuple[str, ...]
-    variables: tuple[Variable, ...]
+    variables: tuple[PlannedVariable, ...]
     hosts: tuple[Host, ...]
     machine: Machine
     cpus: tuple[str, ...] = ()
@@ -285,7 +287,7 @@ def _variables(
     hosts: Sequence[Host],
     devices: Sequence[str],
     environ: Mapping[str, str],
-) -> tuple[Variable, ...]:
+) -> tuple[PlannedVariable, ...]:
     """The variables that all ranks get; what differs between ranks is allranks.launch.guard's."""
     file = f"machine file {machine.name}"
     local = allocation.scheduler == "local"
@@ -296,16 +298,16 @@ def _variables(
     counts = {host.slots for host in hosts}
     ranks = str(sum(host.slots for host in hosts))
     found = [
-        Variable(MASTER_ADDR, master, why),
-        Variable(MASTER_PORT, str(port_for(allocation.job_id or "")), "launcher: from the job's id"),
-        Variable(WORLD_SIZE, ranks, "launcher: not every launcher tells it"),
+        PlannedVariable(MASTER_ADDR, master, why),
+        PlannedVariable(MASTER_PORT, str(port_for(allocation.job_id or "")), "launcher: from the job's id"),
+        PlannedVariable(WORLD_SIZE, ranks, "launcher: not every launcher tells it"),
     ]
     if len(counts) == 1:
-        found.append(Variable(LOCAL_WORLD_SIZE, str(*counts), "launcher: the same on every host"))
+        found.append(PlannedVariable(LOCAL_WORLD_SIZE, str(*counts), "launcher: the same on every host"))
     if machine.device.variable:
         found += [
-            Variable(DEVICE_VARIABLE, machine.device.variable, f"{file}: set in each rank"),
-            Variable(DEVICES, ",".join(devices), f"{file}: of local rank 0, 1, ..."),
+            PlannedVariable(DEVICE_VARIABLE, machine.device.variable, f"{file}: set in each rank"),
+            PlannedVariable(DEVICES, ",".join(devices), f"{file}: of local rank 0, 1, ..."),
         ]
     for name, variable in machine.active_variables(len(hosts)).items():
         by_user = any(key.startswith(f"variables.{name}") for key in machine.overridden)
@@ -316,5 +318,5 @@ def _variables(
         value = variable.value
         if variable.prepend and environ.get(name):
             value = f"{value}:{environ[name]}"
-        found.append(Variable(name, value, reason))
+        found.append(PlannedVariable(name, value, reason))
     return tuple(found)

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 from allranks.base import links
 from allranks.base.agreement import majority
 from allranks.base.errors import EXIT_TIMED_OUT, EXIT_USER_ERROR, UserError
-from allranks.job import identity, variables
+from allranks.job import variables
+from allranks.job.identity import discover
 from allranks.launch import supervisor
 from allranks.run import directory as rundir
 
@@ -326,12 +327,12 @@ def add_by_tcp(
 
 def add_by_mpi(environ: Mapping[str, str]) -> None:
     """The same over MPI, where an MPI launcher started the ranks."""
-    launch = identity.discover(environ)
-    if not launch.is_mpi:
+    identity = discover(environ)
+    if not identity.is_mpi:
         return
     from allranks.runtime import mpi
 
-    comm = mpi.world(launch)
+    comm = mpi.world(identity)
     total = array("d", part(comm.rank))
     comm.Allreduce(array("d", part(comm.rank)), total)
     check_sum(total, comm.size, "MPI")

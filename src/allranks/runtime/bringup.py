@@ -17,7 +17,7 @@ from allranks.base.agreement import majority
 from allranks.base.errors import UserError
 from allranks.base.processes import cpu_affinity
 from allranks.config import Config, TrainerConfig, WatchdogConfig
-from allranks.job.identity import Launch
+from allranks.job.identity import RankIdentity
 from allranks.runtime import ezpz, mpi, native
 from allranks.runtime.meeting import merged, open_meeting, ranks_named
 from allranks.runtime.runtime import Runtime
@@ -28,16 +28,16 @@ BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
 
 
 def open_runtime(
-    launch: Launch, config: Config | None, digest: str, error: UserError | None = None, run: int = 0
+    identity: RankIdentity, config: Config | None, digest: str, error: UserError | None = None, run: int = 0
 ) -> Runtime:
     """Brings the ranks up: all of them with the same configuration, each on a device of its own.
 
     A rank that has no valid configuration comes with its `error` instead, so that every rank can end
     with one message. Raises UserError, agreed by all, for whatever makes the run impossible.
     """
-    watchdog = Watchdog(config.watchdog if config else WatchdogConfig(), launch)
+    watchdog = Watchdog(config.watchdog if config else WatchdogConfig(), identity)
     try:
-        return _bring_up(launch, config, digest, error, run, watchdog)
+        return _bring_up(identity, config, digest, error, run, watchdog)
     except UserError:
         watchdog.close()
         if watchdog.meeting is not None:
@@ -46,7 +46,7 @@ def open_runtime(
 
 
 def _bring_up(
-    launch: Launch,
+    identity: RankIdentity,
     config: Config | None,
     digest: str,
     error: UserError | None,
@@ -54,14 +54,14 @@ def _bring_up(
     watchdog: Watchdog,
 ) -> Runtime:
     comm = None
-    if launch.is_mpi and not launch.alone:
-        comm = mpi.world(launch)
-        launch = replace(launch, world_size=int(comm.size))
-    meeting = watchdog.meeting = open_meeting(launch, comm, run)
+    if identity.is_mpi and not identity.alone:
+        comm = mpi.world(identity)
+        identity = replace(identity, world_size=int(comm.size))
+    meeting = watchdog.meeting = open_meeting(identity, comm, run)
     host = socket.gethostname()
     about_me = {
         "host": host,
-        "local_rank": launch.local_rank,
+        "local_rank": identity.local_rank,
         "cpus": sorted(cpu_affinity()),
         "digest": digest,
         "version": f"allranks {allranks.__version__}, torch {torch.__version__}",
@@ -71,17 +71,17 @@ def _bring_up(
     assert config is not None  # an error of this rank was raised by settle()
     runtime_error: UserError | None = None
     try:
-        device, identity = _pick_device(config, place)
+        device, device_id = _pick_device(config, place)
         _check_precision(config.trainer.precision, device)
-        use_ezpz = ezpz.chosen(config.runtime, launch.rank)
+        use_ezpz = ezpz.chosen(config.runtime, identity.rank)
         watch = watchdog.prepare(one_host=place["hosts"] == 1) if meeting.world_size > 1 else None
     except UserError as problem:
-        runtime_error, identity, watch = problem, "", None
+        runtime_error, device_id, watch = problem, "", None
     mine = {
         "host": host,
         "pid": os.getpid(),
         "error": str(runtime_error) if runtime_error else None,
-        "device": identity,
+        "device": device_id,
         "local_rank": place["local_rank"],
         "oversubscribe": config.oversubscribe,
         "watch": watch,
@@ -94,7 +94,7 @@ def _bring_up(
     threads = config.threads or (1 if fixed else place["threads"])  # which may change sums' last bits
     torch.set_num_threads(threads)
     runtime = Runtime(
-        launch, meeting, watchdog, device, "ezpz" if use_ezpz else "native", place["local_rank"],
+        identity, meeting, watchdog, device, "ezpz" if use_ezpz else "native", place["local_rank"],
         place["local_world_size"], threads, seen, comm if device.type == "cpu" else None, fixed,
     )  # fmt: skip
     if meeting.world_size > 1 or use_ezpz:
@@ -176,9 +176,9 @@ def _pick_device(config: Config, place: dict[str, Any]) -> tuple[torch.device, s
     backend = getattr(torch, name)
     # --gpus-per-task and the like show each rank a single device: its index is then 0 for everyone
     index = place["local_rank"] % backend.device_count()
-    identity = str(getattr(backend.get_device_properties(index), "uuid", ""))
+    device_id = str(getattr(backend.get_device_properties(index), "uuid", ""))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or os.environ.get("ZE_AFFINITY_MASK", "")
-    return torch.device(name, index), identity or f"{platform.node()}/{visible}/{index}"
+    return torch.device(name, index), device_id or f"{platform.node()}/{visible}/{index}"
 
 
 def is_available(name: str) -> bool:

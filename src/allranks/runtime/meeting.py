@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from allranks.base.errors import UserError
 from allranks.base.links import listen
 from allranks.job import variables
-from allranks.job.identity import Launch, first_host
+from allranks.job.identity import RankIdentity
 from allranks.runtime import mpi
 
 if TYPE_CHECKING:
@@ -128,23 +128,23 @@ def ranks_named(ranks: Sequence[int]) -> str:
     return f"ranks {shown}" + (f", ... ({len(ranks)} in all)" if len(ranks) > 8 else "")
 
 
-def open_meeting(launch: Launch, comm: Any, run: int) -> Meeting:
+def open_meeting(identity: RankIdentity, comm: Any, run: int) -> Meeting:
     """Opens the meeting of a run; `run` counts the runs of this process, so that sweeps do not mix.
 
     Sets MASTER_ADDR and MASTER_PORT to where the store is served.
     """
     from torch.distributed import PrefixStore
 
-    if launch.alone:
+    if identity.alone:
         return Meeting(0, 1, None)
-    store = _serve_through_mpi(comm) if comm is not None else _join_env(launch)
-    world_size = launch.world_size
+    store = _serve_through_mpi(comm) if comm is not None else _join_env(identity)
+    world_size = identity.world_size
     assert world_size is not None  # MPI filled in what the launcher did not tell
     # torchrun serves all its attempts, which may differ in size, from one store
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT") if launch.launcher == "torchrun" else None
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT") if identity.launcher == "torchrun" else None
     secret = os.environ.get(variables.RANKS_SECRET, "")  # under `allranks launch`
     prefix = f"allranks/{secret}/{restarts or 0}/{world_size}/{run}"
-    return Meeting(launch.rank, world_size, PrefixStore(prefix, store))
+    return Meeting(identity.rank, world_size, PrefixStore(prefix, store))
 
 
 def serve(address: str, world_size: int, port: int = 0, far: bool = False) -> tuple[Store, int]:
@@ -194,26 +194,28 @@ def _address(hosts: Sequence[str]) -> str:
     return os.environ.get("MASTER_ADDR") or address_for(hosts)
 
 
-def _join_env(launch: Launch) -> Store:
+def _join_env(identity: RankIdentity) -> Store:
     """The store that MASTER_ADDR and MASTER_PORT name; under bare srun both follow from the job."""
-    if launch.launcher == "srun":
+    if identity.launcher == "srun":
+        from allranks.job.hosts import first_host  # other launchers' ranks need nothing of that module
+
         nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
-        single = launch.local_world_size == launch.world_size
+        single = identity.local_world_size == identity.world_size
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1" if single else first_host(nodes))
         step = f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_STEP_ID')}"
         os.environ.setdefault("MASTER_PORT", str(variables.port_for(step)))
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise UserError(
-            f"RANK={launch.rank} and WORLD_SIZE={launch.world_size} are set but {' and '.join(missing)} "
-            "not: start the ranks with mpiexec or torchrun, or set them on every rank.",
+            f"RANK={identity.rank} and WORLD_SIZE={identity.world_size} are set but {' and '.join(missing)}"
+            " not: start the ranks with mpiexec or torchrun, or set them on every rank.",
             said_by=0,
         )
     address, text = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     port = int(text) if re.fullmatch("[0-9]{1,5}", text) else 0
     if not 0 < port < 1 << 16:
         raise UserError(f"MASTER_PORT={text} is not valid: give a port's number, the same on every rank.")
-    assert launch.world_size is not None  # `environment` and torchrun always tell it
+    assert identity.world_size is not None  # `environment` and torchrun always tell it
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # served before torchrun starts a rank
         try:
             socket.create_connection((address, port), START_S).close()
@@ -221,10 +223,10 @@ def _join_env(launch: Launch) -> Store:
             raise UserError(f"torchrun has ended: nobody answers at {address}:{port}.") from None
         except OSError as error:
             raise UserError(f"torchrun cannot be reached at {address}:{port} ({error}).") from None
-    elif launch.rank == 0:
-        far = launch.local_world_size not in (None, launch.world_size)
-        return serve(address, launch.world_size, port, far)[0]
-    return _connect(address, port, launch.rank, launch.world_size)
+    elif identity.rank == 0:
+        far = identity.local_world_size not in (None, identity.world_size)
+        return serve(address, identity.world_size, port, far)[0]
+    return _connect(address, port, identity.rank, identity.world_size)
 
 
 def _connect(address: str, port: int, rank: int, world_size: int) -> Store:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from allranks.base.errors import UserError
 from allranks.base.text import one_line
-from allranks.job.identity import Launch
+from allranks.job.identity import RankIdentity
 
 if TYPE_CHECKING:
     import torch
 
 
-def world(launch: Launch) -> Any:
+def world(identity: RankIdentity) -> Any:
     """MPI.COMM_WORLD, once it is sure to span the ranks that the launcher started.
 
     mpi4py bound to another MPI than the launcher's sees every rank as 0 of 1; training on would be N
@@ -24,27 +24,27 @@ def world(launch: Launch) -> Any:
         MPI = _mpi()
     except (ImportError, RuntimeError) as error:
         raise UserError(
-            f"{launch.launcher} started this run, but mpi4py finds no MPI library ({one_line(error)}). "
+            f"{identity.launcher} started this run, but mpi4py finds no MPI library ({one_line(error)}). "
             "On a supercomputer load the site's MPI module; elsewhere `pip install mpi4py mpich`. "
             "Or start the ranks with torchrun.",
             said_by=0,
         ) from error
 
-    expected = launch.world_size or max(launch.local_world_size or 1, launch.rank + 1)
+    expected = identity.world_size or max(identity.local_world_size or 1, identity.rank + 1)
     library = one_line(MPI.Get_library_version())[:60].strip()
     foreign = UserError(
-        f"The launcher and mpi4py use different MPIs: {_NAMES.get(launch.launcher, launch.launcher)}'s "
+        f"The launcher and mpi4py use different MPIs: {_NAMES.get(identity.launcher, identity.launcher)}'s "
         f"launcher started {expected} ranks, but mpi4py is bound to {library}, where each of them is "
         "rank 0 of 1. Start the run with that library's mpiexec, or install mpi4py against the "
         "launcher's MPI.",
         said_by=0,
     )
-    if ("Open MPI" in library) != (launch.launcher == "openmpi") and launch.launcher in _NAMES:
+    if ("Open MPI" in library) != (identity.launcher == "openmpi") and identity.launcher in _NAMES:
         raise foreign  # before MPI_Init, which some libraries do not survive
     if not MPI.Is_initialized():
         MPI.Init_thread()
     comm = MPI.COMM_WORLD
-    if comm.size < expected or (launch.world_size and comm.size != launch.world_size):
+    if comm.size < expected or (identity.world_size and comm.size != identity.world_size):
         raise foreign
     return comm
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from allranks.base.errors import UserError
-from allranks.job.identity import Launch
+from allranks.job.identity import RankIdentity
 from allranks.runtime import gradients, mpi, native
 from allranks.runtime.meeting import Meeting
 from allranks.runtime.watch.thread import Watchdog
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 class Runtime:
     """What a rank knows about itself, and how it talks to the others."""
 
-    launch: Launch
+    identity: RankIdentity
     meeting: Meeting
     watchdog: Watchdog
     device: torch.device
@@ -169,7 +169,7 @@ class Runtime:
     def describe(self) -> dict[str, Any]:
         """For environment.json; the list of ranks is known to rank 0 only."""
         return {
-            "launcher": self.launch.launcher,
+            "launcher": self.identity.launcher,
             "runtime": self.kind,
             "collectives": self.collectives,
             "world_size": self.world_size,

@@ -96,7 +96,7 @@ class Reporter:
             log.info(
                 "%s on %s, %s, started by %s, runtime %s, gradients by %s",
                 _count(runtime.world_size, "rank"), _count(hosts, "host"), device,
-                runtime.launch.launcher, runtime.kind, runtime.collectives,
+                runtime.identity.launcher, runtime.kind, runtime.collectives,
             )  # fmt: skip
 
     def data(self, data: Data, input_shape: Sequence[int]) -> None:

@@ -31,7 +31,7 @@ from typing import Any
 from allranks.base import links, processes
 from allranks.base.errors import UserError
 from allranks.config import WatchdogConfig
-from allranks.job.identity import Launch
+from allranks.job.identity import RankIdentity
 from allranks.runtime import mpi
 from allranks.runtime.meeting import Meeting
 
@@ -69,8 +69,8 @@ class _Link:
 class Watchdog:
     """The training's progress (attributes that the main thread writes), and the thread that looks at it."""
 
-    def __init__(self, limits: WatchdogConfig, launch: Launch) -> None:
-        self.limits, self.rank = limits, launch.rank
+    def __init__(self, limits: WatchdogConfig, identity: RankIdentity) -> None:
+        self.limits, self.rank = limits, identity.rank
         self.meeting: Meeting | None = None  # not there yet
         self.step = 0  # completed
         self.begun = 0  # steps that this process has begun
@@ -82,7 +82,7 @@ class Watchdog:
         self._phase: tuple[str, float] | None = None
         self._main = threading.get_ident()
         # no rank outlives its launcher; what a shell has started may
-        self._parent = None if launch.launcher in ("none", "environment") else launch.parent
+        self._parent = None if identity.launcher in ("none", "environment") else identity.parent_pid
         self._parting = self._closed = self._ending = False
         self._code = 1
         self._host, self._secret = socket.gethostname(), secrets.token_hex(32)
