@@ -127,6 +127,67 @@ def test_no_module_imports_itself_by_a_detour():
     assert left == {}
 
 
+# --- CONTRIBUTING's map --------------------------------------------------------------------------------
+
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+LINE_OF_THE_MAP = re.compile(r"    ( *)(\S+)  +(\S.*)|    ( *)(\S+/)")
+
+
+def mapped() -> dict[str, str]:
+    """What CONTRIBUTING says of each path of its map, in the map's order; folders end in `/`."""
+    text = CONTRIBUTING.read_text().partition("\n## The map\n")[2].partition("\n## ")[0]
+    purposes: dict[str, str] = {}
+    parents: list[str] = []
+    for line in text.splitlines():
+        if not line.startswith("    "):
+            continue
+        match = LINE_OF_THE_MAP.fullmatch(line)
+        assert match, f"CONTRIBUTING.md: not a line of the map: {line}"
+        indent, name, purpose = match[1] or match[4] or "", match[2] or match[5], match[3] or ""
+        parents = [*parents[: len(indent) // 2], name]
+        path = "".join(parents)
+        assert path not in purposes, f"CONTRIBUTING.md: {path} stands in the map twice"
+        purposes[path] = purpose
+    return purposes
+
+
+def within(folder: Path) -> set[str]:
+    """The files and folders in a folder; without __init__.py, whose text is the folder's own line, and
+    without folders that hold nothing but what Python compiled there."""
+    files = {path.name for path in folder.glob("[!._]*") if path.is_file()}
+    files |= {path.name for path in folder.glob("_*.py") if path.name != "__init__.py"}
+    folders = {f"{path.name}/" for path in folder.glob("[!._]*") if path.is_dir() and any(path.glob("*.*"))}
+    return files | folders
+
+
+def test_the_map_shows_each_file_of_the_tree_and_nothing_else():
+    purposes = mapped()
+    assert "src/allranks/" in purposes and "conf/" in purposes
+    for path in purposes:
+        assert (ROOT / path).exists(), f"CONTRIBUTING.md: {path} is in the map, but not in the tree"
+        assert (ROOT / path).is_dir() == path.endswith("/"), path
+    for folder in (path for path in purposes if path.endswith("/")):
+        shown = {
+            path.removeprefix(folder) for path in purposes if path.startswith(folder) and path != folder
+        }
+        children = {re.sub("/.*", "/", path) for path in shown}
+        if not children:
+            continue  # one line stands for all of its files
+        for name in sorted(within(ROOT / folder) - children):
+            pytest.fail(f"CONTRIBUTING.md: the map needs a line for {folder}{name}")
+
+
+def test_the_map_says_what_each_file_is_for_and_shows_the_floors_from_the_top():
+    purposes = mapped()
+    for path, purpose in purposes.items():
+        assert purpose or path == "src/allranks/", (
+            f"CONTRIBUTING.md: the map does not say what {path} is for"
+        )
+    files = [path.removeprefix("src/allranks/") for path in purposes if path.startswith("src/allranks/")]
+    floors = [floor_of(re.split(r"[/.]", name)[0]) for name in files if name]
+    assert floors == sorted(floors), "CONTRIBUTING.md: the map is not in the order of FLOORS"
+
+
 def test_only_the_runtime_touches_process_groups_mpi_and_ezpz():
     for module, source in modules().items():
         if module.startswith("runtime."):
