@@ -435,7 +435,7 @@ def test_the_mpi_of_mpiexec_is_known_by_its_version(said, dialect, tmp_path, mon
     fake.write_text(f"#!/bin/sh\nprintf '%s\\n' {shlex.quote(said)}\n")
     fake.chmod(0o755)
     monkeypatch.setattr(launchers, "path_of", lambda name: str(fake))
-    assert launchers.mpiexec_dialect(machine.load("local"), True) == dialect
+    assert launchers.mpiexec_kind(machine.load("local"), True) == dialect
 
 
 def test_an_mpiexec_that_nobody_knows_is_refused(tmp_path, monkeypatch):
@@ -444,7 +444,7 @@ def test_an_mpiexec_that_nobody_knows_is_refused(tmp_path, monkeypatch):
     fake.chmod(0o755)
     monkeypatch.setattr(launchers, "path_of", lambda name: str(fake))
     with pytest.raises(UserError, match=r"machine\.mpiexec=hydra"):
-        launchers.mpiexec_dialect(machine.load("local"), True)
+        launchers.mpiexec_kind(machine.load("local"), True)
 
 
 def test_help_tells_every_option():

@@ -1,4 +1,4 @@
-"""What a launch would do, as text for a person or JSON for a program. Writes nothing."""
+"""The dry run: what a launch would do, as text for a person or as JSON for a program. Writes nothing."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import itertools
 import json
 import shlex
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
 from allranks.base.text import table
 from allranks.job.hosts import Host
 from allranks.launch.plan import Plan, RankPlace
 
-ROWS_PER_HOST = 16  # of a host with more ranks, the first ones and the last are shown
-FOLDED_FROM = 32  # ranks; fewer are all shown
+# A table of ranks should fit a screen.
+ROWS_PER_HOST = 16  # of a host with more ranks the first ones and the last are shown
+MOST_ROWS = 32  # with more ranks, hosts that look alike are folded into one row
+LINES_OF_A_FILE = 8  # of a longer file the first lines and the last are shown
 SET_PER_RANK = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT"
 
 
@@ -25,31 +28,49 @@ def command_line(plan: Plan) -> str:
 
 def text(plan: Plan, source: str) -> str:
     """The whole dry run as text; `source` says where the hosts come from."""
+    return "\n\n".join(
+        [
+            f"{_summary(plan)}\nhosts: {source}",
+            f"Command:\n{command_line(plan)}",
+            *(f"File {path}:\n{_folded(content)}" for path, content in plan.files),
+            _variables(plan),
+            *_frozen_first(plan),
+            "Ranks:\n" + table([("rank", "host", "local rank", "CPUs", "device"), *_rows(plan)]),
+        ]
+    )
+
+
+def _summary(plan: Plan) -> str:
+    """How many ranks, where, and who starts them, in one line."""
     nodes = len(plan.hosts)
-    head = (
+    dialect = f" ({plan.dialect})" if plan.dialect != plan.launcher else ""
+    return (
         f"{plan.world_size} rank{'s' * (plan.world_size != 1)} on {nodes} node{'s' * (nodes != 1)} "
-        f"of {plan.machine.name}, started by {plan.launcher}"
-        + (f" ({plan.dialect})" if plan.dialect != plan.launcher else "")
+        f"of {plan.machine.name}, started by {plan.launcher}{dialect}"
     )
-    parts = [f"{head}\nhosts: {source}", f"Command:\n{command_line(plan)}"]
-    parts += [f"File {path}:\n{_folded(content)}" for path, content in plan.files]
-    parts.append("Variables:\n" + table([(v.name, v.value, v.why) for v in plan.variables]))
-    parts.append(
-        f"Each rank's own, set by allranks.launch.guard: {SET_PER_RANK}"
-        + (f" {plan.machine.device.variable}" if plan.machine.device.variable else "")
+
+
+def _variables(plan: Plan) -> str:
+    """The variables that all ranks get, with reasons, and the names of each rank's own."""
+    of_all = table([(variable.name, variable.value, variable.why) for variable in plan.variables])
+    device = f" {plan.machine.device.variable}" if plan.machine.device.variable else ""
+    return (
+        f"Variables:\n{of_all}\n\nEach rank's own, set by allranks.launch.guard: {SET_PER_RANK}{device}"
     )
-    if "allranks.train" in plan.argv and "--frozen" not in plan.argv:
-        parts.append(
-            "Without --dry-run the configuration is first frozen in a run directory, and the ranks start\n"
-            "`-m allranks.train --frozen DIRECTORY SHA256` in place of the overrides."
-        )
-    header = ("rank", "host", "local rank", "CPUs", "device")
-    parts.append("Ranks:\n" + table([header, *_rows(plan)]))
-    return "\n\n".join(parts)
+
+
+def _frozen_first(plan: Plan) -> list[str]:
+    """For a training of ours: that the ranks will start with other words than those shown."""
+    if "allranks.train" not in plan.argv or "--frozen" in plan.argv:
+        return []
+    return [
+        "Without --dry-run the configuration is first frozen in a run directory, and the ranks start\n"
+        "`-m allranks.train --frozen DIRECTORY SHA256` in place of the overrides."
+    ]
 
 
 def as_json(plan: Plan, source: str) -> str:
-    """The same for programs, every rank included."""
+    """The whole dry run as one JSON object, every rank included; `source` says where the hosts come from."""
     about = {
         "machine": plan.machine.name,
         "launcher": plan.launcher,
@@ -60,40 +81,42 @@ def as_json(plan: Plan, source: str) -> str:
         "argv": plan.argv,
         "command": command_line(plan),
         "files": dict(plan.files),
-        "variables": [{"name": v.name, "value": v.value, "why": v.why} for v in plan.variables],
-        "ranks": [
-            {"rank": p.rank, "host": p.host, "local_rank": p.local_rank, "cpus": p.cpus,
-             "device": p.device}
-            for p in plan.ranks()
-        ],
-    }  # fmt: skip
+        "variables": [asdict(variable) for variable in plan.variables],
+        "ranks": [asdict(place) for place in plan.ranks()],
+    }
     return json.dumps(about)
 
 
 def _rows(plan: Plan) -> Iterator[Sequence[str]]:
-    """The table's rows; of many neighbouring hosts with equally many ranks only the first's."""
-    if plan.world_size <= FOLDED_FROM:
+    """The rows of the table of ranks.
+
+    Where there are many, neighbouring hosts with equally many ranks are shown by the first of them.
+    """
+    if plan.world_size <= MOST_ROWS:
         yield from map(_row, plan.ranks())
         return
     first = 0
     for slots, group in itertools.groupby(plan.hosts, key=lambda host: host.slots):
         hosts = list(group)
         yield from _host_rows(plan, hosts[0], first)
-        more = len(hosts) - 1
-        if more:
+        others = hosts[1:]
+        if others:
             ranks = f"{first + slots} to {first + slots * len(hosts) - 1}"
-            names = hosts[1].name if more == 1 else f"{hosts[1].name} to {hosts[-1].name}"
-            yield (ranks, f"{names}: {more} more host{'s' * (more > 1)} with {slots} each, likewise")
+            names = others[0].name if len(others) == 1 else f"{others[0].name} to {others[-1].name}"
+            more = f"{len(others)} more host{'s' * (len(others) > 1)}"
+            yield (ranks, f"{names}: {more} with {slots} each, likewise")
         first += slots * len(hosts)
 
 
 def _host_rows(plan: Plan, host: Host, first: int) -> Iterator[Sequence[str]]:
+    """The rows of one host, whose first rank is `first`."""
     rows = [_row(place) for place in plan.ranks_of(host, first)]
     if len(rows) <= ROWS_PER_HOST:
         yield from rows
         return
-    yield from rows[: ROWS_PER_HOST // 2]
-    yield (f"{first + ROWS_PER_HOST // 2} to {first + host.slots - 2}", f"{host.name}, likewise")
+    shown = ROWS_PER_HOST // 2
+    yield from rows[:shown]
+    yield (f"{first + shown} to {first + host.slots - 2}", f"{host.name}, likewise")
     yield rows[-1]
 
 
@@ -107,8 +130,10 @@ def _row(place: RankPlace) -> Sequence[str]:
     )
 
 
-def _folded(content: str, most: int = 8) -> str:
+def _folded(content: str) -> str:
+    """A file's lines, indented; of a long file the first ones and the last."""
     lines = content.splitlines()
-    if len(lines) > most:
-        lines = [*lines[: most - 1], f"... {len(lines) - most} lines more ...", lines[-1]]
+    left_out = len(lines) - LINES_OF_A_FILE + 1
+    if left_out > 1:
+        lines = [*lines[: LINES_OF_A_FILE - 1], f"... {left_out - 1} lines more ...", lines[-1]]
     return "\n".join("  " + line for line in lines)

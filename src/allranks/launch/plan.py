@@ -1,8 +1,13 @@
 """From what the user asks for, a machine and an allocation to a command line and each rank's place.
 
-Every rank is started as `python -m allranks.launch.guard -- PROGRAM ...`, which turns the launcher's
-own variables into RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE and MASTER_*, and shows the rank
-its device. Nothing is written; only `mpiexec --version` is run, where no file says which MPI it is.
+A plan says which command starts the ranks, with which variables around it, and where each rank will be. It
+is made from the user's request, the machine file and the job's hosts, in four steps: how many ranks go on
+which host; which launcher starts them; which CPUs and which device each of them gets; which variables all of
+them need.
+
+Every rank is started as `python -m allranks.launch.guard -- PROGRAM ...`, which turns the launcher's own
+variables into RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE and MASTER_*, and shows the rank its device.
+Making a plan writes nothing; only `mpiexec --version` is run, where no file says which MPI it is.
 """
 
 from __future__ import annotations
@@ -29,8 +34,10 @@ from allranks.job.variables import (
 )
 from allranks.launch import launchers
 
-WRAPPER = "allranks.launch.guard"
-PASSED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "ALLRANKS_DEADLINE")
+GUARD = "allranks.launch.guard"  # the module that every rank runs first
+# Of the user's own variables: without these a rank finds neither its program nor the job's end. An mpiexec
+# that hands on no variable by itself is told these names.
+HANDED_ON = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "ALLRANKS_DEADLINE")
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ class Request:
     program: tuple[str, ...]
     ranks: int | None = None
     nodes: int | None = None
-    ppn: int | None = None
+    ppn: int | None = None  # ranks per node
     launcher: str = "auto"
     hosts_path: str = "allranks-hosts"  # for a list of hosts too long for an argument
     placed: tuple[Host, ...] = ()  # just these ranks on these hosts, whatever the above say
@@ -50,7 +57,7 @@ class Request:
 
 @dataclass(frozen=True)
 class PlannedVariable:
-    """An environment variable that all ranks get, and who wants it: the dry run shows `why`."""
+    """A variable that every rank gets, and the reason for it, which a dry run shows."""
 
     name: str
     value: str
@@ -59,32 +66,28 @@ class PlannedVariable:
 
 @dataclass(frozen=True)
 class RankPlace:
-    """Where a rank runs. `cpus` None: not bound. `device` None: the machine file knows of none."""
+    """Where a rank runs."""
 
     rank: int
     host: str
     local_rank: int
-    cpus: str | None
-    device: str | None
+    cpus: str | None  # None: not bound
+    device: str | None  # None: the machine file knows of none
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A command line and what it needs: `variables` around it, `files` (path, text) before it.
+    """A command line, and what it needs around it and before it."""
 
-    `hosts` are those used, in rank order, `slots` being the ranks placed there. `cpus` and
-    `devices` are those of local rank 0, 1, ..., empty where nothing is bound or known.
-    """
-
-    launcher: str
-    dialect: str  # the launcher, or whose mpiexec it is: hydra, pals, openmpi
+    launcher: str  # mpiexec, srun or torchrun
+    dialect: str  # its kind, a key of launchers.LAUNCHERS: for an mpiexec hydra, pals or openmpi
     argv: tuple[str, ...]
-    variables: tuple[PlannedVariable, ...]
-    hosts: tuple[Host, ...]
+    variables: tuple[PlannedVariable, ...]  # to be set for the command
+    hosts: tuple[Host, ...]  # those used, in rank order; their slots are the ranks placed there
     machine: Machine
-    cpus: tuple[str, ...] = ()
-    devices: tuple[str, ...] = ()
-    files: launchers.Files = ()
+    cpus: tuple[str, ...] = ()  # of local rank 0, 1, ...; empty where nothing is bound
+    devices: tuple[str, ...] = ()  # of local rank 0, 1, ...; empty where none is known
+    files: tuple[launchers.TextFile, ...] = ()  # to be written before the command starts
 
     @cached_property
     def world_size(self) -> int:
@@ -92,8 +95,8 @@ class Plan:
 
     def argv_for(self, program: Sequence[str]) -> tuple[str, ...]:
         """The same command line for another program, such as a check beforehand."""
-        end = self.argv.index("--", self.argv.index(WRAPPER)) + 1
-        return (*self.argv[:end], *program)
+        end_of_ours = self.argv.index("--", self.argv.index(GUARD)) + 1
+        return (*self.argv[:end_of_ours], *program)
 
     def environment(self, environ: Mapping[str, str]) -> dict[str, str]:
         """The launcher's whole environment: `environ` with the plan's variables over it."""
@@ -108,50 +111,68 @@ class Plan:
 
     def ranks_of(self, host: Host, first: int) -> Iterator[RankPlace]:
         """The ranks of one host, whose first rank is `first`."""
-        for local in range(host.slots):
-            cpus = self.cpus[local] if self.cpus else None
-            device = self.devices[local] if self.devices else None
-            yield RankPlace(first + local, host.name, local, cpus, device)
+        for local_rank in range(host.slots):
+            cpus = self.cpus[local_rank] if self.cpus else None
+            device = self.devices[local_rank] if self.devices else None
+            yield RankPlace(first + local_rank, host.name, local_rank, cpus, device)
 
 
 def make_plan(
     request: Request, machine: Machine, allocation: Allocation, environ: Mapping[str, str] | None = None
 ) -> Plan:
-    """The command line for this request; raises UserError where it cannot be had."""
+    """The command line for this request. Raises UserError where it cannot be had."""
     environ = os.environ if environ is None else environ
     hosts = place(request, machine, allocation)
+    most_on_a_host = max(host.slots for host in hosts)
+
     launcher = launchers.choose(request.launcher, machine, allocation, request.installed_here)
     if request.installed_here or "/" in request.program[0]:
         check_program(request.program)
-    dialect = launcher
+    kind = launcher
     if launcher == "mpiexec":
-        dialect = launchers.mpiexec_dialect(machine, request.installed_here)
-    most = max(host.slots for host in hosts)
-    bound = launchers.binding(machine, dialect, most, allocation.cpus_per_node)
-    devices = _devices(machine, most)
+        kind = launchers.mpiexec_kind(machine, request.installed_here)
+
+    binding = launchers.binding(kind, machine, most_on_a_host, allocation.cpus_per_node)
+    devices = _devices(machine, most_on_a_host)
     variables = _variables(machine, allocation, hosts, devices, environ)
-    master = ":".join(v.value for v in variables if v.name in (MASTER_ADDR, MASTER_PORT))
-    passed = (name for name in PASSED if environ.get(name))
-    names = tuple(dict.fromkeys([*(v.name for v in variables), *passed, *request.passed]))
     job = launchers.Job(
-        machine, allocation, hosts, names, master, request.hosts_path, request.installed_here
+        machine=machine,
+        allocation=allocation,
+        hosts=hosts,
+        variables=_names_to_hand_on(request, variables, environ),
+        master=_meeting_place(variables),
+        hosts_path=request.hosts_path,
+        installed_here=request.installed_here,
     )
-    per_rank = (sys.executable, "-m", WRAPPER, "--", *request.program)
-    argv, files = launchers.build(dialect, job, bound, per_rank)
+    per_rank = (sys.executable, "-m", GUARD, "--", *request.program)
+    argv, files = launchers.command_line(kind, job, binding, per_rank)
+
     if machine.device.one_visible or machine.device.variable:
         devices = tuple(f"{device}, seen as 0" for device in devices)
-    return Plan(launcher, dialect, argv, variables, hosts, machine, bound.cpus, devices, files)
+    return Plan(
+        launcher=launcher,
+        dialect=kind,
+        argv=argv,
+        variables=variables,
+        hosts=hosts,
+        machine=machine,
+        cpus=binding.cpus,
+        devices=devices,
+        files=files,
+    )
 
 
 def check_program(program: Sequence[str]) -> None:
-    """That the program can be found, and the script of a Python program too."""
-    name, script = program[0], (*program[1:2], "")[0]
+    """Raises UserError where the program, or the script of a Python program, cannot be found."""
+    name = program[0]
     if shutil.which(name) is None:
         if Path(name).is_file():
             raise UserError(f"The program {name} cannot be run: make it so with `chmod +x {name}`.")
         raise UserError(f"The program {name} is not found: check the name, or give its path.")
-    is_python = Path(name).name.startswith("python")
-    if is_python and script and not script.startswith("-") and not Path(script).exists():
+    if not Path(name).name.startswith("python") or len(program) == 1:
+        return
+    script = program[1]
+    if script and not script.startswith("-") and not Path(script).exists():
         raise UserError(f"The program {script} is not found: check the name, or give its path.")
 
 
@@ -159,14 +180,17 @@ def check_program(program: Sequence[str]) -> None:
 
 
 def place(request: Request, machine: Machine, allocation: Allocation) -> tuple[Host, ...]:
-    """The hosts to use, each with its number of ranks as `slots`."""
+    """The hosts to use, each with its number of ranks as `slots`.
+
+    Raises UserError where the allocation does not have what is asked for.
+    """
     if request.placed:
         return request.placed
-    for option, value in (
-        ("-n", request.ranks), ("--nodes", request.nodes), ("--ppn", request.ppn)
-    ):  # fmt: skip
+    asked = (("-n", request.ranks), ("--nodes", request.nodes), ("--ppn", request.ppn))
+    for option, value in asked:
         if value is not None and value < 1:
             raise UserError(f"{option} {value} is not valid: give a whole number >= 1.")
+
     hosts = allocation.hosts
     if request.nodes is not None:
         if request.nodes > len(hosts):
@@ -174,14 +198,18 @@ def place(request: Request, machine: Machine, allocation: Allocation) -> tuple[H
         hosts = hosts[: request.nodes]
     room = [_room(host, machine, allocation) for host in hosts]
     counts = _counts(request, machine, allocation, hosts, room)
+
+    # There may be fewer counts than hosts: the last hosts are then not needed.
+    placed: list[Host] = []
     for host, count, most in zip(hosts, counts, room, strict=False):
         if most is not None and count > most:
-            asked = f"--ppn {request.ppn}" if request.ppn else f"-n {request.ranks}"
+            what = f"--ppn {request.ppn}" if request.ppn else f"-n {request.ranks}"
             raise UserError(
-                f"{asked} puts {count} ranks on {host.name}, which takes {most} "
+                f"{what} puts {count} ranks on {host.name}, which takes {most} "
                 f"({_what_there_is(allocation)}): ask for fewer, or for a job with more per node."
             )
-    return tuple(Host(host.name, count) for host, count in zip(hosts, counts, strict=False))
+        placed.append(Host(host.name, count))
+    return tuple(placed)
 
 
 def _counts(
@@ -191,11 +219,11 @@ def _counts(
     hosts: Sequence[Host],
     room: Sequence[int | None],
 ) -> list[int]:
-    """Ranks per host, for as many of `hosts` as are needed."""
+    """Ranks per host, for as many of `hosts` as are needed. `room` is the most that each takes, if known."""
     ranks, nodes, ppn = request.ranks, request.nodes, request.ppn
-    wish = [ppn or _default(host, machine, allocation) for host in hosts]
+    usual = [ppn or _default(host, machine, allocation) for host in hosts]
     if ranks is None:
-        return wish
+        return usual
     if nodes and ppn and ranks != nodes * ppn:
         raise UserError(
             f"-n {ranks} contradicts --nodes {nodes} --ppn {ppn}, which is {nodes * ppn} ranks: "
@@ -205,36 +233,42 @@ def _counts(
         if ranks < nodes:
             raise UserError(f"-n {ranks} is fewer than --nodes {nodes}: give fewer nodes.")
         return _spread(ranks, nodes)
-    if ranks > sum(wish) and not ppn:
+
+    if ranks > sum(usual) and not ppn:
+        # More than usual were asked for: as many as each host takes, or evenly where nobody knows that.
         known = [most for most in room if most is not None]
-        wish = known if len(known) == len(hosts) else _spread(ranks, len(hosts))
-    if ranks > sum(wish):
-        asked = f"-n {ranks}" + (f" --ppn {ppn}" if ppn else "")
-        raise _too_many(asked, allocation, f"-n {sum(wish)}")
-    return _filled(ranks, wish)
+        usual = known if len(known) == len(hosts) else _spread(ranks, len(hosts))
+    if ranks > sum(usual):
+        asked = f"-n {ranks} --ppn {ppn}" if ppn else f"-n {ranks}"
+        raise _too_many(asked, allocation, f"-n {sum(usual)}")
+    return _filled(ranks, usual)
 
 
 def _filled(ranks: int, room: Sequence[int]) -> list[int]:
     """`ranks` dealt out host by host, each as full as it may be."""
     counts: list[int] = []
+    left = ranks
     for most in room:
-        counts.append(min(most, ranks))
-        ranks -= counts[-1]
-        if ranks == 0:
+        counts.append(min(most, left))
+        left -= counts[-1]
+        if left == 0:
             break
     return counts
 
 
 def _spread(ranks: int, hosts: int) -> list[int]:
-    """`ranks` dealt out evenly, the first hosts taking one more."""
+    """`ranks` dealt out evenly, the first hosts taking one more. Hosts without a rank are left out."""
     each, more = divmod(ranks, hosts)
-    return [each + (i < more) for i in range(hosts) if each or i < more]
+    counts = [each + 1 if number < more else each for number in range(hosts)]
+    return [count for count in counts if count]
 
 
 def _per_node(machine: Machine, allocation: Allocation) -> int | None:
-    """Ranks that a node takes by the machine file; None where a chunk of the queue is no node."""
+    """Ranks that a node takes by the machine file; None where a chunk of the queue is not a node."""
     queue = machine.queues.get(allocation.queue or "")
-    return None if queue and queue.ranks_per_chunk else machine.node.ranks_per_node
+    if queue and queue.ranks_per_chunk:
+        return None
+    return machine.node.ranks_per_node
 
 
 def _default(host: Host, machine: Machine, allocation: Allocation) -> int:
@@ -246,23 +280,26 @@ def _default(host: Host, machine: Machine, allocation: Allocation) -> int:
 
 def _room(host: Host, machine: Machine, allocation: Allocation) -> int | None:
     """The most ranks that a host takes; None where nobody says (this host, a bare host name)."""
-    node = _per_node(machine, allocation)
+    per_node = _per_node(machine, allocation)
     if allocation.scheduler == "local":
         return None
     if allocation.scheduler == "hostfile" or not allocation.exists:
-        return host.slots if allocation.slots_given else node
+        return host.slots if allocation.slots_given else per_node
     cpus = 0 if allocation.slots_given else allocation.cpus_per_node or 0
-    return max(host.slots, node or 0, cpus)
+    return max(host.slots, per_node or 0, cpus)
 
 
 def _what_there_is(allocation: Allocation) -> str:
-    count, slots = len(allocation.hosts), sum(host.slots for host in allocation.hosts)
+    """The allocation in short, for a message: its source, hosts and slots."""
+    count = len(allocation.hosts)
+    slots = sum(host.slots for host in allocation.hosts)
     names = compress(host.name for host in allocation.hosts)
-    return (
-        f"{allocation.source}: {count} host{'s' * (count != 1)}"
-        + (f" with {slots} slot{'s' * (slots != 1)}" if allocation.slots_given else "")
-        + f", {names if len(names) < 80 else names[:76] + ' ...'}"
-    )
+    if len(names) >= 80:
+        names = names[:76] + " ..."
+    text = f"{allocation.source}: {count} host{'s' * (count != 1)}"
+    if allocation.slots_given:
+        text += f" with {slots} slot{'s' * (slots != 1)}"
+    return f"{text}, {names}"
 
 
 def _too_many(asked: str, allocation: Allocation, most: str) -> UserError:
@@ -275,10 +312,12 @@ def _too_many(asked: str, allocation: Allocation, most: str) -> UserError:
 # --- what the ranks see --------------------------------------------------------------------------
 
 
-def _devices(machine: Machine, most: int) -> tuple[str, ...]:
+def _devices(machine: Machine, most_on_a_host: int) -> tuple[str, ...]:
     """The device of local rank 0, 1, ...; from the first again where ranks outnumber devices."""
     order = machine.device.order or tuple(range(machine.node.devices or 0))
-    return tuple(str(order[local % len(order)]) for local in range(most)) if order else ()
+    if not order:
+        return ()
+    return tuple(str(order[local_rank % len(order)]) for local_rank in range(most_on_a_host))
 
 
 def _variables(
@@ -288,35 +327,82 @@ def _variables(
     devices: Sequence[str],
     environ: Mapping[str, str],
 ) -> tuple[PlannedVariable, ...]:
-    """The variables that all ranks get; what differs between ranks is allranks.launch.guard's."""
-    file = f"machine file {machine.name}"
-    local = allocation.scheduler == "local"
-    master, why = "127.0.0.1" if local else hosts[0].name, "launcher: rank 0's host"
-    if machine.master_suffix and not local:
-        master = short(master) + machine.master_suffix
-        why = f"{file}: rank 0's host on the fast network"
-    counts = {host.slots for host in hosts}
-    ranks = str(sum(host.slots for host in hosts))
-    found = [
-        PlannedVariable(MASTER_ADDR, master, why),
-        PlannedVariable(MASTER_PORT, str(port_for(allocation.job_id or "")), "launcher: from the job's id"),
-        PlannedVariable(WORLD_SIZE, ranks, "launcher: not every launcher tells it"),
+    """The variables that all ranks get. What differs between ranks each rank's guard sets."""
+    return (
+        *_master_variables(machine, allocation, hosts),
+        *_size_variables(hosts),
+        *_device_variables(machine, devices),
+        *_machine_variables(machine, len(hosts), environ),
+    )
+
+
+def _master_variables(
+    machine: Machine, allocation: Allocation, hosts: Sequence[Host]
+) -> list[PlannedVariable]:
+    """Where rank 0 is reached."""
+    is_local = allocation.scheduler == "local"
+    address = "127.0.0.1" if is_local else hosts[0].name
+    why = "launcher: rank 0's host"
+    if machine.master_suffix and not is_local:
+        address = short(address) + machine.master_suffix
+        why = f"machine file {machine.name}: rank 0's host on the fast network"
+    port = port_for(allocation.job_id or "")
+    return [
+        PlannedVariable(MASTER_ADDR, address, why),
+        PlannedVariable(MASTER_PORT, str(port), "launcher: from the job's id"),
     ]
-    if len(counts) == 1:
-        found.append(PlannedVariable(LOCAL_WORLD_SIZE, str(*counts), "launcher: the same on every host"))
-    if machine.device.variable:
-        found += [
-            PlannedVariable(DEVICE_VARIABLE, machine.device.variable, f"{file}: set in each rank"),
-            PlannedVariable(DEVICES, ",".join(devices), f"{file}: of local rank 0, 1, ..."),
-        ]
-    for name, variable in machine.active_variables(len(hosts)).items():
-        by_user = any(key.startswith(f"variables.{name}") for key in machine.overridden)
-        reason = f"user: machine.variables.{name}" if by_user else file
+
+
+def _size_variables(hosts: Sequence[Host]) -> list[PlannedVariable]:
+    """How many ranks there are, in all and on each host: not every launcher tells the ranks."""
+    counts = [host.slots for host in hosts]
+    found = [PlannedVariable(WORLD_SIZE, str(sum(counts)), "launcher: not every launcher tells it")]
+    if len(set(counts)) == 1:
+        why = "launcher: the same on every host"
+        found.append(PlannedVariable(LOCAL_WORLD_SIZE, str(counts[0]), why))
+    return found
+
+
+def _device_variables(machine: Machine, devices: Sequence[str]) -> list[PlannedVariable]:
+    """Which device each local rank is to see, where the machine file says by which variable."""
+    if not machine.device.variable:
+        return []
+    file = f"machine file {machine.name}"
+    return [
+        PlannedVariable(DEVICE_VARIABLE, machine.device.variable, f"{file}: set in each rank"),
+        PlannedVariable(DEVICES, ",".join(devices), f"{file}: of local rank 0, 1, ..."),
+    ]
+
+
+def _machine_variables(
+    machine: Machine, nodes: int, environ: Mapping[str, str]
+) -> list[PlannedVariable]:
+    """The machine file's variables, with the reasons that it gives."""
+    found: list[PlannedVariable] = []
+    for name, variable in machine.active_variables(nodes).items():
+        is_users = any(key.startswith(f"variables.{name}") for key in machine.overridden)
+        why = f"user: machine.variables.{name}" if is_users else f"machine file {machine.name}"
         if variable.when != "always":
-            reason += f", on {variable.when.replace('_', ' ')}"
-        reason += f": {variable.why}" if variable.why else ""
+            why += f", on {variable.when.replace('_', ' ')}"
+        if variable.why:
+            why += f": {variable.why}"
         value = variable.value
         if variable.prepend and environ.get(name):
             value = f"{value}:{environ[name]}"
-        found.append(PlannedVariable(name, value, reason))
-    return tuple(found)
+        found.append(PlannedVariable(name, value, why))
+    return found
+
+
+def _names_to_hand_on(
+    request: Request, variables: Sequence[PlannedVariable], environ: Mapping[str, str]
+) -> tuple[str, ...]:
+    """The names of all variables that must reach the ranks, each once."""
+    of_plan = [variable.name for variable in variables]
+    of_user = [name for name in HANDED_ON if environ.get(name)]
+    return tuple(dict.fromkeys([*of_plan, *of_user, *request.passed]))
+
+
+def _meeting_place(variables: Sequence[PlannedVariable]) -> str:
+    """Rank 0's address and port, host:port."""
+    by_name = {variable.name: variable.value for variable in variables}
+    return f"{by_name[MASTER_ADDR]}:{by_name[MASTER_PORT]}"
