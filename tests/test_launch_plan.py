@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 
 import pytest
@@ -436,6 +437,14 @@ def test_the_mpi_of_mpiexec_is_known_by_its_version(said, dialect, tmp_path, mon
     fake.chmod(0o755)
     monkeypatch.setattr(launchers, "path_of", lambda name: str(fake))
     assert launchers.mpiexec_kind(machine.load("local"), True) == dialect
+
+
+def test_every_launcher_that_can_be_asked_for_is_in_the_table():
+    """A machine file names launchers on a floor below the table, so their names stand there once more."""
+    kinds = launchers.LAUNCHERS
+    assert ("auto", *dict.fromkeys(known.name for known in kinds.values())) == machine.LAUNCHERS
+    mpis = [kind for kind, known in kinds.items() if known.name == "mpiexec"]
+    assert {"auto", *mpis} == set(typing.get_args(typing.get_type_hints(machine.Machine)["mpiexec"]))
 
 
 def test_an_mpiexec_that_nobody_knows_is_refused(tmp_path, monkeypatch):

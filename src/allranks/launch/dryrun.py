@@ -54,9 +54,7 @@ def _variables(plan: Plan) -> str:
     """The variables that all ranks get, with reasons, and the names of each rank's own."""
     of_all = table([(variable.name, variable.value, variable.why) for variable in plan.variables])
     device = f" {plan.machine.device.variable}" if plan.machine.device.variable else ""
-    return (
-        f"Variables:\n{of_all}\n\nEach rank's own, set by allranks.launch.guard: {SET_PER_RANK}{device}"
-    )
+    return f"Variables:\n{of_all}\n\nEach rank's own, set by allranks.launch.guard: {SET_PER_RANK}{device}"
 
 
 def _frozen_first(plan: Plan) -> list[str]:
@@ -133,7 +131,7 @@ def _row(place: RankPlace) -> Sequence[str]:
 def _folded(content: str) -> str:
     """A file's lines, indented; of a long file the first ones and the last."""
     lines = content.splitlines()
-    left_out = len(lines) - LINES_OF_A_FILE + 1
-    if left_out > 1:
-        lines = [*lines[: LINES_OF_A_FILE - 1], f"... {left_out - 1} lines more ...", lines[-1]]
+    left_out = len(lines) - LINES_OF_A_FILE
+    if left_out > 0:
+        lines = [*lines[: LINES_OF_A_FILE - 1], f"... {left_out} lines more ...", lines[-1]]
     return "\n".join("  " + line for line in lines)

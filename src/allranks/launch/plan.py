@@ -1,9 +1,9 @@
 """From what the user asks for, a machine and an allocation to a command line and each rank's place.
 
-A plan says which command starts the ranks, with which variables around it, and where each rank will be. It
-is made from the user's request, the machine file and the job's hosts, in four steps: how many ranks go on
-which host; which launcher starts them; which CPUs and which device each of them gets; which variables all of
-them need.
+A plan says which command starts the ranks, with which variables around it, and where each rank will be.
+It is made from the user's request, the machine file and the job's hosts, in four steps: how many ranks go
+on which host; which launcher starts them; which CPUs and which device each of them gets; which variables
+all of them need.
 
 Every rank is started as `python -m allranks.launch.guard -- PROGRAM ...`, which turns the launcher's own
 variables into RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE and MASTER_*, and shows the rank its device.
@@ -219,7 +219,7 @@ def _counts(
     hosts: Sequence[Host],
     room: Sequence[int | None],
 ) -> list[int]:
-    """Ranks per host, for as many of `hosts` as are needed. `room` is the most that each takes, if known."""
+    """Ranks per host, for as many of `hosts` as are needed; `room` is the most that each takes, if known."""
     ranks, nodes, ppn = request.ranks, request.nodes, request.ppn
     usual = [ppn or _default(host, machine, allocation) for host in hosts]
     if ranks is None:
