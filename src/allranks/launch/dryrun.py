@@ -68,7 +68,7 @@ def _frozen_first(plan: Plan) -> list[str]:
 
 
 def as_json(plan: Plan, source: str) -> str:
-    """The whole dry run as one JSON object, every rank included; `source` says where the hosts come from."""
+    """The whole dry run as a JSON object, with every rank; `source` says where the hosts come from."""
     about = {
         "machine": plan.machine.name,
         "launcher": plan.launcher,

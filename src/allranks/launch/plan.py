@@ -219,7 +219,7 @@ def _counts(
     hosts: Sequence[Host],
     room: Sequence[int | None],
 ) -> list[int]:
-    """Ranks per host, for as many of `hosts` as are needed; `room` is the most that each takes, if known."""
+    """Ranks per host, for as many of `hosts` as are needed. `room` is the most that each takes."""
     ranks, nodes, ppn = request.ranks, request.nodes, request.ppn
     usual = [ppn or _default(host, machine, allocation) for host in hosts]
     if ranks is None:
@@ -374,9 +374,7 @@ def _device_variables(machine: Machine, devices: Sequence[str]) -> list[PlannedV
     ]
 
 
-def _machine_variables(
-    machine: Machine, nodes: int, environ: Mapping[str, str]
-) -> list[PlannedVariable]:
+def _machine_variables(machine: Machine, nodes: int, environ: Mapping[str, str]) -> list[PlannedVariable]:
     """The machine file's variables, with the reasons that it gives."""
     found: list[PlannedVariable] = []
     for name, variable in machine.active_variables(nodes).items():
