@@ -371,9 +371,9 @@ def test_nobody_without_the_secret_is_listened_to():
         {"secret": "é" * 64, "rank": 1},
     ):
         link = links.connect(address, port, 5)
-        link.sendall(links.message(**words) + links.message(failed=True))
-        link.settimeout(5)
-        assert link.recv(100) == b""  # and this process has not been ended
+        link.sock.sendall(links.message(**words) + links.message(failed=True))
+        link.sock.settimeout(5)
+        assert link.sock.recv(100) == b""  # and this process has not been ended
         link.close()
     assert address == "127.0.0.1"
     assert len(secret) == 64
@@ -387,21 +387,21 @@ from allranks.base import links
 from allranks.runtime.watch import thread
 from allranks.job.identity import RankIdentity
 
-mine = watchdog.Watchdog(WatchdogConfig(), RankIdentity("none"))
+mine = thread.Watchdog(WatchdogConfig(), RankIdentity("none"))
 address, port, secret = mine.prepare(one_host=True)["door"]
 mine.join([{"host": socket.gethostname(), "pid": os.getpid(), "dump": None}] * 2, deputy=1)
-other = wire.connect(address, port, 5)
-other.sendall(wire.message(secret=secret, rank=1))
+other = links.connect(address, port, 5)
+other.send(secret=secret, rank=1)
 while not mine._links:
     time.sleep(0.01)
-say = watchdog._Link.say
+say = thread._Link.say
 
 def busy(link, **word):
     say(link, **word)
     other.close()  # what it has not read resets the connection
     time.sleep(1)
 
-watchdog._Link.say = busy
+thread._Link.say = busy
 mine.close()
 """
 

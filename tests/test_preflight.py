@@ -243,11 +243,9 @@ def test_the_sum_is_checked_by_every_rank():
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def wrong():
-            link, _ = listener.accept()
-            assert links.parse(link.makefile("rb").readline()) == {
-                "secret": "secret", "rank": 1, "part": preflight.part(1)
-            }  # fmt: skip
-            link.sendall(links.message(sum=[2.0, 1.0, 2.0]))
+            link = links.Connection(listener.accept()[0])
+            assert link.next_message() == {"secret": "secret", "rank": 1, "part": preflight.part(1)}
+            link.send(sum=[2.0, 1.0, 2.0])
             link.close()
 
         thread = threading.Thread(target=wrong)
