@@ -188,6 +188,16 @@ def test_the_map_says_what_each_file_is_for_and_shows_the_floors_from_the_top():
     assert floors == sorted(floors), "CONTRIBUTING.md: the map is not in the order of FLOORS"
 
 
+def test_the_files_and_functions_that_map_and_architecture_name_are_there():
+    source = "".join(path.read_text() for path in SOURCE.rglob("*.py"))
+    for document in (CONTRIBUTING, ROOT / "docs/architecture.md"):
+        quoted = re.findall(r"`([^`\n]+)`", document.read_text())
+        for path in (word for word in quoted if re.fullmatch(r"[\w/]+(\.py|/)", word)):
+            assert any((folder / path).exists() for folder in (SOURCE, ROOT)), f"{document}: no {path}"
+        for name in (word.removesuffix("()").split(".")[-1] for word in quoted if word.endswith("()")):
+            assert f"def {name}(" in source, f"{document}: no function {name}()"
+
+
 def test_only_the_runtime_touches_process_groups_mpi_and_ezpz():
     for module, source in modules().items():
         if module.startswith("runtime."):

@@ -1,6 +1,6 @@
 """From a launcher's environment variables to a rank. Pure: reads a mapping, imports no torch, no MPI.
 
-Which variables a launcher sets is listed in docs/launchers.md, each with its source.
+Which variables a launcher sets is listed in docs/ranks.md, each with its source.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def start(meeting: Meeting, local_rank: int, device: torch.device, backend: str,
     """Lets ezpz make the default process group.
 
     Everything that it would otherwise work out is set beforehand, because its own reading of the
-    launchers' variables has traps (docs/launchers.md). It joins a store that rank 0 serves for this run, as
+    launchers' variables has traps (docs/ranks.md). It joins a store that rank 0 serves for this run, as
     a client, the way a worker joins torchrun's. Without a hostfile it would write one into the
     working directory.
     """
