@@ -110,7 +110,7 @@ def test_show_the_newest_valid_one(run):
     shown = json.loads(command("show", "--json", run, cwd=run).ok().out)
     assert shown["state"] == state(25)
     assert shown["bytes"] == {f: size(run, 25, f) for f in ("model.safetensors", "state.json")}
-    first = {"dtype": "F32", "shape": [2, 3], "begin": 0, "end": 24}
+    first = {"dtype": "F32", "shape": [2, 3], "bytes": 24}
     assert shown["tensors"]["model.safetensors"]["first.weight"] == first
 
 
@@ -120,7 +120,7 @@ def test_show_of_a_damaged_one(run):
     assert done.err == "checkpoints/step-000030: model.safetensors: it is missing\n"
 
 
-@pytest.mark.parametrize("command", ["list", "verify", "show"])
+@pytest.mark.parametrize("verb", ["list", "verify", "show"])
 @pytest.mark.parametrize(
     ("path", "said"),
     [
@@ -129,10 +129,10 @@ def test_show_of_a_damaged_one(run):
         ("file", "file cannot be read: Not a directory."),
     ],
 )
-def test_what_is_no_checkpoint_is_refused(tmp_path, command, path, said):
+def test_what_is_no_checkpoint_is_refused(tmp_path, verb, path, said):
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
-    done = command(command, path, cwd=tmp_path)
+    done = command(verb, path, cwd=tmp_path)
     assert done.code == 2
     assert done.message.startswith(f"allranks: {said}")
 
@@ -142,33 +142,37 @@ def described(**changes: object) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    "content",
     [
-        (b"", "it is too short"),
-        (b"\xff" * 8 + b"{}", "it is too short"),
-        (weights({}, b"x"), "its tensors have 0 bytes, but there are 1"),
-        ((2).to_bytes(8, "little") + b"[]", "its header is not a JSON object"),
-        ((3).to_bytes(8, "little") + b"{]}", "it is not JSON"),
-        ((18).to_bytes(8, "little") + b'{"x": 1, "x": {} }', "it is not JSON"),
-        (weights({"x": 1}, b""), "'x' is not described as a tensor"),
-        (described(shape=[-2]), "'x' is not described as a tensor"),
-        (described(shape=[True, 2]), "'x' is not described as a tensor"),
-        (described(shape=[2.0]), "'x' is not described as a tensor"),
-        (described(more=1), "'x' is not described as a tensor"),
-        (described(data_offsets=[0]), "'x' is not described as a tensor"),
-        (described(data_offsets=[8, 0]), "'x' does not fit its data"),
-        (described(data_offsets=[0, 16]), "'x' does not fit its data"),
-        (described(shape=[1 << 62, 1 << 62]), "'x' does not fit its data"),
-        (described(dtype="F99", shape=[]), "'x' does not fit its data"),
-        (described(dtype="F16"), "'x' does not fit its data"),
+        b"",
+        b"\xff" * 8 + b"{}",  # a header longer than the file
+        weights({}, b"x"),  # data that belongs to no tensor
+        (2).to_bytes(8, "little") + b"[]",
+        (3).to_bytes(8, "little") + b"{]}",
+        weights({"x": 1}, b""),
+        described(shape=[-2]),
+        described(shape=[True, 2]),
+        described(shape=[2.0]),
+        described(data_offsets=[0]),
+        described(data_offsets=[8, 0]),
+        described(data_offsets=[0, 16]),
+        described(shape=[1 << 62, 1 << 62]),
+        described(dtype="F99", shape=[]),
+        described(dtype="F16"),
+        weights({"\x1b[2J\n" * 5000: {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}, bytes(8)),
     ],
 )
-def test_a_header_that_does_not_fit_is_refused(content, said):
-    with pytest.raises(Damaged, match=said):
-        checkpoint.tensors("m", content)
+def test_a_header_that_does_not_fit_is_refused_in_one_short_line(content):
+    with pytest.raises(Damaged) as damaged:
+        checkpoint.tensors("m.safetensors", content)
+    said = str(damaged.value)
+    assert said.startswith("m.safetensors: Error while deserializing")
+    assert said.isprintable()
+    assert said.isascii()
+    assert len(said) < 250
 
 
-def test_the_header_is_read_as_the_librarys_own(tmp_path):
+def test_every_type_that_torch_saves_is_shown(tmp_path):
     torch = pytest.importorskip("torch")
     safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is missing")
     kinds = (
@@ -183,4 +187,4 @@ def test_the_header_is_read_as_the_librarys_own(tmp_path):
     assert len(given) >= 10
     read = checkpoint.tensors("m", safetensors.save(given))
     assert {name: tensor.shape for name, tensor in read.items()} == {kind: [2, 3] for kind in given}
-    assert {n: t.end - t.begin for n, t in read.items()} == {n: t.nbytes for n, t in given.items()}
+    assert {n: t.bytes for n, t in read.items()} == {n: t.nbytes for n, t in given.items()}

@@ -10,7 +10,7 @@ import pytest
 
 from allranks.run import checkpoint
 from allranks.run.checkpoint import Damaged
-from helpers import tree
+from helpers import PYTHON, execute, tree
 
 FILES = {"model.safetensors": bytes(range(40)), "state.json": b'{"step": 7}', "empty": b""}
 
@@ -105,8 +105,48 @@ def test_no_link_is_followed_and_no_pipe_waited_for(tmp_path):
     (path / "state.json").unlink()
     os.mkfifo(path / "state.json")
     assert why(path) == "state.json: it is not a regular file"
-    checkpoint.path_of(tmp_path, 8).symlink_to(path)
-    assert checkpoint.steps(tmp_path) == [7]
+
+
+def test_a_checkpoint_that_is_a_link_is_named_passed_over_and_replaced(tmp_path):
+    (tmp_path / "other").mkdir()
+    path, elsewhere = write(tmp_path, 6), write(tmp_path / "other", 7)
+    linked = checkpoint.path_of(tmp_path, 7)
+    linked.symlink_to(elsewhere)
+    assert why(linked) == "the folder cannot be opened: it is a link"
+    assert checkpoint.newest_valid(tmp_path) == (
+        path, FILES, ["step-000007: the folder cannot be opened: it is a link"]
+    )  # fmt: skip
+    assert checkpoint.steps(tmp_path) == [7, 6]
+    write(tmp_path, 7, {"state.json": b"new"})
+    assert not linked.is_symlink()
+    assert checkpoint.read(linked) == {"state.json": b"new"}
+    assert checkpoint.read(elsewhere) == FILES
+
+
+@pytest.mark.parametrize(
+    ("call", "file", "error", "said"),
+    [
+        ("openat", "checkpoints/step-000007", "EIO", "it cannot be read now (Input/output error)"),
+        ("openat", "checkpoints/step-000007", "ESTALE", "it cannot be read now (Stale file handle)"),
+        ("openat", "state.json", "EMFILE", "state.json: it cannot be read now (Too many open files)"),
+        ("openat", "state.json", "EACCES", "state.json: it cannot be read now (Permission denied)"),
+        ("read", "{newest}/empty", "EIO", "empty: it cannot be read now (Input/output error)"),
+    ],
+)
+def test_what_the_file_system_does_not_give_is_not_damage(strace, tmp_path, call, file, error, said):
+    write(tmp_path, 6, {"six": b"6"})
+    newest = write(tmp_path, 7)
+    code = (
+        "from allranks.run import checkpoint\n"
+        "try: checkpoint.read('checkpoints/step-000007')\n"
+        "except OSError: print('OSError')\n"
+        "found = checkpoint.newest_valid('.')\n"
+        "print(found.path, *found.passed_over)"
+    )
+    inject = [f"--inject={call}:error={error}", "-P", file.format(newest=newest)]
+    done = execute([strace, "-qq", "-o", os.devnull, *inject, PYTHON, "-c", code], tmp_path).ok()
+    assert done.out == f"OSError\ncheckpoints/step-000006 step-000007: {said}\n"
+    assert checkpoint.newest_valid(tmp_path).path == newest  # it was there all the time
 
 
 def test_what_is_no_checkpoint_is_damaged(tmp_path):

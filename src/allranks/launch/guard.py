@@ -81,6 +81,7 @@ class Guard:
                 f"({error.strerror or error}): look whether it still runs, and whether a firewall "
                 "stands between."
             ) from error
+        self.rest = b""  # of a message that is not whole yet
         self.alone = False  # the supervisor is gone
         self.child = 0
         self.status: int | None = None  # the program's wait status, once it has ended
@@ -238,27 +239,30 @@ class Guard:
     def _say(self, **values: Any) -> None:
         if not self.alone:
             try:
-                self.link.send(**values)
+                self.link.sendall(links.message(**values))
             except OSError:
                 self._end_alone()
 
     def _receive(self) -> bool:
         """Takes in what the supervisor sends next; False once it is gone."""
         try:
-            return self.link.receive()
+            data = self.link.recv(65536)
         except OSError:
-            return False
+            data = b""
+        self.rest += data
+        return bool(data)
 
     def _next_word(self) -> dict[str, Any]:
-        """The supervisor's next message. Raises EOFError once the supervisor is gone."""
-        try:
-            return self.link.next_message()
-        except OSError as error:
-            raise EOFError from error
+        """The next whole message. Raises EOFError once the supervisor is gone."""
+        while b"\n" not in self.rest:
+            if not self._receive():
+                raise EOFError
+        line, _, self.rest = self.rest.partition(b"\n")
+        return links.parse(line)
 
     def _obey(self) -> None:
-        """Does what the messages say that have arrived whole."""
-        while (word := self.link.inbox.take()) is not None:
+        while b"\n" in self.rest:
+            word = self._next_word()
             if "signal" in word:
                 self._forward(int(word["signal"]))
             elif "kill" in word:

@@ -1,8 +1,15 @@
 """Checkpoints on disk: folders that are whole or absent, each file verified by its sha256. No torch.
 
-A folder is written under a hidden name and renamed into place; docs/checkpoints.md describes the format.
-A paused process may wake up and still believe that it owns the run directory: whatever is renamed here goes
-out of, or into, a hidden folder that a new owner has swept away by then, so that the rename fails.
+A checkpoint is written into a folder with a hidden name, and the folder is renamed into place once all of
+it is on the disk. So a reader sees the whole checkpoint or none. docs/checkpoints.md describes the format.
+
+A process that was paused may wake up and still believe that it owns the run directory. Therefore every
+rename in this module goes into, or comes out of, a hidden folder of the process itself. A new owner of the
+run directory sweeps these hidden folders away first, so that a rename of the old owner fails.
+
+Two things can be wrong with a checkpoint, and they are kept apart. `Damaged`: what is there is not what
+was written, and never will be. `OSError`: the file system does not give what is there, perhaps only now (a
+server that is away, too many open files, a missing permission).
 """
 
 from __future__ import annotations
@@ -10,7 +17,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
 import re
 import secrets
@@ -20,28 +26,73 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 MANIFEST = "manifest.json"
-_MANIFEST_BYTES = 1 << 20  # a longer one is not ours
-_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-DTYPE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
-    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
-}  # fmt: skip
-_STEP = re.compile(r"step-([0-9]{6,18})")
+_MANIFEST_BYTES = 1 << 20  # a longer manifest was not written here
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_STEP_NAME = re.compile(r"step-([0-9]{6,18})")
+
+# What an open of a file says where something else stands in its place: nothing, a link (which is never
+# followed), a file instead of a folder, a socket. All other errors are the file system's.
+_NOT_AS_WRITTEN = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENXIO)
 
 
 class Damaged(Exception):
     """What is wrong with which file of a checkpoint, in one line."""
 
 
+class Found(NamedTuple):
+    """The newest checkpoint that could be read and verified, and what was seen on the way to it."""
+
+    path: Path | None  # None where there is no such checkpoint
+    files: dict[str, bytes]  # its verified files by name; empty where there is none
+    passed_over: list[str]  # a line for each newer checkpoint that is damaged or cannot be read
+
+
+# --- names of folders ----------------------------------------------------------------------------------
+
+
 def folder(run_dir: str | Path) -> Path:
+    """The folder in a run directory that holds its checkpoints."""
     return Path(run_dir) / "checkpoints"
 
 
 def path_of(run_dir: str | Path, step: int) -> Path:
+    """Where the checkpoint of this optimizer step is, or would be."""
     return folder(run_dir) / f"step-{step:06d}"
+
+
+def step_of(path: str | Path) -> int | None:
+    """The step in the name of a checkpoint's folder; None where the name is not one of a checkpoint."""
+    name = Path(path).name
+    match = _STEP_NAME.fullmatch(name)
+    if match is None:
+        return None
+    step = int(match[1])
+    return step if name == path_of("", step).name else None  # step-0000007 is nothing that we write
+
+
+def in_folder(path: str | Path) -> dict[int, Path]:
+    """What stands under the name of a checkpoint in this folder, by step; empty where there is no folder.
+
+    A link or a file in the place of a checkpoint is listed too: read() says that it is damaged. Raises
+    OSError where the folder cannot be read.
+    """
+    try:
+        names = os.listdir(path)  # noqa: PTH208
+    except FileNotFoundError:
+        return {}
+    by_step = {step_of(name): Path(path) / name for name in names}
+    return {step: place for step, place in by_step.items() if step is not None}
+
+
+def steps(run_dir: str | Path) -> list[int]:
+    """The steps of a run's checkpoints, newest first; whether these are valid is not looked at."""
+    return sorted(in_folder(folder(run_dir)), reverse=True)
+
+
+# --- writing and removing ------------------------------------------------------------------------------
 
 
 def write(
@@ -53,97 +104,57 @@ def write(
 ) -> Path:
     """Writes the checkpoint of `step`, unless a valid one is there; returns its path.
 
-    `token` names the writer; `before_rename` raises when the run directory has another owner by now.
-    Whatever fails, OSError or other, leaves the checkpoints that were there as they are.
+    `token` names the writer. `before_rename` is called last before the checkpoint appears, and raises where
+    the run directory has another owner by now. Whatever fails, with OSError or otherwise, leaves the
+    checkpoints that were there as they are.
     """
-    assert all(_FILE.fullmatch(name) and name != MANIFEST for name in files), sorted(files)
+    assert all(_FILE_NAME.fullmatch(name) and name != MANIFEST for name in files), sorted(files)
     path = path_of(run_dir, step)
     with suppress(Damaged):
         read(path)
         return path
     _make_folder(path.parent)
-    temporary, aside = (path.with_name(f".{path.name}.{token}.{kind}tmp") for kind in ("", "damaged."))
+    temporary = path.with_name(f".{path.name}.{token}.tmp")
+    aside = path.with_name(f".{path.name}.{token}.damaged.tmp")  # takes what stands in the place
     try:
-        for hidden in (temporary, aside):
-            shutil.rmtree(hidden, ignore_errors=True)  # of this writer's last attempt
+        # The last attempt of this writer may have left them.
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+
+        # 1. All files into the hidden folder and onto the disk, the manifest last.
         temporary.mkdir(0o700)
         for name, content in files.items():
             _write_file(temporary / name, content)
         _write_file(temporary / MANIFEST, _manifest(files))
         _sync_folder(temporary)
+
+        # 2. Whether the run directory is still this writer's.
         if path.is_symlink() or path.exists():
             aside.mkdir(0o700)
         before_rename()
+
+        # 3. A damaged checkpoint out of the way, and the new one into its place.
         if aside.exists():
             path.rename(aside / path.name)
         temporary.rename(path)
         _sync_folder(path.parent)
     finally:
-        for hidden in (temporary, aside):
-            shutil.rmtree(hidden, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
     return path
-
-
-def read(path: str | Path) -> dict[str, bytes]:
-    """Every file of a checkpoint. What was checked is what is returned; raises Damaged."""
-    try:
-        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise Damaged(f"the folder cannot be opened: {error.strerror}") from error
-    try:
-        listed = _parse_manifest(_read_file(directory, MANIFEST, _MANIFEST_BYTES))
-        there = set(os.listdir(directory))  # noqa: PTH208 (of a descriptor)
-        for name in sorted(there - {MANIFEST, *listed}):
-            raise Damaged(f"{name!a}: it is not in {MANIFEST}")
-        return {name: _verified(directory, name, *listed[name]) for name in sorted(listed)}
-    except OSError as error:
-        raise Damaged(f"the folder cannot be read: {error.strerror}") from error
-    finally:
-        os.close(directory)
-
-
-def steps(run_dir: str | Path) -> list[int]:
-    """Of the folders that are there, newest first; whether they are valid is not looked at."""
-    return sorted(in_folder(folder(run_dir)), reverse=True)
-
-
-def step_of(path: str | Path) -> int | None:
-    """The step in the name of a checkpoint's folder; None for another name."""
-    name = Path(path).name
-    match = _STEP.fullmatch(name)
-    return int(match[1]) if match and name == path_of("", int(match[1])).name else None
-
-
-def in_folder(path: str | Path) -> dict[int, Path]:
-    """The checkpoints in such a folder, by step."""
-    try:
-        with os.scandir(path) as entries:
-            names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-    except FileNotFoundError:
-        return {}
-    found = {step_of(name): Path(path) / name for name in names}
-    return {step: there for step, there in found.items() if step is not None}
-
-
-def newest_valid(run_dir: str | Path) -> tuple[Path | None, dict[str, bytes], list[str]]:
-    """Path and verified contents of the newest valid checkpoint; a line for each newer one passed over."""
-    passed_over: list[str] = []
-    for step in steps(run_dir):
-        path = path_of(run_dir, step)
-        try:
-            return path, read(path), passed_over
-        except Damaged as damaged:
-            passed_over.append(f"{path.name}: {damaged}")
-    return None, {}, passed_over
 
 
 def remove(
     run_dir: str | Path, keep: Collection[int], before_rename: Callable[[], None] = lambda: None
 ) -> None:
-    """Removes all other checkpoints; `before_rename` as for write()."""
+    """Removes the checkpoints of all steps but those in `keep`.
+
+    `before_rename` is called before anything is removed, and raises where the run directory has another
+    owner by now.
+    """
     if set(steps(run_dir)) <= set(keep):
         return
-    bin_ = _hidden(run_dir)
+    bin_ = _new_hidden_folder_name(run_dir)
     bin_.mkdir(0o700)
     try:
         before_rename()
@@ -155,87 +166,18 @@ def remove(
 
 
 def sweep_up(run_dir: str | Path) -> None:
-    """Removes the hidden folders of writers that are gone; who wakes up again finds its own gone.
+    """Removes the hidden folders of writers that are gone: a writer that wakes up again finds its own gone.
 
     For the new owner of the run directory, once it has the claim.
     """
     for left in folder(run_dir).glob(".*.tmp"):
-        swept = _hidden(run_dir)
-        with suppress(FileNotFoundError):  # its writer was alive and has just renamed or removed it
-            left.rename(swept)  # at once, where deleting takes its time
+        swept = _new_hidden_folder_name(run_dir)
+        with suppress(FileNotFoundError):  # its writer was alive, and has just renamed or removed it
+            left.rename(swept)  # at once: deleting takes its time, in which the writer could go on
         shutil.rmtree(swept, ignore_errors=True)
 
 
-def from_json(name: str, content: bytes) -> Any:
-    """The value in a JSON file; raises Damaged, also where a key stands twice."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) != len(pairs):
-            raise ValueError
-        return dict(pairs)
-
-    try:
-        return json.loads(content, object_pairs_hook=once)
-    except (ValueError, RecursionError):
-        raise Damaged(f"{name}: it is not JSON") from None
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """Of a safetensors file; `begin` and `end` count bytes from the start of its data."""
-
-    dtype: str
-    shape: list[int]
-    begin: int
-    end: int
-
-
-def tensors(name: str, content: bytes) -> dict[str, Tensor]:
-    """What a safetensors file says of its tensors, in the data's order: eight bytes with the length of a
-    JSON object, the object, the data. Raises Damaged unless they fill the data exactly."""
-    length = int.from_bytes(content[:8], "little")
-    data_bytes = len(content) - 8 - length
-    if len(content) < 8 or data_bytes < 0:
-        raise Damaged(f"{name}: it is too short for a safetensors file")
-    header = from_json(name, content[8 : 8 + length])
-    if type(header) is not dict:
-        raise Damaged(f"{name}: its header is not a JSON object")
-    metadata = header.pop("__metadata__", {})
-    if type(metadata) is not dict or not all(_is_text(text) for text in metadata.values()):
-        raise Damaged(f"{name}: its __metadata__ is not text")
-    found = {key: _tensor(name, key, about) for key, about in header.items()}
-    in_order = sorted(found.items(), key=lambda item: (item[1].begin, item[1].end))
-    end = 0
-    for key, tensor in in_order:
-        expected = math.prod(tensor.shape) * DTYPE_BYTES.get(tensor.dtype, -1)
-        if tensor.begin != end or tensor.end - tensor.begin != expected:
-            raise Damaged(f"{name}: {ascii(key)[:80]} does not fit its data")
-        end = tensor.end
-    if end != data_bytes:
-        raise Damaged(f"{name}: its tensors have {end:,} bytes, but there are {data_bytes:,}")
-    return dict(in_order)
-
-
-def _tensor(name: str, key: str, about: Any) -> Tensor:
-    if type(about) is dict and set(about) == {"dtype", "shape", "data_offsets"}:
-        dtype, shape, offsets = about["dtype"], about["shape"], about["data_offsets"]
-        words, sizes = _is_text(key) and type(dtype) is str, _are_sizes(shape) and _are_sizes(offsets)
-        if words and sizes and len(offsets) == 2:
-            return Tensor(dtype, shape, *offsets)
-    raise Damaged(f"{name}: {ascii(key)[:80]} is not described as a tensor")
-
-
-def _is_text(value: Any) -> bool:
-    """JSON can say half a character, which no other program takes."""
-    return type(value) is str and value == value.encode(errors="ignore").decode()
-
-
-def _are_sizes(value: Any) -> bool:
-    small = type(value) is list and len(value) <= 64
-    return small and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
-
-
-def _hidden(run_dir: str | Path) -> Path:
+def _new_hidden_folder_name(run_dir: str | Path) -> Path:
     return folder(run_dir) / f".{secrets.token_hex(8)}.tmp"
 
 
@@ -264,31 +206,80 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _manifest(files: Mapping[str, bytes]) -> bytes:
-    about = {n: {"size": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in files.items()}
-    return _canonical({"format": 1, "files": about})
+# --- reading -------------------------------------------------------------------------------------------
 
 
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, indent=1, sort_keys=True).encode() + b"\n"
+def read(path: str | Path) -> dict[str, bytes]:
+    """Every file of the checkpoint in this folder, by name; the bytes returned are those that were checked.
+
+    Raises Damaged where the folder or a file is not what was written, and OSError, with the file's name,
+    where the file system does not give what is there. No link is followed, not even the folder's own.
+    """
+    try:
+        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno not in _NOT_AS_WRITTEN:
+            raise
+        what = "it is a link" if Path(path).is_symlink() else error.strerror
+        raise Damaged(f"the folder cannot be opened: {what}") from error
+    try:
+        listed = _parse_manifest(_read_file(directory, MANIFEST, _MANIFEST_BYTES))
+        there = set(os.listdir(directory))  # noqa: PTH208 (of a descriptor)
+        for name in sorted(there - {MANIFEST, *listed}):
+            raise Damaged(f"{name!a}: it is not in {MANIFEST}")
+        return {name: _verified(directory, name, *listed[name]) for name in sorted(listed)}
+    finally:
+        os.close(directory)
 
 
-def _parse_manifest(content: bytes) -> dict[str, tuple[int, str]]:
-    """{name: (size, sha256)}. One spelling only is accepted: then no bit can change unseen."""
-    parsed = from_json(MANIFEST, content)
-    if type(parsed) is not dict or set(parsed) != {"format", "files"} or type(parsed["files"]) is not dict:
-        raise Damaged(f"{MANIFEST}: it is not as it was written")
-    if type(parsed["format"]) is not int or parsed["format"] != 1:
-        raise Damaged(f"{MANIFEST}: its format is not known to this version")
-    for name, about in parsed["files"].items():
-        if not _FILE.fullmatch(name) or name == MANIFEST:
-            raise Damaged(f"{MANIFEST}: {ascii(name)[:80]} is not the name of a file in the folder")
-        kinds = {key: type(value) for key, value in about.items()} if type(about) is dict else {}
-        if kinds != {"size": int, "sha256": str}:
-            raise Damaged(f"{MANIFEST}: {name} needs a size and a sha256")
-    if _canonical(parsed) != content:
-        raise Damaged(f"{MANIFEST}: it is not as it was written")
-    return {name: (about["size"], about["sha256"]) for name, about in parsed["files"].items()}
+def newest_valid(run_dir: str | Path) -> Found:
+    """The newest checkpoint of a run that can be read and is valid. Damaged ones are passed over.
+
+    One that the file system does not give is passed over as well: training again from an earlier one
+    computes the same, and the file that may be readable later is left as it is. Raises OSError where the
+    folder with the checkpoints cannot be listed.
+    """
+    passed_over: list[str] = []
+    for step in steps(run_dir):
+        path = path_of(run_dir, step)
+        try:
+            return Found(path, read(path), passed_over)
+        except Damaged as damaged:
+            passed_over.append(f"{path.name}: {damaged}")
+        except OSError as error:
+            passed_over.append(f"{path.name}: {unreadable(error)}")
+    return Found(None, {}, passed_over)
+
+
+def unreadable(error: OSError) -> str:
+    """In words: that read() got this error from the file system, and at which file of the checkpoint."""
+    name = str(error.filename)
+    at = f"{name}: " if _FILE_NAME.fullmatch(name) and step_of(name) is None else ""
+    return f"{at}it cannot be read now ({error.strerror})"
+
+
+def _read_file(directory: int, name: str, most: int) -> bytes:
+    """A regular file in the folder, of `most` bytes or less; no link is followed, no FIFO waited for."""
+    try:
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
+    except FileNotFoundError:
+        raise Damaged(f"{name}: it is missing") from None
+    except OSError as error:
+        if error.errno in _NOT_AS_WRITTEN:
+            raise Damaged(f"{name}: {error.strerror}") from error
+        raise
+    try:
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode):
+            raise Damaged(f"{name}: it is not a regular file")
+        if about.st_size > most:
+            raise Damaged(f"{name}: it has {about.st_size:,} bytes, more than {most:,}")
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    except OSError as error:  # which does not know the file's name
+        raise OSError(error.errno, error.strerror, name) from error
+    finally:
+        os.close(descriptor)
 
 
 def _verified(directory: int, name: str, size: int, sha256: str) -> bytes:
@@ -301,18 +292,76 @@ def _verified(directory: int, name: str, size: int, sha256: str) -> bytes:
     return content
 
 
-def _read_file(directory: int, name: str, most: int) -> bytes:
-    """A regular file in the folder, not longer than that; no link is followed, no FIFO waited for."""
+# --- the manifest --------------------------------------------------------------------------------------
+
+
+def _manifest(files: Mapping[str, bytes]) -> bytes:
+    about = {
+        name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in files.items()
+    }
+    return _canonical({"format": 1, "files": about})
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def _parse_manifest(content: bytes) -> dict[str, tuple[int, str]]:
+    """{name: (size, sha256)}. Only one spelling is accepted, so that no bit of it can change unseen."""
+    parsed = from_json(MANIFEST, content)
+    if type(parsed) is not dict or set(parsed) != {"format", "files"} or type(parsed["files"]) is not dict:
+        raise Damaged(f"{MANIFEST}: it is not as it was written")
+    if type(parsed["format"]) is not int or parsed["format"] != 1:
+        raise Damaged(f"{MANIFEST}: its format is not known to this version")
+    for name, about in parsed["files"].items():
+        if not _FILE_NAME.fullmatch(name) or name == MANIFEST:
+            raise Damaged(f"{MANIFEST}: {ascii(name)[:80]} is not the name of a file in the folder")
+        kinds = {key: type(value) for key, value in about.items()} if type(about) is dict else {}
+        if kinds != {"size": int, "sha256": str}:
+            raise Damaged(f"{MANIFEST}: {name} needs a size and a sha256")
+    if _canonical(parsed) != content:
+        raise Damaged(f"{MANIFEST}: it is not as it was written")
+    return {name: (about["size"], about["sha256"]) for name, about in parsed["files"].items()}
+
+
+# --- what the files hold -------------------------------------------------------------------------------
+
+
+def from_json(name: str, content: bytes) -> Any:
+    """The value in a JSON file; raises Damaged where it is not JSON, or where a key stands twice."""
+
+    def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) != len(pairs):
+            raise ValueError
+        return dict(pairs)
+
     try:
-        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
-        with os.fdopen(descriptor, "rb") as file:
-            about = os.fstat(descriptor)
-            if not stat.S_ISREG(about.st_mode):
-                raise Damaged(f"{name}: it is not a regular file")
-            if about.st_size > most:
-                raise Damaged(f"{name}: it has {about.st_size:,} bytes, more than {most:,}")
-            return file.read()
-    except FileNotFoundError:
-        raise Damaged(f"{name}: it is missing") from None
-    except OSError as error:
-        raise Damaged(f"{name}: {error.strerror}") from error
+        return json.loads(content, object_pairs_hook=without_doubles)
+    except (ValueError, RecursionError):
+        raise Damaged(f"{name}: it is not JSON") from None
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """What a safetensors file says of one tensor."""
+
+    dtype: str  # as safetensors spells it: F32, BF16, I64, ...
+    shape: list[int]
+    bytes: int
+
+
+def tensors(name: str, content: bytes) -> dict[str, Tensor]:
+    """The tensors in a safetensors file, by name in the order of names; raises Damaged.
+
+    The safetensors library reads it, as it does when a run goes on. `name` is the file's, for messages.
+    """
+    import safetensors
+
+    try:
+        read = safetensors.deserialize(content)
+    except safetensors.SafetensorError as error:
+        # The message may repeat a tensor's name, which may be any text of any length.
+        raise Damaged(f"{name}: {ascii(str(error))[1:-1][:200]}") from error
+    found = {key: Tensor(about["dtype"], about["shape"], len(about["data"])) for key, about in read}
+    return dict(sorted(found.items()))

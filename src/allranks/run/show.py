@@ -1,4 +1,8 @@
-"""`allranks checkpoint`: what checkpoints are there, which are whole, and what one holds. No torch."""
+"""`allranks checkpoint`: which checkpoints there are, which are whole, and what one holds. No torch.
+
+Files may hold anything, also what would trouble a terminal. So all text from a file is printed on one line
+and in ASCII.
+"""
 
 from __future__ import annotations
 
@@ -6,40 +10,62 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from allranks.base.errors import UserError
 from allranks.base.text import table
 from allranks.run import checkpoint
-from allranks.run.checkpoint import Damaged
+from allranks.run.checkpoint import Damaged, Tensor
+
+
+class _Command(NamedTuple):
+    name: str
+    run: Callable[[Sequence[Path], bool], int]  # (checkpoints, as JSON) -> exit code
+    help: str
+
+
+class _Contents(NamedTuple):
+    """A checkpoint that was read and verified."""
+
+    files: Mapping[str, bytes]
+    state: Mapping[str, Any]  # of state.json; empty where that is not as ours
+    tensors: Mapping[str, Mapping[str, Tensor]]  # of each safetensors file
 
 
 def main(arguments: Sequence[str]) -> int:
-    """0; 1 where a checkpoint is damaged. Raises UserError where there is none at PATH."""
+    """Runs `allranks checkpoint` with these arguments and returns its exit code.
+
+    0, or 1 where a checkpoint is damaged. Raises UserError where there is no checkpoint at PATH.
+    """
+    commands = (
+        _Command("list", _list, "each one: step, epoch, val/loss, size, valid or what is wrong"),
+        _Command("verify", _verify, "read every file again; the exit code is 1 if one is damaged"),
+        _Command("show", _show, "what the newest valid one, or the one at PATH, holds"),
+    )
     parser = argparse.ArgumentParser(prog="allranks checkpoint", description="Look at checkpoints.")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, run, text in (
-        ("list", _list, "each one: step, epoch, val/loss, size, valid or what is wrong"),
-        ("verify", _verify, "read every file again; the exit code is 1 if one is damaged"),
-        ("show", _show, "what the newest valid one, or the one at PATH, holds"),
-    ):
-        command = commands.add_parser(name, help=text, description=text)
-        command.add_argument(
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in commands:
+        subparser = subparsers.add_parser(command.name, help=command.help, description=command.help)
+        subparser.add_argument(
             "path", metavar="PATH", help="a run directory, its checkpoints/, or one of them"
         )
-        command.add_argument("--json", action="store_true", help="for programs: one JSON line a checkpoint")
-        command.set_defaults(run=run)
+        subparser.add_argument(
+            "--json", action="store_true", help="for programs: one JSON line a checkpoint"
+        )
+        subparser.set_defaults(run=command.run)
     options = parser.parse_args(arguments)
-    return int(options.run(_found(Path(options.path)), options.json))
+    return int(options.run(_checkpoints_at(Path(options.path)), options.json))
 
 
-def _found(path: Path) -> list[Path]:
-    """The checkpoints at PATH, oldest first."""
+def _checkpoints_at(path: Path) -> list[Path]:
+    """The checkpoints at PATH, oldest first: those of a run, those in a folder, or PATH itself."""
     try:
         if (path / checkpoint.MANIFEST).exists() or checkpoint.step_of(path.absolute()) is not None:
-            return [path]
+            # A link that the user names is followed; one among a run's checkpoints is not.
+            return [path.resolve() if path.is_symlink() else path]
         below = checkpoint.in_folder(checkpoint.folder(path)) or checkpoint.in_folder(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
@@ -49,43 +75,52 @@ def _found(path: Path) -> list[Path]:
     return [below[step] for step in sorted(below)]
 
 
-def _look(path: Path) -> dict[str, Any]:
-    """A row of the list; `problem` is None for a valid one."""
+def _read(path: Path) -> dict[str, bytes]:
+    """The checkpoint's files. Raises Damaged, also where the file system does not give what is there."""
     try:
-        files, problem = checkpoint.read(path), None
+        return checkpoint.read(path)
+    except OSError as error:
+        raise Damaged(checkpoint.unreadable(error)) from error
+
+
+def _row(path: Path) -> dict[str, Any]:
+    """What `list` and `verify` say of a checkpoint; `problem` is None for a valid one."""
+    try:
+        files = _read(path)
+        problem = None
         state = _state(files)
-        size = sum(map(len, files.values()))
+        size = sum(len(content) for content in files.values())
     except Damaged as damaged:
-        state, problem = {}, str(damaged)
+        problem = str(damaged)
+        state = {}
         size = sum(file.lstat().st_size for file in path.glob("*") if file.name != checkpoint.MANIFEST)
     history = state.get("history")
-    last = history[-1] if isinstance(history, list) and history else None
+    last_epoch = history[-1] if isinstance(history, list) and history else None
     return {
         "checkpoint": str(path),
         "step": state.get("step", checkpoint.step_of(path.absolute())),
         "epoch": state.get("epoch"),
-        "val/loss": last.get("val/loss") if isinstance(last, dict) else None,
+        "val/loss": last_epoch.get("val/loss") if isinstance(last_epoch, dict) else None,
         "bytes": size,
         "problem": problem,
     }
 
 
-def _list(found: Sequence[Path], as_json: bool) -> int:
-    rows = [_look(path) for path in found]
+def _list(paths: Sequence[Path], as_json: bool) -> int:
+    rows = [_row(path) for path in paths]
     if as_json:
         _print_json(rows)
         return 0
-    cells = [
-        (*(_plain(row[key]) for key in ("step", "epoch", "val/loss")), f"{row['bytes']:,}",
-         row["problem"] or "valid")
-        for row in rows
-    ]  # fmt: skip
-    print(table([("step", "epoch", "val/loss", "bytes", ""), *cells]))
+    shown = [("step", "epoch", "val/loss", "bytes", "")]
+    for row in rows:
+        step, epoch, loss = (_plain(row[key]) for key in ("step", "epoch", "val/loss"))
+        shown.append((step, epoch, loss, f"{row['bytes']:,}", row["problem"] or "valid"))
+    print(table(shown))
     return 0
 
 
-def _verify(found: Sequence[Path], as_json: bool) -> int:
-    rows = [_look(path) for path in found]
+def _verify(paths: Sequence[Path], as_json: bool) -> int:
+    rows = [_row(path) for path in paths]
     if as_json:
         _print_json([{key: row[key] for key in ("checkpoint", "problem")} for row in rows])
     else:
@@ -94,43 +129,66 @@ def _verify(found: Sequence[Path], as_json: bool) -> int:
     return int(any(row["problem"] for row in rows))
 
 
-def _show(found: Sequence[Path], as_json: bool) -> int:
-    for path in reversed(found):
+def _show(paths: Sequence[Path], as_json: bool) -> int:
+    for path in reversed(paths):
         try:
-            files = checkpoint.read(path)
-            held = {
-                name: checkpoint.tensors(name, content)
-                for name, content in files.items()
-                if name.endswith(".safetensors")
-            }
-            break
+            contents = _contents(path)
         except Damaged as damaged:
             print(f"{path}: {damaged}", file=sys.stderr)
-    else:
-        return 1
-    state = _state(files)
-    identity = state.get("identity")
-    counters = {key: value for key, value in state.items() if not isinstance(value, dict | list)}
-    if as_json:
-        about = {file: {name: vars(tensor) for name, tensor in of.items()} for file, of in held.items()}
-        sizes = {name: len(content) for name, content in files.items()}
-        _print_json([{"checkpoint": str(path), "bytes": sizes, "state": state, "tensors": about}])
+            continue
+        if as_json:
+            _print_json([_as_json(path, contents)])
+        else:
+            _print_contents(path, contents)
         return 0
-    print(f"{path}: valid, {sum(map(len, files.values())):,} bytes in {len(files)} files")
-    for title, values in (("counters", counters), ("identity", identity)):
+    return 1
+
+
+def _contents(path: Path) -> _Contents:
+    files = _read(path)
+    tensors = {
+        name: checkpoint.tensors(name, content)
+        for name, content in files.items()
+        if name.endswith(".safetensors")
+    }
+    return _Contents(files, _state(files), tensors)
+
+
+def _as_json(path: Path, contents: _Contents) -> dict[str, Any]:
+    return {
+        "checkpoint": str(path),
+        "bytes": {name: len(content) for name, content in contents.files.items()},
+        "state": contents.state,
+        "tensors": {
+            file: {name: asdict(tensor) for name, tensor in tensors.items()}
+            for file, tensors in contents.tensors.items()
+        },
+    }
+
+
+def _print_contents(path: Path, contents: _Contents) -> None:
+    size = sum(len(content) for content in contents.files.values())
+    print(f"{path}: valid, {size:,} bytes in {len(contents.files)} files")
+
+    counters = {key: value for key, value in contents.state.items() if not isinstance(value, dict | list)}
+    for title, values in (("counters", counters), ("identity", contents.state.get("identity"))):
         if isinstance(values, dict) and values:
             rows = [(_plain(key), _plain(value)) for key, value in sorted(values.items())]
             print(f"{title}\n{table(rows)}")
-    for file, of in held.items():
-        numbers = sum(math.prod(tensor.shape) for tensor in of.values())
-        print(f"{file}: {len(of)} tensors, {numbers:,} numbers")
-        if of:
-            print(table([(_plain(n), t.dtype, " x ".join(map(str, t.shape))) for n, t in of.items()]))
-    return 0
+
+    for file, tensors in contents.tensors.items():
+        numbers = sum(math.prod(tensor.shape) for tensor in tensors.values())
+        print(f"{file}: {len(tensors)} tensors, {numbers:,} numbers")
+        if tensors:
+            about = [
+                (_plain(name), tensor.dtype, " x ".join(map(str, tensor.shape)))
+                for name, tensor in tensors.items()
+            ]
+            print(table(about))
 
 
-def _state(files: dict[str, bytes]) -> dict[str, Any]:
-    """state.json; empty where it is not as ours."""
+def _state(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """What state.json holds; empty where it is not as ours."""
     try:
         state = checkpoint.from_json("state.json", files.get("state.json", b""))
     except Damaged:
@@ -139,15 +197,15 @@ def _state(files: dict[str, bytes]) -> dict[str, Any]:
 
 
 def _plain(value: object) -> str:
-    """On one line, in ASCII: what a file says may hold anything."""
+    """A value from a file on one line, in ASCII."""
     if value is None:
         return "-"
     if isinstance(value, float):
         return f"{value:.6g}"
-    return (
-        value if isinstance(value, str) and value.isascii() and value.isprintable() else json.dumps(value)
-    )
+    if isinstance(value, str) and value.isascii() and value.isprintable():
+        return value
+    return json.dumps(value)
 
 
-def _print_json(rows: Sequence[dict[str, Any]]) -> None:
+def _print_json(rows: Sequence[Mapping[str, Any]]) -> None:
     print("".join(json.dumps(row) + "\n" for row in rows), end="")
