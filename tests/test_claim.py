@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 from allranks.base.errors import UserError
 from allranks.base.processes import process_stat
 from allranks.run import checkpoint, claim
-from allranks.run.claim import Claim
+from allranks.run.claim import Claim, Verdict
 from helpers import PYTHON, clean_environment, tree
 
 QUICK = {"BEAT_S": 0.2, "SILENT_S": 1.5}  # in place of 5 and 30 seconds
@@ -215,6 +216,20 @@ def test_who_is_known_to_be_gone_is_replaced_at_once(run, monkeypatch, about, en
 
 
 FOREIGN = {"host": "other", "boot_id": "other", "pid": 1}
+
+
+def test_what_a_watched_file_says_of_its_owner(run):
+    seen = claim._read(left_by(run, **FOREIGN))
+    assert seen is not None
+    touched = replace(seen, beat=seen.beat - 1)  # by a clock that was set back
+    another = replace(seen, about={**seen.about, "token": "another"})
+    silent_s = claim.SILENT_S
+    assert claim._verdict(seen, seen, 0) == Verdict.UNDECIDED
+    assert claim._verdict(seen, seen, silent_s - 0.1) == Verdict.UNDECIDED
+    assert claim._verdict(seen, seen, silent_s) == Verdict.SILENT
+    assert claim._verdict(seen, touched, 0) == claim._verdict(seen, touched, silent_s) == Verdict.ALIVE
+    assert claim._verdict(seen, another, silent_s) == Verdict.REPLACED
+    assert claim._verdict(seen, None, silent_s) == Verdict.REPLACED
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def run(
     with Reporter(runtime) as report:
         batch_size = engine.global_batch_size(trainer, runtime.world_size)
         path, standing = runtime.meeting.from_rank_0(lambda: rundir.find(config))
-        if standing == "finished":
+        if standing == rundir.Standing.FINISHED:
             report.finished_before(path)
             return True
         report.started()
@@ -131,7 +131,7 @@ def run(
         with runtime.all_or_none():
             training = engine.build_training(config, runtime, examples=len(data.train))
 
-        if standing == "new":
+        if standing == rundir.Standing.NEW:
             frozen, exactly = configs.freeze(config), config.run.dir is not None
             path = runtime.meeting.from_rank_0(lambda: rundir.create(path, frozen, exactly))
         with state.Saver(runtime, path, config) as saver:

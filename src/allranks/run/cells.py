@@ -74,9 +74,9 @@ def make_cells(directory: str, found: Sequence[Cell]) -> None:
     """Makes and freezes every cell that is not there from an earlier start."""
     for cell in found:
         standing = rundir.standing(cell.directory, cell.config)
-        if standing == "new":
+        if standing == rundir.Standing.NEW:
             rundir.create(cell.directory, configs.freeze(cell.config))
-        elif standing != "finished":
+        elif standing != rundir.Standing.FINISHED:
             _freeze_anew(cell)
     if found[0].directory != directory:
         with rundir.writing(directory):

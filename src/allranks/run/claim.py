@@ -1,12 +1,22 @@
-"""One writer for each run directory: a second is refused, an old one that comes back fenced off. No torch.
+"""One writer for each run directory: a second is refused, an old one that wakes up is kept out. No torch.
 
-The owner has a file owner-N.json. Who takes over has found each owner with such a file to be gone, makes
-the next one, which only one taker can, and removes the others: whoever misses his own owns nothing now.
-Clocks of hosts differ and jump: a heartbeat is a change of the file's time, whatever that time is.
+Two jobs may be told to train in the same directory: a user starts a run twice, or a scheduler starts a job
+again whose first process hangs on a node that nobody can reach. They share nothing but the file system,
+which may have no working locks, and clocks that differ and jump. So the directory itself is what they use:
+
+- The owner of a run directory has a file there, owner-N.json, that says which process on which host it is.
+- The owner touches its file every BEAT_S seconds: its heartbeat. A heartbeat is any *change* of the file's
+  time, whatever the time is, so no clock has to be right.
+- Who wants the directory looks at every owner file that is there. If each of those owners is known to be
+  gone, or has been silent for SILENT_S seconds, it makes a file with the next number N. Only one process
+  can make that file. Then it removes the files of the earlier owners.
+- An owner whose own file is gone owns nothing any more. It looks before each rename in the directory, and
+  then ends. That is how an owner that was only paused notices that it has been replaced.
 """
 
 from __future__ import annotations
 
+import enum
 import errno
 import json
 import logging
@@ -17,7 +27,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -26,23 +36,30 @@ from typing import Any
 
 from allranks.base.errors import UserError
 from allranks.base.processes import ProcessIdentity
+from allranks.job import variables
 
-BEAT_S = 5.0
-SILENT_S = 30.0  # six beats missed
-_FILE = re.compile(r"owner-([1-9][0-9]{0,17})\.json")
+BEAT_S = 5.0  # seldom enough for a file server with thousands of runs
+SILENT_S = 30.0  # six beats missed: a file server that is slow for some seconds costs no run its directory
+_LOOK_S = 0.25  # between two looks at the file of an owner that may be alive
+_RETRY_S = 0.1  # at most, before trying again while others try too; a random part of it
+_FILE_BYTES = 1 << 16  # an owner's file is far shorter
+_FILE_NAME = re.compile(r"owner-([1-9][0-9]{0,17})\.json")
 
 log = logging.getLogger("allranks")
 
 
 @dataclass(frozen=True)
 class _Owner:
+    """What one owner's file says, at one moment."""
+
     path: Path
-    number: int
-    about: Mapping[str, Any]  # as in the file: empty while it is being written
-    beat: int
+    number: int  # the N of owner-N.json
+    about: Mapping[str, Any]  # the file's contents; empty while the file is being written
+    beat: int  # the file's time of modification, in nanoseconds of whatever clock
 
     @property
     def identity(self) -> tuple[Path, str]:
+        """Tells this owner from any other, also from a later one whose file has the same name."""
         return self.path, str(self.about.get("token"))
 
     def __str__(self) -> str:
@@ -50,33 +67,48 @@ class _Owner:
         return f"process {self.about.get('pid', '?')} on {self.about.get('host', '?')}{job}"
 
 
+class Verdict(enum.Enum):
+    """What is known of an owner whose file is being watched."""
+
+    ALIVE = "its file was touched: it has the directory"
+    SILENT = "its file was not touched for SILENT_S seconds: it may be replaced"
+    REPLACED = "its file is gone or is another owner's: look at all owners anew"
+    UNDECIDED = "its file has not changed yet: go on watching"
+
+
 @dataclass(frozen=True)
 class Claim:
-    """The ownership of a run directory; a thread keeps it up until release()."""
+    """The ownership of a run directory. A thread keeps up its heartbeat until release()."""
 
-    token: str
-    path: Path
+    token: str  # drawn by this owner, and written in its file
+    path: Path  # of its file
     _released: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
     def take(cls, run_dir: str | Path) -> Claim:
-        """Waits up to SILENT_S to see whether an owner is alive, and raises UserError if one is."""
+        """Makes this process the owner of the run directory.
+
+        Watches an owner that is there already for up to SILENT_S seconds. Raises UserError where that owner
+        is alive, or where the directory cannot be written.
+        """
         directory = Path(run_dir).absolute()
-        about = _this_process()
+        me = _this_process()
         try:
-            while (path := _try(directory, about)) is None:
-                time.sleep(random.uniform(0, 0.1))  # somebody else is at it
+            while (path := _try_to_take(directory, me)) is None:
+                # Others try at the same moment, and each has made the next one fail. A random pause lets
+                # one of them get ahead.
+                time.sleep(random.uniform(0, _RETRY_S))
         except OSError as error:
             raise UserError(
                 f"{directory} cannot be written ({error.strerror}): give another run.dir."
             ) from error
-        claim = cls(about["token"], path)
-        threading.Thread(target=claim._beat, name="allranks-claim", daemon=True).start()
+        claim = cls(me["token"], path)
+        threading.Thread(target=claim._keep_beating, name="allranks-claim", daemon=True).start()
         return claim
 
     def check(self) -> None:
-        """Raises UserError, naming the new owner, where the directory is not ours any more."""
-        if _is_at(self.path, self.token):
+        """Raises UserError, naming the new owner, where this process owns the directory no more."""
+        if _is_owned_by(self.path, self.token):
             return
         try:
             owners = _owners(self.path.parent)
@@ -92,85 +124,139 @@ class Claim:
         )
 
     def release(self) -> None:
-        """Gives the directory up, if it is still ours."""
+        """Gives the directory up, if this process still owns it."""
         self._released.set()
-        with suppress(OSError):  # the next owner will see that this process is gone
-            if _is_at(self.path, self.token):
+        with suppress(OSError):  # the next owner will find that this process has ended
+            if _is_owned_by(self.path, self.token):
                 self.path.unlink()
 
-    def _beat(self) -> None:
+    def _keep_beating(self) -> None:
         while not self._released.wait(BEAT_S):
-            with suppress(OSError):  # a file system that is full or fails: silence, for so long
-                if _is_at(self.path, self.token):
+            # A file system that is full or fails lets the heartbeat stop, for as long as it does.
+            with suppress(OSError):
+                if _is_owned_by(self.path, self.token):
                     os.utime(self.path)
 
 
-def _try(directory: Path, about: Mapping[str, Any]) -> Path | None:
-    """The file of the new owner; None where the owners have changed meanwhile: look again."""
+# --- taking a directory --------------------------------------------------------------------------------
+
+
+def _try_to_take(directory: Path, me: Mapping[str, Any]) -> Path | None:
+    """This process's own file where it has become the owner; None where others changed something meanwhile.
+
+    None means: look at everything anew. Raises UserError where another owner is alive.
+    """
+    # 1. Every owner that has a file here must be gone.
     gone = _owners(directory)
-    if not all(_is_gone(owner, about) for owner in gone):
+    if not all(_is_gone(owner, me) for owner in gone):
         return None
-    path = directory / f"owner-{gone[-1].number + 1 if gone else 1}.json"
+
+    # 2. Make the file with the next number. The file system lets one process only make it.
+    number = gone[-1].number + 1 if gone else 1
+    path = directory / f"owner-{number}.json"
     try:
-        file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w")
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         return None
     try:
-        with file:  # closed at once: then every host sees what it holds
-            file.write(json.dumps(about, indent=1) + "\n")
-        others = {owner.identity for owner in _owners(directory)} - {(path, about["token"])}
-        won = others <= {owner.identity for owner in gone} and _is_at(path, about["token"])
+        # The file is closed at once: over NFS other hosts see what it holds only then.
+        with os.fdopen(descriptor, "w") as file:
+            file.write(json.dumps(me, indent=1) + "\n")
+
+        # 3. Look again. An owner that step 1 has not seen has come in between, perhaps with a higher number
+        #    because it saw more: then both give way, and try again.
+        mine = (path, me["token"])
+        others = {owner.identity for owner in _owners(directory)} - {mine}
+        is_alone = others <= {owner.identity for owner in gone}
+        has_won = is_alone and _is_owned_by(path, me["token"])
     except OSError:
         path.unlink(missing_ok=True)
         raise
-    for loser in [other for other, _ in others] if won else [path]:
+
+    # 4. The winner removes the files of those that are gone: from now on they own nothing, should they wake
+    #    up. The loser removes its own file.
+    if not has_won:
+        path.unlink(missing_ok=True)
+        return None
+    for loser, _ in others:
         loser.unlink(missing_ok=True)
-    return path if won else None
+    return path
 
 
 def _is_gone(owner: _Owner, me: Mapping[str, Any]) -> bool:
-    """Whether it may be replaced; False where it has changed meanwhile. Raises UserError if it is alive."""
-    began, told = time.monotonic(), False
-    while (why := _reason(owner.about, me)) is None:
-        looked = time.monotonic()  # before the file is read: this process may be stopped in between
-        now = _read(owner.path)
-        if now is None or now.identity != owner.identity:
-            return False
-        if now.beat != owner.beat:
-            raise UserError(
-                f"{owner.path.parent} is in use by {owner}: wait until it has ended or end it, "
-                "or give another run.dir."
-            )
-        if looked - began >= SILENT_S:
-            why = f"has been silent for {SILENT_S:.0f} s"
+    """Whether this owner may be replaced, which takes up to SILENT_S seconds to find out.
+
+    False where its file has changed hands meanwhile. Raises UserError where the owner is alive.
+    """
+    began = time.monotonic()
+    is_told = False
+    while True:
+        why = _known_end(owner.about, me)
+        if why is not None:
             break
-        if not told:
-            log.info("%s has this run directory: looking for %.0f s if it is alive", owner, SILENT_S)
-            told = True
-        time.sleep(0.25)
+        # The clock is read before the file: should this process be stopped in between, the owner has had
+        # the more time to touch its file, not the less.
+        watched_s = time.monotonic() - began
+        match _verdict(owner, _read(owner.path), watched_s):
+            case Verdict.REPLACED:
+                return False
+            case Verdict.ALIVE:
+                raise UserError(
+                    f"{owner.path.parent} is in use by {owner}: wait until it has ended or end it, "
+                    "or give another run.dir."
+                )
+            case Verdict.SILENT:
+                why = f"has been silent for {SILENT_S:.0f} s"
+                break
+            case Verdict.UNDECIDED:
+                if not is_told:
+                    log.info(
+                        "%s has this run directory: looking for %.0f s if it is alive", owner, SILENT_S
+                    )
+                    is_told = True
+                time.sleep(_LOOK_S)
     log.info("Taking the run directory over: %s %s", owner, why)
     return True
 
 
-def _reason(owner: Mapping[str, Any], me: Mapping[str, Any]) -> str | None:
-    """Why the owner is known to be gone without looking at its heartbeat; None where it is not known."""
+def _verdict(seen: _Owner, now: _Owner | None, watched_s: float) -> Verdict:
+    """What follows from an owner's file as first `seen`, and as it is `now`, `watched_s` seconds later."""
+    if now is None or now.identity != seen.identity:
+        return Verdict.REPLACED
+    if now.beat != seen.beat:
+        return Verdict.ALIVE
+    if watched_s >= SILENT_S:
+        return Verdict.SILENT
+    return Verdict.UNDECIDED
 
-    def same(*names: str) -> bool:
-        return all(owner.get(name) is not None and owner[name] == me[name] for name in names)
 
-    if same("launch"):
+def _known_end(owner: Mapping[str, Any], me: Mapping[str, Any]) -> str | None:
+    """Why the owner must have ended, from what its file says; None where only its heartbeat can tell."""
+
+    def is_same(name: str) -> bool:
+        return owner.get(name) is not None and owner[name] == me[name]
+
+    # `allranks launch` starts the ranks again only after the earlier ones have ended.
+    if is_same("launch"):
         return "was of the same launch, which has started again"
+
+    # Slurm counts how often it has requeued a job; it ends the job's processes first.
     restarts = owner.get("restart_count")
-    if same("job_id") and isinstance(restarts, int) and restarts < me["restart_count"]:
+    if is_same("job_id") and isinstance(restarts, int) and restarts < me["restart_count"]:
         return "was the same job before it was requeued"
-    if same("host") and owner.get("boot_id") and me["boot_id"] and not same("boot_id"):
+
+    # The kernel draws a boot id at each start of a host. No process outlives its host's start.
+    both_known = bool(owner.get("boot_id")) and bool(me["boot_id"])
+    if is_same("host") and both_known and not is_same("boot_id"):
         return "has ended: its host was started again"
+
     if ProcessIdentity.from_json(owner).has_ended(here=ProcessIdentity.from_json(me)):
         return "has ended"
     return None
 
 
 def _this_process() -> dict[str, Any]:
+    """What this process's owner file is to say."""
     restarts = os.environ.get("SLURM_RESTART_COUNT", "")
     return {
         "token": secrets.token_hex(8),
@@ -178,34 +264,43 @@ def _this_process() -> dict[str, Any]:
         **ProcessIdentity.of_this_process().to_json(),
         "job_id": os.environ.get("PBS_JOBID") or os.environ.get("SLURM_JOB_ID") or None,
         "restart_count": int(restarts) if re.fullmatch("[0-9]{1,9}", restarts) else 0,
-        "launch": os.environ.get("ALLRANKS_LAUNCH_ID") or None,
+        "launch": os.environ.get(variables.LAUNCH_ID) or None,
         "taken_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 
-def _owners(directory: Path) -> list[_Owner]:
-    found = [_read(path) for path in directory.iterdir() if _FILE.fullmatch(path.name)]
-    return sorted((owner for owner in found if owner), key=lambda owner: owner.number)
+# --- owner files ---------------------------------------------------------------------------------------
+
+
+def _owners(directory: Path) -> Sequence[_Owner]:
+    """Every owner that has a file in the directory, by rising number."""
+    found = [_read(path) for path in directory.iterdir() if _FILE_NAME.fullmatch(path.name)]
+    return sorted((owner for owner in found if owner is not None), key=lambda owner: owner.number)
 
 
 def _read(path: Path) -> _Owner | None:
-    """Opens the file anew, so that a network file system asks its server; None where there is none."""
-    match = _FILE.fullmatch(path.name)
+    """What an owner's file says now; None where there is no such file.
+
+    The file is opened anew each time, because that makes a network file system ask its server.
+    """
+    match = _FILE_NAME.fullmatch(path.name)
     assert match is not None
     try:
         with path.open("rb") as file:
-            beat, content = os.fstat(file.fileno()).st_mtime_ns, file.read(1 << 16)
+            beat = os.fstat(file.fileno()).st_mtime_ns
+            content = file.read(_FILE_BYTES)
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ESTALE):
+        if error.errno in (errno.ENOENT, errno.ESTALE):  # ESTALE: removed on the server while it was open
             return None
         raise
     try:
         about = json.loads(content)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # it is being written, or says anything
         about = None
     return _Owner(path, int(match[1]), about if isinstance(about, dict) else {}, beat)
 
 
-def _is_at(path: Path, token: str) -> bool:
+def _is_owned_by(path: Path, token: str) -> bool:
+    """Whether the owner's file at `path` is there and has this token."""
     owner = _read(path)
     return owner is not None and owner.about.get("token") == token

@@ -1,10 +1,12 @@
-"""What a run leaves: one directory, made once for all ranks, and the records in it. No torch.
+"""A run's directory: where it is, how far the run in it has come, and how it is made. No torch.
 
-docs/run-directory.md describes the files; they are the interface for every program that reads runs.
+One directory holds all that a run leaves. Rank 0 makes it, once for all ranks. docs/run-directory.md
+describes the files in it, which are the interface for every program that reads runs.
 """
 
 from __future__ import annotations
 
+import enum
 import json
 import os
 import secrets
@@ -22,12 +24,22 @@ from allranks.base.files import write_json, write_text
 from allranks.config import Config
 
 CONFIG = "config.yaml"
+_GIT_LIMIT_S = 5  # git on a slow file system must not hold a start up
+
+
+class Standing(str, enum.Enum):
+    """How far a run has come in its directory. A text as well, so that it travels between ranks as JSON."""
+
+    NEW = "new"  # there is no directory of this run yet
+    BEGUN = "begun"  # its directory is there, and nothing that it has trained
+    UNFINISHED = "unfinished"  # it has a folder for checkpoints
+    FINISHED = "finished"  # its summary.json says so
 
 
 def choose(directory: str | None, name: str) -> str:
-    """The directory that a run will use; checks that it can, and makes nothing yet.
+    """The directory that a run will use: `directory`, or runs/<name>/<UTC time>-<job id or random>.
 
-    Without `directory`: runs/<name>/<UTC time>-<job id or random>.
+    Checks that it can be used, and makes nothing yet. Raises UserError where it cannot.
     """
     if directory is None:
         stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
@@ -43,6 +55,7 @@ def choose(directory: str | None, name: str) -> str:
 
 
 def _check(path: Path) -> None:
+    """Raises UserError where the path cannot become, or is not, the directory of a run."""
     if path.exists() and not path.is_dir():
         raise UserError(f"run.dir={path} is a file: give a directory that does not exist yet.")
     if _is_used(path) and not (path / CONFIG).exists():
@@ -50,16 +63,22 @@ def _check(path: Path) -> None:
             f"run.dir={path} is already used, and not by a run: give another one, or leave run.dir out "
             "for a new directory."
         )
-    above = path if path.is_dir() else next((p for p in path.absolute().parents if p.exists()), Path())
+    if path.is_dir():
+        above = path
+    else:
+        above = next((parent for parent in path.absolute().parents if parent.exists()), Path())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"run.dir={path} cannot be made: {above} is not writable. Give another run.dir.")
 
 
-def find(config: Config) -> tuple[str, str]:
-    """The run's directory, and how far the run has come there."""
+def find(config: Config) -> tuple[str, Standing]:
+    """The directory of the run that this configuration asks for, and how far the run has come there.
+
+    Raises UserError where the directory cannot be used, or where `resume` names a path that is not there.
+    """
     directory = choose(config.run.dir, config.name)
-    so_far = standing(directory, config) if config.run.dir else "new"
-    if so_far == "new" and config.resume not in ("auto", "never"):
+    so_far = standing(directory, config) if config.run.dir else Standing.NEW
+    if so_far == Standing.NEW and config.resume not in ("auto", "never"):
         try:
             Path(config.resume).stat()
         except OSError as error:
@@ -70,15 +89,25 @@ def find(config: Config) -> tuple[str, str]:
     return directory, so_far
 
 
-def standing(directory: str, config: Config) -> str:
-    """How far the run of this configuration has come there: "new", "begun", "unfinished" or "finished".
+def standing(directory: str, config: Config) -> Standing:
+    """How far the run of this configuration has come in the directory.
 
-    "begun" has a directory and nothing else yet. Raises UserError where it is another configuration's run,
-    or where the configuration says that nothing is to be resumed.
+    Raises UserError where the directory holds the run of another configuration, where it holds an
+    unfinished run and resume=never says that nothing is to be resumed, or where it cannot be read.
     """
-    path = Path(directory)
+    try:
+        return _standing(Path(directory), config)
+    except OSError as error:
+        raise UserError(
+            f"run.dir={directory} cannot be looked at ({error.strerror}): start the run again once it can "
+            "be, or give another run.dir."
+        ) from error
+
+
+def _standing(path: Path, config: Config) -> Standing:
+    checkpoints = path / "checkpoints"
     if not (path / CONFIG).exists():
-        return "new"
+        return Standing.NEW
     differing = configs.differing(configs.frozen_identity(path / CONFIG), configs.identity(config))
     if differing:
         raise UserError(
@@ -86,23 +115,28 @@ def standing(directory: str, config: Config) -> str:
             "the same values."
         )
     if is_finished(path):
-        return "finished"
-    if not (path / "checkpoints").is_dir():
-        if (path / "checkpoints").exists():
+        return Standing.FINISHED
+    if not checkpoints.is_dir():
+        if checkpoints.is_symlink():  # to another file system, which may only be away for now
+            raise UserError(
+                f"run.dir={path} has its checkpoints behind a link to {checkpoints.readlink()}, where no "
+                "folder is: make that folder reachable, or remove the link to begin again."
+            )
+        if checkpoints.exists():
             raise UserError(
                 f"run.dir={path} has a file named checkpoints: move it, or give another run.dir."
             )
-        return "begun"
+        return Standing.BEGUN
     if config.resume == "never":
         raise UserError(
             f"run.dir={path} holds an unfinished run, and resume=never: give another run.dir, or "
             "resume=auto to go on."
         )
-    return "unfinished"
+    return Standing.UNFINISHED
 
 
 def is_finished(directory: Path) -> bool:
-    """Whether its summary says so."""
+    """Whether the run in this directory has finished, as its summary.json says."""
     try:
         return bool(json.loads((directory / "summary.json").read_text()).get("state") == "finished")
     except (OSError, ValueError, AttributeError):
@@ -110,15 +144,18 @@ def is_finished(directory: Path) -> bool:
 
 
 def create(directory: str, config_yaml: str | None, exactly: bool = True) -> str:
-    """Makes the directory, for this run alone, with its configuration, if it has one; returns it.
+    """Makes the directory for one run alone, writes its configuration there if it has one, and returns it.
 
-    Two runs of one job may start in the same second: without `exactly` the later one's name gets an end.
+    Two runs of one job may start in the same second, and choose the same directory. Without `exactly` the
+    later one gets a directory whose name has a random end. With `exactly` it raises UserError.
     """
     path = Path(directory)
     try:
         with writing(directory):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.mkdir(0o700, exist_ok=exactly and path.is_dir() and not _is_used(path))
+            # A start that was killed early may have left the directory itself: that one is taken as it is.
+            may_be_there = exactly and path.is_dir() and not _is_used(path)
+            path.mkdir(0o700, exist_ok=may_be_there)
             (path / "logs").mkdir(exist_ok=exactly)
             if config_yaml is not None:
                 write_text(path / CONFIG, config_yaml, new=True).close()
@@ -131,10 +168,10 @@ def create(directory: str, config_yaml: str | None, exactly: bool = True) -> str
 
 @contextmanager
 def writing(directory: str) -> Iterator[None]:
-    """Raises UserError where the run directory cannot be written."""
+    """Turns an OSError of the code within, which writes to the run directory, into a UserError."""
     try:
         yield
-    except FileExistsError:
+    except FileExistsError:  # says that another run was quicker: the caller's matter
         raise
     except OSError as error:
         raise UserError(
@@ -144,12 +181,17 @@ def writing(directory: str) -> Iterator[None]:
 
 
 def _is_used(path: Path) -> bool:
-    """Whether more is there than a start leaves that was killed before it had written config.yaml."""
-    return path.is_dir() and any(p.name != "logs" and not p.name.startswith(".") for p in path.iterdir())
+    """Whether there is more in the directory than a start leaves that was killed before config.yaml."""
+    if not path.is_dir():
+        return False
+    return any(entry.name != "logs" and not entry.name.startswith(".") for entry in path.iterdir())
 
 
 def describe(directory: str, ranks: Mapping[str, Any]) -> None:
-    """Writes environment.json: what the runtime says of its ranks, versions, command line, commit."""
+    """Writes environment.json: the command line, versions and git commit, and what `ranks` says.
+
+    `ranks` is what the runtime knows of the ranks of this start (Runtime.describe).
+    """
     about = {
         "command": sys.argv,
         "python": sys.version.split()[0],
@@ -160,7 +202,7 @@ def describe(directory: str, ranks: Mapping[str, Any]) -> None:
 
 
 def versions() -> dict[str, str | None]:
-    """Of the packages that make the numbers; None for one that is not installed."""
+    """The versions of the packages that a run's numbers depend on; None for one that is not installed."""
     from importlib import metadata
 
     found: dict[str, str | None] = {}
@@ -173,10 +215,10 @@ def versions() -> dict[str, str | None]:
 
 
 def _git_commit() -> str | None:
-    """The commit of the working directory, where it is a git checkout."""
+    """The git commit of the working directory; None where it is no git checkout, or git does not answer."""
     try:
         done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=_GIT_LIMIT_S, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -184,7 +226,10 @@ def _git_commit() -> str | None:
 
 
 def _job_id() -> str | None:
-    """The scheduler's job id without characters that trouble a shell: 12.pbs, 2[1].pbs -> 2-1.pbs."""
+    """The scheduler's job id without characters that trouble a shell: 12.pbs, 2[1].pbs becomes 2-1.pbs.
+
+    None outside a job.
+    """
     job = os.environ.get("PBS_JOBID") or os.environ.get("SLURM_JOB_ID")
     if not job:
         return None
