@@ -29,7 +29,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from helpers import PYTHON, SMALL, TRAIN, _end, _marked, clean_environment, mpiexec
+from helpers import PYTHON, SMALL, TRAIN, clean_environment, end, marked, mpiexec
 
 ATTEMPT_S = 120  # many times what any attempt takes: one that is not over by then hangs
 ALL_DOWN_S = 20  # from the end of what was started to the end of all its processes
@@ -209,7 +209,7 @@ class Attempt:
     def ranks(self) -> list[int]:
         """Process ids of the ranks that are there by now."""
         rank = re.compile(rf"{re.escape(PYTHON)} (-u )?-m allranks\.train ")
-        return sorted(pid for pid, line in _marked(self.mark).items() if rank.match(line))
+        return sorted(pid for pid, line in marked(self.mark).items() if rank.match(line))
 
     def send(self, signum: int, luck: float) -> bool:
         """A signal to one of the ranks; False where none is there (any more)."""
@@ -221,7 +221,7 @@ class Attempt:
         return False
 
     def send_all(self, signum: int) -> None:
-        for pid in _marked(self.mark):
+        for pid in marked(self.mark):
             with suppress(ProcessLookupError):
                 os.kill(pid, signum)
 
@@ -238,9 +238,9 @@ class Attempt:
         with suppress(subprocess.TimeoutExpired):
             code = self.process.wait(max(0.1, self.began + ATTEMPT_S - time.monotonic()))
         deadline = time.monotonic() + (ALL_DOWN_S if code is not None else 0)
-        while (left := _marked(self.mark)) and time.monotonic() < deadline:
+        while (left := marked(self.mark)) and time.monotonic() < deadline:
             time.sleep(0.05)
-        _end(left)
+        end(left)
         self.process.wait()
         return code, list(left.values())
 
@@ -672,7 +672,7 @@ def _sum(outcomes: Sequence[Outcome], what: str) -> int:
 
 def _interrupt(signum: int, _: object) -> None:
     _interrupted.set()
-    _end(_marked(SESSION))
+    end(marked(SESSION))
     raise SystemExit(128 + signum)  # once the trials under way have tidied up
 
 

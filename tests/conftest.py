@@ -1,4 +1,7 @@
-"""Fixtures: a training by command line (alone, under mpiexec, under torchrun) or in this process."""
+"""Fixtures: a training by command line (alone, under mpiexec, under torchrun) or in this process.
+
+Without --long, tests marked `long` are skipped, and others do less of the same: see the fixture `long`.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,25 @@ settings.register_profile(
     "allranks", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("allranks")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run what takes long, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--long"):
+        return
+    skip = pytest.mark.skip(reason="takes long: scripts/test --long")
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def long(pytestconfig: pytest.Config) -> bool:
+    """Whether there is time for all of it: `MUTANTS if long else 300`."""
+    return pytestconfig.getoption("--long")
 
 
 @pytest.fixture(autouse=True)

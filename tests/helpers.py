@@ -1,4 +1,8 @@
-"""Real command lines in real processes, and what they leave behind."""
+"""What the tests share: real command lines in real processes, their certain end, and what they leave.
+
+Waiting and timing stand here as well, because the tests share their machine: `until` polls for a condition,
+and `allowed_s` gives a bound on seconds that grows with what else the machine has to do.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +15,23 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
+
+from allranks.run import checkpoint
+
+T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
 TRAIN = [PYTHON, "-m", "allranks.train"]
+GUARD = [PYTHON, "-m", "allranks.launch.guard", "--"]  # what `allranks launch` has each rank start
 TIMEOUT_S = 180  # many times what any command here takes; it only stops a hang
 
 # Drawn in a tenth of a second, and trained in another. One thread: the tests may share their cores.
@@ -35,6 +45,10 @@ LEAKY = re.compile(
     r"(RANK|WORLD_SIZE|GROUP_|ROLE_|MASTER_|LOCAL_|TORCHELASTIC_|PMI|MPI|OMPI_|MV2_|PALS_|JSM_|HYDRA_|I_MPI_"
     r"|SLURM|PBS|PALS|ALLRANKS_|OMP_|MKL_|GLOO_|PYTHON|COVERAGE_|CUDA_VISIBLE)"
 )
+
+# Tests with this mark run one after another, in one worker. Some watch how long something takes, and would
+# disturb each other; others need what a machine has once: a Slurm, its mounts, both of its cores.
+serial = pytest.mark.xdist_group("serial")
 
 
 @dataclass(frozen=True)
@@ -117,6 +131,13 @@ def launcher(kind: str | None, ranks: int) -> list[str]:
     return [mpiexec(), "-n", str(ranks), PYTHON]
 
 
+def guarded(kind: str, ranks: int, program: Sequence[str]) -> list[str]:
+    """The command line of a real launcher each of whose ranks starts a guard, and that the program."""
+    if kind == "torchrun":
+        return [*launcher("torchrun", ranks), "--no-python", *GUARD, *program]
+    return [mpiexec(), "-n", str(ranks), *GUARD, *program]
+
+
 def mpiexec() -> str:
     """The mpiexec of this environment's MPICH wheel."""
     path = shutil.which("mpiexec", path=str(Path(PYTHON).parent))
@@ -129,31 +150,79 @@ def execute(
     argv: Sequence[str], cwd: Path, env: Mapping[str, str] | None = None, timeout_s: float = TIMEOUT_S
 ) -> Done:
     """Runs a command to its end, and ends whatever it leaves running."""
-    token = f"ALLRANKS_TEST={uuid.uuid4()}"
-    name, _, value = token.partition("=")
-    process = subprocess.Popen(
-        argv, cwd=cwd, env={**clean_environment(), **(env or {}), name: value}, start_new_session=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        out, err = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        _end(_marked(token))
-        out, err = process.communicate(timeout=30)
-        pytest.fail(f"still running after {timeout_s} s: {' '.join(argv)}\n{out}\n{err}")
-    deadline = time.monotonic() + 5
-    while (left := _marked(token)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    _end(left)
-    return Done(process.returncode, out, err, cwd, list(left.values()))
+    with Started(argv, cwd=cwd, **(env or {})) as started:
+        code, out, err = started.finish(timeout_s)
+        with suppress(AssertionError):
+            started.gone(within_s=5)
+        return Done(code, out, err, cwd, list(marked(started.mark).values()))
 
 
-def _marked(token: str) -> dict[int, str]:
-    """Processes (id and command line) that carry the token in their environment: all of one command."""
+class Started:
+    """A process with all that comes of it; a with statement leaves none of them behind."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        cwd: Path | None = None,
+        stdout: int = subprocess.PIPE,
+        **environ: str,
+    ) -> None:
+        self.mark = f"ALLRANKS_TEST={uuid.uuid4()}"  # in the environment of all that comes of it
+        name, _, value = self.mark.partition("=")
+        self.process = subprocess.Popen(
+            command, cwd=cwd, env={**clean_environment(**environ), name: value}, stdin=subprocess.DEVNULL,
+            stdout=stdout, stderr=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+
+    def pids(self) -> set[int]:
+        """Every living process that inherited our mark, wherever it hangs now."""
+        return set(marked(self.mark))
+
+    def lines(self) -> Iterator[str]:
+        """The lines of stdout as they come."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            yield line.decode().rstrip("\n")
+
+    def finish(self, within_s: float = 30) -> tuple[int, str, str]:
+        """Exit code, stdout, stderr; fails where it takes longer than it may, and ends it then."""
+        try:
+            out, err = self.process.communicate(timeout=within_s)
+        except subprocess.TimeoutExpired:
+            try:
+                out, err = self.process.communicate(timeout=allowed_s(within_s) - within_s)
+            except subprocess.TimeoutExpired:
+                end(self.pids())
+                out, err = self.process.communicate()
+                told = f"{(out or b'').decode()}\n{err.decode()}"
+                pytest.fail(f"still running after {within_s} s: {self.process.args!r}\n{told}")
+        return self.process.returncode, (out or b"").decode(), err.decode()
+
+    def gone(self, within_s: float) -> None:
+        """Waits until none of its processes is left; fails where that takes longer than it may."""
+        until(lambda: not self.pids(), within_s, told=lambda: f"still there: {marked(self.mark)}")
+
+    def __enter__(self) -> Started:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Kills what is left of it."""
+        end(self.pids())
+        self.process.wait()
+        for pipe in (self.process.stdout, self.process.stderr):
+            if pipe is not None:
+                pipe.close()
+
+
+def marked(mark: str) -> dict[int, str]:
+    """Living processes (id and command line) that carry NAME=VALUE in their environment."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if token.encode() in (process / "environ").read_bytes().split(b"\0"):
+            if mark.encode() in (process / "environ").read_bytes().split(b"\0"):  # empty for a zombie
                 line = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
                 found[int(process.name)] = line
         except OSError:  # gone, or not ours
@@ -161,12 +230,75 @@ def _marked(token: str) -> dict[int, str]:
     return found
 
 
-def _end(processes: Mapping[int, str]) -> None:
-    for pid in processes:
+def end(pids: Iterable[int]) -> None:
+    """Kills these processes, as far as they are still there."""
+    for pid in pids:
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
+
+
+# --- waiting and timing on a machine that others use, too -------------------------------------------------
+
+
+def until(
+    condition: Callable[[], T],
+    within_s: float = 60,
+    told: Callable[[], object] = lambda: "",
+    every_s: float = 0.02,
+) -> T:
+    """Waits until the condition gives something true, and returns that.
+
+    Fails with what `told` gives where it takes longer than `within_s` seconds of a quiet machine.
+    """
+    began, allowed = time.monotonic(), within_s
+    while not (found := condition()):
+        if time.monotonic() - began > allowed:
+            allowed = allowed_s(within_s)  # measured only where the time is up: that costs half a second
+            assert time.monotonic() - began < allowed, f"not within {allowed:.1f} s: {told()}"
+        time.sleep(every_s)
+    return found
+
+
+def until_step(run: Path, step: int, within_s: float = 90) -> int:
+    """Waits until the run has a checkpoint of this step or a later one; that step."""
+
+    def newest() -> int:
+        saved = max(checkpoint.steps(run), default=0)
+        return saved if saved >= step else 0
+
+    return until(newest, within_s, told=lambda: [path.read_text() for path in run.glob("*.log")])
+
+
+def took_at_most(seconds: float, within_s: float) -> bool:
+    """Whether something that took so long would have been in time on a quiet machine."""
+    return seconds < within_s or seconds < allowed_s(within_s)
+
+
+# Computes for 0.2 s of processor time, and prints the seconds that it took by the clock.
+SPIN = """
+import time
+began, computed = time.perf_counter(), time.thread_time()
+while time.thread_time() < computed + 0.2:
+    pass
+print(time.perf_counter() - began)
+"""
+
+
+def allowed_s(within_s: float) -> float:
+    """Seconds that something may take now which takes `within_s` at the most on a quiet machine.
+
+    A process on every core computes for a while, which takes twice as long where another one wants the core
+    as well. What there was in the last minute, and may be gone by now, counts by the average load.
+    """
+    cores = len(os.sched_getaffinity(0))
+    spinning = [
+        subprocess.Popen([PYTHON, "-S", "-c", SPIN], stdout=subprocess.PIPE, text=True)
+        for _ in range(cores)
+    ]
+    slowest = max(float(process.communicate()[0]) for process in spinning) / 0.2
+    return within_s * max(1.0, slowest, os.getloadavg()[0] / cores)
 
 
 def tree(folder: Path) -> list[str]:

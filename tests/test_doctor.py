@@ -14,14 +14,15 @@ import pytest
 
 from allranks import doctor
 from allranks.base.files import file_system
-from launching import BIN, CLEAN
+from helpers import clean_environment
+from launching import BIN
 
 
 def check(name: str, cwd: Path | None = None, **environ: str) -> list[doctor.Finding]:
     """One check as the doctor runs it, in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-m", "allranks.doctor", "--check", name],
-        env={**CLEAN, **environ}, cwd=cwd, capture_output=True, text=True, check=True,
+        env=clean_environment(**environ), cwd=cwd, capture_output=True, text=True, check=True,
     )  # fmt: skip
     return [doctor.Finding(**values) for values in json.loads(done.stdout)]
 
@@ -36,7 +37,8 @@ def executable(path: Path, script: str) -> None:
 def whole(tmp_path_factory):
     """The doctor as a user runs it, for people and for programs."""
     folder = tmp_path_factory.mktemp("here")
-    environ = {**CLEAN, "PATH": f"{BIN}:{CLEAN['PATH']}", "ALLRANKS_DATA": str(folder / "none")}
+    path = f"{BIN}:{os.environ['PATH']}"
+    environ = clean_environment(PATH=path, ALLRANKS_DATA=str(folder / "none"))
     return [
         subprocess.run(
             [sys.executable, "-m", "allranks.doctor", *more], env=environ, cwd=folder,
@@ -66,7 +68,7 @@ def test_programs_get_json_and_a_remedy_for_whatever_is_not_ok(whole):
 
 
 def test_an_error_gives_exit_code_1():
-    environ = {**CLEAN, "RANK": "3"}
+    environ = clean_environment(RANK="3")
     done = subprocess.run(
         [sys.executable, "-m", "allranks.doctor"], env=environ, capture_output=True, text=True,
         check=False,

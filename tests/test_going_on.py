@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 
 from allranks.run import checkpoint
-from helpers import PYTHON, ROOT, SMALL, Run, launcher, mpiexec
-from launching import Started
+from helpers import PYTHON, ROOT, SMALL, Run, Started, launcher, mpiexec, until_step
 from test_resume import figures, rank_pid
 
 TRAINING = (*SMALL, "trainer.epochs=100", "checkpoint.every_steps=5", "model=mlp")
-HERE = {"PYTHONPATH": f"{ROOT}/src", "PATH": f"{Path(PYTHON).parent}:{os.environ['PATH']}"}
+HERE = {
+    "PYTHONPATH": f"{ROOT}/src",
+    "OMP_NUM_THREADS": "1",
+    "PATH": f"{Path(PYTHON).parent}:{os.environ['PATH']}",
+}
 
 
 def launch(folder: Path, *words: str) -> Started:
@@ -35,7 +38,7 @@ def launch(folder: Path, *words: str) -> Started:
         "--no-preflight",
         *words,
     ]
-    return Started(argv, "going-on", **HERE)
+    return Started(argv, **HERE)
 
 
 def ranks(started: Started, run: Path) -> list[int]:
@@ -49,13 +52,6 @@ def ranks(started: Started, run: Path) -> list[int]:
         if words[1:3] == ["-m", "allranks.train"] and str(run) in words:
             found.append(pid)
     return found
-
-
-def until_step(run: Path, step: int, within_s: float = 60) -> None:
-    deadline = time.monotonic() + within_s
-    while max(checkpoint.steps(run), default=0) < step:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +85,7 @@ def test_torchruns_own_restarts_go_on_as_well(tmp_path, undisturbed):
     """Its attempts share one store, in which the words of the one before still stand."""
     os.chdir(tmp_path)
     argv = [*launcher("torchrun", 2), "-m", "allranks.train", *TRAINING, "run.dir=run"]
-    with Started([*argv[:3], "--max-restarts=2", *argv[3:]], "torchrun", **HERE) as started:
+    with Started([*argv[:3], "--max-restarts=2", *argv[3:]], **HERE) as started:
         for step in (20, 80):
             until_step(tmp_path / "run", step)
             os.kill(rank_pid(tmp_path, 1), signal.SIGKILL)
@@ -105,7 +101,7 @@ def test_a_warning_before_the_ranks_run_asks_for_another_start(tmp_path, when):
     mpiexec()
     os.chdir(tmp_path)
     command = [PYTHON, "-m", "allranks", "launch", "-n", "2", *TRAINING, "run.dir=run"]
-    with Started(command, "warned", **HERE) as started:
+    with Started(command, **HERE) as started:
         caught, status = 0, Path(f"/proc/{started.process.pid}/status")
         while not caught >> (signal.SIGUSR1 - 1) & 1:
             caught = int(re.search(r"SigCgt:\s+(\w+)", status.read_text())[1], 16)

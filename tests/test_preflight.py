@@ -20,7 +20,8 @@ from allranks.base import links
 from allranks.base.errors import UserError
 from allranks.job import variables
 from allranks.launch import preflight
-from launching import CLEAN, by_hand, can_make_hosts, launcher
+from helpers import clean_environment, guarded
+from launching import by_hand, can_make_hosts
 
 HOST = socket.gethostname()
 HOSTS = ["alpha", "beta", "gamma"]
@@ -55,7 +56,7 @@ def on_hosts(setup=(), env=None, **more) -> str:
     """The preflight on three hosts, one rank each; `setup` makes one of them bad."""
     return preflight.check(
         lambda program: by_hand(HOSTS, program, setup),
-        {**CLEAN, **(env or {})},
+        clean_environment(**(env or {})),
         world_size=3,
         **more,
     )
@@ -65,7 +66,7 @@ def on_hosts(setup=(), env=None, **more) -> str:
 def test_ranks_that_are_fit(name, tmp_path, data_root):
     before = time.monotonic()
     line = preflight.check(
-        lambda program: launcher(name, 3, program), CLEAN, world_size=3,
+        lambda program: guarded(name, 3, program), clean_environment(), world_size=3,
         config=config(root=data_root, fetch="false"), run_dir=tmp_path,
     )  # fmt: skip
     assert line.startswith("preflight: 3 ranks on 1 host are fit (")
@@ -133,7 +134,7 @@ def test_the_host_that_never_answers_is_named_in_time():
     with pytest.raises(UserError) as error:
         preflight.check(
             lambda program: by_hand(HOSTS, program, ["[ $1 != gamma ] || exec sleep 60"]),
-            CLEAN, world_size=3, limit_s=3,
+            clean_environment(), world_size=3, limit_s=3,
         )  # fmt: skip
     assert time.monotonic() - before < 8
     assert "1 of 3 ranks (2) did not start within 3 s" in str(error.value)
@@ -143,8 +144,8 @@ def test_the_host_that_never_answers_is_named_in_time():
 def test_a_master_address_that_is_not_rank_0s_is_named(name):
     with pytest.raises(UserError) as error:
         preflight.check(
-            lambda program: launcher(name, 2, program),
-            {**CLEAN, variables.MASTER_ADDR: "192.0.2.1"}, world_size=2, limit_s=10,
+            lambda program: guarded(name, 2, program),
+            clean_environment(**{variables.MASTER_ADDR: "192.0.2.1"}), world_size=2, limit_s=10,
         )  # fmt: skip
     assert f"rank 0 on {HOST} cannot listen at MASTER_ADDR=192.0.2.1" in str(error.value)
     assert variables.MASTER_ADDR in str(error.value)
@@ -157,7 +158,7 @@ def test_a_gpu_that_is_asked_for_and_is_not_there():
         "print(device_problem('cuda', {'LOCAL_RANK': '0'}))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=CLEAN, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, env=clean_environment(), check=True
     )
     assert "device=cuda: torch" in done.stdout
     assert "device=cpu" in done.stdout
@@ -172,7 +173,7 @@ def test_mpi_that_sees_other_ranks_than_the_launcher_started():
         "except UserError as error: print(error)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=CLEAN, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, env=clean_environment(), check=True
     )
     assert "The launcher and mpi4py use different MPIs" in done.stdout
 
@@ -243,11 +244,9 @@ def test_the_sum_is_checked_by_every_rank():
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def wrong():
-            link, _ = listener.accept()
-            assert links.parse(link.makefile("rb").readline()) == {
-                "secret": "secret", "rank": 1, "part": preflight.part(1)
-            }  # fmt: skip
-            link.sendall(links.message(sum=[2.0, 1.0, 2.0]))
+            link = links.Connection(listener.accept()[0])
+            assert link.next_message() == {"secret": "secret", "rank": 1, "part": preflight.part(1)}
+            link.send(sum=[2.0, 1.0, 2.0])
             link.close()
 
         thread = threading.Thread(target=wrong)

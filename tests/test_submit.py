@@ -23,7 +23,7 @@ from allranks.run import checkpoint
 from allranks.run.cells import composed_cells, frozen_cells, make_cells
 from allranks.run.claim import Claim
 from conftest import SETTING
-from helpers import PYTHON, ROOT, SMALL, Run, execute, tree
+from helpers import PYTHON, ROOT, SMALL, Run, execute, tree, until_step
 from test_resume import figures
 
 STANDIN = ROOT / "tests/pbs_standin"
@@ -815,14 +815,6 @@ def undisturbed(a_slurm):
         cluster.submit(*SLURM, "--nodes", "2", "--ppn", "1", *LONG)
         [row] = cluster.until("finished")
         yield Run(cluster.folder / row["directory"])
-
-
-def until_step(run, step, within_s=90):
-    deadline = time.monotonic() + within_s
-    while max(checkpoint.steps(run), default=0) < step:
-        assert time.monotonic() < deadline, (run / "job.log").read_text()
-        time.sleep(0.05)
-    return max(checkpoint.steps(run))
 
 
 def test_slurm_a_chain_over_three_jobs_has_the_bits_of_an_undisturbed_run(slurm, undisturbed):

@@ -1,44 +1,61 @@
-"""Messages between a launch's own processes: JSON objects, a line each. Nothing is ever unpickled.
+"""Messages between the processes of one run: JSON objects over TCP, one object a line.
 
-A program's output travels in them too. Whoever connects must show the launch's secret first.
+Everything that the processes of a run tell each other beside the training itself goes through this module:
+the launcher's word to its ranks, a program's output on its way to the user's console, the ranks' watch over
+each other. A message is a JSON object, so nothing that arrives can become code. Whoever connects must show
+the secret of the run in the first message; nobody else gets an answer.
+
+From the bottom up: `message` and `parse` translate one message, `Inbox` cuts a stream of bytes into
+messages, `Connection` is one end of a TCP connection, and `Door` lets in those who know the secret.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
+import selectors
 import socket
 import time
+from collections import deque
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from allranks.base.errors import UserError
 
 BY_LAUNCH = "For `allranks launch`: ALLRANKS_MASTER_ADDR."
-LONGEST = 1 << 20  # bytes in a line: who sends more is none of ours
+
+# 64 KiB of a program's output take up to 384 KiB as JSON. Longer messages are not ours.
+LONGEST_MESSAGE_BYTES = 1 << 20
+PIECE_BYTES = 1 << 16  # what is taken from a connection at once
+SHORTEST_PAUSE_S = 0.02  # between two attempts to connect; it doubles up to the longest
+LONGEST_PAUSE_S = 1.0
+HELLO_S = 5.0  # for a new connection to show the secret, all in all
 
 
 class WireError(Exception):
-    """The other side sent what no process of ours would send."""
+    """The other side has sent something that no process of ours would send."""
+
+
+# --- one message ----------------------------------------------------------------------------------
 
 
 def message(**values: Any) -> bytes:
-    """Bytes among the values arrive as text of the same code points; output() gives them back."""
+    """One message as it travels: JSON, and a line feed at its end.
+
+    JSON knows no bytes. Bytes among the values travel as text in which each character stands for one byte;
+    `output` gives the bytes back.
+    """
     return json.dumps(values, default=lambda data: data.decode("latin-1")).encode() + b"\n"
 
 
-def is_secret(said: object, secret: str) -> bool:
-    """Compared in a time that tells a stranger nothing; half a character of JSON's is none of ours."""
-    return hmac.compare_digest(str(said).encode(errors="replace"), secret.encode())
-
-
 def output(text: str) -> bytes:
+    """The bytes that `message` was given, from the text as which they travelled."""
     return text.encode("latin-1")
 
 
 def parse(line: bytes) -> dict[str, Any]:
-    """The message in a line; raises EOFError for the end of a stream, WireError for anything else."""
-    if not line:
-        raise EOFError
+    """The values of the message in `line`. Raises WireError where the line is no JSON object."""
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -48,9 +65,122 @@ def parse(line: bytes) -> dict[str, Any]:
     return values
 
 
+def knows_secret(hello: Mapping[str, Any], secret: str) -> bool:
+    """Whether the first message of a connection shows the secret.
+
+    The comparison takes the same time whatever is wrong, so a stranger cannot find the secret letter by
+    letter. JSON may hold half a character, which UTF-8 cannot express: it is replaced by a question mark.
+    """
+    shown = str(hello.get("secret")).encode(errors="replace")
+    return hmac.compare_digest(shown, secret.encode())
+
+
+# --- a stream of messages -------------------------------------------------------------------------
+
+
+class Inbox:
+    """Cuts a stream into messages: TCP delivers bytes in pieces that end anywhere."""
+
+    def __init__(self) -> None:
+        self._lines: deque[bytes] = deque()  # whole messages, not taken yet
+        self._rest = b""  # the beginning of the next message
+
+    def add(self, piece: bytes) -> None:
+        """Takes in what has arrived. Raises WireError where a message is too long to be ours."""
+        *lines, self._rest = (self._rest + piece).split(b"\n")
+        self._lines.extend(lines)
+        if len(self._rest) > LONGEST_MESSAGE_BYTES:
+            raise WireError("a message that is too long")
+
+    def take(self) -> dict[str, Any] | None:
+        """The next whole message, or None while there is none. Raises WireError as `parse` does."""
+        return parse(self._lines.popleft()) if self._lines else None
+
+
+class Connection:
+    """One end of a TCP connection on which messages go both ways."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.inbox = Inbox()
+
+    def fileno(self) -> int:
+        """Lets `select`, `poll` and selectors wait for this connection."""
+        return self.sock.fileno()
+
+    def send(self, **values: Any) -> None:
+        """Sends one message. Raises OSError where the connection has ended."""
+        self.sock.sendall(message(**values))
+
+    def try_to_send(self, **values: Any) -> None:
+        """Sends one message, unless the connection has ended: whoever listens to it notices that."""
+        with contextlib.suppress(OSError):
+            self.send(**values)
+
+    def receive(self) -> bool:
+        """Takes in what has arrived, and waits where nothing has; False once the other side has ended.
+
+        Raises OSError where the connection broke, WireError where the other side is none of ours.
+        """
+        piece = self.sock.recv(PIECE_BYTES)
+        self.inbox.add(piece)
+        return bool(piece)
+
+    def next_message(self) -> dict[str, Any]:
+        """Waits for the next message. Raises EOFError once the other side has ended, and as `receive`."""
+        while True:
+            told = self.inbox.take()
+            if told is not None:
+                return told
+            if not self.receive():
+                raise EOFError
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+def connect(host: str, port: int, within_s: float) -> Connection:
+    """Connects, and tries again for `within_s` seconds: many ranks at once can fill a listener's queue.
+
+    Raises OSError with the last attempt's reason.
+    """
+    deadline = time.monotonic() + within_s
+    pause_s = SHORTEST_PAUSE_S
+    while True:
+        try:
+            sock = socket.create_connection((host, port), max(0.1, deadline - time.monotonic()))
+            break
+        except OSError:
+            if time.monotonic() + pause_s >= deadline:
+                raise
+            time.sleep(pause_s)
+            pause_s = min(LONGEST_PAUSE_S, 2 * pause_s)
+    keep_alive(sock)
+    sock.settimeout(None)
+    return Connection(sock)
+
+
+def keep_alive(sock: socket.socket) -> None:
+    """Notices within half a minute that the other host has died, and sends small messages at once.
+
+    Without keepalive a connection to a host that lost its power stays open for ever. The kernel asks after
+    10 s of silence, and every 5 s from then on; after 4 questions without an answer the connection breaks.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
+        if hasattr(socket, name):  # not every system has all three
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+# --- the side that is connected to ----------------------------------------------------------------
+
+
 def listen(address: str, port: int = 0, far: bool = False) -> socket.socket:
-    """At this address of rank 0's host, 0 being a free port; raises UserError where that cannot be, or
-    where ranks are `far` off and the host's own name leads to its loopback.
+    """A socket that listens at an address of this host, which is rank 0's; port 0 takes a free one.
+
+    `far` says that ranks are on other hosts. Raises UserError where this host has no such address, where
+    the port is taken, or where ranks are far and the address is one that only this host can reach.
     """
     raise_file_limit()
     host = socket.gethostname()
@@ -62,6 +192,8 @@ def listen(address: str, port: int = 0, far: bool = False) -> socket.socket:
             f"rank 0 on {host} cannot listen at {where} ({error}): give an address of that host and a port "
             f"that is free there, the same on every rank. {BY_LAUNCH}"
         ) from error
+
+    # A host's own name may lead to its loopback; an address that is written as a loopback is meant.
     if far and listener.getsockname()[0].startswith("127.") and not address.startswith("127."):
         listener.close()
         raise UserError(
@@ -72,38 +204,87 @@ def listen(address: str, port: int = 0, far: bool = False) -> socket.socket:
 
 
 def raise_file_limit() -> None:
-    """A connection a rank: the usual 1,024 open files are too few for a large job."""
-    import resource  # not every rank's guard, which starts in a few milliseconds, needs it
+    """Allows this process as many open files as it may have.
+
+    Rank 0 and the launcher hold one connection for each rank, and the usual 1,024 are too few for many.
+    """
+    import resource  # not needed by the guards, which start on every rank in a few milliseconds
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def connect(host: str, port: int, within_s: float) -> socket.socket:
-    """A connection, tried again for a while: many ranks at once can fill a listener's queue.
+class Door:
+    """Lets in those who connect to a listening socket and show the secret in their first message.
 
-    Raises OSError with the last reason.
+    It works inside a loop over a selector whose `data` are functions to be called without arguments:
+
+        for key, _ in selector.select(timeout_s):
+            key.data()
+
+    A newcomer is read from without waiting, so nobody can hold up the loop. Who has shown the secret is
+    handed to `welcome` together with that first message, and the door knows no more of it.
     """
-    deadline, pause_s = time.monotonic() + within_s, 0.02
-    while True:
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        secret: str,
+        selector: selectors.BaseSelector,
+        welcome: Callable[[Connection, dict[str, Any]], None],
+    ) -> None:
+        self.listener = listener
+        self._secret = secret
+        self._selector = selector
+        self._welcome = welcome
+        self._newcomers: dict[Connection, float] = {}  # and by when each must have shown the secret
+        selector.register(listener, selectors.EVENT_READ, self._accept)
+
+    def close(self) -> None:
+        """Lets nobody in any more; who is in stays connected."""
+        for newcomer in list(self._newcomers):
+            self._send_away(newcomer)
+        self._selector.unregister(self.listener)
+        self.listener.close()
+
+    def send_away_late(self) -> None:
+        """Ends the connections that have not shown the secret in time. To be called now and then."""
+        now = time.monotonic()
+        for newcomer, deadline in list(self._newcomers.items()):
+            if now > deadline:
+                self._send_away(newcomer)
+
+    def _accept(self) -> None:
+        sock, _ = self.listener.accept()
+        sock.setblocking(False)
+        newcomer = Connection(sock)
+        self._newcomers[newcomer] = time.monotonic() + HELLO_S
+        self._selector.register(newcomer, selectors.EVENT_READ, lambda: self._hear(newcomer))
+
+    def _hear(self, newcomer: Connection) -> None:
         try:
-            link = socket.create_connection((host, port), max(0.1, deadline - time.monotonic()))
-            break
-        except OSError:
-            if time.monotonic() + pause_s >= deadline:
-                raise
-            time.sleep(pause_s)
-            pause_s = min(1.0, 2 * pause_s)
-    keep_alive(link)
-    link.settimeout(None)
-    return link
+            is_there = newcomer.receive()
+            hello = newcomer.inbox.take()
+            is_ours = hello is not None and knows_secret(hello, self._secret)
+        except BlockingIOError:  # the selector was wrong: nothing has arrived
+            return
+        except (OSError, WireError):
+            self._send_away(newcomer)
+            return
 
+        if hello is not None and is_ours:
+            self._forget(newcomer)
+            newcomer.sock.setblocking(True)
+            keep_alive(newcomer.sock)
+            self._welcome(newcomer, hello)
+        elif hello is not None or not is_there:
+            self._send_away(newcomer)
 
-def keep_alive(link: socket.socket) -> None:
-    """A peer whose host died is noticed within half a minute; small messages go at once."""
-    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
-        if hasattr(socket, name):
-            link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    def _forget(self, newcomer: Connection) -> None:
+        del self._newcomers[newcomer]
+        self._selector.unregister(newcomer)
+
+    def _send_away(self, newcomer: Connection) -> None:
+        self._forget(newcomer)
+        newcomer.close()

@@ -56,7 +56,7 @@ class Console:
             self.flush()
             return
         *lines, rest = (self._partial.pop((r.rank, kind), b"") + data).split(b"\n")
-        if len(rest) > links.LONGEST:
+        if len(rest) > links.LONGEST_MESSAGE_BYTES:
             lines, rest = [*lines, rest], b""
         if rest:
             self._partial[r.rank, kind] = rest

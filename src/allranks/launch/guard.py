@@ -81,7 +81,6 @@ class Guard:
                 f"({error.strerror or error}): look whether it still runs, and whether a firewall "
                 "stands between."
             ) from error
-        self.rest = b""  # of a message that is not whole yet
         self.alone = False  # the supervisor is gone
         self.child = 0
         self.status: int | None = None  # the program's wait status, once it has ended
@@ -239,30 +238,27 @@ class Guard:
     def _say(self, **values: Any) -> None:
         if not self.alone:
             try:
-                self.link.sendall(links.message(**values))
+                self.link.send(**values)
             except OSError:
                 self._end_alone()
 
     def _receive(self) -> bool:
         """Takes in what the supervisor sends next; False once it is gone."""
         try:
-            data = self.link.recv(65536)
+            return self.link.receive()
         except OSError:
-            data = b""
-        self.rest += data
-        return bool(data)
+            return False
 
     def _next_word(self) -> dict[str, Any]:
-        """The next whole message. Raises EOFError once the supervisor is gone."""
-        while b"\n" not in self.rest:
-            if not self._receive():
-                raise EOFError
-        line, _, self.rest = self.rest.partition(b"\n")
-        return links.parse(line)
+        """The supervisor's next message. Raises EOFError once the supervisor is gone."""
+        try:
+            return self.link.next_message()
+        except OSError as error:
+            raise EOFError from error
 
     def _obey(self) -> None:
-        while b"\n" in self.rest:
-            word = self._next_word()
+        """Does what the messages say that have arrived whole."""
+        while (word := self.link.inbox.take()) is not None:
             if "signal" in word:
                 self._forward(int(word["signal"]))
             elif "kill" in word:

@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import secrets
+import selectors
 import signal
 import socket
 import sys
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 LIMIT_S = 60.0
 START_S = 40.0  # until every rank has said who it is, and 10 ms a host
 CONNECT_S = 10.0
-HELLO_S = 5.0  # for whoever connects to rank 0 to send its numbers
+TICK_S = 0.5  # how often rank 0 looks whether somebody has connected and says nothing
 LATE_S = 5.0  # for a shared file system to show a new file
 
 STUCK = (
@@ -295,34 +296,52 @@ def check_sum(total: Sequence[float], size: int, how: str) -> None:
 def add_by_tcp(
     rank: int, size: int, place: tuple[str, int], listener: socket.socket | None, secret: str
 ) -> None:
-    """Through rank 0, which has the `listener`. Raises UserError where the sum is not right."""
+    """Adds up the ranks' parts through rank 0, which has the `listener`, and checks the sum on each rank.
+
+    Raises UserError where the sum is not right, or where rank 0 cannot be reached.
+    """
     if listener is not None:
-        parts: dict[int, list[float]] = {0: part(0)}
-        others: list[socket.socket] = []
-        while len(parts) < size:
-            link, _ = listener.accept()
-            link.settimeout(HELLO_S)
-            with contextlib.suppress(OSError, EOFError, links.WireError, KeyError):  # a stranger
-                word = links.parse(link.makefile("rb").readline(links.LONGEST))
-                if links.is_secret(word["secret"], secret):
-                    parts[word["rank"]] = word["part"]
-                    others.append(link)
-        total = [sum(column) for column in zip(*parts.values(), strict=True)]
-        for link in others:
-            with contextlib.suppress(OSError), link:  # a rank that is gone is the supervisor's to name
-                link.sendall(links.message(sum=total))
-        listener.close()
+        total = _add_up_on_rank_0(size, listener, secret)
     else:
         try:
-            with links.connect(*place, CONNECT_S) as link:
-                link.sendall(links.message(secret=secret, rank=rank, part=part(rank)))
-                total = links.parse(link.makefile("rb").readline())["sum"]
+            rank_0 = links.connect(*place, CONNECT_S)
+            with contextlib.closing(rank_0):
+                rank_0.send(secret=secret, rank=rank, part=part(rank))
+                total = rank_0.next_message()["sum"]
         except (OSError, EOFError) as error:
             reason = getattr(error, "strerror", None) or error or "the connection was closed"
             raise UserError(
                 f"no connection to rank 0 at {place[0]}:{place[1]} ({reason}): {NETWORK}"
             ) from error
     check_sum(total, size, "TCP")
+
+
+def _add_up_on_rank_0(size: int, listener: socket.socket, secret: str) -> list[float]:
+    """The sum of all ranks' parts: collects them, and sends the sum to every rank."""
+    parts: dict[int, list[float]] = {0: part(0)}
+    others: list[links.Connection] = []
+
+    def welcome(other: links.Connection, hello: dict[str, Any]) -> None:
+        match hello:
+            case {"rank": int(rank), "part": list(numbers)}:
+                parts[rank] = numbers
+                others.append(other)
+            case _:  # it knows the secret, but is no rank
+                other.close()
+
+    with selectors.DefaultSelector() as selector:
+        door = links.Door(listener, secret, selector, welcome)
+        while len(parts) < size:
+            for key, _ in selector.select(TICK_S):
+                key.data()
+            door.send_away_late()
+        door.close()
+
+    total = [sum(column) for column in zip(*parts.values(), strict=True)]
+    for other in others:
+        other.try_to_send(sum=total)  # a rank that has ended meanwhile is the supervisor's to name
+        other.close()
+    return total
 
 
 def add_by_mpi(environ: Mapping[str, str]) -> None:

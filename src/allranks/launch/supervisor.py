@@ -121,9 +121,7 @@ class Supervision:
         self._changed = asyncio.Event()
         links.raise_file_limit()
         self._place["master_addr"] = env.get(variables.MASTER_ADDR)
-        server = await asyncio.start_server(
-            self._serve, address_for(self.hosts), 0, backlog=4096, limit=links.LONGEST
-        )
+        server = await asyncio.start_server(self._serve, address_for(self.hosts), 0, backlog=4096)
         host, port = server.sockets[0].getsockname()
         env = {
             **env,
@@ -172,14 +170,15 @@ class Supervision:
     async def _serve(self, reader: asyncio.StreamReader, guard: asyncio.StreamWriter) -> None:
         """One connection, from hello to its end; nobody without the secret gets a word."""
         r = None
+        inbox = links.Inbox()
         try:
             links.keep_alive(guard.get_extra_info("socket"))
-            hello = links.parse(await asyncio.wait_for(reader.readline(), HELLO_S))
-            if not links.is_secret(hello.get("secret"), self.secret):
+            hello = await asyncio.wait_for(_next_message(reader, inbox), HELLO_S)
+            if not links.knows_secret(hello, self.secret):
                 return
             r = self._welcome(hello, guard)
             while r is not None:
-                self._hear(r, links.parse(await reader.readline()))
+                self._hear(r, await _next_message(reader, inbox))
         except asyncio.CancelledError:
             pass  # at the launch's end: asyncio would show where a stranger's connection waits
         except (OSError, EOFError, ValueError, links.WireError, asyncio.TimeoutError):
@@ -388,6 +387,16 @@ class Supervision:
         if len(alike) == self.world_size:
             return f"{text}, and so did all {self.world_size} ranks"
         return f"{text}, the first of {self.world_size} ranks to fail; the others have been ended"
+
+
+async def _next_message(reader: asyncio.StreamReader, inbox: links.Inbox) -> dict[str, Any]:
+    """A connection's next message. Raises EOFError at its end, WireError where it is none of ours."""
+    while (told := inbox.take()) is None:
+        piece = await reader.read(links.PIECE_BYTES)
+        if not piece:
+            raise EOFError
+        inbox.add(piece)
+    return told
 
 
 def _when(r: Rank) -> tuple[float, int]:

@@ -24,7 +24,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,13 +57,11 @@ file_log = logging.getLogger("watchdog")  # not below "allranks": for logs/rank-
 class _Link:
     """A connection between rank 0 and another rank."""
 
-    sock: socket.socket
-    rank: int | None = None  # of the other end; None: it has not shown the secret yet, or has left
-    rest: bytes = b""  # of a message that is not whole yet
+    connection: links.Connection
+    rank: int | None = None  # of the other end; None: it has left
 
     def say(self, **word: Any) -> None:
-        with contextlib.suppress(OSError):  # its end is noticed where we listen
-            self.sock.sendall(links.message(**word))
+        self.connection.try_to_send(**word)
 
 
 class Watchdog:
@@ -88,6 +86,7 @@ class Watchdog:
         self._host, self._secret = socket.gethostname(), secrets.token_hex(32)
         self._dump: int | None = None
         self._selector = selectors.DefaultSelector()
+        self._door: links.Door | None = None  # on rank 0
         self._links: dict[int, _Link] = {}  # by rank; rank 0's on every other rank
         # what the ranks prepared; on other ranks than 0 rank 0's alone
         self._peers: Sequence[Mapping[str, Any]] = []
@@ -192,9 +191,9 @@ class Watchdog:
                     "look whether MASTER_ADDR is the same host's there, and whether a firewall is between."
                 ) from error
             link.say(secret=secret, rank=self.rank)
-            self._listen_to(link.sock, lambda: self._hear(link))
+            self._listen_to(link)
         else:
-            self._listen_to(self._listener, self._accept)
+            self._door = links.Door(self._listener, self._secret, self._selector, self._welcome)
         # children, such as a data loader's workers, must not keep this rank's connections open
         os.register_at_fork(after_in_child=self._drop_sockets)
 
@@ -218,6 +217,8 @@ class Watchdog:
                 seen, self._moved_at, self._alarm_after = progress, self._clock, 0.0
             if self._parent is not None and os.getppid() != self._parent:
                 self._end("the launcher has ended" if self.rank == 0 else "")
+            if self._door is not None:
+                self._door.send_away_late()
             if self._due is not None:
                 self._conclude(late=self._clock >= self._due)
             elif self._idle_s() >= self._limit()[1] + self._alarm_after:
@@ -338,28 +339,32 @@ class Watchdog:
 
     # --- the connections ------------------------------------------------------------------------------
 
-    def _listen_to(self, sock: socket.socket, on_data: Callable[[], None]) -> None:
-        self._selector.register(sock, selectors.EVENT_READ, on_data)
+    def _listen_to(self, link: _Link) -> None:
+        self._selector.register(link.connection, selectors.EVENT_READ, lambda: self._hear(link))
 
-    def _accept(self) -> None:
-        sock, _ = self._listener.accept()
-        links.keep_alive(sock)
-        sock.settimeout(LOOK_S)
-        link = _Link(sock)
-        self._listen_to(sock, lambda: self._hear(link))
+    def _welcome(self, connection: links.Connection, hello: dict[str, Any]) -> None:
+        """Another rank has connected to rank 0, and has shown the secret."""
+        connection.sock.settimeout(LOOK_S)
+        link = self._links[hello["rank"]] = _Link(connection, rank=hello["rank"])
+        self._listen_to(link)
+        self._obey_all(link)
+
+    def _obey_all(self, link: _Link) -> None:
+        """Does what the messages say that have arrived whole."""
+        obey = self._obey_rank_0 if self.rank else self._obey
+        while (word := link.connection.inbox.take()) is not None:
+            obey(link, word)
 
     def _hear(self, link: _Link) -> None:
         try:
-            data = link.sock.recv(65536)
-            *lines, link.rest = (link.rest + data).split(b"\n")
-            for line in lines:
-                (self._obey_rank_0 if self.rank else self._obey)(link, links.parse(line))
-            if data and len(link.rest) < links.LONGEST:
+            is_there = link.connection.receive()
+            self._obey_all(link)
+            if is_there:
                 return
-        except (OSError, EOFError, RecursionError, links.WireError):
+        except (OSError, links.WireError):
             pass
-        self._selector.unregister(link.sock)
-        link.sock.close()
+        self._selector.unregister(link.connection)
+        link.connection.close()
         if link.rank is None or self._parting or self._ending:
             return
         self._links.pop(link.rank, None)
@@ -370,13 +375,8 @@ class Watchdog:
 
     def _obey(self, link: _Link, word: dict[str, Any]) -> None:
         """What another rank tells rank 0."""
+        assert link.rank is not None  # the door has seen to that
         match word:
-            case {"secret": str(secret), "rank": int(rank)} if link.rank is None:
-                if links.is_secret(secret, self._secret):
-                    link.rank = rank
-                    self._links[rank] = link
-            case _ if link.rank is None:
-                raise links.WireError("no secret")
             case {"bye": True}:
                 self._left.add(link.rank)
                 self._links.pop(link.rank)

@@ -1,0 +1,155 @@
+"""Messages between processes: whole whatever the pieces, from nobody without the secret."""
+
+from __future__ import annotations
+
+import selectors
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import pytest
+
+from allranks.base import links
+
+SECRET = "s" * 64
+
+
+# --- the stream -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 2, 7, 1000])
+def test_messages_are_whole_wherever_the_pieces_end(piece_bytes):
+    sent = [{"rank": 1}, {"text": "é\n\ud800"}, {}, {"deep": {"list": [1, 2.5, None]}}]
+    stream = b"".join(links.message(**values) for values in sent)
+    inbox, taken = links.Inbox(), []
+    for start in range(0, len(stream), piece_bytes):
+        inbox.add(stream[start : start + piece_bytes])
+        while (values := inbox.take()) is not None:
+            taken.append(values)
+    assert taken == sent
+
+
+def test_any_bytes_of_a_programs_output_survive():
+    output = bytes(range(256))
+    assert links.output(links.parse(links.message(out=output))["out"]) == output
+
+
+def test_a_message_that_never_ends_is_refused():
+    inbox = links.Inbox()
+    inbox.add(b"x" * links.LONGEST_MESSAGE_BYTES)
+    with pytest.raises(links.WireError, match="too long"):
+        inbox.add(b"x")
+
+
+@pytest.mark.parametrize("line", [b"", b"GET / HTTP/1.1\r", b"[1, 2]", b"\xff", b"7", b"[" * 99_999])
+def test_what_is_no_json_object_is_refused(line):
+    inbox = links.Inbox()
+    inbox.add(line + b"\n")
+    with pytest.raises(links.WireError):
+        inbox.take()
+
+
+def test_a_message_before_rubbish_is_heard():
+    inbox = links.Inbox()
+    inbox.add(links.message(failed=True) + b"rubbish\n")
+    assert inbox.take() == {"failed": True}
+    with pytest.raises(links.WireError):
+        inbox.take()
+
+
+def test_the_end_of_a_connection_is_told():
+    ours, theirs = socket.socketpair()
+    theirs.sendall(links.message(last=1) + b'{"half":')
+    theirs.close()
+    connection = links.Connection(ours)
+    assert connection.next_message() == {"last": 1}
+    with pytest.raises(EOFError):
+        connection.next_message()
+    connection.close()
+
+
+# --- the door -------------------------------------------------------------------------------------
+
+
+class Loop:
+    """A door on a port of the loopback, and the loop in which it works."""
+
+    def __init__(self, selector: selectors.BaseSelector) -> None:
+        self.selector = selector
+        self.came: list[tuple[links.Connection, dict]] = []
+        self.door = links.Door(
+            links.listen("127.0.0.1"), SECRET, selector, lambda *who: self.came.append(who)
+        )
+        self.place = self.door.listener.getsockname()
+
+    def run(self, for_s: float = 0.3) -> None:
+        until = time.monotonic() + for_s
+        while time.monotonic() < until:
+            for key, _ in self.selector.select(0.01):
+                key.data()
+            self.door.send_away_late()
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(self.place, 5)
+
+
+@contextmanager
+def loop() -> Iterator[Loop]:
+    with selectors.DefaultSelector() as selector:
+        one = Loop(selector)
+        yield one
+        one.door.close()
+        for connection, _ in one.came:
+            connection.close()
+
+
+def test_who_shows_the_secret_is_welcome_with_all_that_it_says():
+    with loop() as one, one.connect() as guest:
+        guest.sendall(links.message(secret=SECRET, rank=3) + links.message(alarm=1))
+        one.run()
+        [(connection, hello)] = one.came
+        assert hello == {"secret": SECRET, "rank": 3}
+        assert connection.next_message() == {"alarm": 1}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        links.message(secret="guess", rank=1),
+        links.message(rank=1),
+        links.message(secret=SECRET[:-1]),
+        links.message(secret=[SECRET]),
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\n",
+    ],
+)
+def test_a_stranger_is_sent_away_without_a_word(said):
+    with loop() as one, one.connect() as stranger:
+        stranger.sendall(said)
+        one.run()
+        stranger.settimeout(5)
+        with suppress(ConnectionResetError):  # it had sent more than was read
+            assert stranger.recv(100) == b""
+        assert one.came == []
+
+
+def test_a_newcomer_has_its_time_in_all_and_not_for_each_byte(monkeypatch):
+    monkeypatch.setattr(links, "HELLO_S", 0.5)
+    with loop() as one, one.connect() as slow:
+        hello = links.message(secret=SECRET, rank=1)
+        for byte in hello[:10]:
+            slow.sendall(bytes([byte]))
+            one.run(0.1)
+            if one.selector.get_map() and len(one.selector.get_map()) == 1:
+                break  # the door alone is listened to
+        else:
+            pytest.fail("it is still listened to")
+        assert one.came == []
+
+
+def test_a_silent_newcomer_does_not_keep_the_next_one_waiting():
+    with loop() as one, one.connect(), one.connect() as guest:
+        guest.sendall(links.message(secret=SECRET))
+        one.run()
+        assert [hello for _, hello in one.came] == [{"secret": SECRET}]
