@@ -1,7 +1,15 @@
-"""The ranks of one run: looked at beforehand, started, and after a crash started again."""
+"""The attempts of one launch: hosts are looked at, ranks started, and after a crash started again.
+
+plan      which command starts which ranks where
+preflight is every host fit for it? With --min-ranks, hosts that cannot be reached are left out
+attempt   the ranks run, and the supervisor watches over them until all have ended
+decide    done, or a restart, or no more restarts because none of the last ones gained a step
+restart   without the hosts that are gone, if enough ranks are left; back to `attempt`
+"""
 
 from __future__ import annotations
 
+import enum
 import itertools
 import os
 import secrets
@@ -9,13 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from allranks.base import processes
 from allranks.base.errors import EXIT_REQUEUE, EXIT_STUCK, EXIT_USER_ERROR, UserError
+from allranks.base.text import some
 from allranks.config import Config
 from allranks.job import variables
 from allranks.job.hosts import Allocation, Host
@@ -25,28 +34,33 @@ from allranks.launch.plan import Plan, Request, make_plan
 from allranks.run import checkpoint
 from allranks.run import directory as rundir
 
-MOST_STUCK = 3
-ALONE_S = 15.0  # for a host that is tried alone
-GROUPS = 16  # of hosts that are tried at the same time
+MOST_WITHOUT_GAIN = 3  # crashes in a row at one step: the next start would crash there too
+# Hosts are tried in so many groups at a time. 16 find one bad host of 4,096 in three rounds, and 16
+# launchers at once are no load for the host that they start from.
+GROUPS = 16
+TRY_S = 15.0  # for the launcher to start one process on each host of a group
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What is asked for, and what `allranks launch` has found for it; `directory` is a training's."""
+    """What is asked for, and what `allranks launch` has found for it."""
 
     request: Request
     machine: Machine
     allocation: Allocation
     environ: Mapping[str, str]
-    directory: str | None = None
-    config: Config | None = None
+    directory: str | None = None  # the run directory of a training; None for another program
+    config: Config | None = None  # of a training
     max_restarts: int = 0
-    min_ranks: int | None = None
-    # that of all its attempts: a restart may take its run over at once
+    min_ranks: int | None = None  # None: every host is needed
+    # One for all attempts: a restarted training may take over the run directory of the one before at once.
     id: str = field(default_factory=partial(secrets.token_hex, 8))
 
     def plan(self, hosts: tuple[Host, ...] = (), **changes: str) -> Plan:
-        """Of all that is asked for, or of the ranks that `hosts` have."""
+        """The plan for all that is asked for, or for the ranks that `hosts` have; its files are written.
+
+        `changes` are fields of the request that differ. Raises UserError where the plan cannot be had.
+        """
         request = replace(self.request, placed=hosts, passed=(*variables.PRIVATE, variables.LAUNCH_ID))
         if self.directory is not None:
             request = replace(request, hosts_path=str(Path(self.directory) / "hosts"))
@@ -58,121 +72,237 @@ class Launch:
         return plan
 
     def environment(self, plan: Plan) -> dict[str, str]:
-        unset = dict.fromkeys(variables.PRIVATE, "")  # Open MPI warns of those that it cannot hand on
-        # A step may share the CPUs of one before it that Slurm still takes for running. Read by srun, which
-        # mpiexec calls, too.
+        """The whole environment of the command that starts the ranks."""
+        # Open MPI is told to hand these on, and warns of those that are not set.
+        unset = dict.fromkeys(variables.PRIVATE, "")
+        # A step of Slurm may share the CPUs of one before it that Slurm still takes for running. This is
+        # read by srun, which mpiexec calls, too.
         overlap = {"SLURM_OVERLAP": "1"} if self.allocation.scheduler == "slurm" else {}
         return {**unset, **overlap, **plan.environment(self.environ), variables.LAUNCH_ID: self.id}
 
+    def has_enough(self, hosts: Sequence[Host]) -> bool:
+        """Whether `hosts` have as many ranks as --min-ranks asks for. Without it nothing is enough."""
+        return self.min_ranks is not None and sum(host.slots for host in hosts) >= self.min_ranks
+
+
+# --- one attempt after another -------------------------------------------------------------------
+
+
+class Next(enum.Enum):
+    """What follows an attempt."""
+
+    END = enum.auto()  # the launch ends as the attempt has ended
+    GIVE_UP = enum.auto()  # restarts are left, but the last ones have gained nothing
+    RESTART = enum.auto()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a training has come, and how often it has crashed there."""
+
+    step: int  # of the newest checkpoint; 0 without one
+    crashes_without_gain: int = 0  # in a row
+
+    def after_crash(self, step: int) -> Progress:
+        """The progress after a crash that left `step` as the newest checkpoint's."""
+        return Progress(step, self.crashes_without_gain + 1 if step == self.step else 0)
+
+
+def is_crash(outcome: supervisor.Outcome) -> bool:
+    """Whether another start may help.
+
+    It does not after success, after the user's mistake, after a stop in order (exit code 85: the job is at
+    its end), and after a signal to this process.
+    """
+    return outcome.code not in (0, EXIT_USER_ERROR, EXIT_REQUEUE) and not outcome.stopped
+
+
+def what_next(outcome: supervisor.Outcome, restarts_left: int, progress: Progress | None) -> Next:
+    """What follows an attempt that has ended like this. `progress` is None where nobody counts steps."""
+    if not is_crash(outcome) or restarts_left == 0:
+        return Next.END
+    if progress is not None and progress.crashes_without_gain >= MOST_WITHOUT_GAIN:
+        return Next.GIVE_UP
+    return Next.RESTART
+
 
 def run(launch: Launch, check: bool) -> int:
-    """Starts the ranks and watches over them; the exit code.
+    """Starts the ranks and watches over them, after a preflight if `check`; the exit code.
 
-    After a crash they are started again, if restarts are left: after any end but exit code 0, 2 or 85 and
-    a signal to this process.
+    After a crash the ranks are started again, if restarts are left. Raises UserError where they cannot be
+    started at all.
     """
-    plan = _fit(launch, launch.plan()) if check else launch.plan()
-    step, stuck = newest_step(launch), 0
+    plan = launch.plan()
+    if check:
+        plan = _checked(launch, plan)
+    progress = Progress(newest_step(launch)) if launch.config else None
+
     for attempt in itertools.count(1):
-        outcome = supervisor.run(
-            plan.argv, launch.environment(plan), launch.directory, world_size=plan.world_size,
-            hosts=[host.name for host in plan.hosts],
-        )  # fmt: skip
-        crashed = outcome.code not in (0, EXIT_USER_ERROR, EXIT_REQUEUE) and not outcome.stopped
-        if not crashed or attempt > launch.max_restarts:
+        outcome = _attempt(launch, plan)
+        if progress is not None and is_crash(outcome):
+            progress = progress.after_crash(newest_step(launch))
+
+        restarts_left = launch.max_restarts - (attempt - 1)
+        decision = what_next(outcome, restarts_left, progress)
+        if decision is Next.END:
             break
-        before, step = step, newest_step(launch)
-        stuck = stuck + 1 if step == before and launch.config else 0
-        if stuck == MOST_STUCK:
+        if decision is Next.GIVE_UP:
+            assert progress is not None
             supervisor.say(
-                f"{outcome.failure} This was the third crash without a step gained (step {step}): look at "
-                "what fails there. Nothing is started again."
+                f"{outcome.failure} This was the third crash without a step gained (step "
+                f"{progress.step}): look at what fails there. Nothing is started again."
             )
             return EXIT_STUCK
-        why = [outcome.failure]
-        if launch.min_ranks and outcome.gone:
-            gone = _to_blame(launch, plan, outcome.gone)
-            left = tuple(host for host in plan.hosts if host.name not in gone)
-            if not _enough(launch, left):
+
+        gone = _gone_for_good(launch, plan, outcome)
+        if gone:
+            left = _without(plan.hosts, gone)
+            if not launch.has_enough(left):
                 break
-            if gone:
-                plan = launch.plan(left)
-                why.append(f"Going on without {supervisor.some(gone)}.")
-        if launch.config:
-            why.append(f"From step {step}:")
-        supervisor.say(" ".join([*why, f"restart {attempt} of {launch.max_restarts}."]))
+            plan = launch.plan(left)
+        supervisor.say(_about_restart(outcome, gone, progress, attempt, launch.max_restarts))
+
     if outcome.failure:
         supervisor.say(outcome.failure)
     return outcome.code
 
 
+def _attempt(launch: Launch, plan: Plan) -> supervisor.Outcome:
+    return supervisor.run(
+        plan.argv,
+        launch.environment(plan),
+        launch.directory,
+        world_size=plan.world_size,
+        hosts=[host.name for host in plan.hosts],
+    )
+
+
+def _about_restart(
+    outcome: supervisor.Outcome, gone: Sequence[str], progress: Progress | None, number: int, of: int
+) -> str:
+    """One line that says why the ranks are started again, on what, and from which step."""
+    parts = [outcome.failure]
+    if gone:
+        parts.append(f"Going on without {some(gone)}.")
+    if progress is not None:
+        parts.append(f"From step {progress.step}:")
+    parts.append(f"restart {number} of {of}.")
+    return " ".join(parts)
+
+
 def newest_step(launch: Launch) -> int:
-    """Of the training's checkpoints, by name alone; 0 without one."""
-    return max(checkpoint.steps(launch.directory), default=0) if launch.directory else 0
+    """The step of the training's newest checkpoint, by its name alone; 0 without one."""
+    if launch.directory is None:
+        return 0
+    return max(checkpoint.steps(launch.directory), default=0)
 
 
-def _enough(launch: Launch, hosts: Sequence[Host]) -> bool:
-    return launch.min_ranks is not None and sum(host.slots for host in hosts) >= launch.min_ranks
+# --- hosts that are not there --------------------------------------------------------------------
 
 
-def _fit(launch: Launch, plan: Plan) -> Plan:
-    """The plan after the preflight, without the hosts that are not there if enough ranks are left."""
+def _checked(launch: Launch, plan: Plan) -> Plan:
+    """The plan after the preflight, without the hosts that are not there if enough ranks are left.
+
+    Raises UserError with what is wrong where the preflight finds something else, or where too few are left.
+    """
     try:
-        fit = preflight.check(
-            plan.argv_for, launch.environment(plan), world_size=plan.world_size,
-            hosts=[host.name for host in plan.hosts], config=launch.config, run_dir=launch.directory,
-        )  # fmt: skip
+        line = preflight.check(
+            plan.argv_for,
+            launch.environment(plan),
+            world_size=plan.world_size,
+            hosts=[host.name for host in plan.hosts],
+            config=launch.config,
+            run_dir=launch.directory,
+        )
     except preflight.Unreached as error:
         gone = _to_blame(launch, plan, error.gone)
-        left = tuple(host for host in plan.hosts if host.name not in gone)
-        if gone and _enough(launch, left):
-            supervisor.say(f"{supervisor.some(gone)} cannot be reached: going on without.")
-            return _fit(launch, launch.plan(left))
         if not gone:
             raise
-        raise UserError(
-            f"preflight: {supervisor.some(gone)} cannot be reached: nothing can be started there. Take "
-            f"it out of the job, or allow fewer ranks with --min-ranks.\n{error}"
-        ) from error
-    print(fit, file=sys.stderr, flush=True)
+        left = _without(plan.hosts, gone)
+        if not launch.has_enough(left):
+            raise UserError(
+                f"preflight: {some(gone)} cannot be reached: nothing can be started there. Take "
+                f"it out of the job, or allow fewer ranks with --min-ranks.\n{error}"
+            ) from error
+        supervisor.say(f"{some(gone)} cannot be reached: going on without.")
+        return _checked(launch, launch.plan(left))
+    print(line, file=sys.stderr, flush=True)
     return plan
 
 
-def _to_blame(launch: Launch, plan: Plan, gone: Sequence[str]) -> Sequence[str]:
+def _gone_for_good(launch: Launch, plan: Plan, outcome: supervisor.Outcome) -> Sequence[str]:
+    """The hosts that the next attempt is to do without: none without --min-ranks."""
+    if launch.min_ranks is None or not outcome.gone:
+        return ()
+    return _to_blame(launch, plan, outcome.gone)
+
+
+def _without(hosts: Sequence[Host], gone: Sequence[str]) -> tuple[Host, ...]:
+    return tuple(host for host in hosts if host.name not in gone)
+
+
+def _to_blame(launch: Launch, plan: Plan, silent: Sequence[str]) -> Sequence[str]:
     """Of the hosts of which nothing was heard those that are not there.
 
-    That is all of them where others were heard of. Else the launcher may have given up because of one.
+    That is all of them where others were heard of. Where nobody was heard of, the launcher may have given
+    up because of a single host: then each is tried.
     """
-    return gone if len(gone) < len(plan.hosts) else unreachable(launch, plan, gone)
+    if len(silent) < len(plan.hosts):
+        return silent
+    return unreachable(silent, partial(_try_groups, launch, plan))
 
 
-def unreachable(launch: Launch, plan: Plan, gone: Sequence[str]) -> Sequence[str]:
-    """Those of `gone` where the launcher can start nothing: tried in groups, then each alone."""
+def unreachable(
+    hosts: Sequence[str], fails: Callable[[Sequence[Sequence[str]]], Sequence[bool]]
+) -> list[str]:
+    """Those of `hosts` where nothing can be started, in order.
+
+    `fails` tries several groups of hosts at the same time, and says of each whether the launcher failed to
+    start something on all of its hosts. A group that fails is tried again in smaller ones, until a single
+    host is left.
+    """
+    size = -(-len(hosts) // GROUPS)  # rounded up
+    groups = [hosts[first : first + size] for first in range(0, len(hosts), size)]
+    found: list[str] = []
+    for group, failed in zip(groups, fails(groups), strict=True):
+        if failed and len(group) == 1:
+            found += group
+        elif failed:
+            found += unreachable(group, fails)
+    return found
+
+
+def _try_groups(launch: Launch, plan: Plan, groups: Sequence[Sequence[str]]) -> list[bool]:
+    """For each group of hosts whether the launcher fails to start one process on each of them."""
     launcher = plan.launcher
     if launcher == "torchrun":  # takes seconds to start, and is itself started by one of these
         launcher = "srun" if launch.allocation.scheduler == "slurm" else "mpiexec"
-    size = -(-len(gone) // GROUPS)
-    groups = [gone[i : i + size] for i in range(0, len(gone), size)]
     before = processes.descendants(os.getpid())
-    found: list[str] = []
     with tempfile.TemporaryDirectory(prefix="allranks-") as folder:
-        started = []
+        started: list[subprocess.Popen[bytes]] = []
         for number, group in enumerate(groups):
             one_each = tuple(Host(name, 1) for name in group)
-            alone = launch.plan(one_each, launcher=launcher, hosts_path=f"{folder}/{number}")
-            argv = alone.argv_for([sys.executable, "-c", ""])
+            # Each has a file of its own for its hosts, where they are too many for an argument.
+            trial = launch.plan(one_each, launcher=launcher, hosts_path=f"{folder}/{number}")
             started.append(
-                subprocess.Popen(argv, env=launch.environment(alone), stdin=subprocess.DEVNULL,
-                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            )  # fmt: skip
-        deadline = time.monotonic() + ALONE_S
-        for group, child in zip(groups, started, strict=True):
-            try:
-                failed = child.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                child.terminate()  # srun and mpiexec then end what they have started
-                failed = True
-            if failed:
-                found += group if len(group) == 1 else unreachable(launch, plan, group)
+                subprocess.Popen(
+                    trial.argv_for([sys.executable, "-c", ""]),
+                    env=launch.environment(trial),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                )
+            )
+        deadline = time.monotonic() + TRY_S
+        failed = [_has_failed(one, deadline) for one in started]
         processes.kill_descendants(spare=before)
-    return found
+    return failed
+
+
+def _has_failed(started: subprocess.Popen[bytes], deadline: float) -> bool:
+    """Whether a launcher has ended with an error, or not at all until `deadline`."""
+    try:
+        return started.wait(max(0.0, deadline - time.monotonic())) != 0
+    except subprocess.TimeoutExpired:
+        started.terminate()  # srun and mpiexec then end what they have started
+        return True
