@@ -22,7 +22,7 @@ BASE = ["device=cpu", "trainer.epochs=2"]
 def waits_ms(overrides: list[str], folder: Path) -> list[float]:
     """How long Saver.save() holds up the training, in a run in this process with a save every 150 steps:
     further apart than a save takes, so that none waits for the one before."""
-    from allranks.config import from_command_line
+    from allranks.compose import from_command_line
     from allranks.job.identity import RankIdentity
     from allranks.train import run
     from allranks.training import state

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from allranks.config import from_command_line
+from allranks.compose import from_command_line
 from allranks.job.identity import RankIdentity
 from helpers import LEAKY, ROOT, Done, Run, execute, launcher
 

@@ -11,13 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from allranks import compose
 from allranks import config as configs
 from allranks.base.errors import UserError
 from allranks.base.text import did_you_mean
-from allranks.config import Config, from_command_line, identity, typed
+from allranks.compose import from_command_line
+from allranks.config import Config, identity, typed
 from helpers import ROOT, SMALL, Run, tree
 
-GROUPS = (ROOT / "conf" / group for group in configs.GROUPS)  # a machine is no part of a training
+GROUPS = (ROOT / "conf" / group for group in compose.GROUPS)  # a machine is no part of a training
 CHOICES = sorted(f"{folder.name}={path.stem}" for folder in GROUPS for path in folder.glob("*.yaml"))
 
 
@@ -240,7 +242,8 @@ def test_help_lists_the_choices_and_the_ways_in(train, tmp_path):
         "model: cnn, linear, mlp, resnet18, vit",
         "scheduler: cosine, exponential, none, onecycle, plateau, step, warmup_cosine",
         "experiment: cnn, tutorial_linear, tutorial_mlp, tutorial_step",
-        "batch_size: 128",
+        "trainer.batch_size=128\n    examples of one optimizer step",
+        "(one of auto, cuda, xpu, mps, cpu)",
         "--config-dir",
     ):
         assert line in text
@@ -287,7 +290,7 @@ OVERRIDES = st.sampled_from(["seed=1", "model=cnn", "+a.b=[1,2]", "~x", "job"])
 
 @given(st.lists(st.one_of(FLAGS, OVERRIDES.map(lambda word: [word])), max_size=6))
 def test_flags_and_overrides_may_be_mixed(words):
-    flags, overrides = configs.split_flags([part for word in words for part in word])
+    flags, overrides = compose.split_flags([part for word in words for part in word])
     assert flags == [part for word in words if word[0].startswith("-") for part in word]
     assert overrides == [word[0] for word in words if not word[0].startswith("-")]
 
@@ -299,3 +302,34 @@ def test_where_the_data_are_is_no_part_of_what_is_computed():
 
     assert of("data.root=a", "data.fetch=false") == of("data.root=b")
     assert of("data=fashion_mnist") != of()
+
+
+def test_every_shipped_key_is_explained():
+    """`allranks train --help` and the reference are made from these lines."""
+    unexplained: set[str] = set()
+    for choice in CHOICES:
+        values = configs.leaves(one(choice))
+        unexplained |= {key for key in values if configs.setting_of(key, values) is None}
+    # what the functions that make our own data sets take
+    ours = ("name", "part", "count", "seed")
+    assert unexplained == {f"data.{part}.{key}" for part in ("train", "test") for key in ours}
+
+
+def test_a_users_own_component_is_not_explained_with_our_words():
+    mine = {"model._target_": "mylab.Net", "model.widths": 3}
+    assert configs.setting_of("model.widths", mine) is None
+    assert configs.setting_of("model.widths", {"model._target_": "allranks.models.mlp"}) is not None
+
+
+def test_what_a_resume_must_agree_on_is_marked_at_the_keys():
+    """All that decides what is computed, a user's own keys included; nothing of where and how it runs."""
+    config = one("model=cnn", "optimizer=adam", "scheduler=step", "+data.workers=2", "+data.extra=1")
+    free = set(configs.leaves(config)) - set(identity(config))
+    assert free == {
+        "name", "runtime", "device", "oversubscribe", "threads", "resume", "run.dir", "trainer.nonfinite",
+        "data.root", "data.train.root", "data.test.root", "data.workers",
+        "data.fetch", "data.train.fetch", "data.test.fetch",
+        "checkpoint.every_steps", "checkpoint.every_epochs", "checkpoint.every_s", "checkpoint.keep",
+        "watchdog.start_s", "watchdog.first_step_s", "watchdog.step_s", "watchdog.save_s",
+    }  # fmt: skip
+    assert identity(config)["data.extra"] == 1

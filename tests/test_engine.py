@@ -14,7 +14,7 @@ from torch import nn, optim
 from torch.utils.data import DistributedSampler
 
 from allranks.base.errors import UserError
-from allranks.config import from_command_line
+from allranks.compose import from_command_line
 from allranks.data.synthetic import generate
 from allranks.training import engine
 from helpers import SMALL, Run

@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 from allranks import cli
 from allranks import config as configs
 from allranks.base.errors import UserError
+from allranks.compose import from_command_line
 from allranks.config import Config
 from allranks.data import mnist
 from allranks.job.hosts import expand, find_allocation
@@ -477,7 +478,7 @@ def test_mutated_rank_environments():
 
 def test_mutated_config_files(memory):
     """A launched configuration that has changed since is refused."""
-    [config] = configs.from_command_line(["model=mlp", "scheduler=warmup_cosine", "optimizer=adamw"])
+    [config] = from_command_line(["model=mlp", "scheduler=warmup_cosine", "optimizer=adamw"])
     frozen = configs.freeze(config).encode()
     sha256 = hashlib.sha256(frozen).hexdigest()
     file = memory / "config.yaml"
@@ -497,7 +498,7 @@ def test_mutated_config_files(memory):
 
 def test_mutated_config_files_frozen_anew(memory):
     """What holds a valid configuration is accepted, the same after another round; all else is refused."""
-    [config] = configs.from_command_line(["model=mlp", "scheduler=warmup_cosine", "optimizer=adamw"])
+    [config] = from_command_line(["model=mlp", "scheduler=warmup_cosine", "optimizer=adamw"])
     frozen = configs.freeze(config).encode()
     file = memory / "config.yaml"
 

@@ -243,7 +243,7 @@ def test_a_value_that_the_user_gave_is_said_to_be_his():
         ("machine.quue=x", r"machine\.quue is not a key .*Did you mean queue\?"),
         ("machine.node.device=4", r"machine\.node\.device is not a key .*Did you mean devices\?"),
         ("machine.node.devices=four", r"machine\.node\.devices=four \(polaris\) .*whole number"),
-        ("machine.node.devices=-1", "a positive number, or null"),
+        ("machine.node.devices=-1", "give a whole number >= 0, or null"),
         ("machine.node.devices=true", "a whole number"),
         ("machine.switches.nccl=maybe", "true or false"),
         ("machine.switches.ncl=false", "Did you mean nccl"),

@@ -18,6 +18,7 @@ import pytest
 from allranks import config as configs
 from allranks.base import links
 from allranks.base.errors import UserError
+from allranks.compose import from_command_line
 from allranks.job import variables
 from allranks.launch import preflight
 from helpers import clean_environment, guarded
@@ -32,7 +33,7 @@ needs_hosts = pytest.mark.skipif(
 
 
 def config(**data) -> configs.Config:
-    (one,) = configs.from_command_line(
+    (one,) = from_command_line(
         ["data=fashion_mnist", *(f"data.{key}={value}" for key, value in data.items())]
     )
     return one

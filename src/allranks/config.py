@@ -1,215 +1,257 @@
-"""From a command line to a checked, typed configuration. Imports no torch.
+"""The configuration of a training: what may be given, checked and given types. Imports no torch.
 
-Hydra composes; this module turns what comes out into dataclasses at one place, so that unknown keys,
-wrong types and impossible values end here, with key, value and remedy. Nothing is written: Hydra's own
-directories are switched off, and training starts only after Hydra has returned.
+Hydra composes YAML files and overrides (allranks.compose). typed() here turns the outcome into dataclasses
+at one place, so that unknown keys, wrong types and impossible values end there, with key, value and remedy.
+Beside each field stand its rule, a line of explanation, and whether a resumed run must have the same value.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
-import os
 import platform
-import re
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import (
-    ConfigAttributeError,
-    ConfigKeyError,
-    OmegaConfBaseException,
-    ValidationError,
-)
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from allranks.base.errors import UserError
+from allranks.base.schema import (
+    FLAG,
+    TEXT,
+    Rule,
+    Setting,
+    list_of,
+    number,
+    one_of,
+    setting,
+    settings_of,
+    whole,
+)
 from allranks.base.text import did_you_mean
 
-GROUPS = ("data", "model", "optimizer", "scheduler", "trainer", "experiment")
 MONITORED = ("train/loss", "train/accuracy", "val/loss", "val/accuracy")
+
+# --- rules of more than one key, or longer than a line -----------------------------------------------
+
+_POWERS = [1 << n for n in range(17)]  # 2^16 ranks: more than any machine that we know of has devices
+_SHARE = number(0, 1, below_high=True)
+_SECONDS = number(0, 1e9, above_low=True)  # up to 30 years: beyond that a clock's arithmetic may overflow
+_POSITIVE = number(0, above_low=True)
+_SEED = Rule(lambda v: isinstance(v, int) and 0 <= v < 2**63, "a whole number from 0 to 2^63 - 1")
+_POWER_OF_TWO = Rule(lambda v: v in _POWERS, f"a power of two: 1, 2, 4, 8, ... {_POWERS[-1]}")
+_FOLDER_NAME = Rule(
+    lambda v: isinstance(v, str) and v not in ("", ".", "..") and not set(v) & set("/\0\n"),
+    "a folder's name, without a slash",
+)
+
+# --- the keys that every training has ----------------------------------------------------------------
 
 
 @dataclass
 class RunConfig:
-    dir: str | None = None
+    dir: str | None = setting(None, "the run's own directory; null: a new one, runs/NAME/TIME-JOB", TEXT)
 
 
 @dataclass
 class TrainerConfig:
-    epochs: int = 5
-    batch_size: int = 128
-    per_rank_batch_size: int | None = None
-    accumulate: int = 1
-    clip_norm: float | None = None
-    label_smoothing: float = 0.0
-    precision: str = "fp32"
-    compile: bool = False
-    train_metrics: str = "evaluate"
-    nonfinite: str = "stop"
-    reproducible: bool = False
-    virtual_ranks: int = 8
+    epochs: int = setting(5, "passes over the training examples", whole(0))
+    batch_size: int = setting(128, "examples of one optimizer step, over all ranks together", whole(1))
+    per_rank_batch_size: int | None = setting(
+        None,
+        "examples of one optimizer step on each rank, in place of batch_size: the global batch then grows "
+        "with the ranks",
+        whole(1),
+    )
+    accumulate: int = setting(
+        1,
+        "pieces into which a rank's share of a batch is cut to save memory; their gradients are added up",
+        whole(1),
+    )
+    clip_norm: float | None = setting(None, "gradients are scaled down to this L2 norm", _POSITIVE)
+    label_smoothing: float = setting(
+        0.0, "share of a label's weight that is spread over all classes", _SHARE
+    )
+    precision: str = setting(
+        "fp32",
+        "number format of the model's arithmetic; not every device has each",
+        one_of("fp64", "fp32", "bf16", "fp16"),
+    )
+    compile: bool = setting(False, "whether torch.compile translates the model first", FLAG)
+    train_metrics: str = setting(
+        "evaluate",
+        "how train/loss and train/accuracy are had: by a pass over the training examples after each epoch "
+        "(evaluate), or from the batches while they are trained on (running)",
+        one_of("evaluate", "running"),
+    )
+    nonfinite: str = setting(
+        "stop", "what a loss or gradient that is not finite does: it stops the run, or the step is skipped",
+        one_of("stop", "skip"),
+        resume_must_agree=False,
+    )  # fmt: skip
+    reproducible: bool = setting(
+        False, "whether any number of ranks that divides virtual_ranks computes the same bits", FLAG
+    )
+    virtual_ranks: int = setting(
+        8,
+        "pieces into which a batch is cut with reproducible=true, whatever the number of ranks",
+        _POWER_OF_TWO,
+    )
 
 
 @dataclass
 class CheckpointConfig:
-    every_steps: int | None = None
-    every_epochs: int | None = 1
-    every_s: float | None = None
-    keep: int = 2
+    """When to save. A run saves at its end and before its deadline too."""
+
+    every_steps: int | None = setting(None, "save after so many steps; null: never for that", whole(1))
+    every_epochs: int | None = setting(1, "save after so many epochs; null: never for that", whole(1))
+    every_s: float | None = setting(None, "save after so many seconds; null: never for that", _POSITIVE)
+    keep: int = setting(2, "checkpoints that stay: the newest, and the best by val/loss besides", whole(1))
 
 
 @dataclass
 class WatchdogConfig:
-    start_s: float = 600
-    first_step_s: float = 600
-    step_s: float | None = None
-    save_s: float = 600
+    """A rank that makes no progress for longer is named, and the run ended."""
+
+    start_s: float = setting(600, "seconds that the start may take", _SECONDS)
+    first_step_s: float = setting(600, "seconds that the first step may take, which compiles", _SECONDS)
+    step_s: float | None = setting(
+        None, "seconds that a step may take; null: 10 times the median step, at least 30", _SECONDS
+    )
+    save_s: float = setting(600, "seconds that saving may take", _SECONDS)
 
 
 @dataclass
 class Config:
     """One training. The component sections are free: their `_target_` decides what they may hold."""
 
-    name: str = "train"
-    seed: int = 0
-    runtime: str = "auto"
-    device: str = "auto"
-    oversubscribe: bool = False
-    threads: int | None = None
-    resume: str = "auto"
-    run: RunConfig = field(default_factory=RunConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
-    data: dict[str, Any] = field(default_factory=dict)
-    model: dict[str, Any] = field(default_factory=dict)
-    optimizer: dict[str, Any] = field(default_factory=dict)
-    scheduler: dict[str, Any] = field(default_factory=dict)
-
-
-# --- what a value may be -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Rule:
-    valid: Callable[[Any], bool]
-    remedy: str
-    names: Sequence[str] = ()  # where only some words are valid: to find the nearest
-
-
-def _whole(low: int, high: float = math.inf) -> _Rule:
-    return _Rule(
-        lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high,
-        f"a whole number >= {low}" + (f" and <= {high}" if high < math.inf else ""),
+    name: str = setting("train", "the folder under runs/ for the run's directory", _FOLDER_NAME)
+    seed: int = setting(
+        0,
+        "where every random draw starts: split, order of the examples, initial weights, dropout",
+        _SEED,
+        resume_must_agree=True,
     )
-
-
-def _number(low: float, high: float = math.inf, open_low: bool = False, open_high: bool = False) -> _Rule:
-    def valid(v: Any) -> bool:
-        if isinstance(v, bool) or not isinstance(v, int | float) or not math.isfinite(v):
-            return False
-        return (low < v if open_low else low <= v) and (v < high if open_high else v <= high)
-
-    below = f" and {'<' if open_high else '<='} {high:g}" if high < math.inf else ""
-    return _Rule(valid, f"a finite number {'>' if open_low else '>='} {low:g}{below}")
-
-
-def _one_of(*names: str) -> _Rule:
-    return _Rule(lambda v: v in names, "one of " + ", ".join(names), names)
-
-
-def _list_of(item: _Rule, length: int | None = None) -> _Rule:
-    return _Rule(
-        lambda v: (
-            isinstance(v, list) and (length is None or len(v) == length) and all(item.valid(x) for x in v)
-        ),
-        f"a list of {length if length is not None else 'values'}, each {item.remedy}",
+    runtime: str = setting(
+        "auto",
+        "who brings the ranks together: ezpz, or torch itself (native); auto: ezpz where it is installed",
+        one_of("auto", "ezpz", "native"),
     )
+    device: str = setting(
+        "auto",
+        "what each rank computes on; auto: a GPU where there is one",
+        one_of("auto", "cuda", "xpu", "mps", "cpu"),
+    )
+    oversubscribe: bool = setting(False, "whether several ranks may share one GPU", FLAG)
+    threads: int | None = setting(
+        None, "CPU threads of each rank; null: one for each CPU that it may use", whole(1, 1024)
+    )
+    resume: str = setting(
+        "auto",
+        "auto: go on from the newest valid checkpoint in run.dir; never: start anew; or the path of a "
+        "checkpoint or of a run to go on from",
+        TEXT,
+    )
+    run: RunConfig = setting(RunConfig, "where the run is kept")
+    trainer: TrainerConfig = setting(TrainerConfig, "how it is trained", resume_must_agree=True)
+    checkpoint: CheckpointConfig = setting(CheckpointConfig, "when to save")
+    watchdog: WatchdogConfig = setting(WatchdogConfig, "how long a rank may make no progress")
+    data: dict[str, Any] = setting(dict, "what is trained on", resume_must_agree=True)
+    model: dict[str, Any] = setting(dict, "what is trained", resume_must_agree=True)
+    optimizer: dict[str, Any] = setting(dict, "what changes the weights", resume_must_agree=True)
+    scheduler: dict[str, Any] = setting(dict, "what changes the learning rate", resume_must_agree=True)
 
 
-_SHARE = _number(0, 1, open_high=True)
-_BETA = _number(0, 1, open_high=True)
-_FLAG = _Rule(lambda v: isinstance(v, bool), "true or false")
-_POWERS = [1 << n for n in range(17)]
-_TEXT = _Rule(lambda v: isinstance(v, str) and bool(v.strip()), "a text")
+# --- keys of the free sections -----------------------------------------------------------------------
 
-RULES: dict[str, _Rule] = {
-    "name": _Rule(
-        lambda v: isinstance(v, str) and v not in ("", ".", "..") and not set(v) & set("/\0\n"),
-        "a folder's name, without a slash",
+
+def _free(doc: str, rule: Rule | None = None, resume_must_agree: bool | None = None) -> Setting:
+    return Setting(doc, rule, optional=False, resume_must_agree=resume_must_agree)
+
+
+_TARGET = "dotted name of the class or function that makes it"
+_ROOT = "the folder of all data sets; its default is $ALLRANKS_DATA, else ./data"
+_FETCH = "whether rank 0 fetches files that are missing"
+
+# These mean the same whatever `_target_` a section has.
+SECTION_KEYS: dict[str, Setting] = {
+    "data.input_shape": _free("channels, height and width of an image", list_of(whole(1), 3)),
+    "data.classes": _free("number of classes", whole(1)),
+    "data.split": _free(
+        "training and validation examples, drawn from `data.train` by seed", list_of(whole(1), 2)
     ),
-    "seed": _Rule(lambda v: isinstance(v, int) and 0 <= v < 2**63, "a whole number from 0 to 2^63 - 1"),
-    "runtime": _one_of("auto", "ezpz", "native"),
-    "device": _one_of("auto", "cuda", "xpu", "mps", "cpu"),
-    "threads": _whole(1, 1024),
-    "run.dir": _TEXT,
-    "trainer.epochs": _whole(0),
-    "trainer.batch_size": _whole(1),
-    "trainer.per_rank_batch_size": _whole(1),
-    "trainer.accumulate": _whole(1),
-    "trainer.clip_norm": _number(0, open_low=True),
-    "trainer.label_smoothing": _SHARE,
-    "trainer.precision": _one_of("fp64", "fp32", "bf16", "fp16"),
-    "trainer.train_metrics": _one_of("evaluate", "running"),
-    "trainer.nonfinite": _one_of("stop", "skip"),
-    "trainer.virtual_ranks": _Rule(
-        lambda v: v in _POWERS, f"a power of two: 1, 2, 4, 8, ... {_POWERS[-1]}"
+    "data.root": _free(_ROOT, TEXT, resume_must_agree=False),
+    "data.fetch": _free(_FETCH, FLAG, resume_must_agree=False),
+    "data.workers": _free(
+        "processes of each rank's DataLoader; 0: none besides the rank", whole(0), resume_must_agree=False
     ),
-    "checkpoint.every_steps": _whole(1),
-    "checkpoint.every_epochs": _whole(1),
-    "checkpoint.every_s": _number(0, open_low=True),
-    "checkpoint.keep": _whole(1),
-    "watchdog.start_s": _number(0, 1e9, open_low=True),
-    "watchdog.first_step_s": _number(0, 1e9, open_low=True),
-    "watchdog.step_s": _number(0, 1e9, open_low=True),
-    "watchdog.save_s": _number(0, 1e9, open_low=True),
-    "resume": _TEXT,
-    "data.split": _list_of(_whole(1), 2),
-    "data.input_shape": _list_of(_whole(1), 3),
-    "data.classes": _whole(1),
-    "data.fetch": _FLAG,
-    "data.root": _TEXT,
-    "data.workers": _whole(0),
-    "scheduler.interval": _one_of("epoch", "step"),
-    "scheduler.monitor": _one_of(*MONITORED),
+    "data.train._target_": _free(_TARGET),
+    "data.test._target_": _free(_TARGET),
+    "data.train.root": _free(_ROOT, resume_must_agree=False),
+    "data.test.root": _free(_ROOT, resume_must_agree=False),
+    "data.train.fetch": _free(_FETCH, resume_must_agree=False),
+    "data.test.fetch": _free(_FETCH, resume_must_agree=False),
+    "model._target_": _free(_TARGET),
+    "optimizer._target_": _free(_TARGET),
+    "scheduler._target_": _free(_TARGET + "; null: the learning rate stays as it is"),
+    "scheduler.interval": _free("how often the schedule is stepped", one_of("epoch", "step")),
+    "scheduler.monitor": _free("the metric that the schedule looks at", one_of(*MONITORED)),
 }
-# Of a component only where it is ours or torch's: a user's own class may mean something else by a name.
-COMPONENT_RULES: dict[str, _Rule] = {
-    "model.widths": _list_of(_whole(1)),
-    "model.channels": _list_of(_whole(1)),
-    "model.hidden": _whole(1),
-    "model.patch": _whole(1),
-    "model.width": _whole(1),
-    "model.depth": _whole(1),
-    "model.heads": _whole(1),
-    "model.dropout": _SHARE,
-    "optimizer.lr": _number(0, open_low=True),
-    "optimizer.weight_decay": _number(0),
-    "optimizer.momentum": _number(0),
-    "optimizer.nesterov": _FLAG,
-    "optimizer.fused": _FLAG,
-    "optimizer.alpha": _BETA,
-    "optimizer.betas": _list_of(_BETA, 2),
-    "scheduler.step_size": _whole(1),
-    "scheduler.gamma": _number(0, open_low=True),
-    "scheduler.eta_min": _number(0),
-    "scheduler.max_lr": _number(0, open_low=True),
-    "scheduler.pct_start": _number(0, 1),
-    "scheduler.warmup": _SHARE,
-    "scheduler.floor": _number(0, 1),
-    "scheduler.factor": _number(0, 1, open_low=True, open_high=True),
-    "scheduler.patience": _whole(0),
-}
-_OPTIONAL = {
-    "threads", "run.dir", "trainer.per_rank_batch_size", "trainer.clip_norm", "checkpoint.every_steps",
-    "checkpoint.every_epochs", "checkpoint.every_s", "watchdog.step_s",
+
+# These hold where the component is ours or torch's: a user's own class may mean something else by a name.
+COMPONENT_KEYS: dict[str, Setting] = {
+    "model.input_shape": _free("channels, height and width of an image"),
+    "model.classes": _free("number of classes"),
+    "model.widths": _free("features of each hidden layer", list_of(whole(1))),
+    "model.channels": _free("features of each 3x3 convolution with its 2x2 pool", list_of(whole(1))),
+    "model.hidden": _free("features of the layer before the last", whole(1)),
+    "model.activation": _free("an activation of torch.nn by its name; mlp: or a list, one for each layer"),
+    "model.patch": _free("height and width of a patch, in pixels", whole(1)),
+    "model.width": _free("features of each patch", whole(1)),
+    "model.depth": _free("transformer layers", whole(1)),
+    "model.heads": _free("attention heads of each layer", whole(1)),
+    "model.dropout": _free("share of features that are set to 0 at random in training", _SHARE),
+    "optimizer.lr": _free("learning rate", _POSITIVE),
+    "optimizer.weight_decay": _free("strength of the pull of all weights towards 0", number(0)),
+    "optimizer.momentum": _free("share of the last step that is taken again", number(0)),
+    "optimizer.nesterov": _free("whether momentum looks ahead, as Nesterov's does", FLAG),
+    "optimizer.fused": _free("whether all parameters are updated in one call", FLAG),
+    "optimizer.alpha": _free("how slowly the mean of squared gradients forgets", _SHARE),
+    "optimizer.betas": _free("how slowly the means of gradients and of their squares forget",
+                             list_of(_SHARE, 2)),
+    "scheduler.step_size": _free("schedule steps from one fall to the next", whole(1)),
+    "scheduler.gamma": _free("factor of each fall", _POSITIVE),
+    "scheduler.T_max": _free("schedule steps down to eta_min; `length`: all of the run's"),
+    "scheduler.eta_min": _free("the lowest learning rate", number(0)),
+    "scheduler.total_steps": _free("schedule steps of the whole cycle; `length`: all of the run's"),
+    "scheduler.length": _free("schedule steps; `length`: all of the run's"),
+    "scheduler.max_lr": _free("the highest learning rate", _POSITIVE),
+    "scheduler.pct_start": _free("share of the steps in which the rate rises", number(0, 1)),
+    "scheduler.warmup": _free("share of the steps in which the rate rises", _SHARE),
+    "scheduler.floor": _free("the last rate, as a share of the full one", number(0, 1)),
+    "scheduler.factor": _free("factor of each fall", number(0, 1, above_low=True, below_high=True)),
+    "scheduler.patience": _free("schedule steps without progress before a fall", whole(0)),
 }  # fmt: skip
+
+
+@cache
+def _settings() -> dict[str, Setting]:
+    """What is known of every key that means the same in each configuration, by dotted key."""
+    return {**settings_of(Config), **SECTION_KEYS}
+
+
+def setting_of(key: str, values: Mapping[str, Any]) -> Setting | None:
+    """What is known of `key` in the configuration with these `values`, by dotted key; None for nothing."""
+    if key in _settings():
+        return _settings()[key]
+    return COMPONENT_KEYS.get(key) if _is_ours(values, key.partition(".")[0]) else None
+
+
+# --- checking ----------------------------------------------------------------------------------------
 
 
 def typed(composed: DictConfig) -> Config:
@@ -219,14 +261,14 @@ def typed(composed: DictConfig) -> Config:
         config = OmegaConf.to_object(OmegaConf.merge(schema, composed))
     except ValidationError as error:
         key = error.full_key or str(error.key)
-        rule = RULES.get(key)
-        kind = rule.remedy if rule else f"a value of type {_type_name(error)}"
+        known = _settings().get(key)
+        kind = known.rule.remedy if known and known.rule else f"a value of type {_type_name(error)}"
         raise UserError(f"{key}={_shown(composed, key)} is not valid: give {kind}.") from error
     except ConfigKeyError as error:
         key = error.full_key or str(error.key)
-        raise UserError(_unknown_key(key, [*_leaves(OmegaConf.to_container(schema))])) from error
+        raise UserError(unknown_key(key, [*below(OmegaConf.to_container(schema))])) from error
     except OmegaConfBaseException as error:
-        raise UserError(f"The configuration does not hold together: {_first_line(error)}") from error
+        raise UserError(f"The configuration does not hold together: {first_line(error)}") from error
     assert isinstance(config, Config)
     _check(config)
     return config
@@ -235,11 +277,13 @@ def typed(composed: DictConfig) -> Config:
 def _check(config: Config) -> None:
     values = leaves(config)
     for key, value in values.items():
-        rule = RULES.get(key) or (COMPONENT_RULES.get(key) if _is_ours(values, key.split(".")[0]) else None)
-        if rule is None or (value is None and key in _OPTIONAL) or rule.valid(value):
+        known = setting_of(key, values)
+        if known is None or known.rule is None or (value is None and known.optional):
             continue
-        guess = did_you_mean(str(value), rule.names) if rule.names else ""
-        raise UserError(f"{key}={value} is not valid: give {rule.remedy}.{guess}")
+        rule = known.rule
+        if not rule.valid(value):
+            guess = did_you_mean(str(value), rule.names) if rule.names else ""
+            raise UserError(f"{key}={value} is not valid: give {rule.remedy}.{guess}")
     for group in ("model", "optimizer", "data.train", "data.test"):
         if f"{group}._partial_" in values:
             raise UserError(f"{group}._partial_ is not valid: give all values that _target_ takes.")
@@ -260,13 +304,29 @@ def _plain(config: Config) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
-def _leaves(node: Any, prefix: str = "") -> dict[str, Any]:
-    """What is below a dict, by dotted key; lists are leaves."""
+def leaves(config: Config) -> dict[str, Any]:
+    """Every value of the configuration under its dotted key."""
+    return below(_plain(config))
+
+
+def below(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Every value in a dict and the dicts inside it, by dotted key. A list is one value."""
     found: dict[str, Any] = {}
     for key, value in node.items():
         name = f"{prefix}{key}"
-        found |= _leaves(value, name + ".") if isinstance(value, dict) and value else {name: value}
+        found |= below(value, name + ".") if isinstance(value, dict) and value else {name: value}
     return found
+
+
+def unknown_key(key: str, known: Sequence[str]) -> str:
+    """What to say of a key that is none of the `known` ones."""
+    guess = did_you_mean(key, known) or " `allranks train --cfg job` lists the keys."
+    return f"{key} is not a key of the configuration.{guess}"
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says in its first line; the error's name where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _type_name(error: ValidationError) -> str:
@@ -313,16 +373,27 @@ def thaw(directory: str, sha256: str) -> Config:
     return replace(config, run=RunConfig(directory))
 
 
-# Where and how a run goes on, which may change, not what it computes.
-_FREE = re.compile(
-    r"(name|runtime|device|oversubscribe|threads|resume|run|checkpoint|watchdog)(\.|$)"
-    r"|data\.((train|test)\.)?(root|fetch)$|data\.workers$|trainer\.nonfinite$"
-)
+# --- what a resume must agree on -----------------------------------------------------------------------
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """The values that decide what a training computes, under their dotted keys."""
-    return {key: value for key, value in leaves(config).items() if not _FREE.match(key)}
+    """The values that decide what a training computes, under their dotted keys.
+
+    All others say where and how it runs, and may change when it goes on.
+    """
+    return {key: value for key, value in leaves(config).items() if _must_agree(key)}
+
+
+def _must_agree(key: str) -> bool:
+    """Whether a resume must have the same value: by the mark at the key, else by the mark at its section.
+
+    A user's component may have any keys; those without a mark count as deciding what is computed.
+    """
+    for name in (key, key.partition(".")[0]):
+        known = _settings().get(name)
+        if known is not None and known.resume_must_agree is not None:
+            return known.resume_must_agree
+    return False
 
 
 def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
@@ -332,7 +403,7 @@ def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 
 
 def frozen_identity(path: Path) -> dict[str, Any]:
-    """That of the frozen configuration in the file."""
+    """The values that decide what a run computes, of the run whose frozen configuration is in this file."""
     return identity(typed(_loaded(path)))
 
 
@@ -342,15 +413,10 @@ def _loaded(path: Path) -> DictConfig:
     try:
         return OmegaConf.create(path.read_text())  # type: ignore[return-value]
     except (OSError, ValueError, AssertionError, YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{path} cannot be read ({_first_line(error)}): give another run.dir.") from error
+        raise UserError(f"{path} cannot be read ({first_line(error)}): give another run.dir.") from error
 
 
-def leaves(config: Config) -> dict[str, Any]:
-    """Every value of the configuration under its dotted key."""
-    return _leaves(_plain(config))
-
-
-# --- the command line --------------------------------------------------------------------------------
+# --- the shipped files ---------------------------------------------------------------------------------
 
 
 def conf_dir() -> Path:
@@ -358,140 +424,3 @@ def conf_dir() -> Path:
     here = Path(__file__).resolve().parent
     installed, source = here / "conf", here.parents[1] / "conf"
     return installed if installed.is_dir() else source
-
-
-def from_command_line(arguments: Sequence[str]) -> list[Config]:
-    """Every training that the command line asks for: one, several with -m, none after --help.
-
-    The arguments are Hydra's. Raises UserError for whatever Hydra or the schema refuses.
-    """
-    return [config for config, _ in cells_from_command_line(arguments)]
-
-
-def cells_from_command_line(arguments: Sequence[str]) -> list[tuple[Config, list[str]]]:
-    """The same, each training with its own overrides: those of its cell of a sweep."""
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import HydraException
-    from hydra.types import RunMode
-
-    composed: list[tuple[DictConfig, list[str]]] = []
-
-    def collect(cfg: DictConfig) -> None:
-        OmegaConf.resolve(cfg)  # now, while ${hydra:...} can still be resolved
-        if HydraConfig.get().mode == RunMode.MULTIRUN and cfg.run.dir:
-            cfg.run.dir = str(Path(cfg.run.dir) / str(HydraConfig.get().job.num))
-        composed.append((cfg, list(HydraConfig.get().overrides.task)))
-
-    app = hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(collect)
-    flags, overrides = split_flags(arguments)
-    for flag in (flag.partition("=")[0] for flag in flags):
-        if flag.startswith("--") and flag not in HYDRAS:
-            key = next((k for k in leaves(Config()) if k.endswith("." + flag.strip("-"))), "key")
-            raise UserError(f"{flag} is not an option: values are given as {key}=..., without dashes.")
-    for override in overrides:
-        group, _, choice = override.partition("=")
-        if group in GROUPS and re.match(r"[\[{]|[-+]?[0-9.]+$", choice):
-            raise UserError(f"{override} is not valid: {group} takes the name of one choice.")
-    with _hydra_that_leaves_no_trace([*flags, *overrides]):
-        try:
-            app()
-        except (HydraException, ValueError) as error:
-            raise UserError(_explain(error, overrides)) from error
-        except OmegaConfBaseException as error:
-            raise UserError(f"The configuration does not hold together: {_first_line(error)}") from error
-    return [(typed(cfg), task) for cfg, task in composed]
-
-
-_FLAGS_WITH_VALUE = frozenset(
-    "-c -p -cp -cn -cd --cfg --package --config-path --config-name --config-dir --info".split()
-)
-HYDRAS = _FLAGS_WITH_VALUE.union(
-    "--help --hydra-help --version --resolve --run --multirun --shell-completion "
-    "--experimental-rerun".split()
-)
-
-
-def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Hydra's flags and the overrides, apart: its parser takes overrides in one run only."""
-    flags: list[str] = []
-    overrides: list[str] = []
-    for before, argument in zip(["", *arguments], arguments, strict=False):
-        is_override = not argument.startswith("-") and before not in _FLAGS_WITH_VALUE
-        (overrides if is_override else flags).append(argument)
-    return flags, overrides
-
-
-@contextlib.contextmanager
-def _hydra_that_leaves_no_trace(arguments: Sequence[str]) -> Iterator[None]:
-    """Hydra's main() with these arguments, no directory, no log file, and exceptions instead of exit(1).
-
-    Only its sweeper insists on writing a file; that goes to a temporary folder.
-    """
-    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    with tempfile.TemporaryDirectory(prefix="allranks-") as scratch:
-        folder = scratch.replace("\\", "\\\\").replace("'", "\\'")
-        silent = [
-            "hydra.run.dir=.",
-            "hydra.output_subdir=null",
-            "hydra/job_logging=none",
-            "hydra/hydra_logging=none",
-            f"hydra.sweep.dir='{folder}'",
-            "hydra.sweep.subdir=.",
-        ]
-        sys.argv = [argv[0], *arguments, *silent]
-        os.environ["HYDRA_FULL_ERROR"] = "1"
-        try:
-            yield
-        finally:
-            sys.argv = argv
-            del os.environ["HYDRA_FULL_ERROR"]
-            if full_error is not None:
-                os.environ["HYDRA_FULL_ERROR"] = full_error
-
-
-def _explain(error: Exception, overrides: Sequence[str]) -> str:
-    """Hydra's error in one message, with the nearest name that would have been right."""
-    from hydra.errors import OverrideParseException
-
-    cause = error.__cause__
-    if isinstance(cause, ConfigKeyError | ConfigAttributeError):
-        return _unknown_key(cause.full_key or str(cause.key), _known_keys(overrides))
-    if isinstance(error, OverrideParseException):
-        return (
-            f"{error.override} cannot be read as an override: write key=value, in quotes what has other "
-            f"signs than letters, digits and /._-: 'key=\"a=b\"'. ({_first_line(error)})"
-        )
-    if "Ambiguous value" in str(error):
-        return f"{_first_line(error)}: add -m for a run of each value, or write key=[a,b] for one list."
-    missing, options = getattr(error, "missing_cfg_file", None), getattr(error, "options", None)
-    if missing and options:
-        group, _, choice = str(missing).rpartition("/")
-        return f"{group}={choice} is not one of the choices: {', '.join(options)}." + did_you_mean(
-            choice, options
-        )
-    return f"{_first_line(error).rstrip('.')}. `allranks train --help` lists what can be given."
-
-
-def _unknown_key(key: str, known: Sequence[str]) -> str:
-    guess = did_you_mean(key, known) or " `allranks train --cfg job` lists the keys."
-    return f"{key} is not a key of the configuration.{guess}"
-
-
-def _known_keys(overrides: Sequence[str]) -> list[str]:
-    """Every key with the chosen components, to suggest the nearest from."""
-    from hydra import compose, initialize_config_dir
-
-    choices = [
-        override
-        for override in overrides
-        if (group := override.partition("=")[0]) in GROUPS
-        and (conf_dir() / group / f"{override.partition('=')[2]}.yaml").is_file()
-    ]
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = compose("config", overrides=[*choices, "name=x"])
-    return [*_leaves(OmegaConf.to_container(cfg, resolve=False)), *GROUPS]
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -72,9 +72,11 @@ def compose(identity: RankIdentity, launched: bool) -> list[Config]:
     try:
         if launched:
             return [configs.thaw(*sys.argv[2:4])]
+        from allranks.compose import from_command_line
+
         # --help and --cfg are rank 0's to print
         with contextlib.redirect_stdout(io.StringIO()) if identity.rank else contextlib.nullcontext():
-            return configs.from_command_line(sys.argv[1:])
+            return from_command_line(sys.argv[1:])
     except UserError as error:
         if identity.alone:
             raise

@@ -1,20 +1,23 @@
-"""A machine is one YAML in conf/machine/: found, checked and given types here. No torch."""
+"""A machine is one YAML in conf/machine/: found, checked and given types here. No torch.
+
+What each key means stands beside its field here; docs/machines.md tells it with examples.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 import os
 import re
 import socket
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from allranks.base import schema
 from allranks.base.errors import UserError
+from allranks.base.schema import setting, whole
 from allranks.base.text import did_you_mean, one_line
 from allranks.config import conf_dir
 
@@ -34,10 +37,12 @@ class Detect:
 class Node:
     """One node. None where it is not known and the allocation has to tell."""
 
-    devices: int | None = None
-    ranks: int | None = None  # None: one a device
-    cpus: int | None = None  # as the launcher counts them
-    cpus_per_rank: int | None = None
+    devices: int | None = setting(
+        None, "GPUs, or parts of GPUs that count as devices of their own", whole(0)
+    )
+    ranks: int | None = setting(None, "ranks; null: one for each device", whole(1))
+    cpus: int | None = setting(None, "CPUs, as the launcher counts them", whole(1))
+    cpus_per_rank: int | None = setting(None, "CPUs of each rank", whole(1))
     cpu_list: tuple[str, ...] = ()  # the CPUs of local rank 0, 1, ...
     bind: Literal["none", "list", "depth"] = "none"  # to cpu_list; or cpus_per_rank each, in a row
 
@@ -64,6 +69,11 @@ class Variable:
     switch: str | None = None
     prepend: bool = False  # put before what is there, with a colon
     why: str = ""
+
+    @classmethod
+    def from_short(cls, value: Any) -> dict[str, Any]:
+        """A variable may be written `NAME: VALUE`, without keys."""
+        return {"value": value}
 
 
 @dataclass(frozen=True)
@@ -154,7 +164,7 @@ def load(
     tree = _yaml(files[name])
     for key, value in given.items():
         _put(tree, key.split("."), value)
-    machine = _build(Machine, {**tree, "name": name, "overridden": tuple(given)}, name, "")
+    machine = schema.build(Machine, {**tree, "name": name, "overridden": tuple(given)}, _source(name))
     _check(machine)
     return machine
 
@@ -200,6 +210,10 @@ def _other_queues(machine: Machine, but: str, nodes: int) -> str:
 # --- finding and reading -------------------------------------------------------------------------
 
 
+def _source(name: str) -> schema.Source:
+    return schema.Source("machine.", name, "a machine")
+
+
 def _files(config_dir: str | Path | None) -> dict[str, Path]:
     if config_dir is not None and not Path(config_dir).is_dir():
         raise UserError(
@@ -217,7 +231,7 @@ def _detect(files: Mapping[str, Path], hostname: str, environ: Mapping[str, str]
     environ = os.environ if environ is None else environ
     host = hostname.partition(".")[0]
     for name in files:
-        detect = _build(Detect, _yaml(files[name]).get("detect") or {}, name, "detect.")
+        detect = schema.build(Detect, _yaml(files[name]).get("detect") or {}, _source(name), "detect")
         by_host = any(fnmatch.fnmatchcase(host, pattern) for pattern in detect.hosts)
         if by_host or any(environ.get(k) == value for k, value in detect.variables.items()):
             return name
@@ -270,73 +284,15 @@ def _put(tree: dict[str, Any], keys: Sequence[str], value: Any) -> None:
     tree[keys[-1]] = value
 
 
-# --- types ---------------------------------------------------------------------------------------
-
-
-def _build(kind: Any, value: Any, name: str, at: str) -> Any:
-    """`value` as a `kind`: dataclass, tuple, dict, optional, plain. `at` is the key, for errors."""
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        return _build(next(k for k in inner if k is not type(None)), value, name, at)
-    if kind is Variable and not isinstance(value, dict):
-        value = {"value": value}
-    if dataclasses.is_dataclass(kind):
-        return _build_dataclass(kind, _of_type(value, dict, "keys and values", name, at), name, at)
-    if origin is tuple:
-        items = _of_type(value, (list, tuple), "a list", name, at)
-        return tuple(_build(inner[0], v, name, f"{at}{i}.") for i, v in enumerate(items))
-    if origin is dict:
-        pairs = _of_type(value, dict, "keys and values", name, at)
-        return {str(k): _build(inner[1], v, name, f"{at}{k}.") for k, v in pairs.items()}
-    return _plain(kind, value, name, at)
-
-
-def _build_dataclass(kind: Any, value: Mapping[str, Any], name: str, at: str) -> Any:
-    hints = typing.get_type_hints(kind)
-    for key in value:
-        if str(key) not in hints:
-            near = did_you_mean(str(key), hints) or f" It may be {', '.join(hints)}."
-            raise UserError(f"machine.{at}{key} is not a key of a machine ({name}).{near}")
-    for item in dataclasses.fields(kind):
-        missing = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-        if missing and item.name not in value:
-            raise UserError(f"machine.{at}{item.name} is missing in {name}: add it to its YAML.")
-    return kind(**{str(k): _build(hints[str(k)], v, name, f"{at}{k}.") for k, v in value.items()})
-
-
-def _plain(kind: Any, value: Any, name: str, at: str) -> Any:
-    if names := typing.get_args(kind):  # a Literal
-        if value not in names:
-            near = did_you_mean(str(value), names)
-            raise _invalid(name, at, value, f"one of {', '.join(names)}", near)
-        return value
-    is_bool = isinstance(value, bool)
-    if kind in (str, float) and isinstance(value, int | float) and not is_bool:
-        return kind(value)  # NCCL_CROSS_NIC: 1, max_hours: 1
-    if not isinstance(value, kind) or (is_bool and kind is not bool):
-        words = {str: "a text", int: "a whole number", bool: "true or false", float: "a number"}
-        raise _invalid(name, at, value, words[kind])
-    return value
-
-
-def _of_type(value: Any, kind: Any, words: str, name: str, at: str) -> Any:
-    if value is None:
-        return kind() if isinstance(kind, type) else ()
-    if not isinstance(value, kind):
-        raise _invalid(name, at, value, words)
-    return value
-
-
-def _invalid(name: str, at: str, value: Any, remedy: str, near: str = "") -> UserError:
-    return UserError(f"machine.{at.rstrip('.')}={value} ({name}) is not valid: give {remedy}.{near}")
+# --- checks across fields ------------------------------------------------------------------------
 
 
 def _check(machine: Machine) -> None:
+    """Raises UserError where values of several keys do not fit together."""
+    source = _source(machine.name)
     for name, variable in machine.variables.items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise _invalid(machine.name, "variables", name, "names of letters, digits and _")
+            raise source.invalid("variables", name, "names of letters, digits and _")
         if variable.switch is not None and variable.switch not in machine.switches:
             raise UserError(
                 f"machine.variables.{name}.switch={variable.switch} ({machine.name}) "
@@ -348,12 +304,8 @@ def _check(machine: Machine) -> None:
             near = did_you_mean(switch, sorted(map(str, used)))
             raise UserError(f"machine.switches.{switch} ({machine.name}) switches no variable.{near}")
     node, order = machine.node, machine.device.order
-    for key, number in (("devices", node.devices), ("ranks", node.ranks), ("cpus", node.cpus),
-                        ("cpus_per_rank", node.cpus_per_rank)):  # fmt: skip
-        if number is not None and number < (0 if key == "devices" else 1):
-            raise _invalid(machine.name, f"node.{key}", number, "a positive number, or null")
     if (node.bind == "list" and not node.cpu_list) or (node.bind == "depth" and not node.cpus_per_rank):
         needed = "cpu_list" if node.bind == "list" else "cpus_per_rank"
         raise UserError(f"machine.node.bind={node.bind} ({machine.name}) needs node.{needed}.")
     if order and sorted(order) != list(range(len(order))):
-        raise _invalid(machine.name, "device.order", list(order), f"each of 0 to {len(order) - 1} once")
+        raise source.invalid("device.order", list(order), f"each of 0 to {len(order) - 1} once")

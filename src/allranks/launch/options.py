@@ -14,7 +14,7 @@ from pathlib import Path
 
 from allranks.base.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
 from allranks.base.text import did_you_mean
-from allranks.config import HYDRAS
+from allranks.compose import HYDRAS
 from allranks.job import machine
 from allranks.job.hosts import Allocation, find_allocation, placeholder_allocation
 from allranks.job.identity import discover

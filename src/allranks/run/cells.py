@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from allranks import compose
 from allranks import config as configs
 from allranks.base import files
 from allranks.base.errors import UserError
@@ -39,7 +40,7 @@ def composed_cells(arguments: Sequence[str]) -> tuple[str, list[Cell]]:
 
     Several are a sweep: its directory has one for each cell, 0, 1, ... Nothing is made yet.
     """
-    composed = configs.cells_from_command_line(arguments)
+    composed = compose.cells_from_command_line(arguments)
     if not composed:
         return "", []
     first = composed[0][0]

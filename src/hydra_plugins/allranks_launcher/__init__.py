@@ -106,7 +106,7 @@ def _application() -> list[str]:
     import sys
     from pathlib import Path
 
-    from allranks.config import split_flags
+    from allranks.compose import split_flags
 
     spec = sys.modules["__main__"].__spec__
     start = [str(Path(sys.argv[0]).absolute())] if spec is None else ["-m", spec.name]

@@ -1,0 +1,185 @@
+"""From a command line in Hydra's grammar to configurations: one, or one for each cell of a sweep. No torch.
+
+Hydra composes; allranks.config checks. Nothing is written: Hydra's own directories are switched off, and
+training starts only after Hydra has returned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+import tempfile
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from allranks.base.errors import UserError
+from allranks.base.schema import TEXT
+from allranks.base.text import did_you_mean
+from allranks.config import Config, below, conf_dir, first_line, leaves, setting_of, typed, unknown_key
+
+# The groups of YAML files of which one is chosen each: `model=cnn`.
+GROUPS = ("data", "model", "optimizer", "scheduler", "trainer", "experiment")
+
+
+def from_command_line(arguments: Sequence[str]) -> list[Config]:
+    """Every training that the command line asks for: one, several with -m, none after --help.
+
+    The arguments are Hydra's. Raises UserError for whatever Hydra or the schema refuses.
+    """
+    return [config for config, _ in cells_from_command_line(arguments)]
+
+
+def cells_from_command_line(arguments: Sequence[str]) -> list[tuple[Config, list[str]]]:
+    """The same, each training with its own overrides: those of its cell of a sweep."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+
+    composed: list[tuple[DictConfig, list[str]]] = []
+
+    def collect(cfg: DictConfig) -> None:
+        OmegaConf.resolve(cfg)  # now, while ${hydra:...} can still be resolved
+        if HydraConfig.get().mode == RunMode.MULTIRUN and cfg.run.dir:
+            cfg.run.dir = str(Path(cfg.run.dir) / str(HydraConfig.get().job.num))
+        composed.append((cfg, list(HydraConfig.get().overrides.task)))
+
+    OmegaConf.register_new_resolver("allranks.keys", _help_on_keys, replace=True)  # --help shows them
+    app = hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(collect)
+    flags, overrides = split_flags(arguments)
+    for flag in (flag.partition("=")[0] for flag in flags):
+        if flag.startswith("--") and flag not in HYDRAS:
+            key = next((k for k in leaves(Config()) if k.endswith("." + flag.strip("-"))), "key")
+            raise UserError(f"{flag} is not an option: values are given as {key}=..., without dashes.")
+    for override in overrides:
+        group, _, choice = override.partition("=")
+        if group in GROUPS and re.match(r"[\[{]|[-+]?[0-9.]+$", choice):
+            raise UserError(f"{override} is not valid: {group} takes the name of one choice.")
+    with _hydra_that_leaves_no_trace([*flags, *overrides]):
+        try:
+            app()
+        except (HydraException, ValueError) as error:
+            raise UserError(_explain(error, overrides)) from error
+        except OmegaConfBaseException as error:
+            raise UserError(f"The configuration does not hold together: {first_line(error)}") from error
+    return [(typed(cfg), task) for cfg, task in composed]
+
+
+_FLAGS_WITH_VALUE = frozenset(
+    "-c -p -cp -cn -cd --cfg --package --config-path --config-name --config-dir --info".split()
+)
+HYDRAS = _FLAGS_WITH_VALUE.union(
+    "--help --hydra-help --version --resolve --run --multirun --shell-completion "
+    "--experimental-rerun".split()
+)
+
+
+def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Hydra's flags and the overrides, apart: its parser takes overrides in one run only."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        is_override = not argument.startswith("-") and before not in _FLAGS_WITH_VALUE
+        (overrides if is_override else flags).append(argument)
+    return flags, overrides
+
+
+@contextlib.contextmanager
+def _hydra_that_leaves_no_trace(arguments: Sequence[str]) -> Iterator[None]:
+    """Hydra's main() with these arguments, no directory, no log file, and exceptions instead of exit(1).
+
+    Only its sweeper insists on writing a file; that goes to a temporary folder.
+    """
+    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    with tempfile.TemporaryDirectory(prefix="allranks-") as scratch:
+        folder = scratch.replace("\\", "\\\\").replace("'", "\\'")
+        silent = [
+            "hydra.run.dir=.",
+            "hydra.output_subdir=null",
+            "hydra/job_logging=none",
+            "hydra/hydra_logging=none",
+            f"hydra.sweep.dir='{folder}'",
+            "hydra.sweep.subdir=.",
+        ]
+        sys.argv = [argv[0], *arguments, *silent]
+        os.environ["HYDRA_FULL_ERROR"] = "1"
+        try:
+            yield
+        finally:
+            sys.argv = argv
+            del os.environ["HYDRA_FULL_ERROR"]
+            if full_error is not None:
+                os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+def _help_on_keys(*, _root_: DictConfig) -> str:
+    """Every key of the composed configuration with its value, what it means, and what it may be."""
+    composed = OmegaConf.to_container(_root_, resolve=False)
+    assert isinstance(composed, dict)
+    values = below({key: value for key, value in composed.items() if key != "hydra"})
+    lines: list[str] = []
+    for key, value in values.items():
+        lines.append(f"{key}={_as_override(value)}")
+        known = setting_of(key, values)
+        if known is None:  # a key of a user's own component
+            continue
+        what = known.doc
+        if known.rule not in (None, TEXT):
+            what += f" ({known.rule.remedy}{', or null' if known.optional else ''})"
+        lines += textwrap.wrap(what, 100, initial_indent="    ", subsequent_indent="    ")
+    return "\n".join(lines).replace("$", "$$")  # Hydra takes $NAME for a place to fill in
+
+
+def _as_override(value: object) -> str:
+    """The value as it is typed after `key=`."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(map(_as_override, value))}]"
+    return str(value)
+
+
+def _explain(error: Exception, overrides: Sequence[str]) -> str:
+    """Hydra's error in one message, with the nearest name that would have been right."""
+    from hydra.errors import OverrideParseException
+
+    cause = error.__cause__
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError):
+        return unknown_key(cause.full_key or str(cause.key), _known_keys(overrides))
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override} cannot be read as an override: write key=value, in quotes what has other "
+            f"signs than letters, digits and /._-: 'key=\"a=b\"'. ({first_line(error)})"
+        )
+    if "Ambiguous value" in str(error):
+        return f"{first_line(error)}: add -m for a run of each value, or write key=[a,b] for one list."
+    missing, options = getattr(error, "missing_cfg_file", None), getattr(error, "options", None)
+    if missing and options:
+        group, _, choice = str(missing).rpartition("/")
+        return f"{group}={choice} is not one of the choices: {', '.join(options)}." + did_you_mean(
+            choice, options
+        )
+    return f"{first_line(error).rstrip('.')}. `allranks train --help` lists what can be given."
+
+
+def _known_keys(overrides: Sequence[str]) -> list[str]:
+    """Every key with the chosen components, to suggest the nearest from."""
+    from hydra import compose, initialize_config_dir
+
+    choices = [
+        override
+        for override in overrides
+        if (group := override.partition("=")[0]) in GROUPS
+        and (conf_dir() / group / f"{override.partition('=')[2]}.yaml").is_file()
+    ]
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("config", overrides=[*choices, "name=x"])
+    return [*below(OmegaConf.to_container(cfg, resolve=False)), *GROUPS]
