@@ -17,8 +17,10 @@ from allranks.base.errors import UserError
 from allranks.config import WatchdogConfig
 from allranks.job.identity import RankIdentity
 from allranks.runtime.watch.thread import Watchdog
-from helpers import PYTHON, Started, execute, launcher
+from helpers import PYTHON, Started, execute, launcher, serial, took_at_most, until
 
+# What is asserted here is how soon all ranks are down.
+pytestmark = serial
 HOST = socket.gethostname()
 STEP_S = 2  # watchdog.step_s of most trainings here
 LAUNCHERS = ["mpiexec", "torchrun", "launch"]
@@ -153,13 +155,10 @@ def start(tmp_path: Path):
 
 def fault_s(started: Started, tmp_path: Path, within_s: float = 60) -> float:
     """When it went wrong, by time.monotonic()."""
-    deadline = time.monotonic() + within_s
-    while not (tmp_path / "fault").exists():
-        if time.monotonic() > deadline or started.process.poll() is not None:
-            started.end()
-            pytest.fail(f"nothing went wrong: {started.finish()}")
-        time.sleep(0.02)
-    return float((tmp_path / "fault").read_text())
+    noted = tmp_path / "fault"
+    until(lambda: noted.exists() or started.process.poll() is not None, within_s, told=started.finish)
+    assert noted.exists(), f"nothing went wrong: {started.finish()}"
+    return float(noted.read_text())
 
 
 def ranks_of(started: Started) -> set[int]:
@@ -173,12 +172,12 @@ def all_down(started: Started, tmp_path: Path, within_s: float) -> tuple[float, 
     """
     since = fault_s(started, tmp_path)
     ranks = ranks_of(started)
-    while ranks & started.pids() and time.monotonic() < since + within_s + 5:
-        time.sleep(0.02)
+    until(lambda: not ranks & started.pids(), within_s + 5, told=lambda: f"still there: {started.pids()}")
     took = time.monotonic() - since
+    in_time = took_at_most(took, within_s)
     code, out, err = started.finish()
     assert code not in (0, 2, 85), err
-    assert took < within_s, err
+    assert in_time, f"{took:.1f} s instead of {within_s} s: {err}"
     started.gone(within_s=1)
     return took, out, err
 
@@ -229,13 +228,12 @@ def test_kill_9_of_the_launcher_leaves_nobody_after_5_s(start, tmp_path, under):
 @pytest.mark.parametrize("loaded", ["", "libtorch"], ids=["at once", "torch is there"])
 def test_nor_does_it_where_the_ranks_have_only_begun(start, loaded):
     started = start("torchrun", 2)
-    deadline = time.monotonic() + 60
-    while True:
+
+    def begun() -> bool:
         ranks = started.pids() - {started.process.pid}
-        if any(loaded in Path(f"/proc/{pid}/maps").read_text() for pid in ranks):
-            break
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+        return any(loaded in Path(f"/proc/{pid}/maps").read_text() for pid in ranks)
+
+    until(begun)
     started.process.kill()
     started.gone(within_s=20)  # torch is imported to the end first
 
@@ -286,11 +284,12 @@ def test_a_rank_that_takes_its_time_is_left_alone(start, tmp_path):
     started = start(
         "mpiexec", 2, "model=slow", "data.train.fetch_s=3", "watchdog.start_s=2", "trainer.epochs=3"
     )  # fmt: skip
-    deadline = time.monotonic() + 90
-    while not (tmp_path / "run/metrics.jsonl").exists() or not (tmp_path / "run/metrics.jsonl").read_text():
-        assert started.process.poll() is None, started.finish()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    metrics = tmp_path / "run/metrics.jsonl"
+    until(
+        lambda: (metrics.exists() and metrics.read_text()) or started.process.poll() is not None,
+        within_s=90,
+    )
+    assert started.process.poll() is None, started.finish()
     everybody = started.pids()
     for number in (signal.SIGSTOP, signal.SIGCONT):
         for pid in everybody:

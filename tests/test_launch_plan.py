@@ -3,10 +3,10 @@
 import itertools
 import json
 import os
+import resource
 import shlex
 import subprocess
 import sys
-import time
 import typing
 from pathlib import Path
 
@@ -124,9 +124,10 @@ def test_json_has_every_rank():
 
 
 def test_ten_thousand_nodes_are_planned_in_under_three_seconds_and_folded():
-    start = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = launch("--machine", "aurora", "--nodes", "10000", "--dry-run", "--", "x")
-    assert time.monotonic() - start < 3
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
     lines = done.stdout.splitlines()
     assert len(lines) < 60
     folded = "12 to 119999 node00002 to node10000: 9999 more hosts with 12 each, likewise"

@@ -11,7 +11,6 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from itertools import islice
 from pathlib import Path
 
@@ -95,10 +94,8 @@ def test_no_rank_outlives_the_supervisor(signum):
         others = (line for line in started.process.stderr if line.endswith(b"] here\n"))
         assert len(list(islice(others, 3))) == 3
         assert len(started.pids()) > 8  # supervisor, srun, and a guard and a program for each rank
-        before = time.monotonic()
         started.process.send_signal(signum)
         started.gone(within_s=5)
-        assert time.monotonic() - before < 5
 
 
 def test_the_preflight_over_the_nodes_network():

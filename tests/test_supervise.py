@@ -14,9 +14,10 @@ import pytest
 
 from allranks.base import links, processes
 from allranks.job import variables
-from helpers import GUARD, Started
+from helpers import GUARD, Started, serial
 from launching import BIN, TOLD, python, supervised
 
+pytestmark = serial  # most of these tests say within how many seconds all ranks are down
 LAUNCHERS = ["mpiexec", "torchrun"]
 HOST = socket.gethostname()
 
@@ -99,9 +100,8 @@ def test_the_first_rank_that_fails_is_named_and_gives_the_exit_code(start, name)
         "    print('last words', file=sys.stderr); sys.exit(41)\n"
         "time.sleep(60)"
     )
-    before = time.monotonic()
     started = start(name, 4, code)
-    got, out, err = started.finish()
+    got, out, err = started.finish(within_s=15)
     assert got == 41, err
     assert f"[rank 2 on {HOST}] last words\n" in err
     assert err.endswith(
@@ -112,7 +112,6 @@ def test_the_first_rank_that_fails_is_named_and_gives_the_exit_code(start, name)
         assert banner not in err
     assert out == ""
     started.gone(within_s=1)
-    assert time.monotonic() - before < 15
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
@@ -178,10 +177,8 @@ def test_a_second_ctrl_c_does_not_wait_for_ranks_that_ignore_the_first(start):
     started.process.send_signal(signal.SIGINT)
     time.sleep(0.5)
     assert started.process.poll() is None
-    before = time.monotonic()
     started.process.send_signal(signal.SIGINT)
-    assert started.finish(within_s=10)[0] == 130
-    assert time.monotonic() - before < 3
+    assert started.finish(within_s=3)[0] == 130
     started.gone(within_s=1)
 
 
@@ -383,9 +380,7 @@ def by_shell(script: str, ranks: int, **more: object) -> list[str]:
 )  # fmt: skip
 def test_ranks_that_do_not_make_one_run_are_named_in_time(script, ranks, message):
     with Started(by_shell(script, ranks, start_s=2, hosts=[HOST, "localhost"])) as started:
-        before = time.monotonic()
-        got, _, err = started.finish(within_s=10)
-        assert time.monotonic() - before < 6
+        got, _, err = started.finish(within_s=6)
         started.gone(within_s=1)
     assert got == 1
     assert message in err.splitlines()[-1]
