@@ -25,22 +25,22 @@ def waits_ms(overrides: list[str], folder: Path) -> list[float]:
     from allranks.compose import from_command_line
     from allranks.job.identity import RankIdentity
     from allranks.train import run
-    from allranks.training import state
+    from allranks.training.saver import Saver
 
     took: list[float] = []
-    save = state.Saver.save
+    save = Saver.save
 
-    def timed(self: state.Saver, training: object) -> None:
+    def timed(self: Saver, training: object) -> None:
         began = time.perf_counter()
         save(self, training)  # type: ignore[arg-type]
         took.append(1000 * (time.perf_counter() - began))
 
-    state.Saver.save = timed  # type: ignore[method-assign, assignment]
+    Saver.save = timed  # type: ignore[method-assign, assignment]
     try:
         [config] = from_command_line([*BASE, *overrides, "checkpoint.every_steps=150", f"run.dir={folder}"])
         run(config, RankIdentity("none"))
     finally:
-        state.Saver.save = save  # type: ignore[method-assign]
+        Saver.save = save  # type: ignore[method-assign]
     return took
 
 

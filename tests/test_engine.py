@@ -16,7 +16,7 @@ from torch.utils.data import DistributedSampler
 from allranks.base.errors import UserError
 from allranks.compose import from_command_line
 from allranks.data.synthetic import generate
-from allranks.training import engine
+from allranks.training import building
 from helpers import SMALL, Run
 
 LINEAR = (*SMALL, "model=linear", "trainer.batch_size=100")
@@ -157,7 +157,7 @@ def rates(
     """The rate of every step, as the engine steps the configured scheduler."""
     [config] = from_command_line(overrides)
     optimizer = optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.optimizer["lr"])
-    schedule = engine.build_schedule(config.scheduler, optimizer, epochs, epochs * steps)
+    schedule = building.build_schedule(config.scheduler, optimizer, epochs, epochs * steps)
     used = []
     for epoch in range(epochs):
         for _ in range(steps):

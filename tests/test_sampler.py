@@ -9,13 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DistributedSampler
 
-from allranks.data.loader import (
-    InMemory,
-    ShareSampler,
-    evaluation_batches,
-    steps_per_epoch,
-    training_batches,
-)
+from allranks.data.dealing import ShareSampler, evaluation_batches, steps_per_epoch, training_batches
+from allranks.data.parts import InMemory
 
 SIZES = {"examples": st.integers(1, 300), "ranks": st.integers(1, 13), "batch_size": st.integers(1, 310)}
 

@@ -110,8 +110,10 @@ def run(
         lean.keep_compiler_out()
     from allranks.data import loader
     from allranks.runtime.bringup import open_runtime
-    from allranks.training import engine, state
+    from allranks.training import building, engine
     from allranks.training.report import Reporter, process_age_s
+    from allranks.training.saver import Saver
+    from allranks.training.state import weights_sha256
 
     gc.freeze()
     gc.enable()
@@ -121,31 +123,33 @@ def run(
     if signals is not None:
         signals.count(signal.SIGTERM, *FROM_TERMINAL)  # not before: a start that hangs would be hard to end
     with Reporter(runtime) as report:
-        batch_size = engine.global_batch_size(trainer, runtime.world_size)
+        batch_size = building.global_batch_size(trainer, runtime.world_size)
         path, standing = runtime.meeting.from_rank_0(lambda: rundir.find(config))
         if standing == rundir.Standing.FINISHED:
             report.finished_before(path)
             return True
         report.started()
 
-        data = loader.open_data(config.data, runtime, config.seed, engine.dtype(trainer), reading)
+        data = loader.open_data(
+            config.data, runtime, config.seed, building.dtype_of(trainer.precision), reading
+        )
         report.data(data, config.data["input_shape"])
         with runtime.all_or_none():
-            training = engine.build_training(config, runtime, examples=len(data.train))
+            training = building.build_training(config, runtime, examples=len(data.train))
 
         if standing == rundir.Standing.NEW:
             frozen, exactly = configs.freeze(config), config.run.dir is not None
             path = runtime.meeting.from_rank_0(lambda: rundir.create(path, frozen, exactly))
-        with state.Saver(runtime, path, config) as saver:
+        with Saver(runtime, path, config) as saver:
             resumed = saver.resume(training)
             report.opened(path, training, resumed, saver.check)
             startup_s = process_age_s() - began_s
             control = Control(runtime, config, saver, signals or Signals())
-            if not engine.fit(training, data, config, runtime, control, report):
+            if not engine.fit(training, data, trainer, config.seed, runtime, control, report):
                 saver.finish()
                 report.stopped(control.reason, training, trainer.epochs)
                 return False
-            loss, accuracy, count = engine.evaluate(training.model, data.test, config, runtime)
+            test = engine.evaluate(training.model, data.test, trainer.precision, config.seed, runtime)
             saver.finish()
             report.finished(
                 {
@@ -154,10 +158,10 @@ def run(
                     "world_size": runtime.world_size,
                     "global_batch_size": batch_size,
                     "model/parameters": training.parameters,
-                    "model/sha256": engine.weights_sha256(training.model),
-                    "test/loss": loss,
-                    "test/accuracy": accuracy,
-                    "test/count": count,
+                    "model/sha256": weights_sha256(training.model),
+                    "test/loss": test.loss,
+                    "test/accuracy": test.accuracy,
+                    "test/count": test.examples,
                     "val/count": len(data.val),
                     "time/total_s": process_age_s() - began_s,
                     "time/startup_s": startup_s,

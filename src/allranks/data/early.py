@@ -1,4 +1,8 @@
-"""Reading data on a thread of its own while the main thread still imports torch. Needs numpy only."""
+"""Reading data on a thread of its own while the main thread still imports torch. Needs numpy only.
+
+Importing torch takes over a second, of which reading MNIST takes the smaller part: done side by side, the
+reading costs a start nothing.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +16,17 @@ PARTS = ("train", "test")
 
 
 def start_reading(section: Mapping[str, Any]) -> Future[dict[str, Any]] | None:
-    """What the `_target_`s of data.train and data.test make, under those keys; None for a user's own.
+    """Begins to make what the configuration's section `data` describes, under the keys "train" and "test".
 
-    Our own data sets are arrays and need no torch. A user's class may: it is made later.
+    Returns None where one of them is a user's own: our own data sets are arrays and need no torch, a user's
+    class may need it, and is made later.
     """
-    if not all(str(section[part].get("_target_")).startswith("allranks.data.") for part in PARTS):
+    targets = [str(section[part].get("_target_")) for part in PARTS]
+    if not all(target.startswith("allranks.data.") for target in targets):
         return None
     reader = ThreadPoolExecutor(1, thread_name_prefix="data")
     reading = reader.submit(lambda: {part: make(section, part) for part in PARTS})
-    reader.shutdown(wait=False)
+    reader.shutdown(wait=False)  # takes no more work, and its thread ends with this piece of work
     return reading
 
 

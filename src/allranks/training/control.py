@@ -23,7 +23,7 @@ from allranks.job import scheduler
 
 if TYPE_CHECKING:
     from allranks.runtime.runtime import Runtime
-    from allranks.training.state import Saver
+    from allranks.training.saver import Saver
     from allranks.training.training import Training
 
 log = logging.getLogger(__name__)

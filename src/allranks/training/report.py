@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from allranks.base import files, processes
 from allranks.base.errors import UserError
-from allranks.data.loader import Batch, Data
+from allranks.data.dealing import Batch
+from allranks.data.loader import Data
 from allranks.run import directory as rundir
 from allranks.runtime.runtime import Runtime
 

@@ -1,190 +1,62 @@
-"""A training's state to bytes and back, and its saves in the background. The folders: checkpoints.py.
+"""A training's state to bytes and back. Which folder the bytes are in is run/checkpoint.py's matter.
 
-Tensors go to safetensors files, all else to state.json: loading runs no code from a file.
+Tensors go to safetensors files, and all else to state.json. Neither can hold code, so loading a checkpoint
+runs none.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import logging
-import math
-import time
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 import allranks
 from allranks import config as configs
 from allranks.base.errors import UserError
 from allranks.base.text import one_line
 from allranks.config import Config
-from allranks.run import checkpoint
-from allranks.run.claim import Claim
 from allranks.runtime.runtime import Runtime
 from allranks.training.training import Training
 
-log = logging.getLogger(__name__)
+MODEL = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
 
-MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 
+@dataclass(frozen=True)
+class Captured:
+    """A training's state at one moment, copied: the training may go on while it is written."""
 
-class Saver:
-    """Saves a training: all ranks call, rank 0 writes, on a thread, from a copy."""
+    tensors: Mapping[str, Mapping[str, torch.Tensor]]  # by file, then by name; all on the CPU
+    state: Mapping[str, Any]  # for state.json
 
-    def __init__(self, runtime: Runtime, run_dir: str, config: Config) -> None:
-        self.runtime, self.run_dir, self.config = runtime, run_dir, config
-        self.claim: Claim | None = None  # on the run directory; rank 0's, once resume() has taken it
-        self.identity = configs.identity(config)  # once: it takes milliseconds
-        self.longest_s = 0.0  # that a save has taken
-        self.saved_step: int | None = None  # the newest
-        self.failure: OSError | None = None  # of the newest save
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
-
-    def __enter__(self) -> Saver:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or issubclass(kind, UserError):
-            self._writer.shutdown()
-            if self.claim is not None:
-                self.claim.release()
-
-    def resume(self, training: Training) -> str | None:
-        """Takes the run directory for this run, and brings `training` to its newest valid checkpoint.
-
-        Returns that checkpoint's path. Rank 0 chooses and reads; the others get what it read.
-        """
-        files: dict[str, bytes] = {}
-
-        def look() -> str | None:
-            self.claim = Claim.take(self.run_dir)
-            checkpoint.sweep_up(self.run_dir)
-            path, found = self._newest(self.run_dir)
-            if path is None and self.config.resume not in ("auto", "never"):
-                path, found = self._given(self.config.resume)
-            files.update(found)
-            self.claim.check()  # reading takes time, in which another may have taken over
-            return path
-
-        path = self.runtime.meeting.from_rank_0(look)
-        if path is not None:
-            shared = self.runtime.share_files(files)
-            with self.runtime.all_or_none():
-                restore(training, shared, path, self.config, self.runtime)
-            self.saved_step = training.step
-        return path
-
-    def check(self) -> None:
-        """Raises UserError, on rank 0, where another run has taken the directory."""
-        if self.claim is not None:
-            self.claim.check()
-
-    def _newest(self, run_dir: str) -> tuple[str | None, dict[str, bytes]]:
-        path, files, passed_over = checkpoint.newest_valid(run_dir)
-        for damaged in passed_over:
-            log.warning("passing over the checkpoint %s", damaged)
-        return str(path) if path else None, files
-
-    def _given(self, given: str) -> tuple[str, dict[str, bytes]]:
-        try:
-            if (Path(given) / checkpoint.MANIFEST).exists():
-                return given, checkpoint.read(given)
-            path, files = self._newest(given)
-        except checkpoint.Damaged as damaged:
-            raise UserError(
-                f"resume={given} is damaged: {damaged}. Give an earlier checkpoint."
-            ) from damaged
-        except OSError as error:
-            raise UserError(
-                f"resume={given} cannot be read ({error.strerror}): give another one."
-            ) from error
-        if path is None:
-            raise UserError(
-                f"resume={given} has no valid checkpoint: give the path of one, or of a run directory that "
-                "has one."
-            )
-        return path, files
-
-    def save(self, training: Training) -> None:
-        """Copies the state and goes on; waits for the save before it, if that is still being written."""
-        sums = self.runtime.gather(training.sums.rows)
-        if self.claim is None or (self.saved_step == training.step and self.failure is None):
-            return
-        self.wait()
-        self.saved_step = training.step
-        tensors, state = capture(training, sums, self.identity, self.runtime)
-        self._pending = self._writer.submit(self._write, training.step, tensors, state)
-
-    def wait(self) -> None:
-        """Until the save under way is done. Raises UserError where another run has taken the directory."""
-        if self._pending is None:
-            return
-        pending, self._pending = self._pending, None
-        try:
-            with self._saving():
-                pending.result()
-            self.failure = None
-        except OSError as error:
-            self.failure = error
-            log.warning(
-                "the checkpoint of step %s could not be written (%s); the training goes on",
-                self.saved_step, error.strerror,
-            )  # fmt: skip
-
-    def finish(self) -> None:
-        """On every rank: waits for rank 0's last save. Raises UserError on all if it failed."""
-
-        def last() -> None:
-            self.wait()
-            try:
-                self.check()
-            except OSError as error:
-                self.failure = error
-            if self.failure is not None:
-                raise UserError(
-                    f"The last checkpoint, of step {self.saved_step}, could not be written to "
-                    f"{self.run_dir} ({self.failure.strerror}). Free some space or quota there, and start "
-                    "the run again: it goes on from the newest checkpoint."
-                )
-
-        with self._saving():
-            self.runtime.meeting.from_rank_0(last, timeout_s=self.config.watchdog.save_s)
-
-    def _saving(self) -> AbstractContextManager[None]:
-        return self.runtime.watchdog.phase("saving (watchdog.save_s)", self.config.watchdog.save_s)
-
-    def _write(self, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> None:
+    def to_files(self) -> dict[str, bytes]:
+        """The files of the checkpoint, by name."""
         from safetensors.torch import save
 
-        assert self.claim is not None
-        started = time.perf_counter()
-        self.claim.check()
-        files = {name: save(content) for name, content in tensors.items()}
-        files[STATE] = json.dumps(state, separators=(",", ":")).encode()
-        checkpoint.write(self.run_dir, step, files, self.claim.token, self.claim.check)
-        present = checkpoint.steps(self.run_dir)
-        losses = {h["step"]: h["val/loss"] for h in state["history"] if math.isfinite(h["val/loss"])}
-        best = min((s for s in present if s in losses), key=lambda s: losses[s], default=step)
-        # one that is newer is damaged, or this run would have gone on from it: it does not count
-        count = present.index(step) + self.config.checkpoint.keep
-        try:
-            checkpoint.remove(self.run_dir, {*present[:count], best}, self.claim.check)
-        except OSError as error:
-            log.warning("earlier checkpoints could not be removed (%s)", error.strerror)
-        self.longest_s = max(self.longest_s, time.perf_counter() - started)
+        files = {name: save(dict(tensors)) for name, tensors in self.tensors.items()}
+        files[STATE] = json.dumps(self.state, separators=(",", ":")).encode()
+        return files
+
+
+# --- to bytes ------------------------------------------------------------------------------------------
 
 
 def capture(
-    training: Training, sums: torch.Tensor, identity: Mapping[str, Any], runtime: Runtime
-) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
-    """(tensors by file, state.json), copied to the CPU. `sums` [share_count, 3]."""
-    optimizer: dict[str, torch.Tensor] = {}
+    training: Training, sums: torch.Tensor, identity: Mapping[str, Any], world_size: int
+) -> Captured:
+    """A copy of all that changes while a run trains.
+
+    `sums` [share_count, 3] are the running sums of all ranks. `identity` says which training it is
+    (config.identity). Raises UserError where the optimizer's or scheduler's state cannot be saved.
+    """
     schedule = training.schedule.scheduler
+    beside_the_model: dict[str, torch.Tensor] = {}  # the tensors of optimizer, scheduler and scaler
     state = {
         "epoch": training.epoch,
         "step": training.step,
@@ -193,23 +65,58 @@ def capture(
         "epoch_lr": training.epoch_lr,
         "history": list(training.history),
         "sums": sums.tolist(),
-        "world_size": runtime.world_size,
+        "world_size": world_size,
         "identity": identity,
         "versions": {"allranks": allranks.__version__, "torch": torch.__version__},
-        "optimizer": _taken_apart(training.optimizer.state_dict(), "optimizer", optimizer),
-        "scheduler": _taken_apart(schedule.state_dict() if schedule else {}, "scheduler", optimizer),
-        "scaler": _taken_apart(training.scaler.state_dict(), "scaler", optimizer),
+        "optimizer": _taken_apart(training.optimizer.state_dict(), "optimizer", beside_the_model),
+        "scheduler": _taken_apart(schedule.state_dict() if schedule else {}, "scheduler", beside_the_model),
+        "scaler": _taken_apart(training.scaler.state_dict(), "scaler", beside_the_model),
     }
     model = {name: _copied(tensor) for name, tensor in training.model.state_dict().items()}
-    return {MODEL: model, OPTIMIZER: optimizer}, state
+    return Captured({MODEL: model, OPTIMIZER: beside_the_model}, state)
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _taken_apart(node: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """JSON for what a state_dict holds; its tensors go to `tensors`, under names to which the JSON refers.
+
+    `name` says where in the state_dict the node stands.
+    """
+    if node is None or isinstance(node, bool | int | float | str):
+        return node
+    if isinstance(node, torch.Tensor):
+        tensors[name] = _copied(node)
+        return {"tensor": name}
+    if isinstance(node, list | tuple):
+        items = [_taken_apart(item, f"{name}.{i}", tensors) for i, item in enumerate(node)]
+        return {"tuple": items} if isinstance(node, tuple) else items
+    if isinstance(node, Mapping):
+        # As pairs: JSON would turn keys that are numbers into texts.
+        return {"items": [[k, _taken_apart(v, f"{name}.{k}", tensors)] for k, v in node.items()]}
+    raise UserError(
+        f"{name} is a {type(node).__name__}, but a checkpoint holds only numbers, texts and tensors."
+    )
+
+
+# --- and back ------------------------------------------------------------------------------------------
 
 
 def restore(
     training: Training, files: Mapping[str, bytes], path: str, config: Config, runtime: Runtime
 ) -> None:
-    """Puts the training where the checkpoint's was. Raises UserError where it is another training's."""
+    """Puts the training where the training of the checkpoint was; `path` names the checkpoint in messages.
+
+    Raises UserError where it is the checkpoint of another training, or not one that allranks has made.
+    """
     try:
-        _restore(training, files, path, config, runtime)
+        state = json.loads(files[STATE])
+        _check_that_it_fits(state, path, config, runtime.world_size)
+        _restore_components(training, state, files, path)
+        _restore_counters(training, state)
+        _restore_sums(training, state["sums"], runtime)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise UserError(
             f"{path} does not hold what this version saves ({type(error).__name__}: {error}): give a "
@@ -217,11 +124,10 @@ def restore(
         ) from error
 
 
-def _restore(
-    training: Training, files: Mapping[str, bytes], path: str, config: Config, runtime: Runtime
-) -> None:
-    state = json.loads(files[STATE])
-    there, epochs = state["identity"], config.trainer.epochs
+def _check_that_it_fits(state: Mapping[str, Any], path: str, config: Config, world_size: int) -> None:
+    """Raises UserError where the run of this configuration cannot go on from the checkpoint's state."""
+    epochs = config.trainer.epochs
+    there = state["identity"]
     if "length" not in config.scheduler.values():  # else the run's length decides every learning rate
         there = {**there, "trainer.epochs": epochs}
     if differing := configs.differing(there, configs.identity(config)):
@@ -231,11 +137,17 @@ def _restore(
             f"{path} has {state['epoch']} epochs behind it already: give more than trainer.epochs={epochs}."
         )
     per_rank = config.trainer.per_rank_batch_size
-    if per_rank and state["world_size"] != runtime.world_size:
+    if per_rank and state["world_size"] != world_size:
         raise UserError(
             f"{path} was made by {state['world_size']} ranks with trainer.per_rank_batch_size={per_rank}: "
-            f"start as many ranks, not {runtime.world_size}, or the batches would be others."
+            f"start as many ranks, not {world_size}, or the batches would be others."
         )
+
+
+def _restore_components(
+    training: Training, state: Mapping[str, Any], files: Mapping[str, bytes], path: str
+) -> None:
+    """Model, optimizer, scheduler and scaler."""
     tensors = _load(files[OPTIMIZER])
     try:
         training.model.load_state_dict(_load(files[MODEL]))
@@ -246,13 +158,23 @@ def _restore(
     if training.schedule.scheduler is not None:
         training.schedule.scheduler.load_state_dict(_put_together(state["scheduler"], tensors))
     training.scaler.load_state_dict(_put_together(state["scaler"], tensors))
-    training.epoch, training.step = state["epoch"], state["step"]
-    training.epoch_steps, training.epoch_s = state["steps_in_epoch_done"], state["epoch_s"]
-    training.epoch_lr, training.history = state["epoch_lr"], state["history"]
-    sums = torch.tensor(state["sums"], dtype=training.sums.rows.dtype)
+
+
+def _restore_counters(training: Training, state: Mapping[str, Any]) -> None:
+    training.epoch = state["epoch"]
+    training.step = state["step"]
+    training.epoch_steps = state["steps_in_epoch_done"]
+    training.epoch_s = state["epoch_s"]
+    training.epoch_lr = state["epoch_lr"]
+    training.history = state["history"]
+
+
+def _restore_sums(training: Training, rows: Any, runtime: Runtime) -> None:
+    """The running sums of this rank's shares, from those of all shares, [share_count, 3]."""
+    sums = torch.tensor(rows, dtype=training.sums.rows.dtype)
     if len(sums) == runtime.share_count:
         mine = sums[runtime.shares.start : runtime.shares.stop]
-    else:  # of another number of ranks: rank 0 goes on from the total
+    else:  # saved by another number of ranks: rank 0 goes on from the total, the others from nothing
         mine = torch.zeros_like(training.sums.rows, device="cpu")
         mine[0] = sums.sum(dim=0) * (runtime.rank == 0)
     training.sums.rows.copy_(mine)
@@ -268,28 +190,8 @@ def _load(content: bytes) -> dict[str, torch.Tensor]:
         raise KeyError(error) from error
 
 
-def _copied(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
-
-
-def _taken_apart(node: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """JSON for what a state_dict holds; tensors go to `tensors`, under names to which the JSON refers."""
-    if node is None or isinstance(node, bool | int | float | str):
-        return node
-    if isinstance(node, torch.Tensor):
-        tensors[name] = _copied(node)
-        return {"tensor": name}
-    if isinstance(node, list | tuple):
-        items = [_taken_apart(item, f"{name}.{i}", tensors) for i, item in enumerate(node)]
-        return {"tuple": items} if isinstance(node, tuple) else items
-    if isinstance(node, Mapping):
-        return {"items": [[k, _taken_apart(v, f"{name}.{k}", tensors)] for k, v in node.items()]}
-    raise UserError(
-        f"{name} is a {type(node).__name__}, but a checkpoint holds only numbers, texts and tensors."
-    )
-
-
 def _put_together(node: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """What _taken_apart() took apart."""
     if isinstance(node, list):
         return [_put_together(item, tensors) for item in node]
     if not isinstance(node, dict):
@@ -299,3 +201,16 @@ def _put_together(node: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     if "tuple" in node:
         return tuple(_put_together(item, tensors) for item in node["tuple"])
     return {key: _put_together(value, tensors) for key, value in node["items"]}
+
+
+# --- one number for all weights ------------------------------------------------------------------------
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """sha256 over names, types, shapes and bytes of all weights and buffers, in the order of names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {flat.dtype} {list(flat.shape)}\n".encode())
+        digest.update(flat.view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,122 @@
+"""Which rank sees which examples in which step: dealt out by a sampler, in global batches.
+
+The batch is global. In every epoch all examples are put in one order, and the example at position p of it
+belongs to rank p % world_size and to step p // batch_size. So step k sees the same examples at any world
+size. The shares of a step differ by one example at most, and a share may be empty.
+
+As a rule a rank takes one share of each batch. Where a run is to give the same bits on any number of ranks,
+the number of shares is fixed instead, and a rank takes several (Runtime.shares).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch.utils.data import DistributedSampler
+
+from allranks.data.parts import Examples, Part
+from allranks.data.randomness import mixed
+from allranks.runtime.runtime import Runtime
+
+EVAL_BATCH = {"cpu": 512, "cuda": 8192, "xpu": 8192, "mps": 2048}  # examples per forward pass, by device
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A share of one global batch, on the device.
+
+    images [n, C, H, W] scaled to 0..1 (or what a user's Dataset gives), labels int64 [n].
+    `count` of the n examples count. It is n, or 0 for an empty share: that one carries one example as a
+    stand-in, so that its rank still joins every collective. `total` is the sum of `count` over all shares.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    count: int
+    total: int
+
+
+class ShareSampler(DistributedSampler[int]):
+    """torch's DistributedSampler without its padding: every example exactly once an epoch.
+
+    torch repeats examples until the ranks' shares are equal. This one deals out the very same order,
+    order[rank::world_size], and lets the last shares be one shorter.
+    """
+
+    def __iter__(self) -> Iterator[int]:
+        whole: DistributedSampler[int] = DistributedSampler(
+            self.dataset, num_replicas=1, rank=0, shuffle=self.shuffle, seed=self.seed
+        )
+        whole.set_epoch(self.epoch)
+        return islice(iter(whole), self.rank, None, self.num_replicas)
+
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+
+    def share(self, step: int, batch_size: int) -> slice:
+        """Where this rank's examples of global step `step` stand in its own order."""
+        return slice(self._first_at(step * batch_size), self._first_at((step + 1) * batch_size))
+
+    def _first_at(self, position: int) -> int:
+        """The first of this rank's examples at or after this position of the whole order.
+
+        This rank's example i stands at position rank + i * num_replicas of the whole order.
+        """
+        position = min(position, len(self.dataset))  # type: ignore[arg-type]
+        return -((self.rank - position) // self.num_replicas)  # rounded up
+
+
+def steps_per_epoch(examples: int, batch_size: int) -> int:
+    """Optimizer steps in one epoch; the last one may have fewer examples."""
+    return -(-examples // batch_size)  # rounded up
+
+
+def training_batches(
+    part: Part, runtime: Runtime, batch_size: int, epoch: int, seed: int, first_step: int = 0
+) -> Iterator[list[Batch]]:
+    """This rank's shares of each of the epoch's global batches, from step `first_step` on.
+
+    `epoch` and `first_step` count from 0. Each list has one Batch for each share in runtime.shares.
+    """
+    # 1. The order of each share's examples in this epoch.
+    samplers = []
+    orders = []
+    for share in runtime.shares:
+        sampler = ShareSampler(range(len(part)), runtime.share_count, share, seed=seed)  # type: ignore[arg-type]
+        sampler.set_epoch(epoch)
+        samplers.append(sampler)
+        orders.append(torch.tensor(list(sampler), dtype=torch.int64))
+
+    # 2. Which examples each share has in each step. A stand-in fills an empty share.
+    stand_in = orders[0][:1] if len(orders[0]) else torch.zeros(1, dtype=torch.int64)
+    steps = range(first_step, steps_per_epoch(len(part), batch_size))
+    counts = []
+    rows = []
+    for step in steps:
+        for sampler, order in zip(samplers, orders, strict=True):
+            row = order[sampler.share(step, batch_size)]
+            counts.append(len(row))
+            rows.append(row if len(row) else stand_in)
+
+    # 3. The examples themselves, read one after the other, put together again by steps.
+    read = zip(counts, part.batches(rows, mixed(seed, epoch)), strict=True)
+    for step in steps:
+        total = min(batch_size, len(part) - step * batch_size)
+        shares = islice(read, len(samplers))
+        yield [Batch(examples.images, examples.labels, count, total) for count, examples in shares]
+    assert next(read, None) is None
+
+
+def evaluation_batches(part: Part, runtime: Runtime, seed: int) -> Iterator[tuple[int, Examples]]:
+    """(row, examples): this rank's examples of the part, each exactly once over all ranks.
+
+    `row` counts this rank's shares from 0.
+    """
+    for row, share in enumerate(runtime.shares):
+        mine = torch.arange(min(share, len(part)), len(part), runtime.share_count)
+        pieces = mine.split(EVAL_BATCH[runtime.device.type]) if len(mine) else []
+        for examples in part.batches(pieces, seed):
+            yield row, examples

@@ -1,0 +1,109 @@
+"""From a configuration to a Training: the model with its first weights, its optimizer, its schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from allranks.base.errors import UserError
+from allranks.components import build
+from allranks.config import Config, TrainerConfig
+from allranks.data.dealing import steps_per_epoch
+from allranks.runtime.gradients import OrderedSum
+from allranks.runtime.runtime import Runtime
+from allranks.training.metrics import Sums
+from allranks.training.training import Schedule, Training
+
+
+def global_batch_size(trainer: TrainerConfig, world_size: int) -> int:
+    """Examples in one optimizer step over all ranks; raises UserError where some rank would get none."""
+    if trainer.per_rank_batch_size is not None:
+        return trainer.per_rank_batch_size * world_size
+    if trainer.batch_size < world_size:
+        raise UserError(
+            f"trainer.batch_size={trainer.batch_size} is smaller than the {world_size} ranks: give at "
+            f"least {world_size}, or start at most {trainer.batch_size} ranks.",
+            said_by=0,
+        )
+    return trainer.batch_size
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """The type of weights and images for this trainer.precision.
+
+    Below fp32 both stay fp32, and autocast computes in the smaller type where that is safe.
+    """
+    return torch.float64 if precision == "fp64" else torch.float32
+
+
+def build_training(config: Config, runtime: Runtime, examples: int) -> Training:
+    """The training that the configuration describes, at its beginning.
+
+    `examples` is the number of training examples, from which the length of the schedule follows.
+    The first weights follow from config.seed, so they are the same on all ranks. Raises UserError where a
+    component cannot be built, or where components do not go together.
+    """
+    trainer = config.trainer
+    torch.manual_seed(config.seed)
+    model: nn.Module = build("model", config.model).to(runtime.device, dtype_of(trainer.precision))
+    _check_model(model, f"model._target_={config.model['_target_']}", trainer.reproducible)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    optimizer = build("optimizer", config.optimizer, parameters)
+    batch_size = global_batch_size(trainer, runtime.world_size)
+    steps = trainer.epochs * steps_per_epoch(examples, batch_size)
+    schedule = build_schedule(config.scheduler, optimizer, trainer.epochs, steps)
+
+    compiled: nn.Module = torch.compile(model) if trainer.compile else model  # type: ignore[assignment]
+    return Training(
+        model=model,
+        trained=runtime.wrap(compiled),
+        optimizer=optimizer,
+        schedule=schedule,
+        scaler=torch.amp.GradScaler(runtime.device.type, enabled=trainer.precision == "fp16"),
+        sums=Sums(runtime),
+        ordered_sum=OrderedSum(parameters, len(runtime.shares)) if trainer.reproducible else None,
+    )
+
+
+def _check_model(model: nn.Module, target: str, is_reproducible: bool) -> None:
+    """Raises UserError where the model cannot be trained, saved, or trained reproducibly."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"{target} has no parameters to train.")
+    for name, value in model.state_dict().items():
+        if not isinstance(value, torch.Tensor):
+            raise UserError(
+                f"{target}: {name} of its state_dict is a {type(value).__name__}, but a checkpoint holds "
+                "tensors: register it as a buffer."
+            )
+    has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    if is_reproducible and has_batch_norm:
+        raise UserError(
+            "trainer.reproducible=true does not go with BatchNorm, whose figures depend on how a batch "
+            "is cut: take GroupNorm or LayerNorm in the model."
+        )
+
+
+def build_schedule(
+    section: Mapping[str, Any], optimizer: torch.optim.Optimizer, epochs: int, steps: int
+) -> Schedule:
+    """The scheduler that the configuration's section describes; `epochs` and `steps` are the whole run's.
+
+    A value `length` in the section stands for the number of times that the scheduler is stepped in the run.
+    """
+    values = dict(section)
+    every_step = values.pop("interval", "epoch") == "step"
+    monitor = values.pop("monitor", None)
+    if values.get("_target_") is None:
+        return Schedule()
+    if every_step and monitor:
+        raise UserError(
+            f"scheduler.interval=step does not go with scheduler.monitor={monitor}, which is known once an "
+            "epoch: take scheduler.interval=epoch."
+        )
+    length = max(1, steps if every_step else epochs)
+    values = {key: length if value == "length" else value for key, value in values.items()}
+    return Schedule(build("scheduler", values, optimizer), every_step, monitor)

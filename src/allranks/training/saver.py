@@ -1,0 +1,203 @@
+"""Saves a training in the background, and brings a run back to its newest checkpoint.
+
+All ranks call, and rank 0 reads and writes. It writes on a thread, from a copy of the state, while the
+training goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from allranks import config as configs
+from allranks.base.errors import UserError
+from allranks.config import Config
+from allranks.run import checkpoint
+from allranks.run.claim import Claim
+from allranks.runtime.runtime import Runtime
+from allranks.training.state import Captured, capture, restore
+from allranks.training.training import Training
+
+log = logging.getLogger(__name__)
+
+
+class _Checkpoint(NamedTuple):
+    path: str
+    files: Mapping[str, bytes]
+
+
+class Saver:
+    """The checkpoints of one run. Every rank has a Saver; only rank 0's touches the run directory."""
+
+    def __init__(self, runtime: Runtime, run_dir: str, config: Config) -> None:
+        self.runtime = runtime
+        self.run_dir = run_dir
+        self.config = config
+        self.claim: Claim | None = None  # on the run directory; rank 0's, once resume() has taken it
+        self.identity = configs.identity(config)  # kept, as it takes milliseconds to make
+        self.longest_s = 0.0  # that a save has taken
+        self.saved_step: int | None = None  # the newest that was saved, or is being saved
+        self.failure: OSError | None = None  # of the newest save
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None  # the save under way
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After any other error the process ends at once: a save that hangs must not hold it up.
+        if kind is None or issubclass(kind, UserError):
+            self._writer.shutdown()
+            if self.claim is not None:
+                self.claim.release()
+
+    def check(self) -> None:
+        """Raises UserError, on rank 0, where another run has taken the directory."""
+        if self.claim is not None:
+            self.claim.check()
+
+    # --- going on ---
+
+    def resume(self, training: Training) -> str | None:
+        """Takes the run directory for this run, and brings `training` to its newest valid checkpoint.
+
+        Returns that checkpoint's path; None where the run begins. All ranks call: rank 0 chooses and reads,
+        and sends the others what it read.
+        """
+        files: dict[str, bytes] = {}  # on rank 0
+
+        def choose() -> str | None:
+            self.claim = Claim.take(self.run_dir)
+            checkpoint.sweep_up(self.run_dir)
+            chosen = self._newest(self.run_dir)
+            if chosen is None and self.config.resume not in ("auto", "never"):
+                chosen = self._given(self.config.resume)
+            self.claim.check()  # reading takes time, in which another may have taken over
+            if chosen is None:
+                return None
+            files.update(chosen.files)
+            return chosen.path
+
+        path = self.runtime.meeting.from_rank_0(choose)
+        if path is not None:
+            shared = self.runtime.share_files(files)
+            with self.runtime.all_or_none():
+                restore(training, shared, path, self.config, self.runtime)
+            self.saved_step = training.step
+        return path
+
+    def _newest(self, run_dir: str) -> _Checkpoint | None:
+        found = checkpoint.newest_valid(run_dir)
+        for passed_over in found.passed_over:
+            log.warning("passing over the checkpoint %s", passed_over)
+        return None if found.path is None else _Checkpoint(str(found.path), found.files)
+
+    def _given(self, given: str) -> _Checkpoint:
+        """The checkpoint that `resume` names: by its own path, or by that of a run directory."""
+        try:
+            if (Path(given) / checkpoint.MANIFEST).exists():
+                return _Checkpoint(given, checkpoint.read(Path(given).resolve()))
+            newest = self._newest(given)
+        except checkpoint.Damaged as damaged:
+            raise UserError(
+                f"resume={given} is damaged: {damaged}. Give an earlier checkpoint."
+            ) from damaged
+        except OSError as error:
+            raise UserError(
+                f"resume={given} cannot be read ({error.strerror}): give another one."
+            ) from error
+        if newest is None:
+            raise UserError(
+                f"resume={given} has no valid checkpoint: give the path of one, or of a run directory that "
+                "has one."
+            )
+        return newest
+
+    # --- saving ---
+
+    def save(self, training: Training) -> None:
+        """Copies the state and goes on; waits for the save before it, if that is still being written."""
+        sums = self.runtime.gather(training.sums.rows)
+        is_saved = self.saved_step == training.step and self.failure is None
+        if self.claim is None or is_saved:
+            return
+        self.wait()
+        self.saved_step = training.step
+        captured = capture(training, sums, self.identity, self.runtime.world_size)
+        self._pending = self._writer.submit(self._write, training.step, captured)
+
+    def wait(self) -> None:
+        """Until the save under way is done. Raises UserError where another run has taken the directory.
+
+        A save that failed is told in a warning and kept in `failure`: the training goes on.
+        """
+        if self._pending is None:
+            return
+        pending = self._pending
+        self._pending = None
+        try:
+            with self._saving():
+                pending.result()
+            self.failure = None
+        except OSError as error:
+            self.failure = error
+            log.warning(
+                "the checkpoint of step %s could not be written (%s); the training goes on",
+                self.saved_step, error.strerror,
+            )  # fmt: skip
+
+    def finish(self) -> None:
+        """On every rank: waits for rank 0's last save. Raises UserError on all ranks if it failed."""
+
+        def last() -> None:
+            self.wait()
+            try:
+                self.check()
+            except OSError as error:
+                self.failure = error
+            if self.failure is not None:
+                raise UserError(
+                    f"The last checkpoint, of step {self.saved_step}, could not be written to "
+                    f"{self.run_dir} ({self.failure.strerror}). Free some space or quota there, and start "
+                    "the run again: it goes on from the newest checkpoint."
+                )
+
+        with self._saving():
+            self.runtime.meeting.from_rank_0(last, timeout_s=self.config.watchdog.save_s)
+
+    def _saving(self) -> AbstractContextManager[None]:
+        return self.runtime.watchdog.phase("saving (watchdog.save_s)", self.config.watchdog.save_s)
+
+    def _write(self, step: int, captured: Captured) -> None:
+        """On the writer's thread: writes the checkpoint, and removes those that are not to be kept."""
+        assert self.claim is not None
+        started = time.perf_counter()
+        self.claim.check()
+        checkpoint.write(self.run_dir, step, captured.to_files(), self.claim.token, self.claim.check)
+        present = checkpoint.steps(self.run_dir)
+        keep = _kept_steps(step, present, captured.state["history"], self.config.checkpoint.keep)
+        try:
+            checkpoint.remove(self.run_dir, keep, self.claim.check)
+        except OSError as error:
+            log.warning("earlier checkpoints could not be removed (%s)", error.strerror)
+        self.longest_s = max(self.longest_s, time.perf_counter() - started)
+
+
+def _kept_steps(step: int, present: list[int], history: list[dict[str, Any]], keep: int) -> set[int]:
+    """The steps whose checkpoints stay after that of `step`: the `keep` newest, and the best by val/loss.
+
+    `present` are the steps that have a checkpoint, newest first.
+    """
+    losses = {epoch["step"]: epoch["val/loss"] for epoch in history if math.isfinite(epoch["val/loss"])}
+    measured = [each for each in present if each in losses]
+    best = min(measured, key=lambda each: losses[each], default=step)
+    # A checkpoint newer than this one could not be read, or this run would have gone on from it. It stays,
+    # and does not count.
+    count = present.index(step) + keep
+    return {*present[:count], best}

@@ -1,0 +1,65 @@
+"""Loss and accuracy added up: on one rank, and over several in one order."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from allranks.training.metrics import Figures, Sums
+
+
+def runtime(rank: int = 0, ranks: int = 1, share_count: int = 0, everyone: list | None = None):
+    """What Sums asks of a Runtime. `everyone`: the rows of all ranks, for a gather without processes."""
+    mine = (share_count or ranks) // ranks
+    return SimpleNamespace(
+        device=torch.device("cpu"),
+        shares=range(rank * mine, (rank + 1) * mine),
+        gather=lambda rows: rows if everyone is None else torch.cat(everyone),
+    )
+
+
+def logits_for(*answers: int) -> torch.Tensor:
+    """Logits of three classes whose largest is each answer's."""
+    return torch.nn.functional.one_hot(torch.tensor(answers), 3).float()
+
+
+def test_mean_loss_accuracy_and_number_of_examples():
+    alone = runtime()
+    sums = Sums(alone)
+    sums.add(0, torch.tensor(6.0), logits_for(0, 1, 2), torch.tensor([0, 1, 1]))
+    sums.add(0, torch.tensor(2.0), logits_for(2), torch.tensor([2]))
+    assert sums.total(alone) == Figures(loss=2.0, accuracy=75.0, examples=4)
+    sums.rows.zero_()
+    assert sums.total(alone) == Figures(loss=0.0, accuracy=0.0, examples=0)
+
+
+def test_a_million_small_losses_lose_no_digits():
+    """float32 would stand still at 16.8 million."""
+    alone = runtime()
+    sums = Sums(alone)
+    sums.rows[0] = torch.tensor([2.0**25, 0.0, 2.0**25])
+    sums.add(0, torch.tensor(1.0), logits_for(0), torch.tensor([0]))
+    assert sums.rows.tolist() == [[2.0**25 + 1, 1.0, 2.0**25 + 1]]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_the_order_of_additions_is_that_of_the_shares(ranks):
+    """Eight shares with losses of very different size: any other order gives other bits."""
+    losses = [1e16, 1.0, -1e16, 1.0, 3.0, 1e-9, 7.0, 1.0]
+    made = []
+    for rank in range(ranks):
+        here = runtime(rank, ranks, share_count=8)
+        sums = Sums(here)
+        for row, share in enumerate(here.shares):
+            loss = torch.tensor(losses[share], dtype=torch.float64)
+            sums.add(row, loss, logits_for(share % 3), torch.tensor([0]))
+        made.append(sums)
+    rows = [sums.rows for sums in made]
+    total = made[0].total(runtime(0, ranks, share_count=8, everyone=rows))
+    expected = torch.tensor(losses, dtype=torch.float64).sum(dim=0).item() / 8
+    assert total == Figures(loss=expected, accuracy=100 * 3 / 8, examples=8)
+    backwards = torch.tensor(losses[::-1], dtype=torch.float64)
+    reordered = sum(backwards.tolist()) / 8
+    assert reordered != sum(losses) / 8  # so that the comparison above can fail
