@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def long(pytestconfig: pytest.Config) -> bool:
-    """Whether there is time for all of it: `MUTANTS if long else 300`."""
+    """Whether there is time for all of it: `10_000 if long else 1_000`."""
     return pytestconfig.getoption("--long")
 
 

@@ -47,7 +47,6 @@ WITHOUT_TORCH = (
     "data.synthetic",
     "base.errors",
     "job.hosts",
-    "launch.command",
     "launch.options",
     "launch.plan",
     "launch.dryrun",
@@ -56,7 +55,6 @@ WITHOUT_TORCH = (
     "run.cells",
     "job.scheduler",
     "submit.script",
-    "submit.task",
     "submit.queue",
     "run.directory",
     "job.identity",
@@ -68,13 +66,14 @@ MAY_PRINT = (
     "train",
     "doctor",
     "launch.attempts",
-    "launch.command",
+    "launch.options",
     "launch.guard",
     "launch.console",
     "launch.supervisor",
     "launch.preflight",
     "submit.command",
     "submit.listing",
+    "submit.queue",
     "submit.successor",
 )
 FOR_RUNTIME_ONLY = ("torch.distributed", "mpi4py", "ezpz")
@@ -380,11 +379,6 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_carries_all_of_conf(installed):
     assert tree(installed / "allranks/conf") == tree(ROOT / "conf")
-
-
-def test_the_wheel_carries_the_template_of_job_scripts(installed):
-    template = "submit/job.sh.template"
-    assert (installed / "allranks" / template).read_text() == (SOURCE / template).read_text()
 
 
 def test_the_wheel_works_from_any_directory(installed, tmp_path):

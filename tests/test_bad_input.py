@@ -3,8 +3,8 @@
 Each mistake ends with exit code 2, one message that says what is wrong, with which value, and what to do,
 no traceback, and nothing left behind; on several ranks the message comes once and all ranks are down.
 
-Three mistakes of each kind are typed as real command lines. The others raise the UserError whose text is that
-message in this process: a process for each of them would import torch first.
+Three mistakes of each kind are typed as real command lines. The others raise the UserError whose text is
+that message in this process: a process for each of them would import torch first.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def assert_nothing_left(done: Done) -> None:
 
 @pytest.fixture
 def refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """refusal("model=mpl", RANK="1"): what a training in this process is refused with, and leaves nothing."""
+    """refusal("model=mpl", RANK="1"): what a training in this process is refused with, leaving nothing."""
 
     def of(*overrides: str, **env: str) -> str:
         monkeypatch.chdir(tmp_path)

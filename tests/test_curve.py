@@ -35,8 +35,12 @@ RECIPES = {
     "small_cnn": "defaults: [override /model: cnn]\nmodel: {dropout: 0.0, channels: [8, 16], hidden: 32}\n"
     "trainer: {epochs: 1, batch_size: 100}",
 }
+# One worker trains the recipes under each launcher once, for all of these tests.
+pytestmark = pytest.mark.xdist_group("curve")
 SAME = 1e-4  # what is promised; rounding leaves 1e-12
-LAUNCHES = [("mpiexec", 2), ("mpiexec", 3), ("mpiexec", 4), ("torchrun", 2), ("torchrun", 3)]
+LAUNCHES = [("mpiexec", 3), ("torchrun", 2)]
+LONG_LAUNCHES = [("mpiexec", 1), ("mpiexec", 2), ("mpiexec", 4), ("torchrun", 3)]
+EVERY_LAUNCH = [*LAUNCHES, *(pytest.param(*launch, marks=pytest.mark.long) for launch in LONG_LAUNCHES)]
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +62,7 @@ def curves(tmp_path_factory: pytest.TempPathFactory):
     return at
 
 
-@pytest.mark.parametrize(("under", "ranks"), [("mpiexec", 1), *LAUNCHES])
+@pytest.mark.parametrize(("under", "ranks"), EVERY_LAUNCH)
 @pytest.mark.parametrize("recipe", ["linear", "mlp", "accumulated", "momentum"])
 def test_every_loss_of_every_epoch_is_the_same(curves, under, ranks, recipe):
     alone, together = curves(None, 1)[recipe], curves(under, ranks)[recipe]
@@ -85,7 +89,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(curves):
     assert runs["accumulated"].losses == pytest.approx(runs["linear"].losses, rel=1e-9)
 
 
-@pytest.mark.parametrize(("under", "ranks"), [("mpiexec", 2), ("mpiexec", 3), ("torchrun", 2)])
+@pytest.mark.parametrize(("under", "ranks"), LAUNCHES)
 def test_a_batch_per_rank_is_a_global_batch_that_grows(curves, train_here, under, ranks):
     together = curves(under, ranks)["per_rank"]
     alone = train_here("model=linear", *DATA, "trainer.epochs=2", f"trainer.batch_size={24 * ranks}")
@@ -93,7 +97,9 @@ def test_a_batch_per_rank_is_a_global_batch_that_grows(curves, train_here, under
     assert together.losses == pytest.approx(alone.losses, rel=SAME)
 
 
-@pytest.mark.parametrize(("under", "ranks"), [(None, 1), ("mpiexec", 2), ("mpiexec", 3), ("mpiexec", 7)])
+@pytest.mark.parametrize(
+    ("under", "ranks"), [(None, 1), ("mpiexec", 3), pytest.param("mpiexec", 7, marks=pytest.mark.long)]
+)
 def test_every_example_is_evaluated_exactly_once(curves, under, ranks):
     for run in curves(under, ranks).values():
         assert run.summary["world_size"] == ranks
@@ -104,6 +110,7 @@ def test_every_example_is_evaluated_exactly_once(curves, under, ranks):
         assert right == pytest.approx(round(right), abs=1e-6)
 
 
+@pytest.mark.long
 def test_seven_ranks_train_the_same_linear_model_too(curves):
     assert curves("mpiexec", 7)["linear"].losses == pytest.approx(
         curves(None, 1)["linear"].losses, rel=SAME
@@ -111,13 +118,13 @@ def test_seven_ranks_train_the_same_linear_model_too(curves):
 
 
 def test_a_cnn_in_single_precision_stays_close_over_its_first_epoch(curves):
-    alone, together = curves(None, 1)["small_cnn"], curves("mpiexec", 2)["small_cnn"]
+    alone, together = curves(None, 1)["small_cnn"], curves("mpiexec", 3)["small_cnn"]
     assert together.losses == pytest.approx(alone.losses, rel=1e-3)
 
 
 def test_gradients_go_through_mpi_under_mpiexec_and_through_gloo_under_torchrun(curves):
     used = {launch: curves(*launch)["linear"].environment["collectives"] for launch in LAUNCHES}
-    assert used == {(under, n): "mpi" if under == "mpiexec" else "gloo" for under, n in LAUNCHES}
+    assert used == {("mpiexec", 3): "mpi", ("torchrun", 2): "gloo"}
 
 
 @pytest.mark.parametrize(("under", "ranks"), [(None, 1), ("mpiexec", 2), ("torchrun", 2)])

@@ -292,6 +292,7 @@ def test_a_batch_larger_than_the_set_is_the_whole_set(train_here):
     assert run.column("step") == [1, 2]
 
 
+@pytest.mark.long
 def test_compile_gives_the_same_curve(train, train_here, tmp_path):
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("torch.compile needs a C++ compiler: apt-get install g++")

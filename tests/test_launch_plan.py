@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from allranks import cli
 from allranks.base.errors import UserError
 from allranks.job import machine
 from allranks.job.hosts import Allocation, Host, find_allocation
@@ -156,9 +157,9 @@ def test_the_example_of_the_documentation(tmp_path):
     arguments = "--machine tern --nodes 2 --dry-run -- python train.py".split()
     assert f"allranks launch --config-dir ~/clusters {' '.join(arguments)}" in page
     done = launch("--config-dir", str(tmp_path), *arguments)
-    shown = page.split("\nprints, among other things,\n\n")[1].split("\n\nIf a file")[0]
+    shown = page.split("\nprints\n\n")[1].split("\n\nA file")[0]
     for line in shown.splitlines():
-        expected = line.strip().replace("/path/to/python", sys.executable)
+        expected = line.strip().replace(" python -m", f" {sys.executable} -m")
         assert expected in done.stdout, expected
 
 
@@ -170,6 +171,8 @@ def test_a_dry_run_writes_nothing(tmp_path):
 
 
 # --- bad input: one message, exit code 2, no traceback -------------------------------------------
+
+AS_TYPED = ("-n 0 is not valid", "Did you mean polaris?", "Did you mean mlp?")
 
 
 @pytest.mark.parametrize(
@@ -197,8 +200,20 @@ def test_a_dry_run_writes_nothing(tmp_path):
         (["--dry-run", "--node", "2", "--", "ls"], "Did you mean --nodes?"),
     ],
 )
-def test_bad_input(arguments, said):
-    assert said in message(launch(*arguments))
+def test_bad_input(capsys, monkeypatch, arguments, said):
+    """Three of these as real command lines, the others in this process."""
+    if said in AS_TYPED:
+        assert said in message(launch(*arguments))
+        return
+    for name in os.environ:
+        if name.startswith(("SLURM", "PBS", "NERSC")):
+            monkeypatch.delenv(name)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["launch", *arguments])
+    told = capsys.readouterr()
+    assert (ended.value.code, told.out, told.err.count("\n")) == (2, "", 1), told
+    assert told.err.startswith("allranks: ")
+    assert said in told.err
 
 
 def test_a_launcher_that_is_not_installed(tmp_path):

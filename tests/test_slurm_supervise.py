@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from helpers import GUARD, Started
+from helpers import GUARD, Started, serial
 from launching import TOLD, python
 
+pytestmark = [pytest.mark.long, serial]
 CONF = Path("/etc/slurm/slurm.conf")
 
 

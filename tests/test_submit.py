@@ -17,13 +17,14 @@ from pathlib import Path
 
 import pytest
 
+from allranks import cli
 from allranks.base.errors import UserError
-from allranks.job import batch, scheduler
+from allranks.job import scheduler
 from allranks.run import checkpoint
 from allranks.run.cells import composed_cells, frozen_cells, make_cells
 from allranks.run.claim import Claim
 from conftest import SETTING
-from helpers import PYTHON, ROOT, SMALL, Run, execute, took_at_most, tree, until_step
+from helpers import PYTHON, ROOT, SMALL, Run, execute, serial, took_at_most, tree, until_step
 from test_resume import figures
 
 STANDIN = ROOT / "tests/pbs_standin"
@@ -434,7 +435,10 @@ def test_a_users_own_hydra_application(pbs):
 
 
 @needs_launch
-@pytest.mark.parametrize("name", ["debug", "two-nodes", "sweep", "chain"])
+@pytest.mark.parametrize(
+    "name",
+    ["debug", *(pytest.param(name, marks=pytest.mark.long) for name in ("two-nodes", "sweep", "chain"))],
+)
 def test_the_ready_pbs_scripts_run(pbs, name):
     """As they are, but for the training, what this host lacks, and who has installed allranks."""
     (pbs.folder / "scripts/pbs").mkdir(parents=True)
@@ -527,6 +531,24 @@ def test_a_dry_run_for_programs(pbs):
 # --- refusals ------------------------------------------------------------------------------------
 
 ALCF = ("--machine", "polaris", "--walltime", "00:30:00", "--account", "x")
+AS_TYPED = ("Did you mean polaris?", "--walltime 1h is not valid: give HH:MM:SS", "Unknown queue")
+
+
+@pytest.fixture
+def refusal(pbs, monkeypatch, capsys):
+    """refusal("--nodes", "0"): what `allranks submit` says before it ends with exit code 2, in this process."""
+
+    def of(*words):
+        monkeypatch.chdir(pbs.folder)
+        for name in ("PATH", "PBS_STANDIN"):
+            monkeypatch.setenv(name, pbs.env[name])
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["submit", *words])
+        told = capsys.readouterr()
+        assert (ended.value.code, told.out, told.err.count("\n")) == (2, "", 1), told
+        return told.err.removesuffix("\n")
+
+    return of
 
 
 @pytest.mark.parametrize(
@@ -568,8 +590,10 @@ ALCF = ("--machine", "polaris", "--walltime", "00:30:00", "--account", "x")
     ],
     ids=lambda value: " ".join(value[2:]) if isinstance(value, list) else None,
 )  # fmt: skip
-def test_bad_input_is_refused_and_leaves_nothing(pbs, words, said):
-    assert said in pbs.refused(*words)
+def test_bad_input_is_refused_and_leaves_nothing(pbs, refusal, words, said):
+    """Three of these as real command lines, the others in this process."""
+    refused = pbs.refused if said in AS_TYPED else refusal
+    assert said in refused(*words)
     assert [path for path in pbs.folder.rglob("*") if path.is_file()] == []
 
 
@@ -600,12 +624,12 @@ def test_a_command_that_hangs_is_given_up(tmp_path, monkeypatch):
     (tmp_path / "qsub").write_text("#!/bin/sh\nexec sleep 30\n")
     (tmp_path / "qsub").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(batch, "COMMAND_LIMIT_S", 0.3)
+    monkeypatch.setattr(scheduler, "LIMIT_S", 0.3)
     began = time.monotonic()
     with pytest.raises(
-        batch.NoAnswer, match=r"does not answer within .* look for the job before you submit"
+        scheduler.NoAnswer, match=r"does not answer within .* look for the job before you submit"
     ):
-        scheduler.named("pbs").submit("job.sh")
+        scheduler.submit("pbs", "job.sh")
     assert took_at_most(time.monotonic() - began, 5)
 
 
@@ -660,6 +684,11 @@ def test_a_job_that_can_never_run_is_shown_as_such(pbs):
 # --- a real Slurm --------------------------------------------------------------------------------
 
 USER = "tester"
+
+
+def real_slurm_only(test):
+    """The marks of a test on a real Slurm: there is one on this machine, and its jobs take their time."""
+    return pytest.mark.long(serial(test))
 
 
 class Slurm(Cluster):
@@ -721,6 +750,7 @@ def plain_users_folder(a_slurm):
 SLURM = ("--machine", "generic_slurm", "--walltime", "00:05:00")
 
 
+@real_slurm_only
 def test_slurm_two_nodes_give_the_curve_of_one_process(slurm, train):
     slurm.submit(*SLURM, "--nodes", "2", "--ppn", "2", *ONE_EPOCH)
     [row] = slurm.until("finished")
@@ -731,6 +761,7 @@ def test_slurm_two_nodes_give_the_curve_of_one_process(slurm, train):
     assert stat.S_IMODE((mine.path / "job.log").stat().st_mode) == 0o644
 
 
+@real_slurm_only
 def test_slurm_values_arrive_unchanged_and_the_exit_code_comes_back(slurm):
     odd = slurm.folder / 'it\'s a $x, "q" \\b %j é'
     odd.mkdir()
@@ -747,6 +778,7 @@ def test_slurm_values_arrive_unchanged_and_the_exit_code_comes_back(slurm):
     slurm.folder = folder
 
 
+@real_slurm_only
 def test_slurm_array_chain_and_cancel(slurm):
     array = slurm.submit(*SLURM, "--ppn", "1", "--no-preflight", "-m", "optimizer.lr=0.1,0.01", *ONE_EPOCH)
     rows = slurm.until("finished", "finished")
@@ -767,6 +799,7 @@ def test_slurm_array_chain_and_cancel(slurm):
     assert state.startswith(("failed", "ended"))
 
 
+@real_slurm_only
 def test_slurm_refusals(slurm):
     assert "SLURM knows no such job" in slurm.refused(*SLURM, "--after", "4242")
     assert "give another --queue" in slurm.refused(*SLURM, "--queue", "nono")
@@ -775,6 +808,7 @@ def test_slurm_refusals(slurm):
     assert row["state"].startswith("queued (")
 
 
+@real_slurm_only
 @pytest.mark.parametrize("name", ["debug", "two-nodes", "sweep", "chain"])
 def test_the_ready_slurm_scripts_run(slurm, name):
     """As they are, but for the training and who has installed allranks."""
@@ -817,6 +851,7 @@ def undisturbed(a_slurm):
         yield Run(cluster.folder / row["directory"])
 
 
+@real_slurm_only
 def test_slurm_a_chain_over_three_jobs_has_the_bits_of_an_undisturbed_run(slurm, undisturbed):
     answer = slurm.submit(*SLURM, "--nodes", "2", "--ppn", "1", "--chain", "3", *LONG)
     run, step = Path(answer["directory"]), 0
@@ -831,6 +866,7 @@ def test_slurm_a_chain_over_three_jobs_has_the_bits_of_an_undisturbed_run(slurm,
     assert figures(Run(run)) == figures(undisturbed)
 
 
+@real_slurm_only
 def test_slurm_queued_again_by_a_signal_and_cancelled_it_still_has_the_same_bits(slurm, undisturbed):
     answer = slurm.submit(*SLURM, "--nodes", "2", "--ppn", "1", *LONG)
     [job_id], run = answer["job_ids"], Path(answer["directory"])
@@ -877,6 +913,7 @@ def free_nodes():
     return done.stdout.split().count("idle")
 
 
+@real_slurm_only
 def test_slurm_a_node_that_dies_in_mid_run_is_gone_on_without(slurm, a_node_to_lose):
     """Four ranks, then two: the same bits, as the run is a reproducible one."""
     same = (*LONG, "trainer.reproducible=true")
@@ -892,6 +929,7 @@ def test_slurm_a_node_that_dies_in_mid_run_is_gone_on_without(slurm, a_node_to_l
     assert figures(Run(run)) == figures(Run(whole))
 
 
+@real_slurm_only
 def test_slurm_requeues_a_job_whose_node_has_failed_and_it_goes_on(slurm, undisturbed):
     """As without --min-ranks; what is left of the job's first start is fenced off by its second."""
     answer = slurm.submit(*SLURM, "--nodes", "2", "--ppn", "1", *LONG)
@@ -910,6 +948,7 @@ def test_slurm_requeues_a_job_whose_node_has_failed_and_it_goes_on(slurm, undist
     assert figures(Run(run)) == figures(undisturbed)
 
 
+@real_slurm_only
 @pytest.mark.parametrize("launcher", ["srun", "mpiexec", "torchrun"])
 def test_slurm_launch_inside_salloc_on_three_nodes(slurm, train, launcher):
     alloc = ("salloc", "-Q", "-N3", "--ntasks-per-node=2")
@@ -920,6 +959,7 @@ def test_slurm_launch_inside_salloc_on_three_nodes(slurm, train, launcher):
     assert mine.losses == pytest.approx(train(*ONE_EPOCH).ok().run.losses, rel=1e-5)
 
 
+@real_slurm_only
 def test_slurm_launch_inside_sbatch_with_uneven_tasks(slurm):
     (slurm.folder / "job.sh").write_text(
         "#!/bin/bash\n#SBATCH -N3 -n5 -W -o log\n"
@@ -930,6 +970,7 @@ def test_slurm_launch_inside_sbatch_with_uneven_tasks(slurm):
     assert (len(hosts), set(hosts)) == (5, {"n1", "n2", "n3"})
 
 
+@real_slurm_only
 def test_slurm_a_node_that_is_down_is_named(slurm, a_node_to_lose):
     """Under Open MPI's mpiexec, which itself says of no node that it is gone."""
     launch = f"{slurm.python} -m allranks launch --launcher mpiexec {' '.join(ONE_EPOCH)}"

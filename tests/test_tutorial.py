@@ -28,6 +28,7 @@ def test_tutorial_linear(train_here):
     check_linear(train_here("experiment=tutorial_linear", "device=cpu", "threads=1"))
 
 
+@pytest.mark.long
 def test_tutorial_linear_on_two_ranks(train):
     overrides = ("experiment=tutorial_linear", "device=cpu", "threads=1")
     check_linear(

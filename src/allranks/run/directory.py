@@ -22,7 +22,6 @@ from allranks import config as configs
 from allranks.base.errors import UserError
 from allranks.base.files import write_json, write_text
 from allranks.config import Config
-from allranks.job import scheduler
 
 CONFIG = "config.yaml"
 _GIT_LIMIT_S = 5  # git on a slow file system must not hold a start up
@@ -231,7 +230,9 @@ def _job_id() -> str | None:
 
     None outside a job.
     """
-    job = scheduler.this_job(os.environ)
-    if job is None:
+    job = os.environ.get("PBS_JOBID") or os.environ.get("SLURM_JOB_ID")
+    if not job:
         return None
-    return "".join(c if c.isalnum() or c in ".-_" else "-" for c in job.id.replace("]", ""))
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    kept = "".join(c if c.isalnum() or c in ".-_" else "-" for c in job.replace("]", ""))
+    return f"{kept}-{task}" if task else kept
