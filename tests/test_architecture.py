@@ -42,6 +42,7 @@ WITHOUT_TORCH = (
     "compose",
     "config",
     "training.control",
+    "training.ending",
     "data.early",
     "data.mnist",
     "data.synthetic",
@@ -63,7 +64,7 @@ WITHOUT_TORCH = (
 MAY_PRINT = (
     "cli",
     "run.show",
-    "train",
+    "training.ending",
     "doctor",
     "launch.attempts",
     "launch.options",

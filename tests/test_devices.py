@@ -1,57 +1,87 @@
-"""Two ranks on one GPU: a mistake unless it is asked for. The ranks' reports are written down here, as they
-come from two H100-like hosts; what a real GPU says is checked by benchmarks/gpu.sh."""
+"""Where the ranks sit, and which devices they take, as rank 0 decides it from what they tell.
+
+What they tell is written down here, as it comes from hosts with H100s; what a real GPU says is checked by
+benchmarks/gpu.sh.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
 from allranks.base.errors import UserError
-from allranks.runtime.bringup import _check_devices
+from allranks.runtime.bringup import Arrival, Equipment, agreement, places
+from allranks.runtime.runtime import RankFacts
 from helpers import SMALL, execute, launcher
 
 
-def report(host: str, device: str, local_rank: int, oversubscribe: bool = False) -> dict:
-    return {
-        "host": host, "pid": 1, "device": device, "local_rank": local_rank, "error": None,
-        "oversubscribe": oversubscribe, "watch": None,
-    }  # fmt: skip
+def found(rank: int, host: str, device: str, oversubscribe: bool = False) -> Equipment:
+    facts = RankFacts(rank, host, pid=1, local_rank=rank, device=device)
+    return Equipment(facts, oversubscribe, watch=None, error=None)
 
 
 def test_a_device_each_is_fine_on_every_host():
-    ranks = [report("a", "GPU-1", 0), report("a", "GPU-2", 1), report("b", "GPU-1", 0)]
-    seen: list = []
-    assert [told["shared"] for told in _check_devices(seen, ranks)] == [False] * 3
-    assert [(r["rank"], r["host"], r["device"]) for r in seen] == [
-        (0, "a", "GPU-1"), (1, "a", "GPU-2"), (2, "b", "GPU-1"),
-    ]  # fmt: skip
+    ranks = [found(0, "a", "GPU-1"), found(1, "a", "GPU-2"), found(2, "b", "GPU-1")]
+    for_rank_0, *for_others = agreement(ranks)
+    assert not for_rank_0.shared_devices
+    assert for_rank_0.ranks == [equipment.facts for equipment in ranks]
+    assert [told.ranks for told in for_others] == [[], []]
 
 
 def test_more_ranks_than_devices_are_refused_with_the_numbers():
-    ranks = [report("node7", f"GPU-{r % 2}", r) for r in range(3)]
+    ranks = [found(r, "node7", f"GPU-{r % 2}") for r in range(3)]
     with pytest.raises(UserError) as refused:
-        _check_devices([], ranks)
+        agreement(ranks)
     assert "3 ranks on node7 share 2 devices" in str(refused.value)
     assert "ranks 0 and 2" in str(refused.value)
     assert "oversubscribe=true" in str(refused.value)
 
 
 def test_sharing_may_be_asked_for_and_is_told():
-    ranks = [report("a", "GPU-1", r, oversubscribe=True) for r in range(2)]
-    assert {told["shared"] for told in _check_devices([], ranks)} == {True}
+    ranks = [found(r, "a", "GPU-1", oversubscribe=True) for r in range(2)]
+    assert {told.shared_devices for told in agreement(ranks)} == {True}
 
 
 def test_cpus_are_shared_as_a_matter_of_course():
-    assert {told["shared"] for told in _check_devices([], [report("a", "cpu", r) for r in range(4)])} == {
-        False
-    }
+    assert {told.shared_devices for told in agreement([found(r, "a", "cpu") for r in range(4)])} == {False}
 
 
 def test_a_rank_without_its_device_is_named():
-    broken = report("b", "", 1) | {"error": "device=cuda: torch sees no such device on b"}
+    broken = replace(found(1, "b", ""), error="device=cuda: torch sees no such device on b")
     with pytest.raises(UserError, match="rank 1: device=cuda"):
-        _check_devices([], [report("a", "GPU-1", 0), broken])
+        agreement([found(0, "a", "GPU-1"), broken])
+
+
+def test_the_deputy_is_a_rank_on_rank_0s_host_where_there_is_one():
+    assert {told.deputy for told in agreement([found(r, "aba"[r], "cpu") for r in range(3)])} == {2}
+    assert {told.deputy for told in agreement([found(r, "abc"[r], "cpu") for r in range(3)])} == {1}
+
+
+def came(host: str, local_rank: int | None = None, cpus: Sequence[int] = (0, 1, 2, 3)) -> Arrival:
+    return Arrival(host, local_rank, list(cpus), digest="same", version="torch 2", error=None)
+
+
+def test_places_are_counted_on_each_host_where_the_launcher_does_not_tell_them():
+    found = places([came("a"), came("b"), came("a"), came("b"), came("a")])
+    assert [place.local_rank for place in found] == [0, 0, 1, 1, 2]
+    assert [place.local_world_size for place in found] == [3, 2, 3, 2, 3]
+    assert {place.hosts for place in found} == {2}
+
+
+def test_ranks_with_the_same_cpus_share_them_as_threads():
+    bound = [came("a", cpus=[0, 1]), came("a", cpus=[2, 3])]
+    assert [place.threads for place in places(bound)] == [2, 2]
+    assert [place.threads for place in places([came("a")] * 3)] == [1, 1, 1]
+    assert [place.threads for place in places([came("a"), came("b")])] == [4, 4]
+
+
+def test_the_rank_with_another_version_is_named_with_its_host():
+    odd = replace(came("b"), version="torch 1")
+    with pytest.raises(UserError, match=r"rank 2 \(on b\) came with torch 1, but the other ranks torch 2"):
+        places([came("a"), came("a"), odd])
 
 
 def test_a_rank_has_as_many_threads_as_it_has_cpus(tmp_path):

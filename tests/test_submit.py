@@ -536,7 +536,7 @@ AS_TYPED = ("Did you mean polaris?", "--walltime 1h is not valid: give HH:MM:SS"
 
 @pytest.fixture
 def refusal(pbs, monkeypatch, capsys):
-    """refusal("--nodes", "0"): what `allranks submit` says before it ends with exit code 2, in this process."""
+    """refusal("--nodes", "0"): what `allranks submit` says, in this process, before it ends with 2."""
 
     def of(*words):
         monkeypatch.chdir(pbs.folder)

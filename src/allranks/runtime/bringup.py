@@ -1,4 +1,16 @@
-"""From a launcher's word to ranks that can work together: devices, threads, the process group."""
+"""From a launcher's word to ranks that can work together: devices, threads, the process group.
+
+open_runtime() takes these steps, on every rank:
+
+    1. meet        the ranks find each other (meeting.py), over MPI or over a store that rank 0 serves
+    2. compare     rank 0 sees that all have one configuration and one version, and tells each its place
+    3. equip       each rank picks its device, and opens what the others need to watch over it
+    4. agree       rank 0 sees that no two ranks share a device, and what carries the collectives
+    5. connect     the process group is made, by ezpz or by torch itself
+
+In steps 2 and 4 each rank tells rank 0 something and gets an answer. An error of any rank reaches rank 0
+that way, and becomes the error of all: no rank waits for one that has given up.
+"""
 
 from __future__ import annotations
 
@@ -6,38 +18,123 @@ import os
 import platform
 import socket
 import sys
-from dataclasses import replace
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 
 import allranks
+from allranks import config as configs
 from allranks.base.agreement import majority
 from allranks.base.errors import UserError
 from allranks.base.processes import cpu_affinity
 from allranks.config import Config, TrainerConfig, WatchdogConfig
 from allranks.job.identity import RankIdentity
 from allranks.runtime import ezpz, mpi, native
-from allranks.runtime.meeting import merged, open_meeting, ranks_named
-from allranks.runtime.runtime import Runtime
+from allranks.runtime.meeting import Meeting, merged, open_meeting, ranks_named
+from allranks.runtime.runtime import RankFacts, Runtime
 from allranks.runtime.watch.thread import Watchdog
 
 COLLECTIVE_S = 86_400  # far beyond any limit of the watchdog, which ends a collective that has lost a rank
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
+SHARED_BACKEND = "gloo"  # NCCL and XCCL refuse two ranks on one device
+
+Told = TypeVar("Told")
+Answer = TypeVar("Answer")
 
 
-def open_runtime(
-    identity: RankIdentity, config: Config | None, digest: str, error: UserError | None = None, run: int = 0
-) -> Runtime:
+# --- what the ranks tell rank 0, and what it answers ----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What a rank tells rank 0 first."""
+
+    host: str
+    local_rank: int | None  # None: its launcher has not said
+    cpus: list[int]  # on which it may run
+    digest: str  # of its configuration
+    version: str  # of allranks and torch
+    error: str | None  # why it has no configuration
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank sits among the others."""
+
+    local_rank: int
+    local_world_size: int
+    threads: int  # its share of the CPUs
+    hosts: int  # of the whole run
+
+
+@dataclass(frozen=True)
+class Equipment:
+    """What a rank has found on its place."""
+
+    facts: RankFacts
+    oversubscribe: bool  # whether ranks may share a device
+    watch: dict[str, Any] | None  # what the other ranks need to watch over this one; None for a lone rank
+    error: str | None  # why it can not go on
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What the ranks have settled. Rank 0 gets to know all ranks, the others only what concerns them."""
+
+    shared_devices: bool
+    watched: list[dict[str, Any]]  # Equipment.watch of all ranks; for other ranks than 0 that of rank 0
+    deputy: int  # the rank that speaks when rank 0 cannot
+    ranks: list[RankFacts] = field(default_factory=list)  # empty on other ranks than 0
+
+
+def _ask_rank_0(
+    meeting: Meeting,
+    mine: Told,
+    decide: Callable[[list[Told]], Sequence[Answer]],
+    to_told: Callable[[dict[str, Any]], Told],
+    to_answer: Callable[[dict[str, Any]], Answer],
+) -> Answer:
+    """Rank 0 decides on what all ranks tell, and answers each of them; between the ranks goes JSON."""
+
+    def decide_in_json(said: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        answers = decide([to_told(values) for values in said])
+        return [asdict(answer) for answer in answers]  # type: ignore[call-overload]
+
+    return to_answer(meeting.settle(asdict(mine), decide_in_json))  # type: ignore[call-overload]
+
+
+def _to_equipment(values: dict[str, Any]) -> Equipment:
+    return Equipment(**{**values, "facts": RankFacts(**values["facts"])})
+
+
+def _to_agreement(values: dict[str, Any]) -> Agreement:
+    return Agreement(**{**values, "ranks": [RankFacts(**facts) for facts in values["ranks"]]})
+
+
+# --- the steps ------------------------------------------------------------------------------------------
+
+
+def open_runtime(identity: RankIdentity, config: Config, run: int = 0) -> Runtime:
     """Brings the ranks up: all of them with the same configuration, each on a device of its own.
 
-    A rank that has no valid configuration comes with its `error` instead, so that every rank can end
-    with one message. Raises UserError, agreed by all, for whatever makes the run impossible.
+    `run` counts the runs of this process. Raises UserError, on all ranks, for whatever makes the run
+    impossible.
     """
+    return _open(identity, config, None, run)
+
+
+def refuse_together(identity: RankIdentity, error: UserError) -> NoReturn:
+    """Meets the other ranks only to raise `error`, of this rank's configuration, on all of them."""
+    _open(identity, None, error, 0)
+    raise AssertionError("rank 0 has passed over the error of a rank")
+
+
+def _open(identity: RankIdentity, config: Config | None, error: UserError | None, run: int) -> Runtime:
     watchdog = Watchdog(config.watchdog if config else WatchdogConfig(), identity)
     try:
-        return _bring_up(identity, config, digest, error, run, watchdog)
+        return _bring_up(identity, config, error, run, watchdog)
     except UserError:
         watchdog.close()
         if watchdog.meeting is not None:
@@ -46,69 +143,96 @@ def open_runtime(
 
 
 def _bring_up(
-    identity: RankIdentity,
-    config: Config | None,
-    digest: str,
-    error: UserError | None,
-    run: int,
-    watchdog: Watchdog,
+    identity: RankIdentity, config: Config | None, error: UserError | None, run: int, watchdog: Watchdog
 ) -> Runtime:
+    # 1. meet
     comm = None
     if identity.is_mpi and not identity.alone:
         comm = mpi.world(identity)
         identity = replace(identity, world_size=int(comm.size))
-    meeting = watchdog.meeting = open_meeting(identity, comm, run)
-    host = socket.gethostname()
-    about_me = {
-        "host": host,
-        "local_rank": identity.local_rank,
-        "cpus": sorted(cpu_affinity()),
-        "digest": digest,
-        "version": f"allranks {allranks.__version__}, torch {torch.__version__}",
-        "error": str(error) if error else None,
-    }
-    place = meeting.settle(about_me, _places)
-    assert config is not None  # an error of this rank was raised by settle()
-    runtime_error: UserError | None = None
-    try:
-        device, device_id = _pick_device(config, place)
-        _check_precision(config.trainer.precision, device)
-        use_ezpz = ezpz.chosen(config.runtime, identity.rank)
-        watch = watchdog.prepare(one_host=place["hosts"] == 1) if meeting.world_size > 1 else None
-    except UserError as problem:
-        runtime_error, device_id, watch = problem, "", None
-    mine = {
-        "host": host,
-        "pid": os.getpid(),
-        "error": str(runtime_error) if runtime_error else None,
-        "device": device_id,
-        "local_rank": place["local_rank"],
-        "oversubscribe": config.oversubscribe,
-        "watch": watch,
-    }
-    seen: list[dict[str, Any]] = []
-    agreed = meeting.settle(mine, partial(_check_devices, seen))
-    if watch is not None:
-        watchdog.join(**agreed["watch"])
-    fixed = _virtual_ranks(config.trainer, meeting.world_size)
-    threads = config.threads or (1 if fixed else place["threads"])  # which may change sums' last bits
+    meeting = open_meeting(identity, comm, run)
+    watchdog.meeting = meeting
+
+    # 2. compare
+    arrival = Arrival(
+        host=socket.gethostname(),
+        local_rank=identity.local_rank,
+        cpus=sorted(cpu_affinity()),
+        digest=configs.digest(config) if config else "",
+        version=f"allranks {allranks.__version__}, torch {torch.__version__}",
+        error=str(error) if error else None,
+    )
+    place = _ask_rank_0(meeting, arrival, places, lambda said: Arrival(**said), lambda said: Place(**said))
+    assert config is not None  # a rank without a configuration has told its error, which all have raised
+
+    # 3. equip
+    device, kind, equipment = _equip(config, identity, place, watchdog, several=meeting.world_size > 1)
+
+    # 4. agree
+    agreed = _ask_rank_0(meeting, equipment, agreement, _to_equipment, _to_agreement)
+    if equipment.watch is not None:
+        watchdog.join(agreed.watched, agreed.deputy)
+
+    # 5. connect
+    virtual_ranks = _virtual_ranks(config.trainer, meeting.world_size)
+    # Another number of threads may change the last bits of sums: a reproducible run takes always one.
+    threads = config.threads or (1 if virtual_ranks else place.threads)
     torch.set_num_threads(threads)
     runtime = Runtime(
-        identity, meeting, watchdog, device, "ezpz" if use_ezpz else "native", place["local_rank"],
-        place["local_world_size"], threads, seen, comm if device.type == "cpu" else None, fixed,
-    )  # fmt: skip
-    if meeting.world_size > 1 or use_ezpz:
-        # NCCL and XCCL refuse two ranks on one device; gloo serves them
-        backend = "gloo" if agreed["shared"] else BACKENDS[device.type]
-        _start_process_group(runtime, backend, place["hosts"])
+        identity=identity,
+        meeting=meeting,
+        watchdog=watchdog,
+        device=device,
+        kind=kind,
+        local_rank=place.local_rank,
+        local_world_size=place.local_world_size,
+        threads=threads,
+        ranks=agreed.ranks,
+        comm=comm if device.type == "cpu" else None,
+        virtual_ranks=virtual_ranks,
+    )
+    if meeting.world_size > 1 or kind == "ezpz":
+        backend = SHARED_BACKEND if agreed.shared_devices else BACKENDS[device.type]
+        _start_process_group(runtime, backend, place.hosts)
     return runtime
+
+
+def _equip(
+    config: Config, identity: RankIdentity, place: Place, watchdog: Watchdog, several: bool
+) -> tuple[torch.device, str, Equipment]:
+    """This rank's device, `ezpz` or `native`, and what the other ranks must know.
+
+    A UserError is told to rank 0, not raised: all ranks raise it when rank 0 has heard them all.
+    """
+    picked = PickedDevice(torch.device("cpu"), "")
+    kind = "native"
+    watch: dict[str, Any] | None = None
+    error: UserError | None = None
+    try:
+        picked = pick_device(config.device, place)
+        _check_precision(config.trainer.precision, picked.device)
+        if ezpz.chosen(config.runtime, identity.rank):
+            kind = "ezpz"
+        if several:
+            watch = watchdog.prepare(one_host=place.hosts == 1)
+    except UserError as problem:
+        error = problem
+    facts = RankFacts(
+        rank=identity.rank,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        local_rank=place.local_rank,
+        device=picked.name,
+    )
+    equipment = Equipment(facts, config.oversubscribe, watch, str(error) if error else None)
+    return picked.device, kind, equipment
 
 
 def _start_process_group(runtime: Runtime, backend: str, hosts: int) -> None:
     device = runtime.device
     runtime.watchdog.arrive()
     if device.type == "cpu" and hosts == 1 and sys.platform == "linux":
-        # gloo looks its address up by the host's name, which fails on many a laptop
+        # Left to itself gloo looks its address up by the host's name, which fails on many a laptop.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if device.type in ("cuda", "xpu"):
         getattr(torch, device.type).set_device(device)
@@ -118,70 +242,137 @@ def _start_process_group(runtime: Runtime, backend: str, hosts: int) -> None:
         native.start(runtime.meeting, backend, device, COLLECTIVE_S)
 
 
-def _places(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+# --- what rank 0 decides --------------------------------------------------------------------------------
+
+
+def places(arrivals: Sequence[Arrival]) -> list[Place]:
     """Where each rank sits; raises UserError where the ranks are not all of one run."""
-    errors = [rank["error"] for rank in ranks]
+    _raise_errors([arrival.error for arrival in arrivals])
+    _must_agree(
+        arrivals,
+        [arrival.digest for arrival in arrivals],
+        lambda odd, usual: "a configuration other than the other ranks'",
+        "give every rank the same overrides and the same configuration files",
+    )
+    _must_agree(
+        arrivals,
+        [arrival.version for arrival in arrivals],
+        lambda odd, usual: f"{odd}, but the other ranks {usual}",
+        "start every rank from the same environment",
+    )
+
+    ranks_of_host: dict[str, list[int]] = {}
+    for rank, arrival in enumerate(arrivals):
+        ranks_of_host.setdefault(arrival.host, []).append(rank)
+
+    found = []
+    for rank, arrival in enumerate(arrivals):
+        here = ranks_of_host[arrival.host]
+        sharing = sum(arrivals[other].cpus == arrival.cpus for other in here)
+        found.append(
+            Place(
+                local_rank=here.index(rank) if arrival.local_rank is None else arrival.local_rank,
+                local_world_size=len(here),
+                threads=max(1, len(arrival.cpus) // sharing),
+                hosts=len(ranks_of_host),
+            )
+        )
+    return found
+
+
+def _must_agree(
+    arrivals: Sequence[Arrival], values: Sequence[str], came_with: Callable[[str, str], str], remedy: str
+) -> None:
+    """Raises UserError that names the ranks, and their hosts, whose value is not the usual one."""
+    usual, odd = majority(values)
+    if odd:
+        hosts = ", ".join(dict.fromkeys(arrivals[rank].host for rank in odd[:8]))
+        what = came_with(values[odd[0]], usual)
+        raise UserError(f"{ranks_named(odd)} (on {hosts}) came with {what}: {remedy}.")
+
+
+def agreement(equipments: Sequence[Equipment]) -> list[Agreement]:
+    """What the ranks go on with. Two ranks on one device raise UserError, unless that is asked for."""
+    _raise_errors([equipment.error for equipment in equipments])
+    ranks = [equipment.facts for equipment in equipments]
+    shared_devices = _share_devices(ranks, allowed=all(e.oversubscribe for e in equipments))
+    watched = [equipment.watch for equipment in equipments if equipment.watch is not None]
+
+    # A rank on rank 0's host can see what has become of rank 0's process.
+    neighbours = [facts.rank for facts in ranks[1:] if facts.host == ranks[0].host]
+    deputy = min(neighbours, default=1)
+
+    for_rank_0 = Agreement(shared_devices, watched, deputy, ranks)
+    for_others = Agreement(shared_devices, watched[:1], deputy)
+    return [for_rank_0] + [for_others] * (len(ranks) - 1)
+
+
+def _share_devices(ranks: Sequence[RankFacts], allowed: bool) -> bool:
+    """Whether any two ranks have the same device. Ranks may always share a host's CPUs."""
+    first_with: dict[tuple[str, str], int] = {}
+    shared = False
+    for facts in ranks:
+        if facts.device == "cpu":
+            continue
+        first = first_with.setdefault((facts.host, facts.device), facts.rank)
+        if first == facts.rank:
+            continue
+        shared = True
+        if not allowed:
+            here = [other for other in ranks if other.host == facts.host]
+            devices = len({other.device for other in here})
+            raise UserError(
+                f"{len(here)} ranks on {facts.host} share {devices} device{'s' * (devices > 1)} (ranks "
+                f"{first} and {facts.rank} have the same one): start at most {devices} there, or allow it "
+                "with oversubscribe=true."
+            )
+    return shared
+
+
+def _raise_errors(errors: Sequence[str | None]) -> None:
     if any(errors):
         raise UserError(merged(errors))
-    for what, remedy in (
-        ("digest", "give every rank the same overrides and the same configuration files"),
-        ("version", "start every rank from the same environment"),
-    ):
-        values = [rank[what] for rank in ranks]
-        usual, odd = majority(values)
-        if odd:
-            hosts = ", ".join(dict.fromkeys(ranks[r]["host"] for r in odd[:8]))
-            detail = (
-                "a configuration other than the other ranks'"
-                if what == "digest"
-                else f"{values[odd[0]]}, but the other ranks {usual}"
-            )
-            raise UserError(f"{ranks_named(odd)} (on {hosts}) came with {detail}: {remedy}.")
-
-    by_host: dict[str, list[int]] = {}
-    for r, rank in enumerate(ranks):
-        by_host.setdefault(rank["host"], []).append(r)
-    places = []
-    for r, rank in enumerate(ranks):
-        here = by_host[rank["host"]]
-        sharing = sum(ranks[other]["cpus"] == rank["cpus"] for other in here)
-        places.append(
-            {
-                "local_rank": here.index(r) if rank["local_rank"] is None else rank["local_rank"],
-                "local_world_size": len(here),
-                "threads": max(1, len(rank["cpus"]) // sharing),
-                "hosts": len(by_host),
-            }
-        )
-    return places
 
 
-def _pick_device(config: Config, place: dict[str, Any]) -> tuple[torch.device, str]:
-    """This rank's device, and a name for the physical thing behind it."""
+# --- what a rank finds out for itself -------------------------------------------------------------------
+
+
+class PickedDevice(NamedTuple):
+    device: torch.device
+    name: str  # of the physical thing behind it: two ranks that have the same one share it
+
+
+def pick_device(wanted: str, place: Place) -> PickedDevice:
+    """This rank's device for `device=wanted`. Raises UserError where this host has no such device."""
     available = [name for name in ("cuda", "xpu", "mps") if is_available(name)]
-    name = config.device
-    if name == "auto":
-        name = next((n for n in available if n != "mps" or place["local_world_size"] == 1), "cpu")
-    elif name != "cpu" and name not in available:
-        built = f"torch {torch.__version__}"
+    kind = wanted
+    if wanted == "auto":
+        # There is one mps device on a host, and no collectives between several ranks on it.
+        usable = [name for name in available if name != "mps" or place.local_world_size == 1]
+        kind = usable[0] if usable else "cpu"
+    elif wanted != "cpu" and wanted not in available:
         raise UserError(
-            f"device={name}: {built} sees no such device on {platform.node()} "
+            f"device={wanted}: torch {torch.__version__} sees no such device on {platform.node()} "
             f"(there is: {', '.join([*available, 'cpu'])}). Take device=auto or device=cpu, or load a "
             f"torch that was built for it."
         )
-    if name == "cpu":
-        return torch.device("cpu"), "cpu"
-    if name == "mps":
-        return torch.device("mps"), f"{platform.node()}/mps"
-    backend = getattr(torch, name)
-    # --gpus-per-task and the like show each rank a single device: its index is then 0 for everyone
-    index = place["local_rank"] % backend.device_count()
-    device_id = str(getattr(backend.get_device_properties(index), "uuid", ""))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or os.environ.get("ZE_AFFINITY_MASK", "")
-    return torch.device(name, index), device_id or f"{platform.node()}/{visible}/{index}"
+    if kind == "cpu":
+        return PickedDevice(torch.device("cpu"), "cpu")
+    if kind == "mps":
+        return PickedDevice(torch.device("mps"), f"{platform.node()}/mps")
+
+    backend = getattr(torch, kind)
+    # --gpus-per-task and the like show each rank a single device: its index is then 0 for everyone.
+    index = place.local_rank % backend.device_count()
+    name = str(getattr(backend.get_device_properties(index), "uuid", ""))
+    if not name:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or os.environ.get("ZE_AFFINITY_MASK", "")
+        name = f"{platform.node()}/{visible}/{index}"
+    return PickedDevice(torch.device(kind, index), name)
 
 
 def is_available(name: str) -> bool:
+    """Whether torch sees a device of this kind: cuda, xpu or mps."""
     if name == "mps":
         return torch.backends.mps.is_available()
     backend = getattr(torch, name, None)
@@ -189,10 +380,13 @@ def is_available(name: str) -> bool:
 
 
 def _virtual_ranks(trainer: TrainerConfig, world_size: int) -> int | None:
-    wanted = 2 if trainer.reproducible else 0  # "error", "default": a sweep's runs share this process
-    if torch.get_deterministic_debug_mode() != wanted:
-        torch.set_deterministic_debug_mode(wanted)
-        # memory that is never read here
+    """The fixed number of shares of a reproducible run, for which torch is set; None for any other run."""
+    # torch's modes: 2 raises an error for an operation whose result depends on chance, 0 allows all. Also
+    # set back, because the runs of a sweep share this process.
+    wanted_mode = 2 if trainer.reproducible else 0
+    if torch.get_deterministic_debug_mode() != wanted_mode:
+        torch.set_deterministic_debug_mode(wanted_mode)
+        # It would fill new memory with NaN, which takes time; nothing here reads memory before writing it.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if not trainer.reproducible:
         return None
@@ -202,7 +396,7 @@ def _virtual_ranks(trainer: TrainerConfig, world_size: int) -> int | None:
             f"of ranks that divides it, not {world_size}.",
             said_by=0,
         )
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS's results depend on chance
     return trainer.virtual_ranks
 
 
@@ -213,36 +407,3 @@ def _check_precision(precision: str, device: torch.device) -> None:
         raise UserError("trainer.precision=fp16 needs a GPU: take bf16 or fp32 on cpu.")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise UserError("trainer.precision=bf16 is not supported by this GPU: take fp16 or fp32.")
-
-
-def _check_devices(seen: list[dict[str, Any]], ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Two ranks on one GPU is a mistake unless it is asked for; fills `seen` on rank 0."""
-    errors = [rank["error"] for rank in ranks]
-    if any(errors):
-        raise UserError(merged(errors))
-    first: dict[tuple[str, str], int] = {}
-    shared = False
-    for r, rank in enumerate(ranks):
-        other = first.setdefault((rank["host"], rank["device"]), r)
-        if other == r or rank["device"] == "cpu":
-            continue
-        shared = True
-        if not rank["oversubscribe"]:
-            here = sum(x["host"] == rank["host"] for x in ranks)
-            devices = len({x["device"] for x in ranks if x["host"] == rank["host"]})
-            raise UserError(
-                f"{here} ranks on {rank['host']} share {devices} device{'s' * (devices > 1)} (ranks "
-                f"{other} and {r} have the same one): start at most {devices} there, or allow it with "
-                "oversubscribe=true."
-            )
-    seen += [
-        {"rank": r, **{name: x[name] for name in ("host", "pid", "local_rank", "device")}}
-        for r, x in enumerate(ranks)
-    ]
-    watches = [rank["watch"] for rank in ranks]
-    near = [r for r, rank in enumerate(ranks) if r and rank["host"] == ranks[0]["host"]]
-    deputy = min(near, default=1)
-    return [  # only rank 0 needs to know all
-        {"shared": shared, "watch": {"peers": watches[: None if r == 0 else 1], "deputy": deputy}}
-        for r in range(len(ranks))
-    ]

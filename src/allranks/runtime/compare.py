@@ -63,5 +63,5 @@ def _digest(model: torch.nn.Module) -> int:
 
 
 def _named(runtime: Runtime, ranks: list[int]) -> str:
-    hosts = dict.fromkeys(runtime.ranks[r]["host"] for r in ranks[:8]) if runtime.is_main else ()
+    hosts = dict.fromkeys(runtime.ranks[r].host for r in ranks[:8]) if runtime.is_main else ()
     return f"{ranks_named(ranks)} on {', '.join(hosts)}"

@@ -1,17 +1,16 @@
 """One Runtime per rank: who am I, which device, and the few collectives that a training needs.
 
-Everything here works at world size 1 as well, so nobody else asks whether the run is distributed.
+Everything here works at world size 1 as well, so that nobody else asks whether the run is distributed.
+bringup.py makes the Runtime. A collective is a call that returns only when every rank has made it.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import socket
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -26,20 +25,31 @@ from allranks.runtime.watch.thread import Watchdog
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class RankFacts:
+    """One rank of a run, as environment.json lists it."""
+
+    rank: int
+    host: str
+    pid: int
+    local_rank: int
+    device: str  # a name for the physical device: ranks that have the same name share it
+
+
 @dataclass
 class Runtime:
-    """What a rank knows about itself, and how it talks to the others."""
+    """What a rank knows about itself, and how it works with the others."""
 
     identity: RankIdentity
     meeting: Meeting
     watchdog: Watchdog
     device: torch.device
-    kind: str  # "ezpz" or "native"
+    kind: str  # what has made the process group: "ezpz" or "native"
     local_rank: int
     local_world_size: int
     threads: int
-    ranks: list[dict[str, Any]]  # host, device and launch of every rank; filled on rank 0 only
-    comm: Any = None  # MPI.COMM_WORLD where gradients on CPU go through MPI
+    ranks: list[RankFacts]  # all ranks; known to rank 0 only
+    comm: Any = None  # MPI.COMM_WORLD where collectives on CPU go through MPI
     virtual_ranks: int | None = None  # the fixed number of shares of a reproducible run
 
     @property
@@ -65,33 +75,37 @@ class Runtime:
 
     @property
     def shares(self) -> range:
-        """Those that this rank takes: one, or several neighbouring ones where their number is fixed."""
+        """The shares of each batch that this rank takes: one, or several neighbouring ones where the number
+        of shares is fixed."""
         mine = self.share_count // self.world_size
         return range(self.rank * mine, (self.rank + 1) * mine)
 
     @property
     def collectives(self) -> str:
-        """What carries the gradients, in a word."""
+        """What carries tensors from rank to rank: `mpi`, a backend of torch, or `none` for a lone rank."""
         if self.world_size == 1:
             return "none"
         return "mpi" if self.comm is not None else dist.get_backend()
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
-        """DDP whose gradient is the *sum* over the ranks: the engine weights each share by its count.
+        """The model in DDP, whose gradient is the *sum* over the ranks: the engine weights each example.
 
-        DDP's own mean would be right only for equal shares, which 128 examples over 12 ranks are not.
+        DDP's own mean would be right only for equal shares, which 128 examples over 12 ranks are not. A
+        lone rank needs no DDP, and a reproducible run adds up in an order of its own
+        (gradients.OrderedSum).
         """
         if self.world_size == 1 or self.virtual_ranks:
             return model
         self.watchdog.arrive()  # DDP compares the ranks' parameters
         wrapped = native.wrap(model, self.device)
-        if next(model.buffers(), None) is not None:  # it sends rank 0's before each forward pass
+        if next(model.buffers(), None) is not None:
+            # DDP sends rank 0's buffers to all ranks before each forward pass: a collective.
             wrapped.register_forward_pre_hook(lambda *_: self.watchdog.arrive(in_step=False))
         hook = gradients.sum_by_torch if self.comm is None else gradients.sum_by_mpi
         wrapped.register_comm_hook(self, hook)  # type: ignore[operator]
         return wrapped
 
-    def without_sync(self, model: torch.nn.Module) -> Any:
+    def without_sync(self, model: torch.nn.Module) -> AbstractContextManager[None]:
         """A context in which backward() adds up gradients on this rank only."""
         return getattr(model, "no_sync", nullcontext)()
 
@@ -106,7 +120,7 @@ class Runtime:
 
     def add_up(self, values: Sequence[float]) -> list[float]:
         """The sums of these numbers over all ranks."""
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64  # mps has no float64
         return self.sum(torch.tensor(values, dtype=dtype, device=self.device)).tolist()
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
@@ -159,7 +173,7 @@ class Runtime:
         if self.device.type in ("cuda", "xpu", "mps"):
             getattr(torch, self.device.type).synchronize()
 
-    def autocast(self, precision: str) -> Any:
+    def autocast(self, precision: str) -> AbstractContextManager[Any]:
         """The mixed-precision context of `trainer.precision`."""
         if precision in ("fp64", "fp32"):
             return nullcontext()
@@ -167,25 +181,18 @@ class Runtime:
         return torch.autocast(self.device.type, dtype=dtype)
 
     def describe(self) -> dict[str, Any]:
-        """For environment.json; the list of ranks is known to rank 0 only."""
+        """For environment.json; only rank 0 can list the ranks."""
         return {
             "launcher": self.identity.launcher,
             "runtime": self.kind,
             "collectives": self.collectives,
             "world_size": self.world_size,
             "threads_per_rank": self.threads,
-            "ranks": self.ranks,
+            "ranks": [asdict(facts) for facts in self.ranks],
         }
 
-    def abort(self, code: int) -> None:
-        """Ends this rank at once, and with it all others: those may wait for it in a collective."""
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self.watchdog.fail(code)
-        mpi.abort(code)
-        os._exit(code)
-
     def close(self) -> None:
+        """Takes leave of the other ranks, at a run's end that all of them know of."""
         self.watchdog.close()
         if self.world_size > 1:
             if dist.is_initialized():

@@ -1,4 +1,8 @@
-"""Rank 0 tells the story: the console, the records in the run directory, and every rank's log file."""
+"""What a run tells: on the console, in the records of the run directory, and in each rank's log file.
+
+Every rank has a Reporter, so that nobody needs to ask which rank it is. Only rank 0's writes to the console
+and to the records; the others show warnings and errors.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,13 @@ import logging.handlers
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from allranks.base import files, processes
-from allranks.base.errors import UserError
 from allranks.data.dealing import Batch
 from allranks.data.loader import Data
 from allranks.run import directory as rundir
@@ -27,70 +28,52 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("allranks")
 
+EARLY_RECORDS = 10_000  # log lines kept until there is a log file; a start makes a few dozen
+
 
 class Reporter:
-    """Opens and closes the runtime with its logs. Every rank has one; only rank 0's says anything.
-
-    What a rank logs before the run directory is there is kept, and written to logs/rank-N.log then.
-    """
+    """One rank's report of one run, between open() and close()."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
-        self.directory: Path | None = None
+        self.directory: Path | None = None  # until the run directory is there
         self._check: Callable[[], None] = lambda: None
-        self._metrics: TextIO | None = None
+        self._metrics: TextIO | None = None  # metrics.jsonl; rank 0's, while it can be written
         self._history: Sequence[Mapping[str, Any]] = ()
-        self._early = logging.handlers.MemoryHandler(10_000, logging.CRITICAL + 1)
+        # Log lines come before the run directory does: they are kept, and go to the log file then.
+        self._early = logging.handlers.MemoryHandler(EARLY_RECORDS, flushLevel=logging.CRITICAL + 1)
         self._handlers: list[logging.Handler] = []
 
-    def __enter__(self) -> Reporter:
+    def open(self) -> None:
+        """From now on this rank's log lines are shown, or kept for its log file."""
         root = logging.getLogger()
         root.setLevel(logging.INFO)
         logging.captureWarnings(True)
         console: logging.Handler
         if self.runtime.is_main:
             console = _Console(sys.stdout)
-            console.addFilter(lambda r: r.name.startswith("allranks") or r.levelno >= logging.WARNING)
+            console.addFilter(_is_for_rank_0s_console)
         else:
             console = _Console(sys.stderr)
             console.setFormatter(logging.Formatter(f"[{self._me()}] %(message)s"))
-            console.addFilter(
-                lambda r: r.levelno >= logging.WARNING and r.name != "py.warnings"  # rank 0 shows them
-            )
+            console.addFilter(_is_for_other_ranks_console)
         self._add(console)
         self._add(self._early)
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if isinstance(error, KeyboardInterrupt) and self.runtime.world_size == 1 and self.directory:
-            log.warning("run.dir=%s goes on from the newest checkpoint there", self.directory)
-        agreed = error is None or (isinstance(error, UserError) and error.said_by is not None)
-        if not agreed and self.runtime.world_size > 1:
-            if isinstance(error, RuntimeError):  # perhaps only a collective that has lost a rank
-                self.runtime.watchdog.hold()
-            text = (
-                str(error)
-                if isinstance(error, UserError)
-                else "".join(traceback.format_exception(kind, error, trace))
-            )
-            if not isinstance(error, KeyboardInterrupt):
-                log.error(text if not self.runtime.is_main else f"[{self._me()}] {text}")
-            self._close_logs()
-            self.runtime.abort(2 if isinstance(error, UserError) else 1)
+    def close(self) -> None:
+        """Closes records and logs, and takes them out of Python's logging. May be called twice."""
         if self._metrics is not None:
             self._metrics.close()
-        self._close_logs()
-        self.runtime.close()
+        for handler in list(self._handlers):
+            self._remove(handler)
+            handler.close()
+
+    # --- the story, from the beginning to one of its ends ---------------------------------------------
 
     def started(self) -> None:
         runtime = self.runtime
         if runtime.is_main:
-            hosts = len({rank["host"] for rank in runtime.ranks})
+            hosts = len({facts.host for facts in runtime.ranks})
             device = str(runtime.device.type)
             if device == "cpu":
                 device += f" with {_count(runtime.threads, 'thread')} each"
@@ -110,10 +93,13 @@ class Reporter:
     def opened(
         self, directory: str, training: Training, resumed: str | None, check: Callable[[], None]
     ) -> None:
-        """The run directory is there: logs go to it from now on. `resumed`: from which checkpoint; `check`
-        raises UserError where another run has taken the directory.
+        """The run directory is there: logs and records go to it from now on.
+
+        `resumed` is the checkpoint that the run goes on from. `check` raises UserError where another run
+        has taken the directory; it is called before a record is replaced.
         """
-        self.directory, self._check = Path(directory), check
+        self.directory = Path(directory)
+        self._check = check
         self._history = training.history
         with rundir.writing(directory):
             if self.runtime.is_main:
@@ -152,6 +138,7 @@ class Reporter:
         )  # fmt: skip
 
     def epoch(self, metrics: Mapping[str, float | int], epochs: int) -> None:
+        """One more epoch of `epochs` is trained and evaluated."""
         if self.runtime.is_main:
             try:
                 if self._metrics is None:
@@ -169,8 +156,21 @@ class Reporter:
             f"{metrics['throughput/samples_per_s']:,.0f}",
         )  # fmt: skip
 
+    # --- how it ends ----------------------------------------------------------------------------------
+
     def finished_before(self, directory: str) -> None:
         self._say("%s holds this run, finished already: nothing to do", directory)
+
+    def interrupted(self) -> None:
+        """Ctrl-C has ended a lone process at once."""
+        if self.directory is not None:
+            log.warning("run.dir=%s goes on from the newest checkpoint there", self.directory)
+
+    def failed(self, message: str) -> None:
+        """This rank alone has met an error, and all ranks end. Nothing is said where `message` is empty."""
+        if message:
+            # The console of the other ranks names them already.
+            log.error(f"[{self._me()}] {message}" if self.runtime.is_main else message)
 
     def stopped(self, reason: str, training: Training, epochs: int) -> None:
         self._say(
@@ -179,6 +179,7 @@ class Reporter:
         )  # fmt: skip
 
     def finished(self, summary: Mapping[str, Any]) -> None:
+        """The run is trained and tested. Writes summary.json, and metrics.jsonl whole once more."""
         if self.runtime.is_main:
             assert self.directory is not None
             with rundir.writing(str(self.directory)):
@@ -192,7 +193,10 @@ class Reporter:
             summary["time/total_s"],
         )  # fmt: skip
 
+    # --- tools ----------------------------------------------------------------------------------------
+
     def _all_metrics(self) -> TextIO:
+        """Writes metrics.jsonl anew, with all epochs so far; returns the file, open to append to."""
         assert self.directory is not None
         self._check()  # what is there may be another run's by now
         known = "".join(map(files.line, self._history))
@@ -213,13 +217,19 @@ class Reporter:
         logging.getLogger().removeHandler(handler)
         self._handlers.remove(handler)
 
-    def _close_logs(self) -> None:
-        for handler in list(self._handlers):
-            self._remove(handler)
-            handler.close()
+
+def _is_for_rank_0s_console(record: logging.LogRecord) -> bool:
+    return record.name.startswith("allranks") or record.levelno >= logging.WARNING
+
+
+def _is_for_other_ranks_console(record: logging.LogRecord) -> bool:
+    # Python's own warnings come on every rank alike: rank 0 shows them.
+    return record.levelno >= logging.WARNING and record.name != "py.warnings"
 
 
 class _Console(logging.StreamHandler):
+    """A stream that may be closed or full while the training goes on."""
+
     def handleError(self, record: logging.LogRecord) -> None:
         """`| head` closes the console, a disk is full: no reason to complain, or to stop training."""
         if not isinstance(sys.exc_info()[1], OSError):
@@ -227,6 +237,8 @@ class _Console(logging.StreamHandler):
 
 
 class _LogFile(_Console, logging.FileHandler):
+    """logs/rank-N.log, which somebody may remove, and whose disk may be full."""
+
     def _open(self) -> TextIOWrapper:
         try:
             return super()._open()
