@@ -9,7 +9,10 @@ from pathlib import Path
 from helpers import GUARD, PYTHON, guarded
 
 # What `allranks launch` does with an outcome.
-TOLD = "if outcome.failure: supervisor.say(outcome.failure)\nsys.exit(outcome.code)"
+TOLD = (
+    "from allranks.launch.console import say\n"
+    "if outcome.failure: say(outcome.failure, 2 if outcome.stopped else None)\nsys.exit(outcome.code)"
+)
 BIN = Path(PYTHON).parent
 
 

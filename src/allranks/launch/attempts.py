@@ -30,6 +30,8 @@ from allranks.job import variables
 from allranks.job.hosts import Allocation, Host
 from allranks.job.machine import Machine
 from allranks.launch import preflight, supervisor
+from allranks.launch.console import say
+from allranks.launch.outcome import Outcome
 from allranks.launch.plan import Plan, Request, make_plan
 from allranks.run import checkpoint
 from allranks.run import directory as rundir
@@ -108,7 +110,7 @@ class Progress:
         return Progress(step, self.crashes_without_gain + 1 if step == self.step else 0)
 
 
-def is_crash(outcome: supervisor.Outcome) -> bool:
+def is_crash(outcome: Outcome) -> bool:
     """Whether another start may help.
 
     It does not after success, after the user's mistake, after a stop in order (exit code 85: the job is at
@@ -117,7 +119,7 @@ def is_crash(outcome: supervisor.Outcome) -> bool:
     return outcome.code not in (0, EXIT_USER_ERROR, EXIT_REQUEUE) and not outcome.stopped
 
 
-def what_next(outcome: supervisor.Outcome, restarts_left: int, progress: Progress | None) -> Next:
+def what_next(outcome: Outcome, restarts_left: int, progress: Progress | None) -> Next:
     """What follows an attempt that has ended like this. `progress` is None where nobody counts steps."""
     if not is_crash(outcome) or restarts_left == 0:
         return Next.END
@@ -148,7 +150,7 @@ def run(launch: Launch, check: bool) -> int:
             break
         if decision is Next.GIVE_UP:
             assert progress is not None
-            supervisor.say(
+            say(
                 f"{outcome.failure} This was the third crash without a step gained (step "
                 f"{progress.step}): look at what fails there. Nothing is started again."
             )
@@ -160,14 +162,15 @@ def run(launch: Launch, check: bool) -> int:
             if not launch.has_enough(left):
                 break
             plan = launch.plan(left)
-        supervisor.say(_about_restart(outcome, gone, progress, attempt, launch.max_restarts))
+        say(_about_restart(outcome, gone, progress, attempt, launch.max_restarts))
 
     if outcome.failure:
-        supervisor.say(outcome.failure)
+        # After a signal the process is to end, whether or not somebody reads its last line.
+        say(outcome.failure, within_s=supervisor.UNREAD_S if outcome.stopped else None)
     return outcome.code
 
 
-def _attempt(launch: Launch, plan: Plan) -> supervisor.Outcome:
+def _attempt(launch: Launch, plan: Plan) -> Outcome:
     return supervisor.run(
         plan.argv,
         launch.environment(plan),
@@ -178,7 +181,7 @@ def _attempt(launch: Launch, plan: Plan) -> supervisor.Outcome:
 
 
 def _about_restart(
-    outcome: supervisor.Outcome, gone: Sequence[str], progress: Progress | None, number: int, of: int
+    outcome: Outcome, gone: Sequence[str], progress: Progress | None, number: int, of: int
 ) -> str:
     """One line that says why the ranks are started again, on what, and from which step."""
     parts = [outcome.failure]
@@ -224,13 +227,13 @@ def _checked(launch: Launch, plan: Plan) -> Plan:
                 f"preflight: {some(gone)} cannot be reached: nothing can be started there. Take "
                 f"it out of the job, or allow fewer ranks with --min-ranks.\n{error}"
             ) from error
-        supervisor.say(f"{some(gone)} cannot be reached: going on without.")
+        say(f"{some(gone)} cannot be reached: going on without.")
         return _checked(launch, launch.plan(left))
     print(line, file=sys.stderr, flush=True)
     return plan
 
 
-def _gone_for_good(launch: Launch, plan: Plan, outcome: supervisor.Outcome) -> Sequence[str]:
+def _gone_for_good(launch: Launch, plan: Plan, outcome: Outcome) -> Sequence[str]:
     """The hosts that the next attempt is to do without: none without --min-ranks."""
     if launch.min_ranks is None or not outcome.gone:
         return ()

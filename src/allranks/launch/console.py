@@ -1,102 +1,198 @@
-"""What the ranks say, on the user's console: whole lines, rank 0's as they come."""
+"""The user's console: what the ranks say, in whole lines, and what `allranks launch` says itself.
+
+Nobody here waits for the console. A terminal that was stopped with Ctrl-S, a pipe whose reader sleeps and a
+file system that hangs make a write wait for as long as they like, and the supervisor has ranks to watch
+over meanwhile. So a thread does the writing.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import os
+import threading
 import time
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
 
-from allranks.base import links, processes
+STDOUT, STDERR = 1, 2
+FD_OF = {"out": STDOUT, "err": STDERR}
 
 HOLD_S = 0.5  # other ranks' lines wait so long for the end of rank 0's line
+FULL_BYTES = 8 << 20  # waiting to be written: from then on the ranks wait until the console has caught up
+WRITE_BYTES = 1 << 16  # a pipe takes as much at once
+LONGEST_LINE_BYTES = 64 << 20  # a longer line is cut, as it has to be kept until it ends
 
 
-@dataclass
-class Rank:
-    """What is known of a rank."""
-
-    rank: int
-    host: str
-    guard: asyncio.StreamWriter | None  # None: its connection has ended
-    code: int | None = None  # None: still running
-    signal: int = 0
-    ended_at: float = 0.0  # by its host's clock
-    ended: bool = False  # with all of its output here, or no more to come
-    lost: bool = False
-
-    def how_it_ended(self) -> str:
-        if self.lost:
-            return "vanished without a word: its guard was killed, or its node went down"
-        assert self.code is not None
-        return processes.how_it_ended(self.code, self.signal)
+def say(text: str, within_s: float | None = None) -> None:
+    """One line to the user, on stderr. Waits until it is written, or for `within_s` seconds."""
+    _write_now(STDERR, f"allranks: {text}\n", within_s)
 
 
-def say(text: str) -> None:
-    Console().write(2, f"allranks: {text}\n".encode())
+def tell(text: str) -> None:
+    """One line on stdout, where it belongs to the command's result."""
+    _write_now(STDOUT, f"{text}\n", None)
+
+
+def _write_now(fd: int, text: str, within_s: float | None) -> None:
+    writer = Writer()
+    writer.put(fd, text.encode(errors="surrogateescape"))
+    writer.close(within_s)
+
+
+def terminals() -> str:
+    """Which of "out" and "err" end at a terminal here: `out err`, one of them, or nothing."""
+    return " ".join(kind for kind, fd in FD_OF.items() if os.isatty(fd))
+
+
+class Piece(NamedTuple):
+    fd: int
+    data: bytes
+
+
+class Writer:
+    """Writes to this process's stdout and stderr, in a thread that starts with the first piece."""
+
+    def __init__(self) -> None:
+        self.nobody_reads = False  # the other end of a pipe has been closed
+        # Called from the thread whenever it has written something, or has found that nobody reads.
+        self.on_progress: Callable[[], None] = lambda: None
+        self._pieces: deque[Piece] = deque()
+        self._waiting_bytes = 0
+        self._is_closed = False
+        self._news = threading.Condition()  # guards all of the above
+        self._thread: threading.Thread | None = None
+
+    @property
+    def is_full(self) -> bool:
+        return self._waiting_bytes > FULL_BYTES
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What is not written yet."""
+        return self._waiting_bytes
+
+    def put(self, fd: int, data: bytes) -> None:
+        """Has the bytes written after all that came before them. Returns at once."""
+        with self._news:
+            if self.nobody_reads or not data:
+                return
+            self._pieces.append(Piece(fd, data))
+            self._waiting_bytes += len(data)
+            if self._thread is None:
+                # As a daemon: the process may end while a write still waits.
+                self._thread = threading.Thread(target=self._work, daemon=True)
+                self._thread.start()
+            self._news.notify()
+
+    def close(self, within_s: float | None = None) -> None:
+        """Waits until all is written, but no longer than `within_s` seconds."""
+        with self._news:
+            self._is_closed = True
+            self._news.notify()
+        if self._thread is not None:
+            self._thread.join(within_s)
+
+    def _work(self) -> None:
+        while True:
+            with self._news:
+                while not self._pieces and not self._is_closed:
+                    self._news.wait()
+                if not self._pieces:
+                    return
+                piece = self._next_piece()
+            self._write(piece)
+            with self._news:
+                self._waiting_bytes -= len(piece.data)
+                if self.nobody_reads:
+                    self._pieces.clear()
+                    self._waiting_bytes = 0
+            self.on_progress()
+
+    def _next_piece(self) -> Piece:
+        """The first piece, together with those after it for the same stream: one write instead of many."""
+        fd = self._pieces[0].fd
+        data: list[bytes] = []
+        size = 0
+        while self._pieces and self._pieces[0].fd == fd and size < WRITE_BYTES:
+            data.append(self._pieces.popleft().data)
+            size += len(data[-1])
+        return Piece(fd, b"".join(data))
+
+    def _write(self, piece: Piece) -> None:
+        data = piece.data
+        while data:
+            try:
+                data = data[os.write(piece.fd, data) :]
+            except BlockingIOError:  # another process that shares this pipe wants writes not to wait
+                time.sleep(0.01)
+            except BrokenPipeError:
+                self.nobody_reads = True
+                return
+            except OSError:  # a full disk under the job's log: no reason to end the training
+                return
 
 
 class Console:
-    """Rank 0's bytes as they come, all other lines whole and between rank 0's lines."""
+    """Rank 0's bytes as they come; all other lines whole, and between rank 0's lines."""
 
-    def __init__(self) -> None:
-        self.unread = False  # nobody reads any more
-        self._in_line: dict[int, float] = {}  # rank 0's streams that have begun a line, since when
-        self._partial: dict[tuple[int, str], bytes] = {}  # other ranks' lines that are not whole yet
-        self.held: list[bytes] = []
+    def __init__(self, write: Callable[[int, bytes], None]) -> None:
+        """`write(fd, data)` takes the bytes for stdout or stderr, and does not wait."""
+        self._write = write
+        self._open_since: dict[int, float] = {}  # rank 0's streams that are within a line, since when
+        self._begun: dict[tuple[int, str], bytearray] = {}  # other ranks' lines that have not ended yet
+        self._held: list[Piece] = []  # whole lines that wait for the end of rank 0's
 
-    def show(self, r: Rank, kind: str, data: bytes) -> None:
-        """What a rank wrote to its stdout ("out") or stderr ("err")."""
-        if r.rank == 0:
-            fd = 1 if kind == "out" else 2
-            self.write(fd, data)
-            self._in_line.pop(fd, None)
-            if not data.endswith(b"\n"):
-                self._in_line[fd] = time.monotonic()
-            self.flush()
+    @property
+    def is_holding(self) -> bool:
+        """Whether lines wait for the end of rank 0's: then flush() is to be called after HOLD_S."""
+        return bool(self._held)
+
+    def show(self, rank: int, host: str, kind: str, data: bytes) -> None:
+        """What a rank has written to its stdout (`kind` is "out") or stderr ("err")."""
+        if rank == 0:
+            self._show_rank_0(FD_OF[kind], data)
             return
-        *lines, rest = (self._partial.pop((r.rank, kind), b"") + data).split(b"\n")
-        if len(rest) > links.LONGEST_MESSAGE_BYTES:
-            lines, rest = [*lines, rest], b""
-        if rest:
-            self._partial[r.rank, kind] = rest
-        me = f"[rank {r.rank} on {r.host}] ".encode()
-        for line in lines:  # our own training names rank and host itself
-            self.line((b"" if line.startswith(me) else me) + line + b"\n")
+        line = self._begun.setdefault((rank, kind), bytearray())
+        line += data
+        # Only what is new can hold a line's end: a long line is not looked through again and again.
+        if b"\n" not in data and len(line) < LONGEST_LINE_BYTES:
+            return
+        *whole, rest = bytes(line).split(b"\n")
+        if len(rest) >= LONGEST_LINE_BYTES:
+            whole, rest = [*whole, rest], b""
+        self._begun[rank, kind] = bytearray(rest)
+        name = f"[rank {rank} on {host}] ".encode()
+        for text in whole:  # our own training names rank and host itself
+            self.line(text + b"\n" if text.startswith(name) else name + text + b"\n", STDERR)
 
-    def ended(self, r: Rank) -> None:
-        """Ends the lines that the rank has begun."""
-        for number, kind in list(self._partial):
-            if number == r.rank:
-                self.show(r, kind, b"\n")
+    def _show_rank_0(self, fd: int, data: bytes) -> None:
+        self._write(fd, data)
+        self._open_since.pop(fd, None)
+        if not data.endswith(b"\n"):
+            self._open_since[fd] = time.monotonic()
+        self.flush()
 
-    def line(self, line: bytes) -> None:
-        self.held.append(line)
+    def end_lines_of(self, rank: int, host: str) -> None:
+        """Ends the lines that the rank has begun: it has ended itself."""
+        for kind in FD_OF:
+            if self._begun.get((rank, kind)):
+                self.show(rank, host, kind, b"\n")
+
+    def line(self, line: bytes, fd: int = STDERR) -> None:
+        """A whole line of somebody else than rank 0."""
+        self._held.append(Piece(fd, line))
         self.flush()
 
     def flush(self, force: bool = False) -> None:
         """Writes the lines that wait, once rank 0's line has ended or has taken too long."""
-        if not self.held:
+        if not self._held:
             return
-        if any(time.monotonic() - since < HOLD_S for since in self._in_line.values()) and not force:
+        now = time.monotonic()
+        if not force and any(now - since < HOLD_S for since in self._open_since.values()):
             return
-        for fd in self._in_line:
-            self.write(fd, b"\n")
-        self._in_line.clear()
-        lines, self.held = self.held, []
-        self.write(2, b"".join(lines))
-
-    def terminals(self) -> str:
-        """Which of rank 0's streams end at a terminal."""
-        return " ".join(kind for fd, kind in ((1, "out"), (2, "err")) if os.isatty(fd))
-
-    def write(self, fd: int, data: bytes) -> None:
-        while data and not self.unread:
-            try:
-                data = data[os.write(fd, data) :]
-            except BlockingIOError:  # somebody else who has this pipe, too, wants it like that
-                time.sleep(0.01)
-            except BrokenPipeError:
-                self.unread = True
-            except OSError:  # a full disk under the job's log: no reason to end the training
-                return
+        for fd in self._open_since:
+            self._write(fd, b"\n")
+        self._open_since.clear()
+        held, self._held = self._held, []
+        for piece in held:
+            self._write(*piece)

@@ -1,13 +1,19 @@
-"""What every rank runs first, under every launcher.
+"""The guard: what every rank runs first, under every launcher.
 
     python -m allranks.launch.guard -- PROGRAM ARGS...
 
-It finds out which rank it is and gives the program its variables. Without a supervisor (`allranks
-launch`) it then becomes the program: signals and exit code are the program's own. With one it stays as
-the program's guard: through one connection go the program's output, how it ended, and the supervisor's
-word to end it. That connection breaks when the supervisor dies, however and wherever: then the program
-is ended too. The guard stays until it is let go, because a launcher that ends the job at the first bad
-exit code would cut the others short. No torch, and few files opened: this start is every rank's.
+The guard finds out which rank it is, and gives the program its variables. Without a supervisor (`allranks
+launch`) it then becomes the program: signals and exit code are the program's own.
+
+With a supervisor it stays, as the parent of the program. Through one connection to the supervisor go the
+program's output, how it has ended, and the supervisor's word to end it. That connection breaks when the
+supervisor dies, however and wherever: then the guard ends the program. When the program has ended, the
+guard stays until the supervisor lets it go, because many a launcher ends the whole job at the first bad
+exit code.
+
+The guard waits for nothing but its next event: a supervisor that is stopped, a console that nobody reads
+and a file system that hangs leave it able to end its program. It loads no torch and opens few files, as
+this start is made on every rank.
 """
 
 from __future__ import annotations
@@ -19,17 +25,20 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from allranks.base import links, processes
 from allranks.base.errors import EXIT_CANNOT_START, EXIT_USER_ERROR, UserError
 from allranks.job import variables
 from allranks.job.identity import RankIdentity, discover
 
-CONNECT_S = 30
+CONNECT_S = 30  # for the supervisor to take the connection: it has one from every rank
 END_S = 1.0  # from SIGTERM to SIGKILL when the supervisor is gone
-DRAIN_S = 1.0  # for output that is still in the pipes when the program has ended
+DRAIN_S = 1.0  # for output that is still on its way when the program has ended
+TICK_MS = 100  # how often the clock is looked at while something has a deadline
+# Output that the supervisor or a file has not taken yet. With more, the program waits with its next output.
+MOST_WAITING_BYTES = 1 << 20
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -49,7 +58,7 @@ def main() -> None:
 
 
 def program_of(arguments: Sequence[str]) -> Sequence[str]:
-    """What stands after `--`."""
+    """The program and its arguments: what stands after `--`. Raises UserError where nothing does."""
     if len(arguments) < 2 or arguments[0] != "--":
         raise UserError("python -m allranks.launch.guard needs `-- PROGRAM ARGS...` after it.")
     return arguments[1:]
@@ -71,25 +80,46 @@ class Guard:
 
     def __init__(self, identity: RankIdentity, environ: Mapping[str, str]) -> None:
         """Connects. Raises UserError where the supervisor cannot be reached."""
-        self.identity, self.environ = identity, environ
-        host, _, port = environ[variables.SUPERVISOR].rpartition(":")
-        try:
-            self.link = links.connect(host, int(port), CONNECT_S)
-        except OSError as error:
-            raise UserError(
-                f"rank {identity.rank} cannot reach `allranks launch` at {host}:{port} "
-                f"({error.strerror or error}): look whether it still runs, and whether a firewall "
-                "stands between."
-            ) from error
-        self.alone = False  # the supervisor is gone
-        self.child = 0
+        self.identity = identity
+        self.environ = environ
+        self.link = _connection(identity.rank, environ[variables.SUPERVISOR])
+        self.unsent = bytearray()  # to the supervisor: what the connection has not taken yet
+        self.is_alone = False  # the supervisor is gone
+        self.is_let_go = False  # by the supervisor: all ranks have ended
+        self.child = 0  # the program's process id
         self.status: int | None = None  # the program's wait status, once it has ended
-        self.kill_at: float | None = None
+        # The program's streams, "out" and "err", by the descriptor to read each from.
+        self.pipes: dict[int, str] = {}
+        # The two ends of a pipe in which a byte stands for each signal that has arrived.
+        self.wakeups: int | None = None
+        self.wake_end = -1
+        self.kill_at: float | None = None  # when the program gets SIGKILL, by time.monotonic()
+        self.drained_by: float | None = None  # how long to wait for output; set when the program has ended
         folder = environ.get(variables.OUTPUT) if identity.rank else None
-        self.file = f"{folder}/rank-{identity.rank}.out" if folder else None  # for stdout
+        self.file = OutputFile(f"{folder}/rank-{identity.rank}.out") if folder else None  # for stdout
 
     def attend(self, program: Sequence[str]) -> int:
         """Runs the program to its end; returns its exit code, 128 + signal as shells do."""
+        self.link.sock.setblocking(False)
+        self._say_hello()
+        told = self._first_word()
+        if "env" not in told:  # the supervisor has given up, and has said why
+            return int(told["code"])
+
+        try:
+            environ = self._environment(told["env"])
+        except UserError as error:
+            self._say(err=f"allranks: {error}\n".encode())
+            code, signum = EXIT_USER_ERROR, 0
+        else:
+            code, signum = how_it_ended(self._run(program, environ))
+
+        self._say(code=code, signal=signum, time=time.time(), last=True)
+        while not self.is_let_go and not self.is_alone:
+            self._next_events()
+        return code
+
+    def _say_hello(self) -> None:
         self._say(
             secret=self.environ.get(variables.SECRET, ""),
             rank=self.identity.rank,
@@ -98,33 +128,26 @@ class Guard:
             host=socket.gethostname(),
             port=variables.free_port() if self.identity.rank == 0 else None,
         )
-        try:
-            told = self._next_word()
-        except EOFError:
-            told = {"code": EXIT_USER_ERROR}
-        if "env" not in told:  # the supervisor has given up, and has said why
-            return int(told["code"])
-        try:
-            ready = self._environment(told["env"])
-        except UserError as error:
-            self._say(err=f"allranks: {error}\n".encode())
-            code, signum = EXIT_USER_ERROR, 0
-        else:
-            code, signum = how_it_ended(self._run(program, ready))
-        self._say(code=code, signal=signum, time=time.time(), last=True)
-        with contextlib.suppress(EOFError):
-            while "bye" not in self._next_word():
-                pass
-        return code
+
+    def _first_word(self) -> dict[str, Any]:
+        """What the supervisor says once all ranks have come: this rank's place, or that it is to end."""
+        while True:
+            word = self.link.inbox.take()
+            if word is not None:
+                return word
+            if self.is_alone:
+                return {"code": EXIT_USER_ERROR}
+            self._poll_and_react()
 
     def _environment(self, place: Mapping[str, Any]) -> dict[str, str]:
-        kept = {n: value for n, value in self.environ.items() if n not in variables.PRIVATE}
-        # a program that is killed takes what is in its own buffers with it
+        """The program's variables. Raises UserError for what neither launcher nor supervisor tells."""
+        kept = {name: value for name, value in self.environ.items() if name not in variables.PRIVATE}
+        # A program that is killed takes with it what is in its own buffers.
         kept.setdefault("PYTHONUNBUFFERED", "1")
         return {
             **kept,
             **variables.of_rank(self.identity, self.environ, place),
-            # under torchrun MASTER_PORT is its own store's; this one is free there too
+            # Under torchrun MASTER_PORT is that of torchrun's own store; this one is free there too.
             variables.MASTER_ADDR: str(place["master_addr"]),
             variables.MASTER_PORT: str(place["master_port"]),
             variables.RANKS_SECRET: str(place["secret"]),
@@ -135,39 +158,29 @@ class Guard:
     def _run(self, program: Sequence[str], environ: Mapping[str, str]) -> int:
         """The program's wait status, once its last line is passed on and its children are gone."""
         processes.adopt_orphans()
-        wake_read, wake_write = os.pipe()
-        for end in (wake_read, wake_write):
-            os.set_blocking(end, False)
-        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-        for signum in (*FORWARDED, signal.SIGCHLD):
-            signal.signal(signum, lambda *_: None)
-        pipes = self._start(program, environ)
-        poll = select.poll()
-        for fd in (*pipes, wake_read, self.link.fileno()):
-            poll.register(fd, select.POLLIN)
+        self._catch_signals()
+        self.pipes = self._start(program, environ)
         self._obey()  # what came together with the word to start
-        drained_by = float("inf")
-        while (pipes or self.status is None) and time.monotonic() < drained_by:
-            if self.status is not None and drained_by == float("inf"):
-                processes.kill_descendants()  # what it left behind, and would keep the pipes open
-                drained_by = time.monotonic() + DRAIN_S
-            for fd, _ in poll.poll(100 if self.kill_at or self.status is not None else None):
-                if fd == wake_read:
-                    self._on_signals(os.read(wake_read, 4096))
-                elif fd == self.link.fileno():
-                    if not self._receive():
-                        poll.unregister(fd)
-                        self._end_alone()
-                    self._obey()
-                elif not self._pass_on(fd, pipes[fd]):
-                    poll.unregister(fd)
-                    os.close(fd)
-                    del pipes[fd]
-            if self.kill_at and time.monotonic() > self.kill_at:
-                self._kill()
+        while not self._is_over():
+            self._next_events()
         assert self.status is not None
         processes.kill_descendants()
+        if self.file is not None:
+            lost = self.file.close(DRAIN_S)
+            if lost:
+                self._say(err=lost)
+            elif self.file.problem:
+                self._give_up_file(self.file)
         return self.status
+
+    def _catch_signals(self) -> None:
+        """From now on signals wake the loop: each arrives as a byte in a pipe."""
+        self.wakeups, self.wake_end = os.pipe()
+        for end in (self.wakeups, self.wake_end):
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(self.wake_end, warn_on_full_buffer=False)
+        for signum in (*FORWARDED, signal.SIGCHLD):
+            signal.signal(signum, lambda *_: None)
 
     def _start(self, program: Sequence[str], environ: Mapping[str, str]) -> dict[int, str]:
         """Starts the program; its two streams, by the descriptor to read them from."""
@@ -177,8 +190,8 @@ class Guard:
         self.child = os.fork()
         if self.child == 0:
             try:
-                os.dup2(streams["out"][1], 1)
-                os.dup2(streams["err"][1], 2)
+                os.dup2(streams["out"].inner, 1)
+                os.dup2(streams["err"].inner, 2)
                 signal.set_wakeup_fd(-1)
                 processes.restore_signals()
                 processes.die_with_parent(parent, signal.SIGKILL)
@@ -187,46 +200,118 @@ class Guard:
                 os.write(2, f"allranks: {error}\n".encode())
             finally:
                 os._exit(EXIT_CANNOT_START)
-        for _, inner in streams.values():
-            os.close(inner)
-        return {outer: kind for kind, (outer, _) in streams.items()}
+        for stream in streams.values():
+            os.close(stream.inner)
+        return {stream.outer: kind for kind, stream in streams.items()}
 
-    def _pass_on(self, fd: int, kind: str) -> bool:
-        """Passes on what there is; False at the stream's end."""
+    def _is_over(self) -> bool:
+        """Whether the program has ended, and all of its output is here or was waited for long enough."""
+        if self.status is None:
+            return False
+        assert self.drained_by is not None
+        return not self.pipes or time.monotonic() > self.drained_by
+
+    # --- events ---------------------------------------------------------------------------------
+
+    def _next_events(self) -> None:
+        """Waits for something to happen, and does what it asks for."""
+        self._poll_and_react()
+        self._obey()
+        if self.kill_at is not None and time.monotonic() > self.kill_at:
+            self._kill()
+        if self.file is not None and self.file.problem:
+            self._give_up_file(self.file)
+
+    def _poll_and_react(self) -> None:
+        poll = select.poll()
+        for fd, events in self._awaited().items():
+            poll.register(fd, events)
+        for fd, events in poll.poll(self._patience_ms()):
+            if fd == self.wakeups:
+                self._on_signals(os.read(fd, 4096))
+            elif fd in self.pipes:
+                self._on_output(fd)
+            else:
+                self._on_link(events)
+
+    def _awaited(self) -> dict[int, int]:
+        """The descriptors to wait for, and for what."""
+        awaited: dict[int, int] = {}
+        if self.wakeups is not None:
+            awaited[self.wakeups] = select.POLLIN
+        if not self.is_alone:
+            awaited[self.link.fileno()] = select.POLLIN | (select.POLLOUT if self.unsent else 0)
+        if self._takes_output():
+            awaited |= dict.fromkeys(self.pipes, select.POLLIN)
+        return awaited
+
+    def _takes_output(self) -> bool:
+        """Whether the program's output is read. If not, the program soon waits, as with a full pipe."""
+        if self.status is not None:  # what is left in the pipes is little, and would be lost
+            return True
+        waiting = len(self.unsent) + (self.file.waiting_bytes if self.file is not None else 0)
+        return waiting < MOST_WAITING_BYTES
+
+    def _patience_ms(self) -> int | None:
+        """How long to wait for an event; None for ever, where no deadline is near."""
+        file_is_behind = self.file is not None and self.file.waiting_bytes >= MOST_WAITING_BYTES
+        is_draining = self.status is not None and bool(self.pipes)
+        return TICK_MS if self.kill_at is not None or is_draining or file_is_behind else None
+
+    def _on_output(self, fd: int) -> None:
+        """Passes on what the program has written, or closes the descriptor at the stream's end."""
         try:
-            data = os.read(fd, 65536)
+            data = os.read(fd, links.PIECE_BYTES)
         except OSError:  # how a terminal says that nobody writes to it any more
-            return False
+            data = b""
         if not data:
-            return False
-        if kind == "out" and self.file is not None:
-            try:
-                os.makedirs(os.path.dirname(self.file), exist_ok=True)  # noqa: PTH103 PTH120
-                with open(self.file, "ab") as file:  # noqa: PTH123  pathlib costs every rank 10 ms
-                    file.write(data)
-                return True
-            except OSError as error:
-                kind, self.file = "err", None
-                data = f"allranks: {error}; going on without that file\n".encode() + data
-        self._say(**{kind: data})
-        return True
+            os.close(fd)
+            del self.pipes[fd]
+        elif self.pipes[fd] == "out" and self.file is not None:
+            self.file.add(data, self._wake)
+        else:
+            self._say(**{self.pipes[fd]: data})
+
+    def _give_up_file(self, file: OutputFile) -> None:
+        """The file for stdout cannot be written: from now on stdout goes where the console's lines go."""
+        self.file = None
+        self._say(err=f"allranks: {file.problem}; going on without that file\n".encode())
+        self._say(out=file.unwritten())
+
+    def _wake(self) -> None:
+        """Wakes the loop from another thread. No signal has the number 0."""
+        with contextlib.suppress(BlockingIOError):  # full: then the loop wakes anyhow
+            os.write(self.wake_end, b"\0")
 
     def _on_signals(self, numbers: bytes) -> None:
         for signum in numbers:
-            if signum != signal.SIGCHLD:
+            if signum == signal.SIGCHLD:
+                self._reap()
+            elif signum:  # 0 is from _wake
                 self._forward(signum)
-                continue
-            with contextlib.suppress(ChildProcessError):  # none is left
-                while (reaped := os.waitpid(-1, os.WNOHANG))[0]:
-                    if reaped[0] == self.child:
-                        self.status = reaped[1]
-                        # at once, as the launcher may kill this process before all output is passed on
-                        code, by = how_it_ended(self.status)
-                        self._say(code=code, signal=by, time=time.time(), last=False)
+
+    def _reap(self) -> None:
+        """Takes in the ends of child processes: of the program, and of orphans that it has left."""
+        has_ended = False
+        with contextlib.suppress(ChildProcessError):  # none is left
+            while (reaped := os.waitpid(-1, os.WNOHANG))[0]:
+                if reaped[0] == self.child:
+                    self.status = reaped[1]
+                    has_ended = True
+        if not has_ended:
+            return
+        assert self.status is not None
+        # At once, as the launcher may kill this process before all output is passed on.
+        code, signum = how_it_ended(self.status)
+        self._say(code=code, signal=signum, time=time.time(), last=False)
+        # Processes that the program has left behind would keep its pipes open.
+        processes.kill_descendants()
+        self.drained_by = time.monotonic() + DRAIN_S
 
     def _forward(self, signum: int) -> None:
-        if self.status is None:
-            os.kill(self.child, signum)  # not reaped yet, so the number is still its own
+        """Sends a signal to the program, if it runs."""
+        if self.child and self.status is None:  # not reaped yet, so the number is still its own
+            os.kill(self.child, signum)
 
     def _kill(self) -> None:
         self.kill_at = None
@@ -236,41 +321,134 @@ class Guard:
     # --- the supervisor -------------------------------------------------------------------------
 
     def _say(self, **values: Any) -> None:
-        if not self.alone:
-            try:
-                self.link.send(**values)
-            except OSError:
-                self._end_alone()
+        """Sends a message, or keeps it until the connection takes it."""
+        if not self.is_alone:
+            self.unsent += links.message(**values)
+            self._send()
+
+    def _send(self) -> None:
+        try:
+            while self.unsent:
+                del self.unsent[: self.link.sock.send(self.unsent)]
+        except BlockingIOError:  # the connection is full; the loop waits for room
+            pass
+        except OSError:
+            self._end_alone()
+
+    def _on_link(self, events: int) -> None:
+        if events & select.POLLOUT:
+            self._send()
+        if events & ~select.POLLOUT and not self._receive():
+            self._end_alone()
 
     def _receive(self) -> bool:
-        """Takes in what the supervisor sends next; False once it is gone."""
+        """Takes in what the supervisor has sent; False once it is gone."""
         try:
             return self.link.receive()
-        except OSError:
+        except BlockingIOError:
+            return True
+        except (OSError, links.WireError):
             return False
-
-    def _next_word(self) -> dict[str, Any]:
-        """The supervisor's next message. Raises EOFError once the supervisor is gone."""
-        try:
-            return self.link.next_message()
-        except OSError as error:
-            raise EOFError from error
 
     def _obey(self) -> None:
         """Does what the messages say that have arrived whole."""
         while (word := self.link.inbox.take()) is not None:
-            if "signal" in word:
-                self._forward(int(word["signal"]))
-            elif "kill" in word:
-                self._kill()
+            match word:
+                case {"signal": signum}:
+                    self._forward(int(signum))
+                case {"kill": True}:
+                    self._kill()
+                case {"here": True}:  # the supervisor wants to know whether this process still works
+                    self._say(here=True)
+                case {"bye": True}:
+                    self.is_let_go = True
 
     def _end_alone(self) -> None:
-        """The supervisor is gone: SIGTERM now, SIGKILL soon."""
-        if not self.alone:
-            self.alone = True
-            if self.child:
-                self._forward(signal.SIGTERM)
-                self.kill_at = time.monotonic() + END_S
+        """The supervisor is gone: SIGTERM to the program now, SIGKILL soon."""
+        if self.is_alone:
+            return
+        self.is_alone = True
+        self.unsent.clear()
+        if self.child:
+            self._forward(signal.SIGTERM)
+            self.kill_at = time.monotonic() + END_S
+
+
+class OutputFile:
+    """The file for a rank's stdout. A thread writes it: a file system may hang, and the guard must not."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.problem = ""  # why nothing more can be written
+        self.waiting_bytes = 0  # not written yet
+        self._waiting: list[bytes] = []
+        self._thread: Any = None
+
+    def add(self, data: bytes, wake: Callable[[], None]) -> None:
+        """Has the data written after what came before; `wake` is called once that has become impossible."""
+        import threading  # most ranks never write to their stdout, and need neither file nor thread
+
+        if self._thread is None:
+            self._news = threading.Condition()
+            self._is_closed = False
+            self._thread = threading.Thread(target=self._work, args=(wake,), daemon=True)
+            self._thread.start()
+        with self._news:
+            self._waiting.append(data)
+            self.waiting_bytes += len(data)
+            self._news.notify()
+
+    def close(self, within_s: float) -> bytes:
+        """Waits for the last data to be written; what to say where that took too long."""
+        if self._thread is None:
+            return b""
+        with self._news:
+            self._is_closed = True
+            self._news.notify()
+        self._thread.join(within_s)
+        if self.problem or not self.waiting_bytes:
+            return b""
+        return (
+            f"allranks: {self.path} takes nothing any more (does its file system hang?): "
+            f"{self.waiting_bytes} bytes of the output are lost\n"
+        ).encode()
+
+    def unwritten(self) -> bytes:
+        """What was not written, once there is a problem."""
+        return b"".join(self._waiting)
+
+    def _work(self, wake: Callable[[], None]) -> None:
+        try:
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)  # noqa: PTH103 PTH120
+            while True:
+                with self._news:
+                    while not self._waiting and not self._is_closed:
+                        self._news.wait()
+                    if not self._waiting:
+                        return
+                    data = b"".join(self._waiting)
+                    count = len(self._waiting)
+                # Opened for each piece, so that readers on other hosts see it at once.
+                with open(self.path, "ab") as file:  # noqa: PTH123  pathlib costs every rank 10 ms
+                    file.write(data)
+                with self._news:
+                    del self._waiting[:count]
+                    self.waiting_bytes -= len(data)
+        except OSError as error:
+            self.problem = str(error)
+            wake()
+
+
+def _connection(rank: int, address: str) -> links.Connection:
+    """A connection to the supervisor. Raises UserError where there is none to be had."""
+    host, _, port = address.rpartition(":")
+    try:
+        return links.connect(host, int(port), CONNECT_S)
+    except OSError as error:
+        raise UserError(
+            f"rank {rank} cannot reach `allranks launch` at {host}:{port} ({error.strerror or error}): "
+            "look whether it still runs, and whether a firewall stands between."
+        ) from error
 
 
 def how_it_ended(status: int) -> tuple[int, int]:
@@ -279,17 +457,24 @@ def how_it_ended(status: int) -> tuple[int, int]:
     return (128 + signum if signum else os.WEXITSTATUS(status)), signum
 
 
-def _stream(terminal: bool) -> tuple[int, int]:
+class Stream(NamedTuple):
+    """A pipe or a terminal: what is written to `inner` is read from `outer`."""
+
+    outer: int
+    inner: int
+
+
+def _stream(is_terminal: bool) -> Stream:
     """A pipe, or a terminal where the user has one: programs show progress only there."""
-    if not terminal or sys.platform == "win32":
-        return os.pipe()
+    if not is_terminal or sys.platform == "win32":
+        return Stream(*os.pipe())
     import termios
 
-    outer, inner = os.openpty()
-    mode = termios.tcgetattr(inner)
+    stream = Stream(*os.openpty())
+    mode = termios.tcgetattr(stream.inner)
     mode[1] &= ~termios.OPOST  # the user's own terminal turns \n into \r\n
-    termios.tcsetattr(inner, termios.TCSANOW, mode)
-    return outer, inner
+    termios.tcsetattr(stream.inner, termios.TCSANOW, mode)
+    return stream
 
 
 if __name__ == "__main__":

@@ -115,11 +115,10 @@ def _start(
 ) -> int:
     """Starts the program, or one training after another; the exit code."""
     from allranks.launch.attempts import Launch, run
-    from allranks.launch.console import Console
+    from allranks.launch.console import tell
     from allranks.launch.supervisor import until_ranks_run
 
     until_ranks_run()
-    console = Console()
     own = str(Path(args.run).absolute()) if args.run else None
     launch = Launch(request, known, allocation, environ, own, None, args.max_restarts, args.min_ranks)
     check = not args.no_preflight
@@ -130,10 +129,10 @@ def _start(
     codes: list[int] = []
     for cell in trainings:  # of a sweep, whether or not one fails
         if is_finished(cell.directory):
-            console.write(1, f"{cell.directory} is finished: nothing is left to do\n".encode())
+            tell(f"{cell.directory} is finished: nothing is left to do")
             continue
         if len(trainings) > 1:
-            console.write(1, f"{cell.directory}: {' '.join(cell.overrides)}\n".encode())
+            tell(f"{cell.directory}: {' '.join(cell.overrides)}")
         mine = replace(request, program=cell.program())
         training = replace(launch, request=mine, directory=cell.directory, config=cell.config)
         codes.append(run(training, check and not codes))

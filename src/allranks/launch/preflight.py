@@ -27,9 +27,12 @@ from typing import TYPE_CHECKING, Any
 from allranks.base import links
 from allranks.base.agreement import majority
 from allranks.base.errors import EXIT_TIMED_OUT, EXIT_USER_ERROR, UserError
+from allranks.base.text import some
 from allranks.job import variables
 from allranks.job.identity import discover
 from allranks.launch import supervisor
+from allranks.launch.console import Console
+from allranks.launch.outcome import Rank
 from allranks.run import directory as rundir
 
 if TYPE_CHECKING:
@@ -99,7 +102,12 @@ def check(
                 token.touch()
         start_s = min(limit_s, START_S + len(set(hosts)) / 100)
         supervision = supervisor.Supervision(
-            heard, world_size, hosts, start_s=start_s, limit_s=limit_s, passes_on=False
+            world_size,
+            hosts,
+            supervisor.Limits(start_s=start_s, run_s=limit_s),
+            heard.console,
+            on_output=heard.hear,
+            passes_on=False,
         )
         outcome = supervision.run(
             argv_for([sys.executable, "-m", "allranks.launch.preflight", task]), env, None
@@ -133,21 +141,22 @@ def _needs(config: Config | None) -> dict[str, Any]:
     return {"data": data, "device": config.device}
 
 
-class Heard(supervisor.Console):
-    """Instead of the user's console: what the ranks have found, and what else was said."""
+class Heard:
+    """What the ranks have found, and what else was said: kept instead of shown on the user's console."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.said = b""
-        self._out: dict[int, bytes] = {}
+        self.said = b""  # by the launcher, and by the ranks on stderr
+        self.console = Console(self._keep)
+        self._out: dict[int, bytes] = {}  # by rank, its stdout
 
-    def show(self, r: supervisor.Rank, kind: str, data: bytes) -> None:
+    def hear(self, r: Rank, kind: str, data: bytes) -> None:
+        """Takes in what a rank has written to stdout (`kind` is "out") or stderr ("err")."""
         if kind == "out":
             self._out[r.rank] = self._out.get(r.rank, b"") + data
         else:
-            super().show(r, kind, data)
+            self.console.show(r.rank, r.host, kind, data)
 
-    def write(self, fd: int, data: bytes) -> None:
+    def _keep(self, fd: int, data: bytes) -> None:
         self.said += data
 
     def words(self) -> dict[int, dict[str, Any]]:
@@ -186,7 +195,7 @@ def judge(words: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str], time
         for r in sorted(hosts):
             if text := words.get(r, {}).get("added", stuck):
                 wrong.setdefault(text, []).append(hosts[r])
-    return [f"{supervisor.some(list(dict.fromkeys(where)))}: {text}" for text, where in wrong.items()]
+    return [f"{some(list(dict.fromkeys(where)))}: {text}" for text, where in wrong.items()]
 
 
 # --- in the allocation: on every rank -----------------------------------------------------------

@@ -1,13 +1,21 @@
 """Starts the launcher, and watches over every rank until all have ended.
 
-Each rank's guard (allranks.launch.guard) connects to this process: the ranks' output, their ends and our
-word to end them take that way, whatever the launcher. What the launcher itself writes is shown, but not
-its summary of a failure that has been named here already.
+Each rank's guard (allranks.launch.guard) connects to this process. Through that connection come the rank's
+output and how it ended, and through it goes our word to end the rank, whatever the launcher. What the
+launcher itself writes is shown too, but not its summary of a failure that has been named here already.
+
+One launch has three phases: STARTING, while ranks come; RUNNING, once all have come and were told to begin;
+ENDING, once the first has failed, the last has ended, a limit is reached or a signal has arrived. Nothing
+here waits without a limit, but for ranks that run: a guard that is stopped, a launcher that will not end
+and a console that nobody reads are each given some seconds. How it all went is decided in outcome.py.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import enum
+import errno
 import os
 import secrets
 import signal
@@ -24,29 +32,58 @@ from allranks.base import links, processes
 from allranks.base.errors import EXIT_REQUEUE, EXIT_TIMED_OUT, UserError
 from allranks.base.text import some
 from allranks.job import variables
-from allranks.job.hosts import address_for, short
-from allranks.launch.console import HOLD_S, Console, Rank, say
+from allranks.job.hosts import address_for
+from allranks.launch import outcome
+from allranks.launch.console import HOLD_S, Console, Writer, terminals
+from allranks.launch.outcome import LOST_CODE, NEAR_S, Evidence, Loss, Outcome, Rank, Verdict
 
 START_S = 60.0  # until every rank has said who it is
 GRACE_S = 10.0  # from a user's SIGTERM or Ctrl-C to SIGKILL
-SETTLE_S = 0.2  # for news of an earlier failure that is still on its way
-FALL_S = 1.0  # from SIGTERM to SIGKILL for the ranks beside one that failed
-LEAVE_S = 5.0  # for the launcher, once every rank has ended
-HELLO_S = 10.0  # for whoever connects to show the secret
-LOST = 128 + signal.SIGKILL
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2)
+FALL_S = 1.0  # from SIGTERM to SIGKILL for the ranks beside one that has failed
+LEAVE_S = 5.0  # for guards to say that a killed rank has ended, and for the launcher after its last rank
+REAP_S = 5.0  # for a launcher that was killed: after that it is stuck in the kernel, and left behind
+HELLO_S = 10.0  # for somebody who connects to show the secret
+ASK_S = 10.0  # how often a guard is asked whether it is there
+SILENT_S = 60.0  # a guard that has said nothing for so long is stopped, or its host is down
+# The event loop itself comes late where this process was stopped. By so much it does not on a busy host.
+SUSPENDED_S = 5.0
+UNREAD_S = 2.0  # after a signal, for a console that takes nothing any more
+# What each rank may still say while the console is full. Its last words and how it ended are then known.
+LAST_WORDS_BYTES = 1 << 14
+
+# What the system says of a connection to a host that is down or cut off.
+SILENCE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN)
+
+END_THE_LAUNCH = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # signals to this process
+PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2)  # to the ranks, once they run
+
+
+class Phase(enum.Enum):
+    """How far a launch has come."""
+
+    STARTING = enum.auto()  # some ranks have not come yet
+    RUNNING = enum.auto()  # all have come, and were told to begin
+    ENDING = enum.auto()  # all were told to end or will be at once, or all have ended
+
+
+@dataclass(eq=False)
+class Guarded:
+    """A rank, and the connection to its guard."""
+
+    rank: Rank
+    guard: asyncio.StreamWriter | None  # None: the connection has ended
+    heard_at: float  # when its last message came, by the event loop's clock
+    awaits_room: bool = False  # nothing of it is read, because the console is full
+    beyond_bytes: int = 0  # of output that it has sent although the console was full
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How it went: `code` is 0, or that of the first rank that failed."""
+class Limits:
+    """How long things may take, in seconds."""
 
-    code: int
-    failure: str  # one line, empty where nothing failed
-    hosts: Mapping[int, str]  # by rank, of those that came
-    gone: tuple[str, ...] = ()  # hosts of which nothing is heard: no rank came, or all vanished
-    stopped: bool = False  # by a signal to us
+    start_s: float = START_S
+    grace_s: float = GRACE_S
+    run_s: float | None = None  # for all of it, counted from when all ranks have started
 
 
 def run(
@@ -56,52 +93,67 @@ def run(
     *,
     world_size: int,
     hosts: Sequence[str] = (),
-    **limits: Any,
+    start_s: float = START_S,
+    grace_s: float = GRACE_S,
+    run_s: float | None = None,
 ) -> Outcome:
-    """Runs the launcher `argv`, which starts allranks.launch.guard on every rank; how it went.
+    """Runs the launcher `argv`, which starts allranks.launch.guard on every rank; says how it went.
 
-    `env` is the launcher's whole environment; `hosts` are the hosts that the ranks will be on, so that
-    one that does not come can be named. Other ranks' stdout than rank 0's goes to
-    RUN_DIR/output/rank-N.out; without `run_dir` it is shown like their errors. For the main thread.
+    `env` is the launcher's whole environment. `hosts` are the hosts that the ranks will be on, so that one
+    that does not come can be named. Other ranks' stdout than rank 0's goes to RUN_DIR/output/rank-N.out;
+    without `run_dir` it is shown like their errors. The last three are the fields of Limits. To be called
+    from the main thread. Raises UserError where the launcher cannot be started or a host is not known.
     """
-    console = Console()
-    env = {**env, variables.TERMINAL: console.terminals()}
-    return Supervision(console, world_size, hosts, **limits).run(argv, env, run_dir)
+    writer = Writer()
+    limits = Limits(start_s, grace_s, run_s)
+    supervision = Supervision(world_size, hosts, limits, Console(writer.put), writer=writer)
+    return supervision.run(argv, {**env, variables.TERMINAL: terminals()}, run_dir)
 
 
 def until_ranks_run() -> None:
-    """Until then SIGUSR1 and SIGUSR2 end this process with "start me again": nothing is lost yet."""
+    """Has SIGUSR1 and SIGUSR2 end this process with "start me again" until then: nothing is lost yet."""
     for number in PASSED_ON:
         signal.signal(number, lambda *_: sys.exit(EXIT_REQUEUE))
 
 
 class Supervision:
-    """One launch from its start to the end of its last process."""
+    """One launch, from its start to the end of its last process."""
 
     def __init__(
         self,
-        console: Console,
         world_size: int,
-        hosts: Sequence[str] = (),
+        hosts: Sequence[str],
+        limits: Limits,
+        console: Console,
         *,
-        start_s: float = START_S,
-        grace_s: float = GRACE_S,
-        limit_s: float | None = None,  # for all of it, counted from when all ranks have started
-        passes_on: bool = True,  # SIGUSR1 and SIGUSR2 to the ranks; else they end all
+        writer: Writer | None = None,
+        on_output: Callable[[Rank, str, bytes], None] | None = None,
+        passes_on: bool = True,
     ) -> None:
-        self.console = console
+        """`hosts` are those that the ranks will be on, for messages.
+
+        `writer` is the one behind the console, where there is one: while it is full the ranks' output
+        waits. `on_output` takes what the ranks write, instead of the console. `passes_on` says whether
+        SIGUSR1 and SIGUSR2 are for the ranks; else they end the launch.
+        """
         self.world_size = world_size
         self.hosts = hosts
-        self.start_s, self.grace_s, self.limit_s, self.passes_on = start_s, grace_s, limit_s, passes_on
-        self.secret = secrets.token_hex(32)
-        self.ranks: dict[int, Rank] = {}
-        self.started = False  # every rank has come, and has been told to begin
-        self.ending = False  # every rank has been told to end, or will be at once
-        self.stopped_by = 0  # a signal to us
-        self.code, self.failure = 0, ""  # of what no rank's end explains
+        self.limits = limits
+        self.console = console
+        self.passes_on = passes_on
+        self.phase = Phase.STARTING
+        self.guarded: dict[int, Guarded] = {}  # by rank, those that have come
+        self.stopped_by = 0  # the signal that ends the launch
+        self.problem: Verdict | None = None  # what no rank's end explains
+        self._writer = writer
+        self._on_output = on_output
+        self._has_begun = False  # all ranks have come, and were told to begin
+        self._secret = secrets.token_hex(32)
+        # What all ranks are told. The launch's variables name rank 0's address, or else rank 0's guard
+        # shows it.
         self._place: dict[str, Any] = {"world_size": world_size, "secret": secrets.token_hex(16)}
-        self._said: list[bytes] = []  # the launcher's lines, not shown yet
-        self._gave_up = False  # the launcher had to be killed
+        self._said: list[bytes] = []  # the launcher's lines that are not shown yet
+        self._launcher_was_killed = False
 
     def run(self, argv: Sequence[str], env: Mapping[str, str], run_dir: str | Path | None) -> Outcome:
         """Raises UserError where the launcher cannot be started or a host is not known."""
@@ -118,275 +170,401 @@ class Supervision:
         self, argv: Sequence[str], env: Mapping[str, str], run_dir: str | Path | None
     ) -> Outcome:
         self._loop = asyncio.get_running_loop()
-        self._changed = asyncio.Event()
+        self._changed = asyncio.Event()  # a rank, the launcher or the console has news
+        self._room = asyncio.Event()  # the console takes more
+        self._room.set()
+        if self._writer is not None:
+            self._writer.on_progress = self._tell_loop
+
         links.raise_file_limit()
+        address = await self._open_door()
         self._place["master_addr"] = env.get(variables.MASTER_ADDR)
-        server = await asyncio.start_server(self._serve, address_for(self.hosts), 0, backlog=4096)
-        host, port = server.sockets[0].getsockname()
-        env = {
-            **env,
-            variables.SUPERVISOR: f"{host}:{port}",
-            variables.SECRET: self.secret,
-            variables.OUTPUT: str(Path(run_dir).absolute() / "output") if run_dir else "",
-        }
-        self._launcher = _started(argv, env)
-        for number in (*STOPPING, *PASSED_ON):
+        self._launcher = _started(argv, {**env, **self._private_variables(address, run_dir)})
+        for number in (*END_THE_LAUNCH, *PASSED_ON):
             self._loop.add_signal_handler(number, self._on_signal, number)
         self._loop.add_signal_handler(signal.SIGCHLD, self._changed.set)
-        said = asyncio.create_task(self._listen())
-        try:
-            self._loop.call_later(self.start_s, self._at_start_limit)
-            await self._until(lambda: self._launcher.poll() is not None)
-            if self._connected():  # the launcher died: its ranks must not outlive it
-                self._end_all(FALL_S)
-                self._loop.call_later(LEAVE_S, self._give_up)
-                await self._until(lambda: not self._connected())
-            await asyncio.wait([said], timeout=SETTLE_S)  # its last words
-        finally:
-            self._give_up()
-            self._launcher.wait()
-        if self.console.unread:  # as a program that is not watched over would end
-            self.code, self.failure = 128 + signal.SIGPIPE, ""
-        gone, ranks = self._gone(), self.ranks.values()
-        code, failure = self._verdict(Path(argv[0]).name)
-        where = {r.rank: r.host for r in ranks}
-        return Outcome(code, failure and f"{failure}.", where, gone, bool(self.stopped_by))
+        self._loop.call_later(self.limits.start_s, self._at_start_limit)
+        said = asyncio.create_task(self._hear_launcher())
+        asking = asyncio.create_task(self._ask_guards())
 
-    def _gone(self) -> tuple[str, ...]:
-        heard_of = {short(r.host) for r in self.ranks.values() if not r.lost}
-        return tuple(host for host in dict.fromkeys(self.hosts) if short(host) not in heard_of)
+        try:
+            await self._until(self._launcher_has_ended)
+            if self._connected():  # the ranks must not outlive their launcher
+                self._end_all(FALL_S)
+                self._loop.call_later(LEAVE_S, self._give_up, True)
+                await self._until(lambda: not self._connected())
+            await asyncio.wait([said], timeout=NEAR_S)  # the launcher's last words
+        finally:
+            asking.cancel()
+            self._give_up(False)
+            await self._reap_launcher()
+
+        ranks = [known.rank for known in self.guarded.values()]
+        verdict = outcome.verdict(self._evidence(Path(argv[0]).name, ranks))
+        self._show_last(verdict)
+        await self._until_written()
+        return Outcome(
+            code=verdict.code,
+            failure=verdict.sentence and f"{verdict.sentence}.",
+            hosts={r.rank: r.host for r in ranks},
+            gone=outcome.hosts_gone(self.hosts, ranks),
+            stopped=bool(self.stopped_by),
+        )
+
+    async def _open_door(self) -> str:
+        """Listens for the guards; host:port."""
+        server = await asyncio.start_server(self._serve, address_for(self.hosts), 0, backlog=4096)
+        host, port = server.sockets[0].getsockname()
+        return f"{host}:{port}"
+
+    def _private_variables(self, address: str, run_dir: str | Path | None) -> dict[str, str]:
+        """What the guards need to know, and their programs never see."""
+        return {
+            variables.SUPERVISOR: address,
+            variables.SECRET: self._secret,
+            variables.OUTPUT: str(Path(run_dir).absolute() / "output") if run_dir else "",
+        }
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         """Waits for what news of ranks or processes may bring about, or until nobody reads on."""
-        while not condition() and not self.console.unread:
+        while not condition() and not self._nobody_reads():
             await self._changed.wait()
             self._changed.clear()
 
-    def _connected(self) -> list[Rank]:
-        return [r for r in self.ranks.values() if r.guard is not None]
+    def _launcher_has_ended(self) -> bool:
+        return self._launcher.poll() is not None
+
+    def _connected(self) -> list[Guarded]:
+        return [known for known in self.guarded.values() if known.guard is not None]
+
+    def _evidence(self, launcher: str, ranks: Sequence[Rank]) -> Evidence:
+        code = self._launcher.returncode
+        return Evidence(
+            world_size=self.world_size,
+            ranks=ranks,
+            launcher=launcher,
+            launcher_code=-signal.SIGKILL if code is None else code,
+            launcher_was_killed=self._launcher_was_killed,
+            had_started=self._has_begun,
+            stopped_by=self.stopped_by,
+            signal_is_for_us=not self.passes_on,
+            problem=self.problem,
+            nobody_reads=self._nobody_reads(),
+        )
 
     # --- the ranks ------------------------------------------------------------------------------
 
     async def _serve(self, reader: asyncio.StreamReader, guard: asyncio.StreamWriter) -> None:
-        """One connection, from hello to its end; nobody without the secret gets a word."""
-        r = None
+        """One connection, from its hello to its end. Nobody without the secret gets a word."""
+        known = None
         inbox = links.Inbox()
         try:
             links.keep_alive(guard.get_extra_info("socket"))
             hello = await asyncio.wait_for(_next_message(reader, inbox), HELLO_S)
-            if not links.knows_secret(hello, self.secret):
+            if not links.knows_secret(hello, self._secret):
                 return
-            r = self._welcome(hello, guard)
-            while r is not None:
-                self._hear(r, await _next_message(reader, inbox))
+            known = self._welcome(hello, guard)
+            while known is not None:
+                self._hear(known, await _next_message(reader, inbox))
+                await self._until_room(known)
         except asyncio.CancelledError:
             pass  # at the launch's end: asyncio would show where a stranger's connection waits
-        except (OSError, EOFError, ValueError, links.WireError, asyncio.TimeoutError):
-            if r is not None and r.guard is not None:
-                self._on_break(r)
+        except (OSError, EOFError, ValueError, links.WireError, asyncio.TimeoutError) as error:
+            if known is not None and known.guard is not None:
+                self._on_break(known, _loss_by(error))
         finally:
             guard.close()
             self._changed.set()
 
-    def _welcome(self, hello: Mapping[str, Any], guard: asyncio.StreamWriter) -> Rank | None:
-        number, host, world_size = hello["rank"], hello["host"], hello["world_size"]
-        problem = ""
-        if number in self.ranks or number >= self.world_size:
-            problem = (
-                f"{'a second' if number in self.ranks else 'a'} rank {number} came from {host}, of "
-                f"{self.world_size} ranks that were asked for; the variables there are those of "
-                f"`{hello['launcher']}`: take the launcher of the MPI or scheduler that this host has "
-                "(--launcher)"
-            )
-        elif world_size not in (None, self.world_size):
-            problem = (
-                f"rank {number} on {host} was started as one of {world_size}, but {self.world_size} "
-                "were asked for: look at the launcher's options"
-            )
+    def _welcome(self, hello: Mapping[str, Any], guard: asyncio.StreamWriter) -> Guarded | None:
+        """Takes in a rank that has come; None where it is none of this launch."""
+        problem = self._problem_with(hello)
         if problem:
-            self._fail(1, problem)
-        if self.ending:
+            self._fail(Verdict(1, problem))
+        if self.phase is Phase.ENDING:
             guard.write(links.message(code=1))
         if problem:
             return None
-        r = self.ranks[number] = Rank(number, host, guard)
+
+        number = hello["rank"]
+        known = Guarded(Rank(number, hello["host"]), guard, heard_at=self._loop.time())
+        self.guarded[number] = known
         if number == 0:
             self._place["master_port"] = hello["port"]
             self._place["master_addr"] = self._place["master_addr"] or guard.get_extra_info("peername")[0]
-        if len(self.ranks) == self.world_size and not self.ending:
+        if len(self.guarded) == self.world_size and self.phase is Phase.STARTING:
             self._begin()
-        return r
+        return known
+
+    def _problem_with(self, hello: Mapping[str, Any]) -> str:
+        """Why the rank that says hello cannot be one of this launch's; empty where it can."""
+        number, host, size = hello["rank"], hello["host"], hello["world_size"]
+        if number in self.guarded or number >= self.world_size:
+            article = "a second" if number in self.guarded else "a"
+            return (
+                f"{article} rank {number} came from {host}, of {self.world_size} ranks that were asked "
+                f"for; the variables there are those of `{hello['launcher']}`: take the launcher of the "
+                "MPI or scheduler that this host has (--launcher)"
+            )
+        if size not in (None, self.world_size):
+            return (
+                f"rank {number} on {host} was started as one of {size}, but {self.world_size} "
+                "were asked for: look at the launcher's options"
+            )
+        return ""
 
     def _begin(self) -> None:
-        """Everybody is here: each rank gets its place, and they start together."""
-        self.started = True
-        if self.limit_s is not None:
-            self._loop.call_later(self.limit_s, self._at_limit)
-        by_host: dict[str, list[Rank]] = {}
-        for number in sorted(self.ranks):
-            by_host.setdefault(self.ranks[number].host, []).append(self.ranks[number])
+        """All are here: each rank gets its place, and they start together."""
+        self.phase = Phase.RUNNING
+        self._has_begun = True
+        if self.limits.run_s is not None:
+            self._loop.call_later(self.limits.run_s, self._at_run_limit)
+        by_host: dict[str, list[Guarded]] = {}
+        for number in sorted(self.guarded):
+            known = self.guarded[number]
+            by_host.setdefault(known.rank.host, []).append(known)
         for here in by_host.values():
-            for local_rank, r in enumerate(here):
+            for local_rank, known in enumerate(here):
                 place = {"local_rank": local_rank, "local_world_size": len(here), **self._place}
-                self._tell(r, env=place)
+                self._tell(known, env=place)
 
-    def _hear(self, r: Rank, word: Mapping[str, Any]) -> None:
+    def _hear(self, known: Guarded, word: Mapping[str, Any]) -> None:
+        """One message of a guard: how its program has ended, that it is there, or output."""
+        known.heard_at = self._loop.time()
         if "code" in word:
-            r.code, r.signal, r.ended_at = int(word["code"]), int(word["signal"]), float(word["time"])
+            known.rank.code = int(word["code"])
+            known.rank.signal = int(word["signal"])
+            known.rank.ended_at = float(word["time"])
             if word["last"]:
-                self._on_end(r)
-        else:
+                self._on_end(known)
+        elif "here" not in word:
             for kind, text in word.items():
-                self.console.show(r, kind, links.output(text))
-            if self.console.held:
-                self._loop.call_later(HOLD_S, self.console.flush)
-        if self.console.unread:
-            self._changed.set()
+                self._show(known, kind, links.output(text))
 
-    def _on_break(self, r: Rank) -> None:
-        r.guard = None
-        if not self.started:
-            del self.ranks[r.rank]  # it counts as one that did not come
-        elif not r.ended:
+    def _on_break(self, known: Guarded, loss: Loss) -> None:
+        """The connection to a guard has ended."""
+        known.guard = None
+        r = known.rank
+        if self.phase is Phase.STARTING:
+            del self.guarded[r.rank]  # it counts as one that has not come
+        elif self._has_begun and not r.has_ended:
             if r.code is None:
-                r.code, r.ended_at, r.lost = LOST, time.time(), True
-            self._on_end(r)
+                self._lose(r, loss)
+            self._on_end(known)
 
-    def _on_end(self, r: Rank) -> None:
-        r.ended = True
-        self.console.ended(r)
-        if r.code not in (0, EXIT_REQUEUE) and not self.ending:
-            self.ending = True
-            self._loop.call_later(SETTLE_S, self._end_all, FALL_S)
-        if all(other.ended for other in self.ranks.values()):
-            self.ending = True
+    def _lose(self, r: Rank, loss: Loss) -> None:
+        r.code = LOST_CODE
+        r.ended_at = time.time()
+        r.loss = loss
+
+    def _on_end(self, known: Guarded) -> None:
+        """A rank has ended, and all of its output has arrived."""
+        known.rank.has_ended = True
+        self.console.end_lines_of(known.rank.rank, known.rank.host)
+        if known.rank.has_failed and self.phase is not Phase.ENDING:
+            self._enter_ending()
+            # News of an earlier failure may still be on its way, and must not be taken for our doing.
+            self._loop.call_later(NEAR_S, self._end_all, FALL_S)
+        if all(other.rank.has_ended for other in self.guarded.values()):
+            self._enter_ending()
             self._tell_all(bye=True)
-            self._loop.call_later(LEAVE_S, self._give_up)
+            self._loop.call_later(LEAVE_S, self._give_up, False)
 
-    def _tell(self, r: Rank, **word: Any) -> None:
-        if r.guard is not None:
-            r.guard.write(links.message(**word))
+    def _tell(self, known: Guarded, **word: Any) -> None:
+        if known.guard is not None:
+            known.guard.write(links.message(**word))
 
     def _tell_all(self, **word: Any) -> None:
-        for r in self.ranks.values():
-            self._tell(r, **word)
+        for known in self.guarded.values():
+            self._tell(known, **word)
+
+    async def _ask_guards(self) -> None:
+        """Asks each guard now and then whether it is there, and gives up those that do not answer."""
+        while True:
+            asked_at = self._loop.time()
+            await asyncio.sleep(ASK_S)
+            now = self._loop.time()
+            if now > asked_at + ASK_S + SUSPENDED_S:
+                # We were stopped ourselves, as a scheduler stops a whole job: their answers lie here
+                # unread.
+                for known in self.guarded.values():
+                    known.heard_at = now
+            if self._has_begun:
+                for known in self._connected():
+                    self._ask(known, now)
+
+    def _ask(self, known: Guarded, now: float) -> None:
+        if known.rank.has_ended or known.awaits_room:
+            return
+        if now < known.heard_at + SILENT_S:
+            self._tell(known, here=True)
+            return
+        assert known.guard is not None
+        known.guard.close()
+        self._on_break(known, Loss.SILENT)
+        self._changed.set()
 
     # --- ending ---------------------------------------------------------------------------------
 
     def _on_signal(self, signum: int) -> None:
-        if signum in PASSED_ON and self.started and self.passes_on:
+        if signum in PASSED_ON and self._has_begun and self.passes_on:
             self._tell_all(signal=signum)
         elif self.stopped_by:  # asked twice: no more grace
             self._kill()
         else:
             self.stopped_by = signum
-            self._end_all(self.grace_s if self.started else 0)
+            self._end_all(self.limits.grace_s if self._has_begun else 0)
 
-    def _fail(self, code: int, failure: str) -> None:
-        if not self.ending:
-            self.code, self.failure = code, failure
+    def _fail(self, problem: Verdict) -> None:
+        """Ends all ranks because of something that no rank's end explains."""
+        if self.phase is not Phase.ENDING:
+            self.problem = problem
             self._end_all(FALL_S)
+
+    def _enter_ending(self) -> None:
+        self.phase = Phase.ENDING
+        self._room.set()  # nobody waits for the console any more
 
     def _end_all(self, kill_after_s: float) -> None:
         """SIGTERM to every rank: from a SIGINT every rank of a Python program would print a traceback."""
-        self.ending = True
-        self._tell_all(**{"signal": signal.SIGTERM} if self.started else {"code": 1})
+        self._enter_ending()
+        self._tell_all(**{"signal": signal.SIGTERM} if self._has_begun else {"code": 1})
         self._loop.call_later(kill_after_s, self._kill)
 
     def _kill(self) -> None:
         self._tell_all(kill=True)
-        if not self.started:  # nobody there whom we could tell
+        if not self._has_begun:  # guards that have not come cannot be told
             self._launcher.terminate()
-        self._loop.call_later(LEAVE_S, self._give_up)
+        self._loop.call_later(LEAVE_S, self._give_up, True)
 
-    def _give_up(self) -> None:
-        """No more waiting for guards and launcher; guards that live end themselves without us."""
-        for r in self._connected():
-            assert r.guard is not None
-            r.guard.close()
-            r.guard = None
-        if self._launcher.poll() is None:
-            self._gave_up = True
+    def _give_up(self, were_killed: bool) -> None:
+        """No more waiting for guards and launcher. Guards that live end their programs without us.
+
+        Where ranks `were_killed`, guards that have not said so by now do not answer any more.
+        """
+        for known in self._connected():
+            assert known.guard is not None
+            known.guard.close()
+            known.guard = None
+            if were_killed and self._has_begun and known.rank.code is None:
+                self._lose(known.rank, Loss.SILENT)
+        if not self._launcher_has_ended():
+            self._launcher_was_killed = True
             os.killpg(self._launcher.pid, signal.SIGKILL)
         self._changed.set()
 
-    def _at_start_limit(self) -> None:
-        if self.started:
-            return
-        missing = [number for number in range(self.world_size) if number not in self.ranks]
-        where = "The hosts all answered:"
-        if silent := self._gone():
-            where = f"None came from {some(silent)}: look whether they are up, take them out, or"
-        self._fail(
-            1,
-            f"{len(missing)} of {self.world_size} ranks ({some(missing)}) did not start within "
-            f"{self.start_s:.0f} s. {where} allow more time",
-        )
+    async def _reap_launcher(self) -> None:
+        """Waits for a launcher that has ended or was killed; not for ever, as it may hang in the kernel."""
+        deadline = time.monotonic() + REAP_S
+        while not self._launcher_has_ended() and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
 
-    def _at_limit(self) -> None:
-        running = [f"{r.rank} on {r.host}" for r in self.ranks.values() if r.code is None]
-        self._fail(EXIT_TIMED_OUT, f"not done within {self.limit_s:.0f} s: rank {some(running)}")
+    def _at_start_limit(self) -> None:
+        if self._has_begun:
+            return
+        missing = [number for number in range(self.world_size) if number not in self.guarded]
+        silent = outcome.hosts_gone(self.hosts, [known.rank for known in self.guarded.values()])
+        where = "The hosts all answered:"
+        if silent:
+            where = f"None came from {some(silent)}: look whether they are up, take them out, or"
+        problem = (
+            f"{len(missing)} of {self.world_size} ranks ({some(missing)}) did not start within "
+            f"{self.limits.start_s:.0f} s. {where} allow more time"
+        )
+        self._fail(Verdict(1, problem))
+
+    def _at_run_limit(self) -> None:
+        ranks = [known.rank for known in self.guarded.values()]
+        running = [f"{r.rank} on {r.host}" for r in ranks if r.code is None]
+        problem = f"not done within {self.limits.run_s:.0f} s: rank {some(running)}"
+        self._fail(Verdict(EXIT_TIMED_OUT, problem))
 
     # --- what is said ---------------------------------------------------------------------------
 
-    async def _listen(self) -> None:
+    def _show(self, known: Guarded, kind: str, data: bytes) -> None:
+        """A rank's output, on its way to the console."""
+        if self._is_full():
+            if self.phase is Phase.ENDING:
+                return  # nobody reads, and the ranks must not wait for that before they save
+            known.beyond_bytes += len(data)
+        if self._on_output is not None:
+            self._on_output(known.rank, kind, data)
+        else:
+            self.console.show(known.rank.rank, known.rank.host, kind, data)
+        if self.console.is_holding:
+            self._loop.call_later(HOLD_S, self.console.flush)
+        if self._is_full() and self.phase is not Phase.ENDING:
+            self._room.clear()
+
+    async def _until_room(self, known: Guarded) -> None:
+        """Waits while the console is full and the rank has said more than its last words since."""
+        if known.beyond_bytes < LAST_WORDS_BYTES:
+            return
+        known.awaits_room = True
+        await self._room.wait()
+        known.awaits_room = False
+        known.beyond_bytes = 0
+        known.heard_at = self._loop.time()
+
+    def _is_full(self) -> bool:
+        return self._writer is not None and self._writer.is_full
+
+    def _nobody_reads(self) -> bool:
+        return self._writer is not None and self._writer.nobody_reads
+
+    def _tell_loop(self) -> None:
+        """Called from the writer's thread: the console has taken something, or nobody reads on."""
+        with contextlib.suppress(RuntimeError):  # the launch is over, and with it the loop
+            self._loop.call_soon_threadsafe(self._on_console)
+
+    def _on_console(self) -> None:
+        if not self._is_full():
+            self._room.set()
+        if self._nobody_reads():
+            self._changed.set()
+
+    async def _hear_launcher(self) -> None:
         """The launcher's lines; each is shown after a while, unless all is ending by then."""
         reader, rest = asyncio.StreamReader(), b""
         await self._loop.connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(reader), self._launcher.stdout
         )
-        while data := await reader.read(65536):
+        while data := await reader.read(links.PIECE_BYTES):
             *lines, rest = (rest + data).split(b"\n")
             self._said += [line + b"\n" for line in lines]
-            self._loop.call_later(SETTLE_S, self._show_said, len(lines))
-        self._said += [rest + b"\n"] if rest else []
+            self._loop.call_later(NEAR_S, self._show_said, len(lines))
+        if rest:
+            self._said.append(rest + b"\n")
 
     def _show_said(self, count: int) -> None:
-        while count and not self.ending:
+        while count and self.phase is not Phase.ENDING:
             self.console.line(self._said.pop(0))
             count -= 1
 
-    def _verdict(self, launcher: str) -> tuple[int, str]:
-        """The exit code and what has failed, the first cause first."""
-        bad = [r for r in self.ranks.values() if r.code not in (0, None)]
-        failed = [r for r in bad if r.code != EXIT_REQUEUE]
-        if not bad and not self.stopped_by:  # else the launcher speaks of what we name
+    def _show_last(self, verdict: Verdict) -> None:
+        """What is still to be shown when all has ended."""
+        explained = any(known.rank.code not in (0, None) for known in self.guarded.values())
+        if not explained and not self.stopped_by:  # else the launcher speaks of what we name ourselves
             for line in self._said:
                 self.console.line(line)
+        if verdict.remark:
+            self.console.line(f"allranks: {verdict.remark}\n".encode())
         self.console.flush(force=True)
-        if self.stopped_by and (failed or not self.started or not self.passes_on):
-            code = EXIT_REQUEUE if self.stopped_by in PASSED_ON else 128 + self.stopped_by
-            return code, f"stopped by {signal.Signals(self.stopped_by).name}"
-        if self.code and not self.stopped_by:
-            return self.code, self.failure
-        if failed:
-            first = min(failed, key=_when)
-            if first.lost:  # MPICH kills the other guards 3 ms after a rank has been killed
-                near = first.ended_at + SETTLE_S
-                killed = [r for r in failed if r.signal and r.ended_at < near]
-                first = min(killed, key=_when, default=first)
-            return first.code or 0, self._first_failure(first, failed)
-        if bad:
-            return EXIT_REQUEUE, ""
-        code = self._launcher.returncode
-        all_well = sum(r.code == 0 for r in self.ranks.values()) == self.world_size
-        if all_well and self._gave_up:
-            say(f"{launcher} had not ended {LEAVE_S:.0f} s after its last rank, and was killed")
-            code = 0
-        if code == 0 or self.stopped_by:
-            return 0, ""
-        how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-        came = f"{len(self.ranks)} of {self.world_size} ranks had started"
-        return 128 - code if code < 0 else code, f"{launcher} ended with {how}; {came}"
 
-    def _first_failure(self, first: Rank, failed: Sequence[Rank]) -> str:
-        text = f"rank {first.rank} on {first.host} {first.how_it_ended()}"
-        if self.world_size == 1:
-            return text
-        alike = [r for r in failed if (r.code, r.signal) == (first.code, 0)]
-        if len(alike) == self.world_size:
-            return f"{text}, and so did all {self.world_size} ranks"
-        return f"{text}, the first of {self.world_size} ranks to fail; the others have been ended"
+    async def _until_written(self) -> None:
+        """Waits until the console has taken all; after a signal, not longer than it takes something."""
+        if self._writer is None:
+            return
+        left = self._writer.waiting_bytes
+        progress_at = time.monotonic()
+        while self._writer.waiting_bytes:
+            await asyncio.sleep(0.01)
+            if self._writer.waiting_bytes != left:
+                left = self._writer.waiting_bytes
+                progress_at = time.monotonic()
+            if self.stopped_by and time.monotonic() > progress_at + UNREAD_S:
+                return
+        self._writer.close()
 
 
 async def _next_message(reader: asyncio.StreamReader, inbox: links.Inbox) -> dict[str, Any]:
@@ -399,8 +577,11 @@ async def _next_message(reader: asyncio.StreamReader, inbox: links.Inbox) -> dic
     return told
 
 
-def _when(r: Rank) -> tuple[float, int]:
-    return r.ended_at, r.rank
+def _loss_by(error: Exception) -> Loss:
+    """Whether a connection was ended by the other host's system, or by that host's silence."""
+    if isinstance(error, OSError) and error.errno in SILENCE:
+        return Loss.SILENT
+    return Loss.CUT
 
 
 def _started(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -412,7 +593,8 @@ def _started(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[by
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C at the terminal comes to us alone
-            preexec_fn=partial(processes.die_with_parent, os.getpid(), signal.SIGTERM),  # noqa: PLW1509  no threads here
+            # After fork() only prctl is called, which no other thread of ours can have locked.
+            preexec_fn=partial(processes.die_with_parent, os.getpid(), signal.SIGTERM),  # noqa: PLW1509
         )
     except OSError as error:
         raise UserError(

@@ -1,0 +1,169 @@
+"""How a launch has ended: from what is known of the ranks to an exit code and one sentence. Pure.
+
+The supervisor collects what there is to know, and asks `verdict` once, when all is over.
+"""
+
+from __future__ import annotations
+
+import enum
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from allranks.base import processes
+from allranks.base.errors import EXIT_REQUEUE
+from allranks.base.text import some
+from allranks.job.hosts import short
+
+# Hosts' clocks and the network may swap two ends that lie closer together than this. MPICH, for one, kills
+# the other ranks 3 ms after one of them has been killed.
+NEAR_S = 0.2
+LOST_CODE = 128 + signal.SIGKILL  # the exit code of a rank that has ended without a word about it
+END_THE_JOB = (signal.SIGUSR1, signal.SIGUSR2)  # by which a scheduler says that the job's end is near
+
+
+class Loss(enum.Enum):
+    """How a rank's guard went without a word about how its program has ended."""
+
+    CUT = "vanished without a word: its guard was killed, or its node went down"
+    SILENT = (
+        "does not answer any more: its guard is stopped, a file system or device there hangs, or its node "
+        "went down"
+    )
+
+
+@dataclass
+class Rank:
+    """What is known of a rank."""
+
+    rank: int
+    host: str
+    code: int | None = None  # the program's exit code, 128 + signal as shells have it; None while it runs
+    signal: int = 0  # that has ended it, or 0
+    ended_at: float = 0.0  # in seconds since 1970, by its own host's clock
+    has_ended: bool = False  # and all of its output has arrived, or no more will
+    loss: Loss | None = None
+
+    def how_it_ended(self) -> str:
+        """Words that follow the rank's name in a sentence."""
+        if self.loss is not None:
+            return self.loss.value
+        assert self.code is not None
+        return processes.how_it_ended(self.code, self.signal)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it has ended, and neither well nor in order with a checkpoint."""
+        return self.code not in (None, 0, EXIT_REQUEUE)
+
+
+class Verdict(NamedTuple):
+    code: int
+    sentence: str  # without its full stop; empty where nothing has failed
+    remark: str = ""  # what else the user should know
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a launch went: `code` is 0, or that of the first rank that has failed."""
+
+    code: int
+    failure: str  # one line, empty where nothing has failed
+    hosts: Mapping[int, str]  # by rank, of the ranks that came
+    gone: tuple[str, ...] = ()  # hosts of which nothing is heard: no rank came, or all are lost
+    stopped: bool = False  # by a signal to `allranks launch`
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that is known when a launch is over."""
+
+    world_size: int  # that was asked for
+    ranks: Sequence[Rank]  # that came
+    launcher: str  # its name, for messages
+    launcher_code: int  # as subprocess has it: negative for a signal
+    launcher_was_killed: bool  # by us, as it would not end
+    had_started: bool  # every rank had come
+    stopped_by: int  # the signal that has ended the launch, or 0
+    signal_is_for_us: bool  # not for the ranks: none of them could have stopped in order
+    problem: Verdict | None  # what no rank's end explains, such as a limit that was reached
+    nobody_reads: bool  # the reader of our output has gone
+
+
+def verdict(known: Evidence) -> Verdict:
+    """The exit code and what has failed, the first cause first."""
+    failed = [r for r in known.ranks if r.has_failed]
+    in_order = any(r.code == EXIT_REQUEUE for r in known.ranks)
+
+    # A signal explains why ranks have failed. If none has, they have finished or stopped in order.
+    if known.stopped_by and (failed or not known.had_started or known.signal_is_for_us):
+        return _stopped(known.stopped_by, failed)
+    if known.nobody_reads and not known.stopped_by:
+        return Verdict(128 + signal.SIGPIPE, "")  # as a program ends that is not watched over
+    if known.problem is not None and not known.stopped_by:
+        return known.problem
+    if failed:
+        return _first_failure(failed, known.world_size)
+    if in_order:
+        return Verdict(EXIT_REQUEUE, "")
+    return _of_launcher(known)
+
+
+def hosts_gone(hosts: Sequence[str], ranks: Sequence[Rank]) -> tuple[str, ...]:
+    """Of `hosts` those of which nothing is heard: no rank came from there, or all of them are lost."""
+    heard_of = {short(r.host) for r in ranks if r.loss is None}
+    return tuple(host for host in dict.fromkeys(hosts) if short(host) not in heard_of)
+
+
+def _stopped(signum: int, failed: Sequence[Rank]) -> Verdict:
+    """Of a launch that was ended by a signal before all ranks had ended in order."""
+    code = EXIT_REQUEUE if signum in END_THE_JOB else 128 + signum
+    sentence = f"stopped by {signal.Signals(signum).name}"
+    silent = [f"{r.rank} on {r.host}" for r in failed if r.loss is Loss.SILENT]
+    if silent:
+        sentence += f"; rank {some(silent)} {Loss.SILENT.value}"
+    return Verdict(code, sentence)
+
+
+def _first_failure(failed: Sequence[Rank], world_size: int) -> Verdict:
+    first = _first_to_fail(failed)
+    assert first.code is not None
+    sentence = f"rank {first.rank} on {first.host} {first.how_it_ended()}"
+    # Of ranks that were killed or lost nobody knows whether they would have failed alike.
+    alike = [r for r in failed if r.code == first.code and not r.signal and r.loss is None]
+    if world_size > 1 and len(alike) == world_size:
+        sentence += f", and so did all {world_size} ranks"
+    elif world_size > 1:
+        sentence += f", the first of {world_size} ranks to fail; the others have been ended"
+    return Verdict(first.code, sentence)
+
+
+def _first_to_fail(failed: Sequence[Rank]) -> Rank:
+    """The rank to name: the first by the clock, unless another explains better why that one was lost."""
+
+    def when(r: Rank) -> tuple[float, int]:
+        return r.ended_at, r.rank
+
+    first = min(failed, key=when)
+    if first.loss is None:
+        return first
+    # A guard vanishes when the launcher ends it, as it does after another rank's death.
+    killed = [r for r in failed if r.signal and r.ended_at < first.ended_at + NEAR_S]
+    silent = [r for r in failed if r.loss is Loss.SILENT]
+    return min(killed or silent or [first], key=when)
+
+
+def _of_launcher(known: Evidence) -> Verdict:
+    """Of a launch in which no rank has failed: what remains is how the launcher itself ended."""
+    code = known.launcher_code
+    all_well = sum(r.code == 0 for r in known.ranks) == known.world_size
+    remark = ""
+    if all_well and known.launcher_was_killed:
+        remark = f"{known.launcher} had not ended after its last rank, and was killed"
+        code = 0
+    if code == 0 or known.stopped_by:
+        return Verdict(0, "", remark)
+    how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+    came = f"{len(known.ranks)} of {known.world_size} ranks had started"
+    return Verdict(128 - code if code < 0 else code, f"{known.launcher} ended with {how}; {came}")
