@@ -88,6 +88,40 @@ def test_salloc_shell_in_which_nobody_asked_for_tasks():
     assert find_allocation({**environ, "SLURM_NTASKS": "128"}).slots_given
 
 
+@pytest.mark.parametrize(
+    ("asked", "given", "slots"),
+    [
+        ({}, False, 1),  # salloc -N 2 --exclusive: 64 tasks a node are made up from the CPUs
+        ({"SLURM_NTASKS": "2"}, False, 1),  # sbatch -N 2 --exclusive: one task a node is the default
+        ({"SLURM_NTASKS": "128"}, True, 64),  # -n 128
+        ({"SLURM_NTASKS_PER_NODE": "64"}, True, 64),
+        ({"SLURM_GPUS_ON_NODE": "4"}, False, 4),
+        ({"SLURM_NTASKS": "2", "SLURM_GPUS_ON_NODE": "a100:4"}, False, 4),
+        ({"SLURM_NTASKS": "128", "SLURM_GPUS_ON_NODE": "4"}, True, 64),  # asked for, so it is so
+    ],
+)
+def test_tasks_that_slurm_made_up_are_not_ranks_and_gpus_are(asked, given, slots):
+    environ = {**SLURM, "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_TASKS_PER_NODE": "64(x2)", **asked}
+    job = find_allocation({**environ, "SLURM_JOB_CPUS_PER_NODE": "64(x2)"})
+    assert job.slots_given == given
+    assert [host.slots for host in job.hosts] == [slots, slots]
+    assert job.cpus_per_node == 64
+
+
+def test_slurms_number_of_gpus_is_a_number():
+    with pytest.raises(UserError, match="SLURM_GPUS_ON_NODE='many' cannot be read"):
+        find_allocation({**SLURM, "SLURM_GPUS_ON_NODE": "many"})
+
+
+def test_a_heterogeneous_job_is_refused_with_its_groups():
+    environ = {"SLURM_HET_SIZE": "2", "SLURM_JOB_NODELIST_HET_GROUP_0": "n[1-3]",
+               "SLURM_JOB_NODELIST_HET_GROUP_1": "gpu1"}  # fmt: skip
+    with pytest.raises(UserError) as refused:
+        find_allocation({**SLURM, **environ})
+    for word in ("SLURM_HET_SIZE=2", "HET_GROUP_0=n[1-3]", "HET_GROUP_1=gpu1", "--hosts FILE"):
+        assert word in str(refused.value)
+
+
 def test_slurm_variables_of_two_jobs_are_refused():
     with pytest.raises(UserError, match="for 3 nodes, but SLURM_JOB_NODELIST=n1 names 1"):
         find_allocation({**SLURM, "SLURM_JOB_NODELIST": "n1"})

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
 from allranks.base.agreement import majority
-from allranks.base.processes import ProcessIdentity, how_it_ended, process_stat
+from allranks.base.processes import (
+    ProcessIdentity,
+    cpu_affinity,
+    cpu_quota,
+    how_it_ended,
+    process_stat,
+)
 from allranks.job.variables import PORTS, port_for
-from helpers import PYTHON
+from helpers import PYTHON, TRAIN, execute
 
 # Prints its identity and waits. Its name in /proc/PID/stat holds a parenthesis and a byte that is no UTF-8.
 CHILD = r"""
@@ -119,6 +127,62 @@ def test_what_a_file_says_of_a_process_may_be_anything():
 )
 def test_an_end_is_put_into_words(code, signum, words):
     assert how_it_ended(code, signum) == words
+
+
+@pytest.mark.parametrize(
+    ("files", "quota"),
+    [
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/cpu.max": "150000 100000\n"}, 1.5),
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/cpu.max": "max 100000\n"}, None),
+        # the group above allows less
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/cpu.max": "400000 100000\n",
+          "sys/fs/cgroup/a/cpu.max": "200000 100000\n"}, 2.0),
+        # a container that sees itself at the top
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "50000 100000\n"}, 0.5),
+        # version 1, in a container: the path is the host's, and only the container's own group is there
+        ({"proc/self/cgroup": "5:memory:/docker/1\n4:cpu,cpuacct:/docker/1\n",
+          "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "300000\n",
+          "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000\n"}, 3.0),
+        ({"proc/self/cgroup": "2:cpu:/\n", "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+          "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({}, None),  # no control groups, as on macOS
+    ],
+)  # fmt: skip
+def test_the_quota_of_control_groups_is_the_least_on_the_way_up(tmp_path, files, quota):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert cpu_quota(str(tmp_path)) == quota
+
+
+@pytest.fixture
+def one_cpu():
+    """one_cpu(argv): the command line that runs argv in a real control group of one CPU's time."""
+    group = Path("/sys/fs/cgroup/cpu") / f"allranks-test-{os.getpid()}"
+    if not (group.parent / "cpu.cfs_quota_us").exists():
+        pytest.skip("no control groups of version 1 here")
+    try:
+        group.mkdir()
+    except OSError:
+        pytest.skip("control groups can be made by root only")
+    (group / "cpu.cfs_quota_us").write_text("100000")
+    yield lambda argv: ["sh", "-c", f'echo $$ > {group}/cgroup.procs; exec "$@"', "sh", *argv]
+    until = time.monotonic() + 10
+    while group.exists() and time.monotonic() < until:
+        with contextlib.suppress(OSError):  # until its last process is gone
+            group.rmdir()
+
+
+@pytest.mark.skipif(len(cpu_affinity()) < 2, reason="one CPU is all there is")
+def test_a_quota_of_one_cpu_gives_one_rank_and_one_thread(one_cpu, tmp_path):
+    code = "from allranks.base.processes import usable_cpus; print(usable_cpus())"
+    assert execute(one_cpu([PYTHON, "-c", code]), tmp_path).ok().out == "1\n"
+    launch = [PYTHON, "-m", "allranks", "launch", "--dry-run", "--json", "--", PYTHON, "-V"]
+    environ = {"CUDA_VISIBLE_DEVICES": ""}
+    assert json.loads(execute(one_cpu(launch), tmp_path, env=environ).ok().out)["world_size"] == 1
+    one = [*TRAIN, "data=synthetic", "data.train.count=200", "data.test.count=100", "data.split=[100,100]"]
+    done = execute(one_cpu([*one, "device=cpu", "trainer.epochs=0"]), tmp_path).ok()
+    assert "cpu with 1 thread each" in done.out
 
 
 def test_the_majority_is_what_most_say_and_the_first_of_two_that_are_equal():

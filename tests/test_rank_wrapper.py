@@ -181,11 +181,12 @@ def test_what_it_exports_agrees_with_the_launchers_own():
         ("GPU-a,GPU-b", "0,1", "GPU-b"),
         ("7", "3,2,1,0", None),  # --gpus-per-task: this rank has its own
         (None, "0.0,0.1", "0.1"),  # tiles
+        ("", "3,2,1,0", None),  # set, and empty: no GPU is to be seen
     ],
 )
 def test_the_device_of_local_rank_1(shown, devices, got):
     environ = {**SRUN, given.DEVICE_VARIABLE: "CUDA_VISIBLE_DEVICES", given.DEVICES: devices}
-    if shown:
+    if shown is not None:
         environ["CUDA_VISIBLE_DEVICES"] = shown
     assert variables(environ, TOLD).get("CUDA_VISIBLE_DEVICES") == got
 

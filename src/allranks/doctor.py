@@ -339,9 +339,9 @@ def run_dir() -> Findings:
 
 
 def threads() -> Findings:
-    from allranks.base.processes import cpu_affinity
+    from allranks.base.processes import usable_cpus
 
-    mine, there = len(cpu_affinity()), os.cpu_count() or 1
+    mine, there = usable_cpus(), os.cpu_count() or 1
     omp = os.environ.get("OMP_NUM_THREADS", "")
     text = f"{mine} of {there} CPUs for this process" + (f", OMP_NUM_THREADS={omp}" if omp else "")
     if omp.isdigit() and int(omp) > mine:

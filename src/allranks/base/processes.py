@@ -117,11 +117,7 @@ class ProcessIdentity:
 
 
 def _boot_id() -> str | None:
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:  # noqa: PTH123
-            return file.read().strip()
-    except OSError:
-        return None
+    return _read("/proc/sys/kernel/random/boot_id").strip() or None
 
 
 def _namespace(kind: str) -> str:
@@ -230,8 +226,63 @@ def _prctl(option: int, value: int) -> None:
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
+# --- how many CPUs there are for this process -----------------------------------------------------------
+
+
 def cpu_affinity() -> frozenset[int]:
     """The CPUs that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return frozenset(os.sched_getaffinity(0))
     return frozenset(range(os.cpu_count() or 1))
+
+
+def usable_cpus() -> int:
+    """How many processes of one thread can compute here at full speed: at least 1."""
+    cpus = len(cpu_affinity())
+    quota = cpu_quota()
+    return cpus if quota is None else max(1, min(cpus, int(quota)))
+
+
+def cpu_quota(root: str = "/") -> float | None:
+    """The CPUs' worth of time that this process's control groups allow it, such as 1.5; None for no limit.
+
+    A container of 2 CPUs on a host of 64 often sees all 64, but is stopped once it has used its share of a
+    period. Each group on the way up may set a limit; the least one holds. `root` is where the file system
+    begins.
+    """
+    quotas: list[float] = []
+    for line in _read(f"{root}/proc/self/cgroup").splitlines():
+        # 0::/a/b (version 2), or 4:cpu,cpuacct:/a/b (version 1)
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            mounts = ["unified", "."]
+        elif "cpu" in controllers.split(","):
+            mounts = ["cpu", "cpu,cpuacct"]
+        else:
+            continue
+        # In a container the path may be the host's, of which only the container's own group is mounted.
+        groups = [path[:end] for end in range(len(path) + 1) if end in (0, len(path)) or path[end] == "/"]
+        for mount in mounts:
+            for group in groups:
+                quotas += _quota_of(f"{root}/sys/fs/cgroup/{mount}{group}")
+    return min(quotas, default=None)
+
+
+def _quota_of(group: str) -> list[float]:
+    """The limit that a control group sets, as a list: empty where it sets none, or is not there."""
+    limit = _read(f"{group}/cpu.max") or _read(f"{group}/cpu.cfs_quota_us") + _read(
+        f"{group}/cpu.cfs_period_us"
+    )
+    words = limit.split()  # microseconds in a period, and its length; "max" or -1: no limit
+    if len(words) != 2 or not words[0].isdigit():
+        return []
+    return [int(words[0]) / int(words[1])]
+
+
+def _read(path: str) -> str:
+    """The text of a file of Linux's own; empty where there is none."""
+    try:
+        with open(path) as file:  # noqa: PTH123
+            return file.read()
+    except OSError:
+        return ""

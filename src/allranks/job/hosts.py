@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from allranks.base.errors import UserError
-from allranks.base.processes import cpu_affinity
+from allranks.base.processes import usable_cpus
 from allranks.job.identity import repeated
 
 Scheduler = Literal["pbs", "slurm", "hostfile", "local"]
@@ -64,13 +64,13 @@ def placeholder_allocation(nodes: int, scheduler: Scheduler) -> Allocation:
 
 
 def _local_slots(environ: Mapping[str, str]) -> int:
-    """One rank a visible NVIDIA device; a CPU each where there is none."""
+    """One rank for each NVIDIA device that is visible; where there is none, one for each CPU."""
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         devices = len([name for name in visible.split(",") if name.strip() and name != "-1"])
     else:
         devices = sum(1 for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit())
-    return devices or len(cpu_affinity())
+    return devices or usable_cpus()
 
 
 # --- PBS and hostfiles ---------------------------------------------------------------------------
@@ -160,7 +160,8 @@ def _merged(lines: Sequence[tuple[int, str, int | None]], named: str) -> tuple[H
 
 
 def _from_slurm(environ: Mapping[str, str]) -> Allocation:
-    """Slurm's job. SLURM_NTASKS is set where tasks were asked for; else they follow from CPUs."""
+    """Slurm's job. Raises UserError where its variables contradict each other, or name groups of nodes."""
+    _refuse_heterogeneous(environ)
     names = expand(environ["SLURM_JOB_NODELIST"])
     text = environ.get("SLURM_TASKS_PER_NODE", "")
     tasks = repeated(text, "SLURM_TASKS_PER_NODE") if text else [1] * len(names)
@@ -171,7 +172,9 @@ def _from_slurm(environ: Mapping[str, str]) -> Allocation:
             "these are of two different jobs. Start again from a fresh shell of the job."
         )
     cpus = environ.get("SLURM_JOB_CPUS_PER_NODE", "")
-    asked = bool(environ.get("SLURM_NTASKS") or environ.get("SLURM_NTASKS_PER_NODE"))
+    asked = _asked_for_tasks(environ, sum(tasks))
+    if not asked:
+        tasks = [_slurm_gpus_here(environ) or 1] * len(names)
     return Allocation(
         "slurm",
         environ["SLURM_JOB_ID"],
@@ -181,6 +184,42 @@ def _from_slurm(environ: Mapping[str, str]) -> Allocation:
         cpus_per_node=min(repeated(cpus, "SLURM_JOB_CPUS_PER_NODE")) if cpus else None,
         source=f"SLURM_JOB_ID={environ['SLURM_JOB_ID']}",
     )
+
+
+def _refuse_heterogeneous(environ: Mapping[str, str]) -> None:
+    """Raises UserError in a Slurm job of several groups of nodes, each with resources of its own."""
+    groups = environ.get("SLURM_HET_SIZE", "")
+    if groups in ("", "0", "1"):
+        return
+    lists = sorted(name for name in environ if name.startswith("SLURM_JOB_NODELIST_HET_GROUP_"))
+    named = "; ".join(f"{name}={environ[name]}" for name in lists)
+    raise UserError(
+        f"SLURM_HET_SIZE={groups}: this is a heterogeneous job of {groups} groups of nodes"
+        f"{f' ({named})' if named else ''}, and allranks places ranks in ordinary jobs only. Submit such a "
+        "one, or give the hosts of one group with --hosts FILE."
+    )
+
+
+def _asked_for_tasks(environ: Mapping[str, str], tasks: int) -> bool:
+    """Whether somebody asked for the `tasks` of SLURM_TASKS_PER_NODE.
+
+    Where nobody did, Slurm makes up as many as there are CPUs, such as 64 a node. SLURM_NTASKS is then
+    missing, or is the number of nodes.
+    """
+    if environ.get("SLURM_NTASKS_PER_NODE"):
+        return True
+    return environ.get("SLURM_NTASKS", "").strip() == str(tasks)
+
+
+def _slurm_gpus_here(environ: Mapping[str, str]) -> int:
+    """The GPUs that the job has on this node, 0 for none; `4`, or with a type `a100:4`."""
+    text = environ.get("SLURM_GPUS_ON_NODE", "").strip()
+    if not text:
+        return 0
+    number = text.rpartition(":")[2]
+    if not re.fullmatch("[0-9]{1,4}", number):
+        raise UserError(f"SLURM_GPUS_ON_NODE={text!r} cannot be read: it is a number of GPUs, such as 4.")
+    return int(number)
 
 
 def expand(node_list: str) -> list[str]:

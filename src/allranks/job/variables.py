@@ -136,6 +136,8 @@ def _device(local_rank: int, environ: Mapping[str, str]) -> dict[str, str]:
             f"Start at most {len(by_rank)} ranks on a host."
         )
     device = by_rank[local_rank]
+    if variable in environ and not environ[variable].strip():
+        return {}  # set, and empty: no device is to be seen
     shown = [name.strip() for name in environ.get(variable, "").split(",") if name.strip()]
     if len(shown) == 1 and len(by_rank) > 1:  # the scheduler has given this rank its own already
         return {}

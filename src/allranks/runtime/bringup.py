@@ -28,7 +28,7 @@ import allranks
 from allranks import config as configs
 from allranks.base.agreement import majority
 from allranks.base.errors import UserError
-from allranks.base.processes import cpu_affinity
+from allranks.base.processes import cpu_affinity, cpu_quota
 from allranks.config import Config, TrainerConfig, WatchdogConfig
 from allranks.job.identity import RankIdentity
 from allranks.runtime import ezpz, mpi, native
@@ -57,6 +57,7 @@ class Arrival:
     digest: str  # of its configuration
     version: str  # of allranks and torch
     error: str | None  # why it has no configuration
+    cpu_quota: float | None = None  # CPUs' worth of time for all ranks on its host; None: no limit
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,7 @@ def _bring_up(
         digest=configs.digest(config) if config else "",
         version=f"allranks {allranks.__version__}, torch {torch.__version__}",
         error=str(error) if error else None,
+        cpu_quota=cpu_quota(),
     )
     place = _ask_rank_0(meeting, arrival, places, lambda said: Arrival(**said), lambda said: Place(**said))
     assert config is not None  # a rank without a configuration has told its error, which all have raised
@@ -269,11 +271,14 @@ def places(arrivals: Sequence[Arrival]) -> list[Place]:
     for rank, arrival in enumerate(arrivals):
         here = ranks_of_host[arrival.host]
         sharing = sum(arrivals[other].cpus == arrival.cpus for other in here)
+        threads = len(arrival.cpus) // sharing
+        if arrival.cpu_quota is not None:  # a container's share of its host, which all its ranks share
+            threads = min(threads, int(arrival.cpu_quota) // len(here))
         found.append(
             Place(
                 local_rank=here.index(rank) if arrival.local_rank is None else arrival.local_rank,
                 local_world_size=len(here),
-                threads=max(1, len(arrival.cpus) // sharing),
+                threads=max(1, threads),
                 hosts=len(ranks_of_host),
             )
         )
