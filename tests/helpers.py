@@ -42,7 +42,7 @@ SMALL = (
 
 # What a launcher, a scheduler or the user's shell may have put into this test process's environment.
 LEAKY = re.compile(
-    r"(RANK|WORLD_SIZE|GROUP_|ROLE_|MASTER_|LOCAL_|TORCHELASTIC_|PMI|MPI|OMPI_|MV2_|PALS_|JSM_|HYDRA_|I_MPI_"
+    r"(RANK|WORLD_SIZE|GROUP_|ROLE_|MASTER_|LOCAL_|TORCHELASTIC_|PMI|MPI|OMPI_|MV2_|MVP_|FLUX_|PALS_|JSM_|HYDRA_|I_MPI_"
     r"|SLURM|PBS|PALS|ALLRANKS_|OMP_|MKL_|GLOO_|PYTHON|COVERAGE_|CUDA_VISIBLE)"
 )
 

@@ -48,6 +48,7 @@ WITHOUT_TORCH = (
     "data.synthetic",
     "base.errors",
     "job.hosts",
+    "launch.command",
     "launch.options",
     "launch.plan",
     "launch.dryrun",
@@ -56,6 +57,7 @@ WITHOUT_TORCH = (
     "run.cells",
     "job.scheduler",
     "submit.script",
+    "submit.task",
     "submit.queue",
     "run.directory",
     "job.identity",
@@ -67,14 +69,13 @@ MAY_PRINT = (
     "training.ending",
     "doctor",
     "launch.attempts",
-    "launch.options",
+    "launch.command",
     "launch.guard",
     "launch.console",
     "launch.supervisor",
     "launch.preflight",
     "submit.command",
     "submit.listing",
-    "submit.queue",
     "submit.successor",
 )
 FOR_RUNTIME_ONLY = ("torch.distributed", "mpi4py", "ezpz")
@@ -380,6 +381,11 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_carries_all_of_conf(installed):
     assert tree(installed / "allranks/conf") == tree(ROOT / "conf")
+
+
+def test_the_wheel_carries_the_template_of_job_scripts(installed):
+    template = "submit/job.sh.template"
+    assert (installed / "allranks" / template).read_text() == (SOURCE / template).read_text()
 
 
 def test_the_wheel_works_from_any_directory(installed, tmp_path):

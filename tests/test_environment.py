@@ -1,18 +1,20 @@
 """Which rank a process is, by a recorded environment of each launcher, and what must not fool us.
 
 The names are those that real ones set: torchrun, MPICH 5.0, Open MPI 4.1 and Slurm 22.05; those of
-PALS, Cray PMI, Intel MPI, MVAPICH2 and jsrun are as documented. All tell of the same rank: 5 of 8,
-the second one on the second of two hosts.
+PALS, Cray PMI, Intel MPI, MVAPICH, Flux, PMIx and jsrun are as documented. All tell of the same rank:
+5 of 8, the second one on the second of two hosts.
 """
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from allranks.base.errors import UserError
 from allranks.job.hosts import first_host
 from allranks.job.identity import RankIdentity, discover, launcher_rank
+from helpers import SMALL, TRAIN, execute
 
 TORCHRUN = {
     "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1",
@@ -59,6 +61,12 @@ JSRUN = {
     "JSM_NAMESPACE_RANK": "5", "JSM_NAMESPACE_SIZE": "8", "JSM_NAMESPACE_LOCAL_RANK": "1",
     "LSB_DJOB_RANKFILE": "/tmp/ranks", "LSB_JOBID": "3",
 }  # fmt: skip
+FLUX = {
+    "FLUX_TASK_RANK": "5", "FLUX_JOB_SIZE": "8", "FLUX_TASK_LOCAL_ID": "1", "FLUX_JOB_NNODES": "2",
+    "FLUX_JOB_ID": "f1", "PMI_RANK": "5", "PMI_SIZE": "8", "PMI_FD": "9",
+}  # fmt: skip
+MVAPICH = {name.replace("MV2_", "MVP_"): value for name, value in MVAPICH2.items()}
+PMIX = {"PMIX_RANK": "5", "PMIX_NAMESPACE": "prterun-n0-1", "PMIX_SERVER_URI4": "n0"}
 BATCH_SHELL = {**SLURM_JOB, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
 
 
@@ -70,6 +78,9 @@ BATCH_SHELL = {**SLURM_JOB, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NO
         (INTEL_MPI, RankIdentity("mpich", 5, 8, 1, 4)),
         (OPENMPI, RankIdentity("openmpi", 5, 8, 1, 4)),
         (MVAPICH2, RankIdentity("mvapich2", 5, 8, 1, 4)),
+        (MVAPICH, RankIdentity("mvapich", 5, 8, 1, 4)),
+        (FLUX, RankIdentity("flux", 5, 8, 1, None)),
+        (PMIX, RankIdentity("pmix", 5, None, None, None)),  # MPI knows the rest
         (SRUN, RankIdentity("srun", 5, 8, 1, 4)),
         (PALS, RankIdentity("pals", 5, None, 1, 4)),  # MPI knows the size, PALS does not tell it
         ({**PALS, "PMI_SIZE": "8"}, RankIdentity("pals", 5, 8, 1, 4)),
@@ -90,7 +101,7 @@ def test_each_launcher(environ, expected):
 # --- traps ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("environ", [MPICH, OPENMPI, SRUN, PALS, CRAY_PMI, MVAPICH2, JSRUN])
+@pytest.mark.parametrize("environ", [MPICH, OPENMPI, SRUN, PALS, CRAY_PMI, MVAPICH2, JSRUN, FLUX, PMIX])
 def test_a_stale_rank_does_not_win_silently(environ):
     with pytest.raises(UserError, match=r"RANK=0 .*is left over in the environment"):
         discover({**environ, "RANK": "0", "WORLD_SIZE": "8"})
@@ -127,8 +138,72 @@ def test_pmi_names_leak_into_a_slurm_step():
     assert discover({**SRUN, **cray_plugin, **pals_names}) == RankIdentity("srun", 5, 8, 1, 4)
 
 
-def test_pmi_rank_alone_proves_no_launcher():
-    assert discover({"PMI_RANK": "5", "PMI_SIZE": "8"}) == RankIdentity("none")
+def test_bare_pmi_is_followed_where_it_tells_of_several():
+    """As mpiexec.gforker and others set it: MPI is asked, and must see as many."""
+    assert discover({"PMI_RANK": "5", "PMI_SIZE": "8"}) == RankIdentity("pmi", 5, 8, None, None)
+    assert discover({"PMI_RANK": "5", "PMI_SIZE": "8"}).is_mpi
+    assert discover({"PMI_RANK": "0", "PMI_SIZE": "1"}) == RankIdentity("none")
+    by_hand = {"RANK": "5", "WORLD_SIZE": "8"}
+    assert discover({"PMI_RANK": "0", "PMI_SIZE": "1", **by_hand}).launcher == "environment"
+
+
+def test_flux_knows_the_ranks_of_a_node_where_there_is_one():
+    assert discover({**FLUX, "FLUX_JOB_NNODES": "1"}).local_world_size == 8
+
+
+def test_a_shell_of_slurm_with_its_pmix_plugin_is_no_rank():
+    shell = {**BATCH_SHELL, "SLURM_STEP_ID": "4294967290", "PMIX_RANK": "0", "PMIX_NAMESPACE": "slurm.7"}
+    assert discover(shell) == RankIdentity("none")
+    assert discover({**SRUN, "PMIX_RANK": "5", "PMIX_NAMESPACE": "slurm.7.0"}).launcher == "srun"
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [
+        "PMI_SIZE=2",  # PMI_RANK is missing
+        "PMI_RANK=1",  # PMI_SIZE is missing
+        "FLUX_JOB_SIZE=2",
+        "OMPI_COMM_WORLD_SIZE=2",
+        "JSM_NAMESPACE_SIZE=2",
+        "SLURM_PROCID=1",  # of a task, whose step is missing
+        "HOROVOD_SIZE=2",
+        "HOROVOD_RANK=1",
+        "MPIRUN_NPROCS=2",
+        "ALPS_APP_PE=1",
+        "SOMEBODYS_COMM_WORLD_SIZE=2",
+        "SOMEBODYS_COMM_WORLD_RANK=1",
+    ],
+)
+def test_several_processes_of_a_launcher_that_is_not_followed_are_refused(variable):
+    name, _, value = variable.partition("=")
+    with pytest.raises(UserError, match=f"^{variable} says that a launcher started several processes"):
+        discover({name: value})
+    assert discover({name: "1" if name.endswith(("SIZE", "NPROCS")) else "0"}) == RankIdentity("none")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_ranks_without_an_mpi_that_knows_them_do_not_train_alone(train, rank):
+    """As Flux starts them, but with an mpi4py whose MPI does not speak with Flux."""
+    done = train("model=linear", env={"FLUX_TASK_RANK": str(rank), "FLUX_JOB_SIZE": "2"})
+    assert done.code == 2
+    assert ("flux's launcher started 2 ranks, but mpi4py is bound to" in done.err) == (rank == 0)
+    done = train("model=linear", env={"PMIX_RANK": str(rank)})
+    assert done.code == 2
+
+
+def test_ranks_of_an_mpiexec_that_sets_bare_pmi_only(train, tmp_path):
+    gforker = Path(sys.executable).with_name("mpiexec.gforker")
+    if not gforker.exists():
+        pytest.skip("no mpiexec.gforker: pip install mpich")
+    done = execute([str(gforker), "-n", "2", *TRAIN, *SMALL, "model=linear", "trainer.epochs=1"], tmp_path)
+    assert done.ok().run.summary["world_size"] == 2
+
+
+def test_a_step_in_a_heterogeneous_job_is_refused_by_name():
+    with pytest.raises(UserError, match="SLURM_HET_SIZE=2: this is a heterogeneous job of 2 groups"):
+        discover({**SRUN, "SLURM_HET_SIZE": "2"})
+    assert discover({**SRUN, "SLURM_HET_SIZE": "1"}).launcher == "srun"
+    assert discover({**MPICH, "SLURM_HET_SIZE": "2"}).launcher == "mpich"
 
 
 def test_the_node_rank_of_openmpi_is_no_local_rank():

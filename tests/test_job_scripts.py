@@ -18,7 +18,7 @@ import pytest
 
 from allranks.job import machine
 from allranks.submit import script
-from allranks.submit.script import Order
+from allranks.submit.order import Order
 from helpers import PYTHON, ROOT
 
 MACHINES = [name for name in machine.available() if machine.load(name).scheduler != "local"]

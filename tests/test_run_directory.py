@@ -261,7 +261,7 @@ def test_a_directory_of_ones_own(train_here, tmp_path):
         ({"PBS_JOBID": "4242.pbs01"}, "4242.pbs01"),
         ({"PBS_JOBID": "4242[7].pbs01"}, "4242-7.pbs01"),
         ({"SLURM_JOB_ID": "77"}, "77"),
-        ({"SLURM_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "3"}, "77-3"),
+        ({"SLURM_JOB_ID": "78", "SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "3"}, "77_3"),
     ],
 )
 def test_a_jobs_id_is_in_the_name(train_here, monkeypatch, job, ending):

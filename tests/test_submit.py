@@ -19,7 +19,7 @@ import pytest
 
 from allranks import cli
 from allranks.base.errors import UserError
-from allranks.job import scheduler
+from allranks.job import batch, scheduler
 from allranks.run import checkpoint
 from allranks.run.cells import composed_cells, frozen_cells, make_cells
 from allranks.run.claim import Claim
@@ -624,12 +624,12 @@ def test_a_command_that_hangs_is_given_up(tmp_path, monkeypatch):
     (tmp_path / "qsub").write_text("#!/bin/sh\nexec sleep 30\n")
     (tmp_path / "qsub").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(scheduler, "LIMIT_S", 0.3)
+    monkeypatch.setattr(batch, "COMMAND_LIMIT_S", 0.3)
     began = time.monotonic()
     with pytest.raises(
-        scheduler.NoAnswer, match=r"does not answer within .* look for the job before you submit"
+        batch.NoAnswer, match=r"does not answer within .* look for the job before you submit"
     ):
-        scheduler.submit("pbs", "job.sh")
+        scheduler.named("pbs").submit("job.sh")
     assert took_at_most(time.monotonic() - began, 5)
 
 

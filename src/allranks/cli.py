@@ -34,7 +34,7 @@ def _run(given: list[str]) -> int:
     if command == "train":  # Hydra's
         os.execv(sys.executable, [sys.executable, "-m", "allranks.train", *rest])
     if command == "launch":
-        from allranks.launch import options as launching
+        from allranks.launch import command as launching
 
         return launching.launch(rest)
     if command == "doctor":

@@ -246,25 +246,24 @@ def ezpz() -> Findings:
 
 
 def scheduler() -> Findings:
+    from allranks.job.scheduler import SCHEDULERS
+
     seen = False
-    for name, commands, ask, variable in (
-        ("PBS", ("qsub", "qstat", "qdel"), ["qstat", "-B"], "PBS_JOBID"),
-        ("Slurm", ("sbatch", "squeue", "srun"), ["scontrol", "ping"], "SLURM_JOB_ID"),
-    ):
-        job = os.environ.get(variable)
-        missing = [command for command in commands if not shutil.which(command)]
-        if len(missing) == len(commands) and not job:
+    for kind in SCHEDULERS:
+        name, job = kind.title, kind.this_job(os.environ)
+        missing = [command for command in kind.commands if not shutil.which(command)]
+        if len(missing) == len(kind.commands) and not job:
             continue
         seen = True
-        where = f"{name}, inside job {job}" if job else f"{name}, not inside a job"
+        where = f"{name}, inside job {job.id}" if job else f"{name}, not inside a job"
         if missing:
             remedy = f"Load {name}'s module; some centres have these on login nodes only."
             yield warn(f"{where}; not on PATH: {', '.join(missing)}", remedy)
             continue
-        _, problem = _tool(ask)
+        _, problem = _tool(kind.server_check)
         if problem:
             bad = error if job else warn  # without a job, training on this host still works
-            remedy = f"Try `{' '.join(ask)}` again later, or ask the centre."
+            remedy = f"Try `{' '.join(kind.server_check)}` again later, or ask the centre."
             yield bad(f"{where}; it does not answer: {problem}", remedy)
         else:
             yield ok(f"{name} answers, {where.partition(', ')[2]}")

@@ -12,6 +12,7 @@ from typing import Literal
 
 from allranks.base.errors import UserError
 from allranks.base.processes import usable_cpus
+from allranks.job import scheduler
 from allranks.job.identity import repeated
 
 Scheduler = Literal["pbs", "slurm", "hostfile", "local"]
@@ -50,7 +51,7 @@ def find_allocation(environ: Mapping[str, str], hosts_file: str | Path | None = 
         return from_hostfile(Path(hosts_file))
     if environ.get("PBS_NODEFILE"):
         return _from_pbs(environ)
-    if environ.get("SLURM_JOB_ID") and environ.get("SLURM_JOB_NODELIST"):
+    if environ.get("SLURM_JOB_NODELIST") and _job_id(environ):
         return _from_slurm(environ)
     return Allocation("local", None, (Host(socket.gethostname(), _local_slots(environ)),), False)
 
@@ -61,6 +62,12 @@ def placeholder_allocation(nodes: int, scheduler: Scheduler) -> Allocation:
     hosts = tuple(Host(f"node{i:0{width}}", 1) for i in range(1, nodes + 1))
     source = "placeholders, as there is no job yet"
     return Allocation(scheduler, None, hosts, False, source=source, exists=False)
+
+
+def _job_id(environ: Mapping[str, str]) -> str | None:
+    """The id that only this job has; None outside a job."""
+    job = scheduler.this_job(environ)
+    return job.unique_id if job else None
 
 
 def _local_slots(environ: Mapping[str, str]) -> int:
@@ -82,7 +89,7 @@ def _from_pbs(environ: Mapping[str, str]) -> Allocation:
     hosts = _merged(_lines(path, named), named)
     return Allocation(
         "pbs",
-        environ.get("PBS_JOBID"),
+        _job_id(environ),
         hosts,
         slots_given=any(host.slots > 1 for host in hosts),
         queue=environ.get("PBS_QUEUE"),
@@ -177,12 +184,12 @@ def _from_slurm(environ: Mapping[str, str]) -> Allocation:
         tasks = [_slurm_gpus_here(environ) or 1] * len(names)
     return Allocation(
         "slurm",
-        environ["SLURM_JOB_ID"],
+        _job_id(environ),
         tuple(map(Host, names, tasks)),
         slots_given=asked and any(count > 1 for count in tasks),
         queue=environ.get("SLURM_JOB_QOS") or environ.get("SLURM_JOB_PARTITION"),
         cpus_per_node=min(repeated(cpus, "SLURM_JOB_CPUS_PER_NODE")) if cpus else None,
-        source=f"SLURM_JOB_ID={environ['SLURM_JOB_ID']}",
+        source=f"SLURM_JOB_ID={_job_id(environ)}",
     )
 
 

@@ -1,6 +1,9 @@
 """From a launcher's environment variables to a rank. Pure: reads a mapping, imports no torch, no MPI.
 
-Which variables a launcher sets is listed in docs/ranks.md, each with its source.
+A launcher (mpiexec, srun, torchrun, ...) starts the same program several times, and tells each process by
+environment variables which one it is. Each launcher has variables of its own; docs/ranks.md lists them.
+Whoever is not understood is refused: a process that takes itself to be alone, beside others that do the
+same, would waste the job and overwrite their results.
 """
 
 from __future__ import annotations
@@ -44,10 +47,13 @@ class RankIdentity:
 
 
 @dataclass(frozen=True)
-class _Names:
-    """The variables of one launcher; all of `proof` must be set before any of them is believed."""
+class _Launcher:
+    """A launcher, and the names of its variables; "" for what it does not tell.
 
-    launcher: str
+    All of `proof` must be set before any of its variables is believed.
+    """
+
+    name: str
     proof: tuple[str, ...]
     rank: str
     world_size: str
@@ -55,55 +61,68 @@ class _Names:
     local_world_size: str
 
 
-# First match wins. torchrun is first because the others start it, once a node. Open MPI, MVAPICH2 and
-# MPICH come before srun because on Slurm they start their node daemons with it; PALS and Cray PMI come
-# after it because Slurm's Cray plugin sets their names too, and bare PMI_* names leak into a step.
+# The first launcher whose proof is there is believed. The order has reasons:
+# - torchrun is first, because the others start it, one process on each node.
+# - Open MPI, MVAPICH and MPICH come before srun, because in a job of Slurm they start their node daemons
+#   with srun, and the ranks inherit a daemon's variables.
+# - Flux comes before bare PMI, because it sets PMI_RANK and PMI_SIZE too.
+# - PALS and Cray PMI come after srun, because Slurm's Cray plugin sets their names too.
+# - Bare PMI and PMIx are last of the launchers: their names leak into what other launchers start.
 _LAUNCHERS = (
-    _Names("torchrun", ("TORCHELASTIC_RUN_ID", "RANK"),
-           "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    _Names("openmpi", ("OMPI_COMM_WORLD_RANK",), "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
-           "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-    _Names("mvapich2", ("MV2_COMM_WORLD_RANK",), "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE",
-           "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
-    _Names("mpich", ("PMI_RANK", "MPI_LOCALRANKID"),
-           "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    _Names("srun", ("SLURM_PROCID", "SLURM_STEP_ID"),
-           "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ""),
-    _Names("pals", ("PALS_RANKID",),
-           "PALS_RANKID", "PMI_SIZE", "PALS_LOCAL_RANKID", "PALS_LOCAL_SIZE"),
-    _Names("jsrun", ("JSM_NAMESPACE_RANK",),
-           "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK", ""),
-    _Names("cray-pmi", ("PMI_RANK", "PMI_LOCAL_RANK"),
-           "PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),
-    _Names("environment", ("RANK", "WORLD_SIZE"),
-           "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    _Launcher("torchrun", ("TORCHELASTIC_RUN_ID", "RANK"),
+              "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    _Launcher("openmpi", ("OMPI_COMM_WORLD_RANK",), "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
+              "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    _Launcher("mvapich", ("MVP_COMM_WORLD_RANK",), "MVP_COMM_WORLD_RANK", "MVP_COMM_WORLD_SIZE",
+              "MVP_COMM_WORLD_LOCAL_RANK", "MVP_COMM_WORLD_LOCAL_SIZE"),
+    _Launcher("mvapich2", ("MV2_COMM_WORLD_RANK",), "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE",
+              "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
+    _Launcher("mpich", ("PMI_RANK", "MPI_LOCALRANKID"),
+              "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    _Launcher("flux", ("FLUX_TASK_RANK",), "FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID", ""),
+    _Launcher("srun", ("SLURM_PROCID", "SLURM_STEP_ID"),
+              "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ""),
+    _Launcher("pals", ("PALS_RANKID",),
+              "PALS_RANKID", "PMI_SIZE", "PALS_LOCAL_RANKID", "PALS_LOCAL_SIZE"),
+    _Launcher("jsrun", ("JSM_NAMESPACE_RANK",),
+              "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK", ""),
+    _Launcher("cray-pmi", ("PMI_RANK", "PMI_LOCAL_RANK"),
+              "PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),
+    _Launcher("pmi", ("PMI_RANK", "PMI_SIZE"), "PMI_RANK", "PMI_SIZE", "", ""),
+    _Launcher("pmix", ("PMIX_RANK",), "PMIX_RANK", "", "", ""),
+    _Launcher("environment", ("RANK", "WORLD_SIZE"),
+              "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
 )  # fmt: skip
-MPI_LAUNCHERS = frozenset({"openmpi", "mvapich2", "mpich", "pals", "jsrun", "cray-pmi"})
+MPI_LAUNCHERS = frozenset(
+    {"openmpi", "mvapich", "mvapich2", "mpich", "flux", "pals", "jsrun", "cray-pmi", "pmi", "pmix"}
+)
+
+# (rank, size) of launchers that are not followed, and of any MPI that names them as most do.
+_NOT_FOLLOWED = (("HOROVOD_RANK", "HOROVOD_SIZE"), ("MPIRUN_RANK", "MPIRUN_NPROCS"), ("ALPS_APP_PE", ""))
+_ANY_MPI = re.compile(r"(\w+)_COMM_WORLD_(RANK|SIZE)")
 
 
 def discover(environ: Mapping[str, str]) -> RankIdentity:
     """The rank that the launcher gave this process; a lone process where nothing launched it.
 
-    Raises UserError where variables are missing, contradict each other, or are left over from another
-    launcher: training on as N solo runs would waste the job and overwrite results.
+    Raises UserError where variables are missing, contradict each other, are left over from another
+    launcher, or are those of a launcher that allranks does not know.
     """
-    names = next((n for n in _LAUNCHERS if _matches(n, environ)), None)
+    names = _launcher_of(environ)
     if names is None:
-        if environ.get("RANK") or _number(environ, "WORLD_SIZE") not in (None, 1):
-            missing, there = ("WORLD_SIZE", "RANK") if environ.get("RANK") else ("RANK", "WORLD_SIZE")
-            raise UserError(
-                f"{there}={environ[there]} is set but {missing} is not, and no launcher's variables are: "
-                f"unset {there} for a single process, or start the ranks with mpiexec or torchrun."
-            )
+        _refuse_half_a_launcher(environ)
         return RankIdentity("none")
 
     rank = _number(environ, names.rank)
     world_size = _number(environ, names.world_size)
     local_rank = _number(environ, names.local_rank)
     local_world_size = _number(environ, names.local_world_size)
-    if names.launcher == "srun":
+    if names.name == "srun":
+        _refuse_heterogeneous_step(environ)
         world_size = world_size or _number(environ, "SLURM_NTASKS")
         local_world_size = _slurm_tasks_here(environ)
+    elif names.name == "flux" and _number(environ, "FLUX_JOB_NNODES") == 1:
+        local_world_size = world_size
     assert rank is not None  # it is part of every launcher's proof
     for what, value, size_name, size in (
         (names.rank, rank, names.world_size, world_size),
@@ -115,33 +134,82 @@ def discover(environ: Mapping[str, str]) -> RankIdentity:
                 f"Unset them, or start all ranks with one launcher."
             )
     _refuse_stale(environ, names, rank, world_size)
-    return RankIdentity(names.launcher, rank, world_size, local_rank, local_world_size)
+    return RankIdentity(names.name, rank, world_size, local_rank, local_world_size)
 
 
 def launcher_rank(environ: Mapping[str, str]) -> int:
     """The rank by the launcher's variables alone, however they contradict others; 0 where unknown."""
-    names = next((n for n in _LAUNCHERS if _matches(n, environ)), None)
+    names = _launcher_of(environ)
     text = environ.get(names.rank, "").strip() if names else ""
     return int(text) if re.fullmatch(_NUMBER, text) else 0
 
 
 def started_by_mpi(environ: Mapping[str, str]) -> bool:
     """Whether an MPI launcher started this process, however its variables contradict others."""
-    names = next((n for n in _LAUNCHERS if _matches(n, environ)), None)
-    return names is not None and names.launcher in MPI_LAUNCHERS
+    names = _launcher_of(environ)
+    return names is not None and names.name in MPI_LAUNCHERS
 
 
-def _matches(names: _Names, environ: Mapping[str, str]) -> bool:
+def _launcher_of(environ: Mapping[str, str]) -> _Launcher | None:
+    return next((names for names in _LAUNCHERS if _is_proven(names, environ)), None)
+
+
+def _is_proven(names: _Launcher, environ: Mapping[str, str]) -> bool:
     if not all(environ.get(name, "").strip() for name in names.proof):
         return False
-    if names.launcher == "srun":  # a shell of salloc or sbatch has SLURM_PROCID too, but is no task
-        step = environ["SLURM_STEP_ID"]
-        return re.fullmatch(_NUMBER, step) is not None and int(step) < SLURM_FIRST_SPECIAL_STEP
+    if names.name == "srun":  # a shell of salloc or sbatch has SLURM_PROCID too, but is no task
+        return not _is_slurm_shell(environ)
+    if names.name == "pmix":  # Slurm's own PMIx plugin sets it in such a shell too
+        return not (environ.get("SLURM_STEP_ID", "").strip() and _is_slurm_shell(environ))
+    if names.name == "pmi":  # a site's profile may leave these two in every shell, for one process
+        return environ["PMI_SIZE"].strip() != "1"
     return True
 
 
-def _refuse_stale(environ: Mapping[str, str], names: _Names, rank: int, world_size: int | None) -> None:
-    """RANK and WORLD_SIZE exported in a shell must not contradict the launcher that is at work."""
+def _is_slurm_shell(environ: Mapping[str, str]) -> bool:
+    """Whether Slurm's step is that of a batch script or of an interactive shell."""
+    step = environ.get("SLURM_STEP_ID", "")
+    return re.fullmatch(_NUMBER, step) is None or int(step) >= SLURM_FIRST_SPECIAL_STEP
+
+
+def _refuse_half_a_launcher(environ: Mapping[str, str]) -> None:
+    """Raises UserError where variables speak of several processes, though no launcher is recognised."""
+    if environ.get("RANK") or _number(environ, "WORLD_SIZE") not in (None, 1):
+        missing, there = ("WORLD_SIZE", "RANK") if environ.get("RANK") else ("RANK", "WORLD_SIZE")
+        raise UserError(
+            f"{there}={environ[there]} is set but {missing} is not, and no launcher's variables are: "
+            f"unset {there} for a single process, or start the ranks with mpiexec or torchrun."
+        )
+    pairs = [
+        (names.rank, names.world_size) for names in _LAUNCHERS if names.name not in ("torchrun", "srun")
+    ]
+    pairs += _NOT_FOLLOWED
+    families = dict.fromkeys(match[1] for match in map(_ANY_MPI.fullmatch, environ) if match)
+    pairs += [(f"{family}_COMM_WORLD_RANK", f"{family}_COMM_WORLD_SIZE") for family in families]
+    pairs.append(("SLURM_PROCID", ""))  # a shell of Slurm has it too, but is always process 0
+    for rank_name, size_name in pairs:
+        for name, most in ((size_name, 1), (rank_name, 0)):  # what a lone process may be told
+            if (_number(environ, name) or 0) > most:
+                raise UserError(
+                    f"{name}={environ[name].strip()} says that a launcher started several processes, but "
+                    "it is none that allranks can follow: start the ranks with `allranks launch`, mpiexec, "
+                    f"srun or torchrun, or unset {name} for a single process."
+                )
+
+
+def _refuse_heterogeneous_step(environ: Mapping[str, str]) -> None:
+    """Raises UserError in a Slurm job of several groups of nodes: a step over several does not say so."""
+    groups = _number(environ, "SLURM_HET_SIZE") or 1
+    if groups > 1:
+        raise UserError(
+            f"SLURM_HET_SIZE={groups}: this is a heterogeneous job of {groups} groups of nodes, and srun "
+            "counts the ranks of each group by itself. Submit an ordinary job, or, for a step in one group "
+            "only, unset SLURM_HET_SIZE."
+        )
+
+
+def _refuse_stale(environ: Mapping[str, str], names: _Launcher, rank: int, world_size: int | None) -> None:
+    """Raises UserError where RANK or WORLD_SIZE, exported in a shell, contradict the launcher at work."""
     if names.rank == "RANK":
         return
     stale = [
@@ -153,7 +221,7 @@ def _refuse_stale(environ: Mapping[str, str], names: _Names, rank: int, world_si
         told = f"rank {rank} of {world_size if world_size is not None else 'its ranks'}"
         given = " ".join(f"{name}={environ[name]}" for name in stale)
         raise UserError(
-            f"{given} is left over in the environment, but {names.launcher} says {told} "
+            f"{given} is left over in the environment, but {names.name} says {told} "
             f"({names.rank}={environ[names.rank]}): "
             "type `unset RANK LOCAL_RANK WORLD_SIZE` and start again.",
             # the one rank that the stale RANK happens to fit does not notice

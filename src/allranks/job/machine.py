@@ -20,6 +20,7 @@ from allranks.base.errors import UserError
 from allranks.base.schema import setting, whole
 from allranks.base.text import did_you_mean, one_line
 from allranks.config import conf_dir
+from allranks.job import scheduler
 
 Launcher = Literal["auto", "mpiexec", "srun", "torchrun"]
 LAUNCHERS = typing.get_args(Launcher)
@@ -235,9 +236,8 @@ def _detect(files: Mapping[str, Path], hostname: str, environ: Mapping[str, str]
         by_host = any(fnmatch.fnmatchcase(host, pattern) for pattern in detect.hosts)
         if by_host or any(environ.get(k) == value for k, value in detect.variables.items()):
             return name
-    if environ.get("PBS_NODEFILE"):
-        return "generic_pbs"
-    return "generic_slurm" if environ.get("SLURM_JOB_ID") else "local"
+    kind = scheduler.here(environ)
+    return f"generic_{kind.name}" if kind else "local"
 
 
 def _yaml(path: Path) -> dict[str, Any]:

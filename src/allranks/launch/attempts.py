@@ -26,7 +26,7 @@ from allranks.base import processes
 from allranks.base.errors import EXIT_REQUEUE, EXIT_STUCK, EXIT_USER_ERROR, UserError
 from allranks.base.text import some
 from allranks.config import Config
-from allranks.job import variables
+from allranks.job import scheduler, variables
 from allranks.job.hosts import Allocation, Host
 from allranks.job.machine import Machine
 from allranks.launch import preflight, supervisor
@@ -77,10 +77,8 @@ class Launch:
         """The whole environment of the command that starts the ranks."""
         # Open MPI is told to hand these on, and warns of those that are not set.
         unset = dict.fromkeys(variables.PRIVATE, "")
-        # A step of Slurm may share the CPUs of one before it that Slurm still takes for running. This is
-        # read by srun, which mpiexec calls, too.
-        overlap = {"SLURM_OVERLAP": "1"} if self.allocation.scheduler == "slurm" else {}
-        return {**unset, **overlap, **plan.environment(self.environ), variables.LAUNCH_ID: self.id}
+        for_step = scheduler.step_environment(self.allocation.scheduler)
+        return {**unset, **for_step, **plan.environment(self.environ), variables.LAUNCH_ID: self.id}
 
     def has_enough(self, hosts: Sequence[Host]) -> bool:
         """Whether `hosts` have as many ranks as --min-ranks asks for. Without it nothing is enough."""
@@ -279,7 +277,7 @@ def _try_groups(launch: Launch, plan: Plan, groups: Sequence[Sequence[str]]) -> 
     """For each group of hosts whether the launcher fails to start one process on each of them."""
     launcher = plan.launcher
     if launcher == "torchrun":  # takes seconds to start, and is itself started by one of these
-        launcher = "srun" if launch.allocation.scheduler == "slurm" else "mpiexec"
+        launcher = scheduler.launchers(launch.allocation.scheduler)[0]
     before = processes.descendants(os.getpid())
     with tempfile.TemporaryDirectory(prefix="allranks-") as folder:
         started: list[subprocess.Popen[bytes]] = []

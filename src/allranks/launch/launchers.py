@@ -26,6 +26,7 @@ from typing import Literal, NamedTuple
 from allranks.base.errors import UserError
 from allranks.base.text import did_you_mean
 from allranks.job import machine as machines
+from allranks.job import scheduler
 from allranks.job.hosts import Allocation, Host, compress, is_this_host
 from allranks.job.machine import Machine, Node
 
@@ -152,7 +153,7 @@ def _first_installed(allocation: Allocation) -> str:
     """The launcher where nobody names one; the last of the order where none is installed."""
     # Slurm's own launcher knows its jobs best. Elsewhere an MPI starts ranks on several hosts by itself,
     # and torchrun does not.
-    order = ("srun", "mpiexec") if allocation.scheduler == "slurm" else ("mpiexec", "torchrun")
+    order = scheduler.launchers(allocation.scheduler)
     return next((name for name in order if _is_installed(name)), order[-1])
 
 
@@ -376,8 +377,9 @@ def _torchrun(job: Job, binding: Binding, per_rank: Sequence[str]) -> CommandLin
 
     meeting = ["--nnodes", str(len(job.hosts)), "--rdzv-backend", "c10d"]
     meeting += ["--rdzv-endpoint", job.master, "--rdzv-id", job.allocation.job_id or "allranks"]
-    is_slurm = "slurm" in (job.machine.scheduler, job.allocation.scheduler)
-    outer = "srun" if is_slurm else mpiexec_kind(job.machine, job.installed_here)
+    kinds = (job.machine.scheduler, job.allocation.scheduler)
+    has_srun = any("srun" in scheduler.launchers(kind) for kind in kinds)
+    outer = "srun" if has_srun else mpiexec_kind(job.machine, job.installed_here)
     one_each = replace(job, hosts=tuple(Host(host.name, 1) for host in job.hosts))
     whole_node = Binding("none", job.machine.node.cpus or job.allocation.cpus_per_node)
     return command_line(outer, one_each, whole_node, (*torchrun, *meeting, *ranks))

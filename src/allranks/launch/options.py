@@ -1,144 +1,185 @@
-"""`allranks launch`: the arguments, and from them to a dry run or a running job. No torch."""
+"""The options of `allranks launch` and `allranks submit`, in one table.
+
+The command lines of both, the words by which a job script starts its `allranks launch`, what is kept of a
+submission to be asked for again, and the keys of `hydra/launcher=allranks` all follow from this table.
+"""
 
 from __future__ import annotations
 
 import argparse
-import math
-import os
 import re
-import socket
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from allranks.base.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
+from allranks.base.errors import UserError
 from allranks.base.text import did_you_mean
-from allranks.compose import HYDRAS
-from allranks.job import machine
-from allranks.job.hosts import Allocation, find_allocation, placeholder_allocation
-from allranks.job.identity import discover
-from allranks.job.machine import LAUNCHERS, Machine
-from allranks.launch import dryrun
-from allranks.launch.plan import Request, make_plan
-from allranks.run.cells import Cell, composed_cells, frozen_cells, is_finished, make_cells
-
-USAGE = """%(prog)s [options] [machine.key=value ...]
-                       [overrides of the training | -- PROGRAM ARGS...]"""
 
 
-def launch(arguments: Sequence[str]) -> int:
-    """`allranks launch ARGUMENTS`; the exit code. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="allranks launch", usage=USAGE, allow_abbrev=False)
-    add = parser.add_argument
-    add("-n", dest="ranks", type=int, metavar="RANKS", help="ranks in all; default: all there are")
-    add("--nodes", type=int, metavar="K", help="use the first K nodes")
-    add("--ppn", type=int, metavar="P", help="ranks per node")
-    add("--launcher", default="auto", metavar="|".join(LAUNCHERS), help="who starts the ranks")
-    add("--machine", metavar="M", help="machine file to use; default: the one this host belongs to")
-    add("--run", metavar="DIR", help="the run directory of `allranks submit`: starts what is frozen there")
-    add("--hosts", metavar="FILE", help="hosts to use: `host`, `host:4` or `host slots=4` a line")
-    add("--config-dir", metavar="DIR", help="a folder with machine/NAME.yaml (and groups) of your own")
-    add("--max-restarts", type=int, default=0, metavar="N", help="start again after a crash; default: 0")
-    add("--min-ranks", type=int, metavar="M", help="go on without a host that is gone, on M ranks or more")
-    add("--no-preflight", action="store_true", help="start at once, without checking the hosts first")
-    add("--dry-run", action="store_true", help="show the command and every rank's place, do nothing")
-    add("--json", action="store_true", help="the dry run for programs")
-    args, rest = parsed(parser, arguments)
-    return _launch(args, rest, os.environ)
+@dataclass(frozen=True)
+class Option:
+    """An option. A command has it where there is a help text of it for that command.
+
+    `metavar` is empty for a switch; `switched` is then the value that the switch stands for.
+    """
+
+    flag: str  # as it is typed
+    name: str  # of its value in Python, in job.json and after `hydra.launcher.`
+    metavar: str
+    launch: str = ""  # help of `allranks launch`
+    submit: str = ""  # help of `allranks submit`
+    kind: type = str  # of the value
+    least: int | None = None  # the smallest number that is valid
+    switched: bool = True
+    in_job: bool = False  # `allranks submit` hands it to the `allranks launch` of its job
+    in_sweep: bool = False  # `hydra/launcher=allranks` has it for each job of a Hydra application
 
 
-def parsed(
-    parser: argparse.ArgumentParser, arguments: Sequence[str]
-) -> tuple[argparse.Namespace, list[str]]:
-    """(the parser's own options, the rest: overrides, Hydra's flags, `-- PROGRAM ARGS`)."""
+LAUNCHER = "auto|mpiexec|srun|torchrun"
+
+OPTIONS = (
+    Option(
+        "--machine", "machine", "M", in_job=True, in_sweep=True,
+        launch="machine file to use; default: the one this host belongs to",
+        submit="machine file to use; default: the one this host belongs to",
+    ),
+    Option(
+        "--nodes", "nodes", "K", kind=int, least=1, in_sweep=True,
+        launch="use the first K nodes",
+        submit="nodes (chunks, where a queue deals in those); default: 1",
+    ),
+    Option(
+        "-n", "ranks", "RANKS", kind=int, least=1, in_job=True, in_sweep=True,
+        launch="ranks in all; default: all there are",
+        submit="ranks in all; default: the machine file's",
+    ),
+    Option(
+        "--ppn", "ppn", "P", kind=int, least=1, in_job=True, in_sweep=True,
+        launch="ranks per node",
+        submit="ranks per node",
+    ),
+    Option(
+        "--launcher", "launcher", LAUNCHER, in_job=True, in_sweep=True,
+        launch="who starts the ranks",
+        submit="who starts the ranks",
+    ),
+    Option(
+        "--walltime", "walltime", "HH:MM:SS", in_sweep=True,
+        submit="how long the job may run",
+    ),
+    Option("--account", "account", "NAME", in_sweep=True, submit="whose account pays"),
+    Option(
+        "--queue", "queue", "Q", in_sweep=True,
+        submit="queue, partition or QOS; default: the machine file's",
+    ),
+    Option("--name", "name", "N", in_sweep=True, submit="the job's name; default: the run's"),
+    Option(
+        "--chain", "chain", "K", kind=int, least=1, in_sweep=True,
+        submit="K jobs one after another in one run directory, and no more",
+    ),
+    Option("--after", "after", "ID", submit="start once that job has ended"),
+    Option(
+        "--cell", "cell", "DIR",
+        submit="submit a cell of a sweep (or any run that was submitted) once more",
+    ),
+    Option(
+        "--run", "run", "DIR",
+        launch="the run directory of `allranks submit`: starts what is frozen there",
+    ),
+    Option(
+        "--hosts", "hosts", "FILE",
+        launch="hosts to use: `host`, `host:4` or `host slots=4` a line",
+    ),
+    Option(
+        "--max-restarts", "max_restarts", "N", kind=int, least=0, in_job=True, in_sweep=True,
+        launch="start again after a crash; default: 0",
+        submit="in the job: as for allranks launch",
+    ),
+    Option(
+        "--min-ranks", "min_ranks", "M", kind=int, least=1, in_job=True, in_sweep=True,
+        launch="go on without a host that is gone, on M ranks or more",
+        submit="in the job: as for allranks launch",
+    ),
+    Option(
+        "--config-dir", "config_dir", "DIR", in_job=True, in_sweep=True,
+        launch="a folder with machine/NAME.yaml (and groups) of your own",
+        submit="a folder with machine/NAME.yaml (and groups) of your own",
+    ),
+    Option(
+        "--no-preflight", "preflight", "", switched=False, in_job=True, in_sweep=True,
+        launch="start at once, without checking the hosts first",
+        submit="start at once, without checking the hosts first",
+    ),
+    Option(
+        "--next", "next", "DIR",
+        submit="of a job script: what comes after this job, once it has stopped",
+    ),
+    Option(
+        "--dry-run", "dry_run", "",
+        launch="show the command and every rank's place, do nothing",
+        submit="show the script, the command and every rank's place",
+    ),
+    Option(
+        "--json", "json", "",
+        launch="the dry run for programs",
+        submit="the answer for programs",
+    ),
+)  # fmt: skip
+
+
+def parser(command: str, usage: str) -> argparse.ArgumentParser:
+    """The parser of `allranks launch` or `allranks submit`. An option that was not given is None."""
+    made = argparse.ArgumentParser(prog=f"allranks {command}", usage=usage, allow_abbrev=False)
+    for option in OPTIONS:
+        text = getattr(option, command)
+        if not text:
+            continue
+        if option.metavar:
+            made.add_argument(
+                option.flag, dest=option.name, type=option.kind, metavar=option.metavar, help=text
+            )
+        else:
+            made.add_argument(
+                option.flag, dest=option.name, action="store_const", const=option.switched, help=text
+            )
+    return made
+
+
+def parse(made: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """(the options of a command, the rest: overrides, Hydra's flags, `-- PROGRAM ARGS`).
+
+    Raises UserError for an option that there is not, and for a number that is too small.
+    """
+    from allranks.compose import HYDRAS
+
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    args, rest = parser.parse_known_args(arguments[:end])
+    args, rest = made.parse_known_args(arguments[:end])
     for flag in (word.partition("=")[0] for word in rest):
         if flag.startswith("--") and flag not in HYDRAS:
-            known = re.findall(r"--[a-z-]+", parser.format_help())
-            raise UserError(f"{flag} is not an option of `{parser.prog}`.{did_you_mean(flag, known)}")
+            known = re.findall(r"--[a-z-]+", made.format_help())
+            raise UserError(f"{flag} is not an option of `{made.prog}`.{did_you_mean(flag, known)}")
+    for option in OPTIONS:
+        value = getattr(args, option.name, None)
+        if value is not None and option.least is not None and value < option.least:
+            raise UserError(f"{option.flag} {value} is not valid: give a whole number >= {option.least}.")
     return args, [*rest, *arguments[end:]]
 
 
-def _launch(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str, str]) -> int:
-    around = discover(environ)
-    if around.world_size not in (None, 1):
-        if around.rank == 0:
-            raise UserError(
-                f"`allranks launch` starts the ranks itself, but {around.launcher} has started it "
-                f"{around.world_size} times: leave that launcher out, or have it start `python -m "
-                "allranks.train`."
-            )
-        return EXIT_USER_ERROR
-    if args.json and not args.dry_run:
-        raise UserError("--json is for a dry run: add --dry-run.")
-    for option, value, low in (
-        ("--max-restarts", args.max_restarts, 0),
-        ("--min-ranks", args.min_ranks, 1),
-    ):
-        if value is not None and value < low:
-            raise UserError(f"{option} {value} is not valid: give a whole number >= {low}.")
-    overrides, machine_overrides, program = split(rest)
-    directory, trainings = "", list[Cell]()
-    if program is None:
-        own = ["--config-dir", args.config_dir] if args.config_dir else []
-        if args.run and overrides:
-            raise UserError(f"{overrides[0]} cannot be given with --run: the configuration is frozen.")
-        directory, trainings = frozen_cells(args.run) if args.run else composed_cells([*own, *overrides])
-        if not trainings:
-            return 0
-        typed = (sys.executable, "-m", "allranks.train", *own, *overrides)
-        program = trainings[0].program() if args.run else typed
-    known = machine.load(args.machine, machine_overrides, args.config_dir, environ=environ)
-    given = find_allocation(environ, args.hosts)
-    allocation = fitting(given, known, args)
-    request = Request(
-        program, args.ranks, args.nodes, args.ppn, args.launcher, installed_here=allocation.exists
-    )
-    plan = make_plan(request, known, allocation, environ)
-    if args.dry_run:
-        show = dryrun.as_json if args.json else dryrun.text
-        print(show(plan, allocation.source))
-        return 0
-    return _start(request, known, allocation, environ, args, directory, trainings)
+def words(options: Iterable[Option], values: Mapping[str, Any]) -> list[str]:
+    """The words of a command line that give `options` the values they have in `values`.
 
-
-def _start(
-    request: Request,
-    known: Machine,
-    allocation: Allocation,
-    environ: Mapping[str, str],
-    args: argparse.Namespace,
-    directory: str,
-    trainings: Sequence[Cell],
-) -> int:
-    """Starts the program, or one training after another; the exit code."""
-    from allranks.launch.attempts import Launch, run
-    from allranks.launch.console import tell
-    from allranks.launch.supervisor import until_ranks_run
-
-    until_ranks_run()
-    own = str(Path(args.run).absolute()) if args.run else None
-    launch = Launch(request, known, allocation, environ, own, None, args.max_restarts, args.min_ranks)
-    check = not args.no_preflight
-    if not trainings:
-        return run(launch, check)
-    if not args.run:
-        make_cells(directory, trainings)
-    codes: list[int] = []
-    for cell in trainings:  # of a sweep, whether or not one fails
-        if is_finished(cell.directory):
-            tell(f"{cell.directory} is finished: nothing is left to do")
+    None, and a switch that is not switched, give no word.
+    """
+    found: list[str] = []
+    for option in options:
+        value = values.get(option.name)
+        if value is None:
             continue
-        if len(trainings) > 1:
-            tell(f"{cell.directory}: {' '.join(cell.overrides)}")
-        mine = replace(request, program=cell.program())
-        training = replace(launch, request=mine, directory=cell.directory, config=cell.config)
-        codes.append(run(training, check and not codes))
-        if codes[-1] == EXIT_REQUEUE or codes[-1] > 128:  # a signal or the job's end, for all of it
-            break
-    return next((code for code in codes if code), 0)
+        if option.metavar:
+            found += [option.flag, str(value)]
+        elif value == option.switched:
+            found.append(option.flag)
+    return found
 
 
 def split(rest: Sequence[str]) -> tuple[list[str], list[str], tuple[str, ...] | None]:
@@ -160,19 +201,3 @@ def split(rest: Sequence[str]) -> tuple[list[str], list[str], tuple[str, ...] | 
     if not program:
         raise UserError("No program stands after `--`: write `-- python my_train.py`.")
     return [], machine_overrides, program
-
-
-def fitting(given: Allocation, known: Machine, args: argparse.Namespace) -> Allocation:
-    """The allocation found, or, for a dry run outside a job, hosts that stand for a job's."""
-    if given.scheduler != "local" or (known.scheduler == "local" and (args.nodes or 1) == 1):
-        return given
-    if not args.dry_run:
-        raise UserError(
-            f"There is no job here: {socket.gethostname()} is one host, outside PBS and Slurm. "
-            + (f"--nodes {args.nodes} needs a job: " if args.nodes else "Get a job first: ")
-            + "use `qsub -I`, `salloc` or `allranks submit`; --hosts FILE names hosts of your own, "
-            "and --machine local uses this host."
-        )
-    per_node = args.ppn or known.node.ranks_per_node or args.ranks or 1
-    nodes = args.nodes or math.ceil((args.ranks or 1) / max(per_node, 1))
-    return placeholder_allocation(max(nodes, 1), "slurm" if known.scheduler == "slurm" else "pbs")

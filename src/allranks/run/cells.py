@@ -1,4 +1,10 @@
-"""Run directories as jobs have them: made and frozen here, listed, and their jobs ended."""
+"""Cells: the trainings that one command line asks for, each with a run directory of its own.
+
+A command line without `-m` asks for one. A sweep (`-m`) asks for several: its directory has one below it
+for each cell, named 0, 1, ..., and a list of them, cells.jsonl. `allranks launch` and `allranks submit`
+compose all cells before anything is written, make their directories, and freeze in each the configuration
+that its ranks will read. The record of a cell's jobs, job.json, is read here and written by
+allranks.submit."""
 
 from __future__ import annotations
 
@@ -18,12 +24,15 @@ from allranks.config import Config
 from allranks.run import directory as rundir
 from allranks.run.claim import Claim
 
-JOB, CELLS = "job.json", "cells.jsonl"
+JOB = "job.json"  # in a run directory: the jobs that were queued for it, and what they were asked for
+CELLS = "cells.jsonl"  # in a sweep's directory: a line for each cell
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A run: of a sweep, or the only one. `sha256` is that of its config.yaml."""
+    """A run, alone or one of a sweep. Ranks read its config.yaml only if that has this `sha256`, so that
+    a file that was changed meanwhile is noticed.
+    """
 
     directory: str
     config: Config
@@ -31,14 +40,15 @@ class Cell:
     sha256: str
 
     def program(self) -> tuple[str, ...]:
-        """What each rank starts."""
+        """The command that each rank starts."""
         return (sys.executable, "-m", "allranks.train", "--frozen", self.directory, self.sha256)
 
 
 def composed_cells(arguments: Sequence[str]) -> tuple[str, list[Cell]]:
-    """(directory, its cells) of the trainings that the command line asks for; none after --help.
+    """(directory, cells) of the trainings that a command line asks for; no cells after --help.
 
-    Several are a sweep: its directory has one for each cell, 0, 1, ... Nothing is made yet.
+    The directory of a sweep is the one above those of its cells. Nothing is written yet. Raises UserError
+    for a configuration that is not valid, and for a directory that cannot be used.
     """
     composed = compose.cells_from_command_line(arguments)
     if not composed:
@@ -51,8 +61,8 @@ def composed_cells(arguments: Sequence[str]) -> tuple[str, list[Cell]]:
     if any(config.name != name for config, _ in composed):
         name = "sweep"
     above = str(Path(given).parent) if given else None
-    known = above is not None and (Path(above) / CELLS).exists()  # a sweep that goes on
-    sweep = _absolute(str(above) if known else rundir.choose(above, name))
+    goes_on = above is not None and (Path(above) / CELLS).exists()  # a sweep that was started before
+    sweep = _absolute(str(above) if goes_on else rundir.choose(above, name))
     return sweep, [_cell(f"{sweep}/{i}", *each) for i, each in enumerate(composed)]
 
 
@@ -72,7 +82,11 @@ def _absolute(directory: str) -> str:
 
 
 def make_cells(directory: str, found: Sequence[Cell]) -> None:
-    """Makes and freezes every cell that is not there from an earlier start."""
+    """Makes the directories of the cells in `directory`, each with its configuration frozen in it.
+
+    A cell that is there from an earlier start stays; if it is not finished, its configuration is frozen
+    anew. Raises UserError where that is another configuration's run, or one that is under way.
+    """
     for cell in found:
         standing = rundir.standing(cell.directory, cell.config)
         if standing == rundir.Standing.NEW:
@@ -85,29 +99,39 @@ def make_cells(directory: str, found: Sequence[Cell]) -> None:
 
 
 def _freeze_anew(cell: Cell) -> None:
-    """`checkpoint.`, `threads` and the like may be others now. Raises UserError if the run is under way."""
+    """Freezes values that a resume may change, such as `threads` and those below `checkpoint.`, once more.
+
+    Raises UserError if the run is under way: its ranks would read two configurations.
+    """
     path, frozen = Path(cell.directory) / rundir.CONFIG, configs.freeze(cell.config)
     with rundir.writing(cell.directory):
         if path.read_text() == frozen:
             return
         Claim.take(cell.directory).release()
         files.write_text(path, frozen).close()
-        if job := read_job(Path(cell.directory) / JOB):  # one that is queued would refuse another file
+        if job := read_job(Path(cell.directory) / JOB):  # a queued job starts no other file
             files.write_json(Path(cell.directory) / JOB, job | {"config_sha256": cell.sha256})
 
 
 def write_cells(sweep: str, found: Sequence[Cell], job_ids: Sequence[str | None] = ()) -> None:
-    """cells.jsonl: what each cell of a sweep is."""
-    lines = [
-        json.dumps({"index": i, "overrides": cell.overrides, "directory": cell.directory,
-                    "job_id": job_ids[i] if job_ids else None})
-        for i, cell in enumerate(found)
-    ]  # fmt: skip
-    (Path(sweep) / CELLS).write_text("".join(f"{line}\n" for line in lines))
+    """Writes cells.jsonl: the overrides, the directory and the job's id of each cell of a sweep."""
+    lines = []
+    for index, cell in enumerate(found):
+        about = {
+            "index": index,
+            "overrides": cell.overrides,
+            "directory": cell.directory,
+            "job_id": job_ids[index] if job_ids else None,
+        }
+        lines.append(json.dumps(about) + "\n")
+    files.write_text(Path(sweep) / CELLS, "".join(lines)).close()
 
 
 def frozen_cells(directory: str) -> tuple[str, list[Cell]]:
-    """The same of a run directory that is there, frozen as it was when a job was submitted for it."""
+    """(directory, its one cell) of a run directory that is there, with the configuration frozen in it.
+
+    Raises UserError where there is none, and where it is not the file that a job was submitted for.
+    """
     absolute = _absolute(directory)
     path, job = Path(absolute) / "config.yaml", read_job(Path(absolute) / JOB)
     if not path.is_file():
@@ -118,7 +142,7 @@ def frozen_cells(directory: str) -> tuple[str, list[Cell]]:
 
 
 def read_job(path: Path) -> dict[str, Any]:
-    """What job.json says; nothing where there is none, or it is another program's."""
+    """What a job.json says; empty where there is none, or where it is another program's."""
     try:
         found = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
@@ -130,17 +154,15 @@ def read_job(path: Path) -> dict[str, Any]:
 
 
 def is_finished(directory: str | Path) -> bool:
+    """Whether nothing is left to do there: a training has its summary, another program has ended with 0."""
     if (Path(directory) / rundir.CONFIG).exists():
         return rundir.is_finished(Path(directory))
     return text_of(Path(directory) / "exit_code") == "0"
 
 
 def text_of(path: Path) -> str:
-    """What the file holds; nothing where it is not there, or has just been taken away."""
+    """What a file holds, without blanks around it; empty where there is no file."""
     try:
         return path.read_text(errors="replace").strip()
     except FileNotFoundError:
         return ""
-
-
-# --- `allranks runs` and `allranks cancel` -------------------------------------------------------

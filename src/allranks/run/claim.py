@@ -36,7 +36,7 @@ from typing import Any
 
 from allranks.base.errors import UserError
 from allranks.base.processes import ProcessIdentity
-from allranks.job import variables
+from allranks.job import scheduler, variables
 
 BEAT_S = 5.0  # seldom enough for a file server with thousands of runs
 SILENT_S = 30.0  # six beats missed: a file server that is slow for some seconds costs no run its directory
@@ -257,13 +257,13 @@ def _known_end(owner: Mapping[str, Any], me: Mapping[str, Any]) -> str | None:
 
 def _this_process() -> dict[str, Any]:
     """What this process's owner file is to say."""
-    restarts = os.environ.get("SLURM_RESTART_COUNT", "")
+    job = scheduler.this_job(os.environ)
     return {
         "token": secrets.token_hex(8),
         "host": socket.gethostname(),
         **ProcessIdentity.of_this_process().to_json(),
-        "job_id": os.environ.get("PBS_JOBID") or os.environ.get("SLURM_JOB_ID") or None,
-        "restart_count": int(restarts) if re.fullmatch("[0-9]{1,9}", restarts) else 0,
+        "job_id": job.unique_id if job else None,
+        "restart_count": job.restarts if job else 0,
         "launch": os.environ.get(variables.LAUNCH_ID) or None,
         "taken_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

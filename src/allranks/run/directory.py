@@ -22,6 +22,7 @@ from allranks import config as configs
 from allranks.base.errors import UserError
 from allranks.base.files import write_json, write_text
 from allranks.config import Config
+from allranks.job import scheduler
 
 CONFIG = "config.yaml"
 _GIT_LIMIT_S = 5  # git on a slow file system must not hold a start up
@@ -230,9 +231,7 @@ def _job_id() -> str | None:
 
     None outside a job.
     """
-    job = os.environ.get("PBS_JOBID") or os.environ.get("SLURM_JOB_ID")
-    if not job:
+    job = scheduler.this_job(os.environ)
+    if job is None:
         return None
-    task = os.environ.get("SLURM_ARRAY_TASK_ID")
-    kept = "".join(c if c.isalnum() or c in ".-_" else "-" for c in job.replace("]", ""))
-    return f"{kept}-{task}" if task else kept
+    return "".join(c if c.isalnum() or c in ".-_" else "-" for c in job.id.replace("]", ""))

@@ -198,12 +198,12 @@ def _join_env(identity: RankIdentity) -> Store:
     """The store that MASTER_ADDR and MASTER_PORT name; under bare srun both follow from the job."""
     if identity.launcher == "srun":
         from allranks.job.hosts import first_host  # other launchers' ranks need nothing of that module
+        from allranks.job.slurm import step_id
 
         nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
         single = identity.local_world_size == identity.world_size
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1" if single else first_host(nodes))
-        step = f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_STEP_ID')}"
-        os.environ.setdefault("MASTER_PORT", str(variables.port_for(step)))
+        os.environ.setdefault("MASTER_PORT", str(variables.port_for(step_id(os.environ))))
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise UserError(

@@ -41,9 +41,14 @@ def world(identity: RankIdentity) -> Any:
     )
     if ("Open MPI" in library) != (identity.launcher == "openmpi") and identity.launcher in _NAMES:
         raise foreign  # before MPI_Init, which some libraries do not survive
+    # MPICH as most build it knows no PMIx: it would end the process, in words of its own.
+    if identity.launcher == "pmix" and "MPICH" in library and "pmix" not in MPI.Get_library_version():
+        raise foreign
     if not MPI.Is_initialized():
         MPI.Init_thread()
     comm = MPI.COMM_WORLD
+    if identity.launcher == "pmix" and comm.size == 1:  # PMIx does not tell the size: nobody could say more
+        raise foreign
     if comm.size < expected or (identity.world_size and comm.size != identity.world_size):
         raise foreign
     return comm

@@ -1,14 +1,20 @@
-"""`allranks submit`: its options, and what it is asked to do."""
+"""`allranks submit`: reads the command line, queues what it asks for, and says what was queued."""
 
 from __future__ import annotations
 
-import argparse
+import json
+import os
+import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
-from allranks.job.machine import LAUNCHERS
-from allranks.launch import options
+from allranks.base.errors import UserError
+from allranks.base.text import table
+from allranks.job.batch import JOB_LOG
+from allranks.launch import dryrun, options
 from allranks.submit import successor
-from allranks.submit.queue import enqueue
+from allranks.submit.queue import queue_again, queue_new
+from allranks.submit.task import Task, new_task, task_again
 
 USAGE = """%(prog)s [options] [machine.key=value ...]
                        [overrides of the training, -m | -- PROGRAM ARGS...]"""
@@ -16,28 +22,74 @@ USAGE = """%(prog)s [options] [machine.key=value ...]
 
 def submit(arguments: Sequence[str]) -> int:
     """`allranks submit ARGUMENTS`; the exit code. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="allranks submit", usage=USAGE, allow_abbrev=False)
-    add = parser.add_argument
-    add("--machine", metavar="M", help="machine file to use; default: the one this host belongs to")
-    add("--nodes", type=int, metavar="K", help="nodes (chunks, where a queue deals in those); default: 1")
-    add("--walltime", metavar="HH:MM:SS", help="how long the job may run")
-    add("--account", metavar="NAME", help="whose account pays")
-    add("--queue", metavar="Q", help="queue, partition or QOS; default: the machine file's")
-    add("--name", metavar="N", help="the job's name; default: the run's")
-    add("--chain", type=int, metavar="K", help="K jobs one after another in one run directory, and no more")
-    add("--after", metavar="ID", help="start once that job has ended")
-    add("--cell", metavar="DIR", help="submit a cell of a sweep (or any run that was submitted) once more")
-    add("-n", dest="ranks", type=int, metavar="RANKS", help="ranks in all; default: the machine file's")
-    add("--ppn", type=int, metavar="P", help="ranks per node")
-    add("--launcher", metavar="|".join(LAUNCHERS), help="who starts the ranks")
-    add("--max-restarts", type=int, default=None, metavar="N", help="in the job: as for allranks launch")
-    add("--min-ranks", type=int, metavar="M", help="in the job: as for allranks launch")
-    add("--config-dir", metavar="DIR", help="a folder with machine/NAME.yaml (and groups) of your own")
-    add("--next", metavar="DIR", help="of a job script: what comes after this job, once it has stopped")
-    add("--no-preflight", action="store_true", help="start at once, without checking the hosts first")
-    add("--dry-run", action="store_true", help="show the script, the command and every rank's place")
-    add("--json", action="store_true", help="the answer for programs")
-    args, rest = options.parsed(parser, arguments)
+    args, rest = options.parse(options.parser("submit", USAGE), arguments)
     if args.next:
-        return successor.go_on(parser, args.next)
-    return enqueue(args, rest)
+        return successor.go_on(args.next)
+    if args.cell:
+        if rest:
+            raise UserError(f"{rest[0]} cannot be given with --cell: its configuration is frozen.")
+        task = task_again(args.cell, vars(args), must_be_idle=not (args.after or args.dry_run))
+    else:
+        found = new_task(vars(args), rest)
+        if found is None:  # after --help
+            return 0
+        task = found
+    if args.dry_run:
+        print(_dry_run_json(task, args.after) if args.json else _dry_run(task, args.after))
+        return 0
+    if args.after and not task.scheduler.exists(args.after):
+        raise UserError(
+            f"--after {args.after}: {task.scheduler.title} knows no such job; one that waits for it would "
+            "never run. Look with `allranks runs`, and leave --after out where it has ended."
+        )
+    ids = queue_again(task, args.after) if args.cell else queue_new(task, args.after)
+    _say(task, ids, as_json=bool(args.json))
+    return 0
+
+
+def _say(task: Task, ids: Sequence[str], as_json: bool) -> None:
+    """What was queued, and how to follow it."""
+    log = task.directory + ("/*" if task.is_sweep else "") + f"/{JOB_LOG}"
+    if as_json:
+        print(json.dumps({"job_ids": ids, "directory": task.directory, "log": log}))
+        return
+    number_of_cells = f" ({len(task.cells)} cells)" if task.is_sweep else ""
+    print(f"{'jobs' if len(ids) > 1 else 'job '}       {', '.join(ids)}")
+    print(f"directory  {task.directory}{number_of_cells}")
+    print(f"follow     tail -F {log if task.is_sweep else shlex.quote(log)}")
+
+
+def _commands(task: Task, after: str | None) -> list[list[str]]:
+    """The commands that would queue the task's jobs."""
+    links = range(1, task.order.chain or 1)
+    waits = [after, *(f"ID_OF_JOB_{link}" for link in links)]
+    return [task.scheduler.submit_command(str(task.script_path), wait) for wait in waits]
+
+
+def _dry_run_json(task: Task, after: str | None) -> str:
+    """The dry run for programs. Nothing was written, and no scheduler was asked."""
+    cells = [{"directory": cell.directory, "overrides": cell.overrides} for cell in task.cells]
+    return json.dumps(
+        {
+            "submit": _commands(task, after),
+            "directory": task.directory,
+            "script_path": str(task.script_path),
+            "script": task.script_text(),
+            "cells": cells,
+            "launch": json.loads(dryrun.as_json(task.plan, "placeholders")),
+        }
+    )
+
+
+def _dry_run(task: Task, after: str | None) -> str:
+    """The dry run for people. Nothing was written, and no scheduler was asked."""
+    commands = os.linesep.join(map(shlex.join, _commands(task, after)))
+    parts = [
+        f"Submit:\n{commands}",
+        f"Job script {task.script_path}:\n{task.script_text().rstrip()}",
+    ]
+    if task.is_sweep:
+        rows = [(Path(cell.directory).name, *cell.overrides) for cell in task.cells]
+        parts.append("Cells:\n" + table(rows))
+    parts.append("In the job:\n" + dryrun.text(task.plan, "placeholders, as there is no job yet"))
+    return "\n\n".join(parts)

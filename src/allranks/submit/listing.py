@@ -34,13 +34,18 @@ def listed(root: str, warn: Callable[[str], None]) -> list[dict[str, Any]]:
             warn(str(error))
             jobs[directory] = {}
     now: dict[str, str] = {}
-    for kind in sorted({str(job["scheduler"]) for job in jobs.values() if job}):
-        mine = [d for d, job in jobs.items() if job and job["scheduler"] == kind and not is_finished(d)]
+    for name in sorted({str(job["scheduler"]) for job in jobs.values() if job}):
+        ids = [
+            job_id
+            for directory, job in jobs.items()
+            if job and job["scheduler"] == name and not is_finished(directory)
+            for job_id in job["job_ids"]
+        ]
         try:
-            now |= scheduler.states(kind, [job_id for d in mine for job_id in jobs[d]["job_ids"]])
+            now |= scheduler.named(name).states(ids)
         except UserError as error:  # what is in the directories can be shown all the same
             warn(str(error))
-            now |= {job_id: "not known" for d in mine for job_id in jobs[d]["job_ids"]}
+            now |= dict.fromkeys(ids, "not known")
     return [_row(directory, jobs[directory], now) for directory in found]
 
 
@@ -82,11 +87,11 @@ def cancelled(run: str) -> list[str]:
     job = read_job(Path(run) / JOB)
     if not job:
         raise UserError(f"{run} has no {JOB}: give the directory of a run that `allranks submit` queued.")
-    kind, ids = str(job["scheduler"]), list(job["job_ids"])
-    known = [job_id for job_id in ids if scheduler.states(kind, [job_id])]
+    kind, ids = scheduler.named(job["scheduler"]), list(job["job_ids"])
+    known = [job_id for job_id in ids if kind.states([job_id])]
     if not known:
         raise UserError(f"{run}: {', '.join(ids)} has ended already. `allranks runs` shows how it went.")
-    scheduler.cancel(kind, known[::-1])  # the last of a chain first, so that none starts in between
+    kind.cancel(known[::-1])  # the last of a chain first, so that none starts in between
     return known
 
 

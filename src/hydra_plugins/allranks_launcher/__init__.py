@@ -12,23 +12,24 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.config_store import ConfigStore
 from hydra.plugins.launcher import Launcher
 
+from allranks.launch.options import OPTIONS, words
+
 if TYPE_CHECKING:
     from hydra.core.utils import JobReturn
     from hydra.types import HydraContext, TaskFunction
     from omegaconf import DictConfig
 
 
-# The options of `allranks launch` and `allranks submit`; null leaves one out. A dataclass cannot be made
-# here: Hydra runs the module before it is among sys.modules.
-OPTIONS: dict[str, Any] = {
+# The keys of `hydra.launcher`: the options of `allranks launch` and `allranks submit` that hold for each
+# job of a sweep. null leaves an option out. With a walltime the jobs are queued. A dataclass cannot be made
+# here, because Hydra runs the module before it is among sys.modules.
+KEYS: dict[str, Any] = {
     "_target_": "hydra_plugins.allranks_launcher.AllranksLauncher",
-    "ranks": None, "nodes": None, "ppn": None, "launcher": None, "machine": None, "config_dir": None,
+    **{option.name: None for option in OPTIONS if option.in_sweep},
     "preflight": True,
     "overrides": [],  # machine.key=value
-    "walltime": None,  # given: the jobs are queued
-    "account": None, "queue": None,
-}  # fmt: skip
-ConfigStore.instance().store("allranks", OPTIONS, group="hydra/launcher", provider="allranks")
+}
+ConfigStore.instance().store("allranks", KEYS, group="hydra/launcher", provider="allranks")
 
 
 class AllranksLauncher(Launcher):  # type: ignore[misc,unused-ignore]
@@ -70,8 +71,7 @@ class AllranksLauncher(Launcher):  # type: ignore[misc,unused-ignore]
             sys.executable, *_application(), *overrides, *self._hydra_overrides(), *own,
             "hydra.output_subdir=null",
         ]  # fmt: skip
-        command = "submit" if self.options["walltime"] else "launch"
-        argv = [sys.executable, "-m", "allranks", command, *self._words(), "--", *program]
+        argv = [sys.executable, "-m", "allranks", *self._command(), "--", *program]
         code = subprocess.run(argv, check=False).returncode
         result = JobReturn(
             overrides=overrides, cfg=config, working_dir=str(directory), task_name=config.hydra.job.name
@@ -80,18 +80,20 @@ class AllranksLauncher(Launcher):  # type: ignore[misc,unused-ignore]
         result.return_value = RuntimeError(f"job {number} ended with exit code {code}") if code else None
         return result
 
-    def _words(self) -> list[str]:
-        named = {name: self.options[name] for name in ("nodes", "ppn", "launcher", "machine")}
-        named |= {"config-dir": self.options["config_dir"]}
-        if self.options["walltime"]:
-            named |= {name: self.options[name] for name in ("walltime", "account", "queue")}
-        words = [f"--{name}={value}" for name, value in named.items() if value is not None]
-        words += [] if self.options["ranks"] is None else ["-n", str(self.options["ranks"])]
-        return [
-            *words,
-            *([] if self.options["preflight"] else ["--no-preflight"]),
-            *self.options["overrides"],
-        ]
+    def _command(self) -> list[str]:
+        """`launch`, or with a walltime `submit`, and its options."""
+        from hydra.errors import HydraException
+
+        command = "submit" if self.options["walltime"] else "launch"
+        for option in OPTIONS:
+            is_given = option.in_sweep and self.options[option.name] is not None
+            if is_given and not getattr(option, command):
+                raise HydraException(
+                    f"hydra.launcher.{option.name} is for jobs that are queued: give "
+                    "hydra.launcher.walltime too, or leave it out."
+                )
+        in_sweep = [option for option in OPTIONS if option.in_sweep]
+        return [command, *words(in_sweep, self.options), *self.options["overrides"]]
 
     def _hydra_overrides(self) -> list[str]:
         """The user's own `hydra.x=y`, but for what makes it a sweep."""

@@ -1,0 +1,119 @@
+"""What PBS and Slurm have in common: what a job asks for, and how their commands are called.
+
+A command of a scheduler never runs without a time limit, because a server that is busy can leave it
+waiting for minutes. What it answers may be any bytes: some sites print notices in their own encoding.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from allranks.base.errors import UserError
+from allranks.base.text import one_line
+
+COMMAND_LIMIT_S = (
+    60.0  # a healthy server answers within a second, a busy one was seen to take half a minute
+)
+JOB_LOG = "job.log"  # in the run directory: what a job says, as it says it
+
+# A pattern in a scheduler's complaint, and what helps against it. The first that fits is shown.
+_REMEDIES = (
+    (r"connect|contact|timed out|socket|communication failure", "the scheduler is down: try again later"),
+    (r"account|project|allocation", "give one that you belong to with --account"),
+    (r"queue|partition|qos", "give another --queue"),
+    (r"exceed|violat|limit|max|not available|node count", "ask for less with --nodes or --walltime"),
+    (r"resource", "machine.submit.chunk=, .options= and machine.filesystems= change what is asked for"),
+)
+
+
+class NoAnswer(UserError):
+    """The command was ended because it took too long: nobody knows whether the scheduler did its part."""
+
+
+class ThisJob(NamedTuple):
+    """The job that a process runs in."""
+
+    id: str  # by which its owner asks for it: 12.pbs, 2[1].pbs, 77, 77_3
+    unique_id: str  # no other job has it: in an array of Slurm each job has a number of its own
+    restarts: int  # how often the scheduler has started it again
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """What a job script tells its scheduler. Each scheduler writes it in directives of its own."""
+
+    name: str
+    nodes: int
+    directory: str  # of the run; of an array the one that has each job's in it, as 0, 1, ...
+    walltime: str | None = None  # HH:MM:SS
+    account: str | None = None
+    queue: str | None = None
+    queue_option: str = "-q"  # the option by which the machine takes the queue's name
+    ranks_per_node: int | None = None
+    cpus_per_rank: int | None = None
+    cpus_per_node: int | None = None
+    chunk: str = ""  # PBS: what follows `select=K`, with {ranks} and {cpus}
+    filesystems: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()  # directives of the machine file, as they stand there
+    array_jobs: int = 0  # 0: no array
+    survives_nodes: bool = False  # the job goes on when a node of it fails
+
+
+def given(option: str, value: object) -> list[str]:
+    """The directive that gives `value`, quoted as both schedulers read it; none without a value."""
+    return [f"{option} {shlex.quote(str(value))}"] if value else []
+
+
+def call(
+    argv: Sequence[str], environ: Mapping[str, str], scheduler: str, if_late: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command of `scheduler` in the environment `environ`; what it said and its exit code.
+
+    Raises UserError where the command is not installed, and NoAnswer, with the advice `if_late`, where it
+    has not ended after COMMAND_LIMIT_S.
+    """
+    try:
+        return subprocess.run(
+            argv,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=COMMAND_LIMIT_S,
+            check=False,
+            env=dict(environ),
+            stdin=subprocess.DEVNULL,
+        )
+    except FileNotFoundError:
+        raise UserError(
+            f"{argv[0]} is not found: work on a login node of a cluster with {scheduler}, or give another "
+            "--machine; `allranks launch` needs no scheduler."
+        ) from None
+    except subprocess.TimeoutExpired:
+        advice = f"; {if_late}" if if_late else ""
+        raise NoAnswer(
+            f"{argv[0]} does not answer within {COMMAND_LIMIT_S:.0f} s: the scheduler is down or busy. "
+            f"Try again later{advice}."
+        ) from None
+
+
+def refusal(done: subprocess.CompletedProcess[str]) -> UserError:
+    """The error for a command that has failed: its own words, and what may help."""
+    said = one_line(done.stderr + " " + done.stdout) or "no word of explanation"
+    fitting = [remedy for pattern, remedy in _REMEDIES if re.search(pattern, said, flags=re.IGNORECASE)]
+    remedy = fitting[0] if fitting else "put right what it names"
+    failed = f"`{shlex.join(done.args)}` failed with exit code {done.returncode}"
+    return UserError(f"{failed}: {said.rstrip('.')}. What may help: {remedy}.")
+
+
+def seconds(text: str) -> int:
+    """The seconds in a duration as schedulers write it: 30, 02:30, 01:02:30 or 1-00:00:00."""
+    days, _, clock = text.rpartition("-")
+    total = 0
+    for part in clock.split(":"):
+        total = total * 60 + int(part)
+    return int(days or 0) * 86400 + total

@@ -1,0 +1,172 @@
+"""PBS: its commands, its directives and its answers, as OpenPBS 23.06 was seen to give them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from subprocess import CompletedProcess
+from typing import Literal
+
+from allranks.job.batch import JobRequest, ThisJob, call, given, refusal, seconds
+
+FINISHED, UNKNOWN = 35, 153  # exit codes of qstat and qdel: the job has ended; no job has this id
+
+# qstat's letter for a job's state, in words. A finished job (F, X) has none: it is not in the queue.
+STATES = {
+    "Q": "queued",
+    "R": "running",
+    "H": "held",
+    "W": "waiting",
+    "E": "ending",
+    "B": "running",  # an array of which at least one job has started
+    "T": "queued",
+    "S": "suspended",
+    "M": "moved",
+}
+
+
+class Pbs:
+    """PBS behind the interface `allranks.job.scheduler.Scheduler`, which explains each method."""
+
+    name: Literal["pbs"] = "pbs"
+    title = "PBS"
+    launchers: tuple[str, ...] = ("mpiexec", "torchrun")
+    step_environment: Mapping[str, str] = {}
+    # PBS starts a job from the owner's login profile, and hands on nothing else.
+    shebang = "#!/bin/bash -l"
+    directive_prefix = "#PBS"
+    hands_environment_on = False
+    owner_may_requeue = False  # `qrerun` is for PBS's managers
+    array_index = "PBS_ARRAY_INDEX"
+    commands: tuple[str, ...] = ("qsub", "qstat", "qdel")
+    server_check: tuple[str, ...] = ("qstat", "-B")
+
+    # --- of the job that this process runs in ---
+
+    def is_here(self, environ: Mapping[str, str]) -> bool:
+        return bool(environ.get("PBS_JOBID") or environ.get("PBS_NODEFILE"))
+
+    def this_job(self, environ: Mapping[str, str]) -> ThisJob | None:
+        """PBS tells no process how often its job was started, so that number is always 0."""
+        job_id = environ.get("PBS_JOBID")
+        return ThisJob(job_id, job_id, 0) if job_id else None
+
+    def ends_at(self, environ: Mapping[str, str]) -> int | None:
+        job = self.this_job(environ)
+        if job is None:
+            return None
+        said = self._call(["qstat", "-f", job.id]).stdout
+        limit = re.search(r"Resource_List.walltime = ([\d:]+)", said)
+        start = re.search(r"stime = (.+)", said)
+        if limit is None or start is None:
+            return None
+        try:
+            began = datetime.strptime(start[1].strip(), "%a %b %d %H:%M:%S %Y")  # in local time
+        except ValueError:
+            return None
+        return int(began.timestamp()) + seconds(limit[1])
+
+    # --- ids ---
+
+    def is_id(self, text: str) -> bool:
+        return bool(re.fullmatch(r"\d+(\[\d*\])?(\.[\w.-]+)?", text, flags=re.ASCII))
+
+    def is_same_job(self, one: str, other: str) -> bool:
+        """The server's name may stand short or long after the number."""
+        return one.partition(".")[0] == other.partition(".")[0]
+
+    def job_of_array(self, array_id: str, index: int) -> str:
+        """2[].pbs -> 2[1].pbs"""
+        return array_id.replace("[]", f"[{index}]")
+
+    def can_be_waited_for(self, job_id: str) -> bool:
+        """PBS takes no dependency on one job of an array."""
+        return "[" not in job_id
+
+    # --- what the server is asked to do ---
+
+    def submit_command(self, script: str, after: str | None = None) -> list[str]:
+        wait = ["-W", f"depend=afterany:{after}"] if after else []
+        return ["qsub", *wait, script]
+
+    def submit(self, script: str, after: str | None = None) -> str:
+        done = self._call(self.submit_command(script, after), "look for the job before you submit again")
+        job_id = done.stdout.strip()
+        if done.returncode or not self.is_id(job_id):
+            raise refusal(done)
+        return job_id
+
+    def exists(self, job_id: str) -> bool:
+        if not self.is_id(job_id):
+            return False
+        done = self._call(["qstat", "-f", job_id])
+        if done.returncode not in (0, FINISHED, UNKNOWN):
+            raise refusal(done)
+        return done.returncode != UNKNOWN
+
+    def states(self, job_ids: Sequence[str]) -> dict[str, str]:
+        known = [job_id for job_id in job_ids if self.is_id(job_id)]
+        if not known:
+            return {}
+        done = self._call(["qstat", "-f", *known])
+        # Both codes come with the answer about the other jobs that were asked for.
+        if done.returncode not in (0, FINISHED, UNKNOWN):
+            raise refusal(done)
+        return states_in(done.stdout)
+
+    def cancel(self, job_ids: Sequence[str]) -> None:
+        done = self._call(["qdel", *job_ids])
+        if done.returncode not in (0, FINISHED, UNKNOWN):  # a job that has ended meanwhile is no failure
+            raise refusal(done)
+
+    def requeue(self, job_id: str) -> None:
+        raise AssertionError("owner_may_requeue says that no job of PBS can be queued again")
+
+    def _call(self, argv: Sequence[str], if_late: str = "") -> CompletedProcess[str]:
+        return call(argv, self.command_environment(os.environ), self.title, if_late)
+
+    def command_environment(self, environ: Mapping[str, str]) -> dict[str, str]:
+        return dict(environ)
+
+    # --- the job script ---
+
+    def directives(self, request: JobRequest) -> list[str]:
+        ranks = request.ranks_per_node or 1
+        cpus = request.cpus_per_node or ranks * (request.cpus_per_rank or 1)
+        select = f"select={request.nodes}"
+        if request.chunk:
+            select += ":" + request.chunk.format(ranks=ranks, cpus=cpus)
+        lines = [
+            f"-N {shlex.quote(request.name)}",
+            *given("-A", request.account),
+            *given(request.queue_option, request.queue),
+            f"-l {shlex.quote(select)}",
+        ]
+        if request.walltime:
+            lines.append(f"-l walltime={request.walltime}")
+        if request.filesystems:
+            lines += given("-l", f"filesystems={':'.join(request.filesystems)}")
+        lines += request.options
+        # PBS's own words about the job. It refuses a path with other characters than ASCII's.
+        below = "^array_index^/" if request.array_jobs else ""
+        log = f"{request.directory}/{below}pbs.log"
+        lines += ["-j oe", f"-o {shlex.quote(log) if log.isascii() else '/dev/null'}"]
+        if request.array_jobs:
+            lines += [f"-J 0-{request.array_jobs - 1}", "-r y"]  # PBS takes no array that cannot be rerun
+        return lines
+
+
+def states_in(answer: str) -> dict[str, str]:
+    """The state of each job in an answer of `qstat -f`, and whether PBS says that it can never run."""
+    found: dict[str, str] = {}
+    for block in re.split(r"^Job Id: ", answer, flags=re.MULTILINE)[1:]:
+        job_id = block.split("\n", 1)[0].strip()
+        letter = re.search(r"^\s+job_state = (\w)", block, flags=re.MULTILINE)
+        if letter is None or letter[1] not in STATES:
+            continue
+        never = " (Can Never Run)" if "Can Never Run" in block else ""
+        found[job_id] = STATES[letter[1]] + never
+    return found

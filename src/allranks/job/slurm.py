@@ -1,0 +1,179 @@
+"""Slurm: its commands, its directives and its answers, as Slurm 22.05 was seen to give them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from subprocess import CompletedProcess
+from typing import Literal
+
+from allranks.job.batch import JOB_LOG, JobRequest, ThisJob, call, given, refusal, seconds
+
+# Why a job is waiting, where that is no cause for worry: it will start by itself.
+_ORDINARY_REASON = re.compile(r"None|Priority|Resources|Dependency|BeginTime")
+
+
+class Slurm:
+    """Slurm behind the interface `allranks.job.scheduler.Scheduler`, which explains each method."""
+
+    name: Literal["slurm"] = "slurm"
+    title = "Slurm"
+    launchers: tuple[str, ...] = ("srun", "mpiexec", "torchrun")
+    # A step may share the CPUs of one before it that Slurm still takes for running. srun reads this, and
+    # so does the srun that mpiexec calls.
+    step_environment: Mapping[str, str] = {"SLURM_OVERLAP": "1"}
+    # Slurm hands on the environment of whoever submits, so no login profile is read again.
+    shebang = "#!/bin/bash"
+    directive_prefix = "#SBATCH"
+    hands_environment_on = True
+    owner_may_requeue = True
+    array_index = "SLURM_ARRAY_TASK_ID"
+    commands: tuple[str, ...] = ("sbatch", "squeue", "srun")
+    server_check: tuple[str, ...] = ("scontrol", "ping")
+
+    # --- of the job that this process runs in ---
+
+    def is_here(self, environ: Mapping[str, str]) -> bool:
+        return bool(environ.get("SLURM_JOB_ID"))
+
+    def this_job(self, environ: Mapping[str, str]) -> ThisJob | None:
+        unique_id = environ.get("SLURM_JOB_ID")
+        if not unique_id:
+            return None
+        array, index = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+        job_id = f"{array}_{index}" if array and index else unique_id
+        restarts = environ.get("SLURM_RESTART_COUNT", "")
+        return ThisJob(job_id, unique_id, int(restarts) if re.fullmatch("[0-9]{1,9}", restarts) else 0)
+
+    def ends_at(self, environ: Mapping[str, str]) -> int | None:
+        job = self.this_job(environ)
+        if job is None:
+            return None
+        left = self._call(["squeue", "-h", "-j", job.id, "-o", "%L"]).stdout.strip()
+        if not re.fullmatch(r"[\d:-]+", left):  # UNLIMITED
+            return None
+        return int(time.time()) + seconds(left)
+
+    # --- ids ---
+
+    def is_id(self, text: str) -> bool:
+        return bool(re.fullmatch(r"\d+(_\d+)?", text, flags=re.ASCII))
+
+    def is_same_job(self, one: str, other: str) -> bool:
+        return one == other
+
+    def job_of_array(self, array_id: str, index: int) -> str:
+        """7 -> 7_1"""
+        return f"{array_id}_{index}"
+
+    def can_be_waited_for(self, job_id: str) -> bool:
+        return True
+
+    # --- what the server is asked to do ---
+
+    def submit_command(self, script: str, after: str | None = None) -> list[str]:
+        wait = [f"--dependency=afterany:{after}", "--kill-on-invalid-dep=yes"] if after else []
+        return ["sbatch", "--parsable", *wait, script]
+
+    def submit(self, script: str, after: str | None = None) -> str:
+        done = self._call(self.submit_command(script, after), "look for the job before you submit again")
+        job_id = done.stdout.strip().partition(";")[0]
+        if done.returncode or not self.is_id(job_id):
+            raise refusal(done)
+        return job_id
+
+    def exists(self, job_id: str) -> bool:
+        if not self.is_id(job_id):
+            return False
+        done = self._call([*self._squeue([job_id]), "-t", "all"])
+        if done.returncode and not _is_unknown(done.stderr):
+            raise refusal(done)
+        return bool(done.stdout.strip())
+
+    def states(self, job_ids: Sequence[str]) -> dict[str, str]:
+        known = [job_id for job_id in job_ids if self.is_id(job_id)]
+        if not known:
+            return {}
+        done = self._call(self._squeue(known))
+        if done.returncode and not _is_unknown(done.stderr):
+            raise refusal(done)
+        return states_in(done.stdout)
+
+    def cancel(self, job_ids: Sequence[str]) -> None:
+        done = self._call(["scancel", *job_ids])
+        if done.returncode:
+            raise refusal(done)
+
+    def requeue(self, job_id: str) -> None:
+        done = self._call(["scontrol", "requeue", job_id])
+        if done.returncode:
+            raise refusal(done)
+
+    def _squeue(self, job_ids: Sequence[str]) -> list[str]:
+        """The question whose answer states_in reads. -r gives each job of an array a line of its own."""
+        return ["squeue", "-h", "-r", "-j", ",".join(job_ids), "-o", "%i|%T|%r"]
+
+    def _call(self, argv: Sequence[str], if_late: str = "") -> CompletedProcess[str]:
+        return call(argv, self.command_environment(os.environ), self.title, if_late)
+
+    def command_environment(self, environ: Mapping[str, str]) -> dict[str, str]:
+        """Without the variables that would go before the script's own lines: SBATCH_* anywhere, and
+        inside a job those that Slurm has set for it.
+        """
+        return {
+            name: value
+            for name, value in environ.items()
+            if name == "SLURM_CONF" or not name.startswith(("SLURM_", "SBATCH_"))
+        }
+
+    # --- the job script ---
+
+    def directives(self, request: JobRequest) -> list[str]:
+        below = "/%a" if request.array_jobs else ""
+        log = request.directory.replace("%", "%%") + f"{below}/{JOB_LOG}"
+        lines = [
+            f"--job-name={shlex.quote(request.name)}",
+            *given("-A", request.account),
+            *given(request.queue_option, request.queue),
+            f"--nodes={request.nodes}",
+        ]
+        if request.ranks_per_node:
+            lines.append(f"--ntasks-per-node={request.ranks_per_node}")
+        if request.cpus_per_rank:
+            lines.append(f"--cpus-per-task={request.cpus_per_rank}")
+        if request.walltime:
+            lines.append(f"--time={request.walltime}")
+        lines += request.options
+        # A path with a backslash would end the job.
+        lines.append(f"--output={'/dev/null' if chr(92) in log else shlex.quote(log)}")
+        lines.append("--open-mode=append")  # the job may be queued again, or another one go on here
+        lines.append("--requeue")
+        if request.survives_nodes:
+            lines.append("--no-kill")
+        if request.array_jobs:
+            lines.append(f"--array=0-{request.array_jobs - 1}")
+        return lines
+
+
+def step_id(environ: Mapping[str, str]) -> str:
+    """The step that this process is a part of, `JOB.STEP`: the same words on each of its ranks."""
+    return f"{environ.get('SLURM_JOB_ID')}.{environ.get('SLURM_STEP_ID')}"
+
+
+def states_in(answer: str) -> dict[str, str]:
+    """The state of each job in an answer of `squeue -o "%i|%T|%r"`, and why a job cannot start."""
+    found: dict[str, str] = {}
+    for line in answer.splitlines():
+        job_id, state, reason = line.split("|", 2)
+        found[job_id] = "queued" if state == "PENDING" else state.lower()
+        if state == "PENDING" and not _ORDINARY_REASON.match(reason):
+            found[job_id] += f" ({reason})"
+    return found
+
+
+def _is_unknown(said: str) -> bool:
+    """squeue fails in this way where it is asked for one job alone, and that one has long ended."""
+    return "Invalid job id" in said

@@ -1,0 +1,234 @@
+"""From what `allranks submit` is asked for to a task that can be queued: everything that can be wrong is
+found here, before anything is written or asked of a scheduler.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from allranks.base.errors import UserError
+from allranks.base.files import file_system
+from allranks.job import machine, scheduler
+from allranks.job.hosts import Host, placeholder_allocation
+from allranks.job.machine import Machine
+from allranks.job.scheduler import Scheduler
+from allranks.launch import options
+from allranks.launch.plan import Plan, Request, check_program, make_plan
+from allranks.run import directory as rundir
+from allranks.run.cells import CELLS, JOB, Cell, composed_cells, frozen_cells, is_finished, read_job
+from allranks.submit import script
+from allranks.submit.order import Order, with_options
+
+# Folders that each node usually has for itself, whatever their file system.
+NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run", "/local", "/localscratch")
+# How to give what a machine demands, where that is not `--OPTION NAME`.
+_HOW_TO_GIVE = {"walltime": "--walltime HH:MM:SS", "filesystems": "machine.filesystems=[home,...]"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be queued: one job in `directory`, or an array with a job for each of its cells."""
+
+    order: Order
+    machine: Machine
+    plan: Plan
+    directory: str
+    program: tuple[str, ...] = ()
+    cells: tuple[Cell, ...] = ()
+
+    @property
+    def scheduler(self) -> Scheduler:
+        return scheduler.named(self.machine.scheduler)
+
+    @property
+    def is_sweep(self) -> bool:
+        return bool(self.cells) and self.cells[0].directory != self.directory
+
+    @property
+    def array_jobs(self) -> int:
+        """The jobs of its array; 0 for a plain job. PBS takes no array of one job."""
+        return len(self.cells) if len(self.cells) > 1 else 0
+
+    @property
+    def job_directory(self) -> str:
+        """The directory in which the job, or its array, has its script."""
+        return self.cells[0].directory if len(self.cells) == 1 else self.directory
+
+    @property
+    def script_path(self) -> Path:
+        return Path(self.job_directory) / "job.sh"
+
+    def script_text(self) -> str:
+        umask = os.umask(0)
+        os.umask(umask)
+        return script.render(
+            self.order, self.machine, self.job_directory, self.program, self.array_jobs, umask, os.environ
+        )
+
+
+def new_task(given: Mapping[str, Any], rest: Sequence[str]) -> Task | None:
+    """The task of a training or program that has no directory yet; None after --help and the like.
+
+    `given` has the values of the options that were given, `rest` is what stands after them. Raises
+    UserError for what cannot be had.
+    """
+    overrides, machine_overrides, program = options.split(rest)
+    config_dir = given.get("config_dir")
+    cells: list[Cell] = []
+    directory = ""
+    if program is None:
+        own = ["--config-dir", config_dir] if config_dir else []
+        directory, cells = composed_cells([*own, *overrides])
+        if not cells:
+            return None
+    order = Order(
+        machine="",
+        name=_job_name(directory, program),
+        config_dir=str(Path(config_dir).absolute()) if config_dir else None,
+        machine_overrides=tuple(machine_overrides),
+        workdir=str(Path.cwd()),
+    )
+    order, known, plan = _checked(with_options(order, given), program or cells[0].program())
+    if program is not None:
+        directory = str(Path(rundir.choose(None, order.name)).absolute())
+    task = Task(order, known, plan, directory, program or (), tuple(cells))
+    if order.chain and task.array_jobs:
+        raise UserError("--chain is for one run, -m for many: leave one of them out.")
+    _check_shared(task)
+    return task
+
+
+def task_again(run: str, given: Mapping[str, Any], must_be_idle: bool) -> Task:
+    """The task of a run that was submitted before, with what was asked for then unless it is given anew.
+
+    Raises UserError for a run that was not submitted, or is finished, and, if it `must_be_idle`, for one
+    that still has a job. Then it asks the scheduler.
+    """
+    directory = str(Path(run).absolute())
+    job = read_job(Path(directory) / JOB)
+    if not job or (Path(directory) / CELLS).exists():
+        raise UserError(f"--cell {run} was never submitted: give the directory of one cell.")
+    alive = scheduler.named(job["scheduler"]).states(job["job_ids"]) if must_be_idle else {}
+    if alive:
+        there = ", ".join(f"{job_id} {state}" for job_id, state in alive.items())
+        raise UserError(f"--cell {run} still has a job ({there}): `allranks cancel` it first.")
+    if is_finished(directory):
+        raise UserError(f"--cell {run} is finished: there is nothing left to do.")
+    order = Order(**job["order"] | {"machine_overrides": tuple(job["order"]["machine_overrides"])})
+    program = tuple(job["program"])
+    cells = [] if program else frozen_cells(directory)[1]
+    order, known, plan = _checked(with_options(order, given), program or cells[0].program())
+    task = Task(order, known, plan, directory, program, tuple(cells))
+    _check_shared(task)
+    return task
+
+
+def _job_name(directory: str, program: Sequence[str] | None) -> str:
+    """The job's name where none is given: that of the run or of the program, in letters that PBS takes."""
+    name = Path(directory).parent.name if program is None else Path(_script_of(program)).stem
+    return re.sub(r"[^\w.+-]", "-", name, flags=re.ASCII).lstrip("-.+")[:200] or "allranks"
+
+
+def _script_of(program: Sequence[str]) -> str:
+    """The file that a program is: x.py of `python x.py`."""
+    if Path(program[0]).name.startswith("python"):
+        return next((word for word in program[1:] if not word.startswith("-")), program[0])
+    return program[0]
+
+
+# --- what a machine takes ------------------------------------------------------------------------
+
+
+def _checked(order: Order, program: Sequence[str]) -> tuple[Order, Machine, Plan]:
+    """The order with the machine's defaults, the machine, and a plan. Raises UserError."""
+    known = _machine(order)
+    order = replace(order, machine=known.name, queue=order.queue or known.queue)
+    if order.walltime is not None:
+        is_clock = re.fullmatch(r"\d{1,4}:[0-5]\d:[0-5]\d", order.walltime, flags=re.ASCII)
+        if not is_clock or not order.walltime_s:
+            raise UserError(f"--walltime {order.walltime} is not valid: give HH:MM:SS, such as 01:00:00.")
+    if not re.fullmatch(r"[A-Za-z0-9_][\w.+-]{0,229}", order.name, flags=re.ASCII):
+        raise UserError(
+            f"--name {order.name!r} is not valid: give at most 230 letters, digits and _ . + -, no blanks."
+        )
+    there = {
+        "account": order.account,
+        "walltime": order.walltime,
+        "queue": order.queue,
+        "filesystems": known.filesystems,
+    }
+    for option in known.submit.required:
+        if not there.get(option, True):
+            how = _HOW_TO_GIVE.get(option, f"--{option} NAME")
+            raise UserError(f"--{option} is mandatory on {known.name}: add {how}.")
+    script.check_words(order)
+    if order.queue:
+        hours = (order.walltime_s or 0) / 3600 or None
+        machine.check_queue(known, order.queue, order.nodes, hours)
+    return order, known, _plan(order, known, program)
+
+
+def _machine(order: Order) -> Machine:
+    """The machine that is named, or this host's; where no file knows the host, that of the scheduler whose
+    commands are installed.
+    """
+    known = machine.load(order.machine or None, order.machine_overrides, order.config_dir)
+    if known.scheduler == "local" and not order.machine:
+        installed = [kind for kind in scheduler.SCHEDULERS if shutil.which(kind.commands[0])]
+        if installed:
+            generic = f"generic_{installed[0].name}"
+            known = machine.load(generic, order.machine_overrides, order.config_dir)
+    if known.scheduler == "local":
+        raise UserError(
+            "machine=local has no scheduler: give the cluster with --machine, or use `allranks launch`."
+        )
+    return known
+
+
+def _plan(order: Order, known: Machine, program: Sequence[str]) -> Plan:
+    """How it will be launched, on placeholders for the hosts that the job will get."""
+    queue = known.queues.get(order.queue or "")
+    hosts = placeholder_allocation(order.nodes, known.scheduler)
+    if queue and queue.ranks_per_chunk:  # all chunks of such a job are on one node
+        slots = order.nodes * queue.ranks_per_chunk
+        hosts = replace(hosts, hosts=(Host("node1", slots),), slots_given=True, queue=order.queue)
+    _check_program(program, known)
+    spread = order.nodes if order.ranks and not order.ppn else None
+    request = Request(tuple(program), order.ranks, spread, order.ppn, order.launcher, installed_here=False)
+    plan = make_plan(request, known, hosts)
+    if order.ranks and len(plan.hosts) < len(hosts.hosts):
+        raise UserError(
+            f"-n {order.ranks} fills {len(plan.hosts)} of --nodes {order.nodes}: give fewer nodes."
+        )
+    return plan
+
+
+def _check_program(program: Sequence[str], known: Machine) -> None:
+    """Raises UserError where the program is not there, as far as that can be told here: modules that the
+    machine's setup loads in the job may bring it.
+    """
+    if known.setup and "/" not in program[0] and shutil.which(program[0]) is None:
+        return
+    check_program(program)
+
+
+def _check_shared(task: Task) -> None:
+    """Raises UserError where only this node would see the run directory."""
+    if len(task.plan.hosts) == 1:
+        return
+    path = Path(task.directory).resolve()
+    local = next((place for place in NODE_LOCAL if path.is_relative_to(place)), None)
+    if local is None:
+        kind = file_system(path)
+        local = f"a {kind}" if kind in ("tmpfs", "ramfs", "devtmpfs") else None
+    if local is not None:
+        raise UserError(
+            f"run.dir={task.directory} is in {local}, which each node has for itself: start on one that "
+            f"all {len(task.plan.hosts)} nodes see, or give run.dir=PATH there."
+        )

@@ -1,0 +1,257 @@
+"""PBS and Slurm behind their one interface: ids, the environment, directives, and recorded answers.
+
+tests/recorded/pbs has what a real OpenPBS answered. A command here that prints such an answer and ends
+with its exit code stands for PBS's own. test_submit.py queues jobs.
+"""
+
+import os
+import re
+import stat
+import time
+from pathlib import Path
+
+import pytest
+
+from allranks.base.errors import UserError
+from allranks.job import pbs, scheduler, slurm
+from allranks.job.batch import JobRequest, seconds
+from helpers import ROOT
+
+PBS, SLURM = scheduler.named("pbs"), scheduler.named("slurm")
+RECORDED = ROOT / "tests/recorded/pbs"
+
+
+def answer(name):
+    """(what the command said, its exit code) of a recorded answer."""
+    text = (RECORDED / f"{name}.txt").read_text()
+    said, code = re.fullmatch(r"\$ [^\n]*\n(.*)exit (\d+)\n", text, flags=re.DOTALL).groups()
+    return said, int(code)
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """commands(qstat=(text, code)) puts commands on PATH that say this and end with that code; each appends
+    its arguments to the file `asked`, which is returned.
+    """
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    def make(**answers):
+        for name, (said, code) in answers.items():
+            words = said if isinstance(said, bytes) else said.encode()
+            (folder / f"{name}.said").write_bytes(words)
+            stream = "1" if code == 0 or said.startswith("Job Id") else "2"
+            path = folder / name
+            path.write_text(
+                f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/asked\n'
+                f"cat {folder}/{name}.said >&{stream}\nexit {code}\n"
+            )
+            path.chmod(path.stat().st_mode | stat.S_IXUSR)
+        return tmp_path / "asked"
+
+    return make
+
+
+# --- the job that a process is in ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("environ", "job"),
+    [
+        ({}, None),
+        ({"PBS_JOBID": "12.pbs"}, ("12.pbs", "12.pbs", 0)),
+        ({"PBS_JOBID": "2[1].pbs", "PBS_ARRAY_INDEX": "1"}, ("2[1].pbs", "2[1].pbs", 0)),
+        ({"SLURM_JOB_ID": "77"}, ("77", "77", 0)),
+        ({"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "2"}, ("77", "77", 2)),
+        ({"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "x"}, ("77", "77", 0)),
+        (
+            {"SLURM_JOB_ID": "78", "SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "3"},
+            ("77_3", "78", 0),
+        ),
+    ],
+)
+def test_the_job_of_a_process_is_in_its_environment(environ, job):
+    assert scheduler.this_job(environ) == job
+
+
+def test_a_node_file_alone_says_that_this_is_pbs():
+    assert scheduler.here({"PBS_NODEFILE": "/x"}) is PBS
+    assert scheduler.this_job({"PBS_NODEFILE": "/x"}) is None
+    assert scheduler.here({}) is None
+
+
+def test_a_name_that_is_no_scheduler_is_refused():
+    with pytest.raises(UserError, match="scheduler=lsf is not known: it can be pbs or slurm"):
+        scheduler.named("lsf")
+
+
+# --- ids -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["12.pbs", "2[].pbs", "2[1].pbs", "7", "7[]", "12.polaris-pbs-01.hsn"])
+def test_ids_of_pbs(text):
+    assert PBS.is_id(text)
+
+
+@pytest.mark.parametrize("text", ["", "pbs", "12 13", "12.pbs;", "-x", "so; rm", "12.pbs\n"])
+def test_what_is_no_id_of_pbs(text):
+    assert not PBS.is_id(text)
+
+
+def test_ids_of_an_array_and_of_its_jobs():
+    assert PBS.job_of_array("2[].pbs", 1) == "2[1].pbs"
+    assert SLURM.job_of_array("7", 1) == "7_1"
+    assert not PBS.can_be_waited_for("2[1].pbs")
+    assert PBS.can_be_waited_for("2.pbs")
+    assert SLURM.can_be_waited_for("7_1")
+    assert PBS.is_same_job("12.pbs", "12.pbs.centre.org")
+    assert not PBS.is_same_job("12.pbs", "2.pbs")
+
+
+# --- answers of a real OpenPBS -------------------------------------------------------------------
+
+
+def test_the_states_of_all_jobs_by_a_real_pbs():
+    said, code = answer("qstat-f-all")
+    assert code == 0
+    assert pbs.states_in(said) == {
+        "0.pbs": "running",
+        "1.pbs": "queued (Can Never Run)",
+        "2.pbs": "held",
+        "3[].pbs": "running",
+        "4.pbs": "held",
+        "5.pbs": "queued",
+    }
+
+
+def test_the_states_of_an_arrays_jobs_by_a_real_pbs():
+    said, _ = answer("qstat-f-array-t")
+    assert pbs.states_in(said) == {
+        "3[].pbs": "running",
+        "3[0].pbs": "running",
+        "3[1].pbs": "queued",
+        "3[2].pbs": "queued",
+        "3[3].pbs": "queued",
+    }
+
+
+def test_a_finished_job_has_no_state():
+    assert pbs.states_in(answer("qstat-x-finished")[0]) == {}
+
+
+@pytest.mark.parametrize(("name", "known"), [("qstat-unknown", False), ("qstat-finished", True)])
+def test_a_job_that_has_ended_and_one_that_never_was(commands, name, known):
+    commands(qstat=answer(name))
+    assert PBS.states(["0.pbs"]) == {}
+    assert PBS.exists("0.pbs") == known
+
+
+def test_states_are_asked_for_once_and_only_of_ids(commands):
+    asked = commands(qstat=answer("qstat-f-all"))
+    assert len(PBS.states(["0.pbs", "-x", "1.pbs"])) == 6
+    assert PBS.states([]) == {}
+    assert asked.read_text() == "qstat -f 0.pbs 1.pbs\n"
+
+
+@pytest.mark.parametrize("name", ["qdel-finished", "qdel-unknown"])
+def test_cancelling_what_has_ended_is_no_failure(commands, name):
+    asked = commands(qdel=answer(name))
+    PBS.cancel(["0.pbs"])
+    assert asked.read_text() == "qdel 0.pbs\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "said", "remedy"),
+    [
+        ("qsub-bad-queue", 170, "Unknown queue", "give another --queue"),
+        ("qsub-bad-walltime", 166, "Illegal attribute or resource value", "machine.submit.chunk="),
+    ],
+)
+def test_refusals_of_a_real_pbs_come_with_a_remedy(commands, name, code, said, remedy):
+    commands(qsub=answer(name))
+    with pytest.raises(UserError) as raised:
+        PBS.submit("job.sh")
+    for part in (f"failed with exit code {code}", said, remedy):
+        assert part in str(raised.value)
+
+
+def test_a_real_pbs_takes_a_dependency_on_a_job_that_it_does_not_know(commands):
+    """So whoever submits asks whether the job exists, before."""
+    asked = commands(qsub=answer("qsub-after-unknown"))
+    assert PBS.submit("job.sh", after="99999") == "7.pbs"
+    assert asked.read_text() == "qsub -W depend=afterany:99999 job.sh\n"
+
+
+def test_when_a_job_of_pbs_ends(commands, monkeypatch):
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    said, _ = answer("qstat-f-all")
+    commands(qstat=(said.partition("\n\n")[0], 0))
+    ends_at = scheduler.ends_at({"PBS_JOBID": "0.pbs"})  # stime is Wed Nov 25 19:53:04 2026, walltime 5 min
+    assert ends_at == 1795636384 + 300
+    assert scheduler.ends_at({}) is None
+
+
+# --- answers of Slurm ----------------------------------------------------------------------------
+
+# As Slurm 22.05 writes them; test_submit.py asks a real one where there is one.
+SQUEUE = "7_0|RUNNING|None\n7_1|PENDING|Resources\n8|PENDING|PartitionConfig\n9|COMPLETING|None\n"
+
+
+def test_the_states_of_jobs_by_slurm():
+    assert slurm.states_in(SQUEUE) == {
+        "7_0": "running",
+        "7_1": "queued",
+        "8": "queued (PartitionConfig)",
+        "9": "completing",
+    }
+
+
+def test_slurm_does_not_know_the_only_job_that_was_asked_for(commands):
+    commands(squeue=("slurm_load_jobs error: Invalid job id specified", 1))
+    assert SLURM.states(["7"]) == {}
+    assert SLURM.exists("7") is False
+
+
+def test_variables_that_would_go_before_a_scripts_own_lines_are_left_out():
+    environ = {"PATH": "/bin", "SLURM_JOB_ID": "7", "SBATCH_PARTITION": "x", "SLURM_CONF": "/etc/s.conf"}
+    assert SLURM.command_environment(environ) == {"PATH": "/bin", "SLURM_CONF": "/etc/s.conf"}
+    assert PBS.command_environment(environ) == environ
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("30", 30), ("02:30", 150), ("01:02:30", 3750), ("1-00:00:10", 86410)]
+)
+def test_durations(text, value):
+    assert seconds(text) == value
+
+
+# --- directives ----------------------------------------------------------------------------------
+
+
+def test_one_request_in_the_words_of_both():
+    request = JobRequest("try", 2, "/fs/run", "00:30:00", ranks_per_node=4, cpus_per_rank=2, array_jobs=3,
+                         chunk="ncpus={cpus}:mpiprocs={ranks}", survives_nodes=True)  # fmt: skip
+    assert PBS.directives(request) == [
+        "-N try", "-l select=2:ncpus=8:mpiprocs=4", "-l walltime=00:30:00", "-j oe",
+        "-o '/fs/run/^array_index^/pbs.log'", "-J 0-2", "-r y",
+    ]  # fmt: skip
+    assert SLURM.directives(request) == [
+        "--job-name=try", "--nodes=2", "--ntasks-per-node=4", "--cpus-per-task=2", "--time=00:30:00",
+        "--output=/fs/run/%a/job.log", "--open-mode=append", "--requeue", "--no-kill", "--array=0-2",
+    ]  # fmt: skip
+
+
+def test_no_other_module_asks_which_scheduler_it_is_or_reads_a_jobs_id():
+    """allranks.job.hosts may name them: it reads the lists of hosts, which are PBS's and Slurm's own."""
+    own = {"pbs.py", "slurm.py"}
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        if path.name in own and path.parent.name == "job":
+            continue
+        text = Path(path).read_text()
+        assert not re.search(r"""== ["'](pbs|slurm)["']""", text), path
+        reads = re.findall(
+            r"""(?:\[|get\()["'](PBS_JOBID|PBS_ARRAY\w*|SLURM_JOB_ID|SLURM_ARRAY\w*)""", text
+        )
+        assert reads == [], path
