@@ -20,8 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from allranks.config import WatchdogConfig
-from allranks.job.identity import RankIdentity
-from allranks.runtime.watch.thread import Watchdog
+from allranks.runtime.watch.progress import Progress
 from common import BIN, RANK_VARIABLES, scratch
 
 RANKS = 3
@@ -167,13 +166,12 @@ def main() -> None:
     )
     print(again, flush=True)
 
-    watchdog, calls = Watchdog(WatchdogConfig(), RankIdentity("none")), 100_000
-    for name, call in {"progress": lambda: watchdog.progress(1), "arrive": watchdog.arrive}.items():
+    progress, calls = Progress(WatchdogConfig()), 100_000
+    for name, call in {"completed": lambda: progress.completed(1), "arrive": progress.arrive}.items():
         began = time.thread_time()  # others' use of the processor left out
         for _ in range(calls):
             call()
-        print(f"watchdog.{name}(): {(time.thread_time() - began) / calls * 1e9:.0f} ns")
-    watchdog.close()
+        print(f"progress.{name}(): {(time.thread_time() - began) / calls * 1e9:.0f} ns")
 
 
 if __name__ == "__main__":

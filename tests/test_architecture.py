@@ -25,6 +25,7 @@ FLOORS = (
     "training",
     "data",
     "runtime",
+    "runtime.watch",
     "run",
     "job",
     "compose",
@@ -102,8 +103,14 @@ def imported(tree: ast.AST) -> set[str]:
 
 def floor_of(module: str) -> int:
     """The number of the floor on which a module stands, counted from the top."""
-    room = module.partition(".")[0]
+    room = room_of(module)
     return next(number for number, rooms in enumerate(FLOORS) if room in rooms.split())
+
+
+def room_of(module: str) -> str:
+    """The package or module of FLOORS that a module belongs to: of nested ones the innermost."""
+    rooms = [room for floor in FLOORS for room in floor.split()]
+    return max((room for room in rooms if f"{module}.".startswith(f"{room}.")), key=len)
 
 
 def imports_among_ours() -> dict[str, set[str]]:
@@ -120,7 +127,7 @@ def imports_among_ours() -> dict[str, set[str]]:
 def test_imports_between_packages_run_downwards():
     for module, below in imports_among_ours().items():
         for other in below:
-            same_room = module.partition(".")[0] == other.split(".")[0]
+            same_room = room_of(module) == room_of(other)
             assert same_room or floor_of(module) < floor_of(other), f"{module} imports {other}"
 
 

@@ -16,6 +16,7 @@ from allranks.base import links
 from allranks.base.errors import UserError
 from allranks.config import WatchdogConfig
 from allranks.job.identity import RankIdentity
+from allranks.runtime.watch.progress import Progress
 from allranks.runtime.watch.thread import Watchdog
 from helpers import PYTHON, Started, execute, launcher, serial, took_at_most, until
 
@@ -357,9 +358,10 @@ def test_a_straggler_is_reported(start):
 
 
 def test_nobody_without_the_secret_is_listened_to():
-    watchdog = Watchdog(WatchdogConfig(), RankIdentity("none"))
-    address, port, secret = watchdog.prepare(one_host=True)["door"]
-    watchdog.join([{"host": HOST, "pid": os.getpid(), "dump": None}] * 2, deputy=1)
+    watchdog = Watchdog(WatchdogConfig(), RankIdentity("none"), abort=lambda code: None)
+    me = watchdog.prepare(one_host=True)
+    address, port, secret = me["door"]
+    watchdog.join([me, me], deputy=1)
     for words in (
         {"secret": "x", "rank": 1},
         {"failed": True},
@@ -377,27 +379,28 @@ def test_nobody_without_the_secret_is_listened_to():
 
 
 RESET = """
-import os, socket, time
+import time
 from allranks.config import WatchdogConfig
 from allranks.base import links
-from allranks.runtime.watch import thread
+from allranks.runtime.watch.thread import Watchdog
 from allranks.job.identity import RankIdentity
 
-mine = thread.Watchdog(WatchdogConfig(), RankIdentity("none"))
-address, port, secret = mine.prepare(one_host=True)["door"]
-mine.join([{"host": socket.gethostname(), "pid": os.getpid(), "dump": None}] * 2, deputy=1)
+mine = Watchdog(WatchdogConfig(), RankIdentity("none"), abort=lambda code: None)
+me = mine.prepare(one_host=True)
+address, port, secret = me["door"]
+mine.join([me, me], deputy=1)
 other = links.connect(address, port, 5)
 other.send(secret=secret, rank=1)
-while not mine._links:
+while not mine._connections:
     time.sleep(0.01)
-say = thread._Link.say
+send = links.Connection.try_to_send
 
-def busy(link, **word):
-    say(link, **word)
+def busy(connection, **word):
+    send(connection, **word)
     other.close()  # what it has not read resets the connection
     time.sleep(1)
 
-thread._Link.say = busy
+links.Connection.try_to_send = busy
 mine.close()
 """
 
@@ -410,16 +413,15 @@ def test_a_rank_that_closes_while_another_says_goodbye_is_not_gone(tmp_path):
 
 def test_a_step_that_compiles_has_the_first_steps_time():
     """The last batch of the first epoch is smaller, and is compiled for once more."""
-    watchdog = Watchdog(WatchdogConfig(step_s=1, first_step_s=77), RankIdentity("none"))
-    watchdog.compiles = True
-    limits = []
+    progress = Progress(WatchdogConfig(step_s=1, first_step_s=77))
+    progress.compiles = True
+    limits_s = []
     for step in (0, 1, 2):
-        watchdog.progress(step)
-        limits.append(watchdog._limit()[1])
-    watchdog.compiles = False
-    limits.append(watchdog._limit()[1])
-    watchdog.close()
-    assert limits == [77, 77, 77, 1]
+        progress.completed(step)
+        limits_s.append(progress.allowance().limit_s)
+    progress.compiles = False
+    limits_s.append(progress.allowance().limit_s)
+    assert limits_s == [77, 77, 77, 1]
 
 
 def test_an_address_that_other_hosts_cannot_reach_is_refused():

@@ -55,11 +55,6 @@ def test_a_rank_without_its_device_is_named():
         agreement([found(0, "a", "GPU-1"), broken])
 
 
-def test_the_deputy_is_a_rank_on_rank_0s_host_where_there_is_one():
-    assert {told.deputy for told in agreement([found(r, "aba"[r], "cpu") for r in range(3)])} == {2}
-    assert {told.deputy for told in agreement([found(r, "abc"[r], "cpu") for r in range(3)])} == {1}
-
-
 def came(host: str, local_rank: int | None = None, cpus: Sequence[int] = (0, 1, 2, 3)) -> Arrival:
     return Arrival(host, local_rank, list(cpus), digest="same", version="torch 2", error=None)
 

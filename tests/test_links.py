@@ -79,7 +79,7 @@ class Loop:
         self.selector = selector
         self.came: list[tuple[links.Connection, dict]] = []
         self.door = links.Door(
-            links.listen("127.0.0.1"), SECRET, selector, lambda *who: self.came.append(who)
+            links.listen("127.0.0.1"), SECRET, selector, lambda *who: self.came.append(who), expected=1
         )
         self.place = self.door.listener.getsockname()
 
@@ -88,7 +88,7 @@ class Loop:
         while time.monotonic() < until:
             for key, _ in self.selector.select(0.01):
                 key.data()
-            self.door.send_away_late()
+            self.door.tidy_up()
 
     def connect(self) -> socket.socket:
         return socket.create_connection(self.place, 5)

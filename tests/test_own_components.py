@@ -248,20 +248,16 @@ def with_limits(lab, cwd: Path, limits: dict[str, float], *overrides: str, **env
 
 
 def test_a_dataset_that_takes_long_to_make_is_waited_for(lab, tmp_path):
-    """Longer than the ranks otherwise wait for each other: there are 300 s, here 2."""
+    """Longer than the start may otherwise take: there are 600 s, here 2."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    slow = [*MINE, "trainer.epochs=1", "data.train._target_=mylab.SlowStripes"]
-    # of settle(), as it was when Python read its definition
-    code = "import allranks.runtime.meeting as m\nm.Meeting.agree.__defaults__ = (2,)\n"
-    code += "from allranks import train\ntrain.main()\n"
-    (tmp_path / "started.py").write_text(code)
+    slow = [*MINE, "trainer.epochs=1", "data.train._target_=mylab.SlowStripes", "watchdog.start_s=2"]
     ranks = [
         subprocess.Popen(
-            [sys.executable, "started.py", "--config-dir", lab.conf, *slow, "run.dir=run"], cwd=tmp_path,
-            env=clean_environment(PYTHONPATH=str(lab.home), RANK=str(rank), **place), text=True,
+            [sys.executable, "-m", "allranks.train", "--config-dir", lab.conf, *slow, "run.dir=run"],
+            cwd=tmp_path, env=clean_environment(PYTHONPATH=str(lab.home), RANK=str(rank), **place),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for rank in range(2)

@@ -12,6 +12,7 @@ messages, `Connection` is one end of a TCP connection, and `Door` lets in those 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hmac
 import json
 import selectors
@@ -30,7 +31,11 @@ LONGEST_MESSAGE_BYTES = 1 << 20
 PIECE_BYTES = 1 << 16  # what is taken from a connection at once
 SHORTEST_PAUSE_S = 0.02  # between two attempts to connect; it doubles up to the longest
 LONGEST_PAUSE_S = 1.0
-HELLO_S = 5.0  # for a new connection to show the secret, all in all
+HELLO_S = 5.0  # for a newcomer to show the secret, in all: a rank does so at once
+SPARE = 8  # newcomers beyond the expected ranks: a port scanner or two do no harm
+PAUSE_S = 0.5  # until a process that has no free descriptor tries again to let somebody in
+# What accept() says where this process, or its host, can take no further connection (accept(2)).
+NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class WireError(Exception):
@@ -222,9 +227,13 @@ class Door:
 
         for key, _ in selector.select(timeout_s):
             key.data()
+        door.tidy_up()
 
-    A newcomer is read from without waiting, so nobody can hold up the loop. Who has shown the secret is
+    Newcomers are read from without waiting, so nobody can hold up the loop. Who has shown the secret is
     handed to `welcome` together with that first message, and the door knows no more of it.
+
+    Strangers cannot use up what the ranks need: besides `expected` newcomers, the door takes SPARE more at
+    a time, and each of them has HELLO_S in all.
     """
 
     def __init__(
@@ -233,47 +242,74 @@ class Door:
         secret: str,
         selector: selectors.BaseSelector,
         welcome: Callable[[Connection, dict[str, Any]], None],
+        expected: int,
     ) -> None:
         self.listener = listener
         self._secret = secret
         self._selector = selector
         self._welcome = welcome
+        self._most_newcomers = expected + SPARE
         self._newcomers: dict[Connection, float] = {}  # and by when each must have shown the secret
+        self._pause_ends_at = 0.0  # nobody is let in before; 0 while there is no pause
+        listener.setblocking(False)  # a newcomer may be gone again before it is accepted
         selector.register(listener, selectors.EVENT_READ, self._accept)
 
     def close(self) -> None:
         """Lets nobody in any more; who is in stays connected."""
         for newcomer in list(self._newcomers):
             self._send_away(newcomer)
-        self._selector.unregister(self.listener)
+        if not self._pause_ends_at:
+            self._selector.unregister(self.listener)
         self.listener.close()
 
-    def send_away_late(self) -> None:
+    def tidy_up(self) -> None:
         """Ends the connections that have not shown the secret in time. To be called now and then."""
         now = time.monotonic()
         for newcomer, deadline in list(self._newcomers.items()):
             if now > deadline:
                 self._send_away(newcomer)
+        if self._pause_ends_at and now > self._pause_ends_at:
+            self._pause_ends_at = 0.0
+            self._selector.register(self.listener, selectors.EVENT_READ, self._accept)
 
     def _accept(self) -> None:
-        sock, _ = self.listener.accept()
+        try:
+            sock, _ = self.listener.accept()
+        except OSError as error:
+            if error.errno in NO_ROOM:
+                self._make_room()
+            # Else the newcomer has gone again, or the door was closed a moment ago.
+            return
+
         sock.setblocking(False)
         newcomer = Connection(sock)
         self._newcomers[newcomer] = time.monotonic() + HELLO_S
         self._selector.register(newcomer, selectors.EVENT_READ, lambda: self._hear(newcomer))
+        if len(self._newcomers) > self._most_newcomers:
+            self._send_away(next(iter(self._newcomers)))  # the oldest: a rank shows the secret at once
+
+    def _make_room(self) -> None:
+        """This process has no free descriptor, or the host no memory for another connection."""
+        if self._newcomers:
+            self._send_away(next(iter(self._newcomers)))
+            return
+        # Those who wait to be let in would wake the loop again and again.
+        self._pause_ends_at = time.monotonic() + PAUSE_S
+        self._selector.unregister(self.listener)
 
     def _hear(self, newcomer: Connection) -> None:
+        if newcomer not in self._newcomers:  # it was sent away after the selector had seen it
+            return
         try:
             is_there = newcomer.receive()
             hello = newcomer.inbox.take()
-            is_ours = hello is not None and knows_secret(hello, self._secret)
         except BlockingIOError:  # the selector was wrong: nothing has arrived
             return
         except (OSError, WireError):
             self._send_away(newcomer)
             return
 
-        if hello is not None and is_ours:
+        if hello is not None and knows_secret(hello, self._secret):
             self._forget(newcomer)
             newcomer.sock.setblocking(True)
             keep_alive(newcomer.sock)

@@ -96,9 +96,9 @@ def _open_set(
             )
         return {"shape": None}
 
-    with runtime.watchdog.phase("fetching the data", FETCH_S):
+    with runtime.progress.phase("fetching the data", FETCH_S):
         # 1. Rank 0 makes the set, and tells the others which kind it is.
-        shape = runtime.meeting.from_rank_0(describe, FETCH_S)["shape"]
+        shape = runtime.meeting.from_rank_0(describe)["shape"]
 
         # 2. A user's Dataset is made by the other ranks, too.
         if shape is None:
@@ -109,7 +109,7 @@ def _open_set(
                     dataset = make(section, part)
                 except UserError as error:
                     problem = error
-            runtime.meeting.agree(problem, FETCH_S)
+            runtime.meeting.agree(problem)
             return dataset
 
     # 3. Arrays are sent by rank 0.

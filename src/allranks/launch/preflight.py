@@ -339,11 +339,11 @@ def _add_up_on_rank_0(size: int, listener: socket.socket, secret: str) -> list[f
                 other.close()
 
     with selectors.DefaultSelector() as selector:
-        door = links.Door(listener, secret, selector, welcome)
+        door = links.Door(listener, secret, selector, welcome, expected=size)
         while len(parts) < size:
             for key, _ in selector.select(TICK_S):
                 key.data()
-            door.send_away_late()
+            door.tidy_up()
         door.close()
 
     total = [sum(column) for column in zip(*parts.values(), strict=True)]

@@ -34,7 +34,9 @@ from allranks.job.identity import RankIdentity
 from allranks.runtime import ezpz, mpi, native
 from allranks.runtime.meeting import Meeting, merged, open_meeting, ranks_named
 from allranks.runtime.runtime import RankFacts, Runtime
+from allranks.runtime.watch import verdict
 from allranks.runtime.watch.thread import Watchdog
+from allranks.runtime.watch.verdict import Peer
 
 COLLECTIVE_S = 86_400  # far beyond any limit of the watchdog, which ends a collective that has lost a rank
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
@@ -133,27 +135,32 @@ def refuse_together(identity: RankIdentity, error: UserError) -> NoReturn:
 
 
 def _open(identity: RankIdentity, config: Config | None, error: UserError | None, run: int) -> Runtime:
-    watchdog = Watchdog(config.watchdog if config else WatchdogConfig(), identity)
+    limits = config.watchdog if config else WatchdogConfig()
+    watchdog = Watchdog(limits, identity, abort=mpi.abort)
+    meeting: Meeting | None = None
     try:
-        return _bring_up(identity, config, error, run, watchdog)
+        # 1. meet
+        comm = None
+        if identity.is_mpi and not identity.alone:
+            comm = mpi.world(identity)
+            identity = replace(identity, world_size=int(comm.size))
+        meeting = open_meeting(identity, comm, run, watchdog.progress)
+        return _bring_up(identity, config, error, watchdog, meeting, comm)
     except UserError:
         watchdog.close()
-        if watchdog.meeting is not None:
-            watchdog.meeting.leave()
+        if meeting is not None:
+            meeting.leave()
         raise
 
 
 def _bring_up(
-    identity: RankIdentity, config: Config | None, error: UserError | None, run: int, watchdog: Watchdog
+    identity: RankIdentity,
+    config: Config | None,
+    error: UserError | None,
+    watchdog: Watchdog,
+    meeting: Meeting,
+    comm: Any,
 ) -> Runtime:
-    # 1. meet
-    comm = None
-    if identity.is_mpi and not identity.alone:
-        comm = mpi.world(identity)
-        identity = replace(identity, world_size=int(comm.size))
-    meeting = open_meeting(identity, comm, run)
-    watchdog.meeting = meeting
-
     # 2. compare
     arrival = Arrival(
         host=socket.gethostname(),
@@ -232,7 +239,7 @@ def _equip(
 
 def _start_process_group(runtime: Runtime, backend: str, hosts: int) -> None:
     device = runtime.device
-    runtime.watchdog.arrive()
+    runtime.progress.arrive()
     if device.type == "cpu" and hosts == 1 and sys.platform == "linux":
         # Left to itself gloo looks its address up by the host's name, which fails on many a laptop.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -303,10 +310,7 @@ def agreement(equipments: Sequence[Equipment]) -> list[Agreement]:
     shared_devices = _share_devices(ranks, allowed=all(e.oversubscribe for e in equipments))
     watched = [equipment.watch for equipment in equipments if equipment.watch is not None]
 
-    # A rank on rank 0's host can see what has become of rank 0's process.
-    neighbours = [facts.rank for facts in ranks[1:] if facts.host == ranks[0].host]
-    deputy = min(neighbours, default=1)
-
+    deputy = verdict.deputy([Peer.from_json(watch) for watch in watched])
     for_rank_0 = Agreement(shared_devices, watched, deputy, ranks)
     for_others = Agreement(shared_devices, watched[:1], deputy)
     return [for_rank_0] + [for_others] * (len(ranks) - 1)

@@ -27,9 +27,9 @@ def compare_ranks(runtime: Runtime, model: torch.nn.Module) -> None:
     """
     if runtime.world_size == 1:
         return
-    watchdog = runtime.watchdog
-    mine = [float(_digest(model)), watchdog.busy_s, float(watchdog.busy_steps)]
-    watchdog.busy_s, watchdog.busy_steps = 0.0, 0
+    progress = runtime.progress
+    mine = [float(_digest(model)), progress.busy_s, float(progress.busy_steps)]
+    progress.busy_s, progress.busy_steps = 0.0, 0
     digests, busy_s, steps = runtime.gather(
         torch.tensor([mine], dtype=torch.float64, device=runtime.device)
     ).T.tolist()
@@ -38,7 +38,7 @@ def compare_ranks(runtime: Runtime, model: torch.nn.Module) -> None:
     if odd:
         who = f" ({_named(runtime, odd)} from the others')" if 2 * len(odd) < len(digests) else ""
         raise RunError(
-            f"After step {watchdog.step} the ranks' weights differ{who}, though all apply the same "
+            f"After step {progress.step} the ranks' weights differ{who}, though all apply the same "
             "gradients: look for a model or an optimizer that draws or reads something of its own on each "
             "rank, and if there is none for a faulty device.",
             said_by=0,

@@ -16,7 +16,7 @@ from allranks.runtime import mpi
 
 def sum_by_mpi(runtime: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     """Through MPI: on CPU it beats gloo by 2 to 4 times for small models (docs/performance.md)."""
-    runtime.watchdog.arrive()
+    runtime.progress.arrive()
     mpi.allreduce(runtime.comm, bucket.buffer())
     future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
     future.set_result(bucket.buffer())
@@ -25,7 +25,7 @@ def sum_by_mpi(runtime: Any, bucket: GradBucket) -> torch.futures.Future[torch.T
 
 def sum_by_torch(runtime: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     """Through the default process group: NCCL, XCCL or gloo."""
-    runtime.watchdog.arrive()
+    runtime.progress.arrive()
     future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
     return future.then(lambda done: done.value()[0])
 

@@ -1,7 +1,12 @@
 """Where the ranks settle things before and beside the training: a small protocol on torch's TCPStore.
 
-Every message is JSON and the traffic is linear in the number of ranks, so it also serves when
-the configuration of one rank is wrong and no process group can be made.
+A store is a table of keys and texts that rank 0 serves and all ranks read and write. Each round of the
+protocol is the same: every rank writes down what it has to say, rank 0 reads all of it, decides, and writes
+down a reply for each rank. All texts are JSON, and the traffic is linear in the number of ranks. Nothing
+else need work yet: so the ranks can agree even on why one of them cannot begin.
+
+No wait here has a limit of its own. A rank that does not come is the watchdog's business, which knows what
+each rank is doing and how long that may take.
 """
 
 from __future__ import annotations
@@ -18,55 +23,74 @@ from typing import TYPE_CHECKING, Any
 
 from allranks.base.errors import UserError
 from allranks.base.links import listen
+from allranks.base.text import one_line
+from allranks.config import WatchdogConfig
 from allranks.job import variables
 from allranks.job.identity import RankIdentity
 from allranks.runtime import mpi
+from allranks.runtime.watch.progress import Progress
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-START_S = 300  # ranks of a large job start minutes apart
+WAIT_S = 86_400.0  # longer than any limit of the watchdog; torch wants a number
+LEAVE_S = 10.0  # rank 0 waits so long at the end for ranks that may have died
+LEAVE_TICK_S = 0.01
 Decide = Callable[[list[Any]], Sequence[Any]]
 
 
 class Meeting:
     """The ranks of one run. At world size 1 nothing is opened and nobody is asked."""
 
-    def __init__(self, rank: int, world_size: int, store: Store | None) -> None:
+    def __init__(
+        self, rank: int, world_size: int, store: Store | None, progress: Progress | None = None
+    ) -> None:
         self.rank = rank
         self.world_size = world_size
         self.store = store
-        self.rounds = 0
-        self.also_served: Store | None = None  # lives as long as the meeting
+        self.also_served: Store | None = None  # a second store of rank 0 that lives as long as the meeting
+        self._progress = progress or Progress(WatchdogConfig())
+        self._rounds = 0  # all ranks take part in the same ones, so the numbers agree
 
-    def settle(self, mine: Any, decide: Decide, timeout_s: float = START_S) -> Any:
+    def settle(self, mine: Any, decide: Decide) -> Any:
         """Hands every rank's `mine` to `decide` on rank 0, and each rank its own reply.
 
-        `decide` gets a list with an entry per rank and returns one. If it raises UserError, every
-        rank raises that same error, marked as agreed. All values must be JSON.
+        `decide` gets a list with an entry for each rank and returns one. If it raises UserError, every rank
+        raises that same error, marked as agreed. All values must be JSON. Every rank must call this.
         """
         if self.store is None:
             return decide([mine])[0]
-        self.rounds += 1
-        tag = f"settle/{self.rounds}"
-        if self.rank:
-            self.store.set(f"{tag}/{self.rank}", json.dumps(mine))
-            reply = self._get(f"{tag}/reply/{self.rank}", 0, timeout_s)
+
+        self._rounds += 1
+        self._progress.arrive(in_step=False)
+        tag = f"settle/{self._rounds}"
+        if self.rank == 0:
+            reply = self._settle_as_rank_0(self.store, tag, mine, decide)
         else:
-            said = [mine]
-            said += [self._get(f"{tag}/{r}", r, timeout_s) for r in range(1, self.world_size)]
-            try:
-                replies: list[Any] = [{"reply": r} for r in decide(said)]
-            except UserError as error:
-                replies = [{"error": str(error)}] * self.world_size
-            for r in range(1, self.world_size):
-                self.store.set(f"{tag}/reply/{r}", json.dumps(replies[r]))
-            reply = replies[0]
+            self.store.set(f"{tag}/{self.rank}", json.dumps(mine))
+            reply = self._wait_for(self.store, f"{tag}/reply/{self.rank}", from_rank=0)
+
         if "error" in reply:
             raise UserError(reply["error"], said_by=0)
         return reply["reply"]
 
-    def agree(self, error: UserError | None, timeout_s: float = START_S) -> None:
+    def _settle_as_rank_0(self, store: Store, tag: str, mine: Any, decide: Decide) -> Any:
+        """Collects what the ranks say, decides, and replies to each; returns rank 0's own reply."""
+        said = [mine]
+        for rank in range(1, self.world_size):
+            said.append(self._wait_for(store, f"{tag}/{rank}", from_rank=rank))
+
+        replies: list[Any]
+        try:
+            replies = [{"reply": reply} for reply in decide(said)]
+        except UserError as error:
+            replies = [{"error": str(error)}] * self.world_size
+
+        for rank in range(1, self.world_size):
+            store.set(f"{tag}/reply/{rank}", json.dumps(replies[rank]))
+        return replies[0]
+
+    def agree(self, error: UserError | None) -> None:
         """Raises the same error on every rank if any rank has one; the ranks concerned are named."""
 
         def decide(errors: list[Any]) -> list[None]:
@@ -74,38 +98,39 @@ class Meeting:
                 raise UserError(merged(errors))
             return [None] * len(errors)
 
-        self.settle(str(error) if error else None, decide, timeout_s)
+        self.settle(str(error) if error else None, decide)
 
-    def from_rank_0(self, make: Callable[[], Any], timeout_s: float = START_S) -> Any:
-        """What `make` returns on rank 0 (JSON), on every rank; its UserError likewise."""
+    def from_rank_0(self, make: Callable[[], Any]) -> Any:
+        """What `make` returns on rank 0, as JSON, on every rank; if it raises UserError, all ranks do."""
 
         def decide(said: list[Any]) -> list[Any]:
             return [make()] * len(said)
 
-        return self.settle(None, decide, timeout_s)
+        return self.settle(None, decide)
 
     def leave(self) -> None:
-        """Rank 0 serves the store: it goes last, so that nobody is cut off in mid-sentence."""
+        """Ends the meeting. Rank 0 serves the store and goes last, so that nobody is cut off."""
         if self.store is None:
             return
-        present = self.store.add("left", 1)
-        deadline = time.monotonic() + 10
+        store, self.store = self.store, None
+        present = store.add("left", 1)
+        deadline = time.monotonic() + LEAVE_S
         while self.rank == 0 and present < self.world_size and time.monotonic() < deadline:
-            time.sleep(0.01)
-            present = self.store.add("left", 0)
-        self.store = None
+            time.sleep(LEAVE_TICK_S)
+            present = store.add("left", 0)
 
-    def _get(self, key: str, from_rank: int, timeout_s: float) -> Any:
+    def _wait_for(self, store: Store, key: str, from_rank: int) -> Any:
+        """What a rank has written down, once it has. Raises UserError where rank 0's store has gone."""
         from torch.distributed import DistError
 
-        assert self.store is not None
         try:
-            self.store.wait([key], timedelta(seconds=timeout_s))
-            return json.loads(self.store.get(key))
+            with self._progress.waiting_for(f"rank {from_rank}"):
+                store.wait([key], timedelta(seconds=WAIT_S))
+            return json.loads(store.get(key))
         except (DistError, RuntimeError) as error:
             raise UserError(
-                f"rank {from_rank} did not answer rank {self.rank} within {timeout_s:.0f} s: look for its "
-                "own message above or in its log; its node may be down."
+                f"rank {self.rank} has lost its connection to rank 0 ({one_line(error)}): look for "
+                "rank 0's own message above or in its log; its node may be down."
             ) from error
 
 
@@ -128,23 +153,24 @@ def ranks_named(ranks: Sequence[int]) -> str:
     return f"ranks {shown}" + (f", ... ({len(ranks)} in all)" if len(ranks) > 8 else "")
 
 
-def open_meeting(identity: RankIdentity, comm: Any, run: int) -> Meeting:
+def open_meeting(identity: RankIdentity, comm: Any, run: int, progress: Progress) -> Meeting:
     """Opens the meeting of a run; `run` counts the runs of this process, so that sweeps do not mix.
 
-    Sets MASTER_ADDR and MASTER_PORT to where the store is served.
+    `comm` is MPI's communicator where MPI started the ranks, else None. Sets MASTER_ADDR and MASTER_PORT to
+    where the store is served. Raises UserError where the ranks cannot find each other.
     """
     from torch.distributed import PrefixStore
 
     if identity.alone:
         return Meeting(0, 1, None)
-    store = _serve_through_mpi(comm) if comm is not None else _join_env(identity)
+    store = _join_env(identity, progress) if comm is None else _serve_through_mpi(comm, progress)
     world_size = identity.world_size
     assert world_size is not None  # MPI filled in what the launcher did not tell
     # torchrun serves all its attempts, which may differ in size, from one store
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT") if identity.launcher == "torchrun" else None
     secret = os.environ.get(variables.RANKS_SECRET, "")  # under `allranks launch`
     prefix = f"allranks/{secret}/{restarts or 0}/{world_size}/{run}"
-    return Meeting(identity.rank, world_size, PrefixStore(prefix, store))
+    return Meeting(identity.rank, world_size, PrefixStore(prefix, store), progress)
 
 
 def serve(address: str, world_size: int, port: int = 0, far: bool = False) -> tuple[Store, int]:
@@ -154,14 +180,14 @@ def serve(address: str, world_size: int, port: int = 0, far: bool = False) -> tu
     listener = listen(address, port, far)
     port = listener.getsockname()[1]
     store = TCPStore(
-        address, port, world_size, True, timedelta(seconds=START_S), wait_for_workers=False,
+        address, port, world_size, True, timedelta(seconds=WAIT_S), wait_for_workers=False,
         master_listen_fd=listener.detach(),
         use_libuv=False,  # with libuv it could not take over a socket before torch 2.5
     )  # fmt: skip
     return store, port
 
 
-def _serve_through_mpi(comm: Any) -> Store:
+def _serve_through_mpi(comm: Any, progress: Progress) -> Store:
     """Rank 0 serves on a free port, which MPI tells the others: no port is ever guessed.
 
     So is a secret that begins the name of every key, as torch's protocol has no password.
@@ -183,7 +209,8 @@ def _serve_through_mpi(comm: Any) -> Store:
     if problem:
         raise UserError(problem, said_by=0)
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
-    store = store or _connect(address, port, comm.rank, comm.size)
+    if store is None:
+        store = _connect(address, port, comm.rank, comm.size, progress)
     return PrefixStore(secret, store)
 
 
@@ -194,7 +221,7 @@ def _address(hosts: Sequence[str]) -> str:
     return os.environ.get("MASTER_ADDR") or address_for(hosts)
 
 
-def _join_env(identity: RankIdentity) -> Store:
+def _join_env(identity: RankIdentity, progress: Progress) -> Store:
     """The store that MASTER_ADDR and MASTER_PORT name; under bare srun both follow from the job."""
     if identity.launcher == "srun":
         from allranks.job.hosts import first_host  # other launchers' ranks need nothing of that module
@@ -218,7 +245,7 @@ def _join_env(identity: RankIdentity) -> Store:
     assert identity.world_size is not None  # `environment` and torchrun always tell it
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # served before torchrun starts a rank
         try:
-            socket.create_connection((address, port), START_S).close()
+            socket.create_connection((address, port), progress.limits.start_s).close()
         except ConnectionRefusedError:
             raise UserError(f"torchrun has ended: nobody answers at {address}:{port}.") from None
         except OSError as error:
@@ -226,17 +253,20 @@ def _join_env(identity: RankIdentity) -> Store:
     elif identity.rank == 0:
         far = identity.local_world_size not in (None, identity.world_size)
         return serve(address, identity.world_size, port, far)[0]
-    return _connect(address, port, identity.rank, identity.world_size)
+    return _connect(address, port, identity.rank, identity.world_size, progress)
 
 
-def _connect(address: str, port: int, rank: int, world_size: int) -> Store:
-    """The store that rank 0 serves. Raises UserError where nobody does for START_S."""
+def _connect(address: str, port: int, rank: int, world_size: int, progress: Progress) -> Store:
+    """The store that rank 0 serves. Raises UserError where nobody does within watchdog.start_s."""
     from torch.distributed import TCPStore
 
+    start_s = progress.limits.start_s
     try:
-        return TCPStore(address, port, world_size, False, timedelta(seconds=START_S))
+        with progress.waiting_for(f"rank 0 at MASTER_ADDR={address} and MASTER_PORT={port}"):
+            return TCPStore(address, port, world_size, False, timedelta(seconds=start_s))
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"rank {rank} has not found rank 0 at MASTER_ADDR={address} and MASTER_PORT={port} for "
-            f"{START_S} s: look whether rank 0 has started, and whether both are those of its host."
+            f"{start_s:g} s (watchdog.start_s): look whether rank 0 has started, and whether both are "
+            "those of its host."
         ) from error

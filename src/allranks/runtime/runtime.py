@@ -20,6 +20,7 @@ from allranks.base.errors import UserError
 from allranks.job.identity import RankIdentity
 from allranks.runtime import gradients, mpi, native
 from allranks.runtime.meeting import Meeting
+from allranks.runtime.watch.progress import Progress
 from allranks.runtime.watch.thread import Watchdog
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,11 @@ class Runtime:
     ranks: list[RankFacts]  # all ranks; known to rank 0 only
     comm: Any = None  # MPI.COMM_WORLD where collectives on CPU go through MPI
     virtual_ranks: int | None = None  # the fixed number of shares of a reproducible run
+
+    @property
+    def progress(self) -> Progress:
+        """Where the training says how far it has come; the watchdog reads it."""
+        return self.watchdog.progress
 
     @property
     def rank(self) -> int:
@@ -96,11 +102,11 @@ class Runtime:
         """
         if self.world_size == 1 or self.virtual_ranks:
             return model
-        self.watchdog.arrive()  # DDP compares the ranks' parameters
+        self.progress.arrive()  # DDP compares the ranks' parameters
         wrapped = native.wrap(model, self.device)
         if next(model.buffers(), None) is not None:
             # DDP sends rank 0's buffers to all ranks before each forward pass: a collective.
-            wrapped.register_forward_pre_hook(lambda *_: self.watchdog.arrive(in_step=False))
+            wrapped.register_forward_pre_hook(lambda *_: self.progress.arrive(in_step=False))
         hook = gradients.sum_by_torch if self.comm is None else gradients.sum_by_mpi
         wrapped.register_comm_hook(self, hook)  # type: ignore[operator]
         return wrapped
@@ -111,7 +117,7 @@ class Runtime:
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sums a contiguous tensor over all ranks, in place."""
-        self.watchdog.arrive()
+        self.progress.arrive()
         if self.comm is not None:
             mpi.allreduce(self.comm, tensor)
         elif self.world_size > 1:
@@ -127,7 +133,7 @@ class Runtime:
         """[n, k] of each rank -> [world_size * n, k], in the order of the ranks, on every rank."""
         if self.world_size == 1:
             return rows
-        self.watchdog.arrive()
+        self.progress.arrive()
         rows = rows.contiguous()
         if self.comm is not None:
             everyones = rows.new_empty(self.world_size, *rows.shape)
@@ -151,7 +157,7 @@ class Runtime:
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         """Rank 0's contiguous tensor on every rank, in place."""
-        self.watchdog.arrive()
+        self.progress.arrive()
         if self.comm is not None:
             self.comm.Bcast(tensor.numpy(), root=0)
         elif self.world_size > 1:

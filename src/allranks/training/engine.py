@@ -59,7 +59,7 @@ def fit(
 
     `control` saves and stops, `report` tells. Returns False where the ranks agreed to stop before the end.
     """
-    runtime.watchdog.compiles = trainer.compile  # the epoch's last batch may be smaller: compiled once more
+    runtime.progress.compiles = trainer.compile  # the epoch's last batch may be smaller: compiled once more
     is_first = True
     while training.epoch < trainer.epochs:
         started = time.perf_counter() - training.epoch_s
@@ -99,7 +99,7 @@ def _train_epoch(
     if training.epoch_steps == 0:
         training.epoch_lr = training.optimizer.param_groups[0]["lr"]
     batches = training_batches(part, runtime, batch_size, training.epoch, seed, training.epoch_steps)
-    runtime.watchdog.progress(training.step)
+    runtime.progress.completed(training.step)
     training.trained.train()  # walks all modules, so it is not called in every step
     for shares in report.progress(batches, training, steps):
         if is_first:
@@ -111,7 +111,7 @@ def _train_epoch(
             training.epoch_s = time.perf_counter() - started
             if control.agree_to_stop(training, evaluates_next=at_end):
                 return False
-        runtime.watchdog.progress(training.step)
+        runtime.progress.completed(training.step)
     return True
 
 
@@ -130,7 +130,7 @@ def _evaluate_epoch(
             buffer.copy_(runtime.broadcast(buffer.contiguous()))
     runtime.synchronize()
     trained = time.perf_counter()
-    runtime.watchdog.compiles = False
+    runtime.progress.compiles = False
 
     if trainer.train_metrics == "running":
         train = training.sums.total(runtime)
@@ -175,7 +175,7 @@ def evaluate(model: nn.Module, part: Part, precision: str, seed: int, runtime: R
             logits = model(images)
         loss_sum = cross_entropy(_at_least_fp32(logits), labels, reduction="sum")
         sums.add(row, loss_sum, logits, labels)
-        runtime.watchdog.batch()
+        runtime.progress.evaluated_batch()
     figures = sums.total(runtime)
     assert figures.examples == len(part), (
         f"{figures.examples} examples were evaluated, but there are {len(part)}"

@@ -169,10 +169,10 @@ class Saver:
                 )
 
         with self._saving():
-            self.runtime.meeting.from_rank_0(last, timeout_s=self.config.watchdog.save_s)
+            self.runtime.meeting.from_rank_0(last)
 
     def _saving(self) -> AbstractContextManager[None]:
-        return self.runtime.watchdog.phase("saving (watchdog.save_s)", self.config.watchdog.save_s)
+        return self.runtime.progress.phase("saving (watchdog.save_s)", self.config.watchdog.save_s)
 
     def _write(self, step: int, captured: Captured) -> None:
         """On the writer's thread: writes the checkpoint, and removes those that are not to be kept."""

@@ -1,492 +1,495 @@
 """A thread beside each rank's training: it sees that a rank has died, hangs or is stopped, and ends all.
 
-Every rank keeps one connection to rank 0, on which nothing is said while all is well: the kernel closes it
-when a process ends, however that came about. A rank that makes no progress for too long tells rank 0,
-which asks all ranks where they are. Who does not answer is stopped or stuck; else those that came to the
-fewest collectives keep the others waiting. They are named, with step and stack, and every rank ends.
-docs/reliability.md tells it from the user's side.
+Every rank holds one connection to rank 0, on which nothing is said while all is well. The kernel closes it
+when a process ends, however that came about. A rank that makes no progress for too long tells rank 0, which
+asks all ranks where they are; `verdict` says who is to blame then. That rank is named, with step and stack,
+and every rank ends. docs/reliability.md tells it from the user's side.
+
+Messages from rank 0: `ask` for a report, `wait` (an alarm has been heard), `look` at a process of your
+host, `end` yourself, `bye`. Messages to rank 0: `alarm` and `report`, `found` (after `look`), `failed`
+(this rank ends with an error that it has told the user), `bye` (this rank has ended well).
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import logging
 import os
 import secrets
 import selectors
-import signal
 import socket
-import statistics
-import sys
 import threading
 import time
-import traceback
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from allranks.base import links, processes
 from allranks.base.errors import UserError
+from allranks.base.processes import ProcessIdentity
 from allranks.config import WatchdogConfig
 from allranks.job.identity import RankIdentity
-from allranks.runtime import mpi
-from allranks.runtime.meeting import Meeting
+from allranks.runtime.watch import postmortem, verdict
+from allranks.runtime.watch.progress import Progress
+from allranks.runtime.watch.verdict import Decision, Inquiry, Known, Peer, Report, State
 
-TICK_S = 0.5
+TICK_S = 0.5  # how often the thread looks at the progress while all is well
+BUSY_TICK_S = 0.05  # and while it waits for answers
 ANSWER_S = 2.5  # for another rank's thread to answer, on a busy host too
-PATIENCE_S = 8.0  # more for one that runs: its main thread may be in a long call that keeps the GIL
-LOOK_S = 1.0  # to find out what has become of a rank
+PATIENCE_S = 8.0  # more for one that runs: its main thread may be in a long call that keeps Python's lock
+LOOK_S = 2 * postmortem.LOOK_S  # for a neighbour to tell what has become of a rank
+CONNECT_S = 4 * ANSWER_S  # to rank 0, on a busy host too
+SEND_S = 1.0  # a message to a rank that takes none for so long is lost
 NEWS_S = 0.5  # for word of a death that is still on its way
-LEAST_STEP_S = 30.0
-FRAMES = 12  # of a stack, the innermost ones
-NAMED = 4  # ranks in a message
-DUMP = getattr(signal, "SIGRTMAX", 0) - 5  # makes a rank of several write down its stack; Linux only
-# What is known of a rank from afar, by how it came to notice.
-FROM_AFAR = {
-    "gone": "is gone: it was killed, or its node went down",
-    "mute": "",
-    "stuck": "does not answer",
-}
-file_log = logging.getLogger("watchdog")  # not below "allranks": for logs/rank-N.log, not for the console
+FIRST_WORD_S = 5.0  # rank 0 speaks first where a rank does not come to the start
+APART_S = 0.1  # between the rank to blame and the others, when ranks are told to end
+END_S = 4.0  # for this thread to end the process; then a timer in C does it
+
+# Not below the logger "allranks": for logs/rank-N.log, not for the console, where it stands already.
+file_log = logging.getLogger("watchdog")
 
 
-@dataclass
-class _Link:
-    """A connection between rank 0 and another rank."""
+class Clock:
+    """Seconds in which this thread was scheduled: those of a machine that is suspended do not count."""
 
-    connection: links.Connection
-    rank: int | None = None  # of the other end; None: it has left
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self._last_s = time.monotonic()
 
-    def say(self, **word: Any) -> None:
-        self.connection.try_to_send(**word)
+    def tick(self) -> None:
+        """To be called at least every TICK_S: what goes by beyond twice that time is not counted."""
+        now_s = time.monotonic()
+        self.now_s += min(now_s - self._last_s, 2 * TICK_S)
+        self._last_s = now_s
 
 
 class Watchdog:
-    """The training's progress (attributes that the main thread writes), and the thread that looks at it."""
+    """One rank's watch over itself and the others: its thread, and what the main thread tells it.
 
-    def __init__(self, limits: WatchdogConfig, identity: RankIdentity) -> None:
-        self.limits, self.rank = limits, identity.rank
-        self.meeting: Meeting | None = None  # not there yet
-        self.step = 0  # completed
-        self.begun = 0  # steps that this process has begun
-        self.batches = self.arrivals = 0
-        self.busy_s, self.busy_steps = 0.0, 0
-        self.compiles = False  # any step may take as long as the first
-        self._began, self._busy = time.perf_counter(), False
-        self._durations: deque[float] = deque(maxlen=101)
-        self._phase: tuple[str, float] | None = None
-        self._main = threading.get_ident()
-        # no rank outlives its launcher; what a shell has started may
-        self._parent = None if identity.launcher in ("none", "environment") else identity.parent_pid
-        self._parting = self._closed = self._ending = False
-        self._code = 1
-        self._host, self._secret = socket.gethostname(), secrets.token_hex(32)
-        self._dump: int | None = None
-        self._selector = selectors.DefaultSelector()
-        self._door: links.Door | None = None  # on rank 0
-        self._links: dict[int, _Link] = {}  # by rank; rank 0's on every other rank
-        # what the ranks prepared; on other ranks than 0 rank 0's alone
-        self._peers: Sequence[Mapping[str, Any]] = []
+    `abort(code)` ends all ranks of a job that MPI has started, and does nothing elsewhere.
+    """
+
+    def __init__(
+        self, limits: WatchdogConfig, identity: RankIdentity, abort: Callable[[int], None]
+    ) -> None:
+        self.progress = Progress(limits)
+        self.rank = identity.rank
+        self._abort = abort
+        self._exit_code = 1
+        self._host = socket.gethostname()
+        self._process = ProcessIdentity.of_this_process()
+        # No rank outlives its launcher. What a shell has started may outlive the shell.
+        is_launched = identity.launcher not in ("none", "environment")
+        self._launcher_pid = identity.parent_pid if is_launched else None
+        # Where the last resort of _end() writes to. Opened now: later there may be no free descriptor.
+        self._devnull_fd = os.open(os.devnull, os.O_WRONLY)
+
+        # The other ranks: known from join() on. On rank 0 all of them; elsewhere rank 0 alone.
+        self._peers: list[Peer] = []
         self._deputy = 1
-        # s, as far as this thread was scheduled: a suspended machine's time does not count
-        self._clock = 0.0
-        self._moved_at = self._alarm_after = 0.0
-        self._due: float | None = None  # by when others must have answered
-        self._patient = True
-        self._reports: dict[int, dict[str, Any]] | None = None  # while they are collected, on rank 0
-        self._findings: dict[int, str] = {}  # on ranks that seem to be to blame, on rank 0
-        self._asked: set[int] = set()  # of these, those whose neighbours were asked
-        self._steps: list[int] = []  # of the ranks that have told theirs
+        self._dump_fd: int | None = None
+        self._secret = secrets.token_hex(32)
+        self._listener: socket.socket | None = None
+        self._door: links.Door | None = None
+        self._selector = selectors.DefaultSelector()
+        self._connections: dict[int, links.Connection] = {}  # by rank, of those that are in the run
         self._left: set[int] = set()  # ranks that have ended well
-        self._condemned: list[int] = []  # processes on this host to be killed
+
+        # What this thread is doing. The main thread reads `_state`, to see whether the process ends.
+        self._clock = Clock()
+        self._state = State.WATCHING
+        self._due_s = 0.0  # by when, on our clock, the others must have answered; not while WATCHING
+        self._inquiry = Inquiry()  # on rank 0
+        self._condemned: list[ProcessIdentity] = []  # processes of this host, to be killed at the end
+        self._mark: object = None  # of the last progress seen
+        self._moved_at_s = 0.0  # when that was, on our clock
+        self._alarm_after_s = 0.0  # no alarm on top of one before as long again has gone by
+
+        # Written by the main thread: at the end of a run connections end, and that means nothing.
+        self._parting = False
+        self._closed = False
         threading.Thread(target=self._run, name="watchdog", daemon=True).start()
 
-    # --- said by the main thread: a few attributes, below a microsecond -------------------------------
-
-    def progress(self, step: int) -> None:
-        """`step` steps are done, and the next one begins."""
-        now = time.perf_counter()
-        if self.begun > 1:
-            self._durations.append(now - self._began)
-        self.step, self._began = step, now
-        self.begun += 1
-        self._busy = self.begun > 1  # the first step compiles
-
-    def batch(self) -> None:
-        """A batch has been evaluated."""
-        self.batches += 1
-        self._busy = False  # what comes next is no step
-
-    def arrive(self, in_step: bool = True) -> None:
-        """This rank has come to a collective. The time up to a step's first one is its own work."""
-        self.arrivals += 1
-        if self._busy and in_step:
-            self._busy = False
-            self.busy_s += time.perf_counter() - self._began
-            self.busy_steps += 1
-
-    @contextlib.contextmanager
-    def phase(self, name: str, limit_s: float) -> Iterator[None]:
-        """A stretch with a limit of its own, such as "saving"; the other ranks wait as long."""
-        before, self._phase = self._phase, (name, limit_s)
-        try:
-            yield
-        finally:
-            self._phase = before
+    # --- said by the main thread ----------------------------------------------------------------------
 
     def hold(self) -> None:
         """Gives the news of another rank's death time to come: that explains an error better."""
-        if self._links:
+        if self._connections:
             time.sleep(NEWS_S)
-        while self._ending:
+        while self._state is State.ENDING:
             time.sleep(NEWS_S)  # the thread ends this process
 
     def fail(self, code: int) -> None:
         """This rank ends with an error that it has told the user: the others end too, without a word."""
-        self._code = code
-        if self._links and self.rank and not self._closed:
-            self._links[0].say(failed=True)
-            time.sleep(ANSWER_S)  # rank 0's word ends this process first
-        elif self._links:
-            self._ending = True
+        self._exit_code = code
+        if not self._connections:
+            return
+        if self.rank == 0:
+            self._state = State.ENDING
             self._end_others()
+        elif not self._closed:
+            self._connections[0].try_to_send(failed=True)
+            time.sleep(ANSWER_S)  # rank 0's word ends this process first
 
     def close(self) -> None:
         """The run has ended well, or with an error that all ranks know."""
-        self._parting = (
-            True  # a rank that closes while our bye comes there resets the connection, its own lost
-        )
-        for link in list(self._links.values()):
-            link.say(bye=True)  # before the connection ends, which would be an alarm without it
+        # First of all: a rank that closes while our `bye` comes there resets the connection, and its own
+        # `bye` is lost.
+        self._parting = True
+        for connection in list(self._connections.values()):
+            connection.try_to_send(bye=True)  # without it, the end of the connection would be an alarm
         self._closed = True
-        if self._dump is not None:
-            faulthandler.unregister(DUMP)
-            os.close(self._dump)
+        if self._dump_fd is not None:
+            postmortem.withdraw_stack(self._dump_fd)
 
     # --- getting to know the others -------------------------------------------------------------------
 
     def prepare(self, one_host: bool) -> dict[str, Any]:
-        """What others must know to look after this process; rank 0 opens its door. Raises UserError."""
-        if sys.platform == "linux":
-            self._dump = os.memfd_create("allranks-stack")
-            faulthandler.register(DUMP, file=self._dump)
-        door = None if self.rank else self._open_door(one_host)
-        return {"host": self._host, "pid": os.getpid(), "dump": self._dump, "door": door}
+        """What the others must know to look after this process, as JSON. Rank 0 opens its door.
+
+        Raises UserError where rank 0 cannot listen at its address.
+        """
+        self._dump_fd = postmortem.offer_stack()
+        door = self._open_door(one_host) if self.rank == 0 else None
+        return Peer(self._host, self._process, self._dump_fd, door).to_json()
 
     def join(self, peers: Sequence[Mapping[str, Any]], deputy: int) -> None:
-        """Connects. `peers`: what the ranks prepared, on rank 0 of all, on others of rank 0 alone; `deputy`
-        is the rank that speaks when rank 0 cannot.
+        """Connects this rank with rank 0. Raises UserError where rank 0 cannot be reached.
+
+        `peers` are what the ranks prepared: on rank 0 of all ranks, elsewhere of rank 0 alone. `deputy` is
+        the rank that speaks when rank 0 cannot.
         """
-        self._peers, self._deputy = peers, deputy
-        if self.rank:
-            address, port, secret = peers[0]["door"]
-            try:
-                link = self._links[0] = _Link(links.connect(address, port, 4 * ANSWER_S), rank=0)
-            except OSError as error:
-                raise UserError(
-                    f"rank {self.rank} on {self._host} cannot reach rank 0 at {address}:{port} ({error}): "
-                    "look whether MASTER_ADDR is the same host's there, and whether a firewall is between."
-                ) from error
-            link.say(secret=secret, rank=self.rank)
-            self._listen_to(link)
+        self._peers = [Peer.from_json(values) for values in peers]
+        self._deputy = deputy
+        if self.rank == 0:
+            assert self._listener is not None
+            self._door = links.Door(
+                self._listener, self._secret, self._selector, self._welcome, len(self._peers)
+            )
         else:
-            self._door = links.Door(self._listener, self._secret, self._selector, self._welcome)
-        # children, such as a data loader's workers, must not keep this rank's connections open
+            self._connect_to_rank_0()
+        # Children, such as a data loader's workers, must not keep this rank's connections open.
         os.register_at_fork(after_in_child=self._drop_sockets)
 
-    def _open_door(self, one_host: bool) -> list[Any]:
+    def _open_door(self, one_host: bool) -> tuple[str, int, str]:
+        """Rank 0's address, port and secret. Raises UserError where it cannot listen there."""
         address = "127.0.0.1" if one_host else os.environ["MASTER_ADDR"]
         self._listener = links.listen(address, far=not one_host)
-        return [address, self._listener.getsockname()[1], self._secret]
+        port = self._listener.getsockname()[1]
+        return address, port, self._secret
+
+    def _connect_to_rank_0(self) -> None:
+        door = self._peers[0].door
+        assert door is not None  # rank 0 has opened one
+        address, port, secret = door
+        try:
+            connection = links.connect(address, port, CONNECT_S)
+        except OSError as error:
+            raise UserError(
+                f"rank {self.rank} on {self._host} cannot reach rank 0 at {address}:{port} ({error}): "
+                "look whether MASTER_ADDR is the same host's there, and whether a firewall is between."
+            ) from error
+        connection.try_to_send(secret=secret, rank=self.rank)
+        self._take_in(0, connection)
 
     # --- the thread -----------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        seen: Any = None
-        last = time.monotonic()
-        while not self._closed:
-            for key, _ in self._selector.select(TICK_S if self._due is None else 0.05):
-                key.data()
-            now = time.monotonic()
-            self._clock += min(now - last, 2 * TICK_S)
-            last = now
-            if (progress := (self.begun, self.batches, self._arrived(), self._phase)) != seen:
-                seen, self._moved_at, self._alarm_after = progress, self._clock, 0.0
-            if self._parent is not None and os.getppid() != self._parent:
-                self._end("the launcher has ended" if self.rank == 0 else "")
-            if self._door is not None:
-                self._door.send_away_late()
-            if self._due is not None:
-                self._conclude(late=self._clock >= self._due)
-            elif self._idle_s() >= self._limit()[1] + self._alarm_after:
-                self._alarm()
+        try:
+            while not self._closed:
+                self._turn()
+        except BaseException as error:
+            # Without this thread nobody would notice a rank that dies or hangs.
+            if not self._closed:
+                self._end(f"{self._me()}: the watch over the ranks has failed ({error!r}): all ranks end.")
+            raise
         self._drop_sockets()
         self._selector.close()
+        os.close(self._devnull_fd)
 
-    def _arrived(self) -> int:
-        return self.arrivals + (self.meeting.rounds if self.meeting else 0)
+    def _turn(self) -> None:
+        """Hears what the others say for a moment, and looks once at what there is to look at."""
+        tick_s = TICK_S if self._state is State.WATCHING else BUSY_TICK_S
+        for key, _ in self._selector.select(tick_s):
+            key.data()
+        if self._door is not None:
+            self._door.tidy_up()
+        self._clock.tick()
+
+        mark = self.progress.mark()
+        if mark != self._mark:
+            self._mark = mark
+            self._moved_at_s = self._clock.now_s
+            self._alarm_after_s = 0.0
+
+        if self._launcher_pid is not None and os.getppid() != self._launcher_pid:
+            self._end("the launcher has ended" if self.rank == 0 else "")
+
+        if self._state is not State.WATCHING:
+            self._conclude()
+        elif self._idle_s() >= self._limit_s():
+            self._alarm()
 
     def _idle_s(self) -> float:
-        return self._clock - self._moved_at
+        """Seconds without progress."""
+        return self._clock.now_s - self._moved_at_s
 
-    def _limit(self) -> tuple[str, float]:
-        """What this rank is doing, and how long that may take without progress."""
-        if self._phase is not None:
-            return self._phase
-        if self.begun == 0:
-            return "the start (watchdog.start_s)", self.limits.start_s
-        if self.begun == 1 or self.compiles:
-            return "a step that is the first or compiles (watchdog.first_step_s)", self.limits.first_step_s
-        if self.limits.step_s is not None:
-            return "a step (watchdog.step_s)", self.limits.step_s
-        usual = statistics.median(list(self._durations) or [0.0])
-        return "a step (watchdog.step_s)", max(LEAST_STEP_S, 10 * usual)
+    def _limit_s(self) -> float:
+        """Seconds without progress after which this rank raises an alarm."""
+        limit_s = self.progress.allowance().limit_s + self._alarm_after_s
+        if self.rank != 0 and self.progress.waits_for and not self._connections:
+            limit_s += FIRST_WORD_S  # rank 0 waits as well, and knows for whom
+        return limit_s
 
-    def _report(self) -> dict[str, Any]:
-        (name, limit_s), idle_s = self._limit(), self._idle_s()
-        overdue = idle_s >= limit_s
-        if overdue:  # no alarm of its own on top, before as long again has gone by
-            self._alarm_after = idle_s
-        stack = traceback.format_stack(sys._current_frames().get(self._main))[-FRAMES:]
-        where = f"has made no progress for {idle_s:.1f} s; {limit_s:g} s are allowed for {name}. It is at\n"
-        where += "".join(stack).rstrip()
-        return {"step": self.step, "arrivals": self._arrived(), "overdue": overdue, "where": where}
+    def _wait(self, state: State, for_s: float) -> None:
+        self._state = state
+        self._due_s = self._clock.now_s + for_s
+
+    def _time_is_up(self) -> bool:
+        return self._clock.now_s >= self._due_s
+
+    def _report(self) -> Report:
+        """Where this rank is."""
+        activity, limit_s = self.progress.allowance()
+        idle_s = self._idle_s()
+        is_overdue = idle_s >= limit_s
+        if is_overdue:
+            self._alarm_after_s = idle_s
+        where = (
+            f"has made no progress for {idle_s:.1f} s; {limit_s:g} s are allowed for {activity}. It is at\n"
+            + postmortem.own_stack(self.progress.main_thread)
+        )
+        return Report(self.progress.step, self.progress.arrivals, is_overdue, where)
 
     def _alarm(self) -> None:
+        """This rank has made no progress for too long."""
         report = self._report()
-        if not self._links:  # alone, or not in touch yet
-            self._end(f"rank {self.rank} on {self._host}, in step {self.step + 1}: {report['where']}")
+        if not self._connections:  # alone, or not in touch with the others yet
+            self._end(self._of_myself(report))
         elif self.rank == 0:
             self._ask()
         else:
-            self._links[0].say(alarm=report)
-            self._due, self._patient = self._clock + ANSWER_S, True
+            self._connections[0].try_to_send(alarm=report.to_json())
+            self._wait(State.ASKED, ANSWER_S)
 
-    def _conclude(self, late: bool) -> None:
-        """Ends the wait for others' answers, where they are all there or the time is up."""
-        if self.rank:
-            if late:
-                self._without_rank_0("mute" if self._patient else "stuck")
-        elif self._findings:
-            if late or not self._asked:
-                self._pronounce()
-        elif self._reports and (late or len(self._reports) + len(self._left) >= len(self._peers)):
-            missing = [r for r in range(len(self._peers)) if r not in {*self._reports, *self._left}]
-            if not missing:
-                self._judge(self._reports)
-            elif late:
-                self._look_at(missing, "mute" if self._patient else "stuck")
+    def _of_myself(self, report: Report) -> str:
+        """What is said where nobody can be asked: this rank hangs, or waits for one that does not come."""
+        if not self.progress.waits_for or self._connections:
+            return verdict.of_rank(self.rank, self._host, report.step, report.where)
+        activity, limit_s = self.progress.allowance()
+        return (
+            f"{self._me()} has waited {self._idle_s():.1f} s for {self.progress.waits_for}; {limit_s:g} s "
+            f"are allowed for {activity}. Look whether that rank has started, hangs or is stopped."
+        )
+
+    def _conclude(self) -> None:
+        """Goes on with what has been begun, where the answers are there or the time is up."""
+        if self.rank == 0:
+            self._go_on_with_the_inquiry()
+        elif self._time_is_up():
+            self._without_rank_0(verdict.known_when_time_is_up(self._state))
 
     # --- rank 0 ---------------------------------------------------------------------------------------
 
     def _ask(self) -> None:
-        if self._reports is None and not self._findings:
-            self._reports, self._patient = {0: self._report()}, True
-            self._due = self._clock + ANSWER_S
-            for link in self._links.values():
-                link.say(ask=True)
-
-    def _judge(self, reports: Mapping[int, Mapping[str, Any]]) -> None:
-        self._reports = self._due = None
-        self._steps = [report["step"] for report in reports.values()]
-        fewest = min(report["arrivals"] for report in reports.values())
-        guilty = {r: reports[r] for r in sorted(reports) if reports[r]["arrivals"] == fewest}
-        if all(report["overdue"] for report in guilty.values()):  # else the others must go on waiting
-            self._findings = {r: report["where"] for r, report in guilty.items()}
-            self._pronounce()
-
-    def _look_at(self, ranks: Sequence[int], how: str) -> None:
-        """Has somebody on their hosts look what has become of these ranks."""
-        self._due = self._clock + 2 * LOOK_S
-        self._steps = [*(report["step"] for report in (self._reports or {}).values()), self.step]
-        others = self._links.keys() - set(ranks)
-        witnesses = {self._peers[r]["host"]: self._links[r] for r in others}
-        for r in ranks:
-            peer, self._findings[r] = self._peers[r], FROM_AFAR[how]
-            if peer["host"] == self._host:
-                self._findings[r] = self._look(peer, how)
-            elif peer["host"] in witnesses:
-                self._asked.add(r)
-                witnesses[peer["host"]].say(look=[r, dict(peer), how])
-        self._conclude(late=False)
-
-    def _pronounce(self) -> None:
-        named = {r: found for r, found in self._findings.items() if found}
-        if not named:  # they do not answer, but run
-            self._findings, self._asked = {}, set()
-            self._patient, self._due = False, self._clock + PATIENCE_S
+        """Asks all ranks where they are, unless that is going on already."""
+        if self._state is not State.WATCHING:
             return
-        sentences = [
-            f"rank {r} on {self._peers[r]['host']}, in step {min(self._steps) + 1}: {found}"
-            for r, found in list(named.items())[:NAMED]
-        ]
-        if len(named) > NAMED:
-            sentences.append(f"and {len(named) - NAMED} more ranks")
-        self._end("\nallranks: ".join([*sentences, f"all {len(self._peers)} ranks end."]))
+        self._inquiry = Inquiry(reports={0: self._report()})
+        self._wait(State.ASKED, ANSWER_S)
+        for connection in self._connections.values():
+            connection.try_to_send(ask=True)
+
+    def _go_on_with_the_inquiry(self) -> None:
+        missing = verdict.unanswered(self._inquiry, len(self._peers), self._left)
+        match verdict.decide(self._state, self._inquiry, missing, self._time_is_up()):
+            case Decision.WAIT:
+                pass
+            case Decision.JUDGE:
+                self._inquiry.step = self._least_step()
+                self._inquiry.findings = verdict.who_keeps_the_others_waiting(self._inquiry.reports)
+                if self._inquiry.findings:
+                    self._name_and_end()
+                self._state = State.WATCHING
+            case Decision.LOOK:
+                self._look_at(missing, verdict.known_when_time_is_up(self._state))
+            case Decision.NAME:
+                self._name_and_end()
+            case Decision.ASK_AGAIN:
+                self._inquiry.forget_findings()
+                self._wait(State.ASKED_AGAIN, PATIENCE_S)
+
+    def _look_at(self, ranks: Sequence[int], known: Known) -> None:
+        """Finds out what has become of these ranks, with the help of their neighbours."""
+        if self._state is State.WATCHING:
+            self._inquiry = Inquiry()
+        self._wait(State.LOOKING, LOOK_S)
+        self._inquiry.step = self._least_step()
+        self._inquiry.begin_looking(ranks, known)
+        reachable = {0, *self._connections}
+        for rank, witness in verdict.witnesses(ranks, self._peers, reachable).items():
+            if witness == 0:
+                self._inquiry.findings[rank] = self._look(self._peers[rank], known)
+            elif witness is not None:
+                self._inquiry.looked_for.add(rank)
+                question = [rank, self._peers[rank].to_json(), known.value]
+                self._connections[witness].try_to_send(look=question)
+        self._conclude()
+
+    def _least_step(self) -> int:
+        """The number of steps that all ranks have completed that have told theirs."""
+        return min([self.progress.step, *(report.step for report in self._inquiry.reports.values())])
+
+    def _name_and_end(self) -> None:
+        hosts = [peer.host for peer in self._peers]
+        self._end(verdict.accusation(self._inquiry.findings, hosts, self._inquiry.step))
 
     def _end_others(self, first: int | None = None) -> None:
-        """Who is to blame ends first, so that a launcher's own words are about that one."""
-        for rank in [first, *list(self._findings)[:NAMED]]:
-            if rank in self._links:
-                self._links[rank].say(end=True)
-                time.sleep(0.1)
-        for link in list(self._links.values()):
-            link.say(end=True)
-        time.sleep(0.1)
+        """Tells all ranks to end. Those to blame end first, so that a launcher's words are about them."""
+        for rank in [first, *list(self._inquiry.findings)[: verdict.MOST_NAMED]]:
+            if rank in self._connections:
+                self._connections[rank].try_to_send(end=True)
+                time.sleep(APART_S)
+        for connection in list(self._connections.values()):
+            connection.try_to_send(end=True)
+        time.sleep(APART_S)
 
-    # --- the connections ------------------------------------------------------------------------------
-
-    def _listen_to(self, link: _Link) -> None:
-        self._selector.register(link.connection, selectors.EVENT_READ, lambda: self._hear(link))
-
-    def _welcome(self, connection: links.Connection, hello: dict[str, Any]) -> None:
-        """Another rank has connected to rank 0, and has shown the secret."""
-        connection.sock.settimeout(LOOK_S)
-        link = self._links[hello["rank"]] = _Link(connection, rank=hello["rank"])
-        self._listen_to(link)
-        self._obey_all(link)
-
-    def _obey_all(self, link: _Link) -> None:
-        """Does what the messages say that have arrived whole."""
-        obey = self._obey_rank_0 if self.rank else self._obey
-        while (word := link.connection.inbox.take()) is not None:
-            obey(link, word)
-
-    def _hear(self, link: _Link) -> None:
-        try:
-            is_there = link.connection.receive()
-            self._obey_all(link)
-            if is_there:
-                return
-        except (OSError, links.WireError):
-            pass
-        self._selector.unregister(link.connection)
-        link.connection.close()
-        if link.rank is None or self._parting or self._ending:
-            return
-        self._links.pop(link.rank, None)
-        if self.rank:
-            self._without_rank_0("gone")
-        elif link.rank not in self._findings:
-            self._look_at([link.rank], "gone")
-
-    def _obey(self, link: _Link, word: dict[str, Any]) -> None:
-        """What another rank tells rank 0."""
-        assert link.rank is not None  # the door has seen to that
+    def _obey(self, rank: int, word: Mapping[str, Any]) -> None:
+        """What another rank tells rank 0. Raises WireError where it says what no rank would say."""
         match word:
             case {"bye": True}:
-                self._left.add(link.rank)
-                self._links.pop(link.rank)
-                link.rank = None
+                self._left.add(rank)
+                self._connections.pop(rank, None)
             case {"failed": True}:
-                self._end_others(first=link.rank)
+                self._end_others(first=rank)
                 self._end()
             case {"alarm": dict(report)}:
-                link.say(wait=True)
+                self._connections[rank].try_to_send(wait=True)
                 self._ask()
-                if self._reports is not None:
-                    self._reports[link.rank] = report
-            case {"report": dict(report)} if self._reports is not None:
-                self._reports[link.rank] = report
-            case {"found": [int(rank), str(text)]} if rank in self._asked:
-                self._asked.remove(rank)
-                self._findings[rank] = text
+                self._inquiry.reports[rank] = Report.from_json(report)
+            case {"report": dict(report)}:
+                self._inquiry.reports[rank] = Report.from_json(report)
+            case {"found": [int(other), str(words)]} if other in self._inquiry.looked_for:
+                self._inquiry.found(other, words)
 
-    def _obey_rank_0(self, link: _Link, word: dict[str, Any]) -> None:
-        self._due = None  # it is there
+    # --- the other ranks ------------------------------------------------------------------------------
+
+    def _obey_rank_0(self, word: Mapping[str, Any]) -> None:
+        """What rank 0 tells another rank."""
+        self._state = State.WATCHING  # rank 0 is there: its answer need not be waited for any longer
+        rank_0 = self._connections[0]
         match word:
             case {"ask": True}:
-                link.say(report=self._report())
-            case {"look": [int(rank), dict(peer), str(how)]}:
-                link.say(found=[rank, self._look(peer, how)])
+                rank_0.try_to_send(report=self._report().to_json())
+            case {"look": [int(rank), dict(peer), str(known)]}:
+                words = self._look(Peer.from_json(peer), Known(known))
+                rank_0.try_to_send(found=[rank, words])
             case {"end": True}:
                 self._end()
             case {"bye": True}:
-                self._links.pop(0)
-                link.rank = None
+                self._connections.pop(0)
 
-    def _without_rank_0(self, how: str) -> None:
-        """Rank 0 has died, or has not answered. Its deputy speaks; the others leave it time for that."""
-        zero = self._peers[0]
-        who = f"rank 0 on {zero['host']}, in step {self.step + 1}"
-        found = FROM_AFAR[how]
-        if self.rank == self._deputy:
-            found = self._look(zero, how) if zero["host"] == self._host else found
-        elif how == "gone":
+    def _without_rank_0(self, known: Known) -> None:
+        """Rank 0 has died or has not answered. Its deputy says so; the others leave it time for that."""
+        is_deputy = self.rank == self._deputy
+        step = self.progress.step  # before the look: for that a stopped process goes on a little
+        words = verdict.FROM_AFAR[known]
+        if is_deputy:
+            words = self._look(self._peers[0], known)
+        elif known is Known.GONE:
             time.sleep(NEWS_S)
-        if how == "mute" and not found:
-            self._patient, self._due = False, self._clock + PATIENCE_S
-            if self.rank != self._deputy:
-                self._due += 2 * LOOK_S
+
+        if known is Known.MUTE and not words:  # it may run: it is given more time
+            self._wait(State.ASKED_AGAIN, PATIENCE_S if is_deputy else PATIENCE_S + LOOK_S)
+        elif is_deputy:
+            who = verdict.of_rank(0, self._peers[0].host, step, words)
+            self._end(f"{who}\nallranks: all ranks end.")
         else:
-            self._end(f"{who}: {found}\nallranks: all ranks end." if self.rank == self._deputy else "")
+            self._end()
 
-    def _look(self, peer: Mapping[str, Any], how: str) -> str:
-        found = look(peer["pid"], peer["dump"], how)
-        if found and how != "gone":
-            self._condemned.append(peer["pid"])
-        return found
+    # --- the connections ------------------------------------------------------------------------------
 
-    def _end(self, message: str = "") -> None:
-        """Ends this rank, whatever its main thread does, and from rank 0 all others."""
-        self._ending = True
-        # should this thread get stuck on its way
-        faulthandler.dump_traceback_later(4 * LOOK_S, exit=True, file=os.open(os.devnull, os.O_WRONLY))
-        if message:
-            with contextlib.suppress(OSError):  # nobody reads any more
-                os.write(2, f"allranks: {message}\n".encode())
-            file_log.info(message)
-        for pid in self._condemned:  # not before it is named: its launcher may then kill us all
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        if self.rank == 0:
-            self._end_others()
-        processes.kill_descendants(limit_s=LOOK_S)
-        if message:
-            mpi.abort(self._code)
-        os._exit(self._code)
+    def _welcome(self, connection: links.Connection, hello: Mapping[str, Any]) -> None:
+        """Another rank has connected to rank 0, and has shown the secret."""
+        rank = hello.get("rank")
+        if not isinstance(rank, int) or not 0 < rank < len(self._peers):
+            connection.close()
+            return
+        connection.sock.settimeout(SEND_S)
+        self._take_in(rank, connection)
+        if len(self._connections) == len(self._peers) - 1 and self._door is not None:
+            self._door.close()  # all ranks are here: nobody else has business with this one
+            self._door = None
+        self._obey_all(rank, connection)
+
+    def _take_in(self, rank: int, connection: links.Connection) -> None:
+        self._connections[rank] = connection
+        self._selector.register(connection, selectors.EVENT_READ, partial(self._hear, rank, connection))
+
+    def _hear(self, rank: int, connection: links.Connection) -> None:
+        """Something has arrived from this rank: messages, or the end of its connection."""
+        try:
+            is_there = connection.receive()
+            self._obey_all(rank, connection)
+        except (OSError, links.WireError):
+            is_there = False
+        if is_there:
+            return
+
+        self._selector.unregister(connection)
+        connection.close()
+        has_left = self._connections.get(rank) is not connection
+        if has_left or self._parting or self._state is State.ENDING:
+            return
+        del self._connections[rank]
+        if self.rank != 0:
+            self._without_rank_0(Known.GONE)
+        elif not self._inquiry.findings.get(rank):
+            self._look_at([rank], Known.GONE)
+
+    def _obey_all(self, rank: int, connection: links.Connection) -> None:
+        """Does what the messages say that have arrived whole."""
+        while (word := connection.inbox.take()) is not None:
+            if self.rank == 0:
+                self._obey(rank, word)
+            else:
+                self._obey_rank_0(word)
 
     def _drop_sockets(self) -> None:
         for key in list((self._selector.get_map() or {}).values()):
-            key.fileobj.close()  # type: ignore[union-attr]
+            assert isinstance(key.fileobj, (socket.socket, links.Connection))
+            key.fileobj.close()
 
+    # --- the end --------------------------------------------------------------------------------------
 
-def look(pid: int, dump: int | None, how: str) -> str:
-    """What has become of a rank on this host that is `gone`, or `mute`: then "" unless it is stopped, or
-    `stuck`: it has been mute for so long that it is to blame anyhow.
-    """
-    stat = processes.process_stat(pid)
-    if stat is None:
-        return FROM_AFAR[how]
-    if how == "gone":
-        status = stat.wait_status  # there until the launcher has taken note of the end
-        if status == 0:
-            return FROM_AFAR[how]
-        signum = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-        return processes.how_it_ended(os.WEXITSTATUS(status), signum)
-    stopped = stat.state in "Tt"
-    if how == "mute" and not stopped:
-        return ""
-    found, stack = "is stopped (state T)" if stopped else FROM_AFAR[how], ""
-    with contextlib.suppress(OSError):
-        stack = _stack_of(pid, dump) if dump is not None else ""
-    return f"{found}. It is at\n{stack}" if stack else found
+    def _me(self) -> str:
+        return f"rank {self.rank} on {self._host}"
 
+    def _look(self, peer: Peer, known: Known) -> str:
+        """What has become of a rank, and a note to kill its process if it is there and to blame."""
+        words = postmortem.look(peer, self._process, known)
+        if words and known is not Known.GONE:
+            self._condemned.append(peer.process)
+        return words
 
-def _stack_of(pid: int, dump: int) -> str:
-    """The main thread's Python stack by faulthandler, also where it is stopped or keeps the GIL."""
-    before, written, deadline = None, "", time.monotonic() + LOOK_S
-    with open(f"/proc/{pid}/fd/{dump}") as file:  # noqa: PTH123
-        # to the main thread itself (glibc 2.30): any other may run it when the main thread has gone on
-        send = getattr(ctypes.CDLL(None), "tgkill", lambda pid, _, signum: os.kill(pid, signum))
-        send(pid, pid, DUMP)
-        os.kill(pid, signal.SIGCONT)
-        while (not written or written != before) and time.monotonic() < deadline:
-            time.sleep(0.02)
-            before, written = written, written + file.read()
-        os.kill(pid, signal.SIGSTOP)  # its training must not go on
-    frames = written.rpartition("hread 0x")[2].splitlines()[1 : FRAMES + 1]  # the main thread comes last
-    return "\n".join(reversed(frames))
+    def _end(self, message: str = "") -> None:
+        """Ends this rank, whatever its main thread does, and from rank 0 all others."""
+        self._state = State.ENDING
+        try:
+            # Should this thread get stuck on its way, a timer that needs no Python lock ends the process.
+            faulthandler.dump_traceback_later(END_S, exit=True, file=self._devnull_fd)
+            if message:
+                with contextlib.suppress(OSError):  # nobody may be reading any more
+                    os.write(2, f"allranks: {message}\n".encode())
+                file_log.info(message)
+            # Not before they are named: when one of them is gone, its launcher may kill us all.
+            for process in self._condemned:
+                postmortem.kill(process, self._process)
+            if self.rank == 0:
+                self._end_others()
+            processes.kill_descendants(limit_s=postmortem.LOOK_S)
+            if message:
+                self._abort(self._exit_code)
+        finally:
+            os._exit(self._exit_code)

@@ -1,0 +1,127 @@
+"""How far a rank's training has come: a few numbers, written by the main thread, read by the watchdog.
+
+The training tells it each step, each evaluated batch, and each collective that it comes to. Each call costs
+less than a microsecond. There is no lock: the main thread alone writes, and the watchdog's thread only asks
+whether anything has changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from allranks.config import WatchdogConfig
+
+# Without `watchdog.step_s` a step may take ten times as long as the usual one, but at least 30 s: steps of
+# a millisecond are often interrupted for longer than 10 ms by a file system or by another program.
+LEAST_STEP_S = 30.0
+USUAL_STEPS = 10
+REMEMBERED_STEPS = 101  # of these durations the median is taken
+
+
+class Allowance(NamedTuple):
+    """What a rank is doing, and how long that may take without progress."""
+
+    activity: str  # in words, with the key that sets the limit
+    limit_s: float
+
+
+class Progress:
+    """What one rank has done so far in this run."""
+
+    def __init__(self, limits: WatchdogConfig) -> None:
+        self.limits = limits
+        self.main_thread = threading.get_ident()
+        self.step = 0  # the number of steps completed, those before a resume included
+        self.begun = 0  # the number of steps that this process has begun
+        self.batches = 0  # the number of batches evaluated
+        self.arrivals = 0  # how often this rank has come to a collective
+        self.compiles = False  # whether any step may take as long as the first one
+        # How long this rank's own work on its steps took, up to each step's first collective. Set back to 0
+        # by those who compare the ranks.
+        self.busy_s = 0.0
+        self.busy_steps = 0
+
+        # Whom this rank waits for, before the ranks are in touch; "" where it does not wait.
+        self.waits_for = ""
+        self._phase: Allowance | None = None  # a stretch with a limit of its own
+        self._began_s = time.perf_counter()  # the step that is going on
+        self._busy = False  # the step that is going on has not come to a collective yet
+        self._durations_s: deque[float] = deque(maxlen=REMEMBERED_STEPS)
+
+    # --- what the training says -----------------------------------------------------------------------
+
+    def completed(self, step: int) -> None:
+        """`step` steps are completed, and the next one begins."""
+        now = time.perf_counter()
+        if self.begun > 1:  # the first step compiles, and is no measure for others
+            self._durations_s.append(now - self._began_s)
+        self.step = step
+        self._began_s = now
+        self.begun += 1
+        self._busy = self.begun > 1
+
+    def evaluated_batch(self) -> None:
+        """A batch has been evaluated."""
+        self.batches += 1
+        self._busy = False  # what comes next is no step
+
+    def arrive(self, in_step: bool = True) -> None:
+        """This rank has come to a collective; the time up to a step's first one is its own work.
+
+        `in_step` is False for a collective that is no part of a step's work.
+        """
+        self.arrivals += 1
+        if self._busy and in_step:
+            self._busy = False
+            self.busy_s += time.perf_counter() - self._began_s
+            self.busy_steps += 1
+
+    @contextlib.contextmanager
+    def phase(self, activity: str, limit_s: float) -> Iterator[None]:
+        """A stretch with a limit of its own, such as a save. The other ranks wait for this one as long."""
+        before = self._phase
+        self._phase = Allowance(activity, limit_s)
+        try:
+            yield
+        finally:
+            self._phase = before
+
+    @contextlib.contextmanager
+    def waiting_for(self, whom: str) -> Iterator[None]:
+        """This rank waits for another one, which is named if it does not come."""
+        self.waits_for = whom
+        try:
+            yield
+        finally:
+            self.waits_for = ""
+
+    # --- what the watchdog asks -----------------------------------------------------------------------
+
+    def mark(self) -> object:
+        """A value that changes whenever there is progress."""
+        return self.begun, self.batches, self.arrivals, self._phase
+
+    def allowance(self) -> Allowance:
+        """What this rank is doing, and how long that may take without progress."""
+        if self._phase is not None:
+            return self._phase
+
+        if self.begun == 0:
+            return Allowance("the start (watchdog.start_s)", self.limits.start_s)
+
+        if self.begun == 1 or self.compiles:
+            activity = "a step that is the first or compiles (watchdog.first_step_s)"
+            return Allowance(activity, self.limits.first_step_s)
+
+        step_s = self.limits.step_s
+        if step_s is None:
+            durations_s = list(self._durations_s)  # a copy: the main thread may append meanwhile
+            usual_s = statistics.median(durations_s) if durations_s else 0.0
+            step_s = max(LEAST_STEP_S, USUAL_STEPS * usual_s)
+        return Allowance("a step (watchdog.step_s)", step_s)
