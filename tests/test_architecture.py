@@ -199,6 +199,15 @@ def test_the_map_says_what_each_file_is_for_and_shows_the_floors_from_the_top():
     assert floors == sorted(floors), "CONTRIBUTING.md: the map is not in the order of FLOORS"
 
 
+def test_the_map_and_the_drawing_of_the_floors_show_every_room():
+    drawing = (
+        (ROOT / "docs/architecture.md").read_text().partition("## The floors")[2].partition("\n## ")[0]
+    )
+    for room in " ".join(FLOORS).split():
+        if not room.startswith("__"):
+            assert re.search(rf"\b{room}(/|\.py)", drawing), f"docs/architecture.md does not draw {room}"
+
+
 def test_the_files_and_functions_that_map_and_architecture_name_are_there():
     source = "".join(path.read_text() for path in SOURCE.rglob("*.py"))
     for document in (CONTRIBUTING, ROOT / "docs/architecture.md"):
