@@ -230,7 +230,7 @@ def test_a_signal_to_a_worker_process_just_started_is_nothing(lab):
 def test_a_worker_process_that_is_stuck_does_not_keep_a_run_that_failed(lab):
     done = lab(*MINE, "+data.workers=2", "data.train._target_=mylab.Deadly", timeout_s=60)
     assert done.code == 1
-    assert "killed by signal: Killed" in done.err
+    assert "A process that reads the data has ended (data.workers=2): was killed by SIGKILL" in done.message
 
 
 def with_limits(lab, cwd: Path, limits: dict[str, float], *overrides: str, **env: str):

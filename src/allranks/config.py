@@ -179,7 +179,7 @@ _FETCH = "whether rank 0 fetches files that are missing"
 
 # These mean the same whatever `_target_` a section has.
 SECTION_KEYS: dict[str, Setting] = {
-    "data.input_shape": _free("channels, height and width of an image", list_of(whole(1), 3)),
+    "data.input_shape": _free("channels, height and width of an image", list_of(whole(1))),
     "data.classes": _free("number of classes", whole(1)),
     "data.split": _free(
         "training and validation examples, drawn from `data.train` by seed", list_of(whole(1), 2)

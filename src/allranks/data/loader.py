@@ -66,16 +66,18 @@ def open_data(
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     workers = section.get("workers", 0)
     return Data(
-        train=_part(train, order[: split[0]], workers, runtime, dtype),
-        val=_part(train, order[split[0] :], workers, runtime, dtype),
-        test=_part(test, torch.arange(len(test)), workers, runtime, dtype),
+        train=_part("data.train", train, order[: split[0]], workers, runtime, dtype),
+        val=_part("data.train", train, order[split[0] :], workers, runtime, dtype),
+        test=_part("data.test", test, torch.arange(len(test)), workers, runtime, dtype),
     )
 
 
-def _part(whole: Any, indices: torch.Tensor, workers: int, runtime: Runtime, dtype: torch.dtype) -> Part:
+def _part(
+    key: str, whole: Any, indices: torch.Tensor, workers: int, runtime: Runtime, dtype: torch.dtype
+) -> Part:
     if isinstance(whole, _Arrays):
         return InMemory(whole.images, whole.labels, indices.to(runtime.device), dtype)
-    return Mapped(whole, indices.tolist(), workers, runtime.device, dtype)
+    return Mapped(whole, indices.tolist(), workers, runtime.device, dtype, key)
 
 
 def _open_set(
@@ -129,16 +131,27 @@ def _is_arrays(made: Any) -> bool:
 
 
 def _image_shape(key: str, arrays: Sequence[np.ndarray], input_shape: Sequence[int]) -> list[int]:
-    """[N, C, H, W] of (images, labels); raises UserError where they do not fit together."""
+    """[N, *input_shape] of (images, labels); raises UserError where they do not fit together."""
+    if len(arrays) != 2:
+        raise UserError(f"{key} gives {len(arrays)} arrays: two are expected, images and labels.")
     images, labels = arrays
     if len(images) != len(labels):
         raise UserError(
             f"{key} has {len(images):,} images but {len(labels):,} labels: they must be equal in number."
         )
     if images.dtype != np.uint8 or labels.dtype != np.uint8:
-        raise UserError(f"{key} gives {images.dtype} images and {labels.dtype} labels: uint8 is expected.")
-    if images[:1].size != np.prod(input_shape):
         raise UserError(
-            f"{key} gives images of shape {images.shape[1:]}, but data.input_shape={list(input_shape)}."
+            f"{key} gives {images.dtype} images and {labels.dtype} labels: arrays of uint8 are expected. "
+            "Other types go through a Dataset."
         )
-    return [len(images), *input_shape]
+    if labels.ndim != 1:
+        raise UserError(
+            f"{key} gives labels of shape {list(labels.shape)}: one number an image is expected."
+        )
+    # The one channel of a grey image may be left out, as in the files of MNIST.
+    wanted = list(input_shape)
+    without_channel = wanted[1:] if wanted[0] == 1 and len(wanted) == 3 else wanted
+    shape = list(images.shape[1:])
+    if shape not in (wanted, without_channel):
+        raise UserError(f"{key} gives images of shape {shape}, but data.input_shape={wanted}.")
+    return [len(images), *wanted]

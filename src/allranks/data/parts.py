@@ -5,19 +5,18 @@ Both kinds of part have a length and a method `batches`, which the rest of allra
 
 from __future__ import annotations
 
-import atexit
-import multiprocessing
-import os
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from allranks.base import processes
+from allranks.base.errors import UserError
+from allranks.base.text import some
 from allranks.data.randomness import mixed, reseed
+from allranks.data.workers import Workers
 
 
 class Examples(NamedTuple):
@@ -55,11 +54,21 @@ class InMemory:
             labels = self.labels.index_select(0, rows)
             yield Examples(images.to(self.dtype).div_(255), labels.long())
 
+    def first(self, count: int, seed: int) -> Examples:
+        """The first `count` examples of the part."""
+        [examples] = self.batches([range(count)], seed)
+        return examples
+
+    def explained(self) -> AbstractContextManager[None]:
+        """Nothing is read while batches are made, so nothing needs to be explained."""
+        return nullcontext()
+
 
 class Mapped:
     """A user's own map-style Dataset of (image, label), read by a standard DataLoader.
 
-    indices: which examples of the Dataset belong to this part; workers: processes that read for this rank.
+    indices: which examples of the Dataset belong to this part; workers: processes that read for this rank;
+    key: where the Dataset stands in the configuration, for messages.
     """
 
     def __init__(
@@ -69,12 +78,14 @@ class Mapped:
         workers: int,
         device: torch.device,
         dtype: torch.dtype,
+        key: str,
     ) -> None:
         self.dataset = dataset
         self.indices = indices
-        self.workers = workers
+        self.workers = Workers(workers)
         self.device = device
         self.dtype = dtype
+        self.key = key
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -82,23 +93,54 @@ class Mapped:
     def batches(self, shares: Sequence[Sequence[int] | torch.Tensor], seed: int) -> Iterator[Examples]:
         """The examples of each share in turn. A share is a sequence of positions in this part.
 
-        `seed` decides what the Dataset's own random transforms draw.
+        `seed` decides what the Dataset's own random transforms draw. Raises UserError where the Dataset
+        gives something else than (image, label).
         """
+        yield from self._read(shares, seed, self.workers.count)
+
+    def first(self, count: int, seed: int) -> Examples:
+        """The first `count` examples of the part.
+
+        Where workers are to read the Dataset, one reads these as well. A Dataset may open a file when it is
+        first asked for an example, and such a file must not be shared between this process and its workers.
+        """
+        with self.explained():
+            [examples] = self._read([range(count)], seed, min(self.workers.count, 1))
+        return examples
+
+    def explained(self) -> AbstractContextManager[None]:
+        """Around all that runs while this part is read: says in a sentence what ended a worker process."""
+        return self.workers.explained()
+
+    def _read(
+        self, shares: Sequence[Sequence[int] | torch.Tensor], seed: int, workers: int
+    ) -> Iterator[Examples]:
         loader = DataLoader(
             _Seeded(self.dataset, self.indices, seed),
             batch_sampler=[[int(position) for position in share] for share in shares],
-            num_workers=self.workers,
+            num_workers=workers,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=_end_with_its_rank,
+            worker_init_fn=self.workers.begin() if workers else None,
         )
-        # A scheduler sends its signals to all processes of a job. A rank saves first, and needs its batches
-        # for that: so its workers never get these signals.
-        with processes.blocked(processes.STOPPING):
+        with self.workers.starting():
             batches = iter(loader)
-        for images, labels in batches:
-            moved = images.to(self.device, non_blocking=True).to(self.dtype)
-            scale = 255 if images.dtype == torch.uint8 else 1
-            yield Examples(moved / scale, labels.to(self.device, non_blocking=True).long())
+        self.workers.started = getattr(batches, "_workers", ())
+        for batch in batches:
+            yield self._on_device(batch)
+
+    def _on_device(self, batch: Any) -> Examples:
+        """What the DataLoader gives, checked, as the model takes it.
+
+        Images of type uint8 become numbers of 0..1, floating-point ones get the type of the weights. All
+        other types, such as the whole numbers of a text, stay as they are.
+        """
+        images, labels = _checked(batch, self.key)
+        images = images.to(self.device, non_blocking=True)
+        if images.dtype == torch.uint8:
+            images = images.to(self.dtype) / 255
+        elif images.is_floating_point():
+            images = images.to(self.dtype)
+        return Examples(images, labels.to(self.device, non_blocking=True).long())
 
 
 Part = InMemory | Mapped
@@ -120,14 +162,37 @@ class _Seeded(Dataset[Any]):
         return len(self.indices)
 
 
-def _end_with_its_rank(_worker: int) -> None:
-    """In a worker process: ends when its rank has ended, however that came about."""
-    processes.die_with_parent(os.getppid(), signal.SIGKILL)
-
-
-@atexit.register
-def _end_workers() -> None:
-    # multiprocessing would send them SIGTERM, which they never get, and wait.
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
+def _checked(batch: Any, key: str) -> Examples:
+    """A batch of a user's Dataset; raises UserError unless it is [n, ...] images and [n] labels."""
+    if not isinstance(batch, list | tuple) or len(batch) != 2:
+        kind = type(batch).__name__
+        if isinstance(batch, list | tuple):
+            kind += f" of {len(batch)}"
+        elif isinstance(batch, Mapping):
+            kind += f" with {some(list(batch))}"
+        raise UserError(
+            f"{key}: each item of the Dataset must be a pair (image, label), but a batch of them is a "
+            f"{kind}: return a pair from its __getitem__."
+        )
+    images, labels = batch
+    for name, tensor in (("image", images), ("label", labels)):
+        if not isinstance(tensor, torch.Tensor):
+            raise UserError(
+                f"{key}: each {name} of the Dataset must be a tensor or a number, but a batch of them is a "
+                f"{type(tensor).__name__}."
+            )
+    if labels.dim() != 1 or len(labels) != len(images):
+        raise UserError(
+            f"{key}: each label of the Dataset must be one number, but {len(images)} of them have the "
+            f"shape {list(labels.shape)}."
+        )
+    if labels.is_floating_point() or labels.is_complex():
+        raise UserError(
+            f"{key}: the labels of the Dataset are of type {labels.dtype}, but a label is the number of a "
+            "class, a whole number that counts from 0: return int(label) where they are whole, or train a "
+            "regression with a loop of your own."
+        )
+    lowest = int(labels.min())  # still on the CPU: nothing is waited for
+    if lowest < 0:
+        raise UserError(f"{key}: the Dataset has a label {lowest}, but labels count from 0.")
+    return Examples(images, labels)

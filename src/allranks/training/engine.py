@@ -101,17 +101,18 @@ def _train_epoch(
     batches = training_batches(part, runtime, batch_size, training.epoch, seed, training.epoch_steps)
     runtime.progress.completed(training.step)
     training.trained.train()  # walks all modules, so it is not called in every step
-    for shares in report.progress(batches, training, steps):
-        if is_first:
-            settle_buckets(training, shares[0], trainer.precision, runtime)
-            is_first = False
-        train_step(training, shares, trainer, seed, runtime)
-        at_end = training.epoch_steps == steps
-        if control.is_due(training.step) or at_end:
-            training.epoch_s = time.perf_counter() - started
-            if control.agree_to_stop(training, evaluates_next=at_end):
-                return False
-        runtime.progress.completed(training.step)
+    with part.explained():
+        for shares in report.progress(batches, training, steps):
+            if is_first:
+                settle_buckets(training, shares[0], trainer.precision, runtime)
+                is_first = False
+            train_step(training, shares, trainer, seed, runtime)
+            at_end = training.epoch_steps == steps
+            if control.is_due(training.step) or at_end:
+                training.epoch_s = time.perf_counter() - started
+                if control.agree_to_stop(training, evaluates_next=at_end):
+                    return False
+            runtime.progress.completed(training.step)
     return True
 
 
@@ -170,12 +171,13 @@ def evaluate(model: nn.Module, part: Part, precision: str, seed: int, runtime: R
     """The model's figures on all examples of the part, each counted exactly once; all ranks call."""
     model.eval()
     sums = Sums(runtime)
-    for row, (images, labels) in evaluation_batches(part, runtime, seed):
-        with runtime.autocast(precision):
-            logits = model(images)
-        loss_sum = cross_entropy(_at_least_fp32(logits), labels, reduction="sum")
-        sums.add(row, loss_sum, logits, labels)
-        runtime.progress.evaluated_batch()
+    with part.explained():
+        for row, (images, labels) in evaluation_batches(part, runtime, seed):
+            with runtime.autocast(precision):
+                logits = model(images)
+            loss_sum = cross_entropy(_at_least_fp32(logits), labels, reduction="sum")
+            sums.add(row, loss_sum, logits, labels)
+            runtime.progress.evaluated_batch()
     figures = sums.total(runtime)
     assert figures.examples == len(part), (
         f"{figures.examples} examples were evaluated, but there are {len(part)}"
