@@ -270,7 +270,8 @@ def test_options_of_the_launch_arrive_unchanged():
         script.render(asked, machine.load("polaris"), "/fs/r").partition(" launch ")[2].split(" &\n")[0]
     )
     assert words == [
-        "--machine", "polaris", "--nodes", "2", "-n", "6", "--launcher", "mpiexec", "--no-preflight",
+        "--machine", "polaris", "--nodes", "2", "-n", "6", "--launcher", "mpiexec", "--job-nodes", "2",
+        "--no-preflight",
         "machine.x='a b'", "--run", "$run",
     ]  # fmt: skip
 

@@ -60,7 +60,8 @@ def test_an_order_hands_all_that_a_job_needs_to_its_launch():
     assert kept == {name: given[name] for name in given if name not in ("walltime", "cell")} | {
         "config_dir": "/own"
     }
-    assert Order("polaris").launch_words() == ["--machine", "polaris"]
+    assert Order("polaris").launch_words(1) == ["--machine", "polaris"]
+    assert Order("polaris", 2).launch_words(2) == ["--machine", "polaris", "--job-nodes", "2"]
 
 
 def test_every_option_for_jobs_is_kept_in_an_order_and_is_one_of_hydras_launcher():

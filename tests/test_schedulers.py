@@ -8,13 +8,14 @@ import os
 import re
 import stat
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from allranks.base.errors import UserError
 from allranks.job import pbs, scheduler, slurm
-from allranks.job.batch import JobRequest, seconds
+from allranks.job.batch import JobRequest, NoAnswer, Unreached, seconds
 from helpers import ROOT
 
 PBS, SLURM = scheduler.named("pbs"), scheduler.named("slurm")
@@ -41,7 +42,7 @@ def commands(tmp_path, monkeypatch):
         for name, (said, code) in answers.items():
             words = said if isinstance(said, bytes) else said.encode()
             (folder / f"{name}.said").write_bytes(words)
-            stream = "1" if code == 0 or said.startswith("Job Id") else "2"
+            stream = "1" if code == 0 or words.startswith(b"Job Id") else "2"
             path = folder / name
             path.write_text(
                 f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/asked\n'
@@ -193,6 +194,53 @@ def test_when_a_job_of_pbs_ends(commands, monkeypatch):
     assert scheduler.ends_at({}) is None
 
 
+# --- answers with more in them than an id ---------------------------------------------------------
+
+BANNER = "** You have used 35 of 100 hours **\n\n"
+
+
+@pytest.mark.parametrize("said", ["7.pbs\n", f"{BANNER}7.pbs\n", "7.pbs\nThe queue is full today.\n"])
+def test_an_id_is_found_among_a_sites_notices(commands, said):
+    commands(qsub=(said, 0), sbatch=(said.replace("7.pbs", "7;big"), 0))
+    assert PBS.submit("job.sh") == "7.pbs"
+    assert SLURM.submit("job.sh") == "7;big"
+
+
+@pytest.mark.parametrize("said", ["", BANNER, b"\xff\xfe caf\xe9\n", "queued as job seven\n"])
+def test_a_job_that_was_queued_under_an_unknown_id_is_not_refused(commands, said):
+    """Exit code 0: the scheduler has taken the job."""
+    commands(qsub=(said, 0), sbatch=(said, 0))
+    for kind, look in ((PBS, "qstat -u"), (SLURM, "squeue -u")):
+        with pytest.raises(NoAnswer, match=f"perhaps queued: look with `{look}"):
+            kind.submit("job.sh")
+
+
+def test_an_answer_may_be_any_bytes(commands):
+    said, _ = answer("qstat-f-all")
+    commands(qstat=(said.replace("one", "caf\xe9").encode("latin-1"), 0))
+    assert PBS.states(["0.pbs"])["0.pbs"] == "running"
+    commands(qdel=(b"\xff\n", 1))
+    with pytest.raises(UserError, match="failed with exit code 1"):
+        PBS.cancel(["0.pbs"])
+
+
+@pytest.mark.parametrize(
+    ("command", "said", "code"),
+    [
+        ("qsub", "qsub: cannot connect to server pbs (errno=15010)", 162),
+        (
+            "sbatch",
+            "sbatch: error: Batch job submission failed: Unable to contact slurm controller",
+            1,
+        ),
+    ],
+)
+def test_a_server_that_is_not_reached_is_told_from_one_that_refuses(commands, command, said, code):
+    commands(**{command: (said, code)})
+    with pytest.raises(Unreached, match="the scheduler is down"):
+        (PBS if command == "qsub" else SLURM).submit("job.sh")
+
+
 # --- answers of Slurm ----------------------------------------------------------------------------
 
 # As Slurm 22.05 writes them; test_submit.py asks a real one where there is one.
@@ -212,6 +260,36 @@ def test_slurm_does_not_know_the_only_job_that_was_asked_for(commands):
     commands(squeue=("slurm_load_jobs error: Invalid job id specified", 1))
     assert SLURM.states(["7"]) == {}
     assert SLURM.exists("7") is False
+
+
+def test_a_job_of_another_cluster_keeps_its_cluster(commands):
+    """As `sbatch --parsable` names it where SLURM_CLUSTERS is set."""
+    asked = commands(sbatch=("102;big\n", 0), squeue=("CLUSTER: big\n101|RUNNING|None\n", 0),
+                     scancel=("", 0), scontrol=("", 0))  # fmt: skip
+    assert SLURM.is_id("101;big")
+    assert SLURM.submit("job.sh", after="101;big") == "102;big"
+    assert SLURM.exists("101;big")
+    assert SLURM.states(["101;big"]) == {"101;big": "running"}
+    SLURM.cancel(["101;big", "102;big", "7"])
+    SLURM.requeue("101_3;big")
+    assert asked.read_text().splitlines() == [
+        "sbatch --parsable -M big --dependency=afterany:101 --kill-on-invalid-dep=yes job.sh",
+        "squeue -h -r -M big -j 101 -o %i|%T|%r -t all",
+        "squeue -h -r -M big -j 101 -o %i|%T|%r",
+        "scancel -M big 101 102",
+        "scancel 7",
+        "scontrol -M big requeue 101_3",
+    ]
+    assert SLURM.job_of_array("101;big", 3) == "101_3;big"
+    assert SLURM.is_same_job("101;big", "101")
+    assert not SLURM.is_same_job("101;big", "101;small")
+    assert not SLURM.is_same_job("101;big", "102")
+
+
+def test_variables_that_lead_to_the_server_stay():
+    to_the_server = {"SLURM_CLUSTERS": "big", "SLURM_JWT": "token", "SLURM_CONF": "/etc/s.conf"}
+    environ = {**to_the_server, "SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}
+    assert SLURM.command_environment(environ) == to_the_server
 
 
 def test_variables_that_would_go_before_a_scripts_own_lines_are_left_out():
@@ -234,13 +312,23 @@ def test_one_request_in_the_words_of_both():
     request = JobRequest("try", 2, "/fs/run", "00:30:00", ranks_per_node=4, cpus_per_rank=2, array_jobs=3,
                          chunk="ncpus={cpus}:mpiprocs={ranks}", survives_nodes=True)  # fmt: skip
     assert PBS.directives(request) == [
-        "-N try", "-l select=2:ncpus=8:mpiprocs=4", "-l walltime=00:30:00", "-j oe",
+        "-N try", "-l select=2:ncpus=8:mpiprocs=4", "-l walltime=00:30:00", "-l place=scatter", "-j oe",
         "-o '/fs/run/^array_index^/pbs.log'", "-J 0-2", "-r y",
     ]  # fmt: skip
     assert SLURM.directives(request) == [
         "--job-name=try", "--nodes=2", "--ntasks-per-node=4", "--cpus-per-task=2", "--time=00:30:00",
         "--output=/fs/run/%a/job.log", "--open-mode=append", "--requeue", "--no-kill", "--array=0-2",
     ]  # fmt: skip
+
+
+def test_nodes_are_hosts_of_their_own_on_pbs():
+    """PBS's default, place=free, was seen to put two chunks on one host."""
+    two = JobRequest("try", 2, "/fs/run")
+    assert "-l place=scatter" in PBS.directives(two)
+    assert "-l place=scatter" not in PBS.directives(replace(two, nodes=1))
+    assert "-l place=scatter" not in PBS.directives(replace(two, on_own_hosts=False))
+    placed = PBS.directives(replace(two, options=("-l place=excl",)))
+    assert [line for line in placed if "place" in line] == ["-l place=excl"]
 
 
 def test_no_other_module_asks_which_scheduler_it_is_or_reads_a_jobs_id():

@@ -304,6 +304,39 @@ def test_a_finished_run_is_finished_even_if_the_scheduler_is_down(pbs):
     assert "scheduler is down" in done.err
 
 
+def queued_before(pbs, job_id="1.pbs"):
+    """`mine`, as if job `job_id` had been queued for it."""
+    unfinished(pbs)
+    order = {"machine": "generic_pbs", "name": "mine", "walltime": "00:05:00", "machine_overrides": []}
+    about = {"scheduler": "pbs", "job_ids": [job_id], "program": [], "order": order}
+    (pbs.folder / "mine/job.json").write_text(json.dumps(about))
+    state = Path(pbs.env["PBS_STANDIN"])
+    state.mkdir(exist_ok=True)
+    return state
+
+
+def test_a_server_that_is_down_for_a_moment_is_asked_again(pbs):
+    state = queued_before(pbs, "0.pbs")
+    (state / "down").touch()
+    threading.Timer(4, (state / "down").unlink).start()
+    until = str(int(time.time()) + 60)
+    done = pbs.allranks("submit", "--next", "mine", PBS_JOBID="0.pbs", ALLRANKS_DEADLINE=until)
+    assert done.code == 85, done.err
+    assert re.search(r"mine goes on from step \d+: job 1.pbs is queued\n", done.out)
+    assert json.loads((pbs.folder / "mine/job.json").read_text())["job_ids"] == ["0.pbs", "1.pbs"]
+
+
+def test_a_server_that_stays_down_until_the_jobs_end(pbs):
+    """What goes on then is named, and another try may queue the successor."""
+    state = queued_before(pbs)
+    (state / "down").touch()
+    soon = str(int(time.time()) - 12)  # END_S after that the job is killed
+    done = pbs.allranks("submit", "--next", "mine", PBS_JOBID="1.pbs", ALLRANKS_DEADLINE=soon)
+    assert done.code == 2
+    assert "`allranks submit --cell mine` does, from the newest checkpoint" in done.message
+    assert list((pbs.folder / "mine").glob(".next-*")) == []
+
+
 def test_a_successor_that_a_full_disk_prevents_can_be_asked_for_again(pbs, mounted):
     unfinished(pbs)
     disk = mounted("size=2m")
@@ -355,6 +388,25 @@ def test_a_cell_that_stops_before_its_walltime_queues_a_job_of_its_own(pbs):
     while "going on from" not in (cell / "job.log").read_text():
         assert time.monotonic() < deadline, (cell / "job.log").read_text()
         time.sleep(0.2)
+
+
+def test_cancelling_a_sweep_ends_the_jobs_by_which_its_cells_went_on(pbs):
+    answer = pbs.submit(
+        *PBS, "--ppn", "1", "--no-preflight", "-m", "seed=1,2", *SMALL, "trainer.epochs=100000"
+    )
+    sweep = Path(answer["directory"])
+    deadline = time.monotonic() + 60
+    while not checkpoint.steps(sweep / "0"):
+        assert time.monotonic() < deadline, (sweep / "0/job.log").read_text()
+        time.sleep(0.2)
+    pbs.qdel("1[0].pbs")
+    assert pbs.allranks("submit", "--next", str(sweep / "0"), PBS_JOBID="1[0].pbs").code == 85
+    cells = [json.loads(line) for line in (sweep / "cells.jsonl").read_text().splitlines()]
+    assert [cell["job_id"] for cell in cells] == ["2.pbs", "1[1].pbs"]
+    done = pbs.allranks("cancel", str(sweep)).ok()
+    assert done.out == f"cancelled 1[].pbs, 2.pbs of {sweep}\n"
+    assert pbs.job("2.pbs")["state"] == "F"
+    assert "has ended already" in pbs.allranks("cancel", str(sweep)).message
 
 
 @needs_launch
@@ -451,6 +503,9 @@ def test_the_ready_pbs_scripts_run(pbs, name):
     path = pbs.folder / f"scripts/pbs/{name}.sh"
     text = (ROOT / f"scripts/pbs/{name}.sh").read_text()
     text = re.sub(r"mpiprocs=\d+:ngpus=\d+", "mpiprocs=1", text)
+    if name == "two-nodes":
+        assert "#PBS -l place=scatter\n" in text
+        text = text.replace("launch --nodes 2 ", "launch ")  # there is one host
     path.write_text(re.sub(r"^training=\(.*?\)", f"training=({' '.join(ONE_EPOCH)})", text, flags=re.M))
     env = {**os.environ, **pbs.env}
     done = subprocess.run(
@@ -472,6 +527,60 @@ def test_the_ready_pbs_scripts_run(pbs, name):
         while "is finished" not in (pbs.folder / "allranks-chain.o2").read_text():
             assert time.monotonic() < deadline
             time.sleep(0.2)
+
+
+# --- what PBS gives, and what it says -------------------------------------------------------------
+
+
+def test_a_job_with_fewer_hosts_than_nodes_were_asked_for_starts_nothing(pbs):
+    """As place=free was seen to give two chunks of one host."""
+    (pbs.folder / "nodes").write_text("n1\nn1\n")
+    job = {"PBS_NODEFILE": str(pbs.folder / "nodes"), "PBS_JOBID": "1.pbs"}
+    program = ("--", PYTHON, "-c", "open('started', 'w')")
+    refused = pbs.allranks("launch", "--job-nodes", "2", "--no-preflight", *program, **job)
+    assert refused.code == 2
+    assert "2 nodes were asked for, but this job has 1 (PBS_NODEFILE=" in refused.message
+    assert "machine.submit.options=[-l place=scatter]" in refused.message
+    assert not (pbs.folder / "started").exists()
+
+
+def qsub_that_says(pbs, before, after="", keeps_the_id=True):
+    """A folder with a qsub that queues as the stand-in does, and says more, or less."""
+    folder = pbs.folder.parent / "notices"
+    folder.mkdir()
+    quiet = "" if keeps_the_id else " > /dev/null"
+    real = f'{STANDIN}/qsub "$@"{quiet}; code=$?'
+    (folder / "qsub").write_text(f"#!/bin/sh\nprintf '{before}'\n{real}\nprintf '{after}'\nexit $code\n")
+    (folder / "qsub").chmod(0o755)
+    return f"{folder}:{pbs.env['PATH']}"
+
+
+def test_a_notice_around_the_id_is_no_refusal(pbs):
+    path = qsub_that_says(pbs, "Welcome\\377\\n", "Your project has 35 of 100 hours left.\\n")
+    answer = pbs.submit(*PBS, "--", PYTHON, "-V", PATH=path)
+    assert answer["job_ids"] == ["1.pbs"]
+    assert Path(answer["directory"]).is_dir()
+
+
+def test_a_job_whose_id_is_not_told_keeps_its_directory(pbs):
+    path = qsub_that_says(pbs, "Thank you.\\n", keeps_the_id=False)
+    message = pbs.refused(
+        *PBS, "--name", "try", "--", PYTHON, "-c", "import time; time.sleep(20)", PATH=path
+    )
+    [record] = pbs.folder.rglob("job.json")
+    assert "The job is perhaps queued: look with `qstat -u $USER`" in message
+    assert f"The job is named try, and its directory, {record.parent}, is kept" in message
+    assert (record.parent / "job.sh").exists()
+    assert pbs.job("1.pbs")["name"] == "try"
+    assert "has told no id" in pbs.allranks("cancel", str(record.parent)).message
+
+
+@pytest.mark.parametrize("words", [SMALL, ("--", PYTHON, "-V")], ids=["training", "program"])
+def test_a_folder_whose_name_is_no_utf_8(pbs, words):
+    pbs.folder = Path(os.fsdecode(bytes(pbs.folder) + b"/caf\xe9"))
+    pbs.folder.mkdir()
+    assert "has bytes that are no UTF-8" in pbs.refused(*PBS, *words)
+    assert list(pbs.folder.iterdir()) == []
 
 
 # --- dry run -------------------------------------------------------------------------------------

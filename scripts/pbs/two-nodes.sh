@@ -2,10 +2,11 @@
 # Two nodes with a rank on each of four GPUs.
 #   qsub scripts/pbs/two-nodes.sh
 # typed where allranks is checked out. Change the #PBS lines to what your centre asks for; at ALCF also
-##PBS -A PROJECT -q debug -l filesystems=home:eagle -l place=scatter
+##PBS -A PROJECT -q debug -l filesystems=home:eagle
 # with one # less. `allranks submit` writes such a script itself, from a file about the machine.
 #PBS -N allranks-two-nodes
 #PBS -l select=2:ncpus=32:mpiprocs=4:ngpus=4
+#PBS -l place=scatter
 #PBS -l walltime=01:00:00
 #PBS -j oe
 #PBS -k oed
@@ -20,4 +21,4 @@ cd "$PBS_O_WORKDIR" || exit 1
 # shellcheck source=/dev/null
 . .venv/bin/activate
 
-exec allranks launch "${training[@]}" run.dir="$run"
+exec allranks launch --nodes 2 "${training[@]}" run.dir="$run"

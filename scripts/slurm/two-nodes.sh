@@ -27,7 +27,7 @@ cd "$SLURM_SUBMIT_DIR" || exit 1
 . .venv/bin/activate
 
 run=runs/two-nodes-$SLURM_JOB_ID   # the same after a requeue, so that the training goes on
-allranks launch "${training[@]}" run.dir="$run"
+allranks launch --nodes 2 "${training[@]}" run.dir="$run"
 code=$?
 if [ "$code" = 85 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "$most" ]; then   # stopped before the end of --time
   scontrol requeue "$SLURM_JOB_ID"

@@ -31,3 +31,13 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     widths = [max((len(r[i]) for r in rows if len(r) > i + 1), default=0) for i in range(columns)]
     lines = ("  ".join(f"{cell:{w}}" for cell, w in zip(r, widths, strict=False)) for r in rows)
     return "\n".join("  " + line.rstrip() for line in lines)
+
+
+def is_text(name: str) -> bool:
+    """Whether a name from the file system is UTF-8: Python keeps other bytes as half characters."""
+    return as_text(name) == name
+
+
+def as_text(name: str) -> str:
+    """A name from the file system with a question mark for each byte that is no UTF-8."""
+    return name.encode(errors="replace").decode()

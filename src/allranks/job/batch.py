@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,8 +31,18 @@ _REMEDIES = (
 )
 
 
+# The words of a client that has not reached its server, which so has done nothing.
+_UNREACHED = re.compile(r"cannot connect|unable to contact|connection refused|communication failure", re.I)
+
+
 class NoAnswer(UserError):
-    """The command was ended because it took too long: nobody knows whether the scheduler did its part."""
+    """The command took too long, or said nothing that can be understood: nobody knows what the scheduler
+    has done.
+    """
+
+
+class Unreached(UserError):
+    """The server was not reached, so nothing was done: the same call may succeed later."""
 
 
 class ThisJob(NamedTuple):
@@ -62,6 +72,7 @@ class JobRequest:
     options: tuple[str, ...] = ()  # directives of the machine file, as they stand there
     array_jobs: int = 0  # 0: no array
     survives_nodes: bool = False  # the job goes on when a node of it fails
+    on_own_hosts: bool = True  # each of `nodes` is a host of its own; False where a queue deals in chunks
 
 
 def given(option: str, value: object) -> list[str]:
@@ -107,7 +118,26 @@ def refusal(done: subprocess.CompletedProcess[str]) -> UserError:
     fitting = [remedy for pattern, remedy in _REMEDIES if re.search(pattern, said, flags=re.IGNORECASE)]
     remedy = fitting[0] if fitting else "put right what it names"
     failed = f"`{shlex.join(done.args)}` failed with exit code {done.returncode}"
-    return UserError(f"{failed}: {said.rstrip('.')}. What may help: {remedy}.")
+    kind = Unreached if _UNREACHED.search(said) else UserError
+    return kind(f"{failed}: {said.rstrip('.')}. What may help: {remedy}.")
+
+
+def id_in(done: subprocess.CompletedProcess[str], is_id: Callable[[str], bool], how_to_look: str) -> str:
+    """The id that a command has answered which has queued a job.
+
+    Sites print notices around the id, so it is the last line that is nothing but an id. Raises NoAnswer
+    where there is none: the exit code says that the job was queued. `how_to_look` is a command that lists
+    the user's jobs.
+    """
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    ids = [line for line in lines if is_id(line)]
+    if ids:
+        return ids[-1]
+    said = one_line(done.stdout + " " + done.stderr) or "nothing"
+    raise NoAnswer(
+        f"`{shlex.join(done.args)}` ended well, but among what it said is no job's id: {said.rstrip('.')}. "
+        f"The job is perhaps queued: look with `{how_to_look}` before you submit again."
+    )
 
 
 def seconds(text: str) -> int:

@@ -10,7 +10,7 @@ from datetime import datetime
 from subprocess import CompletedProcess
 from typing import Literal
 
-from allranks.job.batch import JobRequest, ThisJob, call, given, refusal, seconds
+from allranks.job.batch import JobRequest, ThisJob, call, given, id_in, refusal, seconds
 
 FINISHED, UNKNOWN = 35, 153  # exit codes of qstat and qdel: the job has ended; no job has this id
 
@@ -94,10 +94,9 @@ class Pbs:
 
     def submit(self, script: str, after: str | None = None) -> str:
         done = self._call(self.submit_command(script, after), "look for the job before you submit again")
-        job_id = done.stdout.strip()
-        if done.returncode or not self.is_id(job_id):
+        if done.returncode:
             raise refusal(done)
-        return job_id
+        return id_in(done, self.is_id, "qstat -u $USER")
 
     def exists(self, job_id: str) -> bool:
         if not self.is_id(job_id):
@@ -150,6 +149,10 @@ class Pbs:
         if request.filesystems:
             lines += given("-l", f"filesystems={':'.join(request.filesystems)}")
         lines += request.options
+        # PBS's default, place=free, puts several chunks on one host where they fit.
+        is_placed = any("place=" in option for option in request.options)
+        if request.nodes > 1 and request.on_own_hosts and not is_placed:
+            lines.append("-l place=scatter")
         # PBS's own words about the job. It refuses a path with other characters than ASCII's.
         below = "^array_index^/" if request.array_jobs else ""
         log = f"{request.directory}/{below}pbs.log"

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol
 
 from allranks.base.errors import UserError
-from allranks.job.batch import JobRequest, NoAnswer, ThisJob
+from allranks.job.batch import JobRequest, NoAnswer, ThisJob, Unreached
 from allranks.job.pbs import Pbs
 from allranks.job.slurm import Slurm
 
-__all__ = ["SCHEDULERS", "JobRequest", "NoAnswer", "Scheduler", "ThisJob"]
+__all__ = ["SCHEDULERS", "JobRequest", "NoAnswer", "Scheduler", "ThisJob", "Unreached"]
 
 
 class Scheduler(Protocol):

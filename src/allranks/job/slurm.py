@@ -8,12 +8,27 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from subprocess import CompletedProcess
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from allranks.job.batch import JOB_LOG, JobRequest, ThisJob, call, given, refusal, seconds
+from allranks.job.batch import JOB_LOG, JobRequest, ThisJob, call, given, id_in, refusal, seconds
 
 # Why a job is waiting, where that is no cause for worry: it will start by itself.
 _ORDINARY_REASON = re.compile(r"None|Priority|Resources|Dependency|BeginTime")
+
+# Variables that say which server is asked, and who asks.
+TO_THE_SERVER = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SBATCH_CLUSTERS")
+
+
+class _Parts(NamedTuple):
+    """An id of Slurm's, JOB or JOB;CLUSTER. sbatch names the cluster where it was told to choose one."""
+
+    job: str
+    cluster: str  # empty: the cluster that is asked where none is named
+
+    @property
+    def option(self) -> list[str]:
+        """The words that ask this cluster."""
+        return ["-M", self.cluster] if self.cluster else []
 
 
 class Slurm:
@@ -52,7 +67,9 @@ class Slurm:
         job = self.this_job(environ)
         if job is None:
             return None
-        left = self._call(["squeue", "-h", "-j", job.id, "-o", "%L"]).stdout.strip()
+        own = self.command_environment(environ)
+        own.pop("SLURM_CLUSTERS", None)  # this job is in the cluster that is asked without it
+        left = call(["squeue", "-h", "-j", job.id, "-o", "%L"], own, self.title).stdout.strip()
         if not re.fullmatch(r"[\d:-]+", left):  # UNLIMITED
             return None
         return int(time.time()) + seconds(left)
@@ -60,14 +77,19 @@ class Slurm:
     # --- ids ---
 
     def is_id(self, text: str) -> bool:
-        return bool(re.fullmatch(r"\d+(_\d+)?", text, flags=re.ASCII))
+        return bool(re.fullmatch(r"\d+(_\d+)?(;[\w.-]+)?", text, flags=re.ASCII))
 
     def is_same_job(self, one: str, other: str) -> bool:
-        return one == other
+        """A job does not tell its processes the cluster in the words in which sbatch told it."""
+        here, there = _parts(one), _parts(other)
+        return here.job == there.job and (
+            here.cluster == there.cluster or "" in (here.cluster, there.cluster)
+        )
 
     def job_of_array(self, array_id: str, index: int) -> str:
-        """7 -> 7_1"""
-        return f"{array_id}_{index}"
+        """7 -> 7_1, and 7;CLUSTER -> 7_1;CLUSTER"""
+        array = _parts(array_id)
+        return _joined(f"{array.job}_{index}", array.cluster)
 
     def can_be_waited_for(self, job_id: str) -> bool:
         return True
@@ -75,58 +97,59 @@ class Slurm:
     # --- what the server is asked to do ---
 
     def submit_command(self, script: str, after: str | None = None) -> list[str]:
-        wait = [f"--dependency=afterany:{after}", "--kill-on-invalid-dep=yes"] if after else []
+        wait: list[str] = []
+        if after:
+            before = _parts(after)
+            wait = [*before.option, f"--dependency=afterany:{before.job}", "--kill-on-invalid-dep=yes"]
         return ["sbatch", "--parsable", *wait, script]
 
     def submit(self, script: str, after: str | None = None) -> str:
         done = self._call(self.submit_command(script, after), "look for the job before you submit again")
-        job_id = done.stdout.strip().partition(";")[0]
-        if done.returncode or not self.is_id(job_id):
+        if done.returncode:
             raise refusal(done)
-        return job_id
+        return id_in(done, self.is_id, "squeue -u $USER")
 
     def exists(self, job_id: str) -> bool:
         if not self.is_id(job_id):
             return False
-        done = self._call([*self._squeue([job_id]), "-t", "all"])
+        done = self._call([*_squeue([_parts(job_id)]), "-t", "all"])
         if done.returncode and not _is_unknown(done.stderr):
             raise refusal(done)
-        return bool(done.stdout.strip())
+        return bool(states_in(done.stdout))
 
     def states(self, job_ids: Sequence[str]) -> dict[str, str]:
-        known = [job_id for job_id in job_ids if self.is_id(job_id)]
-        if not known:
-            return {}
-        done = self._call(self._squeue(known))
-        if done.returncode and not _is_unknown(done.stderr):
-            raise refusal(done)
-        return states_in(done.stdout)
+        found: dict[str, str] = {}
+        for jobs in _by_cluster([job_id for job_id in job_ids if self.is_id(job_id)]):
+            done = self._call(_squeue(jobs))
+            if done.returncode and not _is_unknown(done.stderr):
+                raise refusal(done)
+            cluster = jobs[0].cluster
+            found |= {_joined(job, cluster): state for job, state in states_in(done.stdout).items()}
+        return found
 
     def cancel(self, job_ids: Sequence[str]) -> None:
-        done = self._call(["scancel", *job_ids])
-        if done.returncode:
-            raise refusal(done)
+        for jobs in _by_cluster(job_ids):
+            done = self._call(["scancel", *jobs[0].option, *(job.job for job in jobs)])
+            if done.returncode:
+                raise refusal(done)
 
     def requeue(self, job_id: str) -> None:
-        done = self._call(["scontrol", "requeue", job_id])
+        job = _parts(job_id)
+        done = self._call(["scontrol", *job.option, "requeue", job.job])
         if done.returncode:
             raise refusal(done)
-
-    def _squeue(self, job_ids: Sequence[str]) -> list[str]:
-        """The question whose answer states_in reads. -r gives each job of an array a line of its own."""
-        return ["squeue", "-h", "-r", "-j", ",".join(job_ids), "-o", "%i|%T|%r"]
 
     def _call(self, argv: Sequence[str], if_late: str = "") -> CompletedProcess[str]:
         return call(argv, self.command_environment(os.environ), self.title, if_late)
 
     def command_environment(self, environ: Mapping[str, str]) -> dict[str, str]:
         """Without the variables that would go before the script's own lines: SBATCH_* anywhere, and
-        inside a job those that Slurm has set for it.
+        inside a job those that Slurm has set for it. With those that lead to the server.
         """
         return {
             name: value
             for name, value in environ.items()
-            if name == "SLURM_CONF" or not name.startswith(("SLURM_", "SBATCH_"))
+            if name in TO_THE_SERVER or not name.startswith(("SLURM_", "SBATCH_"))
         }
 
     # --- the job script ---
@@ -164,14 +187,42 @@ def step_id(environ: Mapping[str, str]) -> str:
 
 
 def states_in(answer: str) -> dict[str, str]:
-    """The state of each job in an answer of `squeue -o "%i|%T|%r"`, and why a job cannot start."""
+    """The state of each job in an answer of `squeue -o "%i|%T|%r"`, and why a job cannot start.
+
+    A line of another form is none about a job: squeue names the cluster that it was asked about.
+    """
     found: dict[str, str] = {}
     for line in answer.splitlines():
+        if line.count("|") < 2:
+            continue
         job_id, state, reason = line.split("|", 2)
         found[job_id] = "queued" if state == "PENDING" else state.lower()
         if state == "PENDING" and not _ORDINARY_REASON.match(reason):
             found[job_id] += f" ({reason})"
     return found
+
+
+def _squeue(jobs: Sequence[_Parts]) -> list[str]:
+    """The question whose answer states_in reads. -r gives each job of an array a line of its own."""
+    ids = ",".join(job.job for job in jobs)
+    return ["squeue", "-h", "-r", *jobs[0].option, "-j", ids, "-o", "%i|%T|%r"]
+
+
+def _parts(job_id: str) -> _Parts:
+    job, _, cluster = job_id.partition(";")
+    return _Parts(job, cluster)
+
+
+def _joined(job: str, cluster: str) -> str:
+    return f"{job};{cluster}" if cluster else job
+
+
+def _by_cluster(job_ids: Sequence[str]) -> list[list[_Parts]]:
+    """The jobs of each cluster, in order: a command asks one cluster at a time."""
+    groups: dict[str, list[_Parts]] = {}
+    for job_id in job_ids:
+        groups.setdefault(_parts(job_id).cluster, []).append(_parts(job_id))
+    return list(groups.values())
 
 
 def _is_unknown(said: str) -> bool:

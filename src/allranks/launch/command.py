@@ -13,7 +13,7 @@ from pathlib import Path
 
 from allranks.base.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
 from allranks.job import machine
-from allranks.job.hosts import Allocation, find_allocation, placeholder_allocation
+from allranks.job.hosts import Allocation, compress, find_allocation, placeholder_allocation
 from allranks.job.identity import discover
 from allranks.job.machine import Machine
 from allranks.launch import dryrun, options
@@ -55,6 +55,8 @@ def _launch(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str,
         program = trainings[0].program() if args.run else typed
     known = machine.load(args.machine, machine_overrides, args.config_dir, environ=environ)
     given = find_allocation(environ, args.hosts)
+    if args.job_nodes is not None:
+        _check_nodes(given, args.job_nodes)
     allocation = fitting(given, known, args)
     request = Request(
         program, args.ranks, args.nodes, args.ppn, args.launcher or "auto", installed_here=allocation.exists
@@ -102,6 +104,22 @@ def _start(
         if codes[-1] == EXIT_REQUEUE or codes[-1] > 128:  # a signal or the job's end, for all of it
             break
     return next((code for code in codes if code), 0)
+
+
+def _check_nodes(given: Allocation, asked: int) -> None:
+    """Raises UserError where a job has got fewer hosts than nodes were asked for.
+
+    PBS may put several chunks of a job on one host. A training would then run with ranks that share its
+    CPUs and GPUs, or with fewer ranks, and nobody would be told.
+    """
+    if len(given.hosts) >= asked:
+        return
+    names = compress(host.name for host in given.hosts)
+    raise UserError(
+        f"{asked} nodes were asked for, but this job has {len(given.hosts)} ({given.source}: {names}). PBS "
+        "puts several chunks on one host unless it is told to scatter them: give "
+        "'machine.submit.options=[-l place=scatter]', or ask for fewer --nodes."
+    )
 
 
 def fitting(given: Allocation, known: Machine, args: argparse.Namespace) -> Allocation:

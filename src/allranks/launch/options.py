@@ -91,6 +91,10 @@ OPTIONS = (
         launch="hosts to use: `host`, `host:4` or `host slots=4` a line",
     ),
     Option(
+        "--job-nodes", "job_nodes", "K", kind=int, least=1,
+        launch="of a job script: start nothing in a job that has got fewer nodes",
+    ),
+    Option(
         "--max-restarts", "max_restarts", "N", kind=int, least=0, in_job=True, in_sweep=True,
         launch="start again after a crash; default: 0",
         submit="in the job: as for allranks launch",

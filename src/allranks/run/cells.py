@@ -20,6 +20,7 @@ from allranks import compose
 from allranks import config as configs
 from allranks.base import files
 from allranks.base.errors import UserError
+from allranks.base.text import as_text, is_text
 from allranks.config import Config
 from allranks.run import directory as rundir
 from allranks.run.claim import Claim
@@ -76,9 +77,15 @@ def _is_sweep(arguments: Sequence[str]) -> bool:
 
 
 def _absolute(directory: str) -> str:
+    absolute = str(Path(directory).absolute())
+    if not is_text(absolute):
+        raise UserError(
+            f"run.dir={as_text(absolute)} has bytes that are no UTF-8, which no record can hold: give "
+            "another one."
+        )
     if not directory.isprintable():
         raise UserError(f"run.dir={directory!r} has control characters: give another one.")
-    return str(Path(directory).absolute())
+    return absolute
 
 
 def make_cells(directory: str, found: Sequence[Cell]) -> None:
@@ -125,6 +132,27 @@ def write_cells(sweep: str, found: Sequence[Cell], job_ids: Sequence[str | None]
         }
         lines.append(json.dumps(about) + "\n")
     files.write_text(Path(sweep) / CELLS, "".join(lines)).close()
+
+
+def note_job(directory: str, job_id: str) -> None:
+    """Writes the newest job of a cell into cells.jsonl of its sweep; does nothing for a run of no sweep.
+
+    Cells that stop at the same time write at the same time, so each looks afterwards whether its own line
+    has stayed. job.json is the record that decides.
+    """
+    cell = Path(directory)
+    path = cell.parent / CELLS
+    for _ in range(5):
+        try:
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+        except (OSError, ValueError):
+            return
+        mine = [about for about in lines if Path(about["directory"]).name == cell.name]
+        if all(about["job_id"] == job_id for about in mine):
+            return
+        for about in mine:
+            about["job_id"] = job_id
+        files.write_text(path, "".join(json.dumps(about) + "\n" for about in lines)).close()
 
 
 def frozen_cells(directory: str) -> tuple[str, list[Cell]]:

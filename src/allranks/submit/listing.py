@@ -83,16 +83,32 @@ def _row(directory: Path, job: dict[str, Any], now: dict[str, str]) -> dict[str,
 
 
 def cancelled(run: str) -> list[str]:
-    """Ends the jobs of a run directory, of a sweep's, or of a cell's; their ids."""
+    """Ends the jobs of a run directory, of a sweep's, or of a cell's; their ids.
+
+    A sweep's jobs are its array and the jobs of cells that have gone on, each in a job of its own.
+    """
     job = read_job(Path(run) / JOB)
     if not job:
         raise UserError(f"{run} has no {JOB}: give the directory of a run that `allranks submit` queued.")
     kind, ids = scheduler.named(job["scheduler"]), list(job["job_ids"])
-    known = [job_id for job_id in ids if kind.states([job_id])]
-    if not known:
+    # Slurm lists the jobs of an array, PBS the array itself.
+    in_array: dict[str, str] = {}
+    for record in sorted(Path(run).glob(f"*/{JOB}")):
+        index, of_cell = record.parent.name, read_job(record).get("job_ids", [])
+        members = (
+            {kind.job_of_array(array, int(index)): array for array in ids} if index.isdecimal() else {}
+        )
+        in_array |= {job_id: members[job_id] for job_id in of_cell if job_id in members}
+        ids += [job_id for job_id in of_cell if job_id not in members and job_id not in ids]
+    if not ids:
+        raise UserError(f"{run}: the scheduler has told no id for its job. Look for it in the queue.")
+    there = kind.states([*ids, *in_array])
+    arrays = {in_array[job_id] for job_id in there if job_id in in_array}
+    alive = [job_id for job_id in ids if job_id in there or job_id in arrays]
+    if not alive:
         raise UserError(f"{run}: {', '.join(ids)} has ended already. `allranks runs` shows how it went.")
-    kind.cancel(known[::-1])  # the last of a chain first, so that none starts in between
-    return known
+    kind.cancel(alive[::-1])  # the last of a chain first, so that none starts in between
+    return alive
 
 
 def list_runs(arguments: Sequence[str]) -> int:

@@ -35,9 +35,12 @@ class Order:
     def walltime_s(self) -> int | None:
         return None if self.walltime is None else seconds(self.walltime)
 
-    def launch_words(self) -> list[str]:
-        """The options of the `allranks launch` that its job starts; what is a default there is left out."""
-        values = asdict(self)
+    def launch_words(self, job_nodes: int | None = None) -> list[str]:
+        """The options of the `allranks launch` that its job starts; what is a default there is left out.
+
+        `job_nodes` are the hosts that the job must have got, None where that does not matter.
+        """
+        values = asdict(self) | {"job_nodes": job_nodes if self.nodes > 1 else None}
         values["launcher"] = None if self.launcher == "auto" else self.launcher
         values["max_restarts"] = self.max_restarts or None
         in_job = [option for option in options.OPTIONS if option.in_job or self._hands_on(option.name)]
@@ -45,7 +48,7 @@ class Order:
 
     def _hands_on(self, name: str) -> bool:
         """--nodes says how -n is dealt out. Without -n, or with --ppn, the job's own hosts say it."""
-        return name == "nodes" and self.ranks is not None and self.ppn is None
+        return name == "job_nodes" or (name == "nodes" and self.ranks is not None and self.ppn is None)
 
 
 def with_options(order: Order, given: Mapping[str, Any]) -> Order:

@@ -14,14 +14,15 @@ from allranks.base import files
 from allranks.base.errors import UserError
 from allranks.job.scheduler import NoAnswer
 from allranks.run import directory as rundir
-from allranks.run.cells import JOB, make_cells, read_job, write_cells
+from allranks.run.cells import JOB, make_cells, note_job, read_job, write_cells
 from allranks.submit.task import Task
 
 
 def queue_new(task: Task, after: str | None) -> list[str]:
     """Makes the task's directory and queues its jobs, the first of them after the job `after`; their ids.
 
-    A refusal leaves nothing of a directory that was made here.
+    A refusal leaves nothing of a directory that was made here. Where nobody knows whether a job was queued
+    (NoAnswer), the directory stays for it.
     """
     fresh = not Path(task.directory).exists()
     if task.cells:
@@ -33,7 +34,9 @@ def queue_new(task: Task, after: str | None) -> list[str]:
 
 def queue_again(task: Task, after: str | None) -> list[str]:
     """Queues another job in the directory of a run that is there, after the job `after`; the jobs' ids."""
-    return _queue(task, after, fresh=False)
+    ids = _queue(task, after, fresh=False)
+    note_job(task.directory, ids[0])
+    return ids
 
 
 def _queue(task: Task, after: str | None, fresh: bool) -> list[str]:
@@ -55,7 +58,12 @@ def _queue(task: Task, after: str | None, fresh: bool) -> list[str]:
             with suppress(OSError):
                 _record(task, ids)
             raise UserError(f"{error} Queued until then, in {task.directory}: {', '.join(ids)}.") from error
-        if fresh and not isinstance(error, NoAnswer):
+        if isinstance(error, NoAnswer):
+            raise NoAnswer(
+                f"{error} The job is named {task.order.name}, and its directory, {task.directory}, is "
+                "kept. Where there is no such job, `allranks submit --cell` with that directory queues one."
+            ) from error
+        if fresh:
             shutil.rmtree(task.directory)
         raise
     return ids

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from allranks.base.errors import UserError
+from allranks.base.text import as_text, is_text
 from allranks.job import scheduler
 from allranks.job.batch import JOB_LOG, JobRequest
 from allranks.job.machine import Machine
@@ -46,7 +47,9 @@ def render(
     directives = kind.directives(request(order, machine, directory, cells))
     own_words = (directory, order.workdir, *program, *order.machine_overrides)
     has_dollar = any(sign in word for word in own_words for sign in "$`")
-    launch = shlex.join([sys.executable, "-m", "allranks", "launch", *order.launch_words(), "--run"])
+    job_nodes = order.nodes if has_own_hosts(order, machine) else None
+    options = order.launch_words(job_nodes)
+    launch = shlex.join([sys.executable, "-m", "allranks", "launch", *options, "--run"])
     return _filled(
         shebang=kind.shebang,
         directives="\n".join(f"{kind.directive_prefix} {line}" for line in directives),
@@ -90,7 +93,14 @@ def request(order: Order, machine: Machine, directory: str, cells: int = 0) -> J
         options=machine.submit.options,
         array_jobs=cells,
         survives_nodes=order.min_ranks is not None,
+        on_own_hosts=has_own_hosts(order, machine),
     )
+
+
+def has_own_hosts(order: Order, machine: Machine) -> bool:
+    """Whether each node that is asked for is a host; False where the queue deals in parts of a host."""
+    queue = machine.queues.get(order.queue or "")
+    return not (queue and queue.ranks_per_chunk)
 
 
 def _filled(**values: str) -> str:
@@ -127,8 +137,14 @@ def _environment(environ: Mapping[str, str], kind: Scheduler) -> list[str]:
     return lines
 
 
-def check_words(order: Order) -> None:
-    """Raises UserError for what a directive cannot hold."""
+def check_words(order: Order, program: Sequence[str] = ()) -> None:
+    """Raises UserError for what a directive cannot hold, or no job script."""
+    for word in (order.workdir, order.config_dir or "", *order.machine_overrides, *program):
+        if not is_text(word):
+            raise UserError(
+                f"{as_text(word)!r} has bytes that are no UTF-8, which a job script cannot hold: give the "
+                "file or folder another name."
+            )
     for option, value in (("--account", order.account), ("--queue", order.queue)):
         if value is not None and not (value.isprintable() and value.strip()):
             raise UserError(f"{option} {value!r} is not valid: give its name.")

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from allranks.base.errors import EXIT_REQUEUE, EXIT_STUCK, UserError
 from allranks.job import scheduler
-from allranks.job.scheduler import Scheduler, ThisJob
+from allranks.job.scheduler import Scheduler, ThisJob, Unreached
 from allranks.run import checkpoint
 from allranks.run.cells import JOB, is_finished, read_job
 from allranks.submit.queue import queue_again
+from allranks.submit.script import END_S
 from allranks.submit.task import task_again
+
+# How long a job holds its nodes at most for a server that is not reached. Each try doubles the pause.
+MOST_PATIENCE_S, LONGEST_PAUSE_S = 600.0, 15.0
+LAST_S = 5  # of the walltime, for this program's own end
+
+Answer = TypeVar("Answer")
 
 
 class RunStuck(UserError):
@@ -32,28 +43,30 @@ def go_on(directory: str) -> int:
     if not job or me is None:
         raise UserError(f"--next {directory} is for the script of a job that `allranks submit` has queued.")
     kind = scheduler.named(job["scheduler"])
-    later = _later_ids(kind, [str(job_id) for job_id in job["job_ids"]], me)
+    ids = [str(job_id) for job_id in job["job_ids"]]
+    recorded = [position for position, job_id in enumerate(ids) if kind.is_same_job(job_id, me.id)]
+    later = ids[recorded[0] + 1 :] if recorded else []
+    if recorded:
+        me = me._replace(id=ids[recorded[0]])  # with the cluster of Slurm's that it was sent to
     if is_finished(directory):
         _cancel_rest_of_chain(kind, later)
         return 0
-    waiting = kind.states(later)
+    waiting = _patiently(partial(kind.states, later), directory)
     if waiting:
         print(f"{directory} is not finished: job {next(iter(waiting))} goes on", flush=True)
         return EXIT_REQUEUE
     if _is_last(job):
         print(f"{directory} is not finished: this was the last job of it", flush=True)
         return EXIT_REQUEUE
-    if _is_first_start_of_this(directory, me):
+    mark = _mark_this_start(directory, me)
+    if mark is None:
+        return EXIT_REQUEUE
+    try:
         _queue_successor(kind, directory, me)
+    except Unreached:
+        mark.unlink(missing_ok=True)  # no successor was queued, so another try may queue one
+        raise
     return EXIT_REQUEUE
-
-
-def _later_ids(kind: Scheduler, ids: list[str], me: ThisJob) -> list[str]:
-    """Of a run's jobs those that were queued after this one."""
-    for position, job_id in enumerate(ids):
-        if kind.is_same_job(job_id, me.id):
-            return ids[position + 1 :]
-    return []
 
 
 def _is_last(job: dict[str, Any]) -> bool:
@@ -71,10 +84,34 @@ def _cancel_rest_of_chain(kind: Scheduler, later: list[str]) -> None:
         print(f"allranks: {error}", file=sys.stderr, flush=True)
 
 
-def _is_first_start_of_this(directory: str, me: ThisJob) -> bool:
-    """Marks in the run directory that this start of this job has asked for a successor, and the step that
-    the run had come to; False where that mark is there already. So a job that the scheduler starts twice
-    queues one successor, and a job that gained nothing is known by the marks of those before it.
+def _patiently(ask: Callable[[], Answer], directory: str) -> Answer:
+    """What `ask` answers; it is asked again as long as the server is not reached and this job has time.
+
+    Raises Unreached at the end of that time, and says how the user can go on.
+    """
+    deadline = os.environ.get("ALLRANKS_DEADLINE", "")
+    left_s = int(deadline) + END_S - LAST_S - time.time() if deadline.isdecimal() else MOST_PATIENCE_S
+    give_up_at = time.monotonic() + min(left_s, MOST_PATIENCE_S)
+    pause_s = 1.0
+    while True:
+        try:
+            return ask()
+        except Unreached as error:
+            if time.monotonic() + pause_s > give_up_at:
+                raise Unreached(
+                    f"{error} It was not reached until this job's end, so no job goes on: "
+                    f"`allranks submit --cell {shlex.quote(directory)}` does, from the newest checkpoint."
+                ) from error
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+
+def _mark_this_start(directory: str, me: ThisJob) -> Path | None:
+    """Marks in the run directory that this start of this job has asked for a successor, with the step that
+    the run had come to; None where that mark is there already.
+
+    So a job that the scheduler starts twice queues one successor, and a job that gained nothing is known by
+    the marks of those before it.
     """
     before = max((int(path.read_text() or 0) for path in Path(directory).glob(".next-*")), default=-1)
     step = max(checkpoint.steps(directory), default=0)
@@ -83,7 +120,7 @@ def _is_first_start_of_this(directory: str, me: ThisJob) -> bool:
         with mark.open("x") as file:
             file.write(str(step))
     except FileExistsError:
-        return False
+        return None
     except OSError as error:
         mark.unlink(missing_ok=True)  # an empty one would stand for a successor
         raise UserError(
@@ -95,7 +132,7 @@ def _is_first_start_of_this(directory: str, me: ThisJob) -> bool:
             f"{directory}: this job has not gained a step (step {step}), so no other is queued. Give a "
             "longer --walltime with `allranks submit --cell`."
         )
-    return True
+    return mark
 
 
 def _queue_successor(kind: Scheduler, directory: str, me: ThisJob) -> None:
@@ -104,9 +141,10 @@ def _queue_successor(kind: Scheduler, directory: str, me: ThisJob) -> None:
     if kind.owner_may_requeue:
         # Said before it is done, because the scheduler ends this process with the job.
         print(f"{directory} goes on from step {step}: job {me.id} is queued again", flush=True)
-        kind.requeue(me.id)
+        _patiently(partial(kind.requeue, me.id), directory)
         return
     # The training of this job has ended, so that a successor that waits for nothing does no harm.
     after = me.id if kind.can_be_waited_for(me.id) else None
-    [job_id] = queue_again(task_again(directory, {}, must_be_idle=False), after)
+    task = task_again(directory, {}, must_be_idle=False)
+    [job_id] = _patiently(partial(queue_again, task, after), directory)
     print(f"{directory} goes on from step {step}: job {job_id} is queued", flush=True)

@@ -167,7 +167,7 @@ def _checked(order: Order, program: Sequence[str]) -> tuple[Order, Machine, Plan
         if not there.get(option, True):
             how = _HOW_TO_GIVE.get(option, f"--{option} NAME")
             raise UserError(f"--{option} is mandatory on {known.name}: add {how}.")
-    script.check_words(order)
+    script.check_words(order, program)
     if order.queue:
         hours = (order.walltime_s or 0) / 3600 or None
         machine.check_queue(known, order.queue, order.nodes, hours)
