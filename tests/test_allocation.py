@@ -1,13 +1,17 @@
 """The hosts of a job, from PBS, Slurm, a hostfile or this host."""
 
+import ipaddress
+import re
 import socket
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from allranks.base.errors import UserError
-from allranks.job.hosts import Host, compress, expand, find_allocation, is_this_host
+from allranks.job import hosts
+from allranks.job.hosts import Host, compress, expand, find_allocation, from_hostfile, is_this_host
 from allranks.job.identity import repeated
 
 
@@ -201,3 +205,59 @@ def test_this_host_by_its_short_name():
     assert is_this_host(socket.gethostname().partition(".")[0] + ".some.domain")
     assert is_this_host("127.0.0.1")
     assert not is_this_host("10.9.8.7")
+
+
+# --- names and addresses -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def names(monkeypatch):
+    """names(n1="127.0.1.1"): what /etc/hosts says of these names."""
+
+    def say(**addresses: str) -> None:
+        def look_up(name, port, *args, **kwargs):
+            if name not in addresses and not str(name).replace(".", "").isdigit() and ":" not in str(name):
+                raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+            return real(addresses.get(name, name), port, *args, **kwargs)
+
+        real = socket.getaddrinfo
+        monkeypatch.setattr(socket, "getaddrinfo", look_up)
+
+    return say
+
+
+def test_a_name_that_leads_back_is_known(names):
+    names(n1="127.0.1.1", n2="10.9.8.7", n3="::1", n4="2001:db8::4")
+    assert [hosts.leads_back(name) for name in ("n1", "n2", "n3", "n4")] == [True, False, True, False]
+    assert hosts.leads_back("127.0.0.1")
+    assert not hosts.leads_back("unknown")
+    with pytest.raises(UserError, match="MASTER_ADDR=n1 leads back to the host that uses it"):
+        hosts.refuse_loopback("n1", "MASTER_ADDR")
+    hosts.refuse_loopback("n2", "MASTER_ADDR")
+
+
+def test_a_host_of_the_job_that_leads_back_is_refused_before_anything_waits(names):
+    """`127.0.1.1 n1` in /etc/hosts: the supervisor would wait at its loopback for ranks that never come."""
+    here = socket.gethostname()
+    names(n1="127.0.1.1", n2="::1")
+    for other in ("n1", "n2"):
+        with pytest.raises(UserError, match=f"host {other} of the allocation leads back to {here}"):
+            hosts.address_for([here, other])
+    with pytest.raises(UserError, match="host n3 of the allocation cannot be found"):
+        hosts.address_for(["n3"])
+    assert hosts.address_for([here, "localhost", "::1"]) == "127.0.0.1"
+
+
+def test_hosts_that_have_ipv6_only_are_found(names):
+    """The route to an address of this host's own IPv6, if it has one, starts at that address."""
+    own = [line.split() for line in Path("/proc/net/if_inet6").read_text().splitlines()]
+    far = [":".join(re.findall("....", word[0])) for word in own if word[3] == "00" and word[5] != "lo"]
+    if not far:
+        pytest.skip("no IPv6 network here")
+    names(n6=far[0])
+    assert ipaddress.ip_address(hosts.address_for(["n6"])) == ipaddress.ip_address(far[0])
+
+
+def test_an_ipv6_address_in_a_hostfile_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"line 2: 'fe80::1' is an IPv6 address.*Write the host's name"):
+        from_hostfile(file(tmp_path, "n1\nfe80::1\n"))

@@ -5,6 +5,7 @@ PALS, Cray PMI, Intel MPI, MVAPICH, Flux, PMIx and jsrun are as documented. All 
 5 of 8, the second one on the second of two hosts.
 """
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from allranks.base.errors import UserError
 from allranks.job.hosts import first_host
 from allranks.job.identity import RankIdentity, discover, launcher_rank
-from helpers import SMALL, TRAIN, execute
+from helpers import SMALL, TRAIN, Run, clean_environment, execute
 
 TORCHRUN = {
     "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1",
@@ -197,6 +198,36 @@ def test_ranks_of_an_mpiexec_that_sets_bare_pmi_only(train, tmp_path):
         pytest.skip("no mpiexec.gforker: pip install mpich")
     done = execute([str(gforker), "-n", "2", *TRAIN, *SMALL, "model=linear", "trainer.epochs=1"], tmp_path)
     assert done.ok().run.summary["world_size"] == 2
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_master_that_leads_each_host_to_itself_is_refused_at_once(tmp_path, rank):
+    """Rank 1 on another host would wait for itself."""
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "23456"}
+    ours = execute([*TRAIN, *SMALL], tmp_path, {"RANK": str(rank), "MASTER_ADDR": "localhost", **shared})
+    assert ours.code == 2
+    assert "MASTER_ADDR=localhost" in ours.err
+    assert ("is the loopback of rank 0's host" if rank == 0 else "leads back to the host that") in ours.err
+
+
+def test_ranks_meet_at_an_ipv6_address(tmp_path):
+    """MASTER_ADDR=::1, ranks started by hand: no rank waits for a store that is served elsewhere."""
+    with socket.socket(socket.AF_INET6) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError:
+            pytest.skip("no IPv6 here")
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "::1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
+    argv = [*TRAIN, *SMALL, "model=linear", "trainer.epochs=1", "run.dir=run"]
+    ranks = [
+        subprocess.Popen(
+            argv, cwd=tmp_path, env=clean_environment(RANK=str(r), LOCAL_RANK=str(r), **shared)
+        )
+        for r in range(2)
+    ]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    assert Run(tmp_path / "run").summary["world_size"] == 2
 
 
 def test_a_step_in_a_heterogeneous_job_is_refused_by_name():

@@ -190,7 +190,9 @@ def listen(address: str, port: int = 0, far: bool = False) -> socket.socket:
     raise_file_limit()
     host = socket.gethostname()
     try:
-        listener = socket.create_server((address, port), backlog=4096)
+        found = {entry[0] for entry in socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)}
+        family = socket.AF_INET if socket.AF_INET in found else socket.AF_INET6
+        listener = socket.create_server((address, port), family=family, backlog=4096)
     except (OSError, OverflowError) as error:
         where = f"MASTER_ADDR={address}" + (f" and MASTER_PORT={port}" if port else "")
         raise UserError(
@@ -199,7 +201,8 @@ def listen(address: str, port: int = 0, far: bool = False) -> socket.socket:
         ) from error
 
     # A host's own name may lead to its loopback; an address that is written as a loopback is meant.
-    if far and listener.getsockname()[0].startswith("127.") and not address.startswith("127."):
+    own = str(listener.getsockname()[0])
+    if far and own.startswith(("127.", "::1")) and address != own:
         listener.close()
         raise UserError(
             f"MASTER_ADDR={address} is the loopback of rank 0's host {host}, which no other can reach: "

@@ -134,6 +134,11 @@ def _lines(path: Path, named: str) -> list[tuple[int, str, int | None]]:
         entry = line.split("#")[0].strip()
         if not entry:
             continue
+        if entry.count(":") > 1:
+            raise UserError(
+                f"{named}, line {number}: {entry!r} is an IPv6 address, which not every launcher can read "
+                "in a list of hosts. Write the host's name, or its IPv4 address."
+            )
         match = _LINE.fullmatch(entry)
         if match is None:
             raise UserError(
@@ -298,27 +303,75 @@ def _bracketed(stem: str, digits: Sequence[str]) -> str:
     return f"{stem}[{','.join('-'.join(span) for span in spans)}]"
 
 
+# --- names and addresses ---------------------------------------------------------------------------
+
+
 def is_this_host(name: str) -> bool:
     """Whether a host of a list is the one this runs on, by its short name."""
-    return name in ("localhost", "127.0.0.1") or short(name) == short(socket.gethostname())
+    return name in ("localhost", "127.0.0.1", "::1") or short(name) == short(socket.gethostname())
 
 
 def short(name: str) -> str:
     """A host's name without its domain; an address stays whole."""
-    return name if re.fullmatch(r"[0-9.]+", name) else name.partition(".")[0]
+    is_address = ":" in name or re.fullmatch(r"[0-9.]+", name)
+    return name if is_address else name.partition(".")[0]
+
+
+def is_loopback(address: str) -> bool:
+    """Whether a numeric address, of IPv4 or IPv6, leads back to the host that uses it."""
+    return address.startswith("127.") or address in ("::1", "::ffff:127.0.0.1")
+
+
+def leads_back(name: str) -> bool:
+    """Whether this host takes `name` for itself: all that the name leads to are loopback addresses.
+
+    False for a name that cannot be looked up: whoever connects to it will say so.
+    """
+    try:
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    return all(is_loopback(str(place[0])) for *_, place in found)
+
+
+def refuse_loopback(name: str, what: str) -> None:
+    """Raises UserError where `name`, for which `what` stands in the message, leads back to this host.
+
+    For a name by which several hosts are to reach one of them: each of them would reach itself. A loopback
+    address that is written as such is taken as meant: several "hosts" may be containers on one network.
+    """
+    if not is_loopback(name) and leads_back(name):
+        raise UserError(
+            f"{what}={name} leads back to the host that uses it ({socket.gethostname()}), but several "
+            "hosts are to reach one there: give an address of rank 0's host on the hosts' own network, the "
+            "same on every rank."
+        )
 
 
 def address_for(hosts: Sequence[str]) -> str:
-    """This host's address on its way to `hosts`: loopback where they are all this one."""
+    """This host's address on its way to `hosts`: loopback where they are all this one.
+
+    Raises UserError where the first other host cannot be found, or its name leads back to this host.
+    """
     other = next((host for host in hosts if not is_this_host(host)), None)
     if other is None:
         return "127.0.0.1"
     try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((other, 9))  # only looks up the route; nothing is sent
-            return str(probe.getsockname()[0])
+        found = socket.getaddrinfo(other, 9, type=socket.SOCK_DGRAM)
+        found.sort(key=lambda entry: entry[0] != socket.AF_INET)  # IPv4 where there is any
+        family, kind, protocol, _, place = found[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(place)  # only looks up the route; nothing is sent
+            own = str(probe.getsockname()[0])
     except OSError as error:
         raise UserError(
             f"host {other} of the allocation cannot be found from {socket.gethostname()} "
             f"({error.strerror or error}): look at the hostfile, or take that host out."
         ) from error
+    if is_loopback(own):
+        raise UserError(
+            f"host {other} of the allocation leads back to {socket.gethostname()} ({own}), so that no "
+            "other host could reach this one: put the name right in /etc/hosts, or give the hosts' names "
+            "on their own network."
+        )
+    return own

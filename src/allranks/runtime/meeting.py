@@ -250,9 +250,14 @@ def _join_env(identity: RankIdentity, progress: Progress) -> Store:
             raise UserError(f"torchrun has ended: nobody answers at {address}:{port}.") from None
         except OSError as error:
             raise UserError(f"torchrun cannot be reached at {address}:{port} ({error}).") from None
-    elif identity.rank == 0:
-        far = identity.local_world_size not in (None, identity.world_size)
-        return serve(address, identity.world_size, port, far)[0]
+    else:
+        several_hosts = identity.local_world_size not in (None, identity.world_size)
+        if identity.rank == 0:
+            return serve(address, identity.world_size, port, far=several_hosts)[0]
+        if several_hosts:
+            from allranks.job.hosts import refuse_loopback
+
+            refuse_loopback(address, "MASTER_ADDR")  # else this rank would wait for itself
     return _connect(address, port, identity.rank, identity.world_size, progress)
 
 
