@@ -11,11 +11,12 @@ from allranks.job.hosts import Allocation, Host, placeholder_allocation
 from allranks.job.variables import DEVICE_VARIABLE, DEVICES, MASTER_ADDR
 from allranks.launch.plan import Request, make_plan
 
-SHIPPED = (
-    "aurora", "frontier", "generic_pbs", "generic_slurm",
-    "local", "perlmutter", "polaris", "sophia",
+GENERIC = ("generic_pbs", "generic_slurm", "local")
+CENTRES = (
+    "aspire2a", "aurora", "clariden", "crux", "derecho", "frontier", "gadi",
+    "lumi", "perlmutter", "polaris", "sophia", "vista",
 )  # fmt: skip
-CENTRES = ("aurora", "frontier", "perlmutter", "polaris", "sophia")
+SHIPPED = tuple(sorted((*GENERIC, *CENTRES)))
 
 
 def planned(name, nodes, *overrides, **request):
@@ -54,8 +55,9 @@ def test_every_machine_is_planned_for(name, nodes):
 
 @pytest.mark.parametrize("name", CENTRES)
 def test_a_node_has_a_rank_for_each_device_and_no_cpu_twice(name):
-    ranks = list(planned(name, 1).ranks())
-    assert len({place.device for place in ranks}) == machine.load(name).node.devices == len(ranks)
+    ranks, node = list(planned(name, 1).ranks()), machine.load(name).node
+    assert len(ranks) == node.ranks_per_node
+    assert len({place.device for place in ranks}) == (node.devices or 1)  # Crux has no devices
     cpus = [cpu for place in ranks for cpu in numbers(place.cpus or "")]
     assert len(cpus) == len(set(cpus))
 
@@ -170,6 +172,52 @@ def test_sophia_takes_a_gpu_a_chunk_in_one_queue_and_a_node_in_the_other():
         make_plan(more, known, job, {})
 
 
+def test_crux_gives_each_rank_a_numa_domain_and_no_device():
+    plan = planned("crux", 2)
+    assert before_program(plan) == [
+        "mpiexec", "-n", "16", "--ppn", "8", "--depth=16", "--cpu-bind", "depth",
+    ]  # fmt: skip
+    assert value(plan, "OMP_NUM_THREADS") == "16"
+    assert value(plan, DEVICES) is None
+
+
+def test_derecho_reverses_its_gpus_and_leaves_binding_alone():
+    plan = planned("derecho", 2)
+    assert before_program(plan) == ["mpiexec", "-n", "8", "--ppn", "4", "--cpu-bind", "none"]
+    assert value(plan, DEVICES) == "3,2,1,0"
+
+
+def test_clariden_shows_each_rank_one_gpu():
+    plan = planned("clariden", 2)
+    assert before_program(plan) == [
+        "srun", "-N", "2", "-n", "8", "--ntasks-per-node=4", "-c", "72", "--kill-on-bad-exit=1",
+        "--gpus-per-task=1",
+    ]  # fmt: skip
+    assert value(plan, "NCCL_PROTO") == "^LL128"
+    assert value(planned("clariden", 1), "NCCL_NET") is None
+
+
+def test_lumi_maps_each_rank_to_the_core_beside_its_gcd():
+    plan = planned("lumi", 1)
+    assert before_program(plan)[-2:] == ["--gpus-per-node=8", "--cpu-bind=map_cpu:49,57,17,25,1,9,33,41"]
+    assert [(p.cpus, p.device) for p in plan.ranks()][:2] == [
+        ("49", "0, seen as 0"),
+        ("57", "1, seen as 0"),
+    ]
+    assert value(plan, DEVICE_VARIABLE) == "ROCR_VISIBLE_DEVICES"
+
+
+def test_vista_is_told_neither_hosts_nor_gpus():
+    plan = planned("vista", 2)
+    words = before_program(plan)
+    assert words[:5] == ["mpiexec", "-n", "2", "--map-by", "ppr:1:node"]
+    refused = ("--host", "--hostfile", "--gres", "--gpus-per-task")
+    assert not [word for word in words if word.startswith(refused)]
+    assert plan.files == ()
+    with pytest.raises(UserError, match="uses all nodes of a job: leave --nodes"):
+        planned("vista", 3, ranks=2)
+
+
 # --- which machine -------------------------------------------------------------------------------
 
 
@@ -181,6 +229,10 @@ def test_sophia_takes_a_gpu_a_chunk_in_one_queue_and_a_node_in_the_other():
         ("x3004c0s7b1n0", {}, "polaris"),
         ("polaris-login-04", {}, "polaris"),
         ("sophia-gpu-11", {}, "sophia"),
+        ("crux-login-01", {}, "crux"),
+        ("x1000c0s0b1n1", {}, "crux"),
+        ("deg0067", {}, "derecho"),
+        ("clariden-ln001", {}, "clariden"),
         ("frontier00144", {}, "frontier"),
         ("login07", {"LMOD_SYSTEM_NAME": "frontier"}, "frontier"),
         ("nid001234", {"NERSC_HOST": "perlmutter"}, "perlmutter"),
@@ -222,7 +274,7 @@ def test_a_users_own_machine_and_one_in_place_of_a_shipped_one(tmp_path):
         ("machine.options.mpiexec=[--no-vni]", lambda m: m.options.mpiexec == ("--no-vni",)),
         ("machine.variables.NCCL_NET=Socket", lambda m: m.variables["NCCL_NET"].value == "Socket"),
         ("machine.variables.A=a b $c", lambda m: m.variables["A"].value == "a b $c"),
-        ("machine.variables.NCCL_NET.when=always", lambda m: len(m.active_variables(1)) == 1),
+        ("machine.variables.NCCL_NET.when=always", lambda m: "NCCL_NET" in m.active_variables(1)),
         ("machine.queues.mine.limits=[]", lambda m: m.queues["mine"].limits == ()),
     ],
 )
@@ -307,6 +359,22 @@ def test_jobs_that_fit_their_queue(name, queue, nodes, hours):
 def test_jobs_that_do_not_fit(name, queue, nodes, hours, message):
     with pytest.raises(UserError, match=message):
         machine.check_queue(machine.load(name), queue, nodes, hours)
+
+
+def test_a_walltime_that_is_too_short_is_refused():
+    with pytest.raises(UserError, match=r"walltime=4 min is too short for polaris, .* at least 5 min"):
+        machine.check_queue(machine.load("polaris"), "debug", 1, 4 / 60)
+    machine.check_queue(machine.load("polaris"), "debug", 1, 5 / 60)
+
+
+def test_a_chain_that_the_queue_refuses_is_refused_with_the_queue_that_takes_it():
+    polaris = machine.load("polaris")
+    machine.check_queue(polaris, "debug-scaling", 2, 1, jobs=1)
+    with pytest.raises(
+        UserError, match=r"--chain 3 does not fit queue debug-scaling .* 1 job of a user"
+    ) as told:
+        machine.check_queue(polaris, "debug-scaling", 2, 1, jobs=3)
+    assert "These take a chain of 3: debug, preemptable, capacity, demand." in str(told.value)
 
 
 @pytest.mark.parametrize("name", CENTRES)

@@ -84,6 +84,7 @@ class Options:
     mpiexec: tuple[str, ...] = ()
     srun: tuple[str, ...] = ()
     torchrun: tuple[str, ...] = ()
+    name_hosts: bool = True  # false: mpiexec must not be told the hosts, and asks the scheduler itself
 
 
 @dataclass(frozen=True)
@@ -97,17 +98,29 @@ class Limit:
 
 @dataclass(frozen=True)
 class Queue:
+    """What a queue (PBS), a partition or a QOS (Slurm) takes."""
+
     limits: tuple[Limit, ...] = ()
     option: str | None = None  # null: submit.queue_option
     ranks_per_chunk: int | None = None  # where a chunk is not a node
+    jobs_per_user: int | None = setting(
+        None, "jobs that a user may have in it at a time, waiting ones too", whole(1)
+    )
+    options: tuple[str, ...] = ()  # more options of the scheduler for a job in this queue
 
 
 @dataclass(frozen=True)
 class Submit:
+    """What a job script needs on this machine."""
+
     required: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
-    chunk: str = ""  # PBS: what follows `select=K`; {ranks} and {cpus} are filled in
+    chunk: str = ""  # PBS: what follows `select=K`; {ranks} and {cpus} of a node are filled in
+    # PBS, in place of `select`: resources of the whole job, each after `-l`; {ranks}, {cpus} of all nodes
+    resources: tuple[str, ...] = ()
     queue_option: str = "-q"
+    account_option: str = "-A"
+    min_minutes: float | None = None  # no queue takes a job that asks for less time
 
 
 @dataclass(frozen=True)
@@ -125,7 +138,8 @@ class Machine:
     variables: dict[str, Variable] = field(default_factory=dict)
     switches: dict[str, bool] = field(default_factory=dict)
     setup: tuple[str, ...] = ()  # shell lines of a job script, before anything else
-    filesystems: tuple[str, ...] = ()
+    filesystems: tuple[str, ...] = ()  # PBS: `-l filesystems=a:b`
+    storage: tuple[str, ...] = ()  # PBS at NCI: `-l storage=a+b`
     queue: str | None = None
     queues: dict[str, Queue] = field(default_factory=dict)
     submit: Submit = field(default_factory=Submit)
@@ -175,20 +189,38 @@ def available(config_dir: str | Path | None = None) -> list[str]:
     return sorted(_files(config_dir))
 
 
-def check_queue(machine: Machine, queue: str, nodes: int, hours: float | None) -> None:
-    """Raises UserError where the queue takes no job of so many nodes (chunks), or none so long.
+def check_queue(
+    machine: Machine, queue: str, nodes: int, hours: float | None = None, jobs: int = 1
+) -> None:
+    """Raises UserError where the queue does not take such a job.
 
-    A queue that the machine file does not list is the scheduler's business.
+    `nodes` is the number of nodes (or of chunks, where the queue deals in those), `hours` the walltime if
+    it is given, `jobs` how many jobs are queued at a time. A queue that the machine file does not list is
+    left to the scheduler.
     """
+    least = machine.submit.min_minutes
+    if hours is not None and least is not None and hours * 60 < least:
+        raise UserError(
+            f"walltime={hours * 60:g} min is too short for {machine.name}, where a job asks for at "
+            f"least {least:g} min: give a longer --walltime."
+        )
     if queue not in machine.queues:
         return
+    most_jobs = machine.queues[queue].jobs_per_user
+    if most_jobs is not None and jobs > most_jobs:
+        others = _queues_that_take(machine, nodes, jobs)
+        raise UserError(
+            f"--chain {jobs} does not fit queue {queue} of {machine.name}, which takes {most_jobs} "
+            f"job{'s' * (most_jobs > 1)} of a user at a time, waiting ones too: leave --chain out, or "
+            f"change --queue.{others}"
+        )
     limits = machine.queues[queue].limits
     fitting = [n for n in limits if n.min_nodes <= nodes <= (n.max_nodes or nodes)]
     if limits and not fitting:
         taken = ", ".join(f"{n.min_nodes} to {n.max_nodes or 'all'}" for n in limits)
         raise UserError(
             f"nodes={nodes} does not fit queue {queue} of {machine.name}, which takes {taken}: "
-            f"change --nodes or --queue.{_other_queues(machine, queue, nodes)}"
+            f"change --nodes or --queue.{_queues_that_take(machine, nodes, jobs)}"
         )
     longest = max((n.max_hours for n in fitting if n.max_hours is not None), default=None)
     if hours is not None and longest is not None and hours > longest:
@@ -199,13 +231,16 @@ def check_queue(machine: Machine, queue: str, nodes: int, hours: float | None) -
         )
 
 
-def _other_queues(machine: Machine, but: str, nodes: int) -> str:
+def _queues_that_take(machine: Machine, nodes: int, jobs: int) -> str:
+    """A sentence that names the queues whose limits such jobs fit; nothing where none is known to."""
     fit = [
         name
         for name, queue in machine.queues.items()
-        if name != but and any(n.min_nodes <= nodes <= (n.max_nodes or nodes) for n in queue.limits)
+        if any(n.min_nodes <= nodes <= (n.max_nodes or nodes) for n in queue.limits)
+        and jobs <= (queue.jobs_per_user or jobs)
     ]
-    return f" These take {nodes}: {', '.join(fit)}." if fit else ""
+    what = f"{nodes}" if jobs == 1 else f"a chain of {jobs}"
+    return f" These take {what}: {', '.join(fit)}." if fit else ""
 
 
 # --- finding and reading -------------------------------------------------------------------------

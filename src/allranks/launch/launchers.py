@@ -328,9 +328,18 @@ def _openmpi(job: Job, binding: Binding, per_rank: Sequence[str]) -> CommandLine
 def _hosts_with_slots(job: Job, option: str, file_option: str, line: str) -> CommandLine:
     """The part of a command line that names the hosts: `a:2,b:1`, or a file where that would be too long.
 
-    `line` is a format of that file's lines, from a host's name and slots. On this host alone: nothing.
+    `line` is a format of that file's lines, from a host's name and slots. On this host alone it is empty. It
+    is empty too on a machine whose mpiexec must not be told the hosts; there mpiexec uses all hosts of the
+    job, so this raises UserError where others were asked for.
     """
     if job.allocation.scheduler == "local":
+        return CommandLine(())
+    if not job.machine.options.name_hosts:
+        if not job.takes_all_hosts:
+            raise UserError(
+                f"mpiexec of {job.machine.name} uses all nodes of a job: leave --nodes and --hosts out, or "
+                "take --launcher srun."
+            )
         return CommandLine(())
     text = ",".join(f"{host.name}:{host.slots}" for host in job.hosts)
     if len(text) <= LONGEST_ARGUMENT_BYTES:
