@@ -329,8 +329,8 @@ def _hosts_with_slots(job: Job, option: str, file_option: str, line: str) -> Com
     """The part of a command line that names the hosts: `a:2,b:1`, or a file where that would be too long.
 
     `line` is a format of that file's lines, from a host's name and slots. On this host alone it is empty.
-    It is empty too on a machine whose mpiexec must not be told the hosts: there mpiexec uses all hosts of the
-    job, so this raises UserError where others were asked for.
+    It is empty too on a machine whose mpiexec must not be told the hosts. There mpiexec uses all hosts of
+    the job, so this raises UserError where others were asked for.
     """
     if job.allocation.scheduler == "local":
         return CommandLine(())
