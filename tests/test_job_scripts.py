@@ -53,6 +53,28 @@ def directives(text):
     return [line.split(" ", 1)[1] for line in text.splitlines() if line.startswith(("#PBS ", "#SBATCH "))]
 
 
+def test_a_queue_has_directives_of_its_own():
+    scattered = "-l place=scatter"
+    assert scattered in directives(rendered("sophia", 2, queue="by-node"))
+    assert scattered not in directives(rendered("sophia", 2, queue="by-gpu"))
+
+
+def test_gadi_is_asked_for_resources_of_the_whole_job_and_for_storage():
+    known = machine.load("gadi", ["machine.storage=[gdata/ab1,scratch/ab1]"])
+    lines = directives(script.render(order("gadi", 2), known, "/fs/runs/one"))
+    assert "-P proj" in lines
+    assert "-l ncpus=96" in lines
+    assert "-l ngpus=8" in lines
+    assert "-l storage=gdata/ab1+scratch/ab1" in lines
+    assert not [line for line in lines if "select=" in line or line.startswith("-A")]
+
+
+def test_vista_is_asked_for_nodes_tasks_and_time_and_for_no_gpu():
+    lines = directives(rendered("vista", 2))
+    assert {"--nodes=2", "--ntasks-per-node=1", "--time=00:30:00", "-p gh"} <= set(lines)
+    assert not [line for line in lines if "gpu" in line.lower() and line != "-p gh"]
+
+
 def shellcheck(*paths):
     if shutil.which("shellcheck") is None:
         pytest.skip("no shellcheck: apt-get install shellcheck")

@@ -62,13 +62,16 @@ class JobRequest:
     directory: str  # of the run; of an array the one that has each job's in it, as 0, 1, ...
     walltime: str | None = None  # HH:MM:SS
     account: str | None = None
+    account_option: str = "-A"  # the option by which the machine takes the account's name
     queue: str | None = None
     queue_option: str = "-q"  # the option by which the machine takes the queue's name
     ranks_per_node: int | None = None
     cpus_per_rank: int | None = None
     cpus_per_node: int | None = None
     chunk: str = ""  # PBS: what follows `select=K`, with {ranks} and {cpus}
+    resources: tuple[str, ...] = ()  # PBS, in place of `select`: of all nodes, with {ranks} and {cpus}
     filesystems: tuple[str, ...] = ()
+    storage: tuple[str, ...] = ()
     options: tuple[str, ...] = ()  # directives of the machine file, as they stand there
     array_jobs: int = 0  # 0: no array
     survives_nodes: bool = False  # the job goes on when a node of it fails

@@ -133,21 +133,18 @@ class Pbs:
     # --- the job script ---
 
     def directives(self, request: JobRequest) -> list[str]:
-        ranks = request.ranks_per_node or 1
-        cpus = request.cpus_per_node or ranks * (request.cpus_per_rank or 1)
-        select = f"select={request.nodes}"
-        if request.chunk:
-            select += ":" + request.chunk.format(ranks=ranks, cpus=cpus)
         lines = [
             f"-N {shlex.quote(request.name)}",
-            *given("-A", request.account),
+            *given(request.account_option, request.account),
             *given(request.queue_option, request.queue),
-            f"-l {shlex.quote(select)}",
+            *_size(request),
         ]
         if request.walltime:
             lines.append(f"-l walltime={request.walltime}")
         if request.filesystems:
             lines += given("-l", f"filesystems={':'.join(request.filesystems)}")
+        if request.storage:
+            lines += given("-l", f"storage={'+'.join(request.storage)}")
         lines += request.options
         # PBS's default, place=free, puts several chunks on one host where they fit.
         is_placed = any("place=" in option for option in request.options)
@@ -160,6 +157,21 @@ class Pbs:
         if request.array_jobs:
             lines += [f"-J 0-{request.array_jobs - 1}", "-r y"]  # PBS takes no array that cannot be rerun
         return lines
+
+
+def _size(request: JobRequest) -> list[str]:
+    """The directives that say how large the job is: so many chunks alike, or resources of the whole job."""
+    ranks = request.ranks_per_node or 1
+    if request.resources:
+        # A node is filled in proportion to its ranks, so that a job on a part of a node pays for that part.
+        cpus = ranks * (request.cpus_per_rank or 1)
+        totals = {"ranks": ranks * request.nodes, "cpus": cpus * request.nodes}
+        return [line for resource in request.resources for line in given("-l", resource.format(**totals))]
+    cpus = request.cpus_per_node or ranks * (request.cpus_per_rank or 1)
+    select = f"select={request.nodes}"
+    if request.chunk:
+        select += ":" + request.chunk.format(ranks=ranks, cpus=cpus)
+    return [f"-l {shlex.quote(select)}"]
 
 
 def states_in(answer: str) -> dict[str, str]:

@@ -159,7 +159,7 @@ class Slurm:
         log = request.directory.replace("%", "%%") + f"{below}/{JOB_LOG}"
         lines = [
             f"--job-name={shlex.quote(request.name)}",
-            *given("-A", request.account),
+            *given(request.account_option, request.account),
             *given(request.queue_option, request.queue),
             f"--nodes={request.nodes}",
         ]

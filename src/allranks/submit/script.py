@@ -83,14 +83,17 @@ def request(order: Order, machine: Machine, directory: str, cells: int = 0) -> J
         directory=directory,
         walltime=order.walltime,
         account=order.account,
+        account_option=machine.submit.account_option,
         queue=order.queue,
         queue_option=(queue.option if queue else None) or machine.submit.queue_option,
         ranks_per_node=order.ppn or evenly or machine.node.ranks_per_node,
         cpus_per_rank=machine.node.cpus_per_rank,
         cpus_per_node=machine.node.cpus,
         chunk=machine.submit.chunk,
+        resources=machine.submit.resources,
         filesystems=machine.filesystems,
-        options=machine.submit.options,
+        storage=machine.storage,
+        options=(*machine.submit.options, *(queue.options if queue else ())),
         array_jobs=cells,
         survives_nodes=order.min_ranks is not None,
         on_own_hosts=has_own_hosts(order, machine),
@@ -125,8 +128,11 @@ def _deadline(order: Order) -> str:
 def _environment(environ: Mapping[str, str], kind: Scheduler) -> list[str]:
     """The submitter's Python and the scheduler's commands; no rank variables of the submitter's shell."""
     lines = [UNSET_RANKS] if kind.hands_environment_on else []
-    if sys.prefix != sys.base_prefix:  # a virtual environment: what `python` means in it
-        lines.append(f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"')
+    # What `python` means to the submitter. A virtual environment or one of conda is not active in a job, or
+    # the login profile has put another Python first.
+    python_folder = str(Path(sys.executable).parent)
+    if python_folder not in USUAL_FOLDERS:
+        lines.append(f'export PATH={shlex.quote(python_folder)}:"$PATH"')
     command = shutil.which(kind.commands[0], path=environ.get("PATH", ""))
     folder = str(Path(command).parent) if command else None
     if folder and folder not in USUAL_FOLDERS:

@@ -170,7 +170,7 @@ def _checked(order: Order, program: Sequence[str]) -> tuple[Order, Machine, Plan
     script.check_words(order, program)
     if order.queue:
         hours = (order.walltime_s or 0) / 3600 or None
-        machine.check_queue(known, order.queue, order.nodes, hours)
+        machine.check_queue(known, order.queue, order.nodes, hours, jobs=order.chain or 1)
     return order, known, _plan(order, known, program)
 
 
