@@ -594,7 +594,12 @@ def test_a_dry_run_writes_nothing_asks_nobody_and_loads_no_torch(pbs):
         (forbidden / name).chmod(0o755)
     code = "import sys\nfrom allranks import cli\ntry: cli.main()\n"
     code += "finally: print(*sys.modules, file=sys.stderr)"
-    for words in (["model=cnn"], ["--chain", "3"], ["-m", "optimizer.lr=0.1,0.2"], ["--", "python", "-V"]):
+    for words in (
+        ["model=cnn"],
+        ["--queue", "capacity", "--chain", "3"],
+        ["-m", "optimizer.lr=0.1,0.2"],
+        ["--", "python", "-V"],
+    ):
         more = [
             "--machine",
             "aurora",

@@ -1,14 +1,14 @@
 #!/bin/bash -l
 # A training longer than a job may be: each job queues its successor, which goes on in the same run.
 #   qsub scripts/pbs/chain.sh
-# typed where allranks is checked out. Change the #PBS lines to what your centre asks for; at ALCF also
+# typed where allranks is checked out. Change the #PBS lines to what your centre asks for; on Polaris also
 ##PBS -A PROJECT -q debug -l filesystems=home:eagle -l place=scatter
 # with one # less. `allranks submit` writes such a script itself, from a file about the machine.
 #PBS -N allranks-chain
 #PBS -l select=1:ncpus=32:mpiprocs=4:ngpus=4
 #PBS -l walltime=01:00:00
 #PBS -j oe
-#PBS -k oed
+#PBS -k doe
 
 training=(model=cnn)   # overrides: `allranks train --help` lists them
 run=runs/chain         # another name for another chain

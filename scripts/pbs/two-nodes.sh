@@ -1,7 +1,7 @@
 #!/bin/bash -l
 # Two nodes with a rank on each of four GPUs.
 #   qsub scripts/pbs/two-nodes.sh
-# typed where allranks is checked out. Change the #PBS lines to what your centre asks for; at ALCF also
+# typed where allranks is checked out. Change the #PBS lines to what your centre asks for; on Polaris also
 ##PBS -A PROJECT -q debug -l filesystems=home:eagle
 # with one # less. `allranks submit` writes such a script itself, from a file about the machine.
 #PBS -N allranks-two-nodes
@@ -9,7 +9,7 @@
 #PBS -l place=scatter
 #PBS -l walltime=01:00:00
 #PBS -j oe
-#PBS -k oed
+#PBS -k doe
 
 training=(model=cnn)   # overrides: `allranks train --help` lists them
 run=runs/two-nodes   # submitted again, the training goes on there until it is finished
