@@ -51,6 +51,11 @@ LEAKY = re.compile(
 serial = pytest.mark.xdist_group("serial")
 
 
+def only_long(*values: object) -> Any:
+    """Values for a parametrized test that are tried with --long only."""
+    return pytest.param(*values, marks=pytest.mark.long)
+
+
 @dataclass(frozen=True)
 class Done:
     """A command that has ended."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import PYTHON, ROOT, SMALL, TRAIN, Done, execute, launcher, tree
+from helpers import PYTHON, ROOT, SMALL, TRAIN, Done, execute, launcher, only_long, tree
 
 SOURCE = ROOT / "src/allranks"
 
@@ -324,7 +324,7 @@ def test_a_users_error_needs_no_torch(tmp_path):
     assert execute([PYTHON, "-c", code], tmp_path).out == "False\n"
 
 
-@pytest.mark.parametrize("under", ["mpiexec", "torchrun"])
+@pytest.mark.parametrize("under", ["mpiexec", only_long("torchrun")])
 def test_ranks_import_neither_torchvision_nor_sympy_nor_the_compiler(imports_of, under):
     _, processes = imports_of([*launcher(under, 2), "-m", "allranks.train", *SMALL, "trainer.epochs=1"])
     ranks = {process["rank"]: process for process in processes if process["rank"] != "alone"}
@@ -348,6 +348,7 @@ def test_torchvision_is_imported_for_its_own_model_only(imports_of):
 # --- what a start costs --------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_start_makes_few_file_system_calls_beyond_torchs_own(strace, tmp_path):
     """On a cluster's shared file system each costs a millisecond, times the ranks. A start made 5,700 more
     per rank than `import torch` does when this was written; torch's compiler alone would add 15,000."""

@@ -22,7 +22,7 @@ from allranks import train as training
 from allranks.base.errors import UserError
 from allranks.config import from_command_line
 from allranks.job.identity import discover
-from helpers import PYTHON, SMALL, Done, execute, mpiexec, real_data, tree
+from helpers import PYTHON, SMALL, Done, execute, mpiexec, only_long, real_data, tree
 
 FASHION = "FashionMNIST/raw"
 DIGITS = "MNIST/raw"
@@ -449,9 +449,9 @@ def test_rank_variables_without_a_launcher(train, refusal, stale, patterns):
     "stale",
     [
         {"RANK": "0"},
-        pytest.param({"RANK": "1"}, marks=pytest.mark.long),
+        only_long({"RANK": "1"}),
         {"RANK": "0", "WORLD_SIZE": "1"},
-        pytest.param({"RANK": "5", "WORLD_SIZE": "8"}, marks=pytest.mark.long),
+        only_long({"RANK": "5", "WORLD_SIZE": "8"}),
         {"WORLD_SIZE": "8"},
     ],
     ids=lambda stale: "-".join(f"{name}={value}" for name, value in stale.items()),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from allranks.runtime import ezpz
-from helpers import Run, execute, launcher
+from helpers import Run, execute, launcher, only_long
 
 DATA = (
     "data=synthetic",
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.xdist_group("curve")
 SAME = 1e-4  # what is promised; rounding leaves 1e-12
 LAUNCHES = [("mpiexec", 3), ("torchrun", 2)]
 LONG_LAUNCHES = [("mpiexec", 1), ("mpiexec", 2), ("mpiexec", 4), ("torchrun", 3)]
-EVERY_LAUNCH = [*LAUNCHES, *(pytest.param(*launch, marks=pytest.mark.long) for launch in LONG_LAUNCHES)]
+EVERY_LAUNCH = [*LAUNCHES, *(only_long(*launch) for launch in LONG_LAUNCHES)]
 
 
 @pytest.fixture(scope="session")
@@ -97,9 +97,7 @@ def test_a_batch_per_rank_is_a_global_batch_that_grows(curves, train_here, under
     assert together.losses == pytest.approx(alone.losses, rel=SAME)
 
 
-@pytest.mark.parametrize(
-    ("under", "ranks"), [(None, 1), ("mpiexec", 3), pytest.param("mpiexec", 7, marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize(("under", "ranks"), [(None, 1), ("mpiexec", 3), only_long("mpiexec", 7)])
 def test_every_example_is_evaluated_exactly_once(curves, under, ranks):
     for run in curves(under, ranks).values():
         assert run.summary["world_size"] == ranks

@@ -18,13 +18,12 @@ from allranks.config import WatchdogConfig
 from allranks.job.identity import RankIdentity
 from allranks.runtime.watch.progress import Progress
 from allranks.runtime.watch.thread import Watchdog
-from helpers import PYTHON, Started, execute, launcher, serial, took_at_most, until
+from helpers import PYTHON, Started, execute, launcher, only_long, serial, took_at_most, until
 
 # What is asserted here is how soon all ranks are down.
 pytestmark = serial
 HOST = socket.gethostname()
 STEP_S = 2  # watchdog.step_s of most trainings here
-LAUNCHERS = ["mpiexec", "torchrun", "launch"]
 
 # A user's own package. A model or a Dataset of it goes wrong at one place on one rank, and notes when.
 PACKAGE = '''
@@ -187,7 +186,7 @@ def all_down(started: Started, tmp_path: Path, within_s: float) -> tuple[float, 
 
 
 @pytest.mark.parametrize(
-    ("under", "who"), [("mpiexec", 1), ("torchrun", 1), ("torchrun", 0), ("launch", 1)]
+    ("under", "who"), [only_long("mpiexec", 1), only_long("torchrun", 1), ("torchrun", 0), ("launch", 1)]
 )
 def test_kill_9_of_a_rank_is_named_and_all_are_down_in_2_s(start, tmp_path, under, who):
     started = start(under, 2, "model.fault=kill", f"model.who={who}")
@@ -200,7 +199,7 @@ def test_kill_9_of_a_rank_is_named_and_all_are_down_in_2_s(start, tmp_path, unde
         assert later not in err[: said.start()]
 
 
-@pytest.mark.parametrize(("under", "who"), [("mpiexec", 1), ("torchrun", 0), ("launch", 1)])
+@pytest.mark.parametrize(("under", "who"), [("mpiexec", 1), ("torchrun", 0), only_long("launch", 1)])
 def test_an_exception_on_one_rank_is_the_first_and_only_thing_said(start, tmp_path, under, who):
     started = start(under, 2, "model.fault=raise", f"model.who={who}", "model.at=begin")
     _, out, err = all_down(started, tmp_path, within_s=2)
@@ -210,7 +209,7 @@ def test_an_exception_on_one_rank_is_the_first_and_only_thing_said(start, tmp_pa
     assert "Connection" not in out + err  # what the others see of it
 
 
-@pytest.mark.parametrize("under", ["torchrun", "launch"])
+@pytest.mark.parametrize("under", [only_long("torchrun"), "launch"])
 def test_a_segfault_leaves_its_stack(start, tmp_path, under):
     _, _, err = all_down(start(under, 2, "model.fault=segv"), tmp_path, within_s=2)
     assert "Fatal Python error: Segmentation fault" in err
@@ -218,7 +217,7 @@ def test_a_segfault_leaves_its_stack(start, tmp_path, under):
     assert re.search(rf"rank 1 on {HOST}(, in step \d+:)? was killed by SIGSEGV", err), err
 
 
-@pytest.mark.parametrize("under", LAUNCHERS)
+@pytest.mark.parametrize("under", ["mpiexec", only_long("torchrun"), "launch"])
 def test_kill_9_of_the_launcher_leaves_nobody_after_5_s(start, tmp_path, under):
     started = start(under, 2, "model.pause_s=0.01", "model.at=begin")
     fault_s(started, tmp_path)
@@ -226,7 +225,7 @@ def test_kill_9_of_the_launcher_leaves_nobody_after_5_s(start, tmp_path, under):
     started.gone(within_s=5)
 
 
-@pytest.mark.parametrize("loaded", ["", "libtorch"], ids=["at once", "torch is there"])
+@pytest.mark.parametrize("loaded", [only_long(""), "libtorch"], ids=["at once", "torch is there"])
 def test_nor_does_it_where_the_ranks_have_only_begun(start, loaded):
     started = start("torchrun", 2)
 
@@ -242,7 +241,9 @@ def test_nor_does_it_where_the_ranks_have_only_begun(start, loaded):
 # --- ranks that hang or are stopped --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("under", "who"), [("mpiexec", 1), ("torchrun", 0), ("launch", 1)])
+@pytest.mark.parametrize(
+    ("under", "who"), [("mpiexec", 1), only_long("torchrun", 0), only_long("launch", 1)]
+)
 def test_a_stopped_rank_is_named_with_its_stack_and_killed(start, tmp_path, under, who):
     started = start(under, 2, "model.fault=stop", f"model.who={who}")
     _, _, err = all_down(started, tmp_path, within_s=STEP_S + 5)
@@ -253,11 +254,11 @@ def test_a_stopped_rank_is_named_with_its_stack_and_killed(start, tmp_path, unde
 @pytest.mark.parametrize(
     ("under", "at", "limit", "step"),
     [
-        ("torchrun", "init", "start_s", 1),
+        only_long("torchrun", "init", "start_s", 1),
         ("mpiexec", "begin", "first_step_s", 1),
         ("launch", "step", "step_s", 5),
-        ("mpiexec", "eval", "step_s", 11),
-        (None, "step", "step_s", 6),
+        only_long("mpiexec", "eval", "step_s", 11),
+        only_long(None, "step", "step_s", 6),
     ],
 )
 def test_a_hanging_rank_is_named_with_its_stack(start, tmp_path, under, at, limit, step):
@@ -280,6 +281,7 @@ def test_a_dataset_that_hangs_on_one_rank_is_seen(start, tmp_path):
     assert "_get_data" in err  # where the DataLoader waits for its worker
 
 
+@pytest.mark.long
 def test_a_rank_that_takes_its_time_is_left_alone(start, tmp_path):
     """Slow to get its data, to begin, to evaluate, and in a call that keeps the GIL; then all suspended."""
     started = start(
@@ -326,7 +328,7 @@ sys.exit(max([abs(rank.wait()) for rank in ranks]))
     [
         ("kill", 3, "host1", "was killed by SIGKILL", 5),
         ("stop", 2, "host1", r"is stopped \(state T\). It is at", STEP_S + 5),
-        ("stop", 0, "host0", r"is stopped \(state T\). It is at", STEP_S + 5),
+        only_long("stop", 0, "host0", r"is stopped \(state T\). It is at", STEP_S + 5),
     ],
 )
 def test_on_several_hosts_a_neighbour_looks(start, tmp_path, fault, who, host, said, within_s):

@@ -81,6 +81,7 @@ def test_killed_twice_it_is_the_same_run(tmp_path, undisturbed):
     assert figures(Run(run)) == figures(undisturbed)
 
 
+@pytest.mark.long
 def test_torchruns_own_restarts_go_on_as_well(tmp_path, undisturbed):
     """Its attempts share one store, in which the words of the one before still stand."""
     os.chdir(tmp_path)

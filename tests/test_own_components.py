@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from allranks.base.errors import UserError
 from allranks.run import checkpoint
-from helpers import Done, Run, clean_environment, tree
+from helpers import Done, Run, clean_environment, only_long, tree, until
 
 PACKAGE = '''
 import os, signal, time, torch
@@ -159,7 +162,12 @@ def lab(train, tmp_path_factory: pytest.TempPathFactory):
         return train("--config-dir", run.conf, *overrides, env={"PYTHONPATH": str(home)}, **options)
 
     run.home, run.conf = home, str(home / "conf")
-    return run
+    run.started = list[subprocess.Popen[str]]()
+    yield run
+    for process in run.started:  # all of them have ended, unless the test has failed
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def test_own_model_optimizer_scheduler_and_data_train(lab, tmp_path):
@@ -190,15 +198,19 @@ def test_own_data_by_worker_processes(lab):
     assert len(figures[0]) == 2
 
 
-@pytest.mark.parametrize("wait_s", [0, 0.3])
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    ("signum", "wait_s"),
+    [
+        (signal.SIGTERM, 0),
+        only_long(signal.SIGTERM, 0.3),
+        only_long(signal.SIGINT, 0),
+        (signal.SIGINT, 0.3),
+    ],
+)
 def test_a_signal_to_every_process_stops_a_run_with_workers(lab, tmp_path, signum, wait_s):
     """Schedulers and terminals send it to all, the workers included: the run saves all the same."""
     process = with_limits(lab, tmp_path, {}, *MINE, "trainer.epochs=100000", "+data.workers=2")
-    deadline = time.monotonic() + 60
-    while not checkpoint.steps(tmp_path / "run"):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: checkpoint.steps(tmp_path / "run"))
     time.sleep(wait_s)
     os.killpg(process.pid, signum)
     out, err = process.communicate(timeout=60)
@@ -210,10 +222,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(lab, tmp_path):
     process = with_limits(
         lab, tmp_path, {"allranks.training.control.TWICE_S": 0.2}, *MINE, "model._target_=mylab.Stuck"
     )
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "stuck").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until((tmp_path / "stuck").exists)
     for _ in range(3):  # the first as from a terminal and from a launcher
         os.killpg(process.pid, signal.SIGINT)
         time.sleep(0.15)
@@ -240,13 +249,16 @@ def with_limits(lab, cwd: Path, limits: dict[str, float], *overrides: str, **env
         for (module, name), value in ((key.rsplit(".", 1), value) for key, value in limits.items())
     )
     (cwd / "started.py").write_text(code + "from allranks import train\ntrain.main()\n")
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "started.py", "--config-dir", lab.conf, *overrides, "run.dir=run"], cwd=cwd,
         env=clean_environment(PYTHONPATH=str(lab.home), **env), text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
+    lab.started.append(process)
+    return process
 
 
+@pytest.mark.long
 def test_a_dataset_that_takes_long_to_make_is_waited_for(lab, tmp_path):
     """Longer than the start may otherwise take: there are 600 s, here 2."""
     with socket.socket() as free:
@@ -326,10 +338,16 @@ def test_help_lists_the_users_choices(lab):
         ("model._target_=mylab.Odd", "_extra_state of its state_dict is a dict"),
     ],
 )
-def test_what_does_not_fit_gets_one_message(lab, override, what):
-    done = lab(*MINE, override)
-    assert what in done.message
-    assert done.code == 2
+def test_what_does_not_fit_gets_one_message(lab, train_here, monkeypatch, override, what):
+    """Three of these on a command line, the others in this process."""
+    if override in ("model._target_=mylab.Nett", "data.split=[200,60]", "+model.depth=3"):
+        done = lab(*MINE, override)
+        assert what in done.message
+        assert done.code == 2
+        return
+    monkeypatch.syspath_prepend(lab.home)
+    with pytest.raises(UserError, match=re.escape(what)):
+        train_here("--config-dir", lab.conf, *MINE, override)
 
 
 def test_a_wrong_target_on_two_ranks_gets_one_message(lab):
@@ -345,7 +363,7 @@ def test_an_error_in_the_users_code_shows_where(lab):
     assert 'mylab.py", line' in done.err
 
 
-@pytest.mark.parametrize("under", ["mpiexec", "torchrun"])
+@pytest.mark.parametrize("under", ["mpiexec", only_long("torchrun")])
 def test_an_error_on_one_rank_brings_all_down(lab, under):
     """Rank 0 waits for rank 1's gradients, which never come."""
     done = lab(*MINE, "model._target_=mylab.Fragile", under=under, ranks=2, timeout_s=60)

@@ -17,8 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from allranks.base.errors import UserError
 from allranks.run import checkpoint
-from helpers import SMALL, Run, clean_environment, execute, launcher
+from helpers import SMALL, Run, clean_environment, execute, launcher, only_long, until
 
 # 12 steps in each of 2 epochs, a checkpoint after each, none removed
 EVERY_STEP = (*SMALL, "trainer.epochs=2", "trainer.batch_size=100", "checkpoint.every_steps=1",
@@ -71,8 +72,8 @@ def test_stopped_after_any_step_it_goes_on_as_if_nothing_had_been(train_here, tm
     ("under", "ranks", "kind"),
     [
         ("mpiexec", 2, "mlp with dropout"),
-        ("torchrun", 3, "cnn, accumulation"),  # a ring of three adds up in an order of its own
-        ("mpiexec", 3, "plateau, running metrics"),
+        only_long("torchrun", 3, "cnn, accumulation"),  # a ring of three adds up in an order of its own
+        only_long("mpiexec", 3, "plateau, running metrics"),
     ],
 )
 def test_on_several_ranks_as_well(train, tmp_path, under, ranks, kind):
@@ -83,14 +84,18 @@ def test_on_several_ranks_as_well(train, tmp_path, under, ranks, kind):
         assert figures(went_on) == figures(whole), step
 
 
-def test_a_reproducible_run_moves_from_ranks_to_ranks(train, tmp_path):
-    """4 -> 1 -> 8 -> 2 ranks across resumes, mpiexec and torchrun: the bits of a run that never stopped."""
+def test_a_reproducible_run_moves_from_ranks_to_ranks(train, tmp_path, long):
+    """4 -> 1 -> 8 -> 2 ranks across resumes, mpiexec and torchrun: the bits of a run that never stopped.
+
+    Without --long the last two moves are left out.
+    """
     overrides = (*EVERY_STEP, "model=cnn", "optimizer=adamw", "scheduler=plateau", "model.dropout=0.2",
                  "trainer.reproducible=true", "trainer.train_metrics=running")  # fmt: skip
     whole = train(*overrides).ok().run
     stage = train(*overrides, under="mpiexec", ranks=4).ok().run
     assert figures(stage) == figures(whole)
-    for step, under, ranks in ((4, None, 1), (9, "torchrun", 8), (15, "mpiexec", 2)):
+    moves = [(4, None, 1), (9, "torchrun", 8), (15, "mpiexec", 2)]
+    for step, under, ranks in moves if long else moves[:1]:
         there = stopped_after(stage, step, tmp_path / str(step))
         stage = train(*overrides, there, under=under, ranks=ranks).ok().run
     assert figures(stage) == figures(whole)
@@ -111,23 +116,35 @@ def test_without_the_flag_another_number_of_ranks_gives_the_same_losses(train, t
 LONG = (*SMALL, "model=mlp", "trainer.epochs=60", "trainer.batch_size=16", "checkpoint.keep=1")
 
 
+at_work: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def none_is_left_at_work():
+    """Ends the trainings that a test has begun, and has not seen end because it failed."""
+    yield
+    for process in at_work:
+        process.kill()
+        process.wait()
+    at_work.clear()
+
+
 def begun(
     *overrides: str, cwd: Path, under: str | None = None, ranks: int = 1, **env: str
 ) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [*launcher(under, ranks), "-m", "allranks.train", *overrides, "run.dir=run"], cwd=cwd,
         env=clean_environment(**env), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+    at_work.append(process)
+    return process
 
 
 def started(*overrides: str, cwd: Path, **how: Any) -> subprocess.Popen[str]:
     """A training that has saved at least once."""
     process = begun(*overrides, cwd=cwd, **how)
-    limit = time.monotonic() + 60
-    while not checkpoint.steps(cwd / "run"):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < limit
-        time.sleep(0.02)
+    until(lambda: checkpoint.steps(cwd / "run") or process.poll() is not None)
+    assert process.poll() is None, process.communicate()
     return process
 
 
@@ -142,7 +159,11 @@ def long_run(tmp_path_factory) -> Run:
     return execute(command, tmp_path_factory.mktemp("long")).ok().run
 
 
-STOPPING = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP]
+STOPPING = [
+    signal.SIGTERM,
+    signal.SIGINT,
+    *(only_long(signum) for signum in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)),
+]
 
 
 @pytest.mark.parametrize("signum", STOPPING, ids=lambda s: s.name)
@@ -196,6 +217,7 @@ def test_a_warning_that_comes_while_torch_is_imported_is_not_lost(tmp_path):
     assert "stopped by SIGUSR1 after step 1," in out
 
 
+@pytest.mark.long
 def test_a_run_stops_by_itself_before_the_job_ends(tmp_path, train, long_run):
     """As a job script of ours tells when that is; the margin is 10 s and what a save and a step take."""
     process = started(
@@ -206,9 +228,10 @@ def test_a_run_stops_by_itself_before_the_job_ends(tmp_path, train, long_run):
     assert "stopped by the job's end after step" in out
 
 
-def test_a_deadline_that_cannot_be_read_is_named_and_not_used(train):
-    done = train(*SMALL, "trainer.epochs=1", env={"ALLRANKS_DEADLINE": "soon"}).ok()
-    assert "ALLRANKS_DEADLINE=soon is not a time in seconds since 1970" in done.out
+def test_a_deadline_that_cannot_be_read_is_named_and_not_used(train_here, monkeypatch, capsys):
+    monkeypatch.setenv("ALLRANKS_DEADLINE", "soon")
+    train_here(*SMALL, "trainer.epochs=1")
+    assert "ALLRANKS_DEADLINE=soon is not a time in seconds since 1970" in capsys.readouterr().out
 
 
 # --- a run directory that has been used ----------------------------------------------------------------
@@ -216,9 +239,17 @@ def test_a_deadline_that_cannot_be_read_is_named_and_not_used(train):
 SHORT = (*SMALL, "model=linear", "trainer.epochs=2", "run.dir=run")
 
 
+@pytest.fixture(scope="module")
+def finished_once(tmp_path_factory) -> Run:
+    """SHORT on one rank, trained once for all of these tests."""
+    command = [*launcher(None, 1), "-m", "allranks.train", *SHORT]
+    return execute(command, tmp_path_factory.mktemp("finished")).ok().run
+
+
 @pytest.fixture
-def finished(train) -> Run:
-    return train(*SHORT).ok().run
+def finished(finished_once, tmp_path) -> Run:
+    """A copy of it, as `run` in the test's own folder."""
+    return Run(shutil.copytree(finished_once.path, tmp_path / "run"))
 
 
 def unfinish(run: Run) -> None:
@@ -247,13 +278,13 @@ def test_an_unfinished_run_and_resume_never(train, finished):
     assert (done.code, "holds an unfinished run, and resume=never" in done.err) == (2, True)
 
 
-def test_metrics_are_those_of_the_checkpoint(train, finished):
+def test_metrics_are_those_of_the_checkpoint(train_here, finished):
     """Lines that were written after it, and half a line, go; they are written again."""
     whole = figures(finished)
     unfinish(finished)
     with (finished.path / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 3, "ste')
-    assert figures(train(*SHORT).ok().run) == whole
+    assert figures(train_here(*SHORT)) == whole
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(train, finished):
@@ -308,12 +339,12 @@ def test_a_checkpoint_that_is_not_there_leaves_nothing(train, tmp_path):
     assert "resume=nowhere cannot be read (No such file or directory)" in done.message
 
 
-def test_more_epochs_where_they_decide_the_learning_rates(train):
+def test_more_epochs_where_they_decide_the_learning_rates(train_here):
     words = (*SMALL, "model=linear", "scheduler=cosine")
-    train(*words, "trainer.epochs=2", "run.dir=run").ok()
-    done = train(*words, "trainer.epochs=4", "run.dir=other", "resume=run")
-    assert done.code == 2
-    assert "is a checkpoint of another training: trainer.epochs is 2 there, not 4." in done.message
+    train_here(*words, "trainer.epochs=2", "run.dir=run")
+    said = "is a checkpoint of another training: trainer.epochs is 2 there, not 4."
+    with pytest.raises(UserError, match=said):
+        train_here(*words, "trainer.epochs=4", "run.dir=other", "resume=run")
 
 
 @pytest.mark.parametrize(
@@ -326,12 +357,10 @@ def test_more_epochs_where_they_decide_the_learning_rates(train):
         (["trainer.epochs=1"], "step-000020 has 2 epochs behind it already"),
     ],
 )
-def test_what_a_checkpoint_does_not_fit(train, finished, overrides, message):
-    done = train(*SMALL, "model=linear", "run.dir=other", "resume=run/checkpoints/step-000020", *overrides)
-    assert done.code == 2
-    assert done.err.startswith("allranks: ")
-    assert done.err.count("\n") == 1
-    assert message in done.err
+def test_what_a_checkpoint_does_not_fit(train_here, finished, overrides, message):
+    words = (*SMALL, "model=linear", "run.dir=other", "resume=run/checkpoints/step-000020")
+    with pytest.raises(UserError, match=re.escape(message)):
+        train_here(*words, *overrides)
 
 
 def test_weights_load_in_plain_torch(train, finished):
@@ -389,14 +418,14 @@ def test_the_best_is_kept_where_later_ones_are_not_finite(train_here):
     assert set(checkpoint.steps(run.path)) == {best, 40, 50}
 
 
-def test_a_damaged_newer_one_counts_for_nothing(train):
+def test_a_damaged_newer_one_counts_for_nothing(train_here):
     words = (*SMALL, "model=linear", "trainer.epochs=6", "optimizer.lr=3", "run.dir=run")
-    run = train(*words).ok().run
+    run = train_here(*words)
     kept = set(checkpoint.steps(run.path))
     (run.path / "summary.json").unlink()
     checkpoint.remove(run.path, keep=[])
     checkpoint.path_of(run.path, 999).mkdir()
-    train(*words).ok()
+    train_here(*words)
     assert set(checkpoint.steps(run.path)) == kept | {999}
 
 
@@ -427,8 +456,10 @@ class Bad(torch.nn.Module):
 """
 
 
-@pytest.mark.parametrize("value", ["nan", "inf"])
-@pytest.mark.parametrize("under", ["mpiexec", "torchrun"])
+@pytest.mark.parametrize(
+    ("under", "value"),
+    [("mpiexec", "nan"), only_long("mpiexec", "inf"), only_long("torchrun", "nan"), ("torchrun", "inf")],
+)
 def test_a_loss_that_is_not_finite_stops_all_ranks(tmp_path, train, under, value):
     (tmp_path / "bad.py").write_text(BAD_ON_RANK_1.replace("{value}", value))
     options = (*SMALL, "model=linear", "model._target_=bad.Bad", "checkpoint.every_steps=1", "run.dir=run")

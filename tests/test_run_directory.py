@@ -20,7 +20,7 @@ import yaml
 
 from allranks.base import files
 from allranks.run import directory as rundir
-from helpers import SMALL, TRAIN, Done, Run, clean_environment, execute, launcher, tree
+from helpers import SMALL, TRAIN, Done, Run, clean_environment, execute, launcher, only_long, tree
 
 METRICS = [
     "epoch", "step", "lr", "train/loss", "train/accuracy", "val/loss", "val/accuracy",
@@ -271,7 +271,7 @@ def test_a_jobs_id_is_in_the_name(train_here, monkeypatch, job, ending):
     assert re.fullmatch(rf"\d{{8}}T\d{{6}}Z-{re.escape(ending)}", run.path.name)
 
 
-@pytest.mark.parametrize("job", [{}, {"PBS_JOBID": "4242.pbs01"}], ids=["by hand", "in one job"])
+@pytest.mark.parametrize("job", [only_long({}), {"PBS_JOBID": "4242.pbs01"}], ids=["by hand", "in one job"])
 def test_runs_started_in_the_same_second_get_a_directory_each(places, tmp_path, job):
     _, home = places
     with ThreadPoolExecutor(3) as pool:

@@ -24,7 +24,7 @@ from allranks.run import checkpoint
 from allranks.run.cells import composed_cells, frozen_cells, make_cells
 from allranks.run.claim import Claim
 from conftest import SETTING
-from helpers import PYTHON, ROOT, SMALL, Run, execute, serial, took_at_most, tree, until_step
+from helpers import PYTHON, ROOT, SMALL, Run, execute, only_long, serial, took_at_most, tree, until_step
 from test_resume import figures
 
 STANDIN = ROOT / "tests/pbs_standin"
@@ -220,6 +220,7 @@ def test_the_next_link_goes_on_where_one_was_cut_short(pbs):
 
 
 @needs_launch
+@pytest.mark.long
 def test_a_run_that_stops_before_its_walltime_queues_one_successor(pbs):
     """Walltime 40 s: 20 s are the script's, and 10 s the run's own margin."""
     words = ("--ppn", "1", "--no-preflight", *SMALL, "trainer.epochs=100000", "checkpoint.every_s=1")
@@ -410,6 +411,7 @@ def test_cancelling_a_sweep_ends_the_jobs_by_which_its_cells_went_on(pbs):
 
 
 @needs_launch
+@pytest.mark.long
 def test_a_failed_cell_is_submitted_again_alone(pbs):
     """A cell fails as long as its data are not there."""
     (pbs.folder / "mine.py").write_text(
@@ -489,7 +491,7 @@ def test_a_users_own_hydra_application(pbs):
 @needs_launch
 @pytest.mark.parametrize(
     "name",
-    ["debug", *(pytest.param(name, marks=pytest.mark.long) for name in ("two-nodes", "sweep", "chain"))],
+    ["debug", *(only_long(name) for name in ("two-nodes", "sweep", "chain"))],
 )
 def test_the_ready_pbs_scripts_run(pbs, name):
     """As they are, but for the training, what this host lacks, and who has installed allranks."""

@@ -14,7 +14,7 @@ import pytest
 
 from allranks.base import links, processes
 from allranks.job import variables
-from helpers import GUARD, Started, serial
+from helpers import GUARD, Started, only_long, serial
 from launching import BIN, TOLD, python, supervised
 
 pytestmark = serial  # most of these tests say within how many seconds all ranks are down
@@ -92,7 +92,7 @@ def test_every_program_gets_its_rank_on_every_launcher(start, tmp_path, name):
     assert int(port) > 1024
 
 
-@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize("name", ["mpiexec", only_long("torchrun")])
 def test_the_first_rank_that_fails_is_named_and_gives_the_exit_code(start, name):
     code = (
         "import os, sys, time\n"
@@ -114,7 +114,7 @@ def test_the_first_rank_that_fails_is_named_and_gives_the_exit_code(start, name)
     started.gone(within_s=1)
 
 
-@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize("name", ["mpiexec", only_long("torchrun")])
 def test_kill_9_of_a_rank_is_named_and_all_are_down_in_2_s_with_their_children(start, name):
     started = start(name, 3, WAIT)
     ranks, children = wait_for_ranks(started, 3)
@@ -127,7 +127,7 @@ def test_kill_9_of_a_rank_is_named_and_all_are_down_in_2_s_with_their_children(s
     assert not any(map(alive, [*ranks.values(), *children]))
 
 
-@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize("name", ["mpiexec", only_long("torchrun")])
 def test_kill_9_of_the_supervisor_leaves_nobody_after_5_s(start, name):
     started = start(name, 2, WAIT)
     ranks, children = wait_for_ranks(started, 2)

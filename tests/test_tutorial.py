@@ -43,6 +43,7 @@ def test_tutorial_mlp(train_here):
     assert run.summary["model/parameters"] == 44_860
 
 
+@pytest.mark.long
 def test_tutorial_step(train_here):
     run = train_here("experiment=tutorial_step", "device=cpu", "threads=1")
     assert run.column("lr") == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
