@@ -29,6 +29,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from allranks.run import checkpoint
 from helpers import PYTHON, SMALL, TRAIN, clean_environment, end, marked, mpiexec
 
 ATTEMPT_S = 120  # many times what any attempt takes: one that is not over by then hangs
@@ -477,14 +478,22 @@ class Trial:
         if kind == "torn metrics":
             return _tear(self.run / "metrics.jsonl", rng)
         folders = sorted((self.run / "checkpoints").glob("step-*"))
-        if not folders:
-            return False
+        if sum(_is_whole(folder) for folder in folders) < 2:
+            return False  # a run without any whole checkpoint is refused, as it should be
         folder = folders[-1] if rng.random() < 0.7 else rng.choice(folders)
         if kind == "missing manifest":
             (folder / "manifest.json").unlink(missing_ok=True)
             return True
         files = sorted(p for p in folder.iterdir() if p.stat().st_size)
         return bool(files) and HARM[kind](rng.choice(files), rng)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        checkpoint.read(folder)
+    except (checkpoint.Damaged, OSError):
+        return False
+    return True
 
 
 def finished(run: Path) -> bool:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from allranks.base.errors import UserError
 from allranks.run import checkpoint
-from helpers import SMALL, Run, clean_environment, execute, launcher, only_long, until
+from helpers import SMALL, TRAIN, Run, clean_environment, execute, launcher, only_long, tree, until
 
 # 12 steps in each of 2 epochs, a checkpoint after each, none removed
 EVERY_STEP = (*SMALL, "trainer.epochs=2", "trainer.batch_size=100", "checkpoint.every_steps=1",
@@ -301,14 +301,53 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(train, finished)
     checkpoint.read(newest.parent)  # the damaged one has been replaced
 
 
-def test_without_any_valid_checkpoint_it_begins_again(train, finished):
-    whole = figures(finished)
+def test_where_no_checkpoint_can_be_used_it_does_not_begin_again(train, finished):
+    """What was trained, and metrics.jsonl, stay as they are until somebody has looked."""
     (finished.path / "summary.json").unlink()
     for step in (10, 20):
         (checkpoint.path_of(finished.path, step) / "state.json").write_bytes(b"")
+    before = tree(finished.path)
+    done = train(*SHORT)
+    assert done.code == 2
+    assert (
+        "run/checkpoints has checkpoints, but none that can be used: step-000020: state.json"
+        in done.message
+    )
+    assert "to begin at step 0, move run/checkpoints away" in done.message
+    assert tree(finished.path) == before
+
+    (finished.path / "checkpoints").rename(finished.path / "aside")
+    assert figures(train(*SHORT).ok().run) == figures(finished)
+
+
+def test_after_a_passing_error_it_goes_on_where_it_was(train, finished, strace):
+    """The server is away when the run starts again, and back at the next start."""
+    whole = figures(finished)
+    unfinish(finished)
+    command = [*TRAIN, *SHORT]
+    for call in ("openat", "getdents64"):  # a checkpoint's folder; the folder of all
+        path = "run/checkpoints/step-000010" if call == "openat" else str(finished.path / "checkpoints")
+        fault = ["-f", "-qq", "-o", os.devnull, f"--inject={call}:error=ESTALE", "-P", path]
+        done = execute([strace, *fault, *command], finished.path.parent)
+        assert done.code == 2, done.err
+        assert "Stale file handle" in done.message
+    went_on = execute(command, finished.path.parent).ok()
+    assert "going on from run/checkpoints/step-000010" in went_on.out
+    assert figures(went_on.run) == whole
+
+
+def test_a_checkpoint_that_is_a_link_is_named_and_replaced(train, finished, tmp_path):
+    """The link was followed when a save looked for its own step, and not when checkpoints were listed."""
+    whole = figures(finished)
+    unfinish(finished)
+    newest = checkpoint.path_of(finished.path, 20)
+    shutil.copytree(checkpoint.path_of(finished.path, 10), tmp_path / "elsewhere")
+    newest.symlink_to(tmp_path / "elsewhere")
     done = train(*SHORT).ok()
-    assert done.out.count("passing over the checkpoint") == 2
+    assert "passing over the checkpoint step-000020: the folder cannot be opened: it is a link" in done.out
     assert figures(done.run) == whole
+    assert not newest.is_symlink()
+    assert (tmp_path / "elsewhere").is_dir()
 
 
 def test_one_writer_at_a_time(tmp_path, train):

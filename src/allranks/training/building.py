@@ -15,6 +15,7 @@ from allranks.data.dealing import steps_per_epoch
 from allranks.runtime.gradients import OrderedSum
 from allranks.runtime.runtime import Runtime
 from allranks.training.metrics import Sums
+from allranks.training.state import buffers_left_out, can_be_saved
 from allranks.training.training import Schedule, Training
 
 
@@ -48,8 +49,9 @@ def build_training(config: Config, runtime: Runtime, examples: int) -> Training:
     """
     trainer = config.trainer
     torch.manual_seed(config.seed)
-    model: nn.Module = build("model", config.model).to(runtime.device, dtype_of(trainer.precision))
+    model: nn.Module = build("model", config.model)
     _check_model(model, f"model._target_={config.model['_target_']}", trainer.reproducible)
+    _move(model, runtime.device, dtype_of(trainer.precision))
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     optimizer = build("optimizer", config.optimizer, parameters)
@@ -66,6 +68,7 @@ def build_training(config: Config, runtime: Runtime, examples: int) -> Training:
         scaler=torch.amp.GradScaler(runtime.device.type, enabled=trainer.precision == "fp16"),
         sums=Sums(runtime),
         ordered_sum=OrderedSum(parameters, len(runtime.shares)) if trainer.reproducible else None,
+        first_buffers={name: buffer.clone() for name, buffer in buffers_left_out(model).items()},
     )
 
 
@@ -79,12 +82,34 @@ def _check_model(model: nn.Module, target: str, is_reproducible: bool) -> None:
                 f"{target}: {name} of its state_dict is a {type(value).__name__}, but a checkpoint holds "
                 "tensors: register it as a buffer."
             )
+        if not can_be_saved(value):
+            raise UserError(
+                f"{target}: {name} is a tensor of {value.dtype}, a type that a checkpoint cannot hold."
+            )
+    for name, parameter in model.named_parameters():
+        if parameter.is_complex():
+            raise UserError(
+                f"{target}: the parameter {name} is complex, which allranks does not train: hold it as a "
+                "real one (torch.view_as_real), and make it complex in forward."
+            )
     has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     if is_reproducible and has_batch_norm:
         raise UserError(
             "trainer.reproducible=true does not go with BatchNorm, whose figures depend on how a batch "
             "is cut: take GroupNorm or LayerNorm in the model."
         )
+
+
+def _move(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Moves the model to the device, and converts its floating-point parameters and buffers.
+
+    model.to() would make complex buffers real as well, and drop their imaginary parts.
+    """
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+    model._apply(moved)
 
 
 def build_schedule(

@@ -74,8 +74,7 @@ class Saver:
 
         def choose() -> str | None:
             self.claim = Claim.take(self.run_dir)
-            checkpoint.sweep_up(self.run_dir)
-            chosen = self._newest(self.run_dir)
+            chosen = self._own_newest()
             if chosen is None and self.config.resume not in ("auto", "never"):
                 chosen = self._given(self.config.resume)
             self.claim.check()  # reading takes time, in which another may have taken over
@@ -92,18 +91,40 @@ class Saver:
             self.saved_step = training.step
         return path
 
-    def _newest(self, run_dir: str) -> _Checkpoint | None:
-        found = checkpoint.newest_valid(run_dir)
+    def _chosen(self, found: checkpoint.Found) -> _Checkpoint | None:
+        """What was found, after a warning for each checkpoint that was passed over."""
         for passed_over in found.passed_over:
             log.warning("passing over the checkpoint %s", passed_over)
         return None if found.path is None else _Checkpoint(str(found.path), found.files)
+
+    def _own_newest(self) -> _Checkpoint | None:
+        """The newest checkpoint of the run directory itself; None where it has none at all.
+
+        Raises UserError where it has some, and none can be used: to begin again would train all epochs
+        anew, and write metrics.jsonl anew, though the checkpoints may only be out of reach for the moment.
+        """
+        there = checkpoint.folder(self.run_dir)
+        try:
+            checkpoint.sweep_up(self.run_dir)  # what writers before this run have left
+            found = checkpoint.newest_valid(self.run_dir)
+        except OSError as error:
+            raise UserError(
+                f"{there} cannot be read ({error.strerror}): start the run again once it can be."
+            ) from error
+        if found.path is None and found.passed_over:
+            raise UserError(
+                f"{there} has checkpoints, but none that can be used: {'; '.join(found.passed_over)}. "
+                "Where a file system or a server was away, start the run again; to begin at step 0, move "
+                f"{there} away."
+            )
+        return self._chosen(found)
 
     def _given(self, given: str) -> _Checkpoint:
         """The checkpoint that `resume` names: by its own path, or by that of a run directory."""
         try:
             if (Path(given) / checkpoint.MANIFEST).exists():
                 return _Checkpoint(given, checkpoint.read(Path(given).resolve()))
-            newest = self._newest(given)
+            newest = self._chosen(checkpoint.newest_valid(given))
         except checkpoint.Damaged as damaged:
             raise UserError(
                 f"resume={given} is damaged: {damaged}. Give an earlier checkpoint."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from allranks import config as configs
 from allranks.base.errors import UserError
 from allranks.base.text import one_line
 from allranks.config import Config
+from allranks.run import checkpoint
 from allranks.runtime.runtime import Runtime
 from allranks.training.training import Training
 
@@ -72,8 +74,35 @@ def capture(
         "scheduler": _taken_apart(schedule.state_dict() if schedule else {}, "scheduler", beside_the_model),
         "scaler": _taken_apart(training.scaler.state_dict(), "scaler", beside_the_model),
     }
+    buffers = _changed_buffers(training)
+    if buffers:  # most models have none
+        state["buffers"] = _taken_apart(buffers, "buffer", beside_the_model)
     model = {name: _copied(tensor) for name, tensor in training.model.state_dict().items()}
     return Captured({MODEL: model, OPTIMIZER: beside_the_model}, state)
+
+
+def buffers_left_out(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that the model's state_dict leaves out, being registered with persistent=False."""
+    saved = model.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in model.named_buffers() if name not in saved}
+
+
+def _changed_buffers(training: Training) -> dict[str, torch.Tensor]:
+    """Those of buffers_left_out() that are not any more as the model's constructor has made them.
+
+    The others are made by the constructor again when a run goes on.
+    """
+    first = training.first_buffers
+    return {
+        name: buffer
+        for name, buffer in buffers_left_out(training.model).items()
+        if name not in first or not torch.equal(buffer, first[name])
+    }
+
+
+def can_be_saved(tensor: torch.Tensor) -> bool:
+    """Whether safetensors has a name for the tensor's type."""
+    return not tensor.is_quantized and tensor.dtype not in (torch.complex128, torch.complex32)
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
@@ -88,6 +117,8 @@ def _taken_apart(node: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     if node is None or isinstance(node, bool | int | float | str):
         return node
     if isinstance(node, torch.Tensor):
+        if not can_be_saved(node):
+            raise UserError(f"{name} is a tensor of {node.dtype}, a type that a checkpoint cannot hold.")
         tensors[name] = _copied(node)
         return {"tensor": name}
     if isinstance(node, list | tuple):
@@ -112,16 +143,37 @@ def restore(
     Raises UserError where it is the checkpoint of another training, or not one that allranks has made.
     """
     try:
-        state = json.loads(files[STATE])
+        state = checkpoint.from_json(STATE, files[STATE])
+        _check_counters(state)
         _check_that_it_fits(state, path, config, runtime.world_size)
         _restore_components(training, state, files, path)
         _restore_counters(training, state)
         _restore_sums(training, state["sums"], runtime)
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, checkpoint.Damaged) as error:
+        what = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(
-            f"{path} does not hold what this version saves ({type(error).__name__}: {error}): give a "
-            "checkpoint that allranks has made."
+            f"{path} does not hold what this version saves ({what}): give a checkpoint that allranks "
+            "has made."
         ) from error
+
+
+def _check_counters(state: Mapping[str, Any]) -> None:
+    """Raises KeyError, TypeError or ValueError where the state's numbers make no sense as a training's."""
+    for name in ("epoch", "step", "steps_in_epoch_done", "world_size"):
+        if type(state[name]) is not int or state[name] < 0:
+            raise ValueError(f"{name} is {ascii(state[name])[:40]}")
+    for name in ("epoch_s", "epoch_lr"):
+        if type(state[name]) not in (int, float) or not 0 <= state[name] < math.inf:
+            raise ValueError(f"{name} is {ascii(state[name])[:40]}")
+    history = state["history"]
+    if not isinstance(history, list) or len(history) != state["epoch"]:
+        raise ValueError(f"history does not have {state['epoch']} epochs")
+    for epoch in history:
+        if type(epoch["step"]) is not int or type(epoch["val/loss"]) not in (int, float):
+            raise ValueError("an epoch of history has no step or no val/loss")
+    for row in state["sums"]:
+        if len(row) != 3:
+            raise ValueError("a row of sums does not have three numbers")
 
 
 def _check_that_it_fits(state: Mapping[str, Any], path: str, config: Config, world_size: int) -> None:
@@ -151,13 +203,50 @@ def _restore_components(
     tensors = _load(files[OPTIMIZER])
     try:
         training.model.load_state_dict(_load(files[MODEL]))
-        training.optimizer.load_state_dict(_put_together(state["optimizer"], tensors))
+        _restore_optimizer(training.optimizer, _put_together(state["optimizer"], tensors))
+        _restore_buffers(training.model, _put_together(state.get("buffers", {"items": []}), tensors))
     except (RuntimeError, ValueError, KeyError) as error:
         what = f"{path} does not fit the model and optimizer of this run"
         raise UserError(f"{what}: {one_line(error)}") from error
     if training.schedule.scheduler is not None:
         training.schedule.scheduler.load_state_dict(_put_together(state["scheduler"], tensors))
     training.scaler.load_state_dict(_put_together(state["scaler"], tensors))
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """load_state_dict() that leaves every tensor of the state in the type in which it was saved.
+
+    torch's own casts them to the type of their parameter. NAdam, for one, keeps a float32 number for each
+    float64 parameter, and would go on with other bits.
+    """
+    optimizer.load_state_dict(dict(saved))
+    for group, saved_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        for parameter, number in zip(group["params"], saved_group["params"], strict=True):
+            if number in saved["state"]:
+                loaded = optimizer.state[parameter]
+                optimizer.state[parameter] = _with_saved_types(loaded, saved["state"][number])
+
+
+def _with_saved_types(loaded: Any, saved: Any) -> Any:
+    """`loaded`, with the tensors that have another type than in `saved` taken from there."""
+    if isinstance(loaded, torch.Tensor) and isinstance(saved, torch.Tensor):
+        return loaded if loaded.dtype == saved.dtype else saved.to(loaded.device)
+    if isinstance(loaded, dict) and isinstance(saved, dict):
+        return {key: _with_saved_types(value, saved.get(key)) for key, value in loaded.items()}
+    if isinstance(loaded, list | tuple) and isinstance(saved, list | tuple) and len(loaded) == len(saved):
+        return type(saved)(map(_with_saved_types, loaded, saved))
+    return loaded
+
+
+def _restore_buffers(model: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
+    """Puts back the buffers that the model's state_dict leaves out."""
+    device = next(model.parameters()).device
+    for name, tensor in saved.items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if leaf not in module._buffers:
+            raise KeyError(f"the model has no buffer {name}")
+        setattr(module, leaf, tensor.to(device))
 
 
 def _restore_counters(training: Training, state: Mapping[str, Any]) -> None:

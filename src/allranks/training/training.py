@@ -58,6 +58,8 @@ class Training:
     scaler: torch.amp.GradScaler
     sums: Sums  # of the running epoch, where trainer.train_metrics=running
     ordered_sum: OrderedSum | None = None  # in a reproducible run
+    # The buffers that the model's state_dict leaves out, as its constructor has made them.
+    first_buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     epoch: int = 0  # completed
     step: int = 0  # optimizer steps, skipped ones included
     epoch_steps: int = 0  # of them in the epoch that is under way
