@@ -3,10 +3,41 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import textwrap
 
+import pytest
+
+from allranks.base.errors import UserError
+from allranks.compose import from_command_line
+from allranks.launch.command import launch
+from allranks.submit.command import submit
 from helpers import ROOT, SMALL, TRAIN, execute
+
+PLACEHOLDERS = {"PATH", "RUN", "DIR", "..."}
+NEED_MORE = {"--config-dir", "--config-path", "--hosts", "--cell"}
+
+
+def commands(*words: str) -> list[str]:
+    """The lines of code in README and docs that hold these words one after another.
+
+    Lines with a placeholder are left out, and lines that need a file which the page lets its reader write.
+    """
+    found: list[str] = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for line in re.findall(r"^ {4,}(\S.*)$", path.read_text(), flags=re.M):
+            typed = line.split("#")[0].split()
+            holds = any(tuple(typed[at : at + len(words)]) == words for at in range(len(typed)))
+            left_out = {*PLACEHOLDERS, *NEED_MORE, "--help", "allranks:"} & set(typed)
+            if holds and not left_out and "$n" not in line:
+                found.append(line)
+    return sorted(set(found))
+
+
+def arguments_of(line: str, word: str) -> list[str]:
+    typed = shlex.split(line, comments=True)
+    return typed[typed.index(word) + 1 :]
 
 
 def test_every_fault_has_its_row_and_every_test_it_names_is_there():
@@ -35,3 +66,30 @@ def test_the_readmes_own_model_trains_as_typed(tmp_path):
     done = execute([*TRAIN, *words], tmp_path).ok()
     parameters = 784 * 512 + 512 + 512 * 512 + 512 + 512 * 10 + 10
     assert done.run.summary["model/parameters"] == parameters
+
+
+@pytest.mark.parametrize("line", commands("allranks", "train") + commands("-m", "allranks.train"))
+def test_a_training_that_the_documents_show_can_be_composed(line, capsys):
+    arguments = arguments_of(line, "train" if "allranks train" in line else "allranks.train")
+    if "optimiser=adam" in arguments:  # the README's own example of a mistake
+        with pytest.raises(UserError, match="Did you mean optimizer"):
+            from_command_line(arguments)
+    else:
+        assert from_command_line(arguments)
+
+
+@pytest.mark.parametrize("line", commands("allranks", "launch"))
+def test_a_launch_that_the_documents_show_can_be_planned(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for program in ("my_own_train.py", "train.py"):
+        (tmp_path / program).touch()
+    assert launch(["--dry-run", *arguments_of(line, "launch")]) == 0
+    assert "-m allranks.launch.guard" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", commands("allranks", "submit"))
+def test_a_job_that_the_documents_show_can_be_scripted(line, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("allranks.submit.task.NODE_LOCAL", ())  # whichever folder the tests run in
+    assert submit(["--dry-run", *arguments_of(line, "submit")]) == 0
+    assert "allranks launch" in capsys.readouterr().out
