@@ -18,7 +18,18 @@ from allranks.config import WatchdogConfig
 from allranks.job.identity import RankIdentity
 from allranks.runtime.watch.progress import Progress
 from allranks.runtime.watch.thread import Watchdog
-from helpers import PYTHON, Started, execute, launcher, only_long, serial, took_at_most, until
+from helpers import (
+    PYTHON,
+    SMALL,
+    Started,
+    execute,
+    launcher,
+    mpiexec,
+    only_long,
+    serial,
+    took_at_most,
+    until,
+)
 
 # What is asserted here is how soon all ranks are down.
 pytestmark = serial
@@ -302,6 +313,81 @@ def test_a_rank_that_takes_its_time_is_left_alone(start, tmp_path):
     assert (code, err) == (0, "")
 
 
+# --- a rank that does not come to the start ------------------------------------------------------------
+
+START_S = 4  # watchdog.start_s of the trainings here
+# What a rank does instead of coming.
+ABSENT = {
+    "dies": "sys.exit(1)",
+    "hangs": "time.sleep(1000)",
+    "is stopped": "os.kill(os.getpid(), signal.SIGSTOP)",
+}
+
+
+@pytest.mark.parametrize("how", ABSENT)
+def test_a_rank_that_never_comes_to_mpi_does_not_keep_the_others(tmp_path, how):
+    """MPI_Init keeps Python's lock until all ranks have come to it."""
+    train = [PYTHON, "-m", "allranks.train", *SMALL, f"watchdog.start_s={START_S}"]
+    absent = [PYTHON, "-c", "import os, signal, sys, time\ntime.sleep(0.3)\n" + ABSENT[how]]
+    with Started([mpiexec(), "-n", "1", *train, ":", "-n", "1", *absent], tmp_path) as started:
+        code, _, err = started.finish(within_s=START_S + 60)  # torch is imported before
+        assert code not in (0, 2, 85)
+        assert f"allranks: rank 0 on {HOST} has waited {START_S} s in MPI_Init, as long as watchdog" in err
+        started.gone(within_s=5)
+
+
+STOPPED_IN_INIT = """
+import os, signal, time
+from allranks.job import identity
+from allranks.runtime import mpi
+
+here = os.getpid()
+if os.fork() == 0:
+    time.sleep(2)
+    os.kill(here, signal.SIGSTOP)
+    os._exit(0)
+mpi.world(identity.discover(os.environ), 4)
+"""
+
+
+def test_a_rank_that_is_stopped_in_mpi_init_is_named(tmp_path):
+    """It waits there for another one, which does not come either."""
+    absent = [PYTHON, "-c", "import time; time.sleep(1000)"]
+    stopped = [PYTHON, "-c", STOPPED_IN_INIT]
+    command = [mpiexec(), "-n", "1", *absent, ":", "-n", "1", *stopped]
+    with Started(command, tmp_path) as started:
+        code, _, err = started.finish(within_s=60)
+        assert code not in (0, 2, 85)
+        assert f"allranks: rank 1 on {HOST} is stopped (state T): all ranks end." in err
+
+
+STOPPED_AT_ONCE = """
+import os, signal, sys
+if os.environ["RANK"] == sys.argv.pop(1):
+    os.kill(os.getpid(), signal.SIGSTOP)
+from allranks import train
+train.main()
+"""
+
+
+@pytest.mark.parametrize(("who", "other"), [(1, 0), (0, 1)])
+def test_under_torchrun_the_rank_that_does_not_come_is_named(tmp_path, who, other):
+    """And not the one that waits for it."""
+    (tmp_path / "program.py").write_text(STOPPED_AT_ONCE)
+    torchrun = launcher("torchrun", 2)
+    command = [*torchrun, "program.py", str(who), *SMALL, f"watchdog.start_s={START_S}"]
+    waited = (
+        rf"allranks: rank {other} on {HOST} has waited [\d.]+ s for rank {who}; {START_S} s are allowed"
+    )
+    with Started(command, tmp_path) as started:
+        assert started.process.stderr is not None
+        err = b""
+        deadline = time.monotonic() + 90
+        while not re.search(waited, err.decode()):
+            assert time.monotonic() < deadline, err.decode()
+            err += os.read(started.process.stderr.fileno(), 65536)
+
+
 # --- several hosts -------------------------------------------------------------------------------------
 
 # A stand-in for a launcher on two hosts, of two ranks each: namespaces with names of their own.
@@ -361,7 +447,7 @@ def test_a_straggler_is_reported(start):
 
 def test_nobody_without_the_secret_is_listened_to():
     watchdog = Watchdog(WatchdogConfig(), RankIdentity("none"), abort=lambda code: None)
-    me = watchdog.prepare(one_host=True)
+    me = watchdog.prepare(2, one_host=True)
     address, port, secret = me["door"]
     watchdog.join([me, me], deputy=1)
     for words in (
@@ -388,7 +474,7 @@ from allranks.runtime.watch.thread import Watchdog
 from allranks.job.identity import RankIdentity
 
 mine = Watchdog(WatchdogConfig(), RankIdentity("none"), abort=lambda code: None)
-me = mine.prepare(one_host=True)
+me = mine.prepare(2, one_host=True)
 address, port, secret = me["door"]
 mine.join([me, me], deputy=1)
 other = links.connect(address, port, 5)
@@ -411,6 +497,65 @@ def test_a_rank_that_closes_while_another_says_goodbye_is_not_gone(tmp_path):
     """Or the end of a run that was well is an alarm now and then."""
     done = execute([sys.executable, "-c", RESET], tmp_path).ok()
     assert (done.out, done.err) == ("", "")
+
+
+FULL = """
+import resource, socket, time
+from allranks.base import links
+from allranks.config import WatchdogConfig
+from allranks.job.identity import RankIdentity
+from allranks.runtime.watch.thread import Watchdog
+
+watchdog = Watchdog(WatchdogConfig(), RankIdentity("none"), abort=lambda code: None)
+me = watchdog.prepare(2, one_host=True)
+watchdog.join([me, me], deputy=1)
+address, port, secret = me["door"]
+taken = [socket.socket() for _ in range(20)]  # of a program that opens much
+most = taken[-1].fileno() + 3
+resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+for one in taken[:6]:
+    one.connect((address, port))  # strangers, more than this process has descriptors for
+time.sleep(1)
+taken[0].close()
+taken[1].close()
+time.sleep(1)
+rank_1 = links.connect(address, port, 5)
+rank_1.send(secret=secret, rank=1)
+rank_1.send(alarm={"step": 0, "arrivals": 0, "overdue": False, "where": ""})
+rank_1.sock.settimeout(10)
+print(rank_1.next_message())
+watchdog.close()
+"""
+
+
+def test_a_process_without_a_free_descriptor_goes_on_watching(tmp_path):
+    done = execute([sys.executable, "-c", FULL], tmp_path).ok()
+    assert (done.out, done.err) == ("{'wait': True}\n", "")
+
+
+FAILS = """
+import time
+from allranks.config import WatchdogConfig
+from allranks.job.identity import RankIdentity
+from allranks.runtime.watch.thread import Watchdog
+
+watchdog = Watchdog(WatchdogConfig(), RankIdentity("none"), abort=lambda code: None)
+
+def mark():
+    raise OSError(5, "Input/output error")
+
+watchdog.progress.mark = mark
+time.sleep(60)
+"""
+
+
+def test_a_watch_that_fails_ends_the_run_with_a_sentence(tmp_path):
+    done = execute([sys.executable, "-c", FAILS], tmp_path, timeout_s=30)
+    assert done.code == 1
+    error = "OSError(5, 'Input/output error')"
+    assert done.message == (
+        f"allranks: rank 0 on {HOST}: the watch over the ranks has failed ({error}): all ranks end."
+    )
 
 
 def test_a_step_that_compiles_has_the_first_steps_time():

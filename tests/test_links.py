@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import selectors
 import socket
 import time
@@ -11,6 +12,7 @@ from contextlib import contextmanager, suppress
 import pytest
 
 from allranks.base import links
+from helpers import PYTHON, execute
 
 SECRET = "s" * 64
 
@@ -67,6 +69,26 @@ def test_the_end_of_a_connection_is_told():
     with pytest.raises(EOFError):
         connection.next_message()
     connection.close()
+
+
+# --- how many connections -------------------------------------------------------------------------
+
+
+def test_more_connections_than_descriptors_are_refused_at_the_start(tmp_path):
+    code = (
+        "import resource\n"
+        "from allranks.base import links\n"
+        "from allranks.base.errors import UserError\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (90, 200))\n"
+        "links.listen('127.0.0.1', connections=100).close()\n"
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE))\n"
+        "try: links.listen('127.0.0.1', connections=200)\n"
+        "except UserError as error: print(error)\n"
+    )
+    raised, refused = execute([PYTHON, "-c", code], tmp_path).ok().out.splitlines()
+    assert raised == "(200, 200)"
+    assert re.search("may have 200 files and connections open, but this one needs 2[67].", refused)
+    assert "for 200 ranks" in refused
 
 
 # --- the door -------------------------------------------------------------------------------------
@@ -153,3 +175,33 @@ def test_a_silent_newcomer_does_not_keep_the_next_one_waiting():
         guest.sendall(links.message(secret=SECRET))
         one.run()
         assert [hello for _, hello in one.came] == [{"secret": SECRET}]
+
+
+def test_strangers_are_few_at_a_time_and_do_not_keep_a_rank_out():
+    with loop() as one:
+        strangers = [one.connect() for _ in range(40)]
+        one.run()
+        # The listening socket, and the newcomers that the door takes at a time.
+        assert len(one.selector.get_map()) == 1 + 1 + links.SPARE
+        with one.connect() as guest:
+            guest.sendall(links.message(secret=SECRET))
+            one.run()
+        assert [hello for _, hello in one.came] == [{"secret": SECRET}]
+        for stranger in strangers:
+            stranger.close()
+
+
+def test_a_closed_door_lets_nobody_in_and_leaves_guests_alone():
+    with selectors.DefaultSelector() as selector:
+        one = Loop(selector)
+        with one.connect() as guest, one.connect() as silent:
+            guest.sendall(links.message(secret=SECRET))
+            one.run()
+            one.door.close()
+            assert silent.recv(100) == b""
+            [(connection, _)] = one.came
+            connection.send(still="here")
+            assert links.Connection(guest).next_message() == {"still": "here"}
+            with pytest.raises(ConnectionRefusedError):
+                one.connect()
+            connection.close()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -183,7 +184,9 @@ def test_mpi_that_sees_other_ranks_than_the_launcher_started():
 # --- the ranks add up, over real sockets --------------------------------------------------------
 
 
-def add(size: int, strangers: tuple[bytes, ...] = ()) -> dict[int, str]:
+def add(
+    size: int, strangers: tuple[bytes, ...] = (), connected: Sequence[socket.socket] = ()
+) -> dict[int, str]:
     """All ranks of a preflight on loopback, a thread each; what each has to complain of."""
     said = {}
 
@@ -196,6 +199,8 @@ def add(size: int, strangers: tuple[bytes, ...] = ()) -> dict[int, str]:
 
     listener = links.listen("127.0.0.1")
     place = listener.getsockname()[:2]
+    for one in connected:
+        one.connect(place)
     for data in strangers:
         with socket.create_connection(place) as link:
             link.sendall(data)
@@ -231,6 +236,14 @@ def test_strangers_are_not_counted():
         links.message(secret="secret", part=[1]), links.message(rank=1, part=[9, 9, 9]),
     )  # fmt: skip
     assert add(3, wrong) == {0: "", 1: "", 2: ""}
+
+
+def test_a_stranger_that_says_nothing_keeps_nobody_waiting():
+    """Nor one that sends a byte now and then."""
+    began = time.monotonic()
+    with socket.socket() as silent:
+        assert add(3, connected=[silent]) == {0: "", 1: "", 2: ""}
+    assert time.monotonic() - began < links.HELLO_S
 
 
 def test_rank_0_that_is_not_reached_is_named():

@@ -15,6 +15,7 @@ import contextlib
 import errno
 import hmac
 import json
+import os
 import selectors
 import socket
 import time
@@ -33,6 +34,8 @@ SHORTEST_PAUSE_S = 0.02  # between two attempts to connect; it doubles up to the
 LONGEST_PAUSE_S = 1.0
 HELLO_S = 5.0  # for a newcomer to show the secret, in all: a rank does so at once
 SPARE = 8  # newcomers beyond the expected ranks: a port scanner or two do no harm
+# Of descriptors, for what else a process opens: the data, a checkpoint, the workers of a data loader.
+SPARE_DESCRIPTORS = 64
 PAUSE_S = 0.5  # until a process that has no free descriptor tries again to let somebody in
 # What accept() says where this process, or its host, can take no further connection (accept(2)).
 NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -181,13 +184,14 @@ def keep_alive(sock: socket.socket) -> None:
 # --- the side that is connected to ----------------------------------------------------------------
 
 
-def listen(address: str, port: int = 0, far: bool = False) -> socket.socket:
+def listen(address: str, port: int = 0, far: bool = False, connections: int = 1) -> socket.socket:
     """A socket that listens at an address of this host, which is rank 0's; port 0 takes a free one.
 
-    `far` says that ranks are on other hosts. Raises UserError where this host has no such address, where
-    the port is taken, or where ranks are far and the address is one that only this host can reach.
+    `far` says that ranks are on other hosts, `connections` how many processes will connect. Raises
+    UserError where this host has no such address, where the port is taken, where ranks are far and the
+    address is one that only this host can reach, or where this process may not have so many connections.
     """
-    raise_file_limit()
+    allow_connections(connections)
     host = socket.gethostname()
     try:
         found = {entry[0] for entry in socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)}
@@ -211,16 +215,33 @@ def listen(address: str, port: int = 0, far: bool = False) -> socket.socket:
     return listener
 
 
-def raise_file_limit() -> None:
-    """Allows this process as many open files as it may have.
+def allow_connections(count: int) -> None:
+    """Sees to it that this process may hold `count` more connections. Raises UserError where it may not.
 
-    Rank 0 and the launcher hold one connection for each rank, and the usual 1,024 are too few for many.
+    Each takes a descriptor, as an open file does. Rank 0 and the launcher hold one for each rank, and the
+    usual soft limit of 1,024 is too low for many ranks: it is raised to the hard one.
     """
     import resource  # not needed by the guards, which start on every rank in a few milliseconds
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+    needed = _open_descriptors() + count + SPARE_DESCRIPTORS
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise UserError(
+            f"a process on {socket.gethostname()} may have {hard} files and connections open, but this one "
+            f"needs {needed} for {count} ranks: ask for a higher limit there (`ulimit -Hn` shows it), or "
+            "start fewer ranks."
+        )
+
+
+def _open_descriptors() -> int:
+    """How many descriptors this process has open; 0 where there is no /proc to tell."""
+    try:
+        return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    except OSError:
+        return 0
 
 
 class Door:

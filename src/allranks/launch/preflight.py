@@ -206,7 +206,9 @@ def main() -> int:
     rank, size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
     place = (environ[variables.MASTER_ADDR], int(environ[variables.MASTER_PORT]))
     try:
-        listener = links.listen(*place) if rank == 0 and size > 1 else None  # before others come to connect
+        listener = None
+        if rank == 0 and size > 1:  # before others come to connect
+            listener = links.listen(*place, connections=size)
         _tell(problems=problems(task, environ), facts=facts() if environ["LOCAL_RANK"] == "0" else None)
         if size > 1:
             add_by_tcp(rank, size, place, listener, environ[variables.RANKS_SECRET])

@@ -176,7 +176,7 @@ class Supervision:
         if self._writer is not None:
             self._writer.on_progress = self._tell_loop
 
-        links.raise_file_limit()
+        links.allow_connections(self.world_size)
         address = await self._open_door()
         self._place["master_addr"] = env.get(variables.MASTER_ADDR)
         self._launcher = _started(argv, {**env, **self._private_variables(address, run_dir)})

@@ -142,7 +142,7 @@ def _open(identity: RankIdentity, config: Config | None, error: UserError | None
         # 1. meet
         comm = None
         if identity.is_mpi and not identity.alone:
-            comm = mpi.world(identity)
+            comm = mpi.world(identity, limits.start_s)
             identity = replace(identity, world_size=int(comm.size))
         meeting = open_meeting(identity, comm, run, watchdog.progress)
         return _bring_up(identity, config, error, watchdog, meeting, comm)
@@ -175,7 +175,7 @@ def _bring_up(
     assert config is not None  # a rank without a configuration has told its error, which all have raised
 
     # 3. equip
-    device, kind, equipment = _equip(config, identity, place, watchdog, several=meeting.world_size > 1)
+    device, kind, equipment = _equip(config, identity, place, watchdog, meeting.world_size)
 
     # 4. agree
     agreed = _ask_rank_0(meeting, equipment, agreement, _to_equipment, _to_agreement)
@@ -207,7 +207,7 @@ def _bring_up(
 
 
 def _equip(
-    config: Config, identity: RankIdentity, place: Place, watchdog: Watchdog, several: bool
+    config: Config, identity: RankIdentity, place: Place, watchdog: Watchdog, world_size: int
 ) -> tuple[torch.device, str, Equipment]:
     """This rank's device, `ezpz` or `native`, and what the other ranks must know.
 
@@ -222,8 +222,8 @@ def _equip(
         _check_precision(config.trainer.precision, picked.device)
         if ezpz.chosen(config.runtime, identity.rank):
             kind = "ezpz"
-        if several:
-            watch = watchdog.prepare(one_host=place.hosts == 1)
+        if world_size > 1:
+            watch = watchdog.prepare(world_size, one_host=place.hosts == 1)
     except UserError as problem:
         error = problem
     facts = RankFacts(

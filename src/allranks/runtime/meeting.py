@@ -177,7 +177,7 @@ def serve(address: str, world_size: int, port: int = 0, far: bool = False) -> tu
     """A store on rank 0's host at this address, and its port; raises UserError as listen() does."""
     from torch.distributed import TCPStore
 
-    listener = listen(address, port, far)
+    listener = listen(address, port, far, connections=world_size)
     port = listener.getsockname()[1]
     store = TCPStore(
         address, port, world_size, True, timedelta(seconds=WAIT_S), wait_for_workers=False,
@@ -194,7 +194,8 @@ def _serve_through_mpi(comm: Any, progress: Progress) -> Store:
     """
     from torch.distributed import PrefixStore
 
-    hosts = mpi.hosts(comm)
+    with progress.waiting_for("the other ranks, at the first message over MPI"):
+        hosts = mpi.hosts(comm)
     store: Store | None = None
     address, port, problem, secret = "", 0, "", ""
     if comm.rank == 0:
@@ -204,7 +205,8 @@ def _serve_through_mpi(comm: Any, progress: Progress) -> Store:
             store, port = serve(address, comm.size, far=far)
         except UserError as error:
             problem = str(error)
-    said = mpi.broadcast_text(comm, json.dumps([address, port, problem, secret]))
+    with progress.waiting_for("rank 0, at the first message over MPI"):
+        said = mpi.broadcast_text(comm, json.dumps([address, port, problem, secret]))
     address, port, problem, secret = json.loads(said)
     if problem:
         raise UserError(problem, said_by=0)

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from allranks.base.errors import UserError
 from allranks.base.text import one_line
 from allranks.job.identity import RankIdentity
+from allranks.runtime.watch.timer import time_limit
 
 if TYPE_CHECKING:
     import torch
 
 
-def world(identity: RankIdentity) -> Any:
+# MPI_Init returns when all ranks have come to it, and keeps Python's lock until then.
+STOPPED_FIRST_S = 1.0  # a rank that is stopped is named by its own helper; rank 0 speaks so much later
+RANK_0_FIRST_S = 5.0  # and the other ranks so much later
+END_JOB_S = 60.0  # for the other ranks to come to MPI_Init where this one only ends the job
+
+
+def world(identity: RankIdentity, start_s: float | None = None) -> Any:
     """MPI.COMM_WORLD, once it is sure to span the ranks that the launcher started.
 
     mpi4py bound to another MPI than the launcher's sees every rank as 0 of 1; training on would be N
-    solo runs. Raises UserError that names both.
+    solo runs. Raises UserError that names both. If the other ranks have not come to MPI within `start_s`
+    seconds, this process is ended with a sentence.
     """
     try:
         MPI = _mpi()
@@ -45,13 +55,26 @@ def world(identity: RankIdentity) -> Any:
     if identity.launcher == "pmix" and "MPICH" in library and "pmix" not in MPI.Get_library_version():
         raise foreign
     if not MPI.Is_initialized():
-        MPI.Init_thread()
+        with _limit_of_init(identity.rank, start_s):
+            MPI.Init_thread()
     comm = MPI.COMM_WORLD
     if identity.launcher == "pmix" and comm.size == 1:  # PMIx does not tell the size: nobody could say more
         raise foreign
     if comm.size < expected or (identity.world_size and comm.size != identity.world_size):
         raise foreign
     return comm
+
+
+def _limit_of_init(rank: int, start_s: float | None) -> AbstractContextManager[None]:
+    """Ends this process if MPI_Init takes longer than `start_s` seconds; None sets no limit."""
+    if start_s is None:
+        return nullcontext()
+    words = (
+        f"has waited {start_s:g} s in MPI_Init, as long as watchdog.start_s allows. It returns when every "
+        "rank has come to it: look for a rank that has died, hangs or is stopped. All ranks end."
+    )
+    spare_s = STOPPED_FIRST_S if rank == 0 else RANK_0_FIRST_S
+    return time_limit(start_s, f"rank {rank} on {socket.gethostname()}", words, spare_s)
 
 
 # Whose library speaks with whose launcher; MVAPICH2 and jsrun have relations of several kinds.
@@ -119,7 +142,9 @@ def end_job(code: int) -> None:
     """Joins MPI only to end every rank of the job, for a rank that could not begin."""
     try:
         MPI = _mpi()
-        MPI.Init_thread()
+        words = f"could not end the other ranks: they have not come to MPI within {END_JOB_S:g} s."
+        with time_limit(END_JOB_S, f"process {os.getpid()} on {socket.gethostname()}", words):
+            MPI.Init_thread()
     except (ImportError, RuntimeError):
         return
     MPI.COMM_WORLD.Abort(code)

@@ -145,13 +145,13 @@ class Watchdog:
 
     # --- getting to know the others -------------------------------------------------------------------
 
-    def prepare(self, one_host: bool) -> dict[str, Any]:
+    def prepare(self, world_size: int, one_host: bool) -> dict[str, Any]:
         """What the others must know to look after this process, as JSON. Rank 0 opens its door.
 
-        Raises UserError where rank 0 cannot listen at its address.
+        Raises UserError where rank 0 cannot listen at its address, or may not have so many connections.
         """
         self._dump_fd = postmortem.offer_stack()
-        door = self._open_door(one_host) if self.rank == 0 else None
+        door = self._open_door(world_size, one_host) if self.rank == 0 else None
         return Peer(self._host, self._process, self._dump_fd, door).to_json()
 
     def join(self, peers: Sequence[Mapping[str, Any]], deputy: int) -> None:
@@ -172,10 +172,10 @@ class Watchdog:
         # Children, such as a data loader's workers, must not keep this rank's connections open.
         os.register_at_fork(after_in_child=self._drop_sockets)
 
-    def _open_door(self, one_host: bool) -> tuple[str, int, str]:
-        """Rank 0's address, port and secret. Raises UserError where it cannot listen there."""
+    def _open_door(self, world_size: int, one_host: bool) -> tuple[str, int, str]:
+        """Rank 0's address, port and secret. Raises UserError as links.listen() does."""
         address = "127.0.0.1" if one_host else os.environ["MASTER_ADDR"]
-        self._listener = links.listen(address, far=not one_host)
+        self._listener = links.listen(address, far=not one_host, connections=world_size)
         port = self._listener.getsockname()[1]
         return address, port, self._secret
 

@@ -1,0 +1,60 @@
+"""A time limit for a call that keeps Python's lock, in which no thread of Python's can run.
+
+MPI_Init is such a call: it returns when all ranks have come to it, and until then this process is deaf. A
+helper process, forked before the call, looks at the clock instead. It ends this process with a sentence if
+the call has not returned in time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+from allranks.base import processes
+
+TERM_S = 2.0  # from SIGTERM to SIGKILL
+
+
+@contextlib.contextmanager
+def time_limit(limit_s: float, who: str, words: str, spare_s: float = 0.0) -> Iterator[None]:
+    """Ends this process, with the sentence `who words`, if the block has not ended after `limit_s` seconds.
+
+    If this process is stopped by then (SIGSTOP), the sentence says that instead. `spare_s` are seconds more
+    for a process that is not stopped: of several that wait for each other, the stopped one is to be named.
+    Must be entered by the main thread: the helper ends when the thread ends that started it.
+    """
+    parent = os.getpid()
+    helper = os.fork()
+    if helper == 0:
+        _help(parent, limit_s, who, words, spare_s)
+    try:
+        yield
+    finally:
+        os.kill(helper, signal.SIGKILL)
+        os.waitpid(helper, 0)
+
+
+def _help(parent: int, limit_s: float, who: str, words: str, spare_s: float) -> None:
+    """The helper process. It makes plain system calls only: locks of other threads stay locked here."""
+    try:
+        processes.die_with_parent(parent, signal.SIGKILL)
+        # A signal to the whole job must not leave the call without its limit.
+        signal.pthread_sigmask(signal.SIG_BLOCK, processes.STOPPING)
+        time.sleep(limit_s)
+
+        stat = processes.process_stat(parent)
+        if stat is not None and stat.state in "Tt":
+            words = "is stopped (state T): all ranks end."
+        else:
+            time.sleep(spare_s)
+        os.write(2, f"allranks: {who} {words}\n".encode())
+
+        os.kill(parent, signal.SIGTERM)
+        os.kill(parent, signal.SIGCONT)  # a stopped process ends only when it goes on
+        time.sleep(TERM_S)
+        os.kill(parent, signal.SIGKILL)  # its handler for SIGTERM may need Python's lock
+    finally:
+        os._exit(0)
