@@ -1,4 +1,7 @@
-"""From a section of the configuration to the object that its `_target_` names."""
+"""Components: from a section of the configuration to the object that its `_target_` names.
+
+A component is a model, an optimizer, a learning-rate schedule or a data set, ours or a user's own.
+"""
 
 from __future__ import annotations
 

@@ -36,7 +36,11 @@ def from_command_line(arguments: Sequence[str]) -> list[Config]:
 
 
 def cells_from_command_line(arguments: Sequence[str]) -> list[tuple[Config, list[str]]]:
-    """The same, each training with its own overrides: those of its cell of a sweep."""
+    """Every training that the command line asks for, each with its own overrides.
+
+    A sweep (-m) has several cells, and the overrides of a cell are those that Hydra chose for it. Raises
+    UserError for whatever Hydra or the schema refuses.
+    """
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
@@ -81,7 +85,10 @@ HYDRAS = _FLAGS_WITH_VALUE.union(
 
 
 def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Hydra's flags and the overrides, apart: its parser takes overrides in one run only."""
+    """Separates Hydra's flags from the overrides: (flags, overrides).
+
+    Hydra's parser wants all overrides in a row, and here they may stand between flags.
+    """
     flags: list[str] = []
     overrides: list[str] = []
     for before, argument in zip(["", *arguments], arguments, strict=False):
@@ -92,9 +99,10 @@ def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 @contextlib.contextmanager
 def _hydra_that_leaves_no_trace(arguments: Sequence[str]) -> Iterator[None]:
-    """Hydra's main() with these arguments, no directory, no log file, and exceptions instead of exit(1).
+    """Sets up Hydra's main(), to be called in the block: with these arguments, no directory, no log file.
 
-    Only its sweeper insists on writing a file; that goes to a temporary folder.
+    Its errors are raised as exceptions, instead of an exit with code 1. Only Hydra's sweeper insists on
+    writing a file; that goes to a temporary folder.
     """
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     with tempfile.TemporaryDirectory(prefix="allranks-") as scratch:

@@ -1,7 +1,7 @@
-"""`allranks doctor`: is this installation, on this host, fit to train? Each finding with a remedy.
+"""`allranks doctor`: can this installation train on this host? What is wrong is said with a remedy.
 
-Each check runs in a process of its own and within a time limit: an MPI library that aborts, a file system
-that hangs or a torch that crashes becomes a finding, and the other checks still answer.
+Each check runs in a process of its own and within a time limit. So an MPI library that aborts, a file
+system that hangs or a torch that crashes becomes a finding, and the other checks still answer.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ OTHER_MPI = "belongs to another MPI"
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check has seen: ok, warn or error. Whatever is not ok has a remedy."""
+    """What one check has seen. `state` is ok, warn or error; what is not ok has a remedy."""
 
     state: str
     text: str
@@ -64,7 +64,7 @@ Findings = Iterator[Finding]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the findings; 1 where one of them is an error, else 0."""
+    """Runs `allranks doctor`: prints the findings; returns exit code 1 if one is an error, else 0."""
     parser = argparse.ArgumentParser(
         prog="allranks doctor", description="Check this installation on this host."
     )

@@ -14,10 +14,10 @@ EXIT_CANNOT_START = 127  # the program is not there, as of a shell
 
 
 class UserError(Exception):
-    """Something the user can put right: the message says what, which value, and what to do.
+    """An error that the user can put right: the message says what is wrong, which value, and what to do.
 
-    `said_by` is the rank that says it where several ranks are known to raise the same error; None where
-    this rank may be the only one.
+    Where several ranks are known to raise the same error, `said_by` is the one rank that shows it to the
+    user. None means that this rank may be the only one that has the error.
     """
 
     code = EXIT_USER_ERROR
@@ -28,12 +28,12 @@ class UserError(Exception):
 
 
 class RunError(UserError):
-    """What went wrong in a run that was asked for rightly."""
+    """An error during a run, although the user had asked for it correctly: exit code 1."""
 
     code = 1
 
 
 def end_unread() -> NoReturn:
-    """Ends a command whose console was closed, as by `| head`, without Python's own word about it."""
+    """Ends a command whose console was closed, as by `| head`, without Python's own message about it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(1)

@@ -14,15 +14,15 @@ from typing import Any, TextIO
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes a whole file or none: readers never see half of it."""
+    """Writes a JSON file under a temporary name and renames it: a reader sees all of it or nothing."""
     write_text(path, json.dumps(_finite(values), indent=2, allow_nan=False) + "\n").close()
 
 
 def write_text(path: Path, text: str, new: bool = False) -> TextIO:
-    """Puts a new file in the place of what is there, and leaves it open to append to.
+    """Puts a new file with this text in the place of an earlier one; returns it, open to append to.
 
-    Who still has the earlier file open writes into nowhere from now on. With `new` a file that is there is
-    left alone: raises FileExistsError.
+    A process that still has the earlier file open goes on writing into that one, which no name leads to any
+    more. With `new` there must be no earlier file: raises FileExistsError, and leaves it as it is.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     file = temporary.open("w")
@@ -41,7 +41,7 @@ def write_text(path: Path, text: str, new: bool = False) -> TextIO:
 
 
 def _put_new(temporary: Path, path: Path) -> None:
-    """As os.replace, but raises FileExistsError rather than replace a file."""
+    """Renames the file as os.replace does, but raises FileExistsError where `path` is there already."""
     try:
         os.link(temporary, path)
     except OSError:
@@ -51,22 +51,29 @@ def _put_new(temporary: Path, path: Path) -> None:
 
 
 def append_line(file: TextIO, values: Mapping[str, Any]) -> None:
-    """Appends one JSON line, and sees it out of this process. Checkpoints hold the same lines, on disk."""
+    """Appends one JSON line and hands it to the operating system, so that it outlives this process.
+
+    It is not synced to the disk: checkpoints are, and hold the same lines.
+    """
     file.write(line(values))
     file.flush()
 
 
 def line(values: Mapping[str, Any]) -> str:
+    """The values as one line of JSON, with its line feed."""
     return json.dumps(_finite(values), allow_nan=False) + "\n"
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN and no infinity: null stands for them."""
+    """The values, with None for NaN and infinity: JSON has neither, and writes None as null."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def file_system(path: Path) -> str:
-    """The file system's type by /proc/mounts; `unknown` where that is not to be had."""
+    """The type of the file system that holds `path`, such as `nfs` or `lustre`; else `unknown`.
+
+    Linux tells it in /proc/mounts; elsewhere nobody does.
+    """
     mounts: list[tuple[int, str]] = [(0, "unknown")]
     with contextlib.suppress(OSError):
         for line in Path("/proc/mounts").read_text().splitlines():

@@ -155,7 +155,10 @@ def how_it_ended(code: int, signum: int = 0) -> str:
 
 
 def die_with_parent(parent: int, signum: int) -> None:
-    """In a child just forked: get `signum` when the parent process `parent` ends."""
+    """Asks Linux to send this process the signal `signum` when its parent ends; does nothing elsewhere.
+
+    To be called in a child process right after fork. `parent` is the parent's process id.
+    """
     _prctl(_PR_SET_PDEATHSIG, signum)
     if os.getppid() != parent:  # it ended before we could ask
         os.kill(os.getpid(), signum)
@@ -163,7 +166,10 @@ def die_with_parent(parent: int, signum: int) -> None:
 
 @contextlib.contextmanager
 def blocked(signals: Iterable[int]) -> Iterator[None]:
-    """Not delivered to this thread meanwhile; to the processes that it starts here, never."""
+    """Holds these signals back from this thread until the block ends.
+
+    A process that the thread starts inside the block never gets them: it inherits the block, and keeps it.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
@@ -172,12 +178,19 @@ def blocked(signals: Iterable[int]) -> Iterator[None]:
 
 
 def adopt_orphans(yes: bool = True) -> None:
-    """Descendants whose own parent ends become this process's children, where they can be found."""
+    """Makes this process the new parent of every descendant whose own parent ends (Linux only).
+
+    Otherwise such orphans would become children of the system's first process, and could not be found.
+    `yes=False` takes it back.
+    """
     _prctl(_PR_SET_CHILD_SUBREAPER, int(yes))
 
 
 def descendants(of: int) -> set[int]:
-    """Process ids below `of`, zombies included; empty where there is no /proc."""
+    """The ids of all processes that the process `of` has started, and those that they have started.
+
+    Zombies (ended, but not yet waited for) are included. Empty where there is no /proc.
+    """
     found: set[int] = set()
     waiting = [of]
     while waiting:
@@ -188,6 +201,7 @@ def descendants(of: int) -> set[int]:
 
 
 def children(pid: int) -> list[int]:
+    """The ids of the processes that this process has started; empty where there is no /proc."""
     found: list[int] = []
     with contextlib.suppress(OSError):  # the process, or one of its threads, has just ended
         for thread in os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208
@@ -197,9 +211,10 @@ def children(pid: int) -> list[int]:
 
 
 def kill_descendants(spare: Set[int] = frozenset(), limit_s: float = 2.0) -> None:
-    """SIGKILL to everything below this process but `spare`, until nothing is left; reaps.
+    """Kills all descendants of this process but `spare`, and waits until they are gone.
 
-    Gives up after `limit_s` seconds: what is still there then is stuck in the kernel.
+    A killed process may leave children of its own, so the search is repeated until nothing is found. Gives
+    up after `limit_s` seconds: what is still there then is stuck in the kernel.
     """
     deadline = time.monotonic() + limit_s
     while (left := descendants(os.getpid()) - spare) and time.monotonic() < deadline:
@@ -213,7 +228,10 @@ def kill_descendants(spare: Set[int] = frozenset(), limit_s: float = 2.0) -> Non
 
 
 def restore_signals() -> None:
-    """Python ignores these two; a program that is not Python expects their default."""
+    """Gives SIGPIPE and SIGXFSZ back their usual effect, which is to end the process.
+
+    Python ignores both, a child process inherits that, and programs that are not Python do not expect it.
+    """
     for name in ("SIGPIPE", "SIGXFSZ"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_DFL)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 
 def one_line(said: object) -> str:
-    """What another library's error says, fit for a message of ours."""
+    """The text of another library's error on one line, to be quoted in a message."""
     return " ".join(str(said).replace("\0", " ").split())
 
 
@@ -22,11 +22,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def some(things: Sequence[object]) -> str:
+    """The first eight of the things as text, with `...` where there are more."""
     return ", ".join(map(str, things[:8])) + (", ..." if len(things) > 8 else "")
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns side by side; a row's last cell is as wide as it likes."""
+    """The rows as text, each column as wide as its widest cell; a row's last cell may be longer."""
     columns = max(len(row) for row in rows)
     widths = [max((len(r[i]) for r in rows if len(r) > i + 1), default=0) for i in range(columns)]
     lines = ("  ".join(f"{cell:{w}}" for cell, w in zip(r, widths, strict=False)) for r in rows)

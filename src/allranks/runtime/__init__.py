@@ -1,1 +1,1 @@
-"""Who am I, which device, and how do the ranks talk: the only part that knows about launchers."""
+"""Ranks, devices and collectives: the only room that knows torch.distributed, MPI and ezpz."""

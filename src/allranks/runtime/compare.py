@@ -21,9 +21,10 @@ SLOW_S = 0.5  # lost in an epoch; less is not worth a word
 
 
 def compare_ranks(runtime: Runtime, model: torch.nn.Module) -> None:
-    """Raises an agreed RunError where the ranks' parameters differ; warns of a rank that is slow.
+    """Compares the ranks' weights, and the time that each of them has worked; all ranks call.
 
-    A collective call, for before anything is saved.
+    Raises RunError on all ranks where the weights differ: so this is called before anything is saved. Warns
+    of a rank that is much slower than the others.
     """
     if runtime.world_size == 1:
         return

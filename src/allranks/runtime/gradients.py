@@ -1,7 +1,10 @@
-"""Gradients are *summed* over the ranks: by DDP communication hooks, or in one fixed order.
+"""How gradients are added up over the ranks: by communication hooks of DDP, or in one fixed order.
 
-DDP's own mean is right only where all shares of a batch are equal; the engine weights each example
-instead. (No `from __future__ import annotations` here: DDP compares the hooks' annotations.)
+By itself DDP takes the *mean* over the ranks. That is right only where all ranks have the same number of
+examples. So here gradients are *summed*, and the engine gives each example its weight.
+
+DDP hands the gradients over in buckets, each with the gradients of several parameters, and calls a hook for
+each bucket. (No `from __future__ import annotations` here: DDP compares the hooks' annotations.)
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +18,10 @@ from allranks.runtime import mpi
 
 
 def sum_by_mpi(runtime: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """Through MPI: on CPU it beats gloo by 2 to 4 times for small models (docs/performance.md)."""
+    """Hook for DDP that sums a bucket over the ranks by MPI, in place.
+
+    On CPUs, and for small models, MPI takes a half to a quarter of gloo's time (docs/performance.md).
+    """
     runtime.progress.arrive()
     mpi.allreduce(runtime.comm, bucket.buffer())
     future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
@@ -24,7 +30,7 @@ def sum_by_mpi(runtime: Any, bucket: GradBucket) -> torch.futures.Future[torch.T
 
 
 def sum_by_torch(runtime: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """Through the default process group: NCCL, XCCL or gloo."""
+    """Hook for DDP that sums a bucket over the ranks by the default process group: NCCL, XCCL or gloo."""
     runtime.progress.arrive()
     future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
     return future.then(lambda done: done.value()[0])
@@ -53,7 +59,10 @@ class OrderedSum:
                 parameter.grad = None
 
     def give(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """The sum over all shares of all ranks becomes the parameters' gradient."""
+        """Makes the sum over all shares of all ranks the parameters' gradient.
+
+        `gather` brings the ranks' rows together, in the order of the ranks.
+        """
         total = _tree(gather(_tree(self.rows)))[0]
         for parameter, part in zip(self.parameters, self._parts(total), strict=True):
             parameter.grad = part

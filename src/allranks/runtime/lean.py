@@ -17,7 +17,11 @@ NAME = "torch._dynamo"
 
 
 class _Understudy(ModuleType):
-    """Answers what eager training asks of the module; whatever else is asked brings on the real one."""
+    """Stands in for a module of torch's compiler.
+
+    It answers the few questions that a training without the compiler asks. Any other question makes it
+    import the real module.
+    """
 
     answers: dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""MPI: the ranks' first meeting under mpiexec, and sums over MPI on CPU."""
+"""MPI: how the ranks first reach each other under mpiexec, and how they add up numbers on the CPU."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ END_JOB_S = 60.0  # for the other ranks to come to MPI_Init where this one only 
 
 
 def world(identity: RankIdentity, start_s: float | None = None) -> Any:
-    """MPI.COMM_WORLD, once it is sure to span the ranks that the launcher started.
+    """MPI's communicator of all ranks (MPI.COMM_WORLD), once it is sure to have those that were started.
 
-    mpi4py bound to another MPI than the launcher's sees every rank as 0 of 1; training on would be N
-    solo runs. Raises UserError that names both. If the other ranks have not come to MPI within `start_s`
-    seconds, this process is ended with a sentence.
+    If mpi4py uses another MPI library than the launcher, each rank believes that it is rank 0 of 1, and N
+    ranks would train N times over. Then this raises UserError, which names both libraries. If the other
+    ranks have not come to MPI within `start_s` seconds, this process is ended with a sentence.
     """
     try:
         MPI = _mpi()
@@ -94,12 +94,12 @@ def _mpi() -> Any:
 
 
 def library() -> str:
-    """mpi4py's MPI in a few words; raises ImportError or RuntimeError where it finds none."""
+    """Name and version of mpi4py's MPI library; raises ImportError or RuntimeError where there is none."""
     return one_line(_mpi().Get_library_version().strip().splitlines()[0].split(",")[0])
 
 
 def hosts(comm: Any) -> list[str]:
-    """Every rank's host name, in their order, on rank 0; elsewhere nothing."""
+    """The host names of all ranks, in the order of the ranks, on rank 0; an empty list elsewhere."""
     mine, width = socket.gethostname().encode(), 256
     everyones = bytearray(width * comm.size if comm.rank == 0 else 0)
     comm.Gather(bytearray(mine[:width].ljust(width)), everyones, root=0)
@@ -107,7 +107,7 @@ def hosts(comm: Any) -> list[str]:
 
 
 def broadcast_text(comm: Any, text: str) -> str:
-    """Rank 0's text (at most 1 kB) on every rank. Bytes, never a pickle."""
+    """Sends rank 0's text of at most 1 kB to every rank, and returns it. It travels as plain bytes."""
     buffer = bytearray(text.encode().ljust(1024))
     comm.Bcast(buffer, root=0)
     return bytes(buffer).decode().rstrip()

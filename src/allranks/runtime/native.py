@@ -24,7 +24,7 @@ def start(meeting: Meeting, backend: str, device: torch.device, timeout_s: float
 
 
 def backends() -> list[str]:
-    """Those that this torch was built with; empty where it has no torch.distributed."""
+    """The backends that this torch was built with; none where it has no torch.distributed."""
     if not dist.is_available():
         return []
     return [name for name in ("gloo", "nccl", "mpi") if getattr(dist, f"is_{name}_available")()]
