@@ -26,12 +26,13 @@ from allranks.config import Config
 from allranks.job.identity import RankIdentity
 from allranks.run import directory as rundir
 from allranks.training import ending
-from allranks.training.control import FROM_TERMINAL, Control, Signals
+from allranks.training.control import FROM_TERMINAL, Control, EvaluationStopped, Signals
 
 if TYPE_CHECKING:
     from allranks.data.loader import Data
     from allranks.runtime.runtime import Runtime
     from allranks.training.metrics import Figures
+    from allranks.training.report import Reporter
     from allranks.training.training import Training
 
 
@@ -90,7 +91,7 @@ def run(config: Config, identity: RankIdentity, number: int = 0, signals: Signal
     with _importing_torch(config.trainer.compile):
         from allranks.data import loader
         from allranks.runtime.bringup import open_runtime
-        from allranks.training import building, engine
+        from allranks.training import building
         from allranks.training.report import Reporter, process_age_s
         from allranks.training.saver import Saver
 
@@ -125,14 +126,11 @@ def run(config: Config, identity: RankIdentity, number: int = 0, signals: Signal
             startup_s = process_age_s() - began_s
 
             control = Control(runtime, config, saver, signals or Signals())
-            finished = engine.fit(training, data, trainer, config.seed, runtime, control, report)
-            if not finished:
-                saver.finish()
+            test = _train_and_test(training, data, config, runtime, control, report)
+            saver.finish()
+            if test is None:
                 report.stopped(control.reason, training, trainer.epochs)
                 return False
-
-            test = engine.evaluate(training.model, data.test, trainer.precision, config.seed, runtime)
-            saver.finish()
             summary = _summary(training, data, config, runtime, test)
             summary["time/total_s"] = process_age_s() - began_s
             summary["time/startup_s"] = startup_s
@@ -154,6 +152,21 @@ def _importing_torch(compiles: bool) -> Iterator[None]:
     yield
     gc.freeze()  # from now on the collector passes over these objects
     gc.enable()
+
+
+def _train_and_test(
+    training: Training, data: Data, config: Config, runtime: Runtime, control: Control, report: Reporter
+) -> Figures | None:
+    """Trains to the end; the figures over the test set, or None where the ranks agreed to stop before."""
+    from allranks.training import engine
+
+    trainer, seed = config.trainer, config.seed
+    if not engine.fit(training, data, trainer, seed, runtime, control, report):
+        return None
+    try:
+        return engine.evaluate(training.model, data.test, trainer.precision, seed, runtime, control)
+    except EvaluationStopped:
+        return None
 
 
 def _summary(

@@ -120,3 +120,13 @@ def evaluation_batches(part: Part, runtime: Runtime, seed: int) -> Iterator[tupl
         pieces = mine.split(EVAL_BATCH[runtime.device.type]) if len(mine) else []
         for examples in part.batches(pieces, seed):
             yield row, examples
+
+
+def fewest_evaluation_batches(part: Part, runtime: Runtime) -> int:
+    """How many batches the rank with the fewest gets from evaluation_batches(); the same on all ranks.
+
+    Shares differ by one example at most, so no rank gets more than one batch for each of its shares beyond
+    that.
+    """
+    smallest_share = len(part) // runtime.share_count
+    return len(runtime.shares) * -(-smallest_share // EVAL_BATCH[runtime.device.type])  # rounded up

@@ -1,7 +1,13 @@
-"""When to save and when to stop: agreed by all ranks, at the boundary of a step. No torch.
+"""When to save and when to stop: agreed by all ranks, between two batches. No torch.
 
-Signals and clocks differ from rank to rank. So the ranks meet now and then in one small sum, about every
-quarter of a second and at the ends of an epoch, and do together what it says.
+A signal may reach only one of the ranks, or each at another moment, and the clocks of hosts differ. If each
+rank decided for itself, some would stop while the others wait for them in a collective. So the ranks meet
+now and then in one small sum, about every quarter of a second, and do together what it says.
+
+    Signals    counts the signals that ask this process to stop
+    JobEnd     knows when the job ends
+    Pace       says after how many steps or batches the ranks meet next
+    Control    is the meeting, and does what follows from it
 """
 
 from __future__ import annotations
@@ -12,7 +18,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -28,106 +36,281 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BEAT_S = 0.25
+STDOUT = 1  # the file descriptor
 FROM_TERMINAL = (signal.SIGINT, signal.SIGHUP)
-TWICE_S = 1.0  # a Ctrl-C later than that is a second one: the first may come from terminal and launcher
-MARGIN_S = 10.0  # before the deadline, besides what the run's own saves and steps take
+# A terminal sends Ctrl-C to all processes in it, and a launcher that got it passes it on: the second of two
+# that come within this time is the same Ctrl-C. One that comes later is a person who does not want to wait.
+TWICE_S = 1.0
+# The ranks meet about as often. A signal is answered within that time, and a meeting takes some 0.1 ms.
+BEAT_S = 0.25
+# A step may have become a hundred times slower by the next meeting: it should not take minutes to come.
+MOST_STEPS_BETWEEN_MEETINGS = 10_000
+# Kept free before the job's end, besides what the run's own saves and steps have taken at most so far: for
+# the ranks to close, and for the job script to queue a successor.
+MARGIN_S = 10.0
+
+
+class EvaluationStopped(Exception):
+    """All ranks have agreed to stop in the middle of an evaluation. It is done again after the resume."""
+
+
+# --- what may ask for a stop ----------------------------------------------------------------------------
 
 
 class Signals:
-    """Those that stop a run, for the process's whole life: counted. A second Ctrl-C does not wait."""
+    """The signals that ask a run to stop, counted for the process's whole life."""
 
     def __init__(self) -> None:
         self.counts = dict.fromkeys(STOPPING, 0)
-        self._interrupted_at = 0.0
+        self.answer: Callable[[str], None] | None = None  # called with the first one's name, as it comes
+        self._interrupted_at: float | None = None  # when the first Ctrl-C came
 
     def count(self, *numbers: signal.Signals) -> None:
-        """From now on. A later one must not change a run's exit code while Python ends either."""
+        """From now on these signals are counted, and no longer end the process."""
         for number in numbers:
             if number in FROM_TERMINAL and signal.getsignal(number) == signal.SIG_IGN:
-                continue  # nohup, or a script's background
+                continue  # started by nohup, or in the background by a script: it stays ignored
             signal.signal(number, self._count)
-            atexit.register(signal.signal, number, signal.SIG_IGN)  # handlers in Python end before it does
+            # Python ends its handlers before it ends itself. A signal in that moment would kill the
+            # process, and change the exit code of a run that has ended.
+            atexit.register(signal.signal, number, signal.SIG_IGN)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the signals that have come."""
+        return [number.name for number, count in self.counts.items() if count]
 
     def _count(self, number: int, _: FrameType | None) -> None:
+        is_first = not self.names
         self.counts[signal.Signals(number)] += 1
-        if number == signal.SIGINT:
-            self._interrupted_at = self._interrupted_at or time.monotonic()
-            if time.monotonic() > self._interrupted_at + TWICE_S:
-                raise KeyboardInterrupt
+        if is_first and self.answer is not None:
+            self.answer(signal.Signals(number).name)
+        if number != signal.SIGINT:
+            return
+        now = time.monotonic()
+        if self._interrupted_at is None:
+            self._interrupted_at = now
+        elif now > self._interrupted_at + TWICE_S:
+            raise KeyboardInterrupt
+
+
+def say_at_once(signal_name: str) -> None:
+    """Tells the user that a signal has come, from within its handler.
+
+    Written to the console past Python's own buffers: the handler may have interrupted a write to them.
+    """
+    text = f"{signal_name}: stopping after this batch; what is done so far is saved\n"
+    with suppress(OSError):  # nobody reads it any more
+        os.write(STDOUT, text.encode())
+
+
+class JobEnd:
+    """When the job ends. A scheduler may take its time to answer: it is asked on a thread."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self.at: float | None = (
+            None  # by time.monotonic(), which no change of a clock moves; None: not known
+        )
+        threading.Thread(target=self._find, args=(dict(environ),), daemon=True).start()
+
+    def _find(self, environ: Mapping[str, str]) -> None:
+        try:
+            ends_at = end_of_job(environ)
+        except UserError as error:
+            log.warning("when this job ends is not known: %s", error)
+            return
+        if ends_at is not None:
+            self.at = time.monotonic() + ends_at - time.time()
+
+
+def end_of_job(environ: Mapping[str, str]) -> int | None:
+    """The job's end, in seconds since 1970; None outside a job, or where its scheduler sets no end.
+
+    ALLRANKS_DEADLINE goes before what the scheduler says. Raises UserError where that one does not answer.
+    """
+    text = environ.get("ALLRANKS_DEADLINE", "")
+    if text.isascii() and text.isdecimal():
+        return int(text)
+    if text:
+        log.warning("ALLRANKS_DEADLINE=%s is not a time in seconds since 1970: it is not used", text)
+    return scheduler.ends_at(environ)
+
+
+# --- the meeting ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What one rank brings to a meeting; added up, what the ranks have agreed on."""
+
+    signals: Sequence[float]  # for each of STOPPING, the number of ranks that have got it
+    late: float  # rank 0's: the job ends soon
+    overdue: float  # rank 0's: checkpoint.every_s has passed
+    pause: float  # rank 0's: after how many steps or batches to meet again
+
+    def to_numbers(self) -> list[float]:
+        return [*self.signals, self.late, self.overdue, self.pause]
+
+    @classmethod
+    def from_numbers(cls, numbers: Sequence[float]) -> Wishes:
+        *signals, late, overdue, pause = numbers
+        return cls(signals, late, overdue, pause)
+
+    @property
+    def signal_names(self) -> list[str]:
+        return [number.name for number, ranks in zip(STOPPING, self.signals, strict=True) if ranks]
+
+    @property
+    def reason(self) -> str:
+        """Why to stop; empty where nothing asks for it."""
+        if self.signal_names:
+            return " and ".join(self.signal_names)
+        return "the job's end" if self.late else ""
+
+
+class Pace:
+    """After how many steps, or batches of one evaluation, the ranks meet: about every BEAT_S."""
+
+    def __init__(self) -> None:
+        self.next = 0  # the number of the step after which the ranks meet
+        self._met_after: int | None = None
+        self._met_at = 0.0
+
+    def is_due(self, number: int) -> bool:
+        return number >= self.next
+
+    def pause(self, number: int, now: float) -> int:
+        """The number of steps that take about BEAT_S, by the pace since the last meeting."""
+        if self._met_after is None or number == self._met_after:
+            return 1
+        step_s = (now - self._met_at) / (number - self._met_after)
+        return max(1, min(MOST_STEPS_BETWEEN_MEETINGS, int(BEAT_S / max(step_s, 1e-6))))
+
+    def met(self, number: int, now: float, pause: int) -> None:
+        """The ranks have met after step `number`, and have agreed on a pause of so many steps."""
+        self.next = number + pause
+        self._met_after = number
+        self._met_at = now
 
 
 class Control:
-    """The ranks' agreement; every rank has one."""
+    """The ranks' agreement on saving and stopping in one run; every rank has one.
 
-    def __init__(self, runtime: Runtime, config: Config, saver: Saver, signals: Signals) -> None:
-        self.runtime, self.config, self.saver, self.signals = runtime, config, saver, signals
-        self.ends_at: float | None = None  # the job, by time.monotonic(), which no clock's change moves
+    `clock` gives seconds, from any moment on.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        config: Config,
+        saver: Saver,
+        signals: Signals,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.runtime = runtime
+        self.config = config
+        self.saver = saver
+        self.signals = signals
         self.reason = ""  # why the run stopped
-        self._next = 0  # the step after which the ranks meet again
-        self._saved_at = self._met_at = time.monotonic()
-        self._met_after: int | None = None
+        self.job_end = JobEnd(os.environ) if runtime.is_main else None
+        self._clock = clock
+        self._steps = Pace()
+        self._batches = Pace()  # of the evaluation under way
+        self._saved_at = clock()
+        self._met_at: float | None = None
         self._longest_s = 0.0  # between two meetings
-        if runtime.is_main:  # a scheduler may take its time to answer
-            threading.Thread(target=self._find_end, args=(dict(os.environ),), daemon=True).start()
+        self._has_gained = False  # whether this process has taken a step
+        if runtime.is_main:
+            signals.answer = say_at_once
+            if signals.names:  # before anybody could answer
+                say_at_once(signals.names[0])
+
+    # --- between two steps ---
 
     def is_due(self, step: int) -> bool:
+        """Whether the ranks meet after this step; the same on all ranks."""
         every = self.config.checkpoint.every_steps
-        return step >= self._next or bool(every and step % every == 0)
+        return self._steps.is_due(step) or bool(every and step % every == 0)
 
     def agree_to_stop(self, training: Training, evaluates_next: bool = False) -> bool:
         """Saves where it is time to; True where the run is to stop now, after a save. All ranks call.
 
         A run that `evaluates_next` saves after that, unless it stops: then the checkpoint has the metrics.
         """
-        now = time.monotonic()
-        if self._met_after is not None:
-            self._longest_s = max(self._longest_s, now - self._met_at)
-        config, main, step = self.config.checkpoint, self.runtime.is_main, training.step
-        is_late = main and self.ends_at is not None and now + self._reserve_s() > self.ends_at
-        is_overdue = main and config.every_s is not None and now - self._saved_at >= config.every_s
-        mine = [float(self.signals.counts[s] > 0) for s in STOPPING]
-        pause = self._pause(step, now) if main else 0
-        *asked, late, overdue, pause = self.runtime.add_up([*mine, is_late, is_overdue, pause])
-        self._next, self._met_at, self._met_after = step + round(pause), now, step
+        agreed = self._meet(self._steps, training.step)
+        if training.epoch_steps:
+            self._has_gained = True
+        is_done = training.epoch_steps == 0 and training.epoch == self.config.trainer.epochs
+        stops = bool(agreed.reason) and not is_done
+        is_time = is_done or bool(agreed.overdue) or self._is_time_to_save(training)
+        if stops or (is_time and not evaluates_next):
+            self._save(training)
+        if stops:
+            self.reason = agreed.reason
+        return stops
 
-        at_end = training.epoch_steps == 0  # of an epoch
-        done = at_end and training.epoch == self.config.trainer.epochs
-        stop = any([*asked, late]) and not done
-        every_steps, every_epochs = config.every_steps, config.every_epochs
-        on_time = (
-            done
-            or overdue
-            or (every_steps and step % every_steps == 0)
-            or (at_end and every_epochs and training.epoch % every_epochs == 0)
-        )
-        if stop or (on_time and not evaluates_next):
-            self.saver.save(training)
-            self._saved_at = time.monotonic()
-        if stop:
-            names = [s.name for s, count in zip(STOPPING, asked, strict=True) if count]
-            self.reason = " and ".join(names) or "the job's end"
-        return stop
+    def _is_time_to_save(self, training: Training) -> bool:
+        """Whether checkpoint.every_steps or checkpoint.every_epochs falls on this step."""
+        every_steps = self.config.checkpoint.every_steps
+        if every_steps and training.step % every_steps == 0:
+            return True
+        every_epochs = self.config.checkpoint.every_epochs
+        is_end_of_epoch = training.epoch_steps == 0
+        return bool(is_end_of_epoch and every_epochs and training.epoch % every_epochs == 0)
 
-    def _reserve_s(self) -> float:
-        return MARGIN_S + 2 * self.saver.longest_s + self._longest_s
+    # --- between two batches of an evaluation ---
 
-    def _find_end(self, environ: Mapping[str, str]) -> None:
-        text = environ.get("ALLRANKS_DEADLINE", "")
-        is_time = text.isascii() and text.isdecimal()
-        try:
-            ends_at = int(text) if is_time else scheduler.ends_at(environ)
-        except UserError as error:
-            log.warning("when this job ends is not known: %s", error)
+    def begin_evaluation(self) -> None:
+        """An evaluation begins, whose batches are counted from 1."""
+        self._batches = Pace()
+
+    def check_evaluation(self, batch: int) -> None:
+        """Raises EvaluationStopped, on all ranks, where the run is to stop after this batch.
+
+        The job's end alone does not stop a process that has not taken a step: what it can gain in its time
+        is the end of this evaluation. All ranks call, after the same batches.
+        """
+        if not self._batches.is_due(batch):
             return
-        if text and not is_time:
-            log.warning("ALLRANKS_DEADLINE=%s is not a time in seconds since 1970: it is not used", text)
-        if ends_at is not None:
-            self.ends_at = time.monotonic() + ends_at - time.time()
+        agreed = self._meet(self._batches, batch)
+        if agreed.signal_names or (agreed.late and self._has_gained):
+            self.reason = agreed.reason
+            raise EvaluationStopped
 
-    def _pause(self, step: int, now: float) -> float:
-        """The number of steps that take about BEAT_S, by the pace since the last meeting."""
-        if self._met_after is None or step == self._met_after:
-            return 1
-        step_s = (now - self._met_at) / (step - self._met_after)
-        return max(1, min(10_000, int(BEAT_S / max(step_s, 1e-6))))
+    def save_before_evaluation(self, training: Training) -> None:
+        """Saves the training as it was when the evaluation began that was stopped. All ranks call."""
+        self._save(training)
+
+    # --- for both ---
+
+    def _meet(self, pace: Pace, number: int) -> Wishes:
+        """The ranks add up what each of them wishes, after step or batch `number`."""
+        now = self._clock()
+        if self._met_at is not None:
+            self._longest_s = max(self._longest_s, now - self._met_at)
+        is_main = self.runtime.is_main
+        mine = Wishes(
+            signals=[float(self.signals.counts[number] > 0) for number in STOPPING],
+            late=is_main and self._is_late(now),
+            overdue=is_main and self._is_overdue(now),
+            pause=pace.pause(number, now) if is_main else 0,
+        )
+        agreed = Wishes.from_numbers(self.runtime.add_up(mine.to_numbers()))
+        pace.met(number, now, round(agreed.pause))
+        self._met_at = now
+        return agreed
+
+    def _is_late(self, now: float) -> bool:
+        """Whether the job ends too soon to go on: a save, and the time up to the next meeting, must fit."""
+        if self.job_end is None or self.job_end.at is None:
+            return False
+        reserve_s = MARGIN_S + 2 * self.saver.longest_s + self._longest_s
+        return now + reserve_s > self.job_end.at
+
+    def _is_overdue(self, now: float) -> bool:
+        every_s = self.config.checkpoint.every_s
+        return every_s is not None and now - self._saved_at >= every_s
+
+    def _save(self, training: Training) -> None:
+        self.saver.save(training)
+        self._saved_at = self._clock()

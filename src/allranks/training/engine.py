@@ -15,14 +15,20 @@ from torch.nn.functional import cross_entropy
 
 from allranks.base.errors import UserError
 from allranks.config import TrainerConfig
-from allranks.data.dealing import Batch, evaluation_batches, steps_per_epoch, training_batches
+from allranks.data.dealing import (
+    Batch,
+    evaluation_batches,
+    fewest_evaluation_batches,
+    steps_per_epoch,
+    training_batches,
+)
 from allranks.data.loader import Data
 from allranks.data.parts import Part
 from allranks.data.randomness import mixed, reseed
 from allranks.runtime.compare import compare_ranks
 from allranks.runtime.runtime import Runtime
 from allranks.training.building import global_batch_size
-from allranks.training.control import Control
+from allranks.training.control import Control, EvaluationStopped
 from allranks.training.metrics import Figures, Sums
 from allranks.training.report import Reporter
 from allranks.training.training import Training
@@ -63,12 +69,19 @@ def fit(
     is_first = True
     while training.epoch < trainer.epochs:
         started = time.perf_counter() - training.epoch_s
+        step_before = training.step
         if not _train_epoch(
             training, data.train, trainer, seed, runtime, control, report, is_first, started
         ):
             return False
-        is_first = False
-        figures = _evaluate_epoch(training, data, trainer, seed, runtime, started)
+        # A run that was stopped in the evaluation after an epoch's last step goes on with that evaluation.
+        # Its first step comes later then.
+        is_first = is_first and training.step == step_before
+        try:
+            figures = _evaluate_epoch(training, data, trainer, seed, runtime, control, started)
+        except EvaluationStopped:
+            control.save_before_evaluation(training)
+            return False
         training.epoch += 1
         compare_ranks(runtime, training.model)
         _close_epoch(training, figures, len(data.train))
@@ -91,7 +104,7 @@ def _train_epoch(
 ) -> bool:
     """Takes the steps that are left of the current epoch; False where the ranks agreed to stop in between.
 
-    `is_first`: whether this is the first epoch of this process. `started`: when the epoch's steps began, by
+    `is_first`: whether this process has not taken a step yet. `started`: when the epoch's steps began, by
     time.perf_counter(), as if nothing had interrupted them.
     """
     batch_size = global_batch_size(trainer, runtime.world_size)
@@ -122,6 +135,7 @@ def _evaluate_epoch(
     trainer: TrainerConfig,
     seed: int,
     runtime: Runtime,
+    control: Control,
     started: float,
 ) -> _EpochFigures:
     """The figures of an epoch whose steps, begun at `started`, are all taken."""
@@ -136,8 +150,8 @@ def _evaluate_epoch(
     if trainer.train_metrics == "running":
         train = training.sums.total(runtime)
     else:
-        train = evaluate(training.model, data.train, trainer.precision, seed, runtime)
-    val = evaluate(training.model, data.val, trainer.precision, seed, runtime)
+        train = evaluate(training.model, data.train, trainer.precision, seed, runtime, control)
+    val = evaluate(training.model, data.val, trainer.precision, seed, runtime, control)
     ended = time.perf_counter()
     return _EpochFigures(train, val, train_s=trained - started, eval_s=ended - trained)
 
@@ -167,17 +181,33 @@ def _close_epoch(training: Training, figures: _EpochFigures, examples: int) -> N
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, part: Part, precision: str, seed: int, runtime: Runtime) -> Figures:
-    """The model's figures on all examples of the part, each counted exactly once; all ranks call."""
+def evaluate(
+    model: nn.Module,
+    part: Part,
+    precision: str,
+    seed: int,
+    runtime: Runtime,
+    control: Control | None = None,
+) -> Figures:
+    """The model's figures on all examples of the part, each counted exactly once; all ranks call.
+
+    With a `control` it raises EvaluationStopped, on all ranks, where they have agreed to stop meanwhile.
+    """
     model.eval()
     sums = Sums(runtime)
+    if control is not None:
+        control.begin_evaluation()
+    # A rank may have a batch more than another. All of them come to this one, and can meet up to there.
+    last_common = fewest_evaluation_batches(part, runtime)
     with part.explained():
-        for row, (images, labels) in evaluation_batches(part, runtime, seed):
+        for number, (row, (images, labels)) in enumerate(evaluation_batches(part, runtime, seed), start=1):
             with runtime.autocast(precision):
                 logits = model(images)
             loss_sum = cross_entropy(_at_least_fp32(logits), labels, reduction="sum")
             sums.add(row, loss_sum, logits, labels)
             runtime.progress.evaluated_batch()
+            if control is not None and number <= last_common:
+                control.check_evaluation(number)
     figures = sums.total(runtime)
     assert figures.examples == len(part), (
         f"{figures.examples} examples were evaluated, but there are {len(part)}"

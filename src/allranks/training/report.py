@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from allranks.base import files, processes
 from allranks.data.dealing import Batch
 from allranks.data.loader import Data
+from allranks.run import checkpoint
 from allranks.run import directory as rundir
 from allranks.runtime.runtime import Runtime
 
@@ -162,9 +163,13 @@ class Reporter:
         self._say("%s holds this run, finished already: nothing to do", directory)
 
     def interrupted(self) -> None:
-        """Ctrl-C has ended a lone process at once."""
-        if self.directory is not None:
+        """Ctrl-C has ended a lone process at once, without a save."""
+        if self.directory is None:
+            return
+        if checkpoint.steps(self.directory):
             log.warning("run.dir=%s goes on from the newest checkpoint there", self.directory)
+        else:
+            log.warning("nothing had been saved: run.dir=%s begins again", self.directory)
 
     def failed(self, message: str) -> None:
         """This rank alone has met an error, and all ranks end. Nothing is said where `message` is empty."""
@@ -173,9 +178,11 @@ class Reporter:
             log.error(f"[{self._me()}] {message}" if self.runtime.is_main else message)
 
     def stopped(self, reason: str, training: Training, epochs: int) -> None:
+        """All ranks have agreed to stop, and the training is saved."""
+        where = f"in epoch {training.epoch + 1} of {epochs}" if training.epoch < epochs else "in the test"
         self._say(
-            "stopped by %s after step %d, in epoch %d of %d; it is saved: run.dir=%s goes on from there",
-            reason, training.step, training.epoch + 1, epochs, self.directory,
+            "stopped by %s after step %d, %s; it is saved: run.dir=%s goes on from there",
+            reason, training.step, where, self.directory,
         )  # fmt: skip
 
     def finished(self, summary: Mapping[str, Any]) -> None:
