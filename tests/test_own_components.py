@@ -228,7 +228,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(lab, tmp_path):
         time.sleep(0.15)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130, err
-    assert "run.dir=run goes on from the newest checkpoint there" in out
+    assert "nothing had been saved: run.dir=run begins again" in out
     assert err == "allranks: interrupted\n"
 
 

@@ -198,6 +198,9 @@ def test_what_a_shell_ignores_stays_ignored(tmp_path):
 def test_asked_to_stop_again_and_again_it_keeps_its_exit_code(tmp_path, epochs, code):
     """A job that is cancelled sends more than one signal; one came when Python itself was ending."""
     process = started(*LONG, f"trainer.epochs={epochs}", cwd=tmp_path)
+    while code == 0 and not (tmp_path / "run/summary.json").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.001)
     while process.poll() is None:
         process.terminate()
         time.sleep(0.005)

@@ -1,0 +1,316 @@
+"""When a run saves and stops: signals, the job's end, and the ranks' meetings.
+
+Here one rank meets with itself, by a clock that the tests set. Meetings of several real ranks are in
+test_resume.py.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from allranks.compose import from_command_line
+from allranks.config import Config
+from allranks.job.identity import RankIdentity
+from allranks.run import checkpoint
+from allranks.runtime.bringup import open_runtime
+from allranks.runtime.runtime import Runtime
+from allranks.training import building, control
+from allranks.training.control import Control, EvaluationStopped, Pace, Signals, Wishes, end_of_job
+from allranks.training.saver import Saver
+from allranks.training.training import Training
+from helpers import SMALL, clean_environment, execute, launcher
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Lab:
+    """A training of one epoch of ten steps that takes no steps: the tests set where it stands."""
+
+    def __init__(self, runtime: Runtime, config: Config, folder: Path) -> None:
+        self.runtime = runtime
+        self.config = config
+        self.folder = folder
+        self.training: Training = building.build_training(config, runtime, examples=1200)
+        self.saver = Saver(runtime, str(folder), config)
+        self.saver.resume(self.training)
+        self.signals = Signals()
+        self.clock = Clock()
+        self.control = Control(runtime, config, self.saver, self.signals, clock=self.clock)
+
+    def after_step(self, step: int) -> bool:
+        self.training.step = self.training.epoch_steps = step
+        return self.control.agree_to_stop(self.training)
+
+    def saved(self) -> list[int]:
+        """The steps of the checkpoints, once the save under way is done."""
+        self.saver.wait()
+        return sorted(checkpoint.steps(self.folder))
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator:
+    """lab("checkpoint.every_steps=5") is a Lab with that configuration."""
+    made: list[Lab] = []
+
+    def make(*overrides: str) -> Lab:
+        words = [*SMALL, "model=linear", "trainer.epochs=2", "trainer.batch_size=120", *overrides]
+        [config] = from_command_line(words)
+        runtime = open_runtime(RankIdentity("none"), config)
+        folder = tmp_path / f"run{len(made)}"
+        folder.mkdir()
+        made.append(Lab(runtime, config, folder))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.saver.__exit__(None)
+        each.runtime.close()
+
+
+# --- the pace of the meetings ---
+
+
+def test_the_ranks_meet_about_every_quarter_of_a_second():
+    pace = Pace()
+    assert pace.is_due(1)
+    pace.met(1, now=0.0, pause=pace.pause(1, 0.0))
+    assert pace.is_due(2)  # nothing is known of the steps' length yet
+    assert pace.pause(2, now=0.05) == 5  # steps of 50 ms
+    pace.met(2, now=0.05, pause=5)
+    assert [pace.is_due(step) for step in (6, 7, 8)] == [False, True, True]
+
+
+def test_a_step_longer_than_that_is_followed_by_a_meeting_and_a_short_one_by_not_too_many():
+    pace = Pace()
+    pace.met(1, now=0.0, pause=1)
+    assert pace.pause(2, now=90.0) == 1
+    assert pace.pause(2, now=1e-9) == control.MOST_STEPS_BETWEEN_MEETINGS
+    assert pace.pause(1, now=5.0) == 1  # no step in between: an evaluation
+
+
+# --- what the ranks add up ---
+
+
+def test_wishes_of_several_ranks_add_up_to_what_they_agree_on():
+    rank_0 = Wishes([0, 1, 0, 0, 0], late=0, overdue=1, pause=7)
+    rank_1 = Wishes([1, 1, 0, 0, 0], late=0, overdue=0, pause=0)
+    sums = [a + b for a, b in zip(rank_0.to_numbers(), rank_1.to_numbers(), strict=True)]
+    agreed = Wishes.from_numbers(sums)
+    assert agreed.reason == "SIGTERM and SIGUSR1"
+    assert (agreed.overdue, agreed.pause) == (1, 7)
+    assert Wishes([0] * 5, late=1, overdue=0, pause=1).reason == "the job's end"
+    assert Wishes([0] * 5, late=0, overdue=1, pause=1).reason == ""
+
+
+# --- saving ---
+
+
+def test_checkpoints_at_the_steps_and_epochs_that_were_asked_for(lab):
+    here = lab("checkpoint.every_steps=4", "checkpoint.every_epochs=100")
+    for step in range(1, 11):
+        assert here.after_step(step) is False
+    assert here.saved() == [4, 8]
+    assert all(here.control.is_due(step) for step in (4, 8))
+
+
+def test_a_checkpoint_when_its_time_has_come_by_the_clock(lab):
+    here = lab("checkpoint.every_s=60", "checkpoint.every_epochs=100")
+    for step, now in enumerate((1001, 1059, 1061, 1119, 1122), start=1):
+        here.clock.now = now
+        here.after_step(step)
+    assert here.saved() == [3, 5]
+
+
+def test_before_an_evaluation_nothing_is_saved_unless_the_run_stops(lab):
+    here = lab("checkpoint.every_steps=10")
+    here.training.step = here.training.epoch_steps = 10
+    assert here.control.agree_to_stop(here.training, evaluates_next=True) is False
+    assert here.saved() == []
+    here.signals.counts[signal.SIGTERM] = 1
+    assert here.control.agree_to_stop(here.training, evaluates_next=True) is True
+    assert here.saved() == [10]
+
+
+def test_a_run_that_is_done_saves_and_is_not_stopped(lab):
+    here = lab()
+    here.signals.counts[signal.SIGTERM] = 1
+    here.training.step, here.training.epoch, here.training.epoch_steps = 20, 2, 0
+    assert here.control.agree_to_stop(here.training) is False
+    assert here.saved() == [20]
+
+
+# --- stopping ---
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP"])
+def test_a_signal_stops_after_the_step_with_a_checkpoint(lab, name):
+    here = lab()
+    assert here.after_step(3) is False
+    here.signals.counts[signal.Signals[name]] = 1
+    assert here.after_step(4) is True
+    assert here.control.reason == name
+    assert here.saved() == [4]
+
+
+def test_the_jobs_end_stops_while_a_save_and_the_next_meeting_still_fit(lab):
+    here = lab()
+    here.saver.longest_s = 7.0
+    here.control.job_end.at = 1100.0
+    # kept free: 10 s, twice the longest save, and the longest time between two meetings, here 20 s
+    for step, (now, stops) in enumerate(
+        [(1000, False), (1020, False), (1040, False), (1057, True)], start=1
+    ):
+        here.clock.now = now
+        assert here.after_step(step) is stops
+    assert here.control.reason == "the job's end"
+    assert here.saved() == [4]
+
+
+def test_a_deadline_goes_before_what_the_scheduler_says_and_nonsense_is_told(caplog):
+    assert end_of_job({"ALLRANKS_DEADLINE": "1700000000"}) == 1_700_000_000
+    assert end_of_job({}) is None
+    assert end_of_job({"ALLRANKS_DEADLINE": "soon"}) is None
+    assert "ALLRANKS_DEADLINE=soon is not a time" in caplog.text
+
+
+# --- in an evaluation ---
+
+
+def test_a_signal_stops_between_two_batches_of_an_evaluation(lab):
+    here = lab()
+    here.after_step(10)
+    here.control.begin_evaluation()
+    here.control.check_evaluation(1)
+    here.signals.counts[signal.SIGTERM] = 1
+    with pytest.raises(EvaluationStopped):
+        here.control.check_evaluation(2)
+    assert here.control.reason == "SIGTERM"
+    here.control.save_before_evaluation(here.training)
+    assert here.saved() == [10]
+
+
+def test_the_jobs_end_lets_a_process_that_has_gained_nothing_end_its_evaluation(lab):
+    here = lab()
+    here.control.job_end.at = here.clock.now
+    here.control.begin_evaluation()
+    here.control.check_evaluation(1)
+    here.after_step(10)
+    with pytest.raises(EvaluationStopped):
+        here.control.check_evaluation(2)
+
+
+# --- signals ---
+
+
+def test_the_first_signal_is_answered_as_it_comes_and_only_once(lab, capfd):
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    here = lab()
+    try:
+        here.signals.count(signal.SIGTERM, signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert here.signals.names == ["SIGTERM", "SIGUSR1"]
+    assert capfd.readouterr().out == "SIGTERM: stopping after this batch; what is done so far is saved\n"
+
+
+def test_a_signal_that_came_before_the_run_could_answer_is_answered_when_it_begins(lab, capfd):
+    here = lab()
+    here.signals.counts[signal.SIGUSR1] = 1
+    Control(here.runtime, here.config, here.saver, here.signals)
+    assert capfd.readouterr().out == "SIGUSR1: stopping after this batch; what is done so far is saved\n"
+
+
+# --- real ranks that are stopped in an evaluation ---
+
+# In its evaluation number $HOLD of this process, counted from 1, it waits in each batch for a file.
+HELD = """
+import os, pathlib, time
+import torch
+
+class Held(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.evaluations = 0
+        self.body = torch.nn.Sequential(
+            torch.nn.Flatten(), torch.nn.Linear(784, 300), torch.nn.ReLU(), torch.nn.Dropout(0.2),
+            torch.nn.Linear(300, 10))
+
+    def eval(self):
+        self.evaluations += 1
+        return super().eval()
+
+    def forward(self, images):
+        if not self.training and self.evaluations == int(os.environ.get("HOLD", 0)):
+            pathlib.Path(f"held-{os.getpid()}").touch()
+            while not pathlib.Path("go").exists():
+                time.sleep(0.02)
+        return self.body(images)
+"""
+HELD_RUN = (
+    *SMALL, "trainer.epochs=2", "trainer.batch_size=100", "run.dir=run", "model=linear",
+    "model._target_=held.Held", "~model.input_shape", "~model.classes",
+)  # fmt: skip
+
+
+def stop_while_held(folder: Path, command: Sequence[str], evaluation: int, ranks: int) -> str:
+    """Starts the run, sends SIGTERM to its ranks in this evaluation of theirs; returns what it said."""
+    for file in (*folder.glob("held-*"), folder / "go"):
+        file.unlink(missing_ok=True)
+    environ = clean_environment(PYTHONPATH=str(folder), HOLD=str(evaluation))
+    with subprocess.Popen(
+        command, cwd=folder, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 90
+        while len(held := list(folder.glob("held-*"))) < ranks:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.02)
+        for file in held:
+            os.kill(int(file.name.removeprefix("held-")), signal.SIGTERM)
+        (folder / "go").touch()
+        out, err = process.communicate(timeout=90)
+    assert process.returncode == 85, err
+    return out
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_stopped_in_its_evaluations_has_the_bits_of_one_that_was_not(tmp_path, ranks):
+    command = [*launcher("mpiexec" if ranks > 1 else None, ranks), "-m", "allranks.train", *HELD_RUN]
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "held.py").write_text(HELD)
+    whole = execute(command, tmp_path / "whole", {"PYTHONPATH": str(tmp_path / "whole")}).ok().run
+
+    # An epoch ends with evaluations on its training and its validation set; last comes the test. What was
+    # stopped is evaluated again.
+    folder = tmp_path / "stopped"
+    out = stop_while_held(folder, command, evaluation=1, ranks=ranks)
+    assert "SIGTERM: stopping after this batch" in out
+    assert "stopped by SIGTERM after step 12, in epoch 1 of 2; it is saved" in out
+    out = stop_while_held(folder, command, evaluation=4, ranks=ranks)
+    assert "going on from run/checkpoints/step-000012: step 12, in epoch 1" in out
+    assert "stopped by SIGTERM after step 24, in epoch 2 of 2; it is saved" in out
+    out = stop_while_held(folder, command, evaluation=3, ranks=ranks)
+    assert "stopped by SIGTERM after step 24, in the test; it is saved" in out
+
+    gone_on = execute(command, folder, {"PYTHONPATH": str(folder)}).ok().run
+    assert gone_on.summary["model/sha256"] == whole.summary["model/sha256"]
+    assert gone_on.losses == whole.losses
+    assert gone_on.column("epoch") == [1, 2]
