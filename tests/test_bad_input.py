@@ -20,7 +20,7 @@ import pytest
 
 from allranks import train as training
 from allranks.base.errors import UserError
-from allranks.config import from_command_line
+from allranks.compose import from_command_line
 from allranks.job.identity import discover
 from helpers import PYTHON, SMALL, Done, execute, mpiexec, only_long, real_data, tree
 
@@ -363,8 +363,9 @@ def test_a_run_directory_that_is_used(train, tmp_path):
 
 def test_a_run_directory_that_is_a_file(train, tmp_path):
     (tmp_path / "file").write_text("keep me")
-    assert_refused(train(*SMALL, "run.dir=file"), "run.dir=file is a file", "directory")
-    assert_refused(train(*SMALL, "run.dir=file/below"), "run.dir=file/below", "give another|Give another")
+    assert_refused(train(*SMALL, "run.dir=file"), f"run.dir={tmp_path}/file is a file", "directory")
+    below = f"run.dir={tmp_path}/file/below"
+    assert_refused(train(*SMALL, "run.dir=file/below"), below, "give another|Give another")
     assert tree(tmp_path) == ["file"]
     assert (tmp_path / "file").read_text() == "keep me"
 

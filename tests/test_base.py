@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from allranks.base.agreement import majority
+from allranks.base.errors import UserError
 from allranks.base.processes import (
     ProcessIdentity,
     cpu_affinity,
@@ -21,6 +22,7 @@ from allranks.base.processes import (
     how_it_ended,
     process_stat,
 )
+from allranks.base.text import printable, table
 from allranks.job.variables import PORTS, port_for
 from helpers import PYTHON, TRAIN, execute
 
@@ -183,6 +185,15 @@ def test_a_quota_of_one_cpu_gives_one_rank_and_one_thread(one_cpu, tmp_path):
     one = [*TRAIN, "data=synthetic", "data.train.count=200", "data.test.count=100", "data.split=[100,100]"]
     done = execute(one_cpu([*one, "device=cpu", "trainer.epochs=0"]), tmp_path).ok()
     assert "cpu with 1 thread each" in done.out
+
+
+def test_what_a_terminal_would_obey_is_shown_escaped():
+    name = "run\x1b[31m\r\udcffé\u202e"
+    shown = r"run\x1b[31m\r\udcffé\u202e"
+    assert printable(name) == shown
+    assert printable("two\n\tlines") == "two\n\tlines"
+    assert str(UserError(f"{name} is missing.\nRemedy.")) == f"{shown} is missing.\nRemedy."
+    assert table([[name, "7"]]) == f"  {shown}  7"
 
 
 def test_the_majority_is_what_most_say_and_the_first_of_two_that_are_equal():

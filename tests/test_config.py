@@ -93,13 +93,29 @@ def test_the_data_folder_by_environment(monkeypatch):
     assert one().data["root"] == "/scratch/all"
 
 
-def test_a_sweep_is_one_configuration_for_each_cell():
+def test_a_sweep_is_one_configuration_for_each_cell(tmp_path):
     cells = from_command_line(["-m", "model=linear,mlp", "seed=0,1,2"])
     assert [(cell.name, cell.seed) for cell in cells] == [
         ("linear", 0), ("linear", 1), ("linear", 2), ("mlp", 0), ("mlp", 1), ("mlp", 2),
     ]  # fmt: skip
     placed = from_command_line(["-m", "seed=range(3)", "run.dir=all"])
-    assert [cell.run.dir for cell in placed] == ["all/0", "all/1", "all/2"]
+    assert [cell.run.dir for cell in placed] == [f"{tmp_path}/all/{i}" for i in range(3)]
+
+
+def test_paths_are_whole_once_the_configuration_is_composed(monkeypatch, tmp_path):
+    """Later the ranks of other hosts, or a job's script, may have another present directory."""
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("ALLRANKS_DATA", "~/all")
+    assert one("run.dir=~/runs/x").run.dir == "/home/me/runs/x"
+    assert one("run.dir='~/runs/a b'").run.dir == "/home/me/runs/a b"
+    assert one("run.dir=runs/x").run.dir == f"{tmp_path}/runs/x"
+    assert one("resume=~/runs/x").resume == "/home/me/runs/x"
+    assert one("resume=never").resume == "never"
+    config = one("data=mnist")
+    assert (config.data["root"], config.data["train"]["root"]) == ("/home/me/all", "/home/me/all")
+    assert one("data.root=~").data["test"]["root"] == "/home/me"
+    with pytest.raises(UserError, match=r"run\.dir=~nobody-here/x: no home directory is known for ~nobody"):
+        one("run.dir=~nobody-here/x")
 
 
 def test_the_environment_and_the_arguments_are_left_as_they_were(monkeypatch):

@@ -96,6 +96,65 @@ def test_one_wrong_bit_in_an_unpacked_file_is_found(unpacked):
     mnist.load("mnist", "train", str(unpacked))
 
 
+def test_right_contents_in_another_gzip_are_right(unpacked):
+    """As gzip packs them again with another level, or without a time."""
+    raw = unpacked / "MNIST/raw"
+    for stem in STEMS:
+        content = (raw / stem).read_bytes()
+        (raw / f"{stem}.gz").write_bytes(gzip.compress(content, 1, mtime=7))
+        (raw / stem).unlink()
+    images, labels = mnist.load("mnist", "test", str(unpacked))
+    expected = mnist.load("mnist", "test", str(real_data()))
+    assert np.array_equal(images, expected[0])
+    assert np.array_equal(labels, expected[1])
+
+    file = raw / "t10k-labels-idx1-ubyte.gz"
+    content = bytearray(gzip.decompress(file.read_bytes()))
+    content[5000] ^= 1
+    file.write_bytes(gzip.compress(content))  # whole, but not the published labels
+    with pytest.raises(UserError, match=r"t10k-labels-idx1-ubyte\.gz is corrupted"):
+        mnist.load("mnist", "test", str(unpacked))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"t10k-labels-idx1-ubyte\.gz is corrupted or truncated"):
+        mnist.load("mnist", "test", str(unpacked))
+
+
+@pytest.mark.parametrize(
+    ("lies_in", "root", "remedy"),
+    [
+        ("mnist/raw", "data", "It lies in {top}/mnist/raw: rename that folder to {top}/MNIST/raw."),
+        ("MNIST/RAW", "data", "It lies in {top}/MNIST/RAW: rename that folder to {top}/MNIST/raw."),
+        ("torchvision/MNIST/raw", "data", "give data.root={top}/torchvision."),
+        ("MNIST/raw", "data/MNIST", "give data.root={top}."),
+        ("MNIST/raw", "data/MNIST/raw", "give data.root={top}."),
+        ("FashionMNIST/raw", "data", ""),
+    ],
+)
+def test_a_file_that_lies_one_folder_off_is_named(tmp_path, monkeypatch, lies_in, root, remedy):
+    folder = tmp_path / "data" / lies_in
+    folder.mkdir(parents=True)
+    (folder / f"{STEMS[0]}.gz").touch()
+    with pytest.raises(UserError, match="is missing") as refused:
+        mnist.load("mnist", "train", str(tmp_path / root))
+    assert remedy.format(top=tmp_path / "data") in str(refused.value)
+    assert ("It lies in" in str(refused.value)) == bool(remedy)
+    # the same where fetching is tried first
+    offline = mnist.Source("MNIST", ("http://127.0.0.1:1/",), mnist.SOURCES["mnist"].md5, {})
+    monkeypatch.setitem(mnist.SOURCES, "mnist", offline)
+    with pytest.raises(UserError, match="could not be fetched") as refused:
+        mnist.load("mnist", "train", str(tmp_path / root), fetch=True)
+    assert remedy.format(top=tmp_path / "data") in str(refused.value)
+
+
+def test_the_home_directory_in_a_root(command, tmp_path):
+    """`--root=~/data`, which no shell expands, and ALLRANKS_DATA in quotes."""
+    home = {"HOME": str(tmp_path)}
+    verify = [PYTHON, "-m", "allranks", "data", "verify"]
+    assert f"{tmp_path}/x/MNIST/raw" in command(*verify, "--root=~/x", env=home).message
+    assert f"{tmp_path}/y/MNIST/raw" in command(*verify, env={**home, "ALLRANKS_DATA": "~/y"}).message
+    assert tree(tmp_path) == []
+
+
 def test_verify_by_command_line(command, tmp_path):
     done = command(PYTHON, "-m", "allranks", "data", "verify", "--root", str(real_data())).ok()
     assert done.out.strip() == f"mnist is complete and intact in {real_data()}/MNIST/raw"

@@ -307,8 +307,9 @@ def test_the_command_is_recorded_as_typed(train, tmp_path):
     assert Path(done.run.environment["command"][0]).name == "train.py"
 
 
-def test_paths_that_cannot_be_looked_at(train):
+def test_paths_that_cannot_be_looked_at(train, tmp_path):
     long = "x" * 300
-    assert f"run.dir={long} cannot be looked at (File name too long)" in train(f"run.dir={long}").message
+    refused = train(f"run.dir={long}").message
+    assert f"run.dir={tmp_path}/{long} cannot be looked at (File name too long)" in refused
     done = train(*SMALL, f"resume={long}")
     assert f"resume={long} cannot be read (File name too long)" in done.message

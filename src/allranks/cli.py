@@ -82,7 +82,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("set", nargs="?", default="mnist", help="mnist (default) or fashion_mnist")
         command.add_argument(
             "--root",
-            default=os.environ.get("ALLRANKS_DATA", "data"),
+            type=os.path.expanduser,
+            default=os.environ.get("ALLRANKS_DATA") or "data",
             help="the folder for all data sets (default: $ALLRANKS_DATA, else ./data)",
         )
         command.set_defaults(run=run)

@@ -57,6 +57,7 @@ def cells_from_command_line(arguments: Sequence[str]) -> list[tuple[Config, list
     OmegaConf.register_new_resolver("allranks.keys", _help_on_keys, replace=True)  # --help shows them
     app = hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(collect)
     flags, overrides = split_flags(arguments)
+    overrides = [_with_home_quoted(override) for override in overrides]
     for flag in (flag.partition("=")[0] for flag in flags):
         if flag.startswith("--") and flag not in HYDRAS:
             key = next((k for k in leaves(Config()) if k.endswith("." + flag.strip("-"))), "key")
@@ -72,7 +73,36 @@ def cells_from_command_line(arguments: Sequence[str]) -> list[tuple[Config, list
             raise UserError(_explain(error, overrides)) from error
         except OmegaConfBaseException as error:
             raise UserError(f"The configuration does not hold together: {first_line(error)}") from error
-    return [(typed(cfg), task) for cfg, task in composed]
+    return [(_with_whole_paths(typed(cfg)), overrides) for cfg, overrides in composed]
+
+
+def _with_whole_paths(config: Config) -> Config:
+    """`~` stands for the home directory, and a relative run.dir for one below the present directory.
+
+    Settled here, once: later the ranks of other hosts or a job's script may have another present directory.
+    """
+    if config.run.dir is not None:
+        config.run.dir = str(Path(_expanded("run.dir", config.run.dir)).absolute())
+    if config.resume not in ("auto", "never"):
+        config.resume = _expanded("resume", config.resume)
+    sections = (
+        ("data", config.data),
+        *((f"data.{part}", config.data.get(part)) for part in ("train", "test")),
+    )
+    for key, section in sections:
+        if isinstance(section, dict) and isinstance(section.get("root"), str):
+            section["root"] = _expanded(f"{key}.root", section["root"])
+    return config
+
+
+def _expanded(key: str, path: str) -> str:
+    """The path with a `~` or `~user` at its beginning replaced by that home directory."""
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError as error:
+        raise UserError(
+            f"{key}={path}: no home directory is known for {path.partition('/')[0]}. Give the whole path."
+        ) from error
 
 
 _FLAGS_WITH_VALUE = frozenset(
@@ -95,6 +125,12 @@ def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         is_override = not argument.startswith("-") and before not in _FLAGS_WITH_VALUE
         (overrides if is_override else flags).append(argument)
     return flags, overrides
+
+
+def _with_home_quoted(override: str) -> str:
+    """`run.dir=~/x` as Hydra's grammar can read it: in quotes."""
+    key, _, value = override.partition("=")
+    return f'{key}="{value}"' if re.fullmatch(r"~[\w./@+-]*", value) else override
 
 
 @contextlib.contextmanager

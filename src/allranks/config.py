@@ -45,7 +45,7 @@ _POSITIVE = number(0, above_low=True)
 _SEED = Rule(lambda v: isinstance(v, int) and 0 <= v < 2**63, "a whole number from 0 to 2^63 - 1")
 _POWER_OF_TWO = Rule(lambda v: v in _POWERS, f"a power of two: 1, 2, 4, 8, ... {_POWERS[-1]}")
 _FOLDER_NAME = Rule(
-    lambda v: isinstance(v, str) and v not in ("", ".", "..") and not set(v) & set("/\0\n"),
+    lambda v: isinstance(v, str) and v not in ("", ".", "..") and "/" not in v and v.isprintable(),
     "a folder's name, without a slash",
 )
 

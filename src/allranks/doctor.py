@@ -301,7 +301,7 @@ def ranks() -> Findings:
 def data() -> Findings:
     from allranks.data import mnist
 
-    root = os.environ.get("ALLRANKS_DATA") or "data"
+    root = str(Path(os.environ.get("ALLRANKS_DATA") or "data").expanduser())
     if any((Path(root) / mnist.SOURCES["mnist"].folder / "raw").glob("*ubyte*")):
         yield ok(f"MNIST verified in {mnist.verify('mnist', root)}")
     else:

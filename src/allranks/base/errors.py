@@ -16,6 +16,8 @@ EXIT_CANNOT_START = 127  # the program is not there, as of a shell
 class UserError(Exception):
     """An error that the user can put right: the message says what is wrong, which value, and what to do.
 
+    Names in the message may come from anywhere: control characters are shown escaped.
+
     Where several ranks are known to raise the same error, `said_by` is the one rank that shows it to the
     user. None means that this rank may be the only one that has the error.
     """
@@ -23,6 +25,10 @@ class UserError(Exception):
     code = EXIT_USER_ERROR
 
     def __init__(self, message: str, *, said_by: int | None = None) -> None:
+        if not message.isprintable():
+            from allranks.base.text import printable  # seldom: a guard's start does without that module
+
+            message = printable(message)
         super().__init__(message)
         self.said_by = said_by
 

@@ -10,6 +10,20 @@ def one_line(said: object) -> str:
     return " ".join(str(said).replace("\0", " ").split())
 
 
+def printable(text: str) -> str:
+    """The text with every character that a terminal would obey, not show, in its escaped form.
+
+    A directory's name may hold escape sequences that colour or overwrite what stands before, or bytes that
+    are no UTF-8: those too are shown escaped. Line ends and tabs stay.
+    """
+    if text.isprintable():  # nearly always
+        return text
+    return "".join(
+        each if each.isprintable() or each in "\n\t" else each.encode("unicode_escape").decode()
+        for each in text
+    )
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """` Did you mean X?` for the known name nearest to `word`, or an empty string."""
     import difflib  # only for a mistake: every rank's start comes by here
@@ -27,7 +41,11 @@ def some(things: Sequence[object]) -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """The rows as text, each column as wide as its widest cell; a row's last cell may be longer."""
+    """The rows as text, each column as wide as its widest cell; a row's last cell may be longer.
+
+    Control characters are shown escaped.
+    """
+    rows = [[printable(cell) for cell in row] for row in rows]
     columns = max(len(row) for row in rows)
     widths = [max((len(r[i]) for r in rows if len(r) > i + 1), default=0) for i in range(columns)]
     lines = ("  ".join(f"{cell:{w}}" for cell, w in zip(r, widths, strict=False)) for r in rows)

@@ -2,6 +2,9 @@
 
 The files are the published IDX files, kept where torchvision keeps them: ROOT/MNIST/raw/. The md5 sums
 and mirrors are those that torchvision lists (torchvision.datasets.MNIST.resources).
+
+What a file holds decides whether it is right. The published .gz has a known md5; one that somebody packed
+again has another, and its unpacked contents are compared with their published sha256.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from allranks.base.text import did_you_mean
 
 CONNECT_S = 5  # a compute node without internet must say so within seconds
 CLASSES = 10
+_MOST_FOLDERS = 50  # that are looked into for a misplaced file, so that the message comes at once
 COUNTS = {"train": 60_000, "test": 10_000}
 _STEMS = {
     ("train", "images"): "train-images-idx3-ubyte",
@@ -37,10 +41,12 @@ _STEMS = {
 
 @dataclass(frozen=True)
 class Source:
+    """Where a data set comes from, and by which sums its files are known."""
+
     folder: str
     mirrors: tuple[str, ...]
-    md5: dict[str, str]  # of the .gz files, by stem
-    sha256: dict[str, str]  # of their contents, for files that somebody unpacked; where known
+    md5: dict[str, str]  # of the published .gz files, by the name without .gz
+    sha256: dict[str, str]  # of their unpacked contents, by the same name; empty where nobody published it
 
 
 SOURCES = {
@@ -91,8 +97,7 @@ def load(name: str, part: str, root: str, fetch: bool = False) -> tuple[np.ndarr
     for kind, shape in (("images", (COUNTS[part], 28, 28)), ("labels", (COUNTS[part],))):
         path, content = _read(folder, _STEMS[part, kind], source, name, root)
         arrays.append(_parse_idx(path, content, shape, _fetch_again(name, root)))
-        published = source.sha256.get(path.name)
-        if published and hashlib.sha256(content).hexdigest() != published:
+        if path.suffix != ".gz" and _differs(source, path.name, content):
             raise UserError(
                 f"{path} is corrupted: it differs from the published data. {_fetch_again(name, root)}"
             )
@@ -154,29 +159,70 @@ def _all_there(folder: Path) -> bool:
     return all((folder / s).exists() or (folder / f"{s}.gz").exists() for s in _STEMS.values())
 
 
+def _differs(source: Source, stem: str, content: bytes) -> bool:
+    """Whether unpacked contents are known to be other than the published ones."""
+    published = source.sha256.get(stem)
+    return published is not None and hashlib.sha256(content).hexdigest() != published
+
+
 def _read(folder: Path, stem: str, source: Source, name: str, root: str) -> tuple[Path, bytes]:
+    """The file of this name, packed or not, and its unpacked contents; what was packed is checked."""
     packed, plain = folder / f"{stem}.gz", folder / stem
     path = packed if packed.exists() else plain
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         raise UserError(
-            f"{packed} is missing. On a node with internet type `allranks data fetch {name} --root {root}`"
-            ", or set data.root (or ALLRANKS_DATA) to where it is; data=synthetic needs no files."
+            f"{packed} is missing.{_near_miss(source, stem, root)} {_get_it(name, root)}"
         ) from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     if path == plain:
         return path, content
-    if hashlib.md5(content, usedforsecurity=False).hexdigest() != source.md5[stem]:
-        raise UserError(
-            f"{path} is corrupted or truncated ({len(content):,} bytes, its md5 differs from the "
-            f"published one). {_fetch_again(name, root)}"
-        )
+    is_published = hashlib.md5(content, usedforsecurity=False).hexdigest() == source.md5[stem]
+    corrupted = UserError(
+        f"{path} is corrupted or truncated ({len(content):,} bytes, its md5 differs from the "
+        f"published one). {_fetch_again(name, root)}"
+    )
+    if not is_published and stem not in source.sha256:  # nobody can say whether its contents are right
+        raise corrupted
     try:
-        return path, gzip.decompress(content)
+        unpacked = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
+        if not is_published:
+            raise corrupted from error
         raise UserError(f"{path} cannot be unpacked ({error}). {_fetch_again(name, root)}") from error
+    if not is_published and _differs(source, stem, unpacked):
+        raise corrupted
+    return path, unpacked
+
+
+def _near_miss(source: Source, stem: str, root: str) -> str:
+    """Where the file lies instead, if data.root is one folder off or a name is in another case; else ""."""
+    top = Path(root).absolute()
+    for above in (top, top.parent, top.parent.parent, *_folders(top)):
+        for folder in _folders(above, source.folder):
+            for raw in _folders(folder, "raw"):
+                if not (raw / stem).exists() and not (raw / f"{stem}.gz").exists():
+                    continue
+                if (folder.name, raw.name) == (source.folder, "raw"):
+                    return f" It lies in {raw}: give data.root={above}."
+                return f" It lies in {raw}: rename that folder to {above}/{source.folder}/raw."
+    return ""
+
+
+def _folders(path: Path, name: str | None = None) -> list[Path]:
+    """The folders in a folder, those with this name in any case; none where it cannot be looked into."""
+    try:
+        with os.scandir(path) as entries:
+            found = [
+                Path(entry.path)
+                for entry in entries
+                if (name is None or entry.name.lower() == name.lower()) and entry.is_dir()
+            ]
+    except OSError:
+        return []
+    return sorted(found)[:_MOST_FOLDERS]
 
 
 def _parse_idx(path: Path, content: bytes, shape: tuple[int, ...], remedy: str = "") -> np.ndarray:
@@ -205,6 +251,13 @@ def _times(sizes: tuple[int, ...]) -> str:
     return " x ".join(f"{n:,}" for n in sizes)
 
 
+def _get_it(name: str, root: str) -> str:
+    return (
+        f"On a node with internet type `allranks data fetch {name} --root {root}`, or set data.root (or "
+        "ALLRANKS_DATA) to where it is; data=synthetic needs no files."
+    )
+
+
 def _fetch_again(name: str, root: str) -> str:
     return f"Remove it and type `allranks data fetch {name} --root {root}`."
 
@@ -229,10 +282,9 @@ def _fetch_one(path: Path, md5: str, mirrors: tuple[str, ...], name: str, root: 
         finally:
             temporary.unlink(missing_ok=True)
         return
+    near = _near_miss(_source(name), path.stem, root)
     raise UserError(
-        f"{path} is missing and could not be fetched ({'; '.join(problems)}). On a node with internet type "
-        f"`allranks data fetch {name} --root {root}`, or set data.root (or ALLRANKS_DATA) to where it is; "
-        "data=synthetic needs no files."
+        f"{path} is missing and could not be fetched ({'; '.join(problems)}).{near} {_get_it(name, root)}"
     )
 
 
