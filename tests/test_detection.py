@@ -388,6 +388,38 @@ def test_under_torchrun_the_rank_that_does_not_come_is_named(tmp_path, who, othe
             err += os.read(started.process.stderr.fileno(), 65536)
 
 
+SLOW_FILES = """
+import time
+from allranks.run import checkpoint
+from allranks.runtime.watch.progress import Progress
+
+checkpoint.PIECE_BYTES = 2000
+worked = Progress.worked
+
+def slowly(progress):
+    time.sleep(0.3)
+    worked(progress)
+
+Progress.worked = slowly
+from allranks import train
+train.main()
+"""
+
+
+def test_a_checkpoint_that_takes_long_to_read_is_waited_for(tmp_path):
+    """Each piece that is read is progress: rank 0 is well, and the other rank waits for it."""
+    (tmp_path / "program.py").write_text(SLOW_FILES)
+    words = [*SMALL, "model=linear", f"watchdog.start_s={START_S}"]
+    execute([PYTHON, "-m", "allranks.train", *words, "run.dir=run", "trainer.epochs=1"], tmp_path).ok()
+    weights = tmp_path / "run/checkpoints/step-000010/model.safetensors"
+    assert weights.stat().st_size / 2000 * 0.3 * 2 > 2 * START_S  # read, and then checked
+
+    torchrun = [*launcher("torchrun", 2), "program.py"]
+    done = execute([*torchrun, *words, "run.dir=more", "resume=run", "trainer.epochs=2"], tmp_path).ok()
+    assert done.run.summary["epochs"] == 2
+    assert "step-000010" in done.out
+
+
 # --- several hosts -------------------------------------------------------------------------------------
 
 # A stand-in for a launcher on two hosts, of two ranks each: namespaces with names of their own.

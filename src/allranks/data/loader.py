@@ -98,7 +98,8 @@ def _open_set(
             )
         return {"shape": None}
 
-    with runtime.progress.phase("fetching the data", FETCH_S):
+    limit_s = max(FETCH_S, runtime.progress.limits.start_s)
+    with runtime.progress.phase("fetching the data (watchdog.start_s allows more)", limit_s):
         # 1. Rank 0 makes the set, and tells the others which kind it is.
         shape = runtime.meeting.from_rank_0(describe)["shape"]
 

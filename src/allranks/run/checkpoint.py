@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 MANIFEST = "manifest.json"
+PIECE_BYTES = 1 << 26  # are read or checked in a second or less, unless the file system hangs
 _MANIFEST_BYTES = 1 << 20  # a longer manifest was not written here
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _STEP_NAME = re.compile(r"step-([0-9]{6,18})")
@@ -209,11 +210,12 @@ def _sync_folder(path: Path) -> None:
 # --- reading -------------------------------------------------------------------------------------------
 
 
-def read(path: str | Path) -> dict[str, bytes]:
+def read(path: str | Path, after_piece: Callable[[], None] | None = None) -> dict[str, bytes]:
     """Every file of the checkpoint in this folder, by name; the bytes returned are those that were checked.
 
-    Raises Damaged where the folder or a file is not what was written, and OSError, with the file's name,
-    where the file system does not give what is there. No link is followed, not even the folder's own.
+    `after_piece` is called after every PIECE_BYTES: a large checkpoint may take minutes to read. Raises
+    Damaged where the folder or a file is not what was written, and OSError, with the file's name, where the
+    file system does not give what is there. No link is followed, not even the folder's own.
     """
     try:
         directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -227,23 +229,23 @@ def read(path: str | Path) -> dict[str, bytes]:
         there = set(os.listdir(directory))  # noqa: PTH208 (of a descriptor)
         for name in sorted(there - {MANIFEST, *listed}):
             raise Damaged(f"{name!a}: it is not in {MANIFEST}")
-        return {name: _verified(directory, name, *listed[name]) for name in sorted(listed)}
+        return {name: _verified(directory, name, *listed[name], after_piece) for name in sorted(listed)}
     finally:
         os.close(directory)
 
 
-def newest_valid(run_dir: str | Path) -> Found:
+def newest_valid(run_dir: str | Path, after_piece: Callable[[], None] | None = None) -> Found:
     """The newest checkpoint of a run that can be read and is valid. Damaged ones are passed over.
 
     One that the file system does not give is passed over as well: training again from an earlier one
-    computes the same, and the file that may be readable later is left as it is. Raises OSError where the
-    folder with the checkpoints cannot be listed.
+    computes the same, and the file that may be readable later is left as it is. `after_piece` is called as
+    by read(). Raises OSError where the folder with the checkpoints cannot be listed.
     """
     passed_over: list[str] = []
     for step in steps(run_dir):
         path = path_of(run_dir, step)
         try:
-            return Found(path, read(path), passed_over)
+            return Found(path, read(path, after_piece), passed_over)
         except Damaged as damaged:
             passed_over.append(f"{path.name}: {damaged}")
         except OSError as error:
@@ -258,7 +260,9 @@ def unreadable(error: OSError) -> str:
     return f"{at}it cannot be read now ({error.strerror})"
 
 
-def _read_file(directory: int, name: str, most: int) -> bytes:
+def _read_file(
+    directory: int, name: str, most: int, after_piece: Callable[[], None] | None = None
+) -> bytes:
     """A regular file in the folder, of `most` bytes or less; no link is followed, no FIFO waited for."""
     try:
         descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
@@ -274,19 +278,31 @@ def _read_file(directory: int, name: str, most: int) -> bytes:
             raise Damaged(f"{name}: it is not a regular file")
         if about.st_size > most:
             raise Damaged(f"{name}: it has {about.st_size:,} bytes, more than {most:,}")
+        pieces = []
         with os.fdopen(descriptor, "rb", closefd=False) as file:
-            return file.read()
+            while piece := file.read(PIECE_BYTES):
+                pieces.append(piece)
+                if after_piece is not None:
+                    after_piece()
+        return b"".join(pieces)
     except OSError as error:  # which does not know the file's name
         raise OSError(error.errno, error.strerror, name) from error
     finally:
         os.close(descriptor)
 
 
-def _verified(directory: int, name: str, size: int, sha256: str) -> bytes:
-    content = _read_file(directory, name, size)
+def _verified(
+    directory: int, name: str, size: int, sha256: str, after_piece: Callable[[], None] | None
+) -> bytes:
+    content = _read_file(directory, name, size, after_piece)
     if len(content) != size:
         raise Damaged(f"{name}: it has {len(content):,} bytes, not {size:,}")
-    found = hashlib.sha256(content).hexdigest()
+    digest = hashlib.sha256()
+    for start in range(0, size, PIECE_BYTES):
+        digest.update(memoryview(content)[start : start + PIECE_BYTES])
+        if after_piece is not None:
+            after_piece()
+    found = digest.hexdigest()
     if found != sha256:
         raise Damaged(f"{name}: its sha256 is {found[:12]}..., not {ascii(sha256)[1:-1][:12]}...")
     return content

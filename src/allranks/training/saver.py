@@ -106,7 +106,7 @@ class Saver:
         there = checkpoint.folder(self.run_dir)
         try:
             checkpoint.sweep_up(self.run_dir)  # what writers before this run have left
-            found = checkpoint.newest_valid(self.run_dir)
+            found = checkpoint.newest_valid(self.run_dir, self.runtime.progress.worked)
         except OSError as error:
             raise UserError(
                 f"{there} cannot be read ({error.strerror}): start the run again once it can be."
@@ -123,8 +123,9 @@ class Saver:
         """The checkpoint that `resume` names: by its own path, or by that of a run directory."""
         try:
             if (Path(given) / checkpoint.MANIFEST).exists():
-                return _Checkpoint(given, checkpoint.read(Path(given).resolve()))
-            newest = self._chosen(checkpoint.newest_valid(given))
+                files = checkpoint.read(Path(given).resolve(), self.runtime.progress.worked)
+                return _Checkpoint(given, files)
+            newest = self._chosen(checkpoint.newest_valid(given, self.runtime.progress.worked))
         except checkpoint.Damaged as damaged:
             raise UserError(
                 f"resume={given} is damaged: {damaged}. Give an earlier checkpoint."

@@ -40,6 +40,7 @@ class Progress:
         self.step = 0  # the number of steps completed, those before a resume included
         self.begun = 0  # the number of steps that this process has begun
         self.batches = 0  # the number of batches evaluated
+        self.pieces = 0  # of other work that takes long, such as reading a checkpoint
         self.arrivals = 0  # how often this rank has come to a collective
         self.compiles = False  # whether any step may take as long as the first one
         # How long this rank's own work on its steps took, up to each step's first collective. Set back to 0
@@ -70,6 +71,10 @@ class Progress:
         """A batch has been evaluated."""
         self.batches += 1
         self._busy = False  # what comes next is no step
+
+    def worked(self) -> None:
+        """A piece of other long work is done, such as reading a checkpoint: this rank is well."""
+        self.pieces += 1
 
     def arrive(self, in_step: bool = True) -> None:
         """This rank has come to a collective; the time up to a step's first one is its own work.
@@ -105,7 +110,7 @@ class Progress:
 
     def mark(self) -> object:
         """A value that changes whenever there is progress."""
-        return self.begun, self.batches, self.arrivals, self._phase
+        return self.begun, self.batches, self.pieces, self.arrivals, self._phase
 
     def allowance(self) -> Allowance:
         """What this rank is doing, and how long that may take without progress."""
