@@ -1,4 +1,8 @@
-"""The `allranks` command. Imports nothing heavy: a training is started as a process of its own."""
+"""The command `allranks`: calls the code of its subcommand.
+
+It answers at once because it imports only what the subcommand needs. `allranks train` becomes a process of
+its own, which imports torch.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,10 @@ DESCRIPTION = "The same PyTorch training run on one core, one GPU or every rank 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one command and exits with its code; after a UserError with one message and that error's."""
+    """Runs the command line `arguments` (by default this process's own) and exits with its exit code.
+
+    A UserError becomes one message on stderr, and the exit code is that of the error.
+    """
     try:
         code = _run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
@@ -29,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(given: list[str]) -> int:
-    """The exit code of a command; those with a command line of their own see all that follows."""
+    """Runs the subcommand that stands first, with the words that follow; returns the exit code."""
     command, rest = "".join(given[:1]), given[1:]
     if command == "train":  # Hydra's
         os.execv(sys.executable, [sys.executable, "-m", "allranks.train", *rest])

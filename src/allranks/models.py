@@ -1,4 +1,8 @@
-"""Models for small images: plain nn.Modules, images float [N, C, H, W] in, logits [N, classes] out."""
+"""The models that `model=` selects: plain torch modules for small images.
+
+A model takes images, floating-point numbers of shape [N, channels, height, width], and returns logits of
+shape [N, classes]: the larger a class's logit, the likelier the class.
+"""
 
 from __future__ import annotations
 

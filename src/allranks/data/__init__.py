@@ -1,1 +1,1 @@
-"""Data sets, and how the ranks share them out."""
+"""Data sets, and which rank gets which examples."""

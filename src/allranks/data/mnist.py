@@ -1,4 +1,4 @@
-"""MNIST and Fashion-MNIST: fetch once, verify always, read. Needs numpy only, no torch.
+"""MNIST and Fashion-MNIST: fetched once, verified at each start, and read. Needs numpy only, no torch.
 
 The files are the published IDX files, kept where torchvision keeps them: ROOT/MNIST/raw/. The md5 sums
 and mirrors are those that torchvision lists (torchvision.datasets.MNIST.resources).

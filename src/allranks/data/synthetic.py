@@ -1,4 +1,4 @@
-"""Handwritten-looking digits, drawn on the fly: an offline stand-in for MNIST.
+"""Digits that look handwritten, drawn when a training starts: they need no file and no network.
 
 Each image starts from one of the pen paths in `STYLES`. The path is bent (pen wobble, smooth
 warp of the plane, slant, rotation, aspect), fitted to MNIST's 20 x 20 box and centred by its

@@ -1,4 +1,7 @@
-"""Where a job may run: PBS, Slurm, a hostfile, or this host. Reads only, asks nobody."""
+"""The hosts on which a job may run, by PBS, by Slurm, by a hostfile, or this host alone.
+
+Everything is read from environment variables and files; no other program or host is asked.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ MOST_HOSTS = 1_000_000  # more are a mistake, and would fill the memory
 
 @dataclass(frozen=True)
 class Host:
-    """A host and the number of ranks that it was given for."""
+    """A host, and how many ranks may run there (its slots)."""
 
     name: str
     slots: int
@@ -29,10 +32,10 @@ class Host:
 
 @dataclass(frozen=True)
 class Allocation:
-    """The hosts of a job in rank order.
+    """The hosts of a job, in the order in which ranks are placed.
 
-    `slots_given`: somebody asked for just these slots (mpiprocs, --ntasks, slots=N). Otherwise they
-    are a default, such as PBS's one line per chunk, and the machine file knows better.
+    `slots_given` says whether somebody asked for just these slots (mpiprocs, --ntasks, slots=N). Otherwise
+    they are a default, such as PBS's one line for each chunk, and the machine file knows better.
     """
 
     scheduler: Scheduler
@@ -46,7 +49,7 @@ class Allocation:
 
 
 def find_allocation(environ: Mapping[str, str], hosts_file: str | Path | None = None) -> Allocation:
-    """The allocation: what `hosts_file` says, else PBS's, else Slurm's, else this host."""
+    """The hosts of this job: those of `hosts_file`, else of PBS, else of Slurm, else this host alone."""
     if hosts_file is not None:
         return from_hostfile(Path(hosts_file))
     if environ.get("PBS_NODEFILE"):
@@ -98,7 +101,10 @@ def _from_pbs(environ: Mapping[str, str]) -> Allocation:
 
 
 def from_hostfile(path: Path) -> Allocation:
-    """`host`, `host:4` (MPICH), `host slots=4` (Open MPI), or a line per rank as in PBS."""
+    """The hosts that a file lists: lines like `host`, `host:4` (MPICH), `host slots=4` (Open MPI).
+
+    As in PBS, a host may also have a line for each of its ranks.
+    """
     named = f"--hosts {path}"
     lines = _lines(path, named)
     hosts = _merged(lines, named)
@@ -154,7 +160,10 @@ def _lines(path: Path, named: str) -> list[tuple[int, str, int | None]]:
 
 
 def _merged(lines: Sequence[tuple[int, str, int | None]], named: str) -> tuple[Host, ...]:
-    """Bare lines of one host add up, as in PBS; a host with a count may stand only once."""
+    """One Host for each name: lines without a count add up, as in PBS.
+
+    Raises UserError where a host with a count stands twice.
+    """
     counts: dict[str, int] = {}
     first: dict[str, tuple[int, int | None]] = {}
     for number, name, slots in lines:

@@ -1,1 +1,1 @@
-"""From an allocation to a command line: where ranks run, how they start, what they see."""
+"""From the hosts of a job to ranks that run: where each is placed, how it starts, who watches over it."""

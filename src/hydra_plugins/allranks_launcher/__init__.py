@@ -1,7 +1,8 @@
-"""`hydra/launcher=allranks`: `-m` of any Hydra application, each of its jobs on many ranks.
+"""`hydra/launcher=allranks`: runs the sweep of any Hydra application on many ranks.
 
-`allranks launch -- python app.py OVERRIDES` starts a job in the allocation that there is, one after
-another. With `hydra.launcher.walltime`, `allranks submit` queues each instead.
+With `-m` a Hydra application runs once for each combination of values; Hydra calls each of these a job.
+This plugin starts a job as `allranks launch -- python app.py OVERRIDES`, one after another, on the nodes
+that are there. With `hydra.launcher.walltime` it queues each job with `allranks submit` instead.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ ConfigStore.instance().store("allranks", KEYS, group="hydra/launcher", provider=
 
 
 class AllranksLauncher(Launcher):  # type: ignore[misc,unused-ignore]
-    """A job of the sweep is a process of its own; what the application returns stays there."""
+    """Hydra's launcher: it starts each job of a sweep as a process of its own.
+
+    What the application returns stays in that process, so Hydra gets no value.
+    """
 
     def __init__(self, **options: Any) -> None:
         self.options = options
