@@ -1,10 +1,16 @@
-"""What the ranks compare at an epoch's end: their weights, and how long each of them works on a step."""
+"""What the ranks compare at an epoch's end: their weights, and how long each of them works on a step.
+
+All ranks apply the same gradients to the same weights. If the weights of two ranks differ all the same, one
+of them has met an error that nothing else would show, and every later checkpoint would be wrong. A rank
+that is slow makes all others wait in each step.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import statistics
+from collections.abc import Sequence
 
 import torch
 
@@ -15,43 +21,61 @@ from allranks.runtime.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
-SLOW = 1.5  # times the median
-SLOW_STEPS = 20  # an epoch of fewer says little
-SLOW_S = 0.5  # lost in an epoch; less is not worth a word
+# A rank is called slow where all of these hold.
+SLOW_TIMES = 1.5  # it works so many times as long as the median rank: less is common, and passes
+SLOW_STEPS = 20  # in an epoch of at least so many steps: fewer say little
+SLOW_S = 0.5  # and the epoch loses more than that: less is not worth a word
 
 
 def compare_ranks(runtime: Runtime, model: torch.nn.Module) -> None:
-    """Compares the ranks' weights, and the time that each of them has worked; all ranks call.
+    """Raises RunError, on all ranks, where the ranks' parameters differ; warns of a rank that is slow.
 
-    Raises RunError on all ranks where the weights differ: so this is called before anything is saved. Warns
-    of a rank that is much slower than the others.
+    All ranks call, before anything of the epoch is saved. The times are those since the last call.
     """
     if runtime.world_size == 1:
         return
+
+    # 1. Each rank's digest and times, brought to all ranks in one message. float64 holds each exactly.
     progress = runtime.progress
     mine = [float(_digest(model)), progress.busy_s, float(progress.busy_steps)]
-    progress.busy_s, progress.busy_steps = 0.0, 0
-    digests, busy_s, steps = runtime.gather(
-        torch.tensor([mine], dtype=torch.float64, device=runtime.device)
-    ).T.tolist()
+    progress.busy_s = 0.0
+    progress.busy_steps = 0
+    rows = runtime.gather(torch.tensor([mine], dtype=torch.float64, device=runtime.device))
+    digests, busy_s, steps = rows.T.tolist()
 
+    # 2. Weights that differ end the run.
     _, odd = majority(digests)
     if odd:
-        who = f" ({_named(runtime, odd)} from the others')" if 2 * len(odd) < len(digests) else ""
+        is_minority = 2 * len(odd) < len(digests)  # of two ranks nobody can say which one is wrong
+        who = f" ({_named(runtime, odd)} from the others')" if is_minority else ""
         raise RunError(
             f"After step {progress.step} the ranks' weights differ{who}, though all apply the same "
             "gradients: look for a model or an optimizer that draws or reads something of its own on each "
             "rank, and if there is none for a faulty device.",
             said_by=0,
         )
-    median_s = statistics.median_low(busy_s)
-    slow = [r for r, s in enumerate(busy_s) if s > SLOW * median_s and s - median_s > SLOW_S]
-    if slow and min(steps) >= SLOW_STEPS and runtime.is_main:
+
+    # 3. A slow rank is worth a warning.
+    slow = slow_ranks(busy_s, steps)
+    if slow and runtime.is_main:
         worst = max(slow, key=busy_s.__getitem__)
+        median_s = statistics.median_low(busy_s)
         log.warning(
             "%s works longer on a step than the others: %.1f times the median, %.1f s in %d steps",
             _named(runtime, slow), busy_s[worst] / max(median_s, 1e-9), busy_s[worst], steps[worst],
         )  # fmt: skip
+
+
+def slow_ranks(busy_s: Sequence[float], steps: Sequence[float]) -> list[int]:
+    """The ranks that work longer than the others; by rank, the seconds spent in this number of steps."""
+    if min(steps) < SLOW_STEPS:
+        return []
+    median_s = statistics.median_low(busy_s)
+    return [
+        rank
+        for rank, mine_s in enumerate(busy_s)
+        if mine_s > SLOW_TIMES * median_s and mine_s - median_s > SLOW_S
+    ]
 
 
 def _digest(model: torch.nn.Module) -> int:
@@ -64,5 +88,6 @@ def _digest(model: torch.nn.Module) -> int:
 
 
 def _named(runtime: Runtime, ranks: list[int]) -> str:
-    hosts = dict.fromkeys(runtime.ranks[r].host for r in ranks[:8]) if runtime.is_main else ()
+    """The ranks and their hosts, in words; the hosts are known to rank 0 only."""
+    hosts = dict.fromkeys(runtime.ranks[rank].host for rank in ranks[:8]) if runtime.is_main else ()
     return f"{ranks_named(ranks)} on {', '.join(hosts)}"

@@ -1,10 +1,10 @@
-"""How gradients are added up over the ranks: by communication hooks of DDP, or in one fixed order.
+"""Gradients are *summed* over the ranks: by hooks of DDP, or in one fixed order.
 
-By itself DDP takes the *mean* over the ranks. That is right only where all ranks have the same number of
-examples. So here gradients are *summed*, and the engine gives each example its weight.
+DDP by itself takes the mean over the ranks, which is right only where all shares of a batch are equal. Here
+each share's loss is weighted by its number of examples, and the weighted gradients are added up.
 
-DDP hands the gradients over in buckets, each with the gradients of several parameters, and calls a hook for
-each bucket. (No `from __future__ import annotations` here: DDP compares the hooks' annotations.)
+DDP calls a hook with a bucket: a piece of the gradient, as one flat tensor. It looks at the annotations of
+a hook, which must be types and not texts: so there is no `from __future__ import annotations` here.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,10 +18,8 @@ from allranks.runtime import mpi
 
 
 def sum_by_mpi(runtime: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """Hook for DDP that sums a bucket over the ranks by MPI, in place.
-
-    On CPUs, and for small models, MPI takes a half to a quarter of gloo's time (docs/performance.md).
-    """
+    """Sums the bucket through MPI, in place. On CPU that beats gloo by 2 to 4 times for small models
+    (docs/performance.md)."""
     runtime.progress.arrive()
     mpi.allreduce(runtime.comm, bucket.buffer())
     future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
@@ -30,7 +28,7 @@ def sum_by_mpi(runtime: Any, bucket: GradBucket) -> torch.futures.Future[torch.T
 
 
 def sum_by_torch(runtime: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """Hook for DDP that sums a bucket over the ranks by the default process group: NCCL, XCCL or gloo."""
+    """Sums the bucket through torch's default process group: NCCL, XCCL or gloo."""
     runtime.progress.arrive()
     future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
     return future.then(lambda done: done.value()[0])
@@ -39,18 +37,23 @@ def sum_by_torch(runtime: Any, bucket: GradBucket) -> torch.futures.Future[torch
 class OrderedSum:
     """Adds up the gradients of all shares in one binary tree, whatever the number of ranks.
 
-    A rank holds 2^k neighbouring shares, that is a whole subtree: it adds them up itself, and every rank
-    finishes the tree from all ranks' sums. So the same additions are made in the same order.
+    The sum of floating-point numbers depends on the order of the additions. A rank holds 2^k neighbouring
+    shares, which are the leaves of a whole subtree. It adds these up itself, and every rank finishes the
+    tree from all ranks' sums. So the same additions are made in the same order on 1, 2 or 4 ranks.
+
+    parameters: those that have gradients, of one type and on one device; shares: how many this rank takes
+    of a batch.
     """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], shares: int) -> None:
         self.parameters = parameters
         first = parameters[0]
         elements = sum(p.numel() for p in parameters)
+        # [shares, elements]: the gradient of each share, all parameters one after the other
         self.rows = torch.zeros(shares, elements, dtype=first.dtype, device=first.device)
 
     def take(self, row: int) -> None:
-        """Moves the gradients of one share out of the parameters; a missing gradient counts as zeros."""
+        """Moves the gradients of share number `row` out of the parameters; a missing one counts as 0."""
         for parameter, part in zip(self.parameters, self._parts(self.rows[row]), strict=True):
             if parameter.grad is None:
                 part.zero_()
@@ -61,13 +64,14 @@ class OrderedSum:
     def give(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Makes the sum over all shares of all ranks the parameters' gradient.
 
-        `gather` brings the ranks' rows together, in the order of the ranks.
+        `gather` brings the ranks' tensors [1, n] together to [world_size, n], in the order of the ranks.
         """
         total = _tree(gather(_tree(self.rows)))[0]
         for parameter, part in zip(self.parameters, self._parts(total), strict=True):
             parameter.grad = part
 
     def _parts(self, row: torch.Tensor) -> list[torch.Tensor]:
+        """Views of a row [elements], one for each parameter and in its shape."""
         pieces = row.split([p.numel() for p in self.parameters])
         return [piece.view_as(p) for piece, p in zip(pieces, self.parameters, strict=True)]
 
