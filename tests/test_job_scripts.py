@@ -377,6 +377,22 @@ def test_term_for_every_process_lets_the_program_end_in_its_own_way(job):
     assert (made.run / "exit_code").read_text() == "85\n"
 
 
+def test_a_job_that_is_killed_after_a_signal_leaves_that_signal(job):
+    """Its program had no time to end; without the signal nothing would be left."""
+    made = job("polaris", code=85)
+    process = made.start(WAIT="1")
+    made.wait_for_note()
+    assert not (made.run / "exit_code").exists()
+    process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + 20
+    while not (made.run / "exit_code").exists() or (made.run / "exit_code").read_text() != "143\n":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=20)
+    assert (made.run / "exit_code").read_text() == "143\n"
+
+
 def test_usr1_for_the_shell_alone_reaches_the_program(job):
     """`#SBATCH --signal=B:USR1@60` signals the batch shell only."""
     made = job("perlmutter", code=0)

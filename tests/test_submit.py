@@ -63,11 +63,12 @@ class Cluster:
         return [json.loads(line) for line in self.allranks("runs", "--json", *words).ok().out.splitlines()]
 
     def until(self, *wanted, within_s=120, root="runs"):
-        """Waits until the runs are in these states; their rows."""
+        """Waits until the runs are in these states, each a regular expression; their rows."""
         deadline = time.monotonic() + within_s
         while True:
             rows = self.rows(root)
-            if [row["state"] for row in rows] == list(wanted):
+            states = [row["state"] for row in rows]
+            if len(states) == len(wanted) and all(map(re.fullmatch, wanted, states)):
                 return rows
             assert time.monotonic() < deadline, (
                 rows,
@@ -183,7 +184,10 @@ def test_a_queued_training_has_the_curve_of_one_by_hand(pbs, train, tmp_path):
     assert mine.losses == pytest.approx(by_hand.losses, rel=1e-5)
     assert (row["epochs"], row["val/accuracy"]) == (1, mine.column("val/accuracy")[-1])
     table = pbs.allranks("runs").ok().out.splitlines()
-    assert table[0].split() == ["state", "job", "epochs", "val/accuracy", "directory"]
+    columns = ["state", "job", "epochs", "val/accuracy", "test/accuracy", "directory", "overrides"]
+    assert table[0].split() == columns
+    assert row["test/accuracy"] == mine.summary["test/accuracy"]
+    assert row["overrides"] == list(ONE_EPOCH)
     assert table[1].split()[:3] == ["finished", "1.pbs", "1"]
 
 
@@ -215,7 +219,7 @@ def test_the_next_link_goes_on_where_one_was_cut_short(pbs):
     [row] = pbs.rows()
     assert (row["state"], row["job_id"]) == ("running", "2.pbs")
     assert pbs.allranks("cancel", str(run)).ok().out == f"cancelled 2.pbs of {run}\n"
-    assert pbs.until("ended early")
+    assert pbs.until("stopped|killed")
     assert [line["epoch"] for line in Run(run).metrics] == list(range(1, len(Run(run).metrics) + 1))
 
 
@@ -231,7 +235,7 @@ def test_a_run_that_stops_before_its_walltime_queues_one_successor(pbs):
         time.sleep(0.2)
     assert pbs.job("1.pbs")["exit_status"] == 85
     pbs.allranks("cancel", str(run)).ok()
-    pbs.until("ended early")  # what is cancelled queues no other
+    pbs.until("stopped|killed")  # what is cancelled queues no other
     queued = [f"{i}.pbs" for i in range(1, 1 + len(list(Path(pbs.env["PBS_STANDIN"]).glob("jobs/*.json"))))]
     assert json.loads((run / "job.json").read_text())["job_ids"] == queued
     assert len(list(run.glob(".next-*"))) in (len(queued) - 1, len(queued))
@@ -291,6 +295,15 @@ def test_a_sweep_that_is_started_again_is_the_same_sweep(pbs, monkeypatch):
     assert tree(pbs.folder) == before
     with pytest.raises(UserError, match="another configuration"):
         make_cells(*composed_cells([*SMALL, "-m", "optimizer.lr=0.3,0.4", "run.dir=mine"]))
+
+
+def test_more_epochs_for_a_run_are_told_the_way(pbs, monkeypatch):
+    monkeypatch.chdir(pbs.folder)
+    make_cells(*composed_cells([*SMALL, "run.dir=mine"]))
+    with pytest.raises(UserError, match=r"begin another from it: resume=\S+/mine with a new run.dir"):
+        make_cells(*composed_cells([*SMALL, "run.dir=mine", "trainer.epochs=9"]))
+    with pytest.raises(UserError, match=r"or the same values\.$"):
+        make_cells(*composed_cells([*SMALL, "run.dir=mine", "trainer.epochs=9", "seed=9"]))
 
 
 def test_a_finished_run_is_finished_even_if_the_scheduler_is_down(pbs):
@@ -424,7 +437,10 @@ def test_a_failed_cell_is_submitted_again_alone(pbs):
     (pbs.folder / "mine.py").write_text(own)
     more = (f"data.train._target_=mine.{function}", f"data.test._target_=mine.{function}", *ONE_EPOCH)
     answer = pbs.submit(*PBS, "--ppn", "1", "--no-preflight", "-m", "data.train.seed=7,8", *more)
-    rows = pbs.until("finished", "failed (1)")
+    rows = pbs.until("finished", r"failed \(1\)")
+    for number, row in enumerate(rows):
+        first_line = (pbs.folder / row["directory"] / "job.log").read_text().splitlines()[0]
+        assert re.match(rf"cell {number + 1}/2: .*data.train.seed={7 + number}", first_line)
     cell = rows[1]["directory"]
     (pbs.folder / "there").touch()
     assert "is finished" in pbs.refused("--cell", f"{answer['directory']}/0")
@@ -438,12 +454,22 @@ def test_a_failed_cell_is_submitted_again_alone(pbs):
 def test_the_same_sweep_here_and_now(pbs):
     """One cell after another, in the same directories, whether or not one fails."""
     words = ("-n", "2", "--no-preflight", "-m", *ONE_EPOCH, "optimizer.lr=0.1,0.01", "run.dir=here")
-    pbs.allranks("launch", *words).ok()
+    here_and_now = pbs.allranks("launch", *words).ok()
     cells = [json.loads(line) for line in (pbs.folder / "here/cells.jsonl").read_text().splitlines()]
     assert [cell["directory"] for cell in cells] == [f"{pbs.folder}/here/{i}" for i in range(2)]
     assert [Run(Path(cell["directory"])).column("lr") for cell in cells] == [[0.1], [0.01]]
+    lines = here_and_now.out.splitlines()
+    places = [line for line in lines if line.startswith("cell ")]
+    assert re.fullmatch(rf"cell 1/2: .*optimizer.lr=0.1.* in {pbs.folder}/here/0", places[0])
+    assert re.fullmatch(rf"cell 2/2: .*optimizer.lr=0.01.* in {pbs.folder}/here/1", places[1])
+    header, *rows = [line.split() for line in lines[-3:]]
+    assert header == ["cell", "state", "epochs", "val/accuracy", "test/accuracy", "overrides"]
+    assert [row[:3] for row in rows] == [["0", "finished", "1"], ["1", "finished", "1"]]
+    accuracy = Run(pbs.folder / "here/1").summary["test/accuracy"]
+    assert rows[1][5] == f"{accuracy:.2f}"
+    assert pbs.rows("here")[1]["overrides"] == cells[1]["overrides"]
     again = pbs.allranks("launch", "--run", "here/1").ok()
-    assert again.out == f"{pbs.folder}/here/1 is finished: nothing is left to do\n"
+    assert again.out.splitlines()[1:] == [f"{pbs.folder}/here/1 is finished: nothing is left to do"]
     failing = ("-n", "1", "--no-preflight", "-m", "run.dir=bad", "data.train.count=1599,1600")
     done = pbs.allranks("launch", *failing, *(word for word in ONE_EPOCH if "train.count" not in word))
     assert done.code != 0
@@ -686,6 +712,8 @@ def refusal(pbs, monkeypatch, capsys):
         ([*PBS, "-n", "0"], "-n 0 is not valid"),
         ([*PBS, "-n", "1", "--nodes", "4"], "-n 1 is fewer than --nodes 4"),
         ([*PBS, "--chain", "0"], "--chain 0 is not valid"),
+        (["--machine", "generic_pbs", "--walltime", "00:00:39"], "00:00:39 cannot hold a start"),
+        ([*PBS, "--launcher", "srun"], "--launcher srun starts no ranks in a job of PBS: give mpiexec"),
         ([*PBS, "--launcher", "mpirun"], "--launcher mpirun is not one of"),
         ([*PBS, "--name", "a b"], "--name 'a b' is not valid"),
         ([*PBS, "--name", "a/b"], "--name 'a/b' is not valid"),
@@ -777,6 +805,48 @@ def test_a_run_that_still_has_a_job_is_not_submitted_again(pbs):
     assert pbs.job(after["job_ids"][0])["after"] == "1.pbs"
 
 
+def test_a_plain_submit_into_a_directory_with_a_job_is_refused(pbs):
+    words = (*PBS, "--ppn", "1", "--no-preflight", *SMALL, "trainer.epochs=100000", "run.dir=mine")
+    pbs.submit(*words)
+    message = pbs.refused(*words)
+    assert f"run.dir={pbs.folder}/mine still has a job (1.pbs " in message
+    assert pbs.submit(*words, "--after", "1.pbs")["job_ids"] == ["2.pbs"]
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["run.dir=runs/first-try"], "first-try"),
+        (["run.dir=runs/sweep two", "-m", "seed=1,2"], "sweep-two"),
+        ([], "mlp"),
+        (["-m", "seed=1,2"], "mlp"),
+        (["run.dir=runs/x", "--name", "mine"], "mine"),
+    ],
+)
+def test_a_job_is_named_after_its_run(pbs, words, name):
+    told = json.loads(pbs.allranks("submit", "--dry-run", "--json", *PBS, *words).ok().out)
+    assert f"#PBS -N {name}\n" in told["script"]
+
+
+def test_the_logs_of_a_sweep_can_be_followed_from_the_first_moment(pbs):
+    (pbs.folder / "a b").mkdir()
+    words = (*PBS, "machine.submit.chunk=ncpus=5000", *SMALL, "run.dir=a b/sweep", "-m", "seed=1,2")
+    done = pbs.allranks("submit", *words).ok()
+    follow = done.out.splitlines()[2].removeprefix("follow     tail -F ")
+    listed = subprocess.run(["bash", "-c", f"ls {follow}"], capture_output=True, text=True, check=True)
+    assert listed.stdout.splitlines() == [f"{pbs.folder}/a b/sweep/{i}/job.log" for i in range(2)]
+
+
+@needs_launch
+def test_why_pbs_has_killed_a_job_is_shown(pbs):
+    program = (PYTHON, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)")
+    words = ("--machine", "generic_pbs", "--walltime", "00:00:06", "--ppn", "1", "--no-preflight")
+    answer = pbs.submit(*words, "--", *program)
+    pbs.until(r"killed \(walltime 8 exceeded limit 6\)")
+    log = (Path(answer["directory"]) / "job.log").read_text()
+    assert "=>> PBS: job killed: walltime 8 exceeded limit 6" in log
+
+
 def test_cancel_refuses_what_has_no_job(pbs):
     (pbs.folder / "x").mkdir()
     assert "has no job.json" in pbs.allranks("cancel", "x").message
@@ -794,7 +864,7 @@ def test_runs_are_shown_though_pbs_is_down(pbs):
 
 def test_a_job_that_can_never_run_is_shown_as_such(pbs):
     pbs.submit(*PBS, "machine.submit.chunk=ncpus=5000", "--", PYTHON, "-V")
-    pbs.until("queued (Can Never Run)")
+    pbs.until(r"queued \(Can Never Run\)")
 
 
 # --- a real Slurm --------------------------------------------------------------------------------
@@ -887,7 +957,7 @@ def test_slurm_values_arrive_unchanged_and_the_exit_code_comes_back(slurm):
     code = "import os, sys; print(sys.argv[1:], os.environ['ODD']); sys.exit(7)"
     over = "machine.variables.ODD='a \"b\", $c \\d'"
     answer = slurm.submit(*SLURM, "--ppn", "1", over, "--", slurm.python, "-c", code, *nasty)
-    slurm.until("failed (7)")
+    slurm.until(r"failed \(7\)")
     log = (Path(answer["directory"]) / "job.log").read_text()
     assert f'{nasty} a "b", $c \\d\n' in log
     assert "ended with exit code 7" in log
@@ -912,7 +982,7 @@ def test_slurm_array_chain_and_cancel(slurm):
     while (state := slurm.rows(run)[0]["state"]) in ("running", "completing", "queued"):
         assert time.monotonic() < deadline
         time.sleep(0.3)
-    assert state.startswith(("failed", "ended"))
+    assert state.startswith(("failed", "killed"))
 
 
 @real_slurm_only
@@ -992,7 +1062,7 @@ def test_slurm_queued_again_by_a_signal_and_cancelled_it_still_has_the_same_bits
         time.sleep(0.1)
     step = until_step(run, max(checkpoint.steps(run)) + 1)
     slurm.run("scancel", job_id).ok()
-    slurm.until("ended early")  # and is not queued again
+    slurm.until("killed .CANCELLED.*")  # and is not queued again
     [again] = slurm.submit("--cell", str(run))["job_ids"]
     assert [row["job_id"] for row in slurm.until("finished")] == [again]
     assert max(checkpoint.steps(run)) > step

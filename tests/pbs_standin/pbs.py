@@ -221,6 +221,9 @@ def run(job, index=None, array_id=None):
     try:
         code = process.wait(timeout=walltime_s(job["resources"]))
     except subprocess.TimeoutExpired:
+        limit_s = int(walltime_s(job["resources"]))
+        with spooled.open("ab") as output:  # before the signal, as the real one
+            output.write(f"=>> PBS: job killed: walltime {limit_s + 2} exceeded limit {limit_s}\n".encode())
         end_session(process.pid)
         process.wait()
         code = -29

@@ -11,6 +11,7 @@ import shlex
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from allranks.base.errors import UserError
@@ -141,6 +142,16 @@ def id_in(done: subprocess.CompletedProcess[str], is_id: Callable[[str], bool], 
         f"`{shlex.join(done.args)}` ended well, but among what it said is no job's id: {said.rstrip('.')}. "
         f"The job is perhaps queued: look with `{how_to_look}` before you submit again."
     )
+
+
+def tail_of(path: Path, size: int = 8192) -> str:
+    """The last `size` bytes of a file as text; empty where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - size))
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def seconds(text: str) -> int:

@@ -7,11 +7,13 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Literal
 
-from allranks.job.batch import JobRequest, ThisJob, call, given, id_in, refusal, seconds
+from allranks.job.batch import JobRequest, ThisJob, call, given, id_in, refusal, seconds, tail_of
 
+OWN_LOG = "pbs.log"  # in the run directory: what PBS itself says about the job
 FINISHED, UNKNOWN = 35, 153  # exit codes of qstat and qdel: the job has ended; no job has this id
 
 # qstat's letter for a job's state, in words. A finished job (F, X) has none: it is not in the queue.
@@ -39,6 +41,8 @@ class Pbs:
     shebang = "#!/bin/bash -l"
     directive_prefix = "#PBS"
     hands_environment_on = False
+    # PBS says it in the job's own output, before it sends the signal.
+    say_why = f'grep -hs "PBS: job killed" "$run/{OWN_LOG}"'
     owner_may_requeue = False  # `qrerun` is for PBS's managers
     array_index = "PBS_ARRAY_INDEX"
     commands: tuple[str, ...] = ("qsub", "qstat", "qdel")
@@ -124,6 +128,11 @@ class Pbs:
     def requeue(self, job_id: str) -> None:
         raise AssertionError("owner_may_requeue says that no job of PBS can be queued again")
 
+    def why_ended(self, run: Path) -> str:
+        """PBS's words are `=>> PBS: job killed: walltime 42 exceeded limit 40`, in the job's own output."""
+        said = re.findall(r"PBS: job killed: (.+)", tail_of(run / OWN_LOG))
+        return said[-1].strip() if said else ""
+
     def _call(self, argv: Sequence[str], if_late: str = "") -> CompletedProcess[str]:
         return call(argv, self.command_environment(os.environ), self.title, if_late)
 
@@ -146,13 +155,14 @@ class Pbs:
         if request.storage:
             lines += given("-l", f"storage={'+'.join(request.storage)}")
         lines += request.options
-        # PBS's default, place=free, puts several chunks on one host where they fit.
-        is_placed = any("place=" in option for option in request.options)
+        # PBS's default, place=free, puts several chunks on one host where they fit. Beside resources of a
+        # whole job it takes no place.
+        is_placed = bool(request.resources) or any("place=" in option for option in request.options)
         if request.nodes > 1 and request.on_own_hosts and not is_placed:
             lines.append("-l place=scatter")
         # PBS's own words about the job. It refuses a path with other characters than ASCII's.
         below = "^array_index^/" if request.array_jobs else ""
-        log = f"{request.directory}/{below}pbs.log"
+        log = f"{request.directory}/{below}{OWN_LOG}"
         lines += ["-j oe", f"-o {shlex.quote(log) if log.isascii() else '/dev/null'}"]
         if request.array_jobs:
             lines += [f"-J 0-{request.array_jobs - 1}", "-r y"]  # PBS takes no array that cannot be rerun

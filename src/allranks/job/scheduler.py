@@ -7,6 +7,7 @@ PBS is the class in allranks.job.pbs, Slurm the class in allranks.job.slurm; eac
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Literal, Protocol
 
 from allranks.base.errors import UserError
@@ -49,6 +50,10 @@ class Scheduler(Protocol):
     @property
     def hands_environment_on(self) -> bool:
         """Whether a job starts with the environment of the shell that submitted it."""
+
+    @property
+    def say_why(self) -> str:
+        """Shell words that print, in a job that gets SIGTERM, why the scheduler ends it."""
 
     @property
     def owner_may_requeue(self) -> bool:
@@ -106,6 +111,11 @@ class Scheduler(Protocol):
 
     def requeue(self, job_id: str) -> None:
         """Ends a job and queues it again under the same id, where `owner_may_requeue`."""
+
+    def why_ended(self, run: Path) -> str:
+        """Why the scheduler has ended the last job of a run directory, in its own words; empty where it
+        has not, or has not said so.
+        """
 
     def command_environment(self, environ: Mapping[str, str]) -> dict[str, str]:
         """The environment in which its commands are called."""

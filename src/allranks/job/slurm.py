@@ -7,10 +7,11 @@ import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Literal, NamedTuple
 
-from allranks.job.batch import JOB_LOG, JobRequest, ThisJob, call, given, id_in, refusal, seconds
+from allranks.job.batch import JOB_LOG, JobRequest, ThisJob, call, given, id_in, refusal, seconds, tail_of
 
 # Why a job is waiting, where that is no cause for worry: it will start by itself.
 _ORDINARY_REASON = re.compile(r"None|Priority|Resources|Dependency|BeginTime")
@@ -44,6 +45,7 @@ class Slurm:
     shebang = "#!/bin/bash"
     directive_prefix = "#SBATCH"
     hands_environment_on = True
+    say_why = ""  # Slurm says it in the job's log itself
     owner_may_requeue = True
     array_index = "SLURM_ARRAY_TASK_ID"
     commands: tuple[str, ...] = ("sbatch", "squeue", "srun")
@@ -138,6 +140,11 @@ class Slurm:
         done = self._call(["scontrol", *job.option, "requeue", job.job])
         if done.returncode:
             raise refusal(done)
+
+    def why_ended(self, run: Path) -> str:
+        """Slurm's words are `*** JOB 7 ON n1 CANCELLED AT 2026-11-25T20:00:00 DUE TO TIME LIMIT ***`."""
+        said = re.findall(r"\*\*\* JOB \d+ ON \S+ (CANCELLED .+?) \*\*\*", tail_of(run / JOB_LOG))
+        return said[-1] if said else ""
 
     def _call(self, argv: Sequence[str], if_late: str = "") -> CompletedProcess[str]:
         return call(argv, self.command_environment(os.environ), self.title, if_late)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from allranks.base.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
+from allranks.base.text import table
 from allranks.job import machine
 from allranks.job.hosts import Allocation, compress, find_allocation, placeholder_allocation
 from allranks.job.identity import discover
@@ -19,6 +20,7 @@ from allranks.job.machine import Machine
 from allranks.launch import dryrun, options
 from allranks.launch.plan import Request, make_plan
 from allranks.run.cells import Cell, composed_cells, frozen_cells, is_finished, make_cells
+from allranks.run.results import FIGURES, figures, place_in_sweep
 
 USAGE = """%(prog)s [options] [machine.key=value ...]
                        [overrides of the training | -- PROGRAM ARGS...]"""
@@ -92,18 +94,41 @@ def _start(
     if not args.run:
         make_cells(directory, trainings)
     codes: list[int] = []
+    ends: list[str] = []  # of each cell that was started, in a word
     for cell in trainings:  # of a sweep, whether or not one fails
+        place = place_in_sweep(cell.directory)
+        if place:
+            tell(f"{place}: {' '.join(cell.overrides)} in {cell.directory}")
         if is_finished(cell.directory):
             tell(f"{cell.directory} is finished: nothing is left to do")
+            ends.append("finished")
             continue
-        if len(trainings) > 1:
-            tell(f"{cell.directory}: {' '.join(cell.overrides)}")
         mine = replace(request, program=cell.program())
         training = replace(launch, request=mine, directory=cell.directory, config=cell.config)
         codes.append(run(training, check and not codes))
+        ends.append(_end_of(codes[-1]))
         if codes[-1] == EXIT_REQUEUE or codes[-1] > 128:  # a signal or the job's end, for all of it
             break
+    if len(trainings) > 1:
+        tell(_sweep_table(trainings, ends))
     return next((code for code in codes if code), 0)
+
+
+def _end_of(code: int) -> str:
+    """How a training has ended, in words."""
+    if code == 0:
+        return "finished"
+    return "stopped" if code == EXIT_REQUEUE else f"failed ({code})"
+
+
+def _sweep_table(cells: Sequence[Cell], ends: Sequence[str]) -> str:
+    """How each cell has ended, what it has come to, and what it is."""
+    rows = [("cell", "state", *FIGURES, "overrides")]
+    for number, cell in enumerate(cells):
+        end = ends[number] if number < len(ends) else "not started"
+        name = Path(cell.directory).name
+        rows.append((name, end, *figures(cell.directory).columns(), " ".join(cell.overrides)))
+    return table(rows)
 
 
 def _check_nodes(given: Allocation, asked: int) -> None:

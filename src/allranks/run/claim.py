@@ -138,6 +138,19 @@ class Claim:
                     os.utime(self.path)
 
 
+def is_beating(run_dir: str | Path) -> bool:
+    """Whether an owner has touched its file lately: a process is at work there, on this host or another.
+
+    By the clocks of this host and of the file server, which may differ by a few seconds. It is for showing
+    only; take() asks more carefully.
+    """
+    try:
+        newest = max((owner.beat for owner in _owners(Path(run_dir))), default=0)
+    except OSError:
+        return False
+    return time.time() - newest / 1e9 < SILENT_S
+
+
 # --- taking a directory --------------------------------------------------------------------------------
 
 

@@ -109,12 +109,15 @@ def _standing(path: Path, config: Config) -> Standing:
     checkpoints = path / "checkpoints"
     if not (path / CONFIG).exists():
         return Standing.NEW
-    differing = configs.differing(configs.frozen_identity(path / CONFIG), configs.identity(config))
+    there, here = configs.frozen_identity(path / CONFIG), configs.identity(config)
+    differing = configs.differing(there, here)
     if differing:
-        raise UserError(
-            f"run.dir={path} holds a run of another configuration: {differing}. Give another run.dir, or "
-            "the same values."
-        )
+        remedy = "Give another run.dir, or the same values."
+        if {key for key in here if there.get(key) != here[key]} == {"trainer.epochs"}:
+            remedy += (
+                f" To train that run further, begin another from it: resume={path} with a new run.dir."
+            )
+        raise UserError(f"run.dir={path} holds a run of another configuration: {differing}. {remedy}")
     if is_finished(path):
         return Standing.FINISHED
     if not checkpoints.is_dir():

@@ -14,7 +14,7 @@ from allranks.job.batch import JOB_LOG
 from allranks.launch import dryrun, options
 from allranks.submit import successor
 from allranks.submit.queue import queue_again, queue_new
-from allranks.submit.task import Task, new_task, task_again
+from allranks.submit.task import Task, check_idle, new_task, task_again
 
 USAGE = """%(prog)s [options] [machine.key=value ...]
                        [overrides of the training, -m | -- PROGRAM ARGS...]"""
@@ -42,6 +42,8 @@ def submit(arguments: Sequence[str]) -> int:
             f"--after {args.after}: {task.scheduler.title} knows no such job; one that waits for it would "
             "never run. Look with `allranks runs`, and leave --after out where it has ended."
         )
+    if not args.cell and not args.after:
+        check_idle(task)
     ids = queue_again(task, args.after) if args.cell else queue_new(task, args.after)
     _say(task, ids, as_json=bool(args.json))
     return 0
@@ -49,14 +51,15 @@ def submit(arguments: Sequence[str]) -> int:
 
 def _say(task: Task, ids: Sequence[str], as_json: bool) -> None:
     """What was queued, and how to follow it."""
-    log = task.directory + ("/*" if task.is_sweep else "") + f"/{JOB_LOG}"
+    below = f"/*/{JOB_LOG}" if task.is_sweep else f"/{JOB_LOG}"
     if as_json:
-        print(json.dumps({"job_ids": ids, "directory": task.directory, "log": log}))
+        print(json.dumps({"job_ids": ids, "directory": task.directory, "log": task.directory + below}))
         return
     number_of_cells = f" ({len(task.cells)} cells)" if task.is_sweep else ""
     print(f"{'jobs' if len(ids) > 1 else 'job '}       {', '.join(ids)}")
     print(f"directory  {task.directory}{number_of_cells}")
-    print(f"follow     tail -F {log if task.is_sweep else shlex.quote(log)}")
+    # The * is the shell's to read, whatever is in the rest.
+    print(f"follow     tail -F {shlex.quote(task.directory)}{below}")
 
 
 def _commands(task: Task, after: str | None) -> list[list[str]]:

@@ -8,21 +8,71 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from allranks.base.errors import EXIT_REQUEUE, UserError
 from allranks.base.text import table
 from allranks.job import scheduler
+from allranks.run import checkpoint
 from allranks.run import directory as rundir
 from allranks.run.cells import CELLS, JOB, is_finished, read_job, text_of
+from allranks.run.claim import is_beating
+from allranks.run.results import FIGURES, Figures, figures, overrides_of
 
-TERMINATED = str(128 + signal.SIGTERM)  # by the scheduler: at the walltime, or cancelled
+STOPPED = str(EXIT_REQUEUE)  # in the file exit_code
+ENDED_BY_SIGNAL = {str(128 + number) for number in (signal.SIGTERM, signal.SIGKILL)}
+WAITING = ("queued", "held", "waiting")  # words of a scheduler for a job that has not started
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What can be seen of a run from outside, and from which its state follows."""
+
+    is_finished: bool = False
+    queue_state: str = ""  # the scheduler's word for the run's job; empty where none is in the queue
+    next_job: str = ""  # the job with that state
+    exit_code: str = ""  # as the last job's script has left it; empty where it could not
+    why_ended: str = ""  # why the scheduler has ended the last job, in its own words
+    has_job: bool = False  # the run was queued at some time
+    is_at_work: bool = False  # a process has touched the directory within half a minute
+    has_checkpoint: bool = False
+
+
+def state_of(seen: Seen) -> str:
+    """The state of a run, in words for a person.
+
+    `running` and the like are the scheduler's words for its job. A run that has `stopped` has a checkpoint
+    to go on from. A job that was `killed` has got a signal; one that is `lost` has ended without a trace,
+    as with its host.
+    """
+    if seen.is_finished:
+        return "finished"
+    if seen.queue_state:
+        goes_on = seen.exit_code == STOPPED and seen.queue_state.startswith(WAITING)
+        return f"stopped (goes on by {seen.next_job}, {seen.queue_state})" if goes_on else seen.queue_state
+    if seen.is_at_work:
+        return "running"
+    return _end_of(seen)
+
+
+def _end_of(seen: Seen) -> str:
+    """How a run has ended that is not finished, and of which nothing is in the queue."""
+    if seen.why_ended:
+        return f"killed ({seen.why_ended})"
+    if seen.exit_code == STOPPED:
+        return "stopped"
+    if seen.exit_code in ENDED_BY_SIGNAL:
+        return "killed"
+    if seen.exit_code not in ("", "0"):
+        return f"failed ({seen.exit_code})"
+    # A run that was started by hand leaves no exit code.
+    return "stopped" if seen.has_checkpoint and not seen.has_job else "lost"
 
 
 def listed(root: str, warn: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Every run below `root`: state, job id, epochs, validation accuracy, directory."""
+    """Every run below `root`: its state, job, epochs, accuracies, directory and overrides."""
     if not Path(root).is_dir():
         raise UserError(f"{root} is no folder: give one with runs in it. The default is ./runs.")
     found = sorted(_below(root))
@@ -57,28 +107,41 @@ def _below(root: str) -> Iterator[Path]:
             yield Path(folder)
 
 
+def _has_checkpoint(directory: Path) -> bool:
+    """Whether the run has a checkpoint that this user can see."""
+    try:
+        return bool(checkpoint.steps(directory))
+    except OSError:
+        return False
+
+
 def _row(directory: Path, job: dict[str, Any], now: dict[str, str]) -> dict[str, Any]:
-    lines = text_of(directory / "metrics.jsonl").splitlines()
-    last: dict[str, Any] = {}
-    with suppress(ValueError, IndexError, TypeError):  # no line yet, or half of one
-        last = dict(json.loads(lines[-1]))
+    """What is shown of a run. `now` has the states of all jobs that are in the queue."""
     ids = job.get("job_ids", [])
     alive = next((job_id for job_id in ids if job_id in now), None)
-    code = text_of(directory / "exit_code")
-    if is_finished(directory):
-        state = "finished"
-    elif alive:
-        state = now[alive]
-    elif code not in ("", "0", TERMINATED, str(EXIT_REQUEUE)):
-        state = f"failed ({code})"
-    else:  # without a job nobody knows whether its process is still there
-        state = "ended early" if job else "not finished"
+    seen = Seen(
+        is_finished=is_finished(directory),
+        queue_state=now[alive] if alive else "",
+        next_job=alive or "",
+        exit_code=text_of(directory / "exit_code"),
+        why_ended=scheduler.named(job["scheduler"]).why_ended(directory) if job else "",
+        has_job=bool(job),
+        is_at_work=not job and is_beating(directory),
+        has_checkpoint=_has_checkpoint(directory),
+    )
+    come_to = figures(directory)
+    try:
+        overrides = overrides_of(directory)
+    except UserError:  # it has been said that its job.json cannot be read
+        overrides = []
     return {
-        "state": state,
+        "state": state_of(seen),
         "job_id": alive or (ids[-1] if ids else None),
-        "epochs": len(lines),
-        "val/accuracy": last.get("val/accuracy"),
+        "epochs": come_to.epochs,
+        "val/accuracy": come_to.val_accuracy,
+        "test/accuracy": come_to.test_accuracy,
         "directory": str(directory),
+        "overrides": overrides,
     }
 
 
@@ -121,12 +184,12 @@ def list_runs(arguments: Sequence[str]) -> int:
     if args.json:
         print("".join(json.dumps(row) + "\n" for row in found), end="")
         return 0
-    header = ("state", "job", "epochs", "val/accuracy", "directory")
-    cells = [
-        (r["state"], r["job_id"] or "-", str(r["epochs"]),
-         "-" if r["val/accuracy"] is None else f"{r['val/accuracy']:.2f} %", r["directory"])
-        for r in found
-    ]  # fmt: skip
+    header = ("state", "job", *FIGURES, "directory", "overrides")
+    cells = []
+    for row in found:
+        come_to = Figures(*(row[name] for name in FIGURES))
+        words = " ".join(row["overrides"])
+        cells.append((row["state"], row["job_id"] or "-", *come_to.columns(), row["directory"], words))
     print(table([header, *cells]))
     return 0
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from allranks.base import files
 from allranks.base.errors import UserError
+from allranks.job.batch import JOB_LOG
 from allranks.job.scheduler import NoAnswer
 from allranks.run import directory as rundir
 from allranks.run.cells import JOB, make_cells, note_job, read_job, write_cells
@@ -45,6 +46,8 @@ def _queue(task: Task, after: str | None, fresh: bool) -> list[str]:
     try:
         with rundir.writing(task.directory):
             task.script_path.write_text(task.script_text())
+            for cell in task.cells if task.is_sweep else ():
+                (Path(cell.directory) / JOB_LOG).touch()  # `tail -F DIR/*/job.log` follows what is there
             _record(task, ids)  # a job may start, and read it, before its id is known here
         for _ in range(task.order.chain or 1):
             if ids:

@@ -66,6 +66,7 @@ def render(
             if program
             else """grep -qs '"state": "finished"' "$run/summary.json\""""
         ),
+        say_why=kind.say_why,
         setup="\n".join(["", f"# {machine.name}", *machine.setup]) if machine.setup else "",
         environment="\n".join(_environment(environ or {}, kind)),
         launch=f'{launch} "$run"' + (f" \\\n  -- {shlex.join(program)}" if program else ""),
@@ -112,7 +113,7 @@ def _filled(**values: str) -> str:
     lines = [
         line
         for line in template.splitlines()
-        if not (re.fullmatch(r"@(\w+)@", line) and not values[line.strip("@")])
+        if not (re.fullmatch(r" *@(\w+)@", line) and not values[line.strip(" @")])
     ]
     # In one pass, so that an @word@ within a value stays what it is.
     return re.sub(r"@(\w+)@", lambda found: values[found[1]], "\n".join(lines)) + "\n"

@@ -16,7 +16,7 @@ from allranks.base.errors import UserError
 from allranks.base.files import file_system
 from allranks.job import machine, scheduler
 from allranks.job.hosts import Host, placeholder_allocation
-from allranks.job.machine import Machine
+from allranks.job.machine import LAUNCHERS, Machine
 from allranks.job.scheduler import Scheduler
 from allranks.launch import options
 from allranks.launch.plan import Plan, Request, check_program, make_plan
@@ -27,6 +27,8 @@ from allranks.submit.order import Order, with_options
 
 # Folders that each node usually has for itself, whatever their file system.
 NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run", "/local", "/localscratch")
+# A training stops END_S and its own margin of 10 s before the end; in 10 s more it can start.
+LEAST_WALLTIME_S = script.END_S + 20
 # How to give what a machine demands, where that is not `--OPTION NAME`.
 _HOW_TO_GIVE = {"walltime": "--walltime HH:MM:SS", "filesystems": "machine.filesystems=[home,...]"}
 
@@ -89,12 +91,14 @@ def new_task(given: Mapping[str, Any], rest: Sequence[str]) -> Task | None:
             return None
     order = Order(
         machine="",
-        name=_job_name(directory, program),
+        name=_job_name(directory, cells, program),
         config_dir=str(Path(config_dir).absolute()) if config_dir else None,
         machine_overrides=tuple(machine_overrides),
         workdir=str(Path.cwd()),
     )
     order, known, plan = _checked(with_options(order, given), program or cells[0].program())
+    if program is None:
+        _check_walltime(order)
     if program is not None:
         directory = str(Path(rundir.choose(None, order.name)).absolute())
     task = Task(order, known, plan, directory, program or (), tuple(cells))
@@ -124,14 +128,39 @@ def task_again(run: str, given: Mapping[str, Any], must_be_idle: bool) -> Task:
     program = tuple(job["program"])
     cells = [] if program else frozen_cells(directory)[1]
     order, known, plan = _checked(with_options(order, given), program or cells[0].program())
+    if not program:
+        _check_walltime(order)
     task = Task(order, known, plan, directory, program, tuple(cells))
     _check_shared(task)
     return task
 
 
-def _job_name(directory: str, program: Sequence[str] | None) -> str:
-    """The job's name where none is given: that of the run or of the program, in letters that PBS takes."""
-    name = Path(directory).parent.name if program is None else Path(_script_of(program)).stem
+def check_idle(task: Task) -> None:
+    """Raises UserError where the task's directory, or a cell of it, still has a job."""
+    ids: list[str] = []
+    for directory in (task.directory, *(cell.directory for cell in task.cells)):
+        ids += read_job(Path(directory) / JOB).get("job_ids", [])
+    there = task.scheduler.states(list(dict.fromkeys(ids)))
+    if there:
+        jobs = ", ".join(f"{job_id} {state}" for job_id, state in there.items())
+        raise UserError(
+            f"run.dir={task.directory} still has a job ({jobs}): `allranks cancel` it first, wait for it "
+            "with --after, or give another run.dir."
+        )
+
+
+def _job_name(directory: str, cells: Sequence[Cell], program: Sequence[str] | None) -> str:
+    """The job's name where none is given, in letters that PBS takes.
+
+    It is the program's, or the last part of the run.dir that was given; else the run's own name, which
+    stands above the time in the directory that was chosen for it.
+    """
+    if program is not None:
+        name = Path(_script_of(program)).stem
+    elif cells[0].config.run.dir is not None:
+        name = Path(directory).name
+    else:
+        name = Path(directory).parent.name
     return re.sub(r"[^\w.+-]", "-", name, flags=re.ASCII).lstrip("-.+")[:200] or "allranks"
 
 
@@ -168,10 +197,25 @@ def _checked(order: Order, program: Sequence[str]) -> tuple[Order, Machine, Plan
             how = _HOW_TO_GIVE.get(option, f"--{option} NAME")
             raise UserError(f"--{option} is mandatory on {known.name}: add {how}.")
     script.check_words(order, program)
+    kind = scheduler.named(known.scheduler)
+    if order.launcher in LAUNCHERS[1:] and order.launcher not in kind.launchers:
+        raise UserError(
+            f"--launcher {order.launcher} starts no ranks in a job of {kind.title}: give "
+            f"{' or '.join(kind.launchers)}, or leave it out."
+        )
     if order.queue:
         hours = (order.walltime_s or 0) / 3600 or None
         machine.check_queue(known, order.queue, order.nodes, hours, jobs=order.chain or 1)
     return order, known, _plan(order, known, program)
+
+
+def _check_walltime(order: Order) -> None:
+    """Raises UserError for a walltime in which a training cannot start before it has to stop."""
+    if order.walltime_s is not None and order.walltime_s < LEAST_WALLTIME_S:
+        raise UserError(
+            f"--walltime {order.walltime} cannot hold a start: the job's script keeps {script.END_S} s for "
+            f"its end, and a training 10 s for its last save. Give 00:00:{LEAST_WALLTIME_S} or more."
+        )
 
 
 def _machine(order: Order) -> Machine:

@@ -1,0 +1,89 @@
+"""The states that `allranks runs` shows, and what it reads them from."""
+
+import json
+import os
+import time
+
+import pytest
+
+from allranks.job import scheduler
+from allranks.run import checkpoint, claim
+from allranks.run.claim import Claim
+from allranks.run.results import Figures, figures, overrides_of, place_in_sweep
+from allranks.submit.listing import Seen, listed, state_of
+
+QUEUED = {"has_job": True, "next_job": "2.pbs"}
+
+
+@pytest.mark.parametrize(
+    ("seen", "state"),
+    [
+        (Seen(is_finished=True, exit_code="1", queue_state="queued"), "finished"),
+        (Seen(**QUEUED, queue_state="running", exit_code="85"), "running"),
+        (Seen(**QUEUED, queue_state="queued"), "queued"),
+        (Seen(**QUEUED, queue_state="queued (Can Never Run)"), "queued (Can Never Run)"),
+        (Seen(**QUEUED, queue_state="held", exit_code="85"), "stopped (goes on by 2.pbs, held)"),
+        (Seen(**QUEUED, queue_state="not known", exit_code="85"), "not known"),
+        (Seen(has_job=True, exit_code="85"), "stopped"),
+        (Seen(has_job=True, exit_code="143"), "killed"),
+        (Seen(has_job=True, exit_code="137"), "killed"),
+        (Seen(has_job=True, exit_code="85", why_ended="walltime 42 exceeded limit 40"),
+         "killed (walltime 42 exceeded limit 40)"),
+        (Seen(has_job=True, exit_code="1"), "failed (1)"),
+        (Seen(has_job=True, exit_code="86", has_checkpoint=True), "failed (86)"),
+        (Seen(has_job=True), "lost"),
+        (Seen(has_job=True, has_checkpoint=True), "lost"),
+        (Seen(is_at_work=True), "running"),
+        (Seen(has_checkpoint=True), "stopped"),
+        (Seen(), "lost"),
+    ],
+)  # fmt: skip
+def test_the_state_of_a_run(seen, state):
+    assert state_of(seen) == state
+
+
+def test_a_scheduler_says_why_it_has_ended_a_job(tmp_path):
+    pbs, slurm = scheduler.named("pbs"), scheduler.named("slurm")
+    assert (pbs.why_ended(tmp_path), slurm.why_ended(tmp_path)) == ("", "")
+    (tmp_path / "pbs.log").write_bytes(b"\xff\n=>> PBS: job killed: walltime 42 exceeded limit 40\n")
+    (tmp_path / "job.log").write_text(
+        "slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-25T20:00:00 DUE TO TIME LIMIT ***\n"
+    )
+    assert pbs.why_ended(tmp_path) == "walltime 42 exceeded limit 40"
+    assert slurm.why_ended(tmp_path) == "CANCELLED AT 2026-11-25T20:00:00 DUE TO TIME LIMIT"
+
+
+def test_a_run_by_hand_is_at_work_as_long_as_it_touches_its_file(tmp_path):
+    run = tmp_path / "runs/mlp/1"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("name: mlp\n")
+    mine = Claim.take(run)
+    [row] = listed(str(tmp_path / "runs"), print)
+    assert row["state"] == "running"
+    long_ago = time.time() - 2 * claim.SILENT_S
+    mine._released.set()  # as of a process that is no more
+    os.utime(mine.path, (long_ago, long_ago))
+    [row] = listed(str(tmp_path / "runs"), print)
+    assert (row["state"], row["epochs"], row["test/accuracy"], row["overrides"]) == ("lost", 0, None, [])
+    checkpoint.path_of(run, 10).mkdir(parents=True)
+    assert listed(str(tmp_path / "runs"), print)[0]["state"] == "stopped"
+
+
+def test_figures_are_those_of_the_records(tmp_path):
+    assert figures(tmp_path) == Figures(0, None, None)
+    (tmp_path / "metrics.jsonl").write_text('{"val/accuracy": 90.0}\n{"val/accuracy": 91.234}\n')
+    assert figures(tmp_path).columns() == ("2", "91.23 %", "-")
+    (tmp_path / "summary.json").write_text('{"test/accuracy": 92.5}')
+    assert figures(tmp_path) == Figures(2, 91.234, 92.5)
+    (tmp_path / "summary.json").write_text('{"test/acc')
+    (tmp_path / "metrics.jsonl").write_bytes(b"\xff}\n")
+    assert figures(tmp_path) == Figures(1, None, None)
+
+
+def test_a_cell_knows_its_place(tmp_path):
+    lines = [{"index": i, "overrides": [f"seed={i}"], "directory": f"/moved/{i}"} for i in range(3)]
+    (tmp_path / "cells.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert place_in_sweep(tmp_path / "2") == "cell 3/3"
+    assert overrides_of(tmp_path / "2") == ["seed=2"]
+    assert place_in_sweep(tmp_path) == ""
+    assert overrides_of(tmp_path) == []
