@@ -6,6 +6,7 @@ import ast
 import json
 import re
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,7 @@ MAY_PRINT = (
 FOR_RUNTIME_ONLY = ("torch.distributed", "mpi4py", "ezpz")
 
 
+@cache
 def modules() -> dict[str, ast.Module]:
     return {
         str(path.relative_to(SOURCE).with_suffix("")).replace("/", "."): ast.parse(path.read_text())
@@ -115,12 +117,10 @@ def room_of(module: str) -> str:
 
 def imports_among_ours() -> dict[str, set[str]]:
     """For each module those of ours that it imports; an import of a package is one of its __init__."""
-    everything = modules()
+    dotted = {f"allranks.{name.removesuffix('.__init__')}": name for name in modules()}
     return {
-        module: {
-            name for name in everything if f"allranks.{name.removesuffix('.__init__')}" in imported(source)
-        }
-        for module, source in everything.items()
+        module: {dotted[name] for name in imported(source) if name in dotted}
+        for module, source in modules().items()
     }
 
 

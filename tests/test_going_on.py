@@ -14,7 +14,7 @@ from allranks.run import checkpoint
 from helpers import PYTHON, ROOT, SMALL, Run, Started, launcher, mpiexec, until_step
 from test_resume import figures, rank_pid
 
-TRAINING = (*SMALL, "trainer.epochs=100", "checkpoint.every_steps=5", "model=mlp")
+TRAINING = (*SMALL, "trainer.epochs=40", "checkpoint.every_steps=5", "model=mlp")
 HERE = {
     "PYTHONPATH": f"{ROOT}/src",
     "OMP_NUM_THREADS": "1",
