@@ -73,6 +73,8 @@ class Net(nn.Module):
             go_wrong(fault, who)
 
     def forward(self, images):
+        if len(images) <= 2:  # the trial of one batch before the training
+            return self.body(images.flatten(1))
         self.steps += self.training
         if self.training:
             time.sleep(self.pause_s)

@@ -119,7 +119,9 @@ def test_three_crashes_without_a_step_gained_end_it(tmp_path):
     (tmp_path / "mine.py").write_text(
         "import torch\nclass Bad(torch.nn.Module):\n"
         "    def __init__(self):\n        super().__init__()\n        self.a = torch.nn.Linear(784, 10)\n"
-        "    def forward(self, x):\n        raise RuntimeError('a bug')\n"
+        "    def forward(self, x):\n"
+        "        if len(x) > 2: raise RuntimeError('a bug')\n"  # after the trial of two examples
+        "        return self.a(x.flatten(1))\n"
     )
     bad = ("model=linear", "model._target_=mine.Bad", "~model.input_shape", "~model.classes")
     started = launch(tmp_path, "--max-restarts", "9", *SMALL, *bad, "run.dir=run")

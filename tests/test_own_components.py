@@ -87,9 +87,14 @@ class Stopping(Net):
         return done
 
 class Stuck(Net):
+    """Gets stuck in the first step, after the trial of one batch has gone well."""
+    calls = 0
     def forward(self, images):
-        open("stuck", "w").close()
-        time.sleep(1000)
+        Stuck.calls += 1
+        if Stuck.calls > 1:
+            open("stuck", "w").close()
+            time.sleep(1000)
+        return super().forward(images)
 
 class Odd(Net):
     def get_extra_state(self):

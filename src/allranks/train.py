@@ -94,6 +94,7 @@ def run(config: Config, identity: RankIdentity, number: int = 0, signals: Signal
         from allranks.training import building
         from allranks.training.report import Reporter, process_age_s
         from allranks.training.saver import Saver
+        from allranks.training.trial import try_first_batch
 
     trainer = config.trainer
     began_s = process_age_s() if number else 0.0  # the first run's time includes the import of torch
@@ -115,6 +116,7 @@ def run(config: Config, identity: RankIdentity, number: int = 0, signals: Signal
         report.data(data, config.data["input_shape"])
         with runtime.all_or_none():
             training = building.build_training(config, runtime, examples=len(data.train))
+        try_first_batch(training, data.train, config, runtime)
 
         if standing == rundir.Standing.NEW:
             frozen, exactly = configs.freeze(config), config.run.dir is not None

@@ -48,10 +48,7 @@ def build_training(config: Config, runtime: Runtime, examples: int) -> Training:
     component cannot be built, or where components do not go together.
     """
     trainer = config.trainer
-    torch.manual_seed(config.seed)
-    model: nn.Module = build("model", config.model)
-    _check_model(model, f"model._target_={config.model['_target_']}", trainer.reproducible)
-    _move(model, runtime.device, dtype_of(trainer.precision))
+    model = build_model(config, runtime.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     optimizer = build("optimizer", config.optimizer, parameters)
@@ -70,6 +67,15 @@ def build_training(config: Config, runtime: Runtime, examples: int) -> Training:
         ordered_sum=OrderedSum(parameters, len(runtime.shares)) if trainer.reproducible else None,
         first_buffers={name: buffer.clone() for name, buffer in buffers_left_out(model).items()},
     )
+
+
+def build_model(config: Config, device: torch.device) -> nn.Module:
+    """The model that the configuration describes, with its first weights; raises UserError."""
+    torch.manual_seed(config.seed)
+    model: nn.Module = build("model", config.model)
+    _check_model(model, f"model._target_={config.model['_target_']}", config.trainer.reproducible)
+    _move(model, device, dtype_of(config.trainer.precision))
+    return model
 
 
 def _check_model(model: nn.Module, target: str, is_reproducible: bool) -> None:

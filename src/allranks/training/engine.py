@@ -289,7 +289,7 @@ def _backward(
         with nullcontext() if is_last else runtime.without_sync(training.trained):
             with runtime.autocast(trainer.precision):
                 logits = training.trained(images)
-            loss = _summed_loss(logits, labels, trainer.label_smoothing)
+            loss = summed_loss(logits, labels, trainer.label_smoothing)
             known = loss.detach()
             # A stand-in for an empty share weighs nothing. A loss that is not finite makes the whole
             # gradient NaN, for all ranks to see: NaN = inf * 0.
@@ -302,7 +302,7 @@ def _backward(
     return total
 
 
-def _summed_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+def summed_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float) -> torch.Tensor:
     """The cross entropy, summed over the examples; raises UserError where a label is no class."""
     try:
         return cross_entropy(
