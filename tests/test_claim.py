@@ -196,12 +196,11 @@ def left_by(run: Path, **about: object) -> Path:
     ("about", "env"),
     [
         ({"started_ticks": 1}, {}),  # its pid is another process's now
-        ({"boot_id": "other"}, {}),  # its host was started again
         ({"host": "other", "boot_id": "other", "launch": "abc"}, {"ALLRANKS_LAUNCH_ID": "abc"}),
         ({"host": "other", "boot_id": "other", "job_id": "7", "restart_count": 1},
          {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"}),
     ],
-    ids=["pid used again", "host restarted", "same launch", "requeued"],
+    ids=["pid used again", "same launch", "requeued"],
 )  # fmt: skip
 def test_who_is_known_to_be_gone_is_replaced_at_once(run, monkeypatch, about, env):
     for name, value in env.items():

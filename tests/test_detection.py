@@ -149,6 +149,8 @@ def start(tmp_path: Path):
             command = [PYTHON, "-m", "allranks", "launch", "-n", str(ranks)]
         elif under == "hosts":
             command = [PYTHON, "-c", TWO_HOSTS, PYTHON, "-m", "allranks.train"]
+        elif under == "containers":
+            command = [PYTHON, "-c", TWO_CONTAINERS, PYTHON, "-m", "allranks.train"]
         else:
             command = [*launcher(under, ranks), "-m", "allranks.train"]
         overrides = (
@@ -440,6 +442,44 @@ ranks = [
 ]
 sys.exit(max([abs(rank.wait()) for rank in ranks]))
 """
+
+
+# Two containers with one name, of two ranks each. Each counts its processes by itself, so that ranks 0 and
+# 2 have the same number, and so have 1 and 3.
+TWO_CONTAINERS = """
+import os, socket, subprocess, sys
+inside = (
+    "import os, subprocess, sys\\n"
+    "first, *program = sys.argv[1:]\\n"
+    "ranks = [str(int(first) + here) for here in range(2)]\\n"
+    "started = [subprocess.Popen(program, env={**os.environ, 'RANK': rank}) for rank in ranks]\\n"
+    "sys.exit(max([abs(one.wait()) for one in started]))"
+)
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = str(free.getsockname()[1])
+containers = [
+    subprocess.Popen(
+        ["unshare", "--uts", "--pid", "--fork", "--mount-proc", sys.executable, "-c", inside, str(first),
+         *sys.argv[1:]],
+        env={**os.environ, "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+             "GLOO_SOCKET_IFNAME": "lo"})
+    for first in (0, 2)
+]
+sys.exit(max([abs(container.wait()) for container in containers]))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may make containers")
+@pytest.mark.parametrize("who", [0, 2, 3])
+def test_in_containers_of_one_name_the_right_process_is_looked_at(start, tmp_path, who):
+    """Its neighbour in the same container looks: elsewhere its number belongs to another process."""
+    started = start("containers", 4, "model.fault=stop", f"model.who={who}")
+    _, _, err = all_down(started, tmp_path, STEP_S + 5)
+    assert re.search(
+        rf"^allranks: rank {who} on {HOST}, in step \d+: is stopped \(state T\). It is at", err, re.M
+    )
+    assert re.search(r"lab.py\", line \d+ in go_wrong\n", err), err
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may name a host")

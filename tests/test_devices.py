@@ -91,3 +91,11 @@ def test_a_rank_has_as_many_threads_as_it_has_cpus(tmp_path):
     assert threads("all", *launcher(None, 1)) == len(cpus)
     assert threads("bound", "taskset", "-c", str(cpus[0]), *launcher(None, 1)) == 1
     assert threads("shared", *launcher("mpiexec", len(cpus))) == 1
+
+
+def test_two_hosts_of_one_name_are_two_hosts():
+    one, two = (replace(came("localhost"), boot_id=boot_id) for boot_id in ("1", "2"))
+    found = places([one, two, one, two])
+    assert [place.local_rank for place in found] == [0, 0, 1, 1]
+    assert {place.local_world_size for place in found} == {2}
+    assert {place.hosts for place in found} == {2}

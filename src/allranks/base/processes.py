@@ -65,7 +65,7 @@ class ProcessIdentity:
         return cls(
             pid=os.getpid(),
             started_ticks=stat.started_ticks if stat else None,
-            boot_id=_boot_id(),
+            boot_id=boot_id(),
             pid_namespace=_namespace("pid"),
             time_namespace=_namespace("time"),
         )
@@ -116,7 +116,7 @@ class ProcessIdentity:
         return comparable and self.started_ticks not in (None, stat.started_ticks)
 
 
-def _boot_id() -> str | None:
+def boot_id() -> str | None:
     return _read("/proc/sys/kernel/random/boot_id").strip() or None
 
 

@@ -126,6 +126,7 @@ class Guard:
             launcher=self.identity.launcher,
             world_size=self.identity.world_size,
             host=socket.gethostname(),
+            boot_id=processes.boot_id(),
             port=variables.free_port() if self.identity.rank == 0 else None,
         )
 

@@ -73,6 +73,7 @@ class Guarded:
     rank: Rank
     guard: asyncio.StreamWriter | None  # None: the connection has ended
     heard_at: float  # when its last message came, by the event loop's clock
+    boot_id: str | None = None  # of its host's kernel: two hosts may have one name
     awaits_room: bool = False  # nothing of it is read, because the console is full
     beyond_bytes: int = 0  # of output that it has sent although the console was full
 
@@ -287,7 +288,12 @@ class Supervision:
             return None
 
         number = hello["rank"]
-        known = Guarded(Rank(number, hello["host"]), guard, heard_at=self._loop.time())
+        known = Guarded(
+            Rank(number, hello["host"]),
+            guard,
+            heard_at=self._loop.time(),
+            boot_id=hello.get("boot_id"),
+        )
         self.guarded[number] = known
         if number == 0:
             self._place["master_port"] = hello["port"]
@@ -319,10 +325,10 @@ class Supervision:
         self._has_begun = True
         if self.limits.run_s is not None:
             self._loop.call_later(self.limits.run_s, self._at_run_limit)
-        by_host: dict[str, list[Guarded]] = {}
+        by_host: dict[tuple[str, str | None], list[Guarded]] = {}
         for number in sorted(self.guarded):
             known = self.guarded[number]
-            by_host.setdefault(known.rank.host, []).append(known)
+            by_host.setdefault((known.rank.host, known.boot_id), []).append(known)
         for here in by_host.values():
             for local_rank, known in enumerate(here):
                 place = {"local_rank": local_rank, "local_world_size": len(here), **self._place}

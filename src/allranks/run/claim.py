@@ -258,11 +258,6 @@ def _known_end(owner: Mapping[str, Any], me: Mapping[str, Any]) -> str | None:
     if is_same("job_id") and isinstance(restarts, int) and restarts < me["restart_count"]:
         return "was the same job before it was requeued"
 
-    # The kernel draws a boot id at each start of a host. No process outlives its host's start.
-    both_known = bool(owner.get("boot_id")) and bool(me["boot_id"])
-    if is_same("host") and both_known and not is_same("boot_id"):
-        return "has ended: its host was started again"
-
     if ProcessIdentity.from_json(owner).has_ended(here=ProcessIdentity.from_json(me)):
         return "has ended"
     return None

@@ -28,7 +28,7 @@ import allranks
 from allranks import config as configs
 from allranks.base.agreement import majority
 from allranks.base.errors import UserError
-from allranks.base.processes import cpu_affinity, cpu_quota
+from allranks.base.processes import boot_id, cpu_affinity, cpu_quota
 from allranks.config import Config, TrainerConfig, WatchdogConfig
 from allranks.job.identity import RankIdentity
 from allranks.runtime import ezpz, mpi, native
@@ -59,6 +59,7 @@ class Arrival:
     digest: str  # of its configuration
     version: str  # of allranks and torch
     error: str | None  # why it has no configuration
+    boot_id: str | None = None  # of its host's kernel: two hosts may have one name
     cpu_quota: float | None = None  # CPUs' worth of time for all ranks on its host; None: no limit
 
 
@@ -170,6 +171,7 @@ def _bring_up(
         version=f"allranks {allranks.__version__}, torch {torch.__version__}",
         error=str(error) if error else None,
         cpu_quota=cpu_quota(),
+        boot_id=boot_id(),
     )
     place = _ask_rank_0(meeting, arrival, places, lambda said: Arrival(**said), lambda said: Place(**said))
     assert config is not None  # a rank without a configuration has told its error, which all have raised
@@ -270,13 +272,13 @@ def places(arrivals: Sequence[Arrival]) -> list[Place]:
         "start every rank from the same environment",
     )
 
-    ranks_of_host: dict[str, list[int]] = {}
+    ranks_of_host: dict[tuple[str, str | None], list[int]] = {}
     for rank, arrival in enumerate(arrivals):
-        ranks_of_host.setdefault(arrival.host, []).append(rank)
+        ranks_of_host.setdefault((arrival.host, arrival.boot_id), []).append(rank)
 
     found = []
     for rank, arrival in enumerate(arrivals):
-        here = ranks_of_host[arrival.host]
+        here = ranks_of_host[arrival.host, arrival.boot_id]
         sharing = sum(arrivals[other].cpus == arrival.cpus for other in here)
         threads = len(arrival.cpus) // sharing
         if arrival.cpu_quota is not None:  # a container's share of its host, which all its ranks share

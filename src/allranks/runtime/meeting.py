@@ -201,7 +201,7 @@ def _serve_through_mpi(comm: Any, progress: Progress) -> Store:
     if comm.rank == 0:
         secret, far = secrets.token_hex(16), len(set(hosts)) > 1
         try:
-            address = _address(hosts) if far else "127.0.0.1"
+            address = _address([host.name for host in hosts]) if far else "127.0.0.1"
             store, port = serve(address, comm.size, far=far)
         except UserError as error:
             problem = str(error)
@@ -217,10 +217,22 @@ def _serve_through_mpi(comm: Any, progress: Progress) -> Store:
 
 
 def _address(hosts: Sequence[str]) -> str:
-    """Where ranks on other hosts reach this one. Its own name may lead to its loopback."""
+    """Where ranks on other hosts reach this one, which is rank 0's.
+
+    `hosts` are the names of all ranks' hosts. Raises UserError where they lead nowhere.
+    """
     from allranks.job.hosts import address_for
 
-    return os.environ.get("MASTER_ADDR") or address_for(hosts)
+    if os.environ.get("MASTER_ADDR"):
+        return os.environ["MASTER_ADDR"]
+    address = address_for(hosts)
+    if address == "127.0.0.1":
+        raise UserError(
+            f"the ranks are on several hosts that all call themselves {socket.gethostname()}, so none of "
+            "them finds another: give each host a name of its own, or set MASTER_ADDR to rank 0's address "
+            "on their network."
+        )
+    return address
 
 
 def _join_env(identity: RankIdentity, progress: Progress) -> Store:

@@ -6,8 +6,9 @@ import os
 import socket
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from allranks.base import processes
 from allranks.base.errors import UserError
 from allranks.base.text import one_line
 from allranks.job.identity import RankIdentity
@@ -98,12 +99,25 @@ def library() -> str:
     return one_line(_mpi().Get_library_version().strip().splitlines()[0].split(",")[0])
 
 
-def hosts(comm: Any) -> list[str]:
-    """The host names of all ranks, in the order of the ranks, on rank 0; an empty list elsewhere."""
-    mine, width = socket.gethostname().encode(), 256
+class Host(NamedTuple):
+    """Where a rank is. Two hosts may have one name, but their kernels never have one boot id."""
+
+    name: str
+    boot_id: str  # empty where the system has none
+
+
+def hosts(comm: Any) -> list[Host]:
+    """The hosts of all ranks, in the order of the ranks, on rank 0; an empty list elsewhere."""
+    width = 256  # bytes: a name has 64 at most on Linux, a boot id 36
+    mine = f"{socket.gethostname()} {processes.boot_id() or ''}".encode()
     everyones = bytearray(width * comm.size if comm.rank == 0 else 0)
     comm.Gather(bytearray(mine[:width].ljust(width)), everyones, root=0)
-    return [everyones[i : i + width].decode().rstrip() for i in range(0, len(everyones), width)]
+
+    found = []
+    for start in range(0, len(everyones), width):
+        name, _, boot_id = everyones[start : start + width].decode().rstrip().partition(" ")
+        found.append(Host(name, boot_id))
+    return found
 
 
 def broadcast_text(comm: Any, text: str) -> str:
