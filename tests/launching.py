@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from helpers import GUARD, PYTHON, guarded
@@ -21,11 +21,20 @@ def python(code: str) -> list[str]:
 
 
 def supervised(
-    name: str, ranks: int, program: Sequence[str], run_dir: Path | None = None, **more: object
+    name: str,
+    ranks: int,
+    program: Sequence[str],
+    run_dir: Path | None = None,
+    constants: Mapping[str, float] | None = None,
+    **more: object,
 ) -> list[str]:
-    """A command that supervises them, as `allranks launch` does."""
+    """A command that supervises them, as `allranks launch` does.
+
+    `constants` of the supervisor are set to other values: a test need not wait for a minute.
+    """
     return python(
         "import os, sys\nfrom allranks.launch import supervisor\n"
+        f"vars(supervisor).update({dict(constants or {})!r})\n"
         f"outcome = supervisor.run({guarded(name, ranks, program)!r}, dict(os.environ), "
         f"{str(run_dir) if run_dir else None!r}, world_size={ranks}, **{more!r})\n" + TOLD
     )
