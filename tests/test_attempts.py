@@ -1,15 +1,22 @@
-"""What follows an attempt, and which hosts the next one does without: decided without starting anything."""
+"""The attempts of a launch: what follows one, which hosts it does without, its variables and its limits."""
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
 from allranks.base.errors import EXIT_REQUEUE, EXIT_TIMED_OUT, EXIT_USER_ERROR
-from allranks.launch.attempts import GROUPS, Next, Progress, unreachable, what_next
-from allranks.launch.supervisor import Outcome
+from allranks.job import machine
+from allranks.job.hosts import Allocation, Host
+from allranks.launch.attempts import GROUPS, Launch, Next, Progress, unreachable, what_next
+from allranks.launch.outcome import Outcome
+from allranks.launch.plan import Request
+from helpers import PYTHON, ROOT, SMALL, Started, execute, until
 
 
 def outcome(code: int, stopped: bool = False) -> Outcome:
@@ -92,3 +99,118 @@ def test_exactly_the_bad_hosts_are_found_and_never_too_many_are_tried_at_once(co
         found, rounds = search(names(count), bad)
         assert found == [name for name in names(count) if name in bad]
         assert max(rounds) <= GROUPS
+
+
+# --- a launcher that starts nothing ----------------------------------------------------------------
+
+
+def test_a_launcher_that_refuses_its_options_is_quoted_and_no_host_is_blamed(tmp_path):
+    words = ["launch", "-n", "2", "machine.options.mpiexec=[--no-such-option]", "--", "true"]
+    done = execute([PYTHON, "-m", "allranks", *words], tmp_path)
+    assert done.code == 2
+    assert done.message.startswith("allranks: preflight: mpiexec starts nothing on ")
+    assert "unrecognized argument no-such-option" in done.err
+    assert "cannot be reached" not in done.err
+    assert "Traceback" not in done.err
+
+
+# A stand-in for PBS's pbsdsh, of which it takes what the script of the documents uses.
+PBSDSH = """#!/bin/sh
+[ "$1" = -n ] && [ "$3" = -- ] || exit 9
+echo "host $2" >> "$PBSDSH_LOG"
+shift 3
+exec "$@"
+"""
+
+
+def test_mpiexec_reaches_other_hosts_by_the_documents_script_over_pbsdsh(tmp_path):
+    page = (ROOT / "docs/launch.md").read_text()
+    for name, text in (
+        ("pbs-start", page.split("```sh\n")[1].split("```")[0]),
+        ("pbsdsh", PBSDSH),
+    ):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "nodes").write_text("n1\nn1\nn2\nn2\n")
+    mpiexec = [str(Path(PYTHON).parent / "mpiexec"), "-launcher", "ssh"]
+    mpiexec += ["-launcher-exec", str(tmp_path / "pbs-start"), "-hosts", "n1:2,n2:2", "-n", "4"]
+    environ = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PBS_NODEFILE": str(tmp_path / "nodes"),
+        "PBSDSH_LOG": str(tmp_path / "log"),
+    }
+    done = execute([*mpiexec, "sh", "-c", "echo rank $PMI_RANK of $PMI_SIZE"], tmp_path, environ).ok()
+    assert sorted(done.out.splitlines()) == [f"rank {rank} of 4" for rank in range(4)]
+    assert sorted((tmp_path / "log").read_text().splitlines()) == ["host 0", "host 1"]
+
+
+# --- the launcher's environment --------------------------------------------------------------------
+
+
+def launched(**more: object) -> Launch:
+    hosts = (Host("n1", 2), Host("n2", 2))
+    request = Request(("true",), installed_here=False)
+    slurm = Allocation("slurm", "7", hosts)
+    return Launch(request, machine.load("generic_slurm"), slurm, **more)  # type: ignore[arg-type]
+
+
+OF_THE_SHELLS_STEP = {
+    "SLURM_CPU_BIND": "quiet,mask_cpu:0x1",
+    "SLURM_CPU_BIND_TYPE": "mask_cpu:",
+    "SLURM_CPU_BIND_LIST": "0x1",
+    "SLURM_CPU_BIND_VERBOSE": "quiet",
+    "SLURM_DISTRIBUTION": "cyclic",
+    "SLURM_EXACT": "1",
+    "SLURM_TRES_PER_TASK": "cpu:1",
+    "SLURM_MEM_PER_CPU": "100",
+}
+OF_THE_JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_CONF": "/etc/slurm.conf"}
+
+
+@pytest.mark.parametrize("step", ["0", "4294967290"])  # of srun --pty, and salloc's interactive one
+def test_the_options_of_a_shells_step_are_not_those_of_the_ranks(step):
+    launch = launched(environ={**OF_THE_SHELLS_STEP, **OF_THE_JOB, "SLURM_STEP_ID": step})
+    environ = launch.environment(launch.plan())
+    assert OF_THE_SHELLS_STEP.keys() & environ.keys() == set()
+    assert OF_THE_JOB.items() <= environ.items()
+
+
+def test_in_a_job_script_srun_follows_the_jobs_own_options():
+    """Where no step is around, they are what the user has asked sbatch for."""
+    launch = launched(environ={**OF_THE_SHELLS_STEP, **OF_THE_JOB})
+    environ = launch.environment(launch.plan())
+    assert OF_THE_SHELLS_STEP.items() <= environ.items()
+
+
+# --- how long ranks may take to end ----------------------------------------------------------------
+
+# A model whose weights take 13 s to be read out, as those of a large model do.
+SLOW = """
+import time, torch
+class Slow(torch.nn.Linear):
+    def __init__(self, input_shape, classes, **_):
+        super().__init__(784, classes)
+    def forward(self, x):
+        return super().forward(x.flatten(1))
+    def state_dict(self, *args, **kwargs):
+        time.sleep(13)
+        return super().state_dict(*args, **kwargs)
+"""
+
+
+def test_a_training_whose_save_takes_13_s_is_given_the_time(tmp_path):
+    (tmp_path / "slow_model.py").write_text(SLOW)
+    words = ["launch", "-n", "1", "--no-preflight", "run.dir=run", "trainer.epochs=1000", *SMALL]
+    words += ["model._target_=slow_model.Slow", "checkpoint.every_epochs=null"]
+    environ = {"PYTHONPATH": str(tmp_path)}
+    with Started([PYTHON, "-m", "allranks", *words], cwd=tmp_path, **environ) as started:
+        until((tmp_path / "run/metrics.jsonl").exists, 60)
+        started.process.send_signal(signal.SIGTERM)
+        code, out, err = started.finish(within_s=100)
+    assert code == 85, out + err
+    assert len(list((tmp_path / "run/checkpoints").glob("step-*"))) == 1
+
+
+def test_grace_is_ten_seconds_for_a_program_and_may_be_given(tmp_path):
+    assert launched(environ={}).grace() == 10
+    assert launched(environ={}, grace_s=3).grace() == 3

@@ -51,7 +51,7 @@ def saved(tmp_path):
     (tmp_path / "saved").mkdir()
 
     def saved() -> list[str]:
-        return sorted(os.listdir(tmp_path / "saved"))
+        return sorted(path.name for path in (tmp_path / "saved").iterdir())
 
     saved.program = SAVES.format(saved=f"{tmp_path}/saved/")
     return saved
@@ -81,7 +81,7 @@ def test_guards_that_answer_are_left_alone(saved):
 
 
 def test_a_launch_that_was_itself_stopped_takes_no_guard_for_silent(saved):
-    """As a scheduler stops a job and lets it go on: the supervisor's clock jumps, and nobody is to blame."""
+    """As a scheduler stops a whole job and lets it go on: the clock jumps, and nobody is to blame."""
     program = python(saved.program + "time.sleep(8)")
     limits = {"ASK_S": 0.2, "SILENT_S": 2.0, "SUSPENDED_S": 1.0}
     with Started(supervised("mpiexec", 2, program, constants=limits)) as started:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import re
+import select
 import signal
 import socket
+import struct
+import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -31,6 +38,9 @@ time.sleep(60)
 """
 
 
+IGNORES = "import signal\nfor number in (2, 15): signal.signal(number, signal.SIG_IGN)\n"
+
+
 @pytest.fixture
 def start():
     """Starts supervised ranks, and ends whatever is left of them after the test."""
@@ -49,13 +59,12 @@ def start():
 def wait_for_ranks(started: Started, ranks: int) -> tuple[dict[int, int], set[int]]:
     """Pid of each rank's program, and the pids of their children."""
     found, children = {}, set()
-    for stream in (started.process.stdout, started.process.stderr):
-        while len(found) < (1 if stream is started.process.stdout else ranks):
-            line = stream.readline().decode()
-            assert line, "ended early"
-            if match := re.search(r"pids (\d+) (\d+) (\d+)", line):
-                found[int(match[1])] = int(match[2])
-                children.add(int(match[3]))
+    while len(found) < ranks:
+        line = started.process.stdout.readline().decode()
+        assert line, "ended early"
+        if match := re.search(r"pids (\d+) (\d+) (\d+)", line):
+            found[int(match[1])] = int(match[2])
+            children.add(int(match[3]))
     return found, children
 
 
@@ -166,13 +175,15 @@ def test_ctrl_c_and_sigterm_end_every_rank(start, signum, code):
     started.process.send_signal(signum)
     got, _, err = started.finish(within_s=10)
     assert got == code
-    assert err == f"allranks: stopped by {signal.Signals(signum).name}.\n"
+    assert err.endswith(f"allranks: stopped by {signal.Signals(signum).name}.\n")
+    # Ctrl-C is Python's KeyboardInterrupt, as it is without a launcher
+    assert err.count("KeyboardInterrupt") == (2 if signum == signal.SIGINT else 0)
     started.gone(within_s=1)
     assert not any(map(alive, [*ranks.values(), *children]))
 
 
 def test_a_second_ctrl_c_does_not_wait_for_ranks_that_ignore_the_first(start):
-    started = start("mpiexec", 2, "import signal; signal.signal(15, signal.SIG_IGN)\n" + WAIT)
+    started = start("mpiexec", 2, IGNORES + WAIT)
     wait_for_ranks(started, 2)
     started.process.send_signal(signal.SIGINT)
     time.sleep(0.5)
@@ -241,7 +252,7 @@ def test_the_last_words_of_dying_ranks_arrive(start):
     )
     got, out, err = start("mpiexec", 2, code).finish()
     assert got == 128 + 11
-    assert out == "o" * 50000 + "\n"
+    assert sorted(out.splitlines()) == [f"[rank 1 on {HOST}] " + "o" * 50000, "o" * 50000]
     assert f"[rank 1 on {HOST}] " + "e" * 50000 + "\n" in err
     assert f"rank 1 on {HOST} was killed by SIGSEGV" in err
 
@@ -331,11 +342,194 @@ def test_rank_0_sees_a_terminal_where_the_user_has_one():
     command = supervised("mpiexec", 2, python(code))
     with Started(command, stdout=inner) as started:
         got, _, err = started.finish()
+        assert (got, err) == (0, "")
         # stdout ends at the terminal, stderr in a pipe
-        assert (got, err) == (0, f"[rank 1 on {HOST}] 1 False False\n")
-        assert os.read(outer, 1000) == b"0 True False\r\n"
+        lines = os.read(outer, 1000).decode().splitlines()
+        assert sorted(lines) == ["0 True False", f"[rank 1 on {HOST}] 1 False False"]
         os.close(inner)
         os.close(outer)
+
+
+def test_without_a_run_directory_all_stdout_goes_to_stdout_and_all_stderr_to_stderr(start):
+    code = "import os, sys; print('o', os.environ['RANK']); print('e', os.environ['RANK'], file=sys.stderr)"
+    got, out, err = start("mpiexec", 3, code).finish()
+    assert got == 0
+    for kind, text in (("o", out), ("e", err)):
+        named = [f"[rank {r} on {HOST}] {kind} {r}" for r in (1, 2)]
+        assert sorted(text.splitlines()) == sorted([f"{kind} 0", *named])
+
+
+def test_a_line_of_three_megabytes_is_one_line(start):
+    """Of any rank, with others that write meanwhile: a JSON object, say, that another program reads."""
+    code = (
+        "import os, sys\n"
+        "if os.environ['RANK'] == '2':\n"
+        "    for i in range(200): print('short', i, flush=True)\n"
+        "else: print('x' * 3_000_000 + '.')"
+    )
+    got, out, _ = start("mpiexec", 3, code).finish(within_s=60)
+    assert got == 0
+    long = "x" * 3_000_000 + "."
+    lines = out.splitlines()
+    assert f"[rank 1 on {HOST}] {long}" in lines
+    assert long in lines
+    assert len(lines) == 202
+
+
+# --- stdin ---------------------------------------------------------------------------------------
+
+READS = "import os, sys; print(os.environ['RANK'], len(sys.stdin.read()))"
+
+
+def with_stdin(command: list[str], stdin: bytes) -> tuple[int, list[str]]:
+    """(exit code, sorted lines of stdout) of a command that is given this stdin through a pipe."""
+    done = subprocess.run(command, input=stdin, capture_output=True, timeout=60, check=False)
+    return done.returncode, sorted(done.stdout.decode().splitlines())
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize("size", [0, 5, 300_000])
+def test_stdin_goes_to_rank_0_to_its_end(name, size):
+    command = supervised(name, 2, python(READS))
+    assert with_stdin(command, b"x" * size) == (0, [f"0 {size}", f"[rank 1 on {HOST}] 1 0"])
+
+
+def test_stdin_may_be_a_file_nothing_or_closed(tmp_path):
+    (tmp_path / "five").write_text("12345")
+    command = supervised("mpiexec", 1, python(READS))
+    for redirect, size in ((f"<{tmp_path}/five", 5), ("</dev/null", 0), ("<&-", 0)):
+        script = ["sh", "-c", f'"$@" {redirect}', "sh", *command]
+        assert with_stdin(script, b"unread") == (0, [f"0 {size}"]), redirect
+
+
+def test_a_program_that_reads_no_stdin_is_not_held_up_by_it():
+    """Nor does the launch read what nobody takes: all but one piece is left for the next command."""
+    command = supervised("mpiexec", 1, python("import os; os.close(0); print('done')"))
+    ours, theirs = os.pipe()
+    os.write(theirs, b"x" * 50_000)
+    with subprocess.Popen(command, stdin=ours, stdout=subprocess.PIPE) as process:
+        assert process.communicate(timeout=60)[0] == b"done\n"
+        assert process.returncode == 0
+    os.close(ours)
+    os.close(theirs)
+
+
+# --- at a terminal -------------------------------------------------------------------------------
+
+# Says how large the terminal is, then what is typed, then waits for Ctrl-C.
+AT_TERMINAL = """
+import os, signal, sys, time
+def say_size(*_): print("size", *os.get_terminal_size(1), flush=True)
+if os.environ["RANK"] == "0":
+    signal.signal(signal.SIGWINCH, say_size)
+    say_size()
+    print("typed", input("? "), flush=True)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("interrupted", os.environ["RANK"], flush=True)
+    sys.exit(3)
+"""
+
+
+def test_at_a_terminal_size_keys_and_ctrl_c_reach_the_program():
+    screen = Screen(supervised("mpiexec", 2, python(AT_TERMINAL)), rows=33, columns=77)
+    try:
+        screen.until("size 77 33")
+        screen.until("? ")
+        screen.type("hello\n")
+        screen.until("typed hello")
+        screen.resize(rows=40, columns=99)
+        screen.until("size 99 40")
+        screen.type("\x03")
+        screen.until("stopped by SIGINT")
+        assert screen.ended() == 130
+        assert "interrupted 0" in screen.shown
+        assert f"[rank 1 on {HOST}] interrupted 1" in screen.shown
+    finally:
+        screen.close()
+
+
+class Screen:
+    """A command at a terminal of its own: what it shows, and keys for it."""
+
+    def __init__(self, command: list[str], rows: int, columns: int) -> None:
+        self.shown = ""
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+            os.execv(command[0], command)
+
+    def resize(self, rows: int, columns: int) -> None:
+        fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def type(self, keys: str) -> None:
+        os.write(self.fd, keys.encode())
+
+    def until(self, words: str, within_s: float = 60) -> None:
+        """Waits until the words are shown."""
+        deadline = time.monotonic() + within_s
+        while words not in self.shown:
+            assert time.monotonic() < deadline, self.shown
+            if select.select([self.fd], [], [], 0.2)[0]:
+                self.shown += os.read(self.fd, 65536).decode()
+
+    def ended(self) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def close(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
+        os.close(self.fd)
+
+
+def test_in_the_background_of_a_terminal_stdin_is_left_to_the_shell():
+    """Reading there would stop the launch: the system sends SIGTTIN to who reads in the background."""
+    command = supervised("mpiexec", 1, python("import time; time.sleep(3); print('well')"))
+    shell = ["/bin/sh", "-c", 'set -m; "$@" & wait', "sh", *command]
+    screen = Screen(shell, rows=24, columns=80)
+    try:
+        time.sleep(1)
+        screen.type("a line for the shell\n")
+        screen.until("well")
+        assert screen.ended() == 0
+    finally:
+        screen.close()
+
+
+# --- signals -------------------------------------------------------------------------------------
+
+
+def test_a_program_that_goes_on_after_ctrl_c_gets_sigterm_before_it_is_killed(start):
+    code = (
+        "import os, signal, time\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (print('terminated', flush=True), os._exit(85)))\n" + WAIT
+    )
+    started = start("mpiexec", 1, code, grace_s=4.0)
+    wait_for_ranks(started, 1)
+    started.process.send_signal(signal.SIGINT)
+    got, out, _ = started.finish(within_s=20)
+    assert (got, out) == (85, "terminated\n")
+
+
+def test_ranks_that_take_longer_than_ten_seconds_to_save_have_the_grace_that_they_need(start):
+    """And the user is told why nothing seems to happen."""
+    code = (
+        "import os, signal, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(12), os._exit(85)))\n" + WAIT
+    )
+    started = start("mpiexec", 2, code, grace_s=60.0)
+    wait_for_ranks(started, 2)
+    started.process.terminate()
+    got, _, err = started.finish(within_s=60)
+    assert got == 85
+    assert err == (
+        "allranks: SIGTERM: the ranks have up to 60 s to save and to end. Another Ctrl-C or SIGTERM ends "
+        "them at once.\n"
+    )
 
 
 def test_what_the_launcher_says_is_shown_where_no_rank_explains_it():

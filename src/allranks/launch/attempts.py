@@ -13,6 +13,7 @@ import enum
 import itertools
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,9 +28,9 @@ from allranks.base.errors import EXIT_REQUEUE, EXIT_STUCK, EXIT_USER_ERROR, User
 from allranks.base.text import some
 from allranks.config import Config
 from allranks.job import scheduler, variables
-from allranks.job.hosts import Allocation, Host
+from allranks.job.hosts import Allocation, Host, is_this_host
 from allranks.job.machine import Machine
-from allranks.launch import preflight, supervisor
+from allranks.launch import launchers, preflight, supervisor
 from allranks.launch.console import say
 from allranks.launch.outcome import Outcome
 from allranks.launch.plan import Plan, Request, make_plan
@@ -55,6 +56,7 @@ class Launch:
     config: Config | None = None  # of a training
     max_restarts: int = 0
     min_ranks: int | None = None  # None: every host is needed
+    grace_s: float | None = None  # from a signal to SIGKILL; None: what the program is known to need
     # One for all attempts: a restarted training may take over the run directory of the one before at once.
     id: str = field(default_factory=partial(secrets.token_hex, 8))
 
@@ -78,7 +80,21 @@ class Launch:
         # Open MPI is told to hand these on, and warns of those that are not set.
         unset = dict.fromkeys(variables.PRIVATE, "")
         for_step = scheduler.step_environment(self.allocation.scheduler)
-        return {**unset, **for_step, **plan.environment(self.environ), variables.LAUNCH_ID: self.id}
+        around = plan.environment(launchers.without_outer_step(self.environ))
+        return {**unset, **for_step, **around, variables.LAUNCH_ID: self.id}
+
+    def grace(self) -> float:
+        """Seconds from a signal that ends the launch to SIGKILL.
+
+        A training has as long as its own watchdog allows it for a step and for a save. A rank that hangs is
+        ended by the watchdog before.
+        """
+        if self.grace_s is not None:
+            return self.grace_s
+        if self.config is None:
+            return supervisor.GRACE_S
+        watchdog = self.config.watchdog
+        return (watchdog.step_s or watchdog.first_step_s) + watchdog.save_s
 
     def has_enough(self, hosts: Sequence[Host]) -> bool:
         """Whether `hosts` have as many ranks as --min-ranks asks for. Without it nothing is enough."""
@@ -162,9 +178,12 @@ def run(launch: Launch, check: bool) -> int:
             plan = launch.plan(left)
         say(_about_restart(outcome, gone, progress, attempt, launch.max_restarts))
 
-    if outcome.failure:
+    failure = outcome.failure
+    if outcome.stopped and outcome.code not in (0, EXIT_REQUEUE) and launch.config:
+        failure += f" Nothing was saved at the end: the newest checkpoint is of step {newest_step(launch)}."
+    if failure:
         # After a signal the process is to end, whether or not somebody reads its last line.
-        say(outcome.failure, within_s=supervisor.UNREAD_S if outcome.stopped else None)
+        say(failure, within_s=supervisor.UNREAD_S if outcome.stopped else None)
     return outcome.code
 
 
@@ -175,6 +194,7 @@ def _attempt(launch: Launch, plan: Plan) -> Outcome:
         launch.directory,
         world_size=plan.world_size,
         hosts=[host.name for host in plan.hosts],
+        grace_s=launch.grace(),
     )
 
 
@@ -220,6 +240,8 @@ def _checked(launch: Launch, plan: Plan) -> Plan:
         if not gone:
             raise
         left = _without(plan.hosts, gone)
+        if not left and error.said:
+            raise UserError(_refusal(plan, error.said)) from error
         if not launch.has_enough(left):
             raise UserError(
                 f"preflight: {some(gone)} cannot be reached: nothing can be started there. Take "
@@ -229,6 +251,18 @@ def _checked(launch: Launch, plan: Plan) -> Plan:
         return _checked(launch, launch.plan(left))
     print(line, file=sys.stderr, flush=True)
     return plan
+
+
+def _refusal(plan: Plan, said: str) -> str:
+    """What to tell the user where the launcher starts nothing anywhere: its own words explain that best."""
+    hosts = [host.name for host in plan.hosts]
+    text = f"preflight: {plan.launcher} starts nothing on {some(hosts)}. It says:\n{said}"
+    if plan.dialect == "hydra" and not all(map(is_this_host, hosts)) and shutil.which("ssh") is None:
+        text += (
+            "\nmpiexec of MPICH reaches other hosts by ssh, and there is none here. In a job of PBS it can "
+            "use pbsdsh instead: docs/launch.md shows how."
+        )
+    return text
 
 
 def _gone_for_good(launch: Launch, plan: Plan, outcome: Outcome) -> Sequence[str]:

@@ -87,7 +87,16 @@ def _start(
 
     until_ranks_run()
     own = str(Path(args.run).absolute()) if args.run else None
-    launch = Launch(request, known, allocation, environ, own, None, args.max_restarts or 0, args.min_ranks)
+    launch = Launch(
+        request,
+        known,
+        allocation,
+        environ,
+        directory=own,
+        max_restarts=args.max_restarts or 0,
+        min_ranks=args.min_ranks,
+        grace_s=args.grace,
+    )
     check = args.preflight is not False
     if not trainings:
         return run(launch, check)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 STDOUT, STDERR = 1, 2
@@ -42,6 +43,22 @@ def _write_now(fd: int, text: str, within_s: float | None) -> None:
 def terminals() -> str:
     """Which of "out" and "err" end at a terminal here: `out err`, one of them, or nothing."""
     return " ".join(kind for kind, fd in FD_OF.items() if os.isatty(fd))
+
+
+class Size(NamedTuple):
+    """Of a terminal, in characters."""
+
+    rows: int
+    columns: int
+
+
+def terminal_size() -> Size | None:
+    """The size of the terminal that stdout or stderr ends at; None where neither does."""
+    for fd in FD_OF.values():
+        with suppress(OSError):
+            size = os.get_terminal_size(fd)
+            return Size(size.lines, size.columns)
+    return None
 
 
 class Piece(NamedTuple):
@@ -163,7 +180,7 @@ class Console:
         self._begun[rank, kind] = bytearray(rest)
         name = f"[rank {rank} on {host}] ".encode()
         for text in whole:  # our own training names rank and host itself
-            self.line(text + b"\n" if text.startswith(name) else name + text + b"\n", STDERR)
+            self.line(text + b"\n" if text.startswith(name) else name + text + b"\n", FD_OF[kind])
 
     def _show_rank_0(self, fd: int, data: bytes) -> None:
         self._write(fd, data)

@@ -93,6 +93,10 @@ class Guard:
         # The two ends of a pipe in which a byte stands for each signal that has arrived.
         self.wakeups: int | None = None
         self.wake_end = -1
+        self.terminals: list[int] = []  # those of the descriptors above that are terminals
+        self.stdin: int | None = None  # to write to the program's stdin, where the supervisor sends it
+        self.typed = bytearray()  # for the program's stdin, which has not taken it yet
+        self.typed_all = False  # no more will come
         self.kill_at: float | None = None  # when the program gets SIGKILL, by time.monotonic()
         self.drained_by: float | None = None  # how long to wait for output; set when the program has ended
         folder = environ.get(variables.OUTPUT) if identity.rank else None
@@ -112,7 +116,7 @@ class Guard:
             self._say(err=f"allranks: {error}\n".encode())
             code, signum = EXIT_USER_ERROR, 0
         else:
-            code, signum = how_it_ended(self._run(program, environ))
+            code, signum = how_it_ended(self._run(program, environ, told))
 
         self._say(code=code, signal=signum, time=time.time(), last=True)
         while not self.is_let_go and not self.is_alone:
@@ -156,11 +160,16 @@ class Guard:
 
     # --- the program ----------------------------------------------------------------------------
 
-    def _run(self, program: Sequence[str], environ: Mapping[str, str]) -> int:
-        """The program's wait status, once its last line is passed on and its children are gone."""
+    def _run(self, program: Sequence[str], environ: Mapping[str, str], told: Mapping[str, Any]) -> int:
+        """The program's wait status, once its last line is passed on and its children are gone.
+
+        `told` says whether the program gets a stdin, and how large the user's terminal is.
+        """
         processes.adopt_orphans()
         self._catch_signals()
-        self.pipes = self._start(program, environ)
+        self._start(program, environ, bool(told.get("stdin")))
+        if told.get("size"):
+            self._resize(*told["size"])
         self._obey()  # what came together with the word to start
         while not self._is_over():
             self._next_events()
@@ -183,14 +192,16 @@ class Guard:
         for signum in (*FORWARDED, signal.SIGCHLD):
             signal.signal(signum, lambda *_: None)
 
-    def _start(self, program: Sequence[str], environ: Mapping[str, str]) -> dict[int, str]:
-        """Starts the program; its two streams, by the descriptor to read them from."""
+    def _start(self, program: Sequence[str], environ: Mapping[str, str], with_stdin: bool) -> None:
+        """Starts the program, with streams of its own."""
         terminals = self.environ.get(variables.TERMINAL, "") if self.identity.rank == 0 else ""
         streams = {kind: _stream(kind in terminals) for kind in ("out", "err")}
+        stdin = Stream(*os.pipe())
         parent = os.getpid()
         self.child = os.fork()
         if self.child == 0:
             try:
+                os.dup2(stdin.outer, 0)
                 os.dup2(streams["out"].inner, 1)
                 os.dup2(streams["err"].inner, 2)
                 signal.set_wakeup_fd(-1)
@@ -201,9 +212,18 @@ class Guard:
                 os.write(2, f"allranks: {error}\n".encode())
             finally:
                 os._exit(EXIT_CANNOT_START)
-        for stream in streams.values():
+
+        for kind, stream in streams.items():
             os.close(stream.inner)
-        return {stream.outer: kind for kind, stream in streams.items()}
+            self.pipes[stream.outer] = kind
+            if kind in terminals:
+                self.terminals.append(stream.outer)
+        os.close(stdin.outer)
+        if with_stdin:
+            self.stdin = stdin.inner
+            os.set_blocking(self.stdin, False)
+        else:  # the program reads an end of file: what the launcher gives to a rank differs
+            os.close(stdin.inner)
 
     def _is_over(self) -> bool:
         """Whether the program has ended, and all of its output is here or was waited for long enough."""
@@ -232,6 +252,8 @@ class Guard:
                 self._on_signals(os.read(fd, 4096))
             elif fd in self.pipes:
                 self._on_output(fd)
+            elif fd == self.stdin:
+                self._type()
             else:
                 self._on_link(events)
 
@@ -244,6 +266,8 @@ class Guard:
             awaited[self.link.fileno()] = select.POLLIN | (select.POLLOUT if self.unsent else 0)
         if self._takes_output():
             awaited |= dict.fromkeys(self.pipes, select.POLLIN)
+        if self.stdin is not None and self.typed:
+            awaited[self.stdin] = select.POLLOUT
         return awaited
 
     def _takes_output(self) -> bool:
@@ -272,6 +296,36 @@ class Guard:
             self.file.add(data, self._wake)
         else:
             self._say(**{self.pipes[fd]: data})
+
+    def _type(self) -> None:
+        """Gives the program as much of its stdin as it takes, and asks for more when it has taken all."""
+        if self.stdin is None:  # the program has closed its stdin
+            self.typed.clear()
+            return
+        try:
+            while self.typed:
+                del self.typed[: os.write(self.stdin, self.typed)]
+        except BlockingIOError:  # the program is busy; the loop waits for room
+            return
+        except OSError:  # the program reads no more
+            self.typed.clear()
+            self.typed_all = True
+        if self.typed_all:
+            os.close(self.stdin)
+            self.stdin = None
+        else:
+            self._say(took=True)
+
+    def _resize(self, rows: int, columns: int) -> None:
+        """Gives the program's terminals the size of the user's, and tells the program about it."""
+        import fcntl  # three modules that only a rank at a terminal needs
+        import struct
+        import termios
+
+        for fd in self.terminals:
+            fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        if self.terminals:
+            self._forward(signal.SIGWINCH)
 
     def _give_up_file(self, file: OutputFile) -> None:
         """The file for stdout cannot be written: from now on stdout goes where the console's lines go."""
@@ -359,6 +413,12 @@ class Guard:
                     self._forward(int(signum))
                 case {"kill": True}:
                     self._kill()
+                case {"stdin": text}:
+                    self.typed += links.output(text)
+                    self.typed_all = not text
+                    self._type()
+                case {"size": [rows, columns]}:
+                    self._resize(rows, columns)
                 case {"here": True}:  # the supervisor wants to know whether this process still works
                     self._say(here=True)
                 case {"bye": True}:

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -221,6 +222,24 @@ def _version_of(path: str) -> str:
             "say which MPI it is with machine.mpiexec=hydra, openmpi or pals."
         ) from error
     return done.stdout + done.stderr
+
+
+# --- a launch within a step of Slurm -------------------------------------------------------------
+
+# Variables in which srun tells a step's processes what was asked for it, and from which another srun takes
+# its own options. Of `allranks launch` inside `srun --pty bash` they are those of the shell's step: they
+# would bind all ranks to that step's CPU and memory, or contradict the options of the ranks' own step.
+_OF_A_STEP = re.compile(
+    "SLURM_(CPU_BIND.*|MEM_BIND.*|DISTRIBUTION|DIST_PLANESIZE|EXACT|WHOLE|TRES_PER_TASK"
+    "|MEM_PER_CPU|MEM_PER_GPU|MEM_PER_NODE)"
+)
+
+
+def without_outer_step(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what a step of Slurm around this process was given, for another srun."""
+    if not environ.get("SLURM_STEP_ID"):  # these are then the job's own options, or the user's
+        return dict(environ)
+    return {name: value for name, value in environ.items() if not _OF_A_STEP.fullmatch(name)}
 
 
 # --- which CPUs ----------------------------------------------------------------------------------

@@ -105,6 +105,10 @@ OPTIONS = (
         submit="in the job: as for allranks launch",
     ),
     Option(
+        "--grace", "grace", "SECONDS", kind=int, least=0,
+        launch="from Ctrl-C or SIGTERM to SIGKILL; default: 10, and for a training what a save may take",
+    ),
+    Option(
         "--config-dir", "config_dir", "DIR", in_job=True, in_sweep=True,
         launch="a folder with machine/NAME.yaml (and groups) of your own",
         submit="a folder with machine/NAME.yaml (and groups) of your own",

@@ -62,11 +62,12 @@ FABRIC = (
 
 
 class Unreached(UserError):
-    """No rank came from the hosts `gone`."""
+    """No rank came from the hosts `gone`; `said` is what the launcher has written."""
 
-    def __init__(self, message: str, gone: Sequence[str]) -> None:
+    def __init__(self, message: str, gone: Sequence[str], said: str) -> None:
         super().__init__(message)
         self.gone = gone
+        self.said = said
 
 
 class Stopped(UserError):
@@ -122,8 +123,9 @@ def check(
     if problems:
         raise UserError("\n".join(f"preflight: {problem}" for problem in problems))
     if outcome.code:
-        text = f"preflight: {outcome.failure}\n{heard.said.decode(errors='replace')}".rstrip()
-        raise Unreached(text, outcome.gone) if outcome.gone else UserError(text)
+        said = heard.said.decode(errors="replace").rstrip()
+        text = f"preflight: {outcome.failure}\n{said}".rstrip()
+        raise Unreached(text, outcome.gone, said) if outcome.gone else UserError(text)
     count = len(set(outcome.hosts.values()))
     return (
         f"preflight: {world_size} rank{'s' * (world_size > 1)} on {count} host{'s' * (count > 1)} "

@@ -34,11 +34,14 @@ from allranks.base.text import some
 from allranks.job import variables
 from allranks.job.hosts import address_for
 from allranks.launch import outcome
-from allranks.launch.console import HOLD_S, Console, Writer, terminals
+from allranks.launch.console import HOLD_S, Console, Writer, terminal_size, terminals
+from allranks.launch.keyboard import Keyboard
 from allranks.launch.outcome import LOST_CODE, NEAR_S, Evidence, Loss, Outcome, Rank, Verdict
 
 START_S = 60.0  # until every rank has said who it is
-GRACE_S = 10.0  # from a user's SIGTERM or Ctrl-C to SIGKILL
+GRACE_S = 10.0  # from a user's SIGTERM or Ctrl-C to SIGKILL, for a program of which nothing is known
+PATIENCE_S = 10.0  # after a signal, until the user is told why nothing seems to happen
+TERM_AT = 0.5  # of the grace: a program that goes on after Ctrl-C's SIGINT gets SIGTERM then
 FALL_S = 1.0  # from SIGTERM to SIGKILL for the ranks beside one that has failed
 LEAVE_S = 5.0  # for guards to say that a killed rank has ended, and for the launcher after its last rank
 REAP_S = 5.0  # for a launcher that was killed: after that it is stuck in the kernel, and left behind
@@ -101,13 +104,16 @@ def run(
     """Runs the launcher `argv`, which starts allranks.launch.guard on every rank; says how it went.
 
     `env` is the launcher's whole environment. `hosts` are the hosts that the ranks will be on, so that one
-    that does not come can be named. Other ranks' stdout than rank 0's goes to RUN_DIR/output/rank-N.out;
-    without `run_dir` it is shown like their errors. The last three are the fields of Limits. To be called
-    from the main thread. Raises UserError where the launcher cannot be started or a host is not known.
+    that does not come can be named. This process's stdin goes to rank 0. Other ranks' stdout than rank 0's
+    goes to RUN_DIR/output/rank-N.out; without `run_dir` it is shown in whole lines. The last three are the
+    fields of Limits. To be called from the main thread. Raises UserError where the launcher cannot be
+    started or a host is not known.
     """
     writer = Writer()
     limits = Limits(start_s, grace_s, run_s)
-    supervision = Supervision(world_size, hosts, limits, Console(writer.put), writer=writer)
+    supervision = Supervision(
+        world_size, hosts, limits, Console(writer.put), writer=writer, reads_stdin=True
+    )
     return supervision.run(argv, {**env, variables.TERMINAL: terminals()}, run_dir)
 
 
@@ -130,12 +136,14 @@ class Supervision:
         writer: Writer | None = None,
         on_output: Callable[[Rank, str, bytes], None] | None = None,
         passes_on: bool = True,
+        reads_stdin: bool = False,
     ) -> None:
         """`hosts` are those that the ranks will be on, for messages.
 
         `writer` is the one behind the console, where there is one: while it is full the ranks' output
         waits. `on_output` takes what the ranks write, instead of the console. `passes_on` says whether
-        SIGUSR1 and SIGUSR2 are for the ranks; else they end the launch.
+        SIGUSR1 and SIGUSR2 are for the ranks; else they end the launch. `reads_stdin` says whether this
+        process's stdin is for rank 0.
         """
         self.world_size = world_size
         self.hosts = hosts
@@ -148,6 +156,7 @@ class Supervision:
         self.problem: Verdict | None = None  # what no rank's end explains
         self._writer = writer
         self._on_output = on_output
+        self._reads_stdin = reads_stdin
         self._has_begun = False  # all ranks have come, and were told to begin
         self._secret = secrets.token_hex(32)
         # What all ranks are told. The launch's variables name rank 0's address, or else rank 0's guard
@@ -174,6 +183,7 @@ class Supervision:
         self._changed = asyncio.Event()  # a rank, the launcher or the console has news
         self._room = asyncio.Event()  # the console takes more
         self._room.set()
+        self._keyboard = Keyboard(self._loop, lambda data: self._tell_rank_0(stdin=data))
         if self._writer is not None:
             self._writer.on_progress = self._tell_loop
 
@@ -184,6 +194,7 @@ class Supervision:
         for number in (*END_THE_LAUNCH, *PASSED_ON):
             self._loop.add_signal_handler(number, self._on_signal, number)
         self._loop.add_signal_handler(signal.SIGCHLD, self._changed.set)
+        self._loop.add_signal_handler(signal.SIGWINCH, self._on_resize)
         self._loop.call_later(self.limits.start_s, self._at_start_limit)
         said = asyncio.create_task(self._hear_launcher())
         asking = asyncio.create_task(self._ask_guards())
@@ -197,6 +208,7 @@ class Supervision:
             await asyncio.wait([said], timeout=NEAR_S)  # the launcher's last words
         finally:
             asking.cancel()
+            self._keyboard.stop()
             self._give_up(False)
             await self._reap_launcher()
 
@@ -332,7 +344,15 @@ class Supervision:
         for here in by_host.values():
             for local_rank, known in enumerate(here):
                 place = {"local_rank": local_rank, "local_world_size": len(here), **self._place}
-                self._tell(known, env=place)
+                is_rank_0 = known.rank.rank == 0
+                self._tell(
+                    known,
+                    env=place,
+                    stdin=self._reads_stdin and is_rank_0,
+                    size=terminal_size() if is_rank_0 else None,
+                )
+        if self._reads_stdin:
+            self._keyboard.read_on()
 
     def _hear(self, known: Guarded, word: Mapping[str, Any]) -> None:
         """One message of a guard: how its program has ended, that it is there, or output."""
@@ -343,6 +363,8 @@ class Supervision:
             known.rank.ended_at = float(word["time"])
             if word["last"]:
                 self._on_end(known)
+        elif "took" in word:  # rank 0's program has all of its stdin that was read so far
+            self._keyboard.read_on()
         elif "here" not in word:
             for kind, text in word.items():
                 self._show(known, kind, links.output(text))
@@ -384,6 +406,10 @@ class Supervision:
         for known in self.guarded.values():
             self._tell(known, **word)
 
+    def _tell_rank_0(self, **word: Any) -> None:
+        if 0 in self.guarded:
+            self._tell(self.guarded[0], **word)
+
     async def _ask_guards(self) -> None:
         """Asks each guard now and then whether it is there, and gives up those that do not answer."""
         while True:
@@ -419,7 +445,7 @@ class Supervision:
             self._kill()
         else:
             self.stopped_by = signum
-            self._end_all(self.limits.grace_s if self._has_begun else 0)
+            self._end_by_signal(signum, self.limits.grace_s if self._has_begun else 0)
 
     def _fail(self, problem: Verdict) -> None:
         """Ends all ranks because of something that no rank's end explains."""
@@ -431,10 +457,28 @@ class Supervision:
         self.phase = Phase.ENDING
         self._room.set()  # nobody waits for the console any more
 
-    def _end_all(self, kill_after_s: float) -> None:
-        """SIGTERM to every rank: from a SIGINT every rank of a Python program would print a traceback."""
+    def _end_by_signal(self, signum: int, grace_s: float) -> None:
+        """Ends all ranks because of a signal to this process, with time for them to save."""
+        if signum == signal.SIGINT:
+            # A program may treat Ctrl-C in its own way, as Python does with KeyboardInterrupt. One that
+            # goes on all the same gets SIGTERM, as from every other signal.
+            self._end_all(grace_s, signal.SIGINT)
+            self._loop.call_later(TERM_AT * grace_s, partial(self._tell_all, signal=signal.SIGTERM))
+        else:
+            self._end_all(grace_s)
+        if grace_s > PATIENCE_S:
+            self._loop.call_later(PATIENCE_S, self._say_that_it_waits, signum)
+
+    def _say_that_it_waits(self, signum: int) -> None:
+        self.console.line(
+            f"allranks: {signal.Signals(signum).name}: the ranks have up to {self.limits.grace_s:.0f} s to "
+            "save and to end. Another Ctrl-C or SIGTERM ends them at once.\n".encode()
+        )
+
+    def _end_all(self, kill_after_s: float, signum: int = signal.SIGTERM) -> None:
+        """Has every rank end: by a signal now, and by SIGKILL after a while."""
         self._enter_ending()
-        self._tell_all(**{"signal": signal.SIGTERM} if self._has_begun else {"code": 1})
+        self._tell_all(**{"signal": signum} if self._has_begun else {"code": 1})
         self._loop.call_later(kill_after_s, self._kill)
 
     def _kill(self) -> None:
@@ -517,6 +561,12 @@ class Supervision:
 
     def _nobody_reads(self) -> bool:
         return self._writer is not None and self._writer.nobody_reads
+
+    def _on_resize(self) -> None:
+        """The user has changed the size of the terminal window."""
+        size = terminal_size()
+        if size is not None and self._has_begun:
+            self._tell_rank_0(size=size)
 
     def _tell_loop(self) -> None:
         """Called from the writer's thread: the console has taken something, or nobody reads on."""
