@@ -20,6 +20,7 @@ import yaml
 
 from allranks.base import files
 from allranks.run import directory as rundir
+from allranks.training.report import how_they_work_together, who_trains
 from helpers import SMALL, TRAIN, Done, Run, clean_environment, execute, launcher, only_long, tree
 
 METRICS = [
@@ -134,8 +135,9 @@ def test_every_rank_has_a_log(two_ranks):
 def test_rank_0_tells_the_story_and_the_others_are_silent(two_ranks):
     """One line an epoch with rate, losses, accuracies and speed; nothing twice; nothing on stderr."""
     assert two_ranks.err == ""
-    head, sizes, where, first, second, test = two_ranks.out.splitlines()
-    assert head.startswith("2 ranks on 1 host, cpu")
+    who, how, sizes, where, first, second, test = two_ranks.out.splitlines()
+    assert re.fullmatch(r"Training on 2 ranks on 1 host, each on the CPU with \d+ threads?\.", who)
+    assert how.endswith(" started them, PyTorch connects them, and MPI adds up their gradients.")
     assert sizes == "1,200 training, 400 validation and 400 test examples of 1 x 28 x 28"
     assert str(two_ranks.run.path.relative_to(two_ranks.cwd)) in where
     line = two_ranks.run.metrics[1]
@@ -145,12 +147,19 @@ def test_rank_0_tells_the_story_and_the_others_are_silent(two_ranks):
     assert f"{two_ranks.run.summary['test/accuracy']:.2f} %" in test
 
 
+def test_a_run_begins_with_sentences():
+    assert who_trains(1, 1, "cuda", 8) == "Training in one process, on a GPU (cuda)."
+    assert who_trains(12, 3, "cpu", 1) == "Training on 12 ranks on 3 hosts, each on the CPU with 1 thread."
+    said = how_they_work_together("torchrun", "ezpz", "nccl")
+    assert said == "torchrun started them, ezpz connects them, and NCCL adds up their gradients."
+
+
 def test_torchruns_ranks_are_as_silent(tmp_path):
     cwd, home = tmp_path / "cwd", tmp_path / "home"
     cwd.mkdir()
     home.mkdir()
     done = training(cwd, home, "trainer.epochs=1", under="torchrun", ranks=2, OMP_NUM_THREADS="1").ok()
-    assert len(done.out.splitlines()) == 5
+    assert len(done.out.splitlines()) == 6
     assert [line for line in done.err.splitlines() if "torch/distributed/run.py" not in line] == []
     assert tree(done.run.path) == sorted([*FILES, *checkpoints(10), "logs/rank-1.log"])
     assert tree(home) == []

@@ -72,17 +72,12 @@ class Reporter:
     # --- the story, from the beginning to one of its ends ---------------------------------------------
 
     def started(self) -> None:
+        """The ranks have come up: says how many train where, and by what means they work together."""
         runtime = self.runtime
-        if runtime.is_main:
-            hosts = len({facts.host for facts in runtime.ranks})
-            device = str(runtime.device.type)
-            if device == "cpu":
-                device += f" with {_count(runtime.threads, 'thread')} each"
-            log.info(
-                "%s on %s, %s, started by %s, runtime %s, gradients by %s",
-                _count(runtime.world_size, "rank"), _count(hosts, "host"), device,
-                runtime.identity.launcher, runtime.kind, runtime.collectives,
-            )  # fmt: skip
+        hosts = len({facts.host for facts in runtime.ranks})
+        self._say(who_trains(runtime.world_size, hosts, runtime.device.type, runtime.threads))
+        if runtime.world_size > 1:
+            self._say(how_they_work_together(runtime.identity.launcher, runtime.kind, runtime.collectives))
 
     def data(self, data: Data, input_shape: Sequence[int]) -> None:
         self._say(
@@ -256,6 +251,45 @@ class _LogFile(_Console, logging.FileHandler):
     def close(self) -> None:
         with suppress(OSError):
             super().close()
+
+
+# --- words for the first lines of a run ---------------------------------------------------------------
+
+# What started the ranks, by its name in job.identity, as a person would say it.
+LAUNCHERS = {
+    "mpich": "mpiexec (MPICH)",
+    "openmpi": "mpiexec (Open MPI)",
+    "mvapich": "mpiexec (MVAPICH)",
+    "mvapich2": "mpiexec (MVAPICH2)",
+    "pals": "mpiexec (PALS)",
+    "cray-pmi": "a launcher of Cray's",
+    "pmi": "a launcher with PMI",
+    "pmix": "a launcher with PMIx",
+    "flux": "Flux",
+    "environment": "a launcher that sets RANK and WORLD_SIZE",
+}
+CARRIERS = {"mpi": "MPI", "nccl": "NCCL", "xccl": "XCCL"}
+
+
+def who_trains(world_size: int, hosts: int, device_type: str, threads: int) -> str:
+    """A sentence: how many ranks train, on how many hosts, and on which kind of device each."""
+    device = (
+        f"the CPU with {_count(threads, 'thread')}" if device_type == "cpu" else f"a GPU ({device_type})"
+    )
+    if world_size == 1:
+        return f"Training in one process, on {device}."
+    return f"Training on {_count(world_size, 'rank')} on {_count(hosts, 'host')}, each on {device}."
+
+
+def how_they_work_together(launcher: str, kind: str, collectives: str) -> str:
+    """A sentence about several ranks: what has started and connected them, and what adds up gradients.
+
+    `launcher` is a name of job.identity, `kind` and `collectives` are those of the Runtime.
+    """
+    starter = LAUNCHERS.get(launcher, launcher)
+    connector = "ezpz" if kind == "ezpz" else "PyTorch"
+    carrier = CARRIERS.get(collectives, collectives)
+    return f"{starter} started them, {connector} connects them, and {carrier} adds up their gradients."
 
 
 def _count(number: int, noun: str) -> str:
