@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,34 @@ def test_rules_for_our_components_are_not_imposed_on_a_users():
     """A user's own optimizer may call something else lr."""
     mine = composed(optimizer___target_="mylab.Opt", optimizer__lr=-1, model___target_="mylab.Net")
     assert typed(mine).optimizer["lr"] == -1  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["hydra.run.dir=x", "+hydra.job.env_set.X=1", "hydra/job_logging=none", "hydra.job.chdir=true",
+     "hydra.sweep.subdir=a", "hydra/launcher=basic", "hydra.verbose=true", "~hydra.output_subdir"],
+)  # fmt: skip
+def test_what_hydra_would_do_elsewhere_is_answered(override):
+    with pytest.raises(UserError, match=f"^{re.escape(override)} has no effect: "):
+        one(override)
+
+
+def test_hydras_search_path_is_obeyed(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/mine.yaml").write_text("_target_: mylab.Net\n")
+    assert one(f"hydra.searchpath=[file://{tmp_path}]", "model=mine").model == {"_target_": "mylab.Net"}
+
+
+@pytest.mark.parametrize("value", ["3", "null", "[ReLU,3]", "{a:1}"])
+def test_an_activation_is_a_name_or_names(value):
+    with pytest.raises(UserError, match="give the name of an activation"):
+        one(f"model.activation={value}")
+
+
+@pytest.mark.parametrize("key", ["optimizer.lr", "data.classes", "scheduler.interval"])
+def test_keys_where_a_value_belongs_are_refused(key):
+    with pytest.raises(UserError, match=rf"^{key} has keys of its own \({key}\.a\): give "):
+        one(f"{key}={{a:1}}")
 
 
 # --- freezing ------------------------------------------------------------------------------------------

@@ -337,6 +337,13 @@ def test_help_lists_the_users_choices(lab):
         ("model._target_=mylab.Nett", "model._target_=mylab.Nett cannot be loaded"),
         ("model._target_=yourlab.Net", "model._target_=yourlab.Net cannot be loaded"),
         ("optimizer._target_=mylab.SGD", "optimizer._target_=mylab.SGD cannot be loaded"),
+        ("optimizer._target_=torch.optim.Sgd", "(torch.optim has no Sgd)"),
+        ("optimizer._target_=torch.optim.Sgd", "Python can import. Did you mean SGD?"),
+        ("optimizer._target_=torch.optim", "(it is a module, and cannot be called)"),
+        ("scheduler._target_=torch.optim.lr_scheduler.StepLRR", "Did you mean StepLR?"),
+        ("model._target_=..x", "(it is not written like package.module.Name)"),
+        ("model._target_=broken.Net", "(broken needs the module nowhere_to_be_found, which is missing)"),
+        ("+model.inner._target_=mylab.Nett", "model: a _target_ inside this section cannot be loaded"),
         ("data.train._target_=mylab.Dots", "data.train._target_=mylab.Dots cannot be loaded"),
         ("+model.depth=3", "model: mylab.Net refuses its arguments"),
         ("data.split=[200,60]", "263"),
@@ -351,6 +358,7 @@ def test_what_does_not_fit_gets_one_message(lab, train_here, monkeypatch, overri
         assert done.code == 2
         return
     monkeypatch.syspath_prepend(lab.home)
+    (Path(lab.home) / "broken.py").write_text("import nowhere_to_be_found\n")
     with pytest.raises(UserError, match=re.escape(what)):
         train_here("--config-dir", lab.conf, *MINE, override)
 

@@ -63,6 +63,7 @@ def cells_from_command_line(arguments: Sequence[str]) -> list[tuple[Config, list
             key = next((k for k in leaves(Config()) if k.endswith("." + flag.strip("-"))), "key")
             raise UserError(f"{flag} is not an option: values are given as {key}=..., without dashes.")
     for override in overrides:
+        _refuse_without_effect(override)
         group, _, choice = override.partition("=")
         if group in GROUPS and re.match(r"[\[{]|[-+]?[0-9.]+$", choice):
             raise UserError(f"{override} is not valid: {group} takes the name of one choice.")
@@ -125,6 +126,31 @@ def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         is_override = not argument.startswith("-") and before not in _FLAGS_WITH_VALUE
         (overrides if is_override else flags).append(argument)
     return flags, overrides
+
+
+# What Hydra would do for another program, and allranks does in its own way: the beginning of the key, and
+# what to do instead.
+_WITHOUT_EFFECT = {
+    "hydra.run.dir": "give run.dir=PATH",
+    "hydra.sweep.dir": "give run.dir=PATH, in which each training of a sweep has a directory 0, 1, ...",
+    "hydra.sweep.subdir": "each training of a sweep has a directory 0, 1, ... in run.dir",
+    "hydra.output_subdir": "config.yaml is in the run's directory",
+    "hydra.job.chdir": "a run stays in the directory where it was started",
+    "hydra.job.name": "give name=NAME",
+    "hydra.job.env_set": "set the variable in the shell, or as machine.variables.NAME of `allranks launch`",
+    "hydra.job_logging": "logs/rank-N.log in the run's directory has all messages",
+    "hydra.hydra_logging": "logs/rank-N.log in the run's directory has all messages",
+    "hydra.verbose": "logs/rank-N.log in the run's directory has all messages",
+    "hydra.launcher": "`allranks launch -m` and `allranks submit -m` start the trainings of a sweep",
+}
+
+
+def _refuse_without_effect(override: str) -> None:
+    """Raises UserError for a value of Hydra's own that nothing here would look at."""
+    key = override.partition("=")[0].lstrip("+~").replace("/", ".")
+    for beginning, instead in _WITHOUT_EFFECT.items():
+        if key == beginning or key.startswith(f"{beginning}."):
+            raise UserError(f"{override} has no effect: {instead}.")
 
 
 def _with_home_quoted(override: str) -> str:

@@ -44,6 +44,14 @@ _SECONDS = number(0, 1e9, above_low=True)  # up to 30 years: beyond that a clock
 _POSITIVE = number(0, above_low=True)
 _SEED = Rule(lambda v: isinstance(v, int) and 0 <= v < 2**63, "a whole number from 0 to 2^63 - 1")
 _POWER_OF_TWO = Rule(lambda v: v in _POWERS, f"a power of two: 1, 2, 4, 8, ... {_POWERS[-1]}")
+_ACTIVATION = Rule(
+    lambda v: isinstance(v, str) or (isinstance(v, list) and all(isinstance(each, str) for each in v)),
+    "the name of an activation of torch.nn, or a list of such names",
+)
+_ACTIVATION = Rule(
+    lambda v: isinstance(v, str) or (isinstance(v, list) and all(isinstance(each, str) for each in v)),
+    "the name of an activation of torch.nn, or a list of such names",
+)
 _FOLDER_NAME = Rule(
     lambda v: isinstance(v, str) and v not in ("", ".", "..") and "/" not in v and v.isprintable(),
     "a folder's name, without a slash",
@@ -209,7 +217,8 @@ COMPONENT_KEYS: dict[str, Setting] = {
     "model.widths": _free("features of each hidden layer", list_of(whole(1))),
     "model.channels": _free("features of each 3x3 convolution with its 2x2 pool", list_of(whole(1))),
     "model.hidden": _free("features of the layer before the last", whole(1)),
-    "model.activation": _free("an activation of torch.nn by its name; mlp: or a list, one for each layer"),
+    "model.activation": _free("what follows each hidden layer; a list, for mlp only, has one for each",
+                              _ACTIVATION),
     "model.patch": _free("height and width of a patch, in pixels", whole(1)),
     "model.width": _free("features of each patch", whole(1)),
     "model.depth": _free("transformer layers", whole(1)),
@@ -277,6 +286,7 @@ def typed(composed: DictConfig) -> Config:
 def _check(config: Config) -> None:
     values = leaves(config)
     for key, value in values.items():
+        _refuse_keys_in_a_value(key, values)
         known = setting_of(key, values)
         if known is None or known.rule is None or (value is None and known.optional):
             continue
@@ -292,6 +302,16 @@ def _check(config: Config) -> None:
                 f"{group}._target_ is missing: name the class or function that makes the {group}, "
                 f"as `_target_: package.module.Name`, in its YAML."
             )
+
+
+def _refuse_keys_in_a_value(key: str, values: Mapping[str, Any]) -> None:
+    """Raises UserError for a key below a plain value: `optimizer.lr={a: 1}` makes `optimizer.lr.a`."""
+    parts = key.split(".")
+    for end in range(2, len(parts)):
+        above = ".".join(parts[:end])
+        known = setting_of(above, values)
+        if known is not None and known.rule is not None:
+            raise UserError(f"{above} has keys of its own ({key}): give {known.rule.remedy}.")
 
 
 def _is_ours(values: Mapping[str, Any], group: str) -> bool:

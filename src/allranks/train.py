@@ -89,6 +89,7 @@ def run(config: Config, identity: RankIdentity, number: int = 0, signals: Signal
     # busy.
     reading = early.start_reading(config.data) if identity.rank == 0 else None
     with _importing_torch(config.trainer.compile):
+        from allranks import components
         from allranks.data import loader
         from allranks.runtime.bringup import open_runtime
         from allranks.training import building
@@ -111,6 +112,10 @@ def run(config: Config, identity: RankIdentity, number: int = 0, signals: Signal
             return True
         report.started()
 
+        with runtime.all_or_none():  # a name that does not exist is told before the data are read
+            components.locate_targets(
+                {"model": config.model, "optimizer": config.optimizer, "scheduler": config.scheduler}
+            )
         dtype = building.dtype_of(trainer.precision)
         data = loader.open_data(config.data, runtime, config.seed, dtype, reading)
         report.data(data, config.data["input_shape"])
