@@ -1,6 +1,7 @@
-"""Each rank's variables: what its program gets, from what the launcher, the plan and the supervisor tell.
+"""The environment variables that the program of each rank gets: RANK, MASTER_ADDR, its device, and others.
 
-Pure but for free_port(). No torch.
+They are worked out from what the launcher, the plan and the supervisor tell. Only free_port() looks at the
+host. No torch.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def port_for(job: str) -> int:
 def of_rank(
     identity: RankIdentity, environ: Mapping[str, str], told: Mapping[str, Any] | None = None
 ) -> dict[str, str]:
-    """The rank, the master, and the device that the rank is to see, as variables for its program.
+    """The variables for one rank's program: its rank, where rank 0 is reached, and the device that it sees.
 
     `told` is the supervisor's knowledge: world_size, local_rank, local_world_size, master_addr,
     master_port. Raises UserError for what neither the launcher nor anybody else tells.
@@ -84,7 +85,8 @@ def of_rank(
 def free_port() -> int:
     """A port that nobody on this host uses now, at any of its addresses.
 
-    None of those handed out for outgoing connections, so that it stays free until it is bound.
+    It lies below the ports that the system hands out for outgoing connections, so it stays free until the
+    program takes it.
     """
     for _ in range(200):
         port = PORTS[int.from_bytes(os.urandom(4), "big") % len(PORTS)]

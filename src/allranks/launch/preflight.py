@@ -1,9 +1,9 @@
-"""Before the training, in the allocation: is every host fit for it? Seconds, and never a hang.
+"""The preflight: is every host of the job fit for the training? It takes seconds, and cannot hang.
 
-The launcher starts this module once per rank, as it will start the training. Each rank prints what it
-finds, which the supervisor hears as it hears all output, and adds up numbers with the others: one message
-to rank 0, where the training's ranks will meet too, and one back. So traffic is linear in the ranks. A
-rank that hangs is ended by the supervisor, and known by what it has not said.
+The launcher starts this module once for each rank, as it will start the training. Each rank prints what it
+finds, and the supervisor reads that as it reads all output. Then the ranks add up numbers, to see whether
+they reach each other: each sends one message to rank 0, at the address where the training's ranks will
+meet, and gets one back. The supervisor ends a rank that hangs, and knows it by what it has not printed.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Unreached(UserError):
 
 
 class Stopped(UserError):
-    """By a signal, before the training had begun."""
+    """A signal has ended the preflight, before the training had begun."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(f"preflight: {message}")
@@ -227,7 +227,7 @@ def _tell(**values: Any) -> None:
 
 
 def problems(task: Mapping[str, Any], environ: Mapping[str, str]) -> list[str]:
-    """What this rank finds wrong; what is the whole host's is looked at by its first rank only."""
+    """What this rank finds wrong. Only the first rank of a host looks at what concerns the whole host."""
     found = [device_problem(task["device"], environ)]
     if environ["LOCAL_RANK"] == "0":
         found += [_run_dir_problem(task["token"]), _data_problem(task["data"])]
@@ -358,7 +358,7 @@ def _add_up_on_rank_0(size: int, listener: socket.socket, secret: str) -> list[f
 
 
 def add_by_mpi(environ: Mapping[str, str]) -> None:
-    """The same over MPI, where an MPI launcher started the ranks."""
+    """Adds up the ranks' parts by MPI, where an MPI launcher started the ranks, and checks the sum."""
     identity = discover(environ)
     if not identity.is_mpi:
         return

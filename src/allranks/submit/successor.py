@@ -1,4 +1,7 @@
-"""`allranks submit --next`: after a job has stopped in order, the job that goes on."""
+"""`allranks submit --next`: queues the job that goes on with a run.
+
+The job script calls it when its training has stopped with a checkpoint, because the job's time was over.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,11 @@ def go_on(directory: str) -> int:
 
 
 def _is_last(job: dict[str, Any]) -> bool:
-    """Of a chain with a given number of links, and of a program: nobody can tell what that has gained."""
+    """Whether no other job is to be queued after those that there are.
+
+    A chain has as many jobs as the user has asked for. And of a program that is no training of ours nobody
+    can tell whether it has gained anything, so it gets no further job either.
+    """
     return bool(job["program"] or job["order"].get("chain"))
 
 
