@@ -227,7 +227,7 @@ class Supervision:
     async def _open_door(self) -> str:
         """Listens for the guards; host:port."""
         server = await asyncio.start_server(self._serve, address_for(self.hosts), 0, backlog=4096)
-        host, port = server.sockets[0].getsockname()
+        host, port = server.sockets[0].getsockname()[:2]
         return f"{host}:{port}"
 
     def _private_variables(self, address: str, run_dir: str | Path | None) -> dict[str, str]:
