@@ -553,7 +553,7 @@ address, port, secret = me["door"]
 mine.join([me, me], deputy=1)
 other = links.connect(address, port, 5)
 other.send(secret=secret, rank=1)
-while not mine._connections:
+while not mine._others.ranks():
     time.sleep(0.01)
 send = links.Connection.try_to_send
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from allranks.config import WatchdogConfig
 from allranks.runtime import meeting as meetings
 from allranks.runtime.meeting import Meeting
 from allranks.runtime.watch.progress import Progress
+from helpers import PYTHON
 
 JOIN_S = 30  # many times what a test here takes
 
@@ -157,6 +159,27 @@ def test_a_wait_counts_as_progress_when_it_begins_and_names_whom_it_waits_for():
     waiting.join(JOIN_S)
     assert replies == [0]
     assert progress.waits_for == ""
+
+
+SERVE = """
+import os, sys
+from allranks.runtime import meeting
+store, port = meeting.serve("127.0.0.1", 2)
+print(port, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_rank_whose_rank_0_has_died_says_so(tmp_path):
+    with subprocess.Popen([PYTHON, "-c", SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        port = int(server.stdout.readline())
+        store = dist.TCPStore("127.0.0.1", port, 2, False, timedelta(seconds=JOIN_S))
+        one = Meeting(1, 2, store)
+        threading.Timer(0.5, server.kill).start()
+        with pytest.raises(UserError, match="rank 1 has lost its connection to rank 0") as error:
+            one.settle(None, lambda said: said)
+    assert error.value.said_by is None  # the other ranks may have lost it as well, or not
 
 
 def test_rank_0_leaves_last():

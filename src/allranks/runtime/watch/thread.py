@@ -16,21 +16,20 @@ import contextlib
 import faulthandler
 import logging
 import os
-import secrets
-import selectors
 import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from allranks.base import links, processes
+from allranks.base import processes
 from allranks.base.errors import UserError
 from allranks.base.processes import ProcessIdentity
 from allranks.config import WatchdogConfig
 from allranks.job.identity import RankIdentity
 from allranks.runtime.watch import postmortem, verdict
+from allranks.runtime.watch.connections import Connections, DoorPlace
 from allranks.runtime.watch.progress import Progress
 from allranks.runtime.watch.verdict import Decision, Inquiry, Known, Peer, Report, State
 
@@ -39,8 +38,6 @@ BUSY_TICK_S = 0.05  # and while it waits for answers
 ANSWER_S = 2.5  # for another rank's thread to answer, on a busy host too
 PATIENCE_S = 8.0  # more for one that runs: its main thread may be in a long call that keeps Python's lock
 LOOK_S = 2 * postmortem.LOOK_S  # for a neighbour to tell what has become of a rank
-CONNECT_S = 4 * ANSWER_S  # to rank 0, on a busy host too
-SEND_S = 1.0  # a message to a rank that takes none for so long is lost
 NEWS_S = 0.5  # for word of a death that is still on its way
 FIRST_WORD_S = 5.0  # rank 0 speaks first where a rank does not come to the start
 APART_S = 0.1  # between the rank to blame and the others, when ranks are told to end
@@ -50,18 +47,51 @@ END_S = 4.0  # for this thread to end the process; then a timer in C does it
 file_log = logging.getLogger("watchdog")
 
 
-class Clock:
-    """Seconds in which this thread was scheduled: those of a machine that is suspended do not count."""
+class IdleClock:
+    """How long a rank has made no progress, and by when others must have answered.
 
-    def __init__(self) -> None:
+    It counts seconds in which this thread was scheduled: those of a machine that is suspended do not count.
+    """
+
+    def __init__(self, progress: Progress) -> None:
         self.now_s = 0.0
-        self._last_s = time.monotonic()
+        self._progress = progress
+        self._last_tick_s = time.monotonic()
+        self._mark: object = None  # of the progress that was seen last
+        self._moved_at_s = 0.0  # when that was
+        self._alarm_after_s = 0.0  # after an alarm none follows before as long again has gone by
 
     def tick(self) -> None:
-        """To be called at least every TICK_S: what goes by beyond twice that time is not counted."""
-        now_s = time.monotonic()
-        self.now_s += min(now_s - self._last_s, 2 * TICK_S)
-        self._last_s = now_s
+        """Looks at the progress. To be called every TICK_S: more than twice that is not counted."""
+        monotonic_s = time.monotonic()
+        self.now_s += min(monotonic_s - self._last_tick_s, 2 * TICK_S)
+        self._last_tick_s = monotonic_s
+
+        mark = self._progress.mark()
+        if mark != self._mark:
+            self._mark = mark
+            self._moved_at_s = self.now_s
+            self._alarm_after_s = 0.0
+
+    def idle_s(self) -> float:
+        """Seconds without progress."""
+        return self.now_s - self._moved_at_s
+
+    def is_over(self, limit_s: float) -> bool:
+        """Whether it is time for an alarm, where `limit_s` without progress are allowed."""
+        return self.idle_s() >= limit_s + self._alarm_after_s
+
+    def note_alarm(self) -> None:
+        self._alarm_after_s = self.idle_s()
+
+
+@dataclass
+class Crew:
+    """The ranks of the run, as far as this one knows them: rank 0 knows all, the others know rank 0."""
+
+    peers: list[Peer] = field(default_factory=list)
+    deputy: int = 1  # the rank that speaks where rank 0 cannot
+    left: set[int] = field(default_factory=set)  # ranks that have ended well
 
 
 class Watchdog:
@@ -77,34 +107,22 @@ class Watchdog:
         self.rank = identity.rank
         self._abort = abort
         self._exit_code = 1
-        self._host = socket.gethostname()
-        self._process = ProcessIdentity.of_this_process()
+        self._me = Peer(socket.gethostname(), ProcessIdentity.of_this_process(), dump_fd=None)
         # No rank outlives its launcher. What a shell has started may outlive the shell.
         is_launched = identity.launcher not in ("none", "environment")
         self._launcher_pid = identity.parent_pid if is_launched else None
         # Where the last resort of _end() writes to. Opened now: later there may be no free descriptor.
         self._devnull_fd = os.open(os.devnull, os.O_WRONLY)
 
-        # The other ranks: known from join() on. On rank 0 all of them; elsewhere rank 0 alone.
-        self._peers: list[Peer] = []
-        self._deputy = 1
-        self._dump_fd: int | None = None
-        self._secret = secrets.token_hex(32)
-        self._listener: socket.socket | None = None
-        self._door: links.Door | None = None
-        self._selector = selectors.DefaultSelector()
-        self._connections: dict[int, links.Connection] = {}  # by rank, of those that are in the run
-        self._left: set[int] = set()  # ranks that have ended well
+        self._crew = Crew()
+        self._others = Connections(on_message=self._obey, on_break=self._on_break)
 
         # What this thread is doing. The main thread reads `_state`, to see whether the process ends.
-        self._clock = Clock()
+        self._clock = IdleClock(self.progress)
         self._state = State.WATCHING
         self._due_s = 0.0  # by when, on our clock, the others must have answered; not while WATCHING
         self._inquiry = Inquiry()  # on rank 0
         self._condemned: list[ProcessIdentity] = []  # processes of this host, to be killed at the end
-        self._mark: object = None  # of the last progress seen
-        self._moved_at_s = 0.0  # when that was, on our clock
-        self._alarm_after_s = 0.0  # no alarm on top of one before as long again has gone by
 
         # Written by the main thread: at the end of a run connections end, and that means nothing.
         self._parting = False
@@ -115,7 +133,7 @@ class Watchdog:
 
     def hold(self) -> None:
         """Gives the news of another rank's death time to come: that explains an error better."""
-        if self._connections:
+        if self._others.ranks():
             time.sleep(NEWS_S)
         while self._state is State.ENDING:
             time.sleep(NEWS_S)  # the thread ends this process
@@ -123,13 +141,13 @@ class Watchdog:
     def fail(self, code: int) -> None:
         """This rank ends with an error that it has told the user: the others end too, without a word."""
         self._exit_code = code
-        if not self._connections:
+        if not self._others.ranks():
             return
         if self.rank == 0:
             self._state = State.ENDING
             self._end_others()
         elif not self._closed:
-            self._connections[0].try_to_send(failed=True)
+            self._others.tell(0, failed=True)
             time.sleep(ANSWER_S)  # rank 0's word ends this process first
 
     def close(self) -> None:
@@ -137,11 +155,10 @@ class Watchdog:
         # First of all: a rank that closes while our `bye` comes there resets the connection, and its own
         # `bye` is lost.
         self._parting = True
-        for connection in list(self._connections.values()):
-            connection.try_to_send(bye=True)  # without it, the end of the connection would be an alarm
+        self._others.tell_all(bye=True)  # without it, the end of a connection would be an alarm
         self._closed = True
-        if self._dump_fd is not None:
-            postmortem.withdraw_stack(self._dump_fd)
+        if self._me.dump_fd is not None:
+            postmortem.withdraw_stack(self._me.dump_fd)
 
     # --- getting to know the others -------------------------------------------------------------------
 
@@ -150,9 +167,13 @@ class Watchdog:
 
         Raises UserError where rank 0 cannot listen at its address, or may not have so many connections.
         """
-        self._dump_fd = postmortem.offer_stack()
-        door = self._open_door(world_size, one_host) if self.rank == 0 else None
-        return Peer(self._host, self._process, self._dump_fd, door).to_json()
+        dump_fd = postmortem.offer_stack()
+        door = None
+        if self.rank == 0:
+            address = "127.0.0.1" if one_host else os.environ["MASTER_ADDR"]
+            door = self._others.open_door(address, far=not one_host, world_size=world_size)
+        self._me = replace(self._me, dump_fd=dump_fd, door=door)
+        return self._me.to_json()
 
     def join(self, peers: Sequence[Mapping[str, Any]], deputy: int) -> None:
         """Connects this rank with rank 0. Raises UserError where rank 0 cannot be reached.
@@ -160,38 +181,20 @@ class Watchdog:
         `peers` are what the ranks prepared: on rank 0 of all ranks, elsewhere of rank 0 alone. `deputy` is
         the rank that speaks when rank 0 cannot.
         """
-        self._peers = [Peer.from_json(values) for values in peers]
-        self._deputy = deputy
+        self._crew = Crew([Peer.from_json(values) for values in peers], deputy)
         if self.rank == 0:
-            assert self._listener is not None
-            self._door = links.Door(
-                self._listener, self._secret, self._selector, self._welcome, len(self._peers)
-            )
-        else:
-            self._connect_to_rank_0()
-        # Children, such as a data loader's workers, must not keep this rank's connections open.
-        os.register_at_fork(after_in_child=self._drop_sockets)
+            self._others.let_in()
+            return
 
-    def _open_door(self, world_size: int, one_host: bool) -> tuple[str, int, str]:
-        """Rank 0's address, port and secret. Raises UserError as links.listen() does."""
-        address = "127.0.0.1" if one_host else os.environ["MASTER_ADDR"]
-        self._listener = links.listen(address, far=not one_host, connections=world_size)
-        port = self._listener.getsockname()[1]
-        return address, port, self._secret
-
-    def _connect_to_rank_0(self) -> None:
-        door = self._peers[0].door
+        door = self._crew.peers[0].door
         assert door is not None  # rank 0 has opened one
-        address, port, secret = door
         try:
-            connection = links.connect(address, port, CONNECT_S)
+            self._others.connect_to_rank_0(self.rank, DoorPlace(*door))
         except OSError as error:
             raise UserError(
-                f"rank {self.rank} on {self._host} cannot reach rank 0 at {address}:{port} ({error}): "
+                f"{self._name()} cannot reach rank 0 at {door[0]}:{door[1]} ({error}): "
                 "look whether MASTER_ADDR is the same host's there, and whether a firewall is between."
             ) from error
-        connection.try_to_send(secret=secret, rank=self.rank)
-        self._take_in(0, connection)
 
     # --- the thread -----------------------------------------------------------------------------------
 
@@ -202,43 +205,31 @@ class Watchdog:
         except BaseException as error:
             # Without this thread nobody would notice a rank that dies or hangs.
             if not self._closed:
-                self._end(f"{self._me()}: the watch over the ranks has failed ({error!r}): all ranks end.")
+                self._end(
+                    f"{self._name()}: the watch over the ranks has failed ({error!r}): all ranks end."
+                )
             raise
-        self._drop_sockets()
-        self._selector.close()
+        self._others.close()
         os.close(self._devnull_fd)
 
     def _turn(self) -> None:
         """Hears what the others say for a moment, and looks once at what there is to look at."""
         tick_s = TICK_S if self._state is State.WATCHING else BUSY_TICK_S
-        for key, _ in self._selector.select(tick_s):
-            key.data()
-        if self._door is not None:
-            self._door.tidy_up()
+        self._others.listen(tick_s)
         self._clock.tick()
-
-        mark = self.progress.mark()
-        if mark != self._mark:
-            self._mark = mark
-            self._moved_at_s = self._clock.now_s
-            self._alarm_after_s = 0.0
 
         if self._launcher_pid is not None and os.getppid() != self._launcher_pid:
             self._end("the launcher has ended" if self.rank == 0 else "")
 
         if self._state is not State.WATCHING:
             self._conclude()
-        elif self._idle_s() >= self._limit_s():
+        elif self._clock.is_over(self._limit_s()):
             self._alarm()
-
-    def _idle_s(self) -> float:
-        """Seconds without progress."""
-        return self._clock.now_s - self._moved_at_s
 
     def _limit_s(self) -> float:
         """Seconds without progress after which this rank raises an alarm."""
-        limit_s = self.progress.allowance().limit_s + self._alarm_after_s
-        if self.rank != 0 and self.progress.waits_for and not self._connections:
+        limit_s = self.progress.allowance().limit_s
+        if self.rank != 0 and self.progress.waits_for and not self._others.ranks():
             limit_s += FIRST_WORD_S  # rank 0 waits as well, and knows for whom
         return limit_s
 
@@ -252,10 +243,10 @@ class Watchdog:
     def _report(self) -> Report:
         """Where this rank is."""
         activity, limit_s = self.progress.allowance()
-        idle_s = self._idle_s()
+        idle_s = self._clock.idle_s()
         is_overdue = idle_s >= limit_s
         if is_overdue:
-            self._alarm_after_s = idle_s
+            self._clock.note_alarm()
         where = (
             f"has made no progress for {idle_s:.1f} s; {limit_s:g} s are allowed for {activity}. It is at\n"
             + postmortem.own_stack(self.progress.main_thread)
@@ -265,21 +256,22 @@ class Watchdog:
     def _alarm(self) -> None:
         """This rank has made no progress for too long."""
         report = self._report()
-        if not self._connections:  # alone, or not in touch with the others yet
+        if not self._others.ranks():  # alone, or not in touch with the others yet
             self._end(self._of_myself(report))
         elif self.rank == 0:
             self._ask()
         else:
-            self._connections[0].try_to_send(alarm=report.to_json())
+            self._others.tell(0, alarm=report.to_json())
             self._wait(State.ASKED, ANSWER_S)
 
     def _of_myself(self, report: Report) -> str:
         """What is said where nobody can be asked: this rank hangs, or waits for one that does not come."""
-        if not self.progress.waits_for or self._connections:
-            return verdict.of_rank(self.rank, self._host, report.step, report.where)
+        if not self.progress.waits_for or self._others.ranks():
+            return verdict.of_rank(self.rank, self._me.host, report.step, report.where)
         activity, limit_s = self.progress.allowance()
+        idle_s = self._clock.idle_s()
         return (
-            f"{self._me()} has waited {self._idle_s():.1f} s for {self.progress.waits_for}; {limit_s:g} s "
+            f"{self._name()} has waited {idle_s:.1f} s for {self.progress.waits_for}; {limit_s:g} s "
             f"are allowed for {activity}. Look whether that rank has started, hangs or is stopped."
         )
 
@@ -298,11 +290,10 @@ class Watchdog:
             return
         self._inquiry = Inquiry(reports={0: self._report()})
         self._wait(State.ASKED, ANSWER_S)
-        for connection in self._connections.values():
-            connection.try_to_send(ask=True)
+        self._others.tell_all(ask=True)
 
     def _go_on_with_the_inquiry(self) -> None:
-        missing = verdict.unanswered(self._inquiry, len(self._peers), self._left)
+        missing = verdict.unanswered(self._inquiry, len(self._crew.peers), self._crew.left)
         match verdict.decide(self._state, self._inquiry, missing, self._time_is_up()):
             case Decision.WAIT:
                 pass
@@ -327,14 +318,14 @@ class Watchdog:
         self._wait(State.LOOKING, LOOK_S)
         self._inquiry.step = self._least_step()
         self._inquiry.begin_looking(ranks, known)
-        reachable = {0, *self._connections}
-        for rank, witness in verdict.witnesses(ranks, self._peers, reachable).items():
+        reachable = {0, *self._others.ranks()}
+        for rank, witness in verdict.witnesses(ranks, self._crew.peers, reachable).items():
             if witness == 0:
-                self._inquiry.findings[rank] = self._look(self._peers[rank], known)
+                self._inquiry.findings[rank] = self._look(self._crew.peers[rank], known)
             elif witness is not None:
                 self._inquiry.looked_for.add(rank)
-                question = [rank, self._peers[rank].to_json(), known.value]
-                self._connections[witness].try_to_send(look=question)
+                question = [rank, self._crew.peers[rank].to_json(), known.value]
+                self._others.tell(witness, look=question)
         self._conclude()
 
     def _least_step(self) -> int:
@@ -342,30 +333,29 @@ class Watchdog:
         return min([self.progress.step, *(report.step for report in self._inquiry.reports.values())])
 
     def _name_and_end(self) -> None:
-        hosts = [peer.host for peer in self._peers]
+        hosts = [peer.host for peer in self._crew.peers]
         self._end(verdict.accusation(self._inquiry.findings, hosts, self._inquiry.step))
 
     def _end_others(self, first: int | None = None) -> None:
         """Tells all ranks to end. Those to blame end first, so that a launcher's words are about them."""
         for rank in [first, *list(self._inquiry.findings)[: verdict.MOST_NAMED]]:
-            if rank in self._connections:
-                self._connections[rank].try_to_send(end=True)
+            if rank in self._others.ranks():
+                self._others.tell(rank, end=True)
                 time.sleep(APART_S)
-        for connection in list(self._connections.values()):
-            connection.try_to_send(end=True)
+        self._others.tell_all(end=True)
         time.sleep(APART_S)
 
-    def _obey(self, rank: int, word: Mapping[str, Any]) -> None:
+    def _obey_other(self, rank: int, word: Mapping[str, Any]) -> None:
         """What another rank tells rank 0. Raises WireError where it says what no rank would say."""
         match word:
             case {"bye": True}:
-                self._left.add(rank)
-                self._connections.pop(rank, None)
+                self._crew.left.add(rank)
+                self._others.forget(rank)
             case {"failed": True}:
                 self._end_others(first=rank)
                 self._end()
             case {"alarm": dict(report)}:
-                self._connections[rank].try_to_send(wait=True)
+                self._others.tell(rank, wait=True)
                 self._ask()
                 self._inquiry.reports[rank] = Report.from_json(report)
             case {"report": dict(report)}:
@@ -378,97 +368,61 @@ class Watchdog:
     def _obey_rank_0(self, word: Mapping[str, Any]) -> None:
         """What rank 0 tells another rank."""
         self._state = State.WATCHING  # rank 0 is there: its answer need not be waited for any longer
-        rank_0 = self._connections[0]
         match word:
             case {"ask": True}:
-                rank_0.try_to_send(report=self._report().to_json())
+                self._others.tell(0, report=self._report().to_json())
             case {"look": [int(rank), dict(peer), str(known)]}:
                 words = self._look(Peer.from_json(peer), Known(known))
-                rank_0.try_to_send(found=[rank, words])
+                self._others.tell(0, found=[rank, words])
             case {"end": True}:
                 self._end()
             case {"bye": True}:
-                self._connections.pop(0)
+                self._others.forget(0)
 
     def _without_rank_0(self, known: Known) -> None:
         """Rank 0 has died or has not answered. Its deputy says so; the others leave it time for that."""
-        is_deputy = self.rank == self._deputy
+        is_deputy = self.rank == self._crew.deputy
         step = self.progress.step  # before the look: for that a stopped process goes on a little
         words = verdict.FROM_AFAR[known]
         if is_deputy:
-            words = self._look(self._peers[0], known)
+            words = self._look(self._crew.peers[0], known)
         elif known is Known.GONE:
             time.sleep(NEWS_S)
 
         if known is Known.MUTE and not words:  # it may run: it is given more time
             self._wait(State.ASKED_AGAIN, PATIENCE_S if is_deputy else PATIENCE_S + LOOK_S)
         elif is_deputy:
-            who = verdict.of_rank(0, self._peers[0].host, step, words)
+            who = verdict.of_rank(0, self._crew.peers[0].host, step, words)
             self._end(f"{who}\nallranks: all ranks end.")
         else:
             self._end()
 
-    # --- the connections ------------------------------------------------------------------------------
+    # --- all ranks ------------------------------------------------------------------------------------
 
-    def _welcome(self, connection: links.Connection, hello: Mapping[str, Any]) -> None:
-        """Another rank has connected to rank 0, and has shown the secret."""
-        rank = hello.get("rank")
-        if not isinstance(rank, int) or not 0 < rank < len(self._peers):
-            connection.close()
+    def _obey(self, rank: int, word: Mapping[str, Any]) -> None:
+        """What another rank tells this one."""
+        if self.rank == 0:
+            self._obey_other(rank, word)
+        else:
+            self._obey_rank_0(word)
+
+    def _on_break(self, rank: int) -> None:
+        """The connection to this rank has ended, and it had not said goodbye."""
+        if self._parting or self._state is State.ENDING:
             return
-        connection.sock.settimeout(SEND_S)
-        self._take_in(rank, connection)
-        if len(self._connections) == len(self._peers) - 1 and self._door is not None:
-            self._door.close()  # all ranks are here: nobody else has business with this one
-            self._door = None
-        self._obey_all(rank, connection)
-
-    def _take_in(self, rank: int, connection: links.Connection) -> None:
-        self._connections[rank] = connection
-        self._selector.register(connection, selectors.EVENT_READ, partial(self._hear, rank, connection))
-
-    def _hear(self, rank: int, connection: links.Connection) -> None:
-        """Something has arrived from this rank: messages, or the end of its connection."""
-        try:
-            is_there = connection.receive()
-            self._obey_all(rank, connection)
-        except (OSError, links.WireError):
-            is_there = False
-        if is_there:
-            return
-
-        self._selector.unregister(connection)
-        connection.close()
-        has_left = self._connections.get(rank) is not connection
-        if has_left or self._parting or self._state is State.ENDING:
-            return
-        del self._connections[rank]
         if self.rank != 0:
             self._without_rank_0(Known.GONE)
         elif not self._inquiry.findings.get(rank):
             self._look_at([rank], Known.GONE)
 
-    def _obey_all(self, rank: int, connection: links.Connection) -> None:
-        """Does what the messages say that have arrived whole."""
-        while (word := connection.inbox.take()) is not None:
-            if self.rank == 0:
-                self._obey(rank, word)
-            else:
-                self._obey_rank_0(word)
-
-    def _drop_sockets(self) -> None:
-        for key in list((self._selector.get_map() or {}).values()):
-            assert isinstance(key.fileobj, (socket.socket, links.Connection))
-            key.fileobj.close()
-
     # --- the end --------------------------------------------------------------------------------------
 
-    def _me(self) -> str:
-        return f"rank {self.rank} on {self._host}"
+    def _name(self) -> str:
+        return f"rank {self.rank} on {self._me.host}"
 
     def _look(self, peer: Peer, known: Known) -> str:
         """What has become of a rank, and a note to kill its process if it is there and to blame."""
-        words = postmortem.look(peer, self._process, known)
+        words = postmortem.look(peer, self._me.process, known)
         if words and known is not Known.GONE:
             self._condemned.append(peer.process)
         return words
@@ -485,7 +439,7 @@ class Watchdog:
                 file_log.info(message)
             # Not before they are named: when one of them is gone, its launcher may kill us all.
             for process in self._condemned:
-                postmortem.kill(process, self._process)
+                postmortem.kill(process, self._me.process)
             if self.rank == 0:
                 self._end_others()
             processes.kill_descendants(limit_s=postmortem.LOOK_S)
