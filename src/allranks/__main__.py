@@ -1,3 +1,5 @@
+"""`python -m allranks` is the command `allranks`."""
+
 from allranks.cli import main
 
 main()

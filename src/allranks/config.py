@@ -62,11 +62,15 @@ _FOLDER_NAME = Rule(
 
 @dataclass
 class RunConfig:
+    """Where the run leaves its files."""
+
     dir: str | None = setting(None, "the run's own directory; null: a new one, runs/NAME/TIME-JOB", TEXT)
 
 
 @dataclass
 class TrainerConfig:
+    """How the training takes its steps."""
+
     epochs: int = setting(5, "passes over the training examples", whole(0))
     batch_size: int = setting(128, "examples of one optimizer step, over all ranks together", whole(1))
     per_rank_batch_size: int | None = setting(

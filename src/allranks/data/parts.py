@@ -109,7 +109,7 @@ class Mapped:
         return examples
 
     def explained(self) -> AbstractContextManager[None]:
-        """Around all that runs while this part is read: says in a sentence what ended a worker process."""
+        """A block for all that runs while this part is read: it says what ended a worker process."""
         return self.workers.explained()
 
     def _read(

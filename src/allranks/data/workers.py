@@ -74,7 +74,9 @@ class Workers:
 
     @contextmanager
     def starting(self) -> Iterator[None]:
-        """Around their start. Raises UserError where they cannot start, or could not hand a batch over.
+        """Starts of worker processes go into this block.
+
+        Raises UserError where they cannot start, or could not hand a batch over.
 
         A scheduler sends its signals to all processes of a job. A rank saves first, and needs its batches
         for that: so processes that are started here never get these signals.
@@ -93,9 +95,10 @@ class Workers:
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Around all that runs while workers read: raises RunError, with the cause, where one has ended.
+        """All that runs while workers read goes into this block.
 
-        torch raises a RuntimeError in the rank's main thread then, wherever that is at the moment.
+        When a worker has ended, torch raises a RuntimeError in the rank's main thread, wherever that is at
+        the moment. This block turns it into a RunError that names the cause.
         """
         try:
             yield
@@ -118,7 +121,7 @@ class Workers:
 
 
 def _begin(reasons: Connection, _worker: int) -> None:
-    """In a worker, before it reads anything."""
+    """Prepares a worker, in its own process, before it reads anything."""
     from multiprocessing.queues import Queue
 
     # However its rank ends, a worker ends with it.
@@ -128,7 +131,7 @@ def _begin(reasons: Connection, _worker: int) -> None:
 
 
 def _end(reasons: Connection, error: BaseException, _batch: Any) -> None:
-    """In a worker whose batch cannot be sent: says why, and ends it."""
+    """Ends a worker whose batch cannot be sent, from within its process, and tells the rank why."""
     reasons.send_bytes(f"{type(error).__name__}: {one_line(error)}"[:500].encode())
     os._exit(1)
 
@@ -159,7 +162,7 @@ def _with_remedy(reason: str) -> str:
 
 @atexit.register
 def _end_workers() -> None:
-    """As Python ends: kills workers that still read, where multiprocessing would send SIGTERM and wait."""
+    """Kills workers that still read when Python ends: multiprocessing would send SIGTERM and wait."""
     left = [child for child in multiprocessing.active_children() if child.daemon]
     if left:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would take this for their failure

@@ -43,6 +43,7 @@ class RankIdentity:
 
     @property
     def alone(self) -> bool:
+        """Whether this process is the only rank."""
         return self.world_size == 1
 
 

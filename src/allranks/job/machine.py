@@ -36,7 +36,7 @@ class Detect:
 
 @dataclass(frozen=True)
 class Node:
-    """One node. None where it is not known and the allocation has to tell."""
+    """What one node has. None stands for what is not known; then the job's allocation has to tell."""
 
     devices: int | None = setting(
         None, "GPUs, or parts of GPUs that count as devices of their own", whole(0)
@@ -49,6 +49,7 @@ class Node:
 
     @property
     def ranks_per_node(self) -> int | None:
+        """How many ranks go on a node where nobody says otherwise; None where that is not known."""
         return self.ranks or self.devices
 
 
@@ -125,6 +126,8 @@ class Submit:
 
 @dataclass(frozen=True)
 class Machine:
+    """Everything that a machine file says."""
+
     name: str
     scheduler: Literal["pbs", "slurm", "local"]
     about: str = ""

@@ -277,10 +277,10 @@ def _without(hosts: Sequence[Host], gone: Sequence[str]) -> tuple[Host, ...]:
 
 
 def _to_blame(launch: Launch, plan: Plan, silent: Sequence[str]) -> Sequence[str]:
-    """Of the hosts of which nothing was heard those that are not there.
+    """The hosts that are not there, among the `silent` ones, of which nothing was heard.
 
-    That is all of them where others were heard of. Where nobody was heard of, the launcher may have given
-    up because of a single host: then each is tried.
+    If other hosts were heard of, all silent ones are taken to be gone. If no host was heard of, the
+    launcher may have given up because of a single one: then each is tried.
     """
     if len(silent) < len(plan.hosts):
         return silent
@@ -290,7 +290,7 @@ def _to_blame(launch: Launch, plan: Plan, silent: Sequence[str]) -> Sequence[str
 def unreachable(
     hosts: Sequence[str], fails: Callable[[Sequence[Sequence[str]]], Sequence[bool]]
 ) -> list[str]:
-    """Those of `hosts` where nothing can be started, in order.
+    """The hosts among `hosts` where nothing can be started, in order.
 
     `fails` tries several groups of hosts at the same time, and says of each whether the launcher failed to
     start something on all of its hosts. A group that fails is tried again in smaller ones, until a single

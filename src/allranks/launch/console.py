@@ -46,7 +46,7 @@ def terminals() -> str:
 
 
 class Size(NamedTuple):
-    """Of a terminal, in characters."""
+    """The size of a terminal, in characters."""
 
     rows: int
     columns: int
@@ -62,6 +62,8 @@ def terminal_size() -> Size | None:
 
 
 class Piece(NamedTuple):
+    """Some bytes that are to be written to a descriptor."""
+
     fd: int
     data: bytes
 
@@ -81,11 +83,12 @@ class Writer:
 
     @property
     def is_full(self) -> bool:
+        """Whether so much waits to be written that the ranks' output should wait, too."""
         return self._waiting_bytes > FULL_BYTES
 
     @property
     def waiting_bytes(self) -> int:
-        """What is not written yet."""
+        """How many bytes are not written yet."""
         return self._waiting_bytes
 
     def put(self, fd: int, data: bytes) -> None:

@@ -66,14 +66,17 @@ class Job:
 
     @cached_property
     def ranks(self) -> int:
+        """The number of ranks on all hosts."""
         return sum(host.slots for host in self.hosts)
 
     @cached_property
     def most_on_a_host(self) -> int:
+        """The number of ranks on the host that has the most."""
         return max(host.slots for host in self.hosts)
 
     @cached_property
     def fewest_on_a_host(self) -> int:
+        """The number of ranks on the host that has the fewest."""
         return min(host.slots for host in self.hosts)
 
     @cached_property
@@ -91,6 +94,7 @@ class Job:
         return given == used
 
     def mpiexec(self) -> str:
+        """The mpiexec to call: the one that is found here, else just its name."""
         found = path_of("mpiexec") if self.installed_here else None
         return found or "mpiexec"
 
@@ -103,6 +107,8 @@ class TextFile(NamedTuple):
 
 
 class CommandLine(NamedTuple):
+    """A command, and the files that it reads."""
+
     argv: tuple[str, ...]
     files: tuple[TextFile, ...] = ()
 

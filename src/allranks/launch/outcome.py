@@ -59,7 +59,9 @@ class Rank:
 
 
 class Verdict(NamedTuple):
-    code: int
+    """What the user is told about a launch that is over."""
+
+    code: int  # the exit code of `allranks launch`
     sentence: str  # without its full stop; empty where nothing has failed
     remark: str = ""  # what else the user should know
 
@@ -111,13 +113,13 @@ def verdict(known: Evidence) -> Verdict:
 
 
 def hosts_gone(hosts: Sequence[str], ranks: Sequence[Rank]) -> tuple[str, ...]:
-    """Of `hosts` those of which nothing is heard: no rank came from there, or all of them are lost."""
+    """The hosts among `hosts` of which nothing is heard: no rank came from there, or all are lost."""
     heard_of = {short(r.host) for r in ranks if r.loss is None}
     return tuple(host for host in dict.fromkeys(hosts) if short(host) not in heard_of)
 
 
 def _stopped(signum: int, failed: Sequence[Rank]) -> Verdict:
-    """Of a launch that was ended by a signal before all ranks had ended in order."""
+    """The verdict on a launch that a signal has ended before all ranks had ended in order."""
     code = EXIT_REQUEUE if signum in END_THE_JOB else 128 + signum
     sentence = f"stopped by {signal.Signals(signum).name}"
     silent = [f"{r.rank} on {r.host}" for r in failed if r.loss is Loss.SILENT]
@@ -155,7 +157,7 @@ def _first_to_fail(failed: Sequence[Rank]) -> Rank:
 
 
 def _of_launcher(known: Evidence) -> Verdict:
-    """Of a launch in which no rank has failed: what remains is how the launcher itself ended."""
+    """The verdict on a launch in which no rank has failed: it depends on how the launcher itself ended."""
     code = known.launcher_code
     all_well = sum(r.code == 0 for r in known.ranks) == known.world_size
     remark = ""

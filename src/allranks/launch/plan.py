@@ -91,6 +91,7 @@ class Plan:
 
     @cached_property
     def world_size(self) -> int:
+        """The number of ranks."""
         return sum(host.slots for host in self.hosts)
 
     def argv_for(self, program: Sequence[str]) -> tuple[str, ...]:

@@ -162,7 +162,7 @@ class Heard:
         self.said += data
 
     def words(self) -> dict[int, dict[str, Any]]:
-        """By rank, all that it said about itself."""
+        """What each rank has said about itself, by rank."""
         words: dict[int, dict[str, Any]] = {}
         for rank, out in self._out.items():
             for line in out.splitlines():
@@ -172,7 +172,11 @@ class Heard:
 
 
 def judge(words: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str], timed_out: bool) -> list[str]:
-    """What is wrong, each with the hosts concerned."""
+    """What is wrong, a line for each problem, which begins with the hosts that have it.
+
+    `words` is what each rank has said, `hosts` where each rank is. `timed_out` says that not all ranks have
+    ended in time.
+    """
     wrong: dict[str, list[str]] = {}
     for r in sorted(words):
         for text in words[r].get("problems", ()):
@@ -204,6 +208,7 @@ def judge(words: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str], time
 
 
 def main() -> int:
+    """Runs the checks on one rank and prints what it finds, as JSON; returns its exit code."""
     task, environ = json.loads(sys.argv[1]), os.environ
     rank, size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
     place = (environ[variables.MASTER_ADDR], int(environ[variables.MASTER_PORT]))
@@ -245,7 +250,10 @@ def facts() -> dict[str, str]:
 
 
 def device_problem(device: str | None, environ: Mapping[str, str]) -> str:
-    """A GPU that is asked for by name must be there and must add; auto and cpu ask for nothing."""
+    """What is wrong with this rank's GPU, where one is asked for by name; empty where nothing is.
+
+    The GPU must be there, and must add numbers correctly. device=auto and device=cpu ask for no GPU.
+    """
     if device not in ("cuda", "xpu"):
         return ""
     import torch
@@ -297,10 +305,12 @@ def _data_problem(data: Mapping[str, Any] | None) -> str:
 
 
 def part(rank: int) -> list[float]:
+    """The numbers that a rank brings to the sum. A rank that is missing, or counted twice, changes it."""
     return [1.0, float(rank), float(rank * rank)]
 
 
 def check_sum(total: Sequence[float], size: int, how: str) -> None:
+    """Raises UserError unless `total` is the sum of the parts of `size` ranks. `how` says what added."""
     expected = [float(size), size * (size - 1) / 2, (size - 1) * size * (2 * size - 1) / 6]
     if list(total) != expected:
         raise UserError(f"the ranks add up to {list(total)} by {how}, not {expected}: {FABRIC}")

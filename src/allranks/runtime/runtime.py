@@ -60,18 +60,22 @@ class Runtime:
 
     @property
     def rank(self) -> int:
+        """This rank's number among all ranks of the run, from 0."""
         return self.meeting.rank
 
     @property
     def world_size(self) -> int:
+        """The number of ranks of the run."""
         return self.meeting.world_size
 
     @property
     def host(self) -> str:
+        """The name of the host that this rank runs on."""
         return socket.gethostname()
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0, which writes and speaks for all."""
         return self.rank == 0
 
     @property

@@ -33,6 +33,7 @@ class Order:
 
     @property
     def walltime_s(self) -> int | None:
+        """The walltime in seconds; None where none was given."""
         return None if self.walltime is None else seconds(self.walltime)
 
     def launch_words(self, job_nodes: int | None = None) -> list[str]:

@@ -46,10 +46,12 @@ class Task:
 
     @property
     def scheduler(self) -> Scheduler:
+        """The scheduler of the machine: PBS or Slurm."""
         return scheduler.named(self.machine.scheduler)
 
     @property
     def is_sweep(self) -> bool:
+        """Whether it is a sweep: its cells have directories below the task's own."""
         return bool(self.cells) and self.cells[0].directory != self.directory
 
     @property
@@ -64,9 +66,11 @@ class Task:
 
     @property
     def script_path(self) -> Path:
+        """Where the job script goes."""
         return Path(self.job_directory) / "job.sh"
 
     def script_text(self) -> str:
+        """The text of the job script."""
         umask = os.umask(0)
         os.umask(umask)
         return script.render(

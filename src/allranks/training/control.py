@@ -149,15 +149,18 @@ class Wishes:
     pause: float  # rank 0's: after how many steps or batches to meet again
 
     def to_numbers(self) -> list[float]:
+        """The wishes as a row of numbers, which the ranks can add up."""
         return [*self.signals, self.late, self.overdue, self.pause]
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[float]) -> Wishes:
+        """The wishes that to_numbers() has turned into a row of numbers, or a sum of such rows."""
         *signals, late, overdue, pause = numbers
         return cls(signals, late, overdue, pause)
 
     @property
     def signal_names(self) -> list[str]:
+        """The names of the signals that some rank has got."""
         return [number.name for number, ranks in zip(STOPPING, self.signals, strict=True) if ranks]
 
     @property
@@ -177,6 +180,7 @@ class Pace:
         self._met_at = 0.0
 
     def is_due(self, number: int) -> bool:
+        """Whether the ranks meet after step or batch `number`."""
         return number >= self.next
 
     def pause(self, number: int, now: float) -> int:

@@ -28,10 +28,12 @@ class Schedule:
     monitor: str | None = None  # the metric that a plateau scheduler watches
 
     def after_step(self) -> None:
+        """Steps the scheduler after an optimizer step, if it is stepped so often."""
         if self.scheduler is not None and self.every_step:
             self._step()
 
     def after_epoch(self, metrics: Mapping[str, float]) -> None:
+        """Steps the scheduler after an epoch, if it is stepped so often; `metrics` are the epoch's."""
         if self.scheduler is None or self.every_step:
             return
         if self.monitor is None:
@@ -52,7 +54,7 @@ class Training:
     """All that changes while a run trains: what a checkpoint holds."""
 
     model: nn.Module  # as it is evaluated and saved
-    trained: nn.Module  # the same, compiled and wrapped in DDP where asked for
+    trained: nn.Module  # as it takes steps: the same weights, compiled and in DDP where that is asked for
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     scaler: torch.amp.GradScaler
@@ -62,11 +64,12 @@ class Training:
     first_buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     epoch: int = 0  # completed
     step: int = 0  # optimizer steps, skipped ones included
-    epoch_steps: int = 0  # of them in the epoch that is under way
-    epoch_s: float = 0.0  # spent in these
-    epoch_lr: float = 0.0  # the learning rate at its beginning
+    epoch_steps: int = 0  # steps taken in the epoch that is under way
+    epoch_s: float = 0.0  # seconds that these steps took
+    epoch_lr: float = 0.0  # the learning rate at the beginning of that epoch
     history: list[dict[str, Any]] = field(default_factory=list)  # the metrics of each completed epoch
 
     @property
     def parameters(self) -> int:
+        """The number of the model's parameters."""
         return sum(p.numel() for p in self.model.parameters())
