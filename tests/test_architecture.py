@@ -68,6 +68,7 @@ WITHOUT_TORCH = (
 MAY_PRINT = (
     "cli",
     "run.show",
+    "train",
     "training.ending",
     "doctor",
     "launch.attempts",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -309,8 +310,20 @@ def test_a_folder_of_ones_own_choices(train, tmp_path_factory, tmp_path):
 def test_a_sweep_trains_every_cell_in_a_directory_of_its_own(train, tmp_path):
     sweep = ("-m", *SMALL, "trainer.epochs=1", "model=linear,mlp", "seed=1,2")
     done = train(*sweep, under="mpiexec", ranks=2).ok()
-    runs = [Run(path.parent) for path in sorted(tmp_path.glob("runs/*/*/config.yaml"))]
-    assert [run.path.parent.name for run in runs] == ["linear", "linear", "mlp", "mlp"]
+    [listed] = tmp_path.glob("runs/sweep/*/cells.jsonl")
+    cells = [json.loads(line) for line in listed.read_text().splitlines()]
+    assert [cell["directory"] for cell in cells] == [f"{listed.parent}/{number}" for number in range(4)]
+    assert [cell["overrides"][-2:] for cell in cells] == [
+        [f"model={model}", f"seed={seed}"] for model in ("linear", "mlp") for seed in (1, 2)
+    ]
+    runs = [Run(Path(cell["directory"])) for cell in cells]
+    assert [line[:8] for line in done.out.splitlines() if line.startswith("cell ")] == [
+        f"cell {number}/4" for number in (1, 2, 3, 4)
+    ]
+    header, *rows = [line.split() for line in done.out.splitlines()[-5:]]
+    assert header == ["cell", "state", "epochs", "val/accuracy", "test/accuracy", "overrides"]
+    assert [row[:3] for row in rows] == [[str(number), "finished", "1"] for number in range(4)]
+    assert [row[5] for row in rows] == [f"{run.summary['test/accuracy']:.2f}" for run in runs]
     assert len({run.summary["model/sha256"] for run in runs}) == 4
     assert {run.summary["world_size"] for run in runs} == {2}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]  # no multirun/, no outputs/

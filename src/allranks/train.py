@@ -17,7 +17,9 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from allranks import config as configs
@@ -30,6 +32,7 @@ from allranks.training.control import FROM_TERMINAL, Control, EvaluationStopped,
 
 if TYPE_CHECKING:
     from allranks.data.loader import Data
+    from allranks.run.cells import Cell
     from allranks.runtime.runtime import Runtime
     from allranks.training.metrics import Figures
     from allranks.training.report import Reporter
@@ -47,10 +50,19 @@ def main() -> None:
         signals = Signals()
         # Without a handler these two would end a process that is still importing torch.
         signals.count(signal.SIGUSR1, signal.SIGUSR2)
+        sweep: list[Cell] = []  # rank 0 fills it at the first run of a sweep
+        ends: list[str] = []
         for number, config in enumerate(compose(identity)):
-            finished = run(config, identity, number, signals)
+            finished = run(config, identity, number, signals, sweep)
+            ends.append("finished" if finished else "stopped")
             if not finished:
-                sys.exit(EXIT_REQUEUE)
+                break
+        if len(sweep) > 1:
+            from allranks.run.results import table_of_sweep
+
+            print(table_of_sweep(sweep, ends), flush=True)
+        if "stopped" in ends:
+            sys.exit(EXIT_REQUEUE)
         if "triton" not in sys.modules:  # its binding complains of objects that are still there at the end
             gc.freeze()  # Python would look through all of torch's objects once more before it ends
 
@@ -78,11 +90,19 @@ def compose(identity: RankIdentity) -> list[Config]:
         raise
 
 
-def run(config: Config, identity: RankIdentity, number: int = 0, signals: Signals | None = None) -> bool:
+def run(
+    config: Config,
+    identity: RankIdentity,
+    number: int = 0,
+    signals: Signals | None = None,
+    sweep: list[Cell] | None = None,
+) -> bool:
     """Trains one run to its end, or what is left of it. False where it was stopped before its end.
 
-    `number` counts the runs of this process from 0: a sweep has several. `signals` stop the run.
+    `number` counts the runs of this process from 0: a sweep has several, and `sweep` has their cells on
+    rank 0. `signals` stop the run.
     """
+    sweep = [] if sweep is None else sweep
     from allranks.data import early
 
     # The data are read while torch is imported: the one waits for files, the other keeps the processor
@@ -106,7 +126,9 @@ def run(config: Config, identity: RankIdentity, number: int = 0, signals: Signal
 
     with ending.of_run(runtime, Reporter(runtime)) as report:
         building.global_batch_size(trainer, runtime.world_size)  # refused before anything is written
-        path, standing = runtime.meeting.from_rank_0(lambda: rundir.find(config))
+        path, standing = runtime.meeting.from_rank_0(lambda: _find(config, number, sweep))
+        if sweep:
+            report.cell(f"cell {number + 1}/{len(sweep)}", sweep[number].overrides, path)
         if standing == rundir.Standing.FINISHED:
             report.finished_before(path)
             return True
@@ -124,8 +146,7 @@ def run(config: Config, identity: RankIdentity, number: int = 0, signals: Signal
         try_first_batch(training, data.train, config, runtime)
 
         if standing == rundir.Standing.NEW:
-            frozen, exactly = configs.freeze(config), config.run.dir is not None
-            path = runtime.meeting.from_rank_0(lambda: rundir.create(path, frozen, exactly))
+            path = runtime.meeting.from_rank_0(lambda: _create(path, config, sweep))
 
         with Saver(runtime, path, config) as saver:
             resumed = saver.resume(training)
@@ -143,6 +164,33 @@ def run(config: Config, identity: RankIdentity, number: int = 0, signals: Signal
             summary["time/startup_s"] = startup_s
             report.finished(summary)
     return True
+
+
+def _find(config: Config, number: int, sweep: list[Cell]) -> tuple[str, rundir.Standing]:
+    """The directory of a run, and how far the run has come there. Rank 0 alone calls.
+
+    With the first run of a sweep the directories of all its cells are chosen, as `allranks launch -m` does:
+    0, 1, ... below one directory.
+    """
+    if number == 0 and {"-m", "--multirun"} & set(sys.argv):
+        from allranks.run.cells import composed_cells  # what a single run does without
+
+        sweep += composed_cells(sys.argv[1:])[1]
+    if not sweep:
+        return rundir.find(config)
+    own_place = replace(config.run, dir=sweep[number].directory)
+    return rundir.find(replace(config, run=own_place))
+
+
+def _create(path: str, config: Config, sweep: Sequence[Cell]) -> str:
+    """Makes the directory of a run, and the list of cells of its sweep. Rank 0 alone calls."""
+    is_given = bool(sweep) or config.run.dir is not None
+    made = rundir.create(path, configs.freeze(config), exactly=is_given)
+    if sweep:
+        from allranks.run.cells import list_cells
+
+        list_cells(str(Path(path).parent), sweep)
+    return made
 
 
 @contextlib.contextmanager

@@ -10,9 +10,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from allranks.base.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
-from allranks.base.text import table
 from allranks.job import machine
 from allranks.job.hosts import Allocation, compress, find_allocation, placeholder_allocation
 from allranks.job.identity import discover
@@ -20,7 +20,10 @@ from allranks.job.machine import Machine
 from allranks.launch import dryrun, options
 from allranks.launch.plan import Request, make_plan
 from allranks.run.cells import Cell, composed_cells, frozen_cells, is_finished, make_cells
-from allranks.run.results import FIGURES, figures, place_in_sweep
+from allranks.run.results import place_in_sweep, table_of_sweep
+
+if TYPE_CHECKING:
+    from allranks.launch.attempts import Launch
 
 USAGE = """%(prog)s [options] [machine.key=value ...]
                        [overrides of the training | -- PROGRAM ARGS...]"""
@@ -32,7 +35,16 @@ def launch(arguments: Sequence[str]) -> int:
     return _launch(args, rest, os.environ)
 
 
+class Wanted(NamedTuple):
+    """What is to be started: a program of the user's, or trainings, one after another."""
+
+    program: tuple[str, ...]  # what each rank runs; of several trainings that of the first
+    cells: Sequence[Cell] = ()  # the trainings; empty for a program
+    directory: str = ""  # of the run, or of the sweep
+
+
 def _launch(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Does what the options ask for; the exit code. Raises UserError."""
     around = discover(environ)
     if around.world_size not in (None, 1):
         if around.rank == 0:
@@ -45,66 +57,78 @@ def _launch(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str,
     if args.json and not args.dry_run:
         raise UserError("--json is for a dry run: add --dry-run.")
     overrides, machine_overrides, program = options.split(rest)
-    directory, trainings = "", list[Cell]()
-    if program is None:
-        own = ["--config-dir", args.config_dir] if args.config_dir else []
-        if args.run and overrides:
-            raise UserError(f"{overrides[0]} cannot be given with --run: the configuration is frozen.")
-        directory, trainings = frozen_cells(args.run) if args.run else composed_cells([*own, *overrides])
-        if not trainings:
-            return 0
-        typed = (sys.executable, "-m", "allranks.train", *own, *overrides)
-        program = trainings[0].program() if args.run else typed
+    wanted = Wanted(program) if program else _trainings(args, overrides)
+    if wanted is None:
+        return 0
+
     known = machine.load(args.machine, machine_overrides, args.config_dir, environ=environ)
     given = find_allocation(environ, args.hosts)
     if args.job_nodes is not None:
         _check_nodes(given, args.job_nodes)
-    allocation = fitting(given, known, args)
+    allocation = _fitting(given, known, args)
     request = Request(
-        program, args.ranks, args.nodes, args.ppn, args.launcher or "auto", installed_here=allocation.exists
+        wanted.program,
+        args.ranks,
+        args.nodes,
+        args.ppn,
+        args.launcher or "auto",
+        installed_here=allocation.exists,
     )
     plan = make_plan(request, known, allocation, environ)
     if args.dry_run:
         show = dryrun.as_json if args.json else dryrun.text
         print(show(plan, allocation.source))
         return 0
-    return _start(request, known, allocation, environ, args, directory, trainings)
 
-
-def _start(
-    request: Request,
-    known: Machine,
-    allocation: Allocation,
-    environ: Mapping[str, str],
-    args: argparse.Namespace,
-    directory: str,
-    trainings: Sequence[Cell],
-) -> int:
-    """Starts the program, or one training after another; the exit code."""
     from allranks.launch.attempts import Launch, run
-    from allranks.launch.console import tell
     from allranks.launch.supervisor import until_ranks_run
 
     until_ranks_run()
-    own = str(Path(args.run).absolute()) if args.run else None
     launch = Launch(
         request,
         known,
         allocation,
         environ,
-        directory=own,
+        directory=str(Path(args.run).absolute()) if args.run else None,
         max_restarts=args.max_restarts or 0,
         min_ranks=args.min_ranks,
         grace_s=args.grace,
     )
-    check = args.preflight is not False
-    if not trainings:
-        return run(launch, check)
+    checks_first = args.preflight is not False
+    if not wanted.cells:
+        return run(launch, checks_first)
     if not args.run:
-        make_cells(directory, trainings)
+        make_cells(wanted.directory, wanted.cells)
+    return _run_cells(launch, wanted.cells, checks_first)
+
+
+def _trainings(args: argparse.Namespace, overrides: Sequence[str]) -> Wanted | None:
+    """The training frozen in a run directory, or those that the overrides ask for; None after --help."""
+    if args.run:
+        if overrides:
+            raise UserError(f"{overrides[0]} cannot be given with --run: the configuration is frozen.")
+        directory, cells = frozen_cells(args.run)
+        return Wanted(cells[0].program(), cells, directory)
+    own = ["--config-dir", args.config_dir] if args.config_dir else []
+    directory, cells = composed_cells([*own, *overrides])
+    if not cells:
+        return None
+    # For the plan, and what a dry run shows. Each cell's own program takes its place.
+    typed = (sys.executable, "-m", "allranks.train", *own, *overrides)
+    return Wanted(typed, cells, directory)
+
+
+def _run_cells(launch: Launch, cells: Sequence[Cell], checks_first: bool) -> int:
+    """Starts one training after another, whether or not one fails; the first exit code that is not 0.
+
+    A signal, or the end of the job, ends all of them.
+    """
+    from allranks.launch.attempts import run
+    from allranks.launch.console import tell
+
     codes: list[int] = []
     ends: list[str] = []  # of each cell that was started, in a word
-    for cell in trainings:  # of a sweep, whether or not one fails
+    for cell in cells:
         place = place_in_sweep(cell.directory)
         if place:
             tell(f"{place}: {' '.join(cell.overrides)} in {cell.directory}")
@@ -112,14 +136,15 @@ def _start(
             tell(f"{cell.directory} is finished: nothing is left to do")
             ends.append("finished")
             continue
-        mine = replace(request, program=cell.program())
-        training = replace(launch, request=mine, directory=cell.directory, config=cell.config)
-        codes.append(run(training, check and not codes))
-        ends.append(_end_of(codes[-1]))
-        if codes[-1] == EXIT_REQUEUE or codes[-1] > 128:  # a signal or the job's end, for all of it
+        own_request = replace(launch.request, program=cell.program())
+        training = replace(launch, request=own_request, directory=cell.directory, config=cell.config)
+        code = run(training, checks_first and not codes)  # the hosts are looked at once
+        codes.append(code)
+        ends.append(_end_of(code))
+        if code == EXIT_REQUEUE or code > 128:
             break
-    if len(trainings) > 1:
-        tell(_sweep_table(trainings, ends))
+    if len(cells) > 1:
+        tell(table_of_sweep(cells, ends))
     return next((code for code in codes if code), 0)
 
 
@@ -128,16 +153,6 @@ def _end_of(code: int) -> str:
     if code == 0:
         return "finished"
     return "stopped" if code == EXIT_REQUEUE else f"failed ({code})"
-
-
-def _sweep_table(cells: Sequence[Cell], ends: Sequence[str]) -> str:
-    """How each cell has ended, what it has come to, and what it is."""
-    rows = [("cell", "state", *FIGURES, "overrides")]
-    for number, cell in enumerate(cells):
-        end = ends[number] if number < len(ends) else "not started"
-        name = Path(cell.directory).name
-        rows.append((name, end, *figures(cell.directory).columns(), " ".join(cell.overrides)))
-    return table(rows)
 
 
 def _check_nodes(given: Allocation, asked: int) -> None:
@@ -156,7 +171,7 @@ def _check_nodes(given: Allocation, asked: int) -> None:
     )
 
 
-def fitting(given: Allocation, known: Machine, args: argparse.Namespace) -> Allocation:
+def _fitting(given: Allocation, known: Machine, args: argparse.Namespace) -> Allocation:
     """The allocation found, or, for a dry run outside a job, hosts that stand for a job's."""
     if given.scheduler != "local" or (known.scheduler == "local" and (args.nodes or 1) == 1):
         return given

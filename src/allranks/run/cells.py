@@ -134,6 +134,13 @@ def write_cells(sweep: str, found: Sequence[Cell], job_ids: Sequence[str | None]
     files.write_text(Path(sweep) / CELLS, "".join(lines)).close()
 
 
+def list_cells(sweep: str, found: Sequence[Cell]) -> None:
+    """Writes cells.jsonl, unless it is there. Raises UserError where it cannot be written."""
+    if not (Path(sweep) / CELLS).exists():
+        with rundir.writing(sweep):
+            write_cells(sweep, found)
+
+
 def note_job(directory: str, job_id: str) -> None:
     """Writes the newest job of a cell into cells.jsonl of its sweep; does nothing for a run of no sweep.
 

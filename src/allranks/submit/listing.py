@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from allranks.base.errors import EXIT_REQUEUE, UserError
 from allranks.base.text import table
 from allranks.job import scheduler
+from allranks.job.scheduler import Scheduler
 from allranks.run import checkpoint
 from allranks.run import directory as rundir
 from allranks.run.cells import CELLS, JOB, is_finished, read_job, text_of
@@ -83,20 +84,23 @@ def listed(root: str, warn: Callable[[str], None]) -> list[dict[str, Any]]:
         except UserError as error:
             warn(str(error))
             jobs[directory] = {}
+    now = _states([job for directory, job in jobs.items() if job and not is_finished(directory)], warn)
+    return [_row(directory, jobs[directory], now) for directory in found]
+
+
+def _states(jobs: Sequence[dict[str, Any]], warn: Callable[[str], None]) -> dict[str, str]:
+    """The states of all jobs of these records that are in a queue. Each scheduler is asked once."""
+    by_name: dict[str, list[str]] = {}
+    for job in jobs:
+        by_name.setdefault(str(job["scheduler"]), []).extend(job["job_ids"])
     now: dict[str, str] = {}
-    for name in sorted({str(job["scheduler"]) for job in jobs.values() if job}):
-        ids = [
-            job_id
-            for directory, job in jobs.items()
-            if job and job["scheduler"] == name and not is_finished(directory)
-            for job_id in job["job_ids"]
-        ]
+    for name, ids in by_name.items():
         try:
             now |= scheduler.named(name).states(ids)
         except UserError as error:  # what is in the directories can be shown all the same
             warn(str(error))
             now |= dict.fromkeys(ids, "not known")
-    return [_row(directory, jobs[directory], now) for directory in found]
+    return now
 
 
 def _below(root: str) -> Iterator[Path]:
@@ -105,6 +109,12 @@ def _below(root: str) -> Iterator[Path]:
         if (rundir.CONFIG in names or JOB in names) and CELLS not in names:
             below.clear()
             yield Path(folder)
+
+
+def _why_ended(directory: Path, job: dict[str, Any]) -> str:
+    """The scheduler's words; empty where it has said nothing, or is one that nobody knows."""
+    known = [kind for kind in scheduler.SCHEDULERS if job and kind.name == job["scheduler"]]
+    return known[0].why_ended(directory) if known else ""
 
 
 def _has_checkpoint(directory: Path) -> bool:
@@ -124,7 +134,7 @@ def _row(directory: Path, job: dict[str, Any], now: dict[str, str]) -> dict[str,
         queue_state=now[alive] if alive else "",
         next_job=alive or "",
         exit_code=text_of(directory / "exit_code"),
-        why_ended=scheduler.named(job["scheduler"]).why_ended(directory) if job else "",
+        why_ended=_why_ended(directory, job),
         has_job=bool(job),
         is_at_work=not job and is_beating(directory),
         has_checkpoint=_has_checkpoint(directory),
@@ -145,31 +155,53 @@ def _row(directory: Path, job: dict[str, Any], now: dict[str, str]) -> dict[str,
     }
 
 
+@dataclass(frozen=True)
+class Jobs:
+    """The jobs of a run, or of a sweep and of its cells."""
+
+    ids: Sequence[str]  # that can be ended: the run's or the sweep's own, and those of cells that went on
+    array_of: Mapping[str, str]  # of each job that an array has, the array
+
+    def alive(self, there: Collection[str]) -> list[str]:
+        """Those of `ids` that are in the queue, of which `there` is what the scheduler lists.
+
+        PBS lists an array under its own id, Slurm the jobs that it has.
+        """
+        arrays = {self.array_of[job_id] for job_id in there if job_id in self.array_of}
+        return [job_id for job_id in self.ids if job_id in there or job_id in arrays]
+
+
+def _jobs_of(run: str, kind: Scheduler, own: Sequence[str]) -> Jobs:
+    """The jobs of a run directory, or of a sweep's; `own` are those in its own job.json."""
+    ids, array_of = list(own), dict[str, str]()
+    for record in sorted(Path(run).glob(f"*/{JOB}")):
+        cell = record.parent.name
+        members = {kind.job_of_array(array, int(cell)): array for array in own} if cell.isdecimal() else {}
+        for job_id in read_job(record).get("job_ids", []):
+            if job_id in members:
+                array_of[job_id] = members[job_id]
+            elif job_id not in ids:
+                ids.append(job_id)
+    return Jobs(ids, array_of)
+
+
 def cancelled(run: str) -> list[str]:
     """Ends the jobs of a run directory, of a sweep's, or of a cell's; their ids.
 
-    A sweep's jobs are its array and the jobs of cells that have gone on, each in a job of its own.
+    A sweep's jobs are its array, and those by which cells have gone on. Raises UserError where there is
+    nothing to end.
     """
     job = read_job(Path(run) / JOB)
     if not job:
         raise UserError(f"{run} has no {JOB}: give the directory of a run that `allranks submit` queued.")
-    kind, ids = scheduler.named(job["scheduler"]), list(job["job_ids"])
-    # Slurm lists the jobs of an array, PBS the array itself.
-    in_array: dict[str, str] = {}
-    for record in sorted(Path(run).glob(f"*/{JOB}")):
-        index, of_cell = record.parent.name, read_job(record).get("job_ids", [])
-        members = (
-            {kind.job_of_array(array, int(index)): array for array in ids} if index.isdecimal() else {}
-        )
-        in_array |= {job_id: members[job_id] for job_id in of_cell if job_id in members}
-        ids += [job_id for job_id in of_cell if job_id not in members and job_id not in ids]
-    if not ids:
+    kind = scheduler.named(job["scheduler"])
+    jobs = _jobs_of(run, kind, job["job_ids"])
+    if not jobs.ids:
         raise UserError(f"{run}: the scheduler has told no id for its job. Look for it in the queue.")
-    there = kind.states([*ids, *in_array])
-    arrays = {in_array[job_id] for job_id in there if job_id in in_array}
-    alive = [job_id for job_id in ids if job_id in there or job_id in arrays]
+    alive = jobs.alive(kind.states([*jobs.ids, *jobs.array_of]))
     if not alive:
-        raise UserError(f"{run}: {', '.join(ids)} has ended already. `allranks runs` shows how it went.")
+        ids = ", ".join(jobs.ids)
+        raise UserError(f"{run}: {ids} has ended already. `allranks runs` shows how it went.")
     kind.cancel(alive[::-1])  # the last of a chain first, so that none starts in between
     return alive
 

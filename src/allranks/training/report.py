@@ -71,6 +71,10 @@ class Reporter:
 
     # --- the story, from the beginning to one of its ends ---------------------------------------------
 
+    def cell(self, place: str, overrides: Sequence[str], directory: str) -> None:
+        """This run is a cell of a sweep, such as `cell 3/12`."""
+        self._say("%s: %s in %s", place, " ".join(overrides), directory)
+
     def started(self) -> None:
         """The ranks have come up: says how many train where, and by what means they work together."""
         runtime = self.runtime
