@@ -35,7 +35,9 @@ from helpers import PYTHON, SMALL, TRAIN, clean_environment, end, marked, mpiexe
 ATTEMPT_S = 120  # many times what any attempt takes: one that is not over by then hangs
 ALL_DOWN_S = 20  # from the end of what was started to the end of all its processes
 DISK = "12m"
-WATCHDOG = ("watchdog.start_s=60", "watchdog.first_step_s=30", "watchdog.step_s=4", "watchdog.save_s=30")
+WATCHDOG = ("watchdog.first_step_s=30", "watchdog.step_s=4", "watchdog.save_s=30")
+START_S = 60  # for a start, on a machine that does other things, too ...
+STOPPED_START_S = 25  # ... and in a trial in which one is stopped: ATTEMPT_S is to hold it
 
 MODELS = {
     "linear": ("model=linear",),
@@ -58,19 +60,56 @@ LIVE = {
     "kill -9 of a rank": 5, "SIGTERM": 2, "SIGUSR1": 2, "SIGUSR2": 2, "SIGTERM during the save": 2,
     "SIGSTOP of a rank": 2, "a pause": 1, "kill -9 of the launcher": 3, "full disk": 2,
     "read-only directory": 2, "deadline in the past": 1, "second writer": 1, "old job comes back": 0.5,
+    "SIGSTOP at start-up": 1.5, "SIGINT at start-up": 1.5, "kill -9 of a guard": 1, "SIGSTOP of a guard": 1,
+    "kill -9 of a proxy": 1, "SIGSTOP of a proxy": 1, "a pause of the supervisor": 1,
 }  # fmt: skip
 BETWEEN = {
     "flipped bit": 3, "torn file": 2, "emptied file": 2, "missing manifest": 1, "torn metrics": 1,
     "file times jump": 1, "another clock": 1,
 }  # fmt: skip
 AT_THE_END = "torn summary"
-# Where there is no launcher: nobody else to kill, and nobody who would notice that the process is stopped.
-ALONE = {"kill -9 of the launcher": "kill -9 of a rank", "SIGSTOP of a rank": "a pause"}
-SENT = {
-    "kill -9 of a rank": signal.SIGKILL, "SIGSTOP of a rank": signal.SIGSTOP, "SIGTERM": signal.SIGTERM,
-    "SIGTERM during the save": signal.SIGTERM, "SIGUSR1": signal.SIGUSR1, "SIGUSR2": signal.SIGUSR2,
+# What is done instead where a way to start has no such process, or nobody who would notice that it is
+# stopped. Guards and the supervisor belong to `allranks launch`. MPICH's mpiexec starts a proxy on each
+# host, which starts the ranks there; by itself mpiexec waits for ever for a proxy that is stopped.
+INSTEAD = {
+    "none": {
+        "kill -9 of the launcher": "kill -9 of a rank", "kill -9 of a guard": "kill -9 of a rank",
+        "kill -9 of a proxy": "kill -9 of a rank", "SIGSTOP of a rank": "a pause",
+        "SIGSTOP at start-up": "a pause", "SIGSTOP of a guard": "a pause", "SIGSTOP of a proxy": "a pause",
+        "a pause of the supervisor": "a pause",
+    },
+    "mpiexec": {
+        "kill -9 of a guard": "kill -9 of a proxy", "SIGSTOP of a guard": "a pause of a proxy",
+        "SIGSTOP of a proxy": "a pause of a proxy", "a pause of the supervisor": "a pause of a proxy",
+    },
+    "torchrun": {
+        "kill -9 of a guard": "kill -9 of a rank", "SIGSTOP of a guard": "SIGSTOP of a rank",
+        "kill -9 of a proxy": "kill -9 of the launcher", "SIGSTOP of a proxy": "SIGSTOP of a rank",
+        "a pause of the supervisor": "a pause",
+    },
+    "launch": {},
 }  # fmt: skip
-ASKED_TO_STOP = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGTERM during the save")
+# Which signal a fault sends, and to whom: to one of the ranks, guards or proxies, or to the launcher.
+SENT = {
+    "kill -9 of a rank": (signal.SIGKILL, "ranks"),
+    "SIGSTOP of a rank": (signal.SIGSTOP, "ranks"),
+    "SIGSTOP at start-up": (signal.SIGSTOP, "ranks"),
+    "SIGINT at start-up": (signal.SIGINT, "ranks"),
+    "SIGTERM": (signal.SIGTERM, "ranks"),
+    "SIGTERM during the save": (signal.SIGTERM, "ranks"),
+    "SIGUSR1": (signal.SIGUSR1, "ranks"),
+    "SIGUSR2": (signal.SIGUSR2, "ranks"),
+    "kill -9 of a guard": (signal.SIGKILL, "guards"),
+    "SIGSTOP of a guard": (signal.SIGSTOP, "guards"),
+    "kill -9 of a proxy": (signal.SIGKILL, "proxies"),
+    "SIGSTOP of a proxy": (signal.SIGSTOP, "proxies"),
+    "kill -9 of the launcher": (signal.SIGKILL, "launcher"),
+    "a pause": (signal.SIGSTOP, "ranks"),
+    "a pause of a proxy": (signal.SIGSTOP, "proxies"),
+    "a pause of the supervisor": (signal.SIGSTOP, "launcher"),
+}
+AT_START_UP = ("SIGSTOP at start-up", "SIGINT at start-up")
+ASKED_TO_STOP = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGTERM during the save", "SIGINT at start-up")
 
 
 # --- what a trial is ---------------------------------------------------------------------------------
@@ -81,7 +120,7 @@ class Fault:
     """One of LIVE, at a moment: after a share of the twin's duration, or when something is seen."""
 
     kind: str
-    moment: str  # "time", "save", "checkpoint", "epoch"
+    moment: str  # "time", "start", "save", "checkpoint", "epoch"
     value: float
     luck: float  # in [0, 1): which rank, and how long
 
@@ -153,14 +192,15 @@ def plan(seed: int, number: int, without: Sequence[str] = ()) -> Plan:
         moment = rng.choice(("time", "time", "save", "checkpoint", "epoch"))
         if kind == "SIGTERM during the save":
             moment = "save"
-        elif kind in (
-            "SIGSTOP of a rank",
-            "old job comes back",
-        ):  # what is slow in start-up has long limits
-            moment = "checkpoint"
-        value = (
-            rng.uniform(0.02, 0.9) if moment == "time" else rng.randint(1, 2 if moment == "epoch" else 4)
-        )
+        elif kind in ("SIGSTOP of a rank", "SIGSTOP of a guard", "old job comes back"):
+            moment = "checkpoint"  # what is slow in start-up has long limits
+        elif kind in AT_START_UP:
+            moment = "start"
+        value = {
+            "time": lambda: rng.uniform(0.02, 0.9),
+            "start": lambda: rng.uniform(0, 0.6),
+            "epoch": lambda: rng.randint(1, 2),
+        }.get(moment, lambda: rng.randint(1, 4))()
         live.append(Fault(kind, moment, value, rng.random()))
         kinds = {kind: weight for kind, weight in BETWEEN.items() if kind not in without}
         count = rng.choice((0, 0, 1, 1, 2))
@@ -209,15 +249,26 @@ class Attempt:
 
     def ranks(self) -> list[int]:
         """Process ids of the ranks that are there by now."""
-        rank = re.compile(rf"{re.escape(PYTHON)} (-u )?-m allranks\.train ")
-        return sorted(pid for pid, line in marked(self.mark).items() if rank.match(line))
+        return self.victims("ranks")
 
-    def send(self, signum: int, luck: float) -> bool:
-        """A signal to one of the ranks; False where none is there (any more)."""
-        ranks = self.ranks()
+    def victims(self, what: str) -> list[int]:
+        """Process ids of the ranks, guards or proxies that are there by now, or of the launcher."""
+        if what == "launcher":
+            return [self.launcher()]
+        python = re.escape(PYTHON)
+        command = {
+            "ranks": rf"{python} (-u )?-m allranks\.train ",
+            "guards": rf"{python} -m allranks\.launch\.guard ",
+            "proxies": r"\S*hydra_pmi_proxy ",
+        }[what]
+        return sorted(pid for pid, line in marked(self.mark).items() if re.match(command, line))
+
+    def send(self, signum: int, luck: float, what: str = "ranks") -> bool:
+        """A signal to one of the ranks, guards or proxies, or to the launcher; False if none is there."""
+        there = self.victims(what)
         with suppress(ProcessLookupError):
-            if ranks:
-                os.kill(ranks[int(luck * len(ranks))], signum)
+            if there:
+                os.kill(there[int(luck * len(there))], signum)
                 return True
         return False
 
@@ -260,6 +311,7 @@ class Outcome:
     injected: list[str] = field(default_factory=list)
     attempts: int = 0
     lost: str = ""  # why it did not finish
+    hung: bool = False  # whether one of its starts did not end by itself; it is lost then
     different: str = ""  # what differs from the twin
     untidy: list[str] = field(default_factory=list)  # processes left, tracebacks, exit codes
 
@@ -328,8 +380,8 @@ class Trial:
         """Starts the run once more, with a fault; False where nothing more can come of it."""
         kind, ranks = self.plan.start(self.outcome.attempts)
         self.outcome.attempts += 1
-        if fault is not None and kind == "none":
-            fault = replace(fault, kind=ALONE.get(fault.kind, fault.kind))
+        if fault is not None:
+            fault = replace(fault, kind=INSTEAD[kind].get(fault.kind, fault.kind))
         env = {}
         prefix, self.prefix = self.prefix, ()
         if fault is not None and fault.kind == "deadline in the past":
@@ -362,7 +414,9 @@ class Trial:
     def _started(
         self, kind: str, ranks: int, prefix: Sequence[str] = (), also: str = "", **env: str
     ) -> Attempt:
-        words = (*self.plan.words, *self.plan.cadence, *WATCHDOG, f"run.dir={self.run}")
+        start_s = STOPPED_START_S if "SIGSTOP at start-up" in self.kinds else START_S
+        limits = (*WATCHDOG, f"watchdog.start_s={start_s}")
+        words = (*self.plan.words, *self.plan.cadence, *limits, f"run.dir={self.run}")
         output = self.folder / f"attempt-{self.outcome.attempts}{also}.txt"
         return Attempt(kind, ranks, words, output, prefix, **env)
 
@@ -376,8 +430,10 @@ class Trial:
             names = _names(checkpoints)
             saves |= {name for name in names if name.startswith(".step-")}
             lines = _content(metrics).count(b"\n") if _id(metrics) != before else 0
+            passed = (time.monotonic() - attempt.began) / self.twin_s
             value = {
-                "time": (time.monotonic() - attempt.began) / self.twin_s,
+                "time": passed,
+                "start": passed,
                 "save": len(saves),
                 "checkpoint": len({name for name in names if name.startswith("step-")} - there),
                 "epoch": lines,
@@ -391,7 +447,7 @@ class Trial:
         """Whether what the fault is to meet has begun."""
         if kind == "read-only directory":
             return self.run.exists()
-        return bool(attempt.ranks()) if kind in SENT or kind == "a pause" else True
+        return bool(attempt.victims(SENT[kind][1])) if kind in SENT else True
 
     def _wait(self, attempt: Attempt, seconds: float) -> None:
         with suppress(subprocess.TimeoutExpired):
@@ -402,14 +458,15 @@ class Trial:
         kind, luck = fault.kind, fault.luck
         met, undo = True, lambda: None
         if kind in SENT:
-            met = attempt.send(SENT[kind], luck)
+            signum, what = SENT[kind]
+            if kind == "SIGINT at start-up" and attempt.kind == "launch":
+                what = "launcher"  # as Ctrl-C, which other launchers answer in ways of their own
+            met = attempt.send(signum, luck, what)
+            if kind.startswith("a pause"):
+                undo = lambda: attempt.send_all(signal.SIGCONT)  # noqa: E731
             for _ in range(int(2 + 8 * luck) if kind == "SIGTERM during the save" else 0):
                 self._wait(attempt, 0.02)
                 attempt.send(signal.SIGTERM, luck)
-        elif kind == "a pause":
-            met, undo = attempt.send(signal.SIGSTOP, luck), lambda: attempt.send_all(signal.SIGCONT)
-        elif kind == "kill -9 of the launcher":
-            _kill(attempt.launcher(), signal.SIGKILL)
         elif kind == "full disk":
             undo = _fill(self.folder / "disk")
         elif kind == "read-only directory":
@@ -440,19 +497,22 @@ class Trial:
         text, where, kind = attempt.text(), attempt.output.name, fault.kind if fault else ""
         begun = "everything about this run" in text
         if code is None:
-            self.outcome.lost = f"{where} hangs: {attempt.kind}, {len(left)} processes"
+            self.outcome.hung = True
+            self.outcome.lost = (
+                f"{where} hangs: {attempt.kind}, {len(left)} processes, after {kind or 'nothing'}"
+            )
         elif left:
             self.outcome.untidy.append(
                 f"{where}: {len(left)} processes outlived it by {ALL_DOWN_S} s: {left[0]}"
             )
-        violent = kind.startswith("kill") or kind in ("SIGSTOP of a rank", "old job comes back")
+        violent = kind.startswith(("kill", "SIGSTOP")) or kind == "old job comes back"
         ours = re.search(r"File \".*/allranks/", text)
         if ours and not (violent and attempt.kind != "none") and (begun or kind not in ASKED_TO_STOP):
             self.outcome.untidy.append(f"{where}: a traceback of ours after {kind or 'nothing'}")
         allowed: tuple[int, ...] | None = None
         if (kind in ASKED_TO_STOP and begun) or kind == "deadline in the past":
             allowed = (0, 1) if attempt.kind == "torchrun" else (0, 85)
-        elif kind == "a pause" or not kind:
+        elif kind.startswith("a pause") or not kind:
             allowed = (0,)
         elif violent and code == 0 and not finished(self.run):
             self.outcome.untidy.append(f"{where}: exit code 0 after {kind}")
@@ -541,11 +601,6 @@ def _id(path: Path) -> int | None:
         return path.stat().st_ino
     except OSError:
         return None
-
-
-def _kill(pid: int, signum: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, signum)
 
 
 def _tear(path: Path, rng: random.Random) -> bool:
@@ -661,7 +716,7 @@ def table(outcomes: Sequence[Outcome]) -> list[str]:
     """Markdown, a row for each kind of fault, and the last line."""
     injected = Counter(kind for outcome in outcomes for kind in outcome.injected)
     lines = ["| fault | times | attempts: mean, most | lost | different |", "|---|---|---|---|---|"]
-    for kind in (*LIVE, *BETWEEN, AT_THE_END):
+    for kind in (*LIVE, "a pause of a proxy", *BETWEEN, AT_THE_END):
         met = [outcome for outcome in outcomes if kind in outcome.injected]
         if not met:
             continue
@@ -671,7 +726,7 @@ def table(outcomes: Sequence[Outcome]) -> list[str]:
             f"| {kind} | {injected[kind]} | {mean} | {_sum(met, 'lost')} | {_sum(met, 'different')} |"
         )
     total = f"{len(outcomes)} trials, {sum(injected.values())} faults, {len(injected)} kinds"
-    ends = f"{_sum(outcomes, 'lost')} lost, {_sum(outcomes, 'different')} different"
+    ends = ", ".join(f"{_sum(outcomes, what)} {what}" for what in ("lost", "hung", "different"))
     return [*lines, "", f"{total}, {ends}"]
 
 
