@@ -257,6 +257,35 @@ def test_every_model_trains(train_here, model):
     assert 2.4 > first > second
 
 
+CNN = (*SMALL, "model=cnn", "model.channels=[8,8]", "model.dropout=0", "optimizer.momentum=0.9",
+       "trainer.precision=fp64", "trainer.epochs=1")  # fmt: skip
+
+
+def test_convolutions_have_their_channels_last_and_the_same_curve(train_here, monkeypatch):
+    quick = train_here(*CNN)
+    reproducible = train_here(*CNN, "trainer.reproducible=true")
+    monkeypatch.setattr(building, "gains_by_channels_last", lambda *_: False)
+    plain = train_here(*CNN)
+    assert quick.losses == pytest.approx(plain.losses, rel=EXACT)
+    # Its gradients are put together anew: in another order in memory they would be those of other weights.
+    assert reproducible.losses == pytest.approx(plain.losses, rel=EXACT)
+
+
+@pytest.mark.parametrize(
+    ("model", "gains"),
+    [("linear", False), ("mlp", False), ("cnn", True), ("resnet18", False)],  # resnet18 has GroupNorm
+)
+def test_which_models_have_their_channels_last(model, gains):
+    [config] = from_command_line(["data=synthetic", f"model={model}"])
+    built = building.build_model(config, torch.device("cpu"))
+    weights = [p for p in built.parameters() if p.dim() == 4 and p.shape[1] > 1]
+    assert all(
+        p.is_contiguous(memory_format=torch.channels_last) == gains for p in weights if p.shape[2] > 1
+    )
+    assert building.gains_by_channels_last(built, torch.device("cpu")) == gains
+    assert not building.gains_by_channels_last(built, torch.device("mps"))
+
+
 def test_no_epochs_test_the_untrained_model(train_here):
     run = train_here(*LINEAR, "trainer.epochs=0")
     assert run.summary["test/loss"] == pytest.approx(Plain(epochs=0).run().test, rel=EXACT)

@@ -47,6 +47,8 @@ class OrderedSum:
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], shares: int) -> None:
         self.parameters = parameters
+        # As autograd lays out a gradient in memory: a convolution's may have its channels last.
+        self.strides = [torch.empty_like(p).stride() for p in parameters]
         first = parameters[0]
         elements = sum(p.numel() for p in parameters)
         # [shares, elements]: the gradient of each share, all parameters one after the other
@@ -71,9 +73,16 @@ class OrderedSum:
             parameter.grad = part
 
     def _parts(self, row: torch.Tensor) -> list[torch.Tensor]:
-        """Views of a row [elements], one for each parameter and in its shape."""
+        """Views of a row [elements], one for each parameter, in its shape and its order in memory.
+
+        Fused optimizers go through the memory of a parameter and of its gradient in one order, and take it
+        for the same order without looking.
+        """
         pieces = row.split([p.numel() for p in self.parameters])
-        return [piece.view_as(p) for piece, p in zip(pieces, self.parameters, strict=True)]
+        return [
+            piece.as_strided(p.shape, strides, piece.storage_offset())
+            for piece, p, strides in zip(pieces, self.parameters, self.strides, strict=True)
+        ]
 
 
 def _tree(rows: torch.Tensor) -> torch.Tensor:

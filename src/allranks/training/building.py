@@ -75,6 +75,8 @@ def build_model(config: Config, device: torch.device) -> nn.Module:
     model: nn.Module = build("model", config.model)
     _check_model(model, f"model._target_={config.model['_target_']}", config.trainer.reproducible)
     _move(model, device, dtype_of(config.trainer.precision))
+    if gains_by_channels_last(model, device):
+        model.to(memory_format=torch.channels_last)
     return model
 
 
@@ -116,6 +118,18 @@ def _move(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
     model._apply(moved)
+
+
+def gains_by_channels_last(model: nn.Module, device: torch.device) -> bool:
+    """Whether the model's steps are quicker with the channels of each pixel side by side in memory.
+
+    Convolutions and pooling are, on CPUs and NVIDIA GPUs: a step of our cnn takes half the time on a CPU
+    (docs/performance.md). GroupNorm is slower by more than the convolutions of a resnet18 gain.
+    """
+    modules = list(model.modules())
+    has_convolutions = any(isinstance(module, nn.Conv2d) for module in modules)
+    has_group_norm = any(isinstance(module, nn.GroupNorm) for module in modules)
+    return device.type in ("cpu", "cuda") and has_convolutions and not has_group_norm
 
 
 def build_schedule(

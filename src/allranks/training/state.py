@@ -224,17 +224,25 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any
         for parameter, number in zip(group["params"], saved_group["params"], strict=True):
             if number in saved["state"]:
                 loaded = optimizer.state[parameter]
-                optimizer.state[parameter] = _with_saved_types(loaded, saved["state"][number])
+                optimizer.state[parameter] = _as_saved(loaded, saved["state"][number], parameter)
 
 
-def _with_saved_types(loaded: Any, saved: Any) -> Any:
-    """`loaded`, with the tensors that have another type than in `saved` taken from there."""
+def _as_saved(loaded: Any, saved: Any, parameter: torch.Tensor) -> Any:
+    """The state of a parameter with each tensor in its saved type, and in memory as the parameter is.
+
+    A checkpoint holds all tensors row by row. The kernels of fused optimizers go through the memory of
+    parameter, gradient and state in one order, and take it for the same order without looking.
+    """
     if isinstance(loaded, torch.Tensor) and isinstance(saved, torch.Tensor):
-        return loaded if loaded.dtype == saved.dtype else saved.to(loaded.device)
+        tensor = loaded if loaded.dtype == saved.dtype else saved.to(loaded.device)
+        if tensor.shape == parameter.shape and tensor.stride() != parameter.stride():
+            tensor = torch.empty_like(parameter, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+        return tensor
     if isinstance(loaded, dict) and isinstance(saved, dict):
-        return {key: _with_saved_types(value, saved.get(key)) for key, value in loaded.items()}
+        return {key: _as_saved(value, saved.get(key), parameter) for key, value in loaded.items()}
     if isinstance(loaded, list | tuple) and isinstance(saved, list | tuple) and len(loaded) == len(saved):
-        return type(saved)(map(_with_saved_types, loaded, saved))
+        pairs = zip(loaded, saved, strict=True)
+        return type(saved)(_as_saved(mine, theirs, parameter) for mine, theirs in pairs)
     return loaded
 
 
