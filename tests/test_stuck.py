@@ -11,8 +11,8 @@ import pytest
 
 from allranks.base import processes
 from allranks.launch.console import STDOUT, Writer
-from helpers import Started
-from launching import python, supervised
+from helpers import Started, until
+from launching import TOLD, by_hand, can_make_hosts, python, supervised
 
 HOST = socket.gethostname()
 
@@ -105,6 +105,28 @@ def test_sigterm_ends_a_launch_with_a_guard_that_is_stopped(saved):
     assert saved() == ["0"]  # the other rank was not held up by it
 
 
+@pytest.mark.skipif(not can_make_hosts(), reason="needs the right to make namespaces")
+def test_after_a_nodes_death_its_rank_is_named_and_not_those_that_the_launcher_ended(saved):
+    """A node that loses its power says nothing: here its guard is stopped.
+
+    The launcher then kills the other guard, which is known at once, long before the node's silence is.
+    """
+    argv = by_hand(["alpha", "beta"], python(saved.program + "time.sleep(600)"))
+    command = python(
+        "import os\nfrom allranks.launch import supervisor\nsupervisor.LEAVE_S = 2.0\n"
+        f"outcome = supervisor.run({argv!r}, dict(os.environ), None, world_size=2)\nimport sys\n" + TOLD
+    )
+    with Started(command) as started:
+        found = guards(started, 2)
+        os.kill(found[1], signal.SIGSTOP)
+        os.kill(found[0], signal.SIGKILL)
+        code, _, err = started.finish(within_s=30)
+        started.gone(within_s=5)
+    assert code == 137
+    assert err.splitlines()[-1].startswith("allranks: rank 1 on beta does not answer any more")
+    assert "all 2 ranks" not in err
+
+
 # --- consoles that nobody reads ------------------------------------------------------------------
 
 
@@ -146,6 +168,22 @@ def test_a_rank_that_fails_is_heard_of_although_the_console_is_full(saved):
             time.sleep(0.1)
         assert processes.children(found[0]) == []  # rank 0's program was ended
     assert saved() == ["0"]
+
+
+def test_stderr_is_written_although_stdout_takes_nothing(saved):
+    speaks = "time.sleep(3)\nif os.environ['RANK'] == '1': print('still heard', file=sys.stderr)\n"
+    flood_first = FLOODS.replace("time.sleep(600)", speaks + "time.sleep(600)")
+    with Started(supervised("mpiexec", 2, python(saved.program + flood_first))) as started:
+        guards(started, 2)
+        stderr = started.process.stderr
+        os.set_blocking(stderr.fileno(), False)
+        heard: list[bytes] = []
+
+        def is_heard() -> bool:
+            heard.append(stderr.read() or b"")
+            return b"still heard" in b"".join(heard)
+
+        until(is_heard, 20)
 
 
 def test_a_reader_that_is_only_slow_gets_all_of_it():
@@ -208,7 +246,7 @@ def test_a_guard_whose_output_file_hangs_still_ends_its_program(saved, hanging_r
 def test_a_program_waits_when_its_output_file_takes_nothing_as_it_would_without_a_guard(saved, hanging_run):
     program = python(
         saved.program
-        + "written = 0\n"
+        + "time.sleep(2)\nwritten = 0\n"
         + "while os.environ['RANK'] == '1':\n"
         + "    written += os.write(1, b'x' * 65536)\n"
         + "    print('written', written, file=sys.stderr, flush=True)\n"
@@ -216,7 +254,7 @@ def test_a_program_waits_when_its_output_file_takes_nothing_as_it_would_without_
     )
     with Started(supervised("mpiexec", 2, program, hanging_run)) as started:
         guards(started, 2)
-        time.sleep(4)
+        time.sleep(6)
         started.process.terminate()
         code, _, err = started.finish(within_s=20)
     assert code == 85

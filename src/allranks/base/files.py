@@ -7,10 +7,12 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
+
+T = TypeVar("T")
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -67,6 +69,30 @@ def line(values: Mapping[str, Any]) -> str:
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values, with None for NaN and infinity: JSON has neither, and writes None as null."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def within(limit_s: float, call: Callable[[], T]) -> T | None:
+    """What `call` returns; None where it takes longer than `limit_s` s, as on a file system that hangs.
+
+    The call then goes on in a thread, which ends with the process. What it raises is raised here.
+    """
+    import threading  # not needed by the guards, which start on every rank in a few milliseconds
+
+    returned: list[T] = []
+    raised: list[OSError] = []
+
+    def work() -> None:
+        try:
+            returned.append(call())
+        except OSError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if raised:
+        raise raised[0]
+    return returned[0] if returned else None
 
 
 def file_system(path: Path) -> str:

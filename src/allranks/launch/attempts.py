@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from allranks.base import processes
+from allranks.base import files, processes
 from allranks.base.errors import EXIT_REQUEUE, EXIT_STUCK, EXIT_USER_ERROR, UserError
 from allranks.base.text import some
 from allranks.config import Config
@@ -41,6 +41,7 @@ MOST_WITHOUT_GAIN = 3  # crashes in a row at one step: the next start would cras
 # Hosts are tried in so many groups at a time. 16 find one bad host of 4,096 in three rounds, and 16
 # launchers at once are no load for the host that they start from.
 GROUPS = 16
+LOOK_S = 2.0  # for the checkpoints' names, once a signal has ended the launch
 TRY_S = 15.0  # for the launcher to start one process on each host of a group
 
 
@@ -178,13 +179,23 @@ def run(launch: Launch, check: bool) -> int:
             plan = launch.plan(left)
         say(_about_restart(outcome, gone, progress, attempt, launch.max_restarts))
 
-    failure = outcome.failure
-    if outcome.stopped and outcome.code not in (0, EXIT_REQUEUE) and launch.config:
-        failure += f" Nothing was saved at the end: the newest checkpoint is of step {newest_step(launch)}."
-    if failure:
-        # After a signal the process is to end, whether or not somebody reads its last line.
-        say(failure, within_s=supervisor.UNREAD_S if outcome.stopped else None)
+    _say_last(launch, outcome)
     return outcome.code
+
+
+def _say_last(launch: Launch, outcome: Outcome) -> None:
+    """The last line: what has failed, and for a training that was killed what is left of it.
+
+    After a signal the process is to end, whether or not somebody reads that line, and whether or not the
+    file system with the checkpoints answers.
+    """
+    failure = outcome.failure
+    if outcome.stopped and failure and launch.config:
+        step = files.within(LOOK_S, partial(newest_step, launch))
+        if step is not None:
+            failure += f" Nothing was saved at the end: the newest checkpoint is of step {step}."
+    if failure:
+        say(failure, within_s=supervisor.UNREAD_S if outcome.stopped else None)
 
 
 def _attempt(launch: Launch, plan: Plan) -> Outcome:

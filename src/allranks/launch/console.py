@@ -7,6 +7,7 @@ over meanwhile. So a thread does the writing.
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
@@ -69,74 +70,72 @@ class Piece(NamedTuple):
 
 
 class Writer:
-    """Writes to this process's stdout and stderr, in a thread that starts with the first piece."""
+    """Writes to this process's stdout and stderr, in threads that start with the first piece.
+
+    There is a thread for each of the two, so that one that takes nothing does not hold up the other. Where
+    both lead to the same file or terminal one thread writes to it, and all pieces keep their order.
+    """
 
     def __init__(self) -> None:
         self.nobody_reads = False  # the other end of a pipe has been closed
-        # Called from the thread whenever it has written something, or has found that nobody reads.
+        # Called from a thread whenever it has written something, or has found that nobody reads.
         self.on_progress: Callable[[], None] = lambda: None
-        self._pieces: deque[Piece] = deque()
-        self._waiting_bytes = 0
+        # By the stream whose thread writes them. `_news` guards these and the two below.
+        self._pieces: dict[int, deque[Piece]] = {}
+        self._waiting_bytes = {STDOUT: 0, STDERR: 0}
         self._is_closed = False
-        self._news = threading.Condition()  # guards all of the above
-        self._thread: threading.Thread | None = None
+        self._news = threading.Condition()
+        self._threads: dict[int, threading.Thread] = {}
 
     @property
     def is_full(self) -> bool:
         """Whether so much waits to be written that the ranks' output should wait, too."""
-        return self._waiting_bytes > FULL_BYTES
+        return max(self._waiting_bytes.values()) > FULL_BYTES
 
     @property
     def waiting_bytes(self) -> int:
         """How many bytes are not written yet."""
-        return self._waiting_bytes
+        return sum(self._waiting_bytes.values())
 
     def put(self, fd: int, data: bytes) -> None:
         """Has the bytes written after all that came before them. Returns at once."""
         with self._news:
             if self.nobody_reads or not data:
                 return
-            self._pieces.append(Piece(fd, data))
-            self._waiting_bytes += len(data)
-            if self._thread is None:
+            lane = STDOUT if fd == STDERR and _lead_to_the_same(STDOUT, STDERR) else fd
+            self._pieces.setdefault(lane, deque()).append(Piece(fd, data))
+            self._waiting_bytes[lane] += len(data)
+            if lane not in self._threads:
                 # As a daemon: the process may end while a write still waits.
-                self._thread = threading.Thread(target=self._work, daemon=True)
-                self._thread.start()
-            self._news.notify()
+                self._threads[lane] = threading.Thread(target=self._work, args=(lane,), daemon=True)
+                self._threads[lane].start()
+            self._news.notify_all()
 
     def close(self, within_s: float | None = None) -> None:
         """Waits until all is written, but no longer than `within_s` seconds."""
         with self._news:
             self._is_closed = True
-            self._news.notify()
-        if self._thread is not None:
-            self._thread.join(within_s)
+            self._news.notify_all()
+        for thread in self._threads.values():
+            thread.join(within_s)
 
-    def _work(self) -> None:
+    def _work(self, lane: int) -> None:
+        """What the thread of a stream does."""
+        pieces = self._pieces[lane]
         while True:
             with self._news:
-                while not self._pieces and not self._is_closed:
+                while not pieces and not self._is_closed:
                     self._news.wait()
-                if not self._pieces:
+                if not pieces:
                     return
-                piece = self._next_piece()
+                piece = _next_piece(pieces)
             self._write(piece)
             with self._news:
-                self._waiting_bytes -= len(piece.data)
+                self._waiting_bytes[lane] -= len(piece.data)
                 if self.nobody_reads:
-                    self._pieces.clear()
-                    self._waiting_bytes = 0
+                    pieces.clear()
+                    self._waiting_bytes[lane] = 0
             self.on_progress()
-
-    def _next_piece(self) -> Piece:
-        """The first piece, together with those after it for the same stream: one write instead of many."""
-        fd = self._pieces[0].fd
-        data: list[bytes] = []
-        size = 0
-        while self._pieces and self._pieces[0].fd == fd and size < WRITE_BYTES:
-            data.append(self._pieces.popleft().data)
-            size += len(data[-1])
-        return Piece(fd, b"".join(data))
 
     def _write(self, piece: Piece) -> None:
         data = piece.data
@@ -150,6 +149,29 @@ class Writer:
                 return
             except OSError:  # a full disk under the job's log: no reason to end the training
                 return
+
+
+def _next_piece(pieces: deque[Piece]) -> Piece:
+    """The first piece, together with those after it for the same stream: one write instead of many."""
+    fd = pieces[0].fd
+    data: list[bytes] = []
+    size = 0
+    while pieces and pieces[0].fd == fd and size < WRITE_BYTES:
+        data.append(pieces.popleft().data)
+        size += len(data[-1])
+    return Piece(fd, b"".join(data))
+
+
+@functools.cache
+def _lead_to_the_same(one: int, other: int) -> bool:
+    """Whether two descriptors lead to one file, pipe or terminal; True where nobody knows.
+
+    Their names are compared. os.fstat() would ask the file's file system, which may hang.
+    """
+    try:
+        return os.readlink(f"/proc/self/fd/{one}") == os.readlink(f"/proc/self/fd/{other}")  # noqa: PTH115
+    except OSError:  # one of them is closed, or there is no /proc
+        return True
 
 
 class Console:

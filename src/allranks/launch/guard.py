@@ -18,6 +18,7 @@ this start is made on every rank.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import select
@@ -436,38 +437,43 @@ class Guard:
 
 
 class OutputFile:
-    """The file for a rank's stdout. A thread writes it: a file system may hang, and the guard must not."""
+    """The file for a rank's stdout. A thread writes it: a file system may hang, and the guard must not.
+
+    The thread is one of the module _thread, which is a part of Python itself: an import of `threading`
+    would read files while the program runs, at a time when their file system may hang as well.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.problem = ""  # why nothing more can be written
         self.waiting_bytes = 0  # not written yet
         self._waiting: list[bytes] = []
-        self._thread: Any = None
+        self._is_closed = False
+        self._has_thread = False
+        self._lock = _thread.allocate_lock()  # guards all of the above
+        self._news = _thread.allocate_lock()  # held until there is something for the thread to do
+        self._news.acquire()
+        self._end = _thread.allocate_lock()  # held until the thread has ended
+        self._end.acquire()
 
     def add(self, data: bytes, wake: Callable[[], None]) -> None:
         """Has the data written after what came before; `wake` is called once that has become impossible."""
-        import threading  # most ranks never write to their stdout, and need neither file nor thread
-
-        if self._thread is None:
-            self._news = threading.Condition()
-            self._is_closed = False
-            self._thread = threading.Thread(target=self._work, args=(wake,), daemon=True)
-            self._thread.start()
-        with self._news:
+        with self._lock:
             self._waiting.append(data)
             self.waiting_bytes += len(data)
-            self._news.notify()
+        if not self._has_thread:
+            self._has_thread = True
+            _thread.start_new_thread(self._work, (wake,))
+        self._tell_thread()
 
     def close(self, within_s: float) -> bytes:
         """Waits for the last data to be written; what to say where that took too long."""
-        if self._thread is None:
+        if not self._has_thread:
             return b""
-        with self._news:
-            self._is_closed = True
-            self._news.notify()
-        self._thread.join(within_s)
-        if self.problem or not self.waiting_bytes:
+        self._is_closed = True
+        self._tell_thread()
+        has_ended = self._end.acquire(timeout=within_s)
+        if has_ended or self.problem:
             return b""
         return (
             f"allranks: {self.path} takes nothing any more (does its file system hang?): "
@@ -476,28 +482,37 @@ class OutputFile:
 
     def unwritten(self) -> bytes:
         """What was not written, once there is a problem."""
-        return b"".join(self._waiting)
+        with self._lock:
+            return b"".join(self._waiting)
+
+    def _tell_thread(self) -> None:
+        if self._news.locked():
+            self._news.release()
 
     def _work(self, wake: Callable[[], None]) -> None:
         try:
             os.makedirs(os.path.dirname(self.path), exist_ok=True)  # noqa: PTH103 PTH120
-            while True:
-                with self._news:
-                    while not self._waiting and not self._is_closed:
-                        self._news.wait()
-                    if not self._waiting:
-                        return
-                    data = b"".join(self._waiting)
-                    count = len(self._waiting)
-                # Opened for each piece, so that readers on other hosts see it at once.
-                with open(self.path, "ab") as file:  # noqa: PTH123  pathlib costs every rank 10 ms
-                    file.write(data)
-                with self._news:
-                    del self._waiting[:count]
-                    self.waiting_bytes -= len(data)
+            while not (self._is_closed and not self._waiting):
+                self._news.acquire()
+                self._write_all()
         except OSError as error:
             self.problem = str(error)
             wake()
+        finally:
+            self._end.release()
+
+    def _write_all(self) -> None:
+        with self._lock:
+            count = len(self._waiting)
+            data = b"".join(self._waiting)
+        if not data:
+            return
+        # Opened for each piece, so that readers on other hosts see it at once.
+        with open(self.path, "ab") as file:  # noqa: PTH123  pathlib costs every rank 10 ms
+            file.write(data)
+        with self._lock:
+            del self._waiting[:count]
+            self.waiting_bytes -= len(data)
 
 
 def _connection(rank: int, address: str) -> links.Connection:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from allranks.base import links
+from allranks.base import files, links
 from allranks.base.agreement import majority
 from allranks.base.errors import EXIT_TIMED_OUT, EXIT_USER_ERROR, UserError
 from allranks.base.text import some
@@ -115,8 +115,9 @@ def check(
         )
     finally:
         if token:
-            with contextlib.suppress(OSError):  # the directory may have become read-only
-                token.unlink()
+            # The directory may have become read-only, and its file system may hang.
+            with contextlib.suppress(OSError):
+                files.within(LATE_S, token.unlink)
     if outcome.stopped:
         raise Stopped(outcome.failure or "stopped", outcome.code or 128 + signal.SIGTERM)
     problems = judge(heard.words(), outcome.hosts, outcome.code == EXIT_TIMED_OUT)
