@@ -394,6 +394,16 @@ def test_stdin_goes_to_rank_0_to_its_end(name, size):
     assert with_stdin(command, b"x" * size) == (0, [f"0 {size}", f"[rank 1 on {HOST}] 1 0"])
 
 
+def test_a_debugger_works_in_rank_0():
+    code = "import os\nanswer = 42\nif os.environ['RANK'] == '0': breakpoint()\nprint('goes on')"
+    code_, lines = with_stdin(supervised("mpiexec", 2, python(code)), b"p answer\ncontinue\n")
+    assert code_ == 0
+    # Python's debugger prompts on stdout, without a line's end
+    assert "(Pdb) 42" in lines
+    assert lines[-1] == f"[rank 1 on {HOST}] goes on"
+    assert any(line.endswith("goes on") and not line.startswith("[") for line in lines)
+
+
 def test_stdin_may_be_a_file_nothing_or_closed(tmp_path):
     (tmp_path / "five").write_text("12345")
     command = supervised("mpiexec", 1, python(READS))

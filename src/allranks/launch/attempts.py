@@ -28,7 +28,7 @@ from allranks.base.errors import EXIT_REQUEUE, EXIT_STUCK, EXIT_USER_ERROR, User
 from allranks.base.text import some
 from allranks.config import Config
 from allranks.job import scheduler, variables
-from allranks.job.hosts import Allocation, Host, is_this_host
+from allranks.job.hosts import Allocation, Host
 from allranks.job.machine import Machine
 from allranks.launch import launchers, preflight, supervisor
 from allranks.launch.console import say
@@ -252,11 +252,11 @@ def _checked(launch: Launch, plan: Plan) -> Plan:
             raise
         left = _without(plan.hosts, gone)
         if not left and error.said:
-            raise UserError(_refusal(plan, error.said)) from error
+            raise UserError(_refusal(launch, plan, error.said)) from error
         if not launch.has_enough(left):
             raise UserError(
                 f"preflight: {some(gone)} cannot be reached: nothing can be started there. Take "
-                f"it out of the job, or allow fewer ranks with --min-ranks.\n{error}"
+                f"it out of the job, or allow fewer ranks with --min-ranks.\n{error}{_hint(launch, plan)}"
             ) from error
         say(f"{some(gone)} cannot be reached: going on without.")
         return _checked(launch, launch.plan(left))
@@ -264,16 +264,24 @@ def _checked(launch: Launch, plan: Plan) -> Plan:
     return plan
 
 
-def _refusal(plan: Plan, said: str) -> str:
+def _refusal(launch: Launch, plan: Plan, said: str) -> str:
     """What to tell the user where the launcher starts nothing anywhere: its own words explain that best."""
     hosts = [host.name for host in plan.hosts]
-    text = f"preflight: {plan.launcher} starts nothing on {some(hosts)}. It says:\n{said}"
-    if plan.dialect == "hydra" and not all(map(is_this_host, hosts)) and shutil.which("ssh") is None:
-        text += (
-            "\nmpiexec of MPICH reaches other hosts by ssh, and there is none here. In a job of PBS it can "
-            "use pbsdsh instead: docs/launch.md shows how."
-        )
-    return text
+    return (
+        f"preflight: {plan.launcher} starts nothing on {some(hosts)}. It says:\n{said}{_hint(launch, plan)}"
+    )
+
+
+def _hint(launch: Launch, plan: Plan) -> str:
+    """What else may help where hosts cannot be reached; empty, or a line of its own."""
+    reaches_others_by_ssh = plan.dialect == "hydra" and len(plan.hosts) > 1
+    is_in_pbs = launch.allocation.scheduler == "pbs"
+    if not reaches_others_by_ssh or (shutil.which("ssh") is not None and not is_in_pbs):
+        return ""
+    return (
+        "\nmpiexec of MPICH reaches other hosts by ssh: does `ssh HOST` work here without a password? In a "
+        "job of PBS it can use pbsdsh instead; docs/launch.md shows how."
+    )
 
 
 def _gone_for_good(launch: Launch, plan: Plan, outcome: Outcome) -> Sequence[str]:
