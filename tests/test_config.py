@@ -116,6 +116,10 @@ def test_paths_are_whole_once_the_configuration_is_composed(monkeypatch, tmp_pat
     config = one("data=mnist")
     assert (config.data["root"], config.data["train"]["root"]) == ("/home/me/all", "/home/me/all")
     assert one("data.root=~").data["test"]["root"] == "/home/me"
+    with pytest.raises(UserError, match=r"run\.dir=a\\x1b\[31mb has control characters"):
+        one('run.dir="a\x1b[31mb"')
+    with pytest.raises(UserError, match=rf"run\.dir={tmp_path}/a\?b has bytes that are no UTF-8"):
+        one('run.dir="a\udcffb"')
     with pytest.raises(UserError, match=r"run\.dir=~nobody-here/x: no home directory is known for ~nobody"):
         one("run.dir=~nobody-here/x")
 

@@ -20,7 +20,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from allranks.base.errors import UserError
 from allranks.base.schema import TEXT
-from allranks.base.text import did_you_mean
+from allranks.base.text import as_text, did_you_mean, is_text
 from allranks.config import Config, below, conf_dir, first_line, leaves, setting_of, typed, unknown_key
 
 # The groups of YAML files of which one is chosen each: `model=cnn`.
@@ -83,7 +83,7 @@ def _with_whole_paths(config: Config) -> Config:
     Settled here, once: later the ranks of other hosts or a job's script may have another present directory.
     """
     if config.run.dir is not None:
-        config.run.dir = str(Path(_expanded("run.dir", config.run.dir)).absolute())
+        config.run.dir = whole_run_dir(_expanded("run.dir", config.run.dir))
     if config.resume not in ("auto", "never"):
         config.resume = _expanded("resume", config.resume)
     sections = (
@@ -94,6 +94,19 @@ def _with_whole_paths(config: Config) -> Config:
         if isinstance(section, dict) and isinstance(section.get("root"), str):
             section["root"] = _expanded(f"{key}.root", section["root"])
     return config
+
+
+def whole_run_dir(directory: str) -> str:
+    """The run directory's whole path. Raises UserError for a name that no record or terminal can show."""
+    whole = str(Path(directory).absolute())
+    if not is_text(whole):
+        raise UserError(
+            f"run.dir={as_text(whole)} has bytes that are no UTF-8, which no record can hold: give another "
+            "one."
+        )
+    if not directory.isprintable():
+        raise UserError(f"run.dir={directory} has control characters: give another one.")
+    return whole
 
 
 def _expanded(key: str, path: str) -> str:

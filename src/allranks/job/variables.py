@@ -14,11 +14,13 @@ from typing import Any
 from allranks.base.errors import UserError
 from allranks.job.identity import RankIdentity
 
+# --- the names -------------------------------------------------------------------------------------
+
 # Set by the launch's plan, the same for all ranks.
 MASTER_ADDR = "ALLRANKS_MASTER_ADDR"  # where rank 0 is reached
 MASTER_PORT = "ALLRANKS_MASTER_PORT"  # only without a supervisor, which finds a free one
 WORLD_SIZE = "ALLRANKS_WORLD_SIZE"  # for launchers that do not tell it
-LOCAL_WORLD_SIZE = "ALLRANKS_LOCAL_WORLD_SIZE"  # the same, where every host has as many ranks
+LOCAL_WORLD_SIZE = "ALLRANKS_LOCAL_WORLD_SIZE"  # ranks of each host, where all hosts have as many
 DEVICE_VARIABLE = "ALLRANKS_DEVICE_VARIABLE"  # e.g. CUDA_VISIBLE_DEVICES
 DEVICES = "ALLRANKS_DEVICES"  # by local rank, e.g. 3,2,1,0
 # Set by the supervisor; the program never sees them.
@@ -29,8 +31,10 @@ OUTPUT = "ALLRANKS_OUTPUT"  # directory for the other ranks' stdout
 LAUNCH_ID = "ALLRANKS_LAUNCH_ID"  # the same for all its restarts; the program sees this one
 PRIVATE = (SUPERVISOR, SECRET, TERMINAL, OUTPUT)
 
-# Drawn by the supervisor for this start: whoever connects to a rank shows it.
+# Drawn by the supervisor for each start of the ranks: a process that connects to a rank must show it.
 RANKS_SECRET = "ALLRANKS_RANKS_SECRET"
+
+# --- ports -----------------------------------------------------------------------------------------
 
 PORTS = range(20000, 30000)  # below the ports that systems hand out for outgoing connections
 
@@ -46,22 +50,48 @@ def port_for(job: str) -> int:
     return PORTS[zlib.crc32(job.encode()) % len(PORTS)]
 
 
+def free_port() -> int:
+    """A port that no process on this host uses now, at any of its addresses.
+
+    It is not one of those that the system hands out for outgoing connections, so that it stays free until
+    it is bound. Raises UserError where 200 tries find none.
+    """
+    for _ in range(200):
+        port = PORTS[int.from_bytes(os.urandom(4), "big") % len(PORTS)]
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))  # bound, never listening: nobody can connect
+            except OSError:
+                continue
+            return port
+    raise UserError(f"no free port from {PORTS[0]} to {PORTS[-1]} on {socket.gethostname()}.")
+
+
+# --- what one rank's program gets ------------------------------------------------------------------
+
+
 def of_rank(
     identity: RankIdentity, environ: Mapping[str, str], told: Mapping[str, Any] | None = None
 ) -> dict[str, str]:
     """The variables for one rank's program: its rank, where rank 0 is reached, and the device that it sees.
 
-    `told` is the supervisor's knowledge: world_size, local_rank, local_world_size, master_addr,
-    master_port. Raises UserError for what neither the launcher nor anybody else tells.
+    `identity` is what the launcher says, `environ` has what the plan says, and `told` is what the
+    supervisor knows: world_size, local_rank, local_world_size, master_addr, master_port. The launcher is
+    asked first, then the supervisor, then the plan. Raises UserError for what none of them tells.
     """
     told = told or {}
     world_size = identity.world_size or told.get("world_size") or _given(environ, WORLD_SIZE)
-    plans_local_size = _given(environ, LOCAL_WORLD_SIZE)
-    local_size = identity.local_world_size or told.get("local_world_size") or plans_local_size
-    local_size = 1 if world_size == 1 else local_size
+
+    planned_local_size = _given(environ, LOCAL_WORLD_SIZE)
+    local_size = identity.local_world_size or told.get("local_world_size") or planned_local_size
+    if world_size == 1:
+        local_size = 1
+
     local_rank = told.get("local_rank") if identity.local_rank is None else identity.local_rank
-    if local_rank is None and plans_local_size:
-        local_rank = identity.rank % plans_local_size  # the plan fills hosts one after another
+    if local_rank is None and planned_local_size:
+        local_rank = identity.rank % planned_local_size  # the plan fills hosts one after another
+
     found = {
         "RANK": identity.rank,
         "WORLD_SIZE": world_size,
@@ -82,25 +112,8 @@ def of_rank(
     }
 
 
-def free_port() -> int:
-    """A port that nobody on this host uses now, at any of its addresses.
-
-    It lies below the ports that the system hands out for outgoing connections, so it stays free until the
-    program takes it.
-    """
-    for _ in range(200):
-        port = PORTS[int.from_bytes(os.urandom(4), "big") % len(PORTS)]
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", port))  # bound, never listening: nobody can connect
-            except OSError:
-                continue
-            return port
-    raise UserError(f"no free port from {PORTS[0]} to {PORTS[-1]} on {socket.gethostname()}.")
-
-
 def _given(environ: Mapping[str, str], name: str) -> int | None:
+    """The variable as a number >= 1; None where it is not set."""
     text = environ.get(name, "")
     if text and not (text.isascii() and text.isdigit() and int(text) > 0):
         raise UserError(f"{name}={text!r} is not a whole number >= 1: unset it or put it right.")
@@ -110,7 +123,10 @@ def _given(environ: Mapping[str, str], name: str) -> int | None:
 def _master(
     identity: RankIdentity, environ: Mapping[str, str], told: Mapping[str, Any], one_host: bool
 ) -> dict[str, str]:
-    """MASTER_ADDR and MASTER_PORT. torchrun serves a store there already: its own are kept."""
+    """MASTER_ADDR and MASTER_PORT: where rank 0 is to be reached.
+
+    torchrun serves a store there already, so that its own values are kept.
+    """
     address, port = environ.get("MASTER_ADDR", ""), environ.get("MASTER_PORT", "")
     if address and port and identity.launcher in ("torchrun", "environment"):
         return {}
@@ -127,7 +143,10 @@ def _master(
 
 
 def _device(local_rank: int, environ: Mapping[str, str]) -> dict[str, str]:
-    """The one device that this rank is to see, of those that the scheduler shows it."""
+    """The variable that shows this rank its one device, of those that the scheduler gave the job.
+
+    Empty where the plan names no devices, or the scheduler has chosen already.
+    """
     variable, devices = environ.get(DEVICE_VARIABLE, ""), environ.get(DEVICES, "")
     if not variable or not devices:
         return {}

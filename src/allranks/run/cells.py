@@ -20,7 +20,6 @@ from allranks import compose
 from allranks import config as configs
 from allranks.base import files
 from allranks.base.errors import UserError
-from allranks.base.text import as_text, is_text
 from allranks.config import Config
 from allranks.run import directory as rundir
 from allranks.run.claim import Claim
@@ -57,13 +56,13 @@ def composed_cells(arguments: Sequence[str]) -> tuple[str, list[Cell]]:
     first = composed[0][0]
     given, name = first.run.dir, first.name
     if len(composed) == 1 and not _is_sweep(arguments):
-        directory = _absolute(rundir.choose(given, name))
+        directory = compose.whole_run_dir(rundir.choose(given, name))
         return directory, [_cell(directory, *composed[0])]
     if any(config.name != name for config, _ in composed):
         name = "sweep"
     above = str(Path(given).parent) if given else None
     goes_on = above is not None and (Path(above) / CELLS).exists()  # a sweep that was started before
-    sweep = _absolute(str(above) if goes_on else rundir.choose(above, name))
+    sweep = compose.whole_run_dir(str(above) if goes_on else rundir.choose(above, name))
     return sweep, [_cell(f"{sweep}/{i}", *each) for i, each in enumerate(composed)]
 
 
@@ -74,18 +73,6 @@ def _cell(directory: str, config: Config, overrides: Sequence[str]) -> Cell:
 
 def _is_sweep(arguments: Sequence[str]) -> bool:
     return bool({"-m", "--multirun"} & set(arguments))
-
-
-def _absolute(directory: str) -> str:
-    absolute = str(Path(directory).absolute())
-    if not is_text(absolute):
-        raise UserError(
-            f"run.dir={as_text(absolute)} has bytes that are no UTF-8, which no record can hold: give "
-            "another one."
-        )
-    if not directory.isprintable():
-        raise UserError(f"run.dir={directory!r} has control characters: give another one.")
-    return absolute
 
 
 def make_cells(directory: str, found: Sequence[Cell]) -> None:
@@ -167,7 +154,7 @@ def frozen_cells(directory: str) -> tuple[str, list[Cell]]:
 
     Raises UserError where there is none, and where it is not the file that a job was submitted for.
     """
-    absolute = _absolute(directory)
+    absolute = compose.whole_run_dir(directory)
     path, job = Path(absolute) / "config.yaml", read_job(Path(absolute) / JOB)
     if not path.is_file():
         raise UserError(f"{directory} has no config.yaml: give a directory that `allranks` made.")
