@@ -10,7 +10,7 @@ from allranks.job import scheduler
 from allranks.run import checkpoint, claim
 from allranks.run.claim import Claim
 from allranks.run.results import Figures, figures, overrides_of, place_in_sweep
-from allranks.submit.listing import Seen, listed, state_of
+from allranks.submit.listing import Seen, list_runs, listed, state_of
 
 QUEUED = {"has_job": True, "next_job": "2.pbs"}
 
@@ -30,6 +30,7 @@ QUEUED = {"has_job": True, "next_job": "2.pbs"}
         (Seen(has_job=True, exit_code="85", why_ended="walltime 42 exceeded limit 40"),
          "killed (walltime 42 exceeded limit 40)"),
         (Seen(has_job=True, exit_code="1"), "failed (1)"),
+        (Seen(has_job=True, exit_code="1", why_ended="of an earlier job"), "failed (1)"),
         (Seen(has_job=True, exit_code="86", has_checkpoint=True), "failed (86)"),
         (Seen(has_job=True), "lost"),
         (Seen(has_job=True, has_checkpoint=True), "lost"),
@@ -51,6 +52,22 @@ def test_a_scheduler_says_why_it_has_ended_a_job(tmp_path):
     )
     assert pbs.why_ended(tmp_path) == "walltime 42 exceeded limit 40"
     assert slurm.why_ended(tmp_path) == "CANCELLED AT 2026-11-25T20:00:00 DUE TO TIME LIMIT"
+
+    with (tmp_path / "job.log").open("a") as file:
+        file.write(
+            "slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-25T21:00:00 DUE TO JOB REQUEUE ***\n"
+        )
+    assert slurm.why_ended(tmp_path) == ""
+
+
+def test_a_folder_whose_name_is_no_utf_8_is_listed(tmp_path, capsys):
+    run = tmp_path / os.fsdecode(b"caf\xe9")
+    run.mkdir()
+    (run / "config.yaml").write_text("name: mlp\n")
+    assert list_runs([str(tmp_path)]) == 0
+    assert f"{tmp_path}/caf?" in capsys.readouterr().out.encode().decode()
+    assert list_runs(["--json", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out)["directory"] == str(run)
 
 
 def test_a_run_by_hand_is_at_work_as_long_as_it_touches_its_file(tmp_path):

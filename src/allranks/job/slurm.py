@@ -142,9 +142,12 @@ class Slurm:
             raise refusal(done)
 
     def why_ended(self, run: Path) -> str:
-        """Slurm's words are `*** JOB 7 ON n1 CANCELLED AT 2026-11-25T20:00:00 DUE TO TIME LIMIT ***`."""
+        """Slurm's words are `*** JOB 7 ON n1 CANCELLED AT 2026-11-25T20:00:00 DUE TO TIME LIMIT ***`.
+
+        It says the same of a job that it has queued again, which is no end.
+        """
         said = re.findall(r"\*\*\* JOB \d+ ON \S+ (CANCELLED .+?) \*\*\*", tail_of(run / JOB_LOG))
-        return said[-1] if said else ""
+        return "" if not said or "REQUEUE" in said[-1] else said[-1]
 
     def _call(self, argv: Sequence[str], if_late: str = "") -> CompletedProcess[str]:
         return call(argv, self.command_environment(os.environ), self.title, if_late)

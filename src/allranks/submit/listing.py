@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from allranks.base.errors import EXIT_REQUEUE, UserError
-from allranks.base.text import table
+from allranks.base.text import as_text, table
 from allranks.job import scheduler
 from allranks.job.scheduler import Scheduler
 from allranks.run import checkpoint
@@ -60,14 +60,14 @@ def state_of(seen: Seen) -> str:
 
 def _end_of(seen: Seen) -> str:
     """How a run has ended that is not finished, and of which nothing is in the queue."""
+    if seen.exit_code not in ("", "0", STOPPED, *ENDED_BY_SIGNAL):
+        return f"failed ({seen.exit_code})"
     if seen.why_ended:
         return f"killed ({seen.why_ended})"
     if seen.exit_code == STOPPED:
         return "stopped"
     if seen.exit_code in ENDED_BY_SIGNAL:
         return "killed"
-    if seen.exit_code not in ("", "0"):
-        return f"failed ({seen.exit_code})"
     # A run that was started by hand leaves no exit code.
     return "stopped" if seen.has_checkpoint and not seen.has_job else "lost"
 
@@ -221,7 +221,8 @@ def list_runs(arguments: Sequence[str]) -> int:
     for row in found:
         come_to = Figures(*(row[name] for name in FIGURES))
         words = " ".join(row["overrides"])
-        cells.append((row["state"], row["job_id"] or "-", *come_to.columns(), row["directory"], words))
+        directory = as_text(row["directory"])
+        cells.append((row["state"], row["job_id"] or "-", *come_to.columns(), directory, words))
     print(table([header, *cells]))
     return 0
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from allranks.base.errors import EXIT_REQUEUE, EXIT_STUCK, UserError
 from allranks.job import scheduler
-from allranks.job.scheduler import Scheduler, ThisJob, Unreached
+from allranks.job.scheduler import NoAnswer, Scheduler, ThisJob, Unreached
 from allranks.run import checkpoint
 from allranks.run.cells import JOB, is_finished, read_job
 from allranks.submit.queue import queue_again
@@ -54,7 +54,7 @@ def go_on(directory: str) -> int:
     if is_finished(directory):
         _cancel_rest_of_chain(kind, later)
         return 0
-    waiting = _patiently(partial(kind.states, later), directory)
+    waiting = _patiently(partial(kind.states, later), directory, changes=False)
     if waiting:
         print(f"{directory} is not finished: job {next(iter(waiting))} goes on", flush=True)
         return EXIT_REQUEUE
@@ -91,11 +91,13 @@ def _cancel_rest_of_chain(kind: Scheduler, later: list[str]) -> None:
         print(f"allranks: {error}", file=sys.stderr, flush=True)
 
 
-def _patiently(ask: Callable[[], Answer], directory: str) -> Answer:
+def _patiently(ask: Callable[[], Answer], directory: str, changes: bool = True) -> Answer:
     """What `ask` answers; it is asked again as long as the server is not reached and this job has time.
 
+    Where it `changes` nothing, it is also asked again after no answer. Else that may have queued a job.
     Raises Unreached at the end of that time, and says how the user can go on.
     """
+    passing = (Unreached,) if changes else (Unreached, NoAnswer)
     deadline = os.environ.get("ALLRANKS_DEADLINE", "")
     left_s = int(deadline) + END_S - LAST_S - time.time() if deadline.isdecimal() else MOST_PATIENCE_S
     give_up_at = time.monotonic() + min(left_s, MOST_PATIENCE_S)
@@ -103,7 +105,7 @@ def _patiently(ask: Callable[[], Answer], directory: str) -> Answer:
     while True:
         try:
             return ask()
-        except Unreached as error:
+        except passing as error:
             if time.monotonic() + pause_s > give_up_at:
                 raise Unreached(
                     f"{error} It was not reached until this job's end, so no job goes on: "

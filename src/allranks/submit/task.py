@@ -103,7 +103,7 @@ def new_task(given: Mapping[str, Any], rest: Sequence[str]) -> Task | None:
     order, known, plan = _checked(with_options(order, given), program or cells[0].program())
     if program is None:
         _check_walltime(order)
-    if program is not None:
+    else:
         directory = str(Path(rundir.choose(None, order.name)).absolute())
     task = Task(order, known, plan, directory, program or (), tuple(cells))
     if order.chain and task.array_jobs:

@@ -1,0 +1,68 @@
+"""How long `allranks submit --next` asks a scheduler again. test_submit.py queues successors."""
+
+import time
+
+import pytest
+
+from allranks.job.scheduler import NoAnswer, Unreached
+from allranks.submit import successor
+
+
+class Server:
+    """Raises `error` for the first `times` questions, then answers."""
+
+    def __init__(self, error, times):
+        self.error, self.left, self.asked = error, times, 0
+
+    def __call__(self):
+        self.asked += 1
+        if self.asked <= self.left:
+            raise self.error("the server is down.")
+        return "7.pbs"
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that goes on in pauses only; the pauses."""
+    now, pauses = [1000.0], []
+
+    def sleep(pause_s):
+        pauses.append(pause_s)
+        now[0] += pause_s
+
+    monkeypatch.setattr(successor.time, "sleep", sleep)
+    monkeypatch.setattr(successor.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(successor.time, "time", lambda: now[0])
+    monkeypatch.delenv("ALLRANKS_DEADLINE", raising=False)
+    return pauses
+
+
+def test_a_server_that_comes_back_answers(clock):
+    server = Server(Unreached, times=5)
+    assert successor._patiently(server, "run") == "7.pbs"
+    assert clock == [1, 2, 4, 8, 15]
+
+
+def test_patience_ends_with_the_jobs_time(clock, monkeypatch):
+    """20 s after the deadline the job is killed; 5 s of these are left for the script's end."""
+    monkeypatch.setenv("ALLRANKS_DEADLINE", str(int(time.time()) + 5))
+    with pytest.raises(
+        Unreached, match="`allranks submit --cell 'a run'` does, from the newest checkpoint"
+    ):
+        successor._patiently(Server(Unreached, times=10**6), "a run")
+    assert sum(clock) == 1 + 2 + 4 + 8
+
+
+def test_patience_ends_after_ten_minutes(clock):
+    with pytest.raises(Unreached):
+        successor._patiently(Server(Unreached, times=10**6), "run")
+    assert 585 <= sum(clock) <= 600
+
+
+def test_what_may_have_queued_a_job_is_not_asked_again(clock):
+    queueing, asking = Server(NoAnswer, times=1), Server(NoAnswer, times=1)
+    with pytest.raises(NoAnswer):
+        successor._patiently(queueing, "run")
+    assert queueing.asked == 1
+    assert successor._patiently(asking, "run", changes=False) == "7.pbs"
+    assert asking.asked == 2
