@@ -9,6 +9,7 @@ import textwrap
 
 import pytest
 
+from allranks.base import errors
 from allranks.base.errors import UserError
 from allranks.compose import from_command_line
 from allranks.launch.command import launch
@@ -47,6 +48,12 @@ def test_every_fault_has_its_row_and_every_test_it_names_is_there():
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     named = set(re.findall(r"`(test_\w+)`", text))
     assert {name for name in named if f"def {name}(" not in tests} == set()
+
+
+def test_every_exit_code_has_its_row():
+    codes = {number for name, number in vars(errors).items() if name.startswith("EXIT_")}
+    table = (ROOT / "docs/reliability.md").read_text().partition("## Exit codes")[2].partition("\n## ")[0]
+    assert codes <= {int(number) for number in re.findall(r"^\| (\d+) \|", table, flags=re.M)}
 
 
 def test_links_between_documents_lead_somewhere():
