@@ -607,6 +607,26 @@ def test_a_process_without_a_free_descriptor_goes_on_watching(tmp_path):
     assert (done.out, done.err) == ("{'wait': True}\n", "")
 
 
+FEW = """
+import os, resource
+from allranks import train
+if os.environ["RANK"] == "1":
+    resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
+train.main()
+"""
+
+
+def test_a_rank_that_may_not_have_enough_connections_is_named_at_the_start(tmp_path):
+    (tmp_path / "program.py").write_text(FEW)
+    done = execute([*launcher("torchrun", 2), "program.py", *SMALL], tmp_path)
+    assert done.code != 0
+    said = [line for line in done.err.splitlines() if line.startswith("allranks: ")]
+    assert len(said) == 1
+    assert said[0].startswith(
+        f"allranks: rank 1: a process on {HOST} may have 60 files and connections open"
+    )
+
+
 FAILS = """
 import time
 from allranks.config import WatchdogConfig

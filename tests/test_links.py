@@ -88,7 +88,7 @@ def test_more_connections_than_descriptors_are_refused_at_the_start(tmp_path):
     raised, refused = execute([PYTHON, "-c", code], tmp_path).ok().out.splitlines()
     assert raised == "(200, 200)"
     assert re.search("may have 200 files and connections open, but this one needs 2[67].", refused)
-    assert "for 200 ranks" in refused
+    assert "200 of them for other ranks" in refused
 
 
 # --- the door -------------------------------------------------------------------------------------

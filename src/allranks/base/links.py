@@ -231,8 +231,8 @@ def allow_connections(count: int) -> None:
     if hard != resource.RLIM_INFINITY and needed > hard:
         raise UserError(
             f"a process on {socket.gethostname()} may have {hard} files and connections open, but this one "
-            f"needs {needed} for {count} ranks: ask for a higher limit there (`ulimit -Hn` shows it), or "
-            "start fewer ranks."
+            f"needs {needed}, {count} of them for other ranks: ask for a higher limit there (`ulimit -Hn` "
+            "shows it), or start fewer ranks."
         )
 
 

@@ -26,6 +26,7 @@ import torch
 
 import allranks
 from allranks import config as configs
+from allranks.base import links
 from allranks.base.agreement import majority
 from allranks.base.errors import UserError
 from allranks.base.processes import boot_id, cpu_affinity, cpu_quota
@@ -225,6 +226,9 @@ def _equip(
         if ezpz.chosen(config.runtime, identity.rank):
             kind = "ezpz"
         if world_size > 1:
+            # Rank 0 has a connection to every rank, and so has each rank where gloo carries collectives.
+            doors = int(identity.rank == 0) + int(picked.device.type == "cpu")
+            links.allow_connections(doors * world_size)
             watch = watchdog.prepare(world_size, one_host=place.hosts == 1)
     except UserError as problem:
         error = problem

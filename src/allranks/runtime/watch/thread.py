@@ -255,6 +255,10 @@ class Watchdog:
 
     def _alarm(self) -> None:
         """This rank has made no progress for too long."""
+        if not self._others.ranks():
+            # A report reads lines of source files. If it is the file system that hangs, nobody else would
+            # end this rank: a timer in C writes the stack to stderr then, and ends it.
+            faulthandler.dump_traceback_later(END_S, exit=True)
         report = self._report()
         if not self._others.ranks():  # alone, or not in touch with the others yet
             self._end(self._of_myself(report))
