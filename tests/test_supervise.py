@@ -21,6 +21,7 @@ import pytest
 
 from allranks.base import links, processes
 from allranks.job import variables
+from allranks.launch import supervisor
 from helpers import GUARD, Started, only_long, serial
 from launching import BIN, TOLD, python, supervised
 
@@ -629,3 +630,27 @@ def test_nobody_without_the_secret_is_listened_to(tmp_path):
             assert started.finish(within_s=10) == (0, "fine\n", "")
         for link in sent:
             link.close()
+
+
+def test_many_silent_strangers_do_not_keep_the_ranks_out(tmp_path):
+    """A few at a time are listened to: else they would take all descriptors that the ranks need."""
+    come = "import os, sys, time\nwhile not os.path.exists(sys.argv[1]): time.sleep(0.01)\n"
+    come += "os.execvp(sys.argv[2], sys.argv[2:])"
+    go = tmp_path / "go"
+    inner = [*python(come), str(go), *GUARD, *python("print('fine')")]
+    command = python(
+        "import os, sys\nfrom allranks.launch import supervisor\n"
+        f"argv = ['sh', '-c', 'echo $ALLRANKS_SUPERVISOR >&2; exec \"$@\"', 'sh', *{inner!r}]\n"
+        "outcome = supervisor.run(argv, dict(os.environ), None, world_size=1)\n" + TOLD
+    )
+    with Started(command) as started:
+        host, _, port = started.process.stderr.readline().decode().strip().rpartition(":")
+        strangers = [socket.create_connection((host, int(port)), timeout=5) for _ in range(30)]
+        began = time.monotonic()
+        for stranger in strangers[: 30 - 1 - links.SPARE]:
+            assert stranger.recv(100) == b""
+        assert time.monotonic() - began < supervisor.HELLO_S
+        go.touch()
+        assert started.finish(within_s=10) == (0, "fine\n", "")
+        for stranger in strangers:
+            stranger.close()

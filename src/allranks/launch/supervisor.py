@@ -152,6 +152,7 @@ class Supervision:
         self.passes_on = passes_on
         self.phase = Phase.STARTING
         self.guarded: dict[int, Guarded] = {}  # by rank, those that have come
+        self._newcomers: list[asyncio.StreamWriter] = []  # have connected, and not shown the secret yet
         self.stopped_by = 0  # the signal that ends the launch
         self.problem: Verdict | None = None  # what no rank's end explains
         self._writer = writer
@@ -273,7 +274,7 @@ class Supervision:
         inbox = links.Inbox()
         try:
             links.keep_alive(guard.get_extra_info("socket"))
-            hello = await asyncio.wait_for(_next_message(reader, inbox), HELLO_S)
+            hello = await self._hello(reader, guard, inbox)
             if not links.knows_secret(hello, self._secret):
                 return
             known = self._welcome(hello, guard)
@@ -288,6 +289,22 @@ class Supervision:
         finally:
             guard.close()
             self._changed.set()
+
+    async def _hello(
+        self, reader: asyncio.StreamReader, guard: asyncio.StreamWriter, inbox: links.Inbox
+    ) -> dict[str, Any]:
+        """The first message of a new connection. Raises as _next_message, and asyncio.TimeoutError.
+
+        Strangers cannot use up what the ranks need: too many at a time, and the oldest is sent away.
+        """
+        self._newcomers.append(guard)
+        if len(self._newcomers) > self.world_size + links.SPARE:
+            self._newcomers.pop(0).close()  # a rank shows the secret at once
+        try:
+            return await asyncio.wait_for(_next_message(reader, inbox), HELLO_S)
+        finally:
+            if guard in self._newcomers:  # else it was sent away
+                self._newcomers.remove(guard)
 
     def _welcome(self, hello: Mapping[str, Any], guard: asyncio.StreamWriter) -> Guarded | None:
         """Takes in a rank that has come; None where it is none of this launch."""
