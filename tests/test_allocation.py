@@ -258,6 +258,13 @@ def test_hosts_that_have_ipv6_only_are_found(names):
     assert ipaddress.ip_address(hosts.address_for(["n6"])) == ipaddress.ip_address(far[0])
 
 
+def test_a_hostfile_in_the_home_directory(monkeypatch, tmp_path):
+    """`--hosts=~/hosts`: no shell puts the home directory there."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file(tmp_path, "n1:2\n")
+    assert find_allocation({}, "~/hosts").hosts == (Host("n1", 2),)
+
+
 def test_an_ipv6_address_in_a_hostfile_is_named(tmp_path):
     with pytest.raises(UserError, match=r"line 2: 'fe80::1' is an IPv6 address.*Write the host's name"):
         from_hostfile(file(tmp_path, "n1\nfe80::1\n"))

@@ -124,6 +124,15 @@ def test_paths_are_whole_once_the_configuration_is_composed(monkeypatch, tmp_pat
         one("run.dir=~nobody-here/x")
 
 
+def test_the_home_directory_where_no_shell_puts_it(monkeypatch, tmp_path):
+    """`--config-dir=~/mine`, and the same in quotes."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine/model").mkdir(parents=True)
+    (tmp_path / "mine/model/wide.yaml").write_text("_target_: mylab.Net\n")
+    for words in (["--config-dir=~/mine"], ["--config-dir", "~/mine"]):
+        assert one(*words, "model=wide").model == {"_target_": "mylab.Net"}
+
+
 def test_the_environment_and_the_arguments_are_left_as_they_were(monkeypatch):
     import os
     import sys

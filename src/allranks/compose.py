@@ -57,6 +57,7 @@ def cells_from_command_line(arguments: Sequence[str]) -> list[tuple[Config, list
     OmegaConf.register_new_resolver("allranks.keys", _help_on_keys, replace=True)  # --help shows them
     app = hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(collect)
     flags, overrides = split_flags(arguments)
+    flags = [_with_home_in_flag(flag) for flag in flags]
     overrides = [_with_home_quoted(override) for override in overrides]
     for flag in (flag.partition("=")[0] for flag in flags):
         if flag.startswith("--") and flag not in HYDRAS:
@@ -164,6 +165,12 @@ def _refuse_without_effect(override: str) -> None:
     for beginning, instead in _WITHOUT_EFFECT.items():
         if key == beginning or key.startswith(f"{beginning}."):
             raise UserError(f"{override} has no effect: {instead}.")
+
+
+def _with_home_in_flag(flag: str) -> str:
+    """`--config-dir=~/conf` with the home directory in it, which no shell puts there after a `=`."""
+    name, equals, value = flag.partition("=")
+    return f"{name}={_expanded(name, value)}" if equals else _expanded("--config-dir", flag)
 
 
 def _with_home_quoted(override: str) -> str:

@@ -10,12 +10,13 @@ over pieces is therefore one small matrix product per image, and its logarithm g
 distance to the pen's path, which a pen radius turns into a sharp-edged stroke.
 """
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
+
+from allranks.base.processes import usable_cpus
 
 SIDE = 28  # pixels
 BOX = 20.0  # pixels: MNIST fits the longer side of a digit to this
@@ -139,7 +140,7 @@ def generate(count: int, part: str, seed: int = 0) -> tuple[np.ndarray, np.ndarr
         chunk = slice(start, min(start + CHUNK, count))
         images[chunk], labels[chunk] = _draw_chunk(chunk.stop - start, rng)
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, usable_cpus())) as pool:
         list(pool.map(draw, range(0, count, CHUNK)))
     return images, labels
 

@@ -51,7 +51,7 @@ class Allocation:
 def find_allocation(environ: Mapping[str, str], hosts_file: str | Path | None = None) -> Allocation:
     """The hosts of this job: those of `hosts_file`, else of PBS, else of Slurm, else this host alone."""
     if hosts_file is not None:
-        return from_hostfile(Path(hosts_file))
+        return from_hostfile(Path(hosts_file).expanduser())
     if environ.get("PBS_NODEFILE"):
         return _from_pbs(environ)
     if environ.get("SLURM_JOB_NODELIST") and _job_id(environ):

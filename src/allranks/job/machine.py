@@ -254,19 +254,24 @@ def _source(name: str) -> schema.Source:
 
 
 def _files(config_dir: str | Path | None) -> dict[str, Path]:
-    if config_dir is not None and not Path(config_dir).is_dir():
-        raise UserError(
-            f"--config-dir {config_dir} is no folder: put your YAML into DIR/machine/NAME.yaml."
-        )
-    own = Path(config_dir) / "machine" if config_dir is not None else None
+    """The machine files by their names; a user's own one goes before a shipped one of the same name."""
+    folders = [conf_dir() / "machine"]
+    if config_dir is not None:
+        own = Path(config_dir).expanduser()
+        if not own.is_dir():
+            raise UserError(
+                f"--config-dir {config_dir} is no folder: put your YAML into DIR/machine/NAME.yaml."
+            )
+        folders.insert(0, own / "machine")
     files: dict[str, Path] = {}
-    for folder in (own, conf_dir() / "machine"):  # the user's own are looked at first
-        for path in sorted(folder.glob("*.yaml")) if folder else ():
+    for folder in folders:
+        for path in sorted(folder.glob("*.yaml")):
             files.setdefault(path.stem, path)
     return files
 
 
 def _detect(files: Mapping[str, Path], hostname: str, environ: Mapping[str, str] | None) -> str:
+    """The name of the machine to which this host belongs, by the `detect` section of each machine file."""
     environ = os.environ if environ is None else environ
     host = hostname.partition(".")[0]
     for name in files:
@@ -279,6 +284,7 @@ def _detect(files: Mapping[str, Path], hostname: str, environ: Mapping[str, str]
 
 
 def _yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a machine file. Raises UserError where it is no such YAML."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError  # type: ignore[import-untyped,unused-ignore]
@@ -313,6 +319,7 @@ def _overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _put(tree: dict[str, Any], keys: Sequence[str], value: Any) -> None:
+    """Sets the value below these keys; sections on the way that are not there yet are made."""
     for key in keys[:-1]:
         inner = tree.get(key)
         if not isinstance(inner, dict):  # a variable written short, or nothing yet

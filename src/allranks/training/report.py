@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from allranks.base import files, processes
+from allranks.base.text import printable
 from allranks.data.dealing import Batch
 from allranks.data.loader import Data
 from allranks.run import checkpoint
@@ -73,7 +74,7 @@ class Reporter:
 
     def cell(self, place: str, overrides: Sequence[str], directory: str) -> None:
         """This run is a cell of a sweep, such as `cell 3/12`."""
-        self._say("%s: %s in %s", place, " ".join(overrides), directory)
+        self._say("%s: %s in %s", place, printable(" ".join(overrides)), directory)
 
     def started(self) -> None:
         """The ranks have come up: says how many train where, and by what means they work together."""
