@@ -215,6 +215,13 @@ def test_a_job_that_was_queued_under_an_unknown_id_is_not_refused(commands, said
             kind.submit("job.sh")
 
 
+def test_an_answer_without_any_job_is_not_understood(commands):
+    """Exit code 0 says that the server has the job: it is not taken for one that has ended."""
+    commands(qstat=("The queue is full today.\n", 0))
+    with pytest.raises(NoAnswer, match=r"not understood: 'The queue is full today\.'"):
+        PBS.states(["7.pbs"])
+
+
 def test_an_answer_may_be_any_bytes(commands):
     said, _ = answer("qstat-f-all")
     commands(qstat=(said.replace("one", "caf\xe9").encode("latin-1"), 0))

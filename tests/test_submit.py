@@ -987,7 +987,7 @@ def test_slurm_array_chain_and_cancel(slurm):
 
 @real_slurm_only
 def test_slurm_refusals(slurm):
-    assert "SLURM knows no such job" in slurm.refused(*SLURM, "--after", "4242")
+    assert "Slurm knows no such job" in slurm.refused(*SLURM, "--after", "4242")
     assert "give another --queue" in slurm.refused(*SLURM, "--queue", "nono")
     slurm.submit(*SLURM, "--nodes", "5", "--ppn", "1", "--", slurm.python, "-V")
     [row] = slurm.rows()

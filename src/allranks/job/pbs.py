@@ -11,7 +11,8 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Literal
 
-from allranks.job.batch import JobRequest, ThisJob, call, given, id_in, refusal, seconds, tail_of
+from allranks.base.text import one_line
+from allranks.job.batch import JobRequest, NoAnswer, ThisJob, call, given, id_in, refusal, seconds, tail_of
 
 OWN_LOG = "pbs.log"  # in the run directory: what PBS itself says about the job
 FINISHED, UNKNOWN = 35, 153  # exit codes of qstat and qdel: the job has ended; no job has this id
@@ -26,6 +27,7 @@ STATES = {
     "B": "running",  # an array of which at least one job has started
     "T": "queued",
     "S": "suspended",
+    "U": "suspended",
     "M": "moved",
 }
 
@@ -37,6 +39,7 @@ class Pbs:
     title = "PBS"
     launchers: tuple[str, ...] = ("mpiexec", "torchrun")
     step_environment: Mapping[str, str] = {}
+    instead_of_ssh = "pbsdsh"
     # PBS starts a job from the owner's login profile, and hands on nothing else.
     shebang = "#!/bin/bash -l"
     directive_prefix = "#PBS"
@@ -118,6 +121,11 @@ class Pbs:
         # Both codes come with the answer about the other jobs that were asked for.
         if done.returncode not in (0, FINISHED, UNKNOWN):
             raise refusal(done)
+        if done.returncode == 0 and "Job Id: " not in done.stdout:
+            raise NoAnswer(
+                f"`qstat -f` ended well, but its answer is not understood: {one_line(done.stdout)[:99]!r}. "
+                "Whether the job is in the queue is not known."
+            )
         return states_in(done.stdout)
 
     def cancel(self, job_ids: Sequence[str]) -> None:

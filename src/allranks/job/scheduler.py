@@ -40,6 +40,10 @@ class Scheduler(Protocol):
         """Variables that a launcher needs in its jobs."""
 
     @property
+    def instead_of_ssh(self) -> str:
+        """Its command that MPICH's mpiexec can be told to start processes by on other hosts, if any."""
+
+    @property
     def shebang(self) -> str:
         """The first line of a job script."""
 
@@ -164,3 +168,8 @@ def launchers(kind: str) -> tuple[str, ...]:
 def step_environment(kind: str) -> dict[str, str]:
     """Variables that a launcher needs in an allocation of this kind."""
     return next((dict(s.step_environment) for s in SCHEDULERS if s.name == kind), {})
+
+
+def instead_of_ssh(kind: str) -> str:
+    """The command that can take the place of ssh in an allocation of this kind; empty where none can."""
+    return next((s.instead_of_ssh for s in SCHEDULERS if s.name == kind), "")

@@ -41,6 +41,7 @@ class Slurm:
     # A step may share the CPUs of one before it that Slurm still takes for running. srun reads this, and
     # so does the srun that mpiexec calls.
     step_environment: Mapping[str, str] = {"SLURM_OVERLAP": "1"}
+    instead_of_ssh = ""  # MPICH's mpiexec takes srun by itself
     # Slurm hands on the environment of whoever submits, so no login profile is read again.
     shebang = "#!/bin/bash"
     directive_prefix = "#SBATCH"

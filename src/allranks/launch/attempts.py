@@ -275,8 +275,8 @@ def _refusal(launch: Launch, plan: Plan, said: str) -> str:
 def _hint(launch: Launch, plan: Plan) -> str:
     """What else may help where hosts cannot be reached; empty, or a line of its own."""
     reaches_others_by_ssh = plan.dialect == "hydra" and len(plan.hosts) > 1
-    is_in_pbs = launch.allocation.scheduler == "pbs"
-    if not reaches_others_by_ssh or (shutil.which("ssh") is not None and not is_in_pbs):
+    instead = scheduler.instead_of_ssh(launch.allocation.scheduler)
+    if not reaches_others_by_ssh or (shutil.which("ssh") is not None and not instead):
         return ""
     return (
         "\nmpiexec of MPICH reaches other hosts by ssh: does `ssh HOST` work here without a password? In a "
