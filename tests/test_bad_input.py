@@ -184,7 +184,7 @@ def test_a_bad_value_that_needs_torch_to_see(train, refusal, overrides, patterns
     if overrides == ["runtime=ezpz"]:
         from allranks.runtime import ezpz
 
-        if ezpz.installed() == "real":
+        if ezpz.installed().kind == "real":
             pytest.skip("the real ezpz is installed")
     assert_said(refusal(*SMALL, *overrides), *patterns)
     if overrides[0] in ("model.activation=Relu", "data.split=[1000,400]", "device=cuda"):

@@ -122,17 +122,22 @@ def test_ranks_that_do_not_see_each_other_belong_to_another_mpi(tmp_path):
     assert "belongs to another MPI: each of its ranks sees itself as 0 of 1" in found[-1].text
 
 
-def test_ezpz_real_impostor_and_absent(tmp_path):
+def test_ezpz_real_too_old_and_impostor(tmp_path):
     source = str(Path(doctor.__file__).parents[1])
-    for kind, file in (("real", "distributed.py"), ("impostor", "zoom.py")):
+    for kind, file in (
+        ("real", "distributed.py"),
+        ("too old", "dist.py"),
+        ("image pan-zoom tool", "zoom.py"),
+    ):
         package = tmp_path / kind / "ezpz"
         package.mkdir(parents=True)
         (package / "__init__.py").touch()
         (package / file).touch()
-        found = check("ezpz", PYTHONPATH=f"{tmp_path / kind}:{source}")
-        assert found[0].state == ("ok" if kind == "real" else "warn")
-        assert ("image pan-zoom tool" in found[0].text) == (kind == "impostor")
-    assert found[0].remedy.startswith("pip uninstall -y ezpz && pip install")
+        (finding,) = check("ezpz", PYTHONPATH=f"{tmp_path / kind}:{source}")
+        assert finding.state == ("ok" if kind == "real" else "warn")
+        assert kind in finding.text
+        assert ("pip install" in finding.remedy) == (kind != "real")
+    assert finding.remedy.startswith("pip uninstall -y ezpz && pip install")
 
 
 def test_asking_about_ezpz_imports_no_torch():

@@ -231,18 +231,17 @@ def _starts_ranks_of(library: str, launcher: str) -> str:
 
 
 def ezpz() -> Findings:
-    from allranks.run import directory as rundir
+    """Whether the ezpz for training is installed, which is optional."""
     from allranks.runtime import ezpz
 
-    state = ezpz.installed()
-    if state == "real":
-        version = rundir.versions()["ezpz"]
-        yield ok(f"the real one{f' ({version})' if version else ''}; runtime=auto uses it")
-    elif state == "impostor":
-        text = "the installed ezpz is PyPI's image pan-zoom tool, not the one for training"
-        yield warn(f"{text}; runtime=auto goes on without it.", f"pip uninstall -y ezpz && {ezpz.INSTALL}")
+    found = ezpz.installed()
+    if found.kind == "real":
+        version = f" ({found.version})" if found.version else ""
+        yield ok(f"the real one{version}; runtime=auto uses it")
+    elif found.kind == "absent":
+        yield ok(f"absent; runtime=auto uses plain torch (it is optional: {found.remedy})")
     else:
-        yield ok(f"absent; runtime=auto uses plain torch (it is optional: {ezpz.INSTALL})")
+        yield warn(f"{found.problem}; runtime=auto goes on without it.", found.remedy)
 
 
 def scheduler() -> Findings:

@@ -252,7 +252,14 @@ def _start_process_group(runtime: Runtime, backend: str, hosts: int) -> None:
     if device.type in ("cuda", "xpu"):
         getattr(torch, device.type).set_device(device)
     if runtime.kind == "ezpz":
-        ezpz.start(runtime.meeting, runtime.local_rank, device, backend, COLLECTIVE_S)
+        ezpz.start(
+            runtime.meeting,
+            runtime.local_rank,
+            device,
+            backend,
+            COLLECTIVE_S,
+            is_started_by_mpi=runtime.identity.is_mpi,
+        )
     else:
         native.start(runtime.meeting, backend, device, COLLECTIVE_S)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import socket
 import sys
@@ -92,6 +93,28 @@ def _mpi() -> Any:
     from mpi4py import MPI
 
     return MPI
+
+
+def do_not_start_at_import() -> None:
+    """If another package imports mpi4py.MPI later, that alone does not start MPI in this process.
+
+    MPI started without its launcher ends the process on some machines' login nodes.
+    """
+    if "mpi4py.MPI" in sys.modules or importlib.util.find_spec("mpi4py") is None:
+        return
+    import mpi4py
+
+    mpi4py.rc.initialize = False
+
+
+def start_alone() -> None:
+    """Starts MPI in a process that no MPI launcher has started: it is rank 0 of 1 in MPI's eyes.
+
+    Raises ImportError or RuntimeError where mpi4py or its MPI library is missing.
+    """
+    MPI = _mpi()
+    if not MPI.Is_initialized():
+        MPI.Init_thread()
 
 
 def library() -> str:
