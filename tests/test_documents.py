@@ -6,12 +6,15 @@ import re
 import shlex
 import subprocess
 import textwrap
+from typing import Any
 
 import pytest
 
+from allranks import config as configs
 from allranks.base import errors
 from allranks.base.errors import UserError
-from allranks.compose import from_command_line
+from allranks.base.schema import TEXT, Setting
+from allranks.compose import as_override, from_command_line
 from allranks.launch.command import launch
 from allranks.submit.command import submit
 from helpers import ROOT, SMALL, TRAIN, execute
@@ -54,6 +57,34 @@ def test_every_exit_code_has_its_row():
     codes = {number for name, number in vars(errors).items() if name.startswith("EXIT_")}
     table = (ROOT / "docs/reliability.md").read_text().partition("## Exit codes")[2].partition("\n## ")[0]
     assert codes <= {int(number) for number in re.findall(r"^\| (\d+) \|", table, flags=re.M)}
+
+
+def reference_row(key: str, mark: Setting, defaults: dict[str, Any]) -> str:
+    """A row of the tables in docs/configuration.md, from the marks at the key."""
+    may_be = "any text" if mark.rule in (None, TEXT) else mark.rule.remedy
+    if mark.optional:
+        may_be += ", or null"
+    default = f"`{as_override(defaults[key])}`" if key in defaults else ""
+    going_on = "same" if configs.must_agree(key) else "free"
+    return f"| `{key}` | {default} | {may_be} | {mark.doc} | {going_on} |"
+
+
+def test_the_reference_has_a_row_for_every_key():
+    """Where it fails, its message has the rows that are missing in docs/configuration.md."""
+    [composed] = from_command_line(["model=cnn"])  # it changes no default outside its own section
+    defaults = configs.leaves(composed)
+    defaults["name"] = "the model's"
+    of_components = ("model", "optimizer", "scheduler")
+    marks = {**configs.settings(), **configs.COMPONENT_KEYS}
+    sections = {key for key in marks if any(other.startswith(f"{key}.") for other in marks)}
+    expected = {
+        reference_row(key, mark, {} if key.startswith(of_components) else defaults)
+        for key, mark in marks.items()
+        if key not in sections
+    }
+    text = (ROOT / "docs/configuration.md").read_text()
+    there = set(re.findall(r"^\| `.*\|$", text, flags=re.M))
+    assert there == expected, "\n" + "\n".join(sorted(expected - there))
 
 
 def test_links_between_documents_lead_somewhere():

@@ -215,7 +215,7 @@ def _help_on_keys(*, _root_: DictConfig) -> str:
     values = below({key: value for key, value in composed.items() if key != "hydra"})
     lines: list[str] = []
     for key, value in values.items():
-        lines.append(f"{key}={_as_override(value)}")
+        lines.append(f"{key}={as_override(value)}")
         known = setting_of(key, values)
         if known is None:  # a key of a user's own component
             continue
@@ -226,14 +226,14 @@ def _help_on_keys(*, _root_: DictConfig) -> str:
     return "\n".join(lines).replace("$", "$$")  # Hydra takes $NAME for a place to fill in
 
 
-def _as_override(value: object) -> str:
+def as_override(value: object) -> str:
     """The value as it is typed after `key=`."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
-        return f"[{','.join(map(_as_override, value))}]"
+        return f"[{','.join(map(as_override, value))}]"
     return str(value)
 
 

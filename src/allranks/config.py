@@ -252,15 +252,15 @@ COMPONENT_KEYS: dict[str, Setting] = {
 
 
 @cache
-def _settings() -> dict[str, Setting]:
+def settings() -> dict[str, Setting]:
     """What is known of every key that means the same in each configuration, by dotted key."""
     return {**settings_of(Config), **SECTION_KEYS}
 
 
 def setting_of(key: str, values: Mapping[str, Any]) -> Setting | None:
     """What is known of `key` in the configuration with these `values`, by dotted key; None for nothing."""
-    if key in _settings():
-        return _settings()[key]
+    if key in settings():
+        return settings()[key]
     return COMPONENT_KEYS.get(key) if _is_ours(values, key.partition(".")[0]) else None
 
 
@@ -274,7 +274,7 @@ def typed(composed: DictConfig) -> Config:
         config = OmegaConf.to_object(OmegaConf.merge(schema, composed))
     except ValidationError as error:
         key = error.full_key or str(error.key)
-        known = _settings().get(key)
+        known = settings().get(key)
         kind = known.rule.remedy if known and known.rule else f"a value of type {_type_name(error)}"
         raise UserError(f"{key}={_shown(composed, key)} is not valid: give {kind}.") from error
     except ConfigKeyError as error:
@@ -405,16 +405,16 @@ def identity(config: Config) -> dict[str, Any]:
 
     All others say where and how it runs, and may change when it goes on.
     """
-    return {key: value for key, value in leaves(config).items() if _must_agree(key)}
+    return {key: value for key, value in leaves(config).items() if must_agree(key)}
 
 
-def _must_agree(key: str) -> bool:
+def must_agree(key: str) -> bool:
     """Whether a resume must have the same value: by the mark at the key, else by the mark at its section.
 
     A user's component may have any keys; those without a mark count as deciding what is computed.
     """
     for name in (key, key.partition(".")[0]):
-        known = _settings().get(name)
+        known = settings().get(name)
         if known is not None and known.resume_must_agree is not None:
             return known.resume_must_agree
     return False
