@@ -46,13 +46,17 @@ class InMemory:
 
     def batches(self, shares: Sequence[Sequence[int] | torch.Tensor], seed: int) -> Iterator[Examples]:
         """The examples of each share in turn. A share is a sequence of positions in this part."""
-        for share in shares:
-            positions = torch.as_tensor(share, device=self.indices.device)
-            rows = self.indices.index_select(0, positions)
+        if not shares:
+            return
+        # What is small is gathered once for all shares, and not once for each.
+        positions = torch.cat([torch.as_tensor(share, dtype=torch.int64) for share in shares])
+        rows = self.indices.index_select(0, positions.to(self.indices.device))
+        labels = self.labels.index_select(0, rows).long()
+        sizes = [len(share) for share in shares]
+        for its_rows, its_labels in zip(rows.split(sizes), labels.split(sizes), strict=True):
             # index_select takes whole rows: on a CPU images[rows] is 18 times slower.
-            images = self.images.index_select(0, rows)
-            labels = self.labels.index_select(0, rows)
-            yield Examples(images.to(self.dtype).div_(255), labels.long())
+            images = self.images.index_select(0, its_rows)
+            yield Examples(images.to(self.dtype).div_(255), its_labels)
 
     def first(self, count: int, seed: int) -> Examples:
         """The first `count` examples of the part."""

@@ -233,10 +233,10 @@ def train_step(
 
     # 1. The gradient of this rank's shares, and with it that of all ranks: DDP adds up in the backward
     #    pass. A reproducible run adds up afterwards, in one fixed order.
-    losses = []
+    losses: list[torch.Tensor] = []
     for row, (share, batch) in enumerate(zip(runtime.shares, shares, strict=True)):
         reseed(mixed(seed, training.step, share), runtime.device)
-        losses.append(_backward(training, row, batch, trainer, runtime))
+        losses += _backward(training, row, batch, trainer, runtime)
         if training.ordered_sum is not None:
             training.ordered_sum.take(row)
     if training.ordered_sum is not None:
@@ -275,14 +275,17 @@ def settle_buckets(training: Training, batch: Batch, precision: str, runtime: Ru
 
 def _backward(
     training: Training, row: int, batch: Batch, trainer: TrainerConfig, runtime: Runtime
-) -> torch.Tensor:
+) -> list[torch.Tensor]:
     """Adds the gradient of one share to the model's, in `trainer.accumulate` pieces one after the other.
 
-    `row` is the share's number on this rank. Returns the summed loss of the share's examples, a scalar.
+    `row` is the share's number on this rank. Returns the loss of each piece, a scalar, summed over its
+    examples.
     """
     pieces = min(trainer.accumulate, len(batch.labels))
-    parts = list(zip(batch.images.chunk(pieces), batch.labels.chunk(pieces), strict=True))
-    total = torch.zeros((), device=runtime.device)
+    parts = [(batch.images, batch.labels)]
+    if pieces > 1:
+        parts = list(zip(batch.images.chunk(pieces), batch.labels.chunk(pieces), strict=True))
+    losses = []
     for number, (images, labels) in enumerate(parts, start=1):
         is_last = number == len(parts)
         # DDP adds up over the ranks once, in the backward pass of the last piece.
@@ -291,15 +294,24 @@ def _backward(
                 logits = training.trained(images)
             loss = summed_loss(logits, labels, trainer.label_smoothing)
             known = loss.detach()
-            # A stand-in for an empty share weighs nothing. A loss that is not finite makes the whole
-            # gradient NaN, for all ranks to see: NaN = inf * 0.
-            weight = (batch.count > 0) / batch.total + known * 0
             # The weight is a factor and not an argument of backward(), which would import sympy.
-            training.scaler.scale(loss * weight).backward()
-        total += known
+            training.scaler.scale(loss * _weight(batch, known)).backward()
+        losses.append(known)
         if trainer.train_metrics == "running" and batch.count:
             training.sums.add(row, known, logits.detach(), labels)
-    return total
+    return losses
+
+
+def _weight(batch: Batch, loss: torch.Tensor) -> float | torch.Tensor:
+    """The factor of a loss that makes the sum over all shares the mean over the global batch.
+
+    A stand-in for an empty share weighs nothing. A loss that is not finite makes the factor NaN, and with
+    it the whole gradient, for all ranks to see.
+    """
+    weight = (batch.count > 0) / batch.total
+    if loss.is_cpu:
+        return weight if math.isfinite(loss.item()) else math.nan
+    return weight + loss * 0  # NaN = inf * 0: the device need not be waited for
 
 
 def summed_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float) -> torch.Tensor:
@@ -348,21 +360,18 @@ def _clip(model: nn.Module, clip_norm: float | None) -> None:
 def _is_finite(optimizer: torch.optim.Optimizer) -> bool:
     """Whether all gradients are finite."""
     gradients = [
-        parameter.grad.reshape(-1)
+        parameter.grad
         for group in optimizer.param_groups
         for parameter in group["params"]
         if parameter.grad is not None
     ]
-    # The sum of squares is not finite where a gradient is not. On a CPU it is the quickest look at all of
-    # a tensor.
-    squares = [torch.dot(gradient, gradient) for gradient in gradients]
-    if gradients[0].is_cpu:
-        total = sum(square.item() for square in squares)
-    else:  # one wait for the device, not many
-        total = torch.stack(squares).sum().item()
+    # A sum is not finite where a number in it is not. It is the quickest look at all of a tensor.
+    sums = [gradient.sum() for gradient in gradients]
+    # On a GPU it is waited for once, and not once for each sum.
+    total = sum(each.item() for each in sums) if sums[0].is_cpu else torch.stack(sums).sum().item()
     if math.isfinite(total):
         return True
-    # The squares of large finite numbers overflow: a second look, which takes longer.
+    # The sum of large finite numbers overflows: a second look, which takes longer.
     return all(bool(gradient.isfinite().all()) for gradient in gradients)
 
 
@@ -371,7 +380,7 @@ def _tell_not_finite(
 ) -> None:
     """Names the ranks whose loss it was; raises UserError on all ranks unless such a step is to be skipped.
 
-    `losses`: this rank's, of each of its shares. All ranks call.
+    `losses`: this rank's, of each piece of its shares. All ranks call.
     """
     step = training.step + 1
     epoch = training.epoch + 1
