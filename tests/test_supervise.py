@@ -526,6 +526,18 @@ def test_a_program_that_goes_on_after_ctrl_c_gets_sigterm_before_it_is_killed(st
     assert (got, out) == (85, "terminated\n")
 
 
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_is_ignored_from_the_start_ends_nothing(signum):
+    """`nohup` wants a command to outlive the terminal, and a script's background outlives Ctrl-C."""
+    program = python("import time; print('here', flush=True); time.sleep(3); print('to the end')")
+    ignoring = ["sh", "-c", f'trap "" {signal.Signals(signum).name[3:]}; exec "$@"', "sh"]
+    with Started([*ignoring, *supervised("mpiexec", 1, program)]) as started:
+        assert next(started.lines()) == "here"
+        started.process.send_signal(signum)
+        assert list(started.lines()) == ["to the end"]
+        assert started.process.wait(timeout=20) == 0
+
+
 def test_ranks_that_take_longer_than_ten_seconds_to_save_have_the_grace_that_they_need(start):
     """And the user is told why nothing seems to happen."""
     code = (

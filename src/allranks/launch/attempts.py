@@ -192,7 +192,9 @@ def _say_last(launch: Launch, outcome: Outcome) -> None:
     failure = outcome.failure
     if outcome.stopped and failure and launch.config:
         step = files.within(LOOK_S, partial(newest_step, launch))
-        if step is not None:
+        if step == 0:
+            failure += " Nothing was saved: there is no checkpoint yet."
+        elif step is not None:
             failure += f" Nothing was saved at the end: the newest checkpoint is of step {step}."
     if failure:
         say(failure, within_s=supervisor.UNREAD_S if outcome.stopped else None)
@@ -206,6 +208,9 @@ def _attempt(launch: Launch, plan: Plan) -> Outcome:
         world_size=plan.world_size,
         hosts=[host.name for host in plan.hosts],
         grace_s=launch.grace(),
+        # A training stops on either signal in the same way. But while it still starts, Python would answer
+        # a SIGINT with a traceback of every rank.
+        interrupts=launch.config is None,
     )
 
 

@@ -100,19 +100,27 @@ def run(
     start_s: float = START_S,
     grace_s: float = GRACE_S,
     run_s: float | None = None,
+    interrupts: bool = True,
 ) -> Outcome:
     """Runs the launcher `argv`, which starts allranks.launch.guard on every rank; says how it went.
 
     `env` is the launcher's whole environment. `hosts` are the hosts that the ranks will be on, so that one
     that does not come can be named. This process's stdin goes to rank 0. Other ranks' stdout than rank 0's
-    goes to RUN_DIR/output/rank-N.out; without `run_dir` it is shown in whole lines. The last three are the
-    fields of Limits. To be called from the main thread. Raises UserError where the launcher cannot be
-    started or a host is not known.
+    goes to RUN_DIR/output/rank-N.out; without `run_dir` it is shown in whole lines. `start_s`, `grace_s`
+    and `run_s` are the fields of Limits; without `interrupts` Ctrl-C reaches the ranks as SIGTERM. To be
+    called from the main thread. Raises UserError where the launcher cannot be started or a host is not
+    known.
     """
     writer = Writer()
     limits = Limits(start_s, grace_s, run_s)
     supervision = Supervision(
-        world_size, hosts, limits, Console(writer.put), writer=writer, reads_stdin=True
+        world_size,
+        hosts,
+        limits,
+        Console(writer.put),
+        writer=writer,
+        interrupts=interrupts,
+        reads_stdin=True,
     )
     return supervision.run(argv, {**env, variables.TERMINAL: terminals()}, run_dir)
 
@@ -136,6 +144,7 @@ class Supervision:
         writer: Writer | None = None,
         on_output: Callable[[Rank, str, bytes], None] | None = None,
         passes_on: bool = True,
+        interrupts: bool = True,
         reads_stdin: bool = False,
     ) -> None:
         """`hosts` are those that the ranks will be on, for messages.
@@ -143,13 +152,15 @@ class Supervision:
         `writer` is the one behind the console, where there is one: while it is full the ranks' output
         waits. `on_output` takes what the ranks write, instead of the console. `passes_on` says whether
         SIGUSR1 and SIGUSR2 are for the ranks; else they end the launch. `reads_stdin` says whether this
-        process's stdin is for rank 0.
+        process's stdin is for rank 0. `interrupts` says whether Ctrl-C reaches the ranks as SIGINT; else it
+        reaches them as SIGTERM.
         """
         self.world_size = world_size
         self.hosts = hosts
         self.limits = limits
         self.console = console
         self.passes_on = passes_on
+        self.interrupts = interrupts
         self.phase = Phase.STARTING
         self.guarded: dict[int, Guarded] = {}  # by rank, those that have come
         self._newcomers: list[asyncio.StreamWriter] = []  # have connected, and not shown the secret yet
@@ -193,7 +204,8 @@ class Supervision:
         self._place["master_addr"] = env.get(variables.MASTER_ADDR)
         self._launcher = _started(argv, {**env, **self._private_variables(address, run_dir)})
         for number in (*END_THE_LAUNCH, *PASSED_ON):
-            self._loop.add_signal_handler(number, self._on_signal, number)
+            if not _is_to_be_ignored(number):
+                self._loop.add_signal_handler(number, self._on_signal, number)
         self._loop.add_signal_handler(signal.SIGCHLD, self._changed.set)
         self._loop.add_signal_handler(signal.SIGWINCH, self._on_resize)
         self._loop.call_later(self.limits.start_s, self._at_start_limit)
@@ -476,7 +488,7 @@ class Supervision:
 
     def _end_by_signal(self, signum: int, grace_s: float) -> None:
         """Ends all ranks because of a signal to this process, with time for them to save."""
-        if signum == signal.SIGINT:
+        if signum == signal.SIGINT and self.interrupts:
             # A program may treat Ctrl-C in its own way, as Python does with KeyboardInterrupt. One that
             # goes on all the same gets SIGTERM, as from every other signal.
             self._end_all(grace_s, signal.SIGINT)
@@ -655,6 +667,15 @@ def _loss_by(error: Exception) -> Loss:
     if isinstance(error, OSError) and error.errno in SILENCE:
         return Loss.SILENT
     return Loss.CUT
+
+
+def _is_to_be_ignored(signum: int) -> bool:
+    """Whether whoever started this process does not want it to end with the terminal or with Ctrl-C.
+
+    `nohup` starts a command with SIGHUP ignored, and a shell script starts its background with SIGINT
+    ignored.
+    """
+    return signum in (signal.SIGHUP, signal.SIGINT) and signal.getsignal(signum) == signal.SIG_IGN
 
 
 def _started(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
