@@ -22,7 +22,7 @@ import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from allranks.base import files, links
 from allranks.base.agreement import majority
@@ -38,9 +38,9 @@ from allranks.run import directory as rundir
 if TYPE_CHECKING:
     from allranks.config import Config
 
-LIMIT_S = 60.0
-START_S = 40.0  # until every rank has said who it is, and 10 ms a host
-CONNECT_S = 10.0
+LIMIT_S = 60.0  # for all of it
+START_S = 40.0  # until every rank has said who it is, and 10 ms more for each host
+CONNECT_S = 10.0  # for another rank to reach rank 0, which may be a little later than the others
 TICK_S = 0.5  # how often rank 0 looks whether somebody has connected and says nothing
 LATE_S = 5.0  # for a shared file system to show a new file
 
@@ -172,37 +172,83 @@ class Heard:
         return words
 
 
+class Complaint(NamedTuple):
+    host: str
+    text: str
+
+
 def judge(words: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str], timed_out: bool) -> list[str]:
     """What is wrong, a line for each problem, which begins with the hosts that have it.
 
     `words` is what each rank has said, `hosts` where each rank is. `timed_out` says that not all ranks have
     ended in time.
     """
-    wrong: dict[str, list[str]] = {}
-    for r in sorted(words):
-        for text in words[r].get("problems", ()):
-            wrong.setdefault(text, []).append(hosts[r])
-    facts = {r: words[r]["facts"] for r in sorted(words) if words[r].get("facts")}
-    tellers = list(facts)
-    for name in next(iter(facts.values()), ()):
-        values = [facts[r][name] for r in tellers]
+    complaints = _problems_that_ranks_found(words, hosts)
+    complaints += _facts_that_differ(words, hosts)
+    if timed_out:
+        complaints += _ranks_that_hang(words, hosts)
+    if not complaints:  # whatever else is wrong may well be why the ranks do not come together
+        complaints = _sums_that_failed(words, hosts, timed_out)
+    return _a_line_for_each_text(complaints)
+
+
+def _problems_that_ranks_found(
+    words: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str]
+) -> list[Complaint]:
+    """What the ranks themselves have found wrong on their hosts."""
+    found = []
+    for rank in sorted(words):
+        for text in words[rank].get("problems", ()):
+            found.append(Complaint(hosts[rank], text))
+    return found
+
+
+def _facts_that_differ(words: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str]) -> list[Complaint]:
+    """Hosts whose versions or code are not those of most hosts. One rank of each host tells its facts."""
+    tellers = [rank for rank in sorted(words) if words[rank].get("facts")]
+    if not tellers:
+        return []
+    found = []
+    for name in words[tellers[0]]["facts"]:
+        values = [words[rank]["facts"][name] for rank in tellers]
         usual, odd = majority(values)
         for position in odd:
             text = (
                 f"{name} is {values[position]} there, but {usual} elsewhere: start every host from the "
                 "same environment and the same copy of the code."
             )
-            wrong.setdefault(text, []).append(hosts[tellers[position]])
-    if timed_out:
-        for r in sorted(hosts):
-            if "problems" not in words.get(r, ()):
-                wrong.setdefault(STUCK, []).append(hosts[r])
-    if not wrong:  # what else is wrong may well be why the ranks do not come together
-        stuck = f"an all-reduce does not come to an end: {FABRIC}" if timed_out else ""
-        for r in sorted(hosts):
-            if text := words.get(r, {}).get("added", stuck):
-                wrong.setdefault(text, []).append(hosts[r])
-    return [f"{some(list(dict.fromkeys(where)))}: {text}" for text, where in wrong.items()]
+            found.append(Complaint(hosts[tellers[position]], text))
+    return found
+
+
+def _ranks_that_hang(words: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str]) -> list[Complaint]:
+    """Ranks that have not even said what they found: their own checks have not come to an end."""
+    silent = [rank for rank in sorted(hosts) if "problems" not in words.get(rank, ())]
+    return [Complaint(hosts[rank], STUCK) for rank in silent]
+
+
+def _sums_that_failed(
+    words: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str], timed_out: bool
+) -> list[Complaint]:
+    """Ranks that could not add up numbers with the others, or were still at it when the time was over."""
+    found = []
+    for rank in sorted(hosts):
+        said = words.get(rank, {})
+        if said.get("added"):
+            found.append(Complaint(hosts[rank], said["added"]))
+        elif "added" not in said and timed_out:
+            found.append(Complaint(hosts[rank], f"an all-reduce does not come to an end: {FABRIC}"))
+    return found
+
+
+def _a_line_for_each_text(complaints: Sequence[Complaint]) -> list[str]:
+    """Hosts with the same problem share a line."""
+    hosts_of: dict[str, list[str]] = {}
+    for host, text in complaints:
+        hosts_here = hosts_of.setdefault(text, [])
+        if host not in hosts_here:
+            hosts_here.append(host)
+    return [f"{some(where)}: {text}" for text, where in hosts_of.items()]
 
 
 # --- in the allocation: on every rank -----------------------------------------------------------
@@ -210,14 +256,17 @@ def judge(words: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str], time
 
 def main() -> int:
     """Runs the checks on one rank and prints what it finds, as JSON; returns its exit code."""
-    task, environ = json.loads(sys.argv[1]), os.environ
-    rank, size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
+    task = json.loads(sys.argv[1])
+    environ = os.environ
+    rank = int(environ["RANK"])
+    size = int(environ["WORLD_SIZE"])
     place = (environ[variables.MASTER_ADDR], int(environ[variables.MASTER_PORT]))
     try:
         listener = None
-        if rank == 0 and size > 1:  # before others come to connect
+        if rank == 0 and size > 1:  # before its own checks: the other ranks may come earlier
             listener = links.listen(*place, connections=size)
-        _tell(problems=problems(task, environ), facts=facts() if environ["LOCAL_RANK"] == "0" else None)
+        is_first_here = environ["LOCAL_RANK"] == "0"
+        _tell(problems=problems(task, environ), facts=facts() if is_first_here else None)
         if size > 1:
             add_by_tcp(rank, size, place, listener, environ[variables.RANKS_SECRET])
             add_by_mpi(environ)
@@ -275,9 +324,11 @@ def device_problem(device: str | None, environ: Mapping[str, str]) -> str:
 
 
 def _run_dir_problem(token: str | None) -> str:
+    """What is wrong with the run directory, in which `allranks launch` has made the file `token`."""
     if token is None:
         return ""
-    path, until = Path(token), time.monotonic() + LATE_S
+    path = Path(token)
+    until = time.monotonic() + LATE_S
     while not path.exists():
         if time.monotonic() > until:
             return (
@@ -291,7 +342,11 @@ def _run_dir_problem(token: str | None) -> str:
 
 
 def _data_problem(data: Mapping[str, Any] | None) -> str:
-    if data is None or (data["fetch"] and not list(Path(data["root"]).glob("*/raw/*ubyte*"))):
+    """What is wrong with this host's copy of MNIST, if the training reads one."""
+    if data is None:
+        return ""
+    is_there = any(Path(data["root"]).glob("*/raw/*ubyte*"))
+    if data["fetch"] and not is_there:
         return ""  # rank 0 will fetch it
     from allranks.data import mnist
 

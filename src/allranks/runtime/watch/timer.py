@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 
 from allranks.base import processes
@@ -27,7 +28,10 @@ def time_limit(limit_s: float, who: str, words: str, spare_s: float = 0.0) -> It
     Must be entered by the main thread: the helper ends when the thread ends that started it.
     """
     parent = os.getpid()
-    helper = os.fork()
+    with warnings.catch_warnings():
+        # Python 3.12 warns of a fork beside other threads, whose locks stay locked. The helper takes none.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        helper = os.fork()
     if helper == 0:
         _help(parent, limit_s, who, words, spare_s)
     try:
