@@ -45,7 +45,8 @@ class AllranksLauncher(Launcher):  # type: ignore[misc,unused-ignore]
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        self.context, self.config = hydra_context, config
+        self.context = hydra_context
+        self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         return [
@@ -53,6 +54,7 @@ class AllranksLauncher(Launcher):  # type: ignore[misc,unused-ignore]
         ]
 
     def _one(self, overrides: list[str], number: int) -> JobReturn:
+        """Runs or queues one job of the sweep, and waits until that command has ended."""
         import subprocess
         import sys
         from pathlib import Path
@@ -62,21 +64,24 @@ class AllranksLauncher(Launcher):  # type: ignore[misc,unused-ignore]
 
         config = self.context.config_loader.load_sweep_config(self.config, overrides)
         with open_dict(config):
-            config.hydra.job.id, config.hydra.job.num = str(number), number
+            config.hydra.job.id = str(number)
+            config.hydra.job.num = number
+
+        # What Hydra itself writes into a job's directory is written here, once, rather than by each rank.
         directory = Path(config.hydra.sweep.dir, config.hydra.sweep.subdir).absolute()
         records = directory / (config.hydra.output_subdir or "")
-        records.mkdir(parents=True, exist_ok=True)  # here once, rather than by each rank
+        records.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(OmegaConf.create(overrides), records / "overrides.yaml")
         keys = [str(key) for key in config if key != "hydra"]
         OmegaConf.save(OmegaConf.masked_copy(config, keys), records / "config.yaml")
+
         quoted = str(directory).replace("\\", "\\\\").replace("'", "\\'")
         own = [f"hydra.run.dir='{quoted}'", f"hydra.job.num={number}", f"hydra.job.id={number}"]
-        program = [
-            sys.executable, *_application(), *overrides, *self._hydra_overrides(), *own,
-            "hydra.output_subdir=null",
-        ]  # fmt: skip
+        program = [sys.executable, *_application(), *overrides, *self._hydra_overrides(), *own]
+        program.append("hydra.output_subdir=null")
         argv = [sys.executable, "-m", "allranks", *self._command(), "--", *program]
         code = subprocess.run(argv, check=False).returncode
+
         result = JobReturn(
             overrides=overrides, cfg=config, working_dir=str(directory), task_name=config.hydra.job.name
         )
