@@ -233,7 +233,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(lab, tmp_path):
         time.sleep(0.15)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130, err
-    assert "nothing had been saved: run.dir=run begins again" in out
+    assert f"nothing had been saved: run.dir={tmp_path}/run begins again" in out
     assert err == "allranks: interrupted\n"
 
 
