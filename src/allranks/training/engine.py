@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -52,6 +53,18 @@ class _EpochFigures(NamedTuple):
     eval_s: float  # spent in the evaluations after them
 
 
+@dataclass(frozen=True)
+class _Surroundings:
+    """What a training works with from its first epoch to its last."""
+
+    data: Data
+    trainer: TrainerConfig
+    seed: int
+    runtime: Runtime
+    control: Control  # saves and stops
+    report: Reporter  # tells
+
+
 def fit(
     training: Training,
     data: Data,
@@ -65,20 +78,19 @@ def fit(
 
     `control` saves and stops, `report` tells. Returns False where the ranks agreed to stop before the end.
     """
+    around = _Surroundings(data, trainer, seed, runtime, control, report)
     runtime.progress.compiles = trainer.compile  # the epoch's last batch may be smaller: compiled once more
     is_first = True
     while training.epoch < trainer.epochs:
         started = time.perf_counter() - training.epoch_s
         step_before = training.step
-        if not _train_epoch(
-            training, data.train, trainer, seed, runtime, control, report, is_first, started
-        ):
+        if not _train_epoch(training, around, is_first, started):
             return False
         # A run that was stopped in the evaluation after an epoch's last step goes on with that evaluation.
         # Its first step comes later then.
         is_first = is_first and training.step == step_before
         try:
-            figures = _evaluate_epoch(training, data, trainer, seed, runtime, control, started)
+            figures = _evaluate_epoch(training, around, started)
         except EvaluationStopped:
             control.save_before_evaluation(training)
             return False
@@ -91,22 +103,16 @@ def fit(
     return True
 
 
-def _train_epoch(
-    training: Training,
-    part: Part,
-    trainer: TrainerConfig,
-    seed: int,
-    runtime: Runtime,
-    control: Control,
-    report: Reporter,
-    is_first: bool,
-    started: float,
-) -> bool:
+def _train_epoch(training: Training, around: _Surroundings, is_first: bool, started: float) -> bool:
     """Takes the steps that are left of the current epoch; False where the ranks agreed to stop in between.
 
     `is_first`: whether this process has not taken a step yet. `started`: when the epoch's steps began, by
     time.perf_counter(), as if nothing had interrupted them.
     """
+    part = around.data.train
+    trainer = around.trainer
+    seed = around.seed
+    runtime = around.runtime
     batch_size = global_batch_size(trainer, runtime.world_size)
     steps = steps_per_epoch(len(part), batch_size)
     if training.epoch_steps == 0:
@@ -115,30 +121,26 @@ def _train_epoch(
     runtime.progress.completed(training.step)
     training.trained.train()  # walks all modules, so it is not called in every step
     with part.explained():
-        for shares in report.progress(batches, training, steps):
+        for shares in around.report.progress(batches, training, steps):
             if is_first:
                 settle_buckets(training, shares[0], trainer.precision, runtime)
                 is_first = False
             train_step(training, shares, trainer, seed, runtime)
             at_end = training.epoch_steps == steps
-            if control.is_due(training.step) or at_end:
+            if around.control.is_due(training.step) or at_end:
                 training.epoch_s = time.perf_counter() - started
-                if control.agree_to_stop(training, evaluates_next=at_end):
+                if around.control.agree_to_stop(training, evaluates_next=at_end):
                     return False
             runtime.progress.completed(training.step)
     return True
 
 
-def _evaluate_epoch(
-    training: Training,
-    data: Data,
-    trainer: TrainerConfig,
-    seed: int,
-    runtime: Runtime,
-    control: Control,
-    started: float,
-) -> _EpochFigures:
-    """The figures of an epoch whose steps, begun at `started`, are all taken."""
+def _evaluate_epoch(training: Training, around: _Surroundings, started: float) -> _EpochFigures:
+    """The figures of an epoch whose steps, begun at `started`, are all taken.
+
+    Raises EvaluationStopped where the ranks agreed to stop in between.
+    """
+    runtime = around.runtime
     if runtime.world_size > 1:
         # Each rank's BatchNorm has statistics of its own. Rank 0's are evaluated and saved.
         for buffer in training.model.buffers():
@@ -147,11 +149,15 @@ def _evaluate_epoch(
     trained = time.perf_counter()
     runtime.progress.compiles = False
 
-    if trainer.train_metrics == "running":
+    def figures(part: Part) -> Figures:
+        precision = around.trainer.precision
+        return evaluate(training.model, part, precision, around.seed, runtime, around.control)
+
+    if around.trainer.train_metrics == "running":
         train = training.sums.total(runtime)
     else:
-        train = evaluate(training.model, data.train, trainer.precision, seed, runtime, control)
-    val = evaluate(training.model, data.val, trainer.precision, seed, runtime, control)
+        train = figures(around.data.train)
+    val = figures(around.data.val)
     ended = time.perf_counter()
     return _EpochFigures(train, val, train_s=trained - started, eval_s=ended - trained)
 
