@@ -1,4 +1,4 @@
-"""`allranks launch`: the arguments, and from them to a dry run or a running job. No torch."""
+"""`allranks launch`: from its command line to a dry run, or to ranks that run. No torch."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class Figures(NamedTuple):
     test_accuracy: float | None  # of a finished run, in percent
 
     def columns(self) -> tuple[str, str, str]:
-        """As cells of a table."""
+        """The figures as cells of a table; `-` for one that is not known."""
         return str(self.epochs), _percent(self.val_accuracy), _percent(self.test_accuracy)
 
 

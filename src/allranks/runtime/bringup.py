@@ -1,4 +1,4 @@
-"""From a launcher's word to ranks that can work together: devices, threads, the process group.
+"""Brings the ranks up: from what a launcher has told each of them to ranks that can work together.
 
 open_runtime() takes these steps, on every rank:
 
@@ -66,7 +66,7 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank sits among the others."""
+    """Where a rank is among the others: on which host, and which of the ranks there."""
 
     local_rank: int
     local_world_size: int
@@ -76,7 +76,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Equipment:
-    """What a rank has found on its place."""
+    """What a rank works with: its device, and how the others can look after it."""
 
     facts: RankFacts
     oversubscribe: bool  # whether ranks may share a device

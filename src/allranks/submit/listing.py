@@ -1,4 +1,4 @@
-"""`allranks runs` and `allranks cancel`: what became of runs and their jobs, and an end to these."""
+"""`allranks runs` lists runs, and says what became of them; `allranks cancel` ends the jobs of one."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ class Reporter:
     def progress(
         self, batches: Iterable[list[Batch]], training: Training, steps: int
     ) -> Iterator[list[Batch]]:
-        """The same batches, with a bar on rank 0's terminal."""
+        """Gives the batches one by one, and shows a progress bar on rank 0's terminal."""
         if not (self.runtime.is_main and sys.stderr.isatty()):
             return iter(batches)
         from tqdm import tqdm

@@ -155,7 +155,7 @@ class Saver:
         self._pending = self._writer.submit(self._write, training.step, captured)
 
     def wait(self) -> None:
-        """Until the save under way is done. Raises UserError where another run has taken the directory.
+        """Waits until the save under way is done; raises UserError where another run has the directory.
 
         A save that failed is told in a warning and kept in `failure`: the training goes on.
         """

@@ -288,7 +288,7 @@ def _load(content: bytes) -> dict[str, torch.Tensor]:
 
 
 def _put_together(node: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """What _taken_apart() took apart."""
+    """The state_dict that _taken_apart() has turned into JSON and tensors."""
     if isinstance(node, list):
         return [_put_together(item, tensors) for item in node]
     if not isinstance(node, dict):
