@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from allranks.base.errors import EXIT_REQUEUE, EXIT_TIMED_OUT, EXIT_USER_ERROR
+from allranks.compose import from_command_line
 from allranks.job import machine
 from allranks.job.hosts import Allocation, Host
 from allranks.launch.attempts import GROUPS, Launch, Next, Progress, unreachable, what_next
@@ -198,6 +199,7 @@ class Slow(torch.nn.Linear):
 """
 
 
+@pytest.mark.long
 def test_a_training_whose_save_takes_13_s_is_given_the_time(tmp_path):
     (tmp_path / "slow_model.py").write_text(SLOW)
     words = ["launch", "-n", "1", "--no-preflight", "run.dir=run", "trainer.epochs=1000", *SMALL]
@@ -211,6 +213,8 @@ def test_a_training_whose_save_takes_13_s_is_given_the_time(tmp_path):
     assert len(list((tmp_path / "run/checkpoints").glob("step-*"))) == 1
 
 
-def test_grace_is_ten_seconds_for_a_program_and_may_be_given(tmp_path):
+def test_a_program_has_ten_seconds_and_a_training_what_its_watchdog_allows():
     assert launched(environ={}).grace() == 10
-    assert launched(environ={}, grace_s=3).grace() == 3
+    [config] = from_command_line(["watchdog.step_s=50", "watchdog.save_s=400"])
+    assert launched(environ={}, config=config).grace() == 450
+    assert launched(environ={}, config=config, grace_s=3).grace() == 3
