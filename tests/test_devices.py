@@ -31,6 +31,13 @@ def test_a_device_each_is_fine_on_every_host():
     assert [told.ranks for told in for_others] == [[], []]
 
 
+def test_devices_of_two_hosts_with_one_name_are_not_shared():
+    """As the nodes of a badly set up cluster: each has a first GPU, which is not the same one."""
+    one, two = (found(r, "localhost", "localhost/0/0") for r in range(2))
+    two = replace(two, facts=replace(two.facts, boot_id="of another kernel"))
+    assert {told.shared_devices for told in agreement([one, two])} == {False}
+
+
 def test_more_ranks_than_devices_are_refused_with_the_numbers():
     ranks = [found(r, "node7", f"GPU-{r % 2}") for r in range(3)]
     with pytest.raises(UserError) as refused:

@@ -238,6 +238,7 @@ def _equip(
         pid=os.getpid(),
         local_rank=place.local_rank,
         device=picked.name,
+        boot_id=boot_id(),
     )
     equipment = Equipment(facts, config.oversubscribe, watch, str(error) if error else None)
     return picked.device, kind, equipment
@@ -331,17 +332,17 @@ def agreement(equipments: Sequence[Equipment]) -> list[Agreement]:
 
 def _share_devices(ranks: Sequence[RankFacts], allowed: bool) -> bool:
     """Whether any two ranks have the same device. Ranks may always share a host's CPUs."""
-    first_with: dict[tuple[str, str], int] = {}
+    first_with: dict[tuple[tuple[str, str | None], str], int] = {}  # by host and device
     shared = False
     for facts in ranks:
         if facts.device == "cpu":
             continue
-        first = first_with.setdefault((facts.host, facts.device), facts.rank)
+        first = first_with.setdefault((facts.host_identity, facts.device), facts.rank)
         if first == facts.rank:
             continue
         shared = True
         if not allowed:
-            here = [other for other in ranks if other.host == facts.host]
+            here = [other for other in ranks if other.host_identity == facts.host_identity]
             devices = len({other.device for other in here})
             raise UserError(
                 f"{len(here)} ranks on {facts.host} share {devices} device{'s' * (devices > 1)} (ranks "

@@ -28,13 +28,25 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RankFacts:
-    """One rank of a run, as environment.json lists it."""
+    """One rank of a run."""
 
     rank: int
     host: str
     pid: int
     local_rank: int
-    device: str  # a name for the physical device: ranks that have the same name share it
+    device: str  # a name for the physical device: ranks of one host that have the same name share it
+    boot_id: str | None = None  # of the host's kernel: two hosts may have one name
+
+    @property
+    def host_identity(self) -> tuple[str, str | None]:
+        """Equal for two ranks that are on one host."""
+        return self.host, self.boot_id
+
+    def to_json(self) -> dict[str, Any]:
+        """As environment.json lists it."""
+        values = asdict(self)
+        del values["boot_id"]
+        return values
 
 
 @dataclass
@@ -198,7 +210,7 @@ class Runtime:
             "collectives": self.collectives,
             "world_size": self.world_size,
             "threads_per_rank": self.threads,
-            "ranks": [asdict(facts) for facts in self.ranks],
+            "ranks": [facts.to_json() for facts in self.ranks],
         }
 
     def close(self) -> None:

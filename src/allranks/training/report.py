@@ -79,7 +79,7 @@ class Reporter:
     def started(self) -> None:
         """The ranks have come up: says how many train where, and by what means they work together."""
         runtime = self.runtime
-        hosts = len({facts.host for facts in runtime.ranks})
+        hosts = len({facts.host_identity for facts in runtime.ranks})
         self._say(who_trains(runtime.world_size, hosts, runtime.device.type, runtime.threads))
         if runtime.world_size > 1:
             self._say(how_they_work_together(runtime.identity.launcher, runtime.kind, runtime.collectives))
