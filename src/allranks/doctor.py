@@ -30,11 +30,13 @@ from allranks.base.files import file_system
 from allranks.base.text import one_line
 from allranks.job.hosts import find_allocation
 
-LIMIT_S = 30.0  # for one check; torch's first import on a cold file system takes long
-TOOL_S = 8.0  # for one command of a scheduler or MPI
-WIDTH = 80
+LIMIT_S = 30.0  # for all checks, which run side by side; torch's first import takes long on a slow disk
+TOOL_S = 8.0  # for one command of a scheduler or MPI; a scheduler that is well answers within a second
+WIDTH = 80  # columns of text
 REINSTALL = "Reinstall what the message names; if it is allranks, report it."
+# What the drivers of GPUs put into /dev, whether or not torch can use them.
 DEVICE_FILES = {"NVIDIA": "/dev/nvidia0", "AMD": "/dev/kfd"}
+# Types of file systems that other nodes do not see.
 NODE_LOCAL = ("tmpfs", "ramfs", "ext2", "ext3", "ext4", "xfs", "btrfs", "overlay", "zfs")
 OTHER_MPI = "belongs to another MPI"
 
@@ -99,6 +101,7 @@ def examine_all(limit_s: float = LIMIT_S) -> dict[str, list[Finding]]:
 
 
 def _examine(check: Callable[[], Findings]) -> list[Finding]:
+    """What the check finds; whatever it raises is a finding as well."""
     try:
         return list(check())
     except UserError as problem:
@@ -126,12 +129,14 @@ def as_text(found: Mapping[str, Sequence[Finding]]) -> str:
 
 
 def as_json(found: Mapping[str, Sequence[Finding]]) -> str:
+    """The findings as one JSON object: which allranks, which host, when, and a list of findings."""
     rows = [{"check": name, **asdict(f)} for name, findings in found.items() for f in findings]
     about = {"allranks": allranks.__version__, "host": socket.gethostname(), "time": _now()}
     return json.dumps({**about, "findings": rows}, indent=2)
 
 
 def _wrapped(label: str, text: str) -> list[str]:
+    """Lines of at most WIDTH columns that begin with the label; the home directory is shown as ~."""
     home = os.environ.get("HOME", "")
     text = text.replace(f"{home}/", "~/") if len(home) > 1 else text
     return textwrap.wrap(label + text, WIDTH, subsequent_indent=" " * len(label), break_on_hyphens=False)
@@ -145,6 +150,7 @@ def _now() -> str:
 
 
 def python() -> Findings:
+    """Which Python runs which allranks."""
     where = "in a virtual environment" if sys.prefix != sys.base_prefix else "no virtual environment"
     yield ok(f"{platform.python_version()} at {sys.executable} ({where}), {platform.platform()}")
     yield ok(f"allranks {allranks.__version__} at {Path(allranks.__file__).parent}")
@@ -153,6 +159,7 @@ def python() -> Findings:
 
 
 def torch() -> Findings:
+    """Which torch is there, and whether it sees the GPUs of this host."""
     try:
         import torch
     except ImportError as problem:
@@ -245,6 +252,7 @@ def ezpz() -> Findings:
 
 
 def scheduler() -> Findings:
+    """Whether PBS or Slurm is there, and answers."""
     from allranks.job.scheduler import SCHEDULERS
 
     seen = False
@@ -271,6 +279,7 @@ def scheduler() -> Findings:
 
 
 def machine() -> Findings:
+    """Which machine file is taken for this host."""
     from allranks.job import machine
 
     yield ok(f"{machine.load().name} (chosen by host name; --machine takes another)")
@@ -298,6 +307,7 @@ def ranks() -> Findings:
 
 
 def data() -> Findings:
+    """Whether MNIST is there, and intact."""
     from allranks.data import mnist
 
     root = str(Path(os.environ.get("ALLRANKS_DATA") or "data").expanduser())
@@ -313,7 +323,6 @@ def data() -> Findings:
 
 def run_dir() -> Findings:
     """Whether a run directory can be made below here, and what the file system is good for."""
-
     above = next(p for p in [Path("runs").absolute(), *Path("runs").absolute().parents] if p.is_dir())
     try:
         with tempfile.TemporaryDirectory(prefix=".allranks-doctor-", dir=above) as folder:
@@ -337,6 +346,7 @@ def run_dir() -> Findings:
 
 
 def threads() -> Findings:
+    """How many CPUs this process may use, and whether OMP_NUM_THREADS goes with that."""
     from allranks.base.processes import usable_cpus
 
     mine, there = usable_cpus(), os.cpu_count() or 1
@@ -372,6 +382,7 @@ CHECKS: dict[str, Callable[[], Findings]] = {
 
 
 def _start(command: Sequence[str]) -> subprocess.Popen[str]:
+    """Starts a command in a session of its own, so that all that it starts can be ended with it."""
     return subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, errors="replace", start_new_session=True,
@@ -394,6 +405,7 @@ def _result(child: subprocess.Popen[str], limit_s: float) -> tuple[str, str]:
 
 
 def _tool(command: Sequence[str]) -> tuple[str, str]:
+    """(stdout, problem) of a command of a scheduler or MPI; `problem` is empty where all is well."""
     try:
         return _result(_start(command), TOOL_S)
     except OSError as problem:

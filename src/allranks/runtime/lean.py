@@ -1,7 +1,9 @@
 """Keeping torch's compiler out of processes that compile nothing.
 
-Optimizers and DDP import torch._dynamo, and with it the whole compiler, only to say that they must not
-be compiled: 1.2 s and some 15,000 file-system calls on every rank (benchmarks/startup.py).
+Optimizers and DDP import torch._dynamo, and with it the whole compiler, only to say that they must not be
+compiled. That costs 1.2 s and some 15,000 file-system calls on every rank (benchmarks/startup.py). Here
+small modules stand in for the compiler's. They answer the few questions that training without compilation
+asks. If anything else is asked of them, the real compiler is imported after all.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ def keep_compiler_out() -> None:
 
 
 def _real(name: str) -> ModuleType:
+    """The compiler's own module of this name, which takes the place of what stood in for it."""
     if isinstance(sys.modules.get(NAME), _Understudy):
         del sys.modules[NAME]
         del torch._dynamo

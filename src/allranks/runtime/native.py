@@ -1,4 +1,7 @@
-"""The process group by plain torch.distributed."""
+"""The process group by torch.distributed alone, without ezpz.
+
+A process group is what torch's collectives work on: the ranks, and the connections between them.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,11 @@ from allranks.runtime.meeting import Meeting
 
 
 def start(meeting: Meeting, backend: str, device: torch.device, timeout_s: float) -> None:
-    """Makes the default process group on the meeting's store; no port besides the store's is needed."""
+    """Makes the default process group of all ranks.
+
+    The ranks find each other through the store of their meeting, so that no further port is needed. A
+    collective that takes longer than `timeout_s` seconds fails.
+    """
     assert meeting.store is not None  # there are several ranks
     dist.init_process_group(
         backend,
@@ -31,7 +38,11 @@ def backends() -> list[str]:
 
 
 def wrap(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """DistributedDataParallel, laid out for small models: no copies between gradients and buckets."""
+    """The model in DistributedDataParallel (DDP), on this rank's device.
+
+    Gradients are views of DDP's buckets: for small models the copies between them would take a good part of
+    a step.
+    """
     return torch.nn.parallel.DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type in ("cuda", "xpu") else None,
