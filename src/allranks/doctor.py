@@ -51,14 +51,17 @@ class Finding:
 
 
 def ok(text: str) -> Finding:
+    """A finding that is as it should be."""
     return Finding("ok", text)
 
 
 def warn(text: str, remedy: str) -> Finding:
+    """A finding that may be in the way of a training."""
     return Finding("warn", text, remedy)
 
 
 def error(text: str, remedy: str) -> Finding:
+    """A finding that prevents a training."""
     return Finding("error", text, remedy)
 
 

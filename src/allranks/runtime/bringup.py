@@ -361,6 +361,8 @@ def _raise_errors(errors: Sequence[str | None]) -> None:
 
 
 class PickedDevice(NamedTuple):
+    """The device that a rank computes on."""
+
     device: torch.device
     name: str  # of the physical thing behind it: two ranks that have the same one share it
 

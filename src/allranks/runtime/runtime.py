@@ -43,7 +43,7 @@ class RankFacts:
         return self.host, self.boot_id
 
     def to_json(self) -> dict[str, Any]:
-        """As environment.json lists it."""
+        """The facts as environment.json lists them."""
         values = asdict(self)
         del values["boot_id"]
         return values

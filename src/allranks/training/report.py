@@ -85,6 +85,7 @@ class Reporter:
             self._say(how_they_work_together(runtime.identity.launcher, runtime.kind, runtime.collectives))
 
     def data(self, data: Data, input_shape: Sequence[int]) -> None:
+        """The data is open: says how many examples there are, and of which shape."""
         self._say(
             "%s training, %s validation and %s test examples of %s",
             f"{len(data.train):,}", f"{len(data.val):,}", f"{len(data.test):,}",
@@ -160,6 +161,7 @@ class Reporter:
     # --- how it ends ----------------------------------------------------------------------------------
 
     def finished_before(self, directory: str) -> None:
+        """An earlier start has finished this run: says that nothing is left to do."""
         self._say("%s holds this run, finished already: nothing to do", directory)
 
     def interrupted(self) -> None:

@@ -88,7 +88,7 @@ def buffers_left_out(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _changed_buffers(training: Training) -> dict[str, torch.Tensor]:
-    """Those of buffers_left_out() that are not any more as the model's constructor has made them.
+    """The buffers of buffers_left_out() that have changed since the model's constructor made them.
 
     The others are made by the constructor again when a run goes on.
     """
