@@ -14,7 +14,7 @@ from allranks.base.errors import EXIT_REQUEUE, EXIT_TIMED_OUT, EXIT_USER_ERROR
 from allranks.compose import from_command_line
 from allranks.job import machine
 from allranks.job.hosts import Allocation, Host
-from allranks.launch.attempts import GROUPS, Launch, Next, Progress, unreachable, what_next
+from allranks.launch.attempts import GROUPS, Launch, Next, TrainingProgress, unreachable, what_next
 from allranks.launch.outcome import Outcome
 from allranks.launch.plan import Request
 from helpers import PYTHON, ROOT, SMALL, Started, execute, until
@@ -40,18 +40,18 @@ def outcome(code: int, stopped: bool = False) -> Outcome:
 )
 def test_only_a_crash_is_followed_by_a_restart(ended, restarts_left, expected):
     assert what_next(ended, restarts_left, None) is expected
-    assert what_next(ended, restarts_left, Progress(10)) is expected
+    assert what_next(ended, restarts_left, TrainingProgress(10)) is expected
 
 
 def test_the_third_crash_without_a_step_gained_is_the_last():
-    progress = Progress(0)
+    progress = TrainingProgress(0)
     seen = []
     for step in (0, 0, 50, 50, 50, 50):
         progress = progress.after_crash(step)
         seen.append(what_next(outcome(1), 9, progress))
     # twice at step 0; then a step was gained, and counting began anew
     assert seen == [Next.RESTART] * 5 + [Next.GIVE_UP]
-    assert progress == Progress(50, 3)
+    assert progress == TrainingProgress(50, 3)
 
 
 def test_a_program_whose_steps_nobody_counts_is_started_again_as_often_as_asked_for():

@@ -19,7 +19,7 @@ import pytest
 from allranks.base.errors import UserError
 from allranks.base.processes import process_stat
 from allranks.run import checkpoint, claim
-from allranks.run.claim import Claim, Verdict
+from allranks.run.claim import Claim, OwnerState
 from helpers import PYTHON, clean_environment, tree
 
 QUICK = {"BEAT_S": 0.2, "SILENT_S": 1.5}  # in place of 5 and 30 seconds
@@ -223,12 +223,12 @@ def test_what_a_watched_file_says_of_its_owner(run):
     touched = replace(seen, beat=seen.beat - 1)  # by a clock that was set back
     another = replace(seen, about={**seen.about, "token": "another"})
     silent_s = claim.SILENT_S
-    assert claim._verdict(seen, seen, 0) == Verdict.UNDECIDED
-    assert claim._verdict(seen, seen, silent_s - 0.1) == Verdict.UNDECIDED
-    assert claim._verdict(seen, seen, silent_s) == Verdict.SILENT
-    assert claim._verdict(seen, touched, 0) == claim._verdict(seen, touched, silent_s) == Verdict.ALIVE
-    assert claim._verdict(seen, another, silent_s) == Verdict.REPLACED
-    assert claim._verdict(seen, None, silent_s) == Verdict.REPLACED
+    assert claim._verdict(seen, seen, 0) == OwnerState.UNDECIDED
+    assert claim._verdict(seen, seen, silent_s - 0.1) == OwnerState.UNDECIDED
+    assert claim._verdict(seen, seen, silent_s) == OwnerState.SILENT
+    assert claim._verdict(seen, touched, 0) == claim._verdict(seen, touched, silent_s) == OwnerState.ALIVE
+    assert claim._verdict(seen, another, silent_s) == OwnerState.REPLACED
+    assert claim._verdict(seen, None, silent_s) == OwnerState.REPLACED
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from allranks.base.errors import EXIT_REQUEUE, EXIT_TIMED_OUT
-from allranks.launch.outcome import LOST_CODE, Evidence, Loss, Rank, Verdict, hosts_gone, verdict
+from allranks.launch.outcome import LOST_CODE, Conclusion, Evidence, Loss, Rank, conclusion, hosts_gone
 
 
 def ended(number: int, code: int, at: float = 0.0, signum: int = 0) -> Rank:
@@ -20,8 +20,8 @@ def lost(number: int, at: float, loss: Loss = Loss.CUT) -> Rank:
     return Rank(number, f"n{number}", LOST_CODE, 0, at, has_ended=True, loss=loss)
 
 
-def of(*ranks: Rank, world_size: int | None = None, **more: object) -> Verdict:
-    """The verdict on a launch whose ranks had all started, and whose launcher ended well."""
+def of(*ranks: Rank, world_size: int | None = None, **more: object) -> Conclusion:
+    """The conclusion on a launch whose ranks had all started, and whose launcher ended well."""
     known = Evidence(
         world_size=world_size or len(ranks),
         ranks=ranks,
@@ -34,11 +34,11 @@ def of(*ranks: Rank, world_size: int | None = None, **more: object) -> Verdict:
         problem=None,
         nobody_reads=False,
     )
-    return verdict(replace(known, **more))  # type: ignore[arg-type]
+    return conclusion(replace(known, **more))  # type: ignore[arg-type]
 
 
 def test_all_well():
-    assert of(ended(0, 0), ended(1, 0)) == Verdict(0, "")
+    assert of(ended(0, 0), ended(1, 0)) == Conclusion(0, "")
 
 
 def test_the_first_to_fail_gives_the_code_and_is_named():
@@ -51,11 +51,11 @@ def test_the_first_to_fail_gives_the_code_and_is_named():
 
 def test_ranks_that_all_fail_alike_are_said_to():
     told = of(ended(0, 1, at=2), ended(1, 1, at=1))
-    assert told == Verdict(1, "rank 1 on n1 ended with exit code 1, and so did all 2 ranks")
+    assert told == Conclusion(1, "rank 1 on n1 ended with exit code 1, and so did all 2 ranks")
 
 
 def test_one_rank_alone_is_the_first_of_nobody():
-    assert of(ended(0, 7)) == Verdict(7, "rank 0 on n0 ended with exit code 7")
+    assert of(ended(0, 7)) == Conclusion(7, "rank 0 on n0 ended with exit code 7")
 
 
 def test_a_killed_rank_explains_guards_that_vanish_just_before_its_end_is_known():
@@ -79,8 +79,8 @@ def test_of_ranks_that_are_lost_nobody_says_that_all_did_the_same():
 
 
 def test_stopped_in_order_is_no_failure():
-    assert of(ended(0, EXIT_REQUEUE), ended(1, 0)) == Verdict(EXIT_REQUEUE, "")
-    assert of(ended(0, EXIT_REQUEUE), stopped_by=signal.SIGTERM) == Verdict(EXIT_REQUEUE, "")
+    assert of(ended(0, EXIT_REQUEUE), ended(1, 0)) == Conclusion(EXIT_REQUEUE, "")
+    assert of(ended(0, EXIT_REQUEUE), stopped_by=signal.SIGTERM) == Conclusion(EXIT_REQUEUE, "")
 
 
 @pytest.mark.parametrize(
@@ -90,13 +90,13 @@ def test_stopped_in_order_is_no_failure():
 def test_a_signal_explains_ranks_that_fail_and_ranks_that_never_came(signum, code):
     failed = of(ended(0, 143, signum=15), stopped_by=signum)
     not_come = of(world_size=2, had_started=False, stopped_by=signum)
-    assert failed == not_come == Verdict(code, f"stopped by {signum.name}")
+    assert failed == not_come == Conclusion(code, f"stopped by {signum.name}")
 
 
 def test_a_signal_that_the_ranks_finished_before_changes_nothing():
-    assert of(ended(0, 0), stopped_by=signal.SIGTERM) == Verdict(0, "")
+    assert of(ended(0, 0), stopped_by=signal.SIGTERM) == Conclusion(0, "")
     in_preflight = of(ended(0, 0), stopped_by=signal.SIGTERM, signal_is_for_us=True)
-    assert in_preflight == Verdict(143, "stopped by SIGTERM")
+    assert in_preflight == Conclusion(143, "stopped by SIGTERM")
 
 
 def test_a_rank_that_did_not_end_on_a_signal_is_named():
@@ -106,20 +106,20 @@ def test_a_rank_that_did_not_end_on_a_signal_is_named():
 
 
 def test_what_no_rank_explains_goes_before_what_was_done_to_the_ranks_because_of_it():
-    problem = Verdict(EXIT_TIMED_OUT, "not done within 9 s")
+    problem = Conclusion(EXIT_TIMED_OUT, "not done within 9 s")
     assert of(ended(0, 143, signum=15), problem=problem) == problem
 
 
 def test_without_a_reader_it_ends_as_a_program_that_is_not_watched_over():
-    assert of(ended(0, 143, signum=15), nobody_reads=True) == Verdict(141, "")
+    assert of(ended(0, 143, signum=15), nobody_reads=True) == Conclusion(141, "")
 
 
 def test_the_launchers_own_end_counts_where_no_rank_has_failed():
     told = of(ended(0, 0), world_size=2, launcher_code=9)
-    assert told == Verdict(9, "mpiexec ended with exit code 9; 1 of 2 ranks had started")
+    assert told == Conclusion(9, "mpiexec ended with exit code 9; 1 of 2 ranks had started")
     assert of(world_size=2, launcher_code=-11).code == 139
     lingering = of(ended(0, 0), launcher_code=-9, launcher_was_killed=True)
-    assert lingering == Verdict(0, "", "mpiexec had not ended after its last rank, and was killed")
+    assert lingering == Conclusion(0, "", "mpiexec had not ended after its last rank, and was killed")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 
 from allranks.base.errors import UserError
 from allranks.job import pbs, scheduler, slurm
-from allranks.job.batch import JobRequest, NoAnswer, Unreached, seconds
+from allranks.job.batch import JobRequest, NoAnswer, ServerUnreached, seconds
 from helpers import ROOT
 
 PBS, SLURM = scheduler.named("pbs"), scheduler.named("slurm")
@@ -244,7 +244,7 @@ def test_an_answer_may_be_any_bytes(commands):
 )
 def test_a_server_that_is_not_reached_is_told_from_one_that_refuses(commands, command, said, code):
     commands(**{command: (said, code)})
-    with pytest.raises(Unreached, match="the scheduler is down"):
+    with pytest.raises(ServerUnreached, match="the scheduler is down"):
         (PBS if command == "qsub" else SLURM).submit("job.sh")
 
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from allranks.job.scheduler import NoAnswer, Unreached
+from allranks.job.scheduler import NoAnswer, ServerUnreached
 from allranks.submit import successor
 
 
@@ -38,7 +38,7 @@ def clock(monkeypatch):
 
 
 def test_a_server_that_comes_back_answers(clock):
-    server = Server(Unreached, times=5)
+    server = Server(ServerUnreached, times=5)
     assert successor._patiently(server, "run") == "7.pbs"
     assert clock == [1, 2, 4, 8, 15]
 
@@ -47,15 +47,15 @@ def test_patience_ends_with_the_jobs_time(clock, monkeypatch):
     """20 s after the deadline the job is killed; 5 s of these are left for the script's end."""
     monkeypatch.setenv("ALLRANKS_DEADLINE", str(int(time.time()) + 5))
     with pytest.raises(
-        Unreached, match="`allranks submit --cell 'a run'` does, from the newest checkpoint"
+        ServerUnreached, match="`allranks submit --cell 'a run'` does, from the newest checkpoint"
     ):
-        successor._patiently(Server(Unreached, times=10**6), "a run")
+        successor._patiently(Server(ServerUnreached, times=10**6), "a run")
     assert sum(clock) == 1 + 2 + 4 + 8
 
 
 def test_patience_ends_after_ten_minutes(clock):
-    with pytest.raises(Unreached):
-        successor._patiently(Server(Unreached, times=10**6), "run")
+    with pytest.raises(ServerUnreached):
+        successor._patiently(Server(ServerUnreached, times=10**6), "run")
     assert 585 <= sum(clock) <= 600
 
 

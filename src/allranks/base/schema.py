@@ -129,7 +129,7 @@ def _is_optional(hint: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Source:
+class Origin:
     """Where a tree was read, for messages: `machine.node.ranks=0 (polaris) is not valid: ...`."""
 
     prefix: str  # before each key: `machine.`
@@ -140,7 +140,7 @@ class Source:
         return UserError(f"{self.prefix}{key}={value} ({self.name}) is not valid: give {remedy}.{near}")
 
 
-def build(kind: Any, value: Any, source: Source, key: str = "") -> Any:
+def build(kind: Any, value: Any, source: Origin, key: str = "") -> Any:
     """`value`, which YAML gave, as a `kind`: a dataclass, tuple, dict, optional or plain type.
 
     `key` is the dotted key of `value`. A dataclass may have a classmethod `from_short(value)`, for what may
@@ -164,7 +164,7 @@ def build(kind: Any, value: Any, source: Source, key: str = "") -> Any:
     return _plain(kind, value, source, key)
 
 
-def _build_dataclass(kind: Any, values: Mapping[str, Any], source: Source, at: str) -> Any:
+def _build_dataclass(kind: Any, values: Mapping[str, Any], source: Origin, at: str) -> Any:
     hints = typing.get_type_hints(kind)
     for key in values:
         if str(key) not in hints:
@@ -188,7 +188,7 @@ def _build_dataclass(kind: Any, values: Mapping[str, Any], source: Source, at: s
     return kind(**made)
 
 
-def _plain(kind: Any, value: Any, source: Source, key: str) -> Any:
+def _plain(kind: Any, value: Any, source: Origin, key: str) -> Any:
     if names := typing.get_args(kind):  # a Literal
         if value not in names:
             near = did_you_mean(str(value), names)
@@ -203,7 +203,7 @@ def _plain(kind: Any, value: Any, source: Source, key: str) -> Any:
     return value
 
 
-def _of_type(value: Any, kind: Any, words: str, source: Source, key: str) -> Any:
+def _of_type(value: Any, kind: Any, words: str, source: Origin, key: str) -> Any:
     if value is None:  # `queues:` with nothing after it
         return kind() if isinstance(kind, type) else ()
     if not isinstance(value, kind):

@@ -42,7 +42,7 @@ class NoAnswer(UserError):
     """
 
 
-class Unreached(UserError):
+class ServerUnreached(UserError):
     """The server was not reached, so nothing was done: the same call may succeed later."""
 
 
@@ -122,7 +122,7 @@ def refusal(done: subprocess.CompletedProcess[str]) -> UserError:
     fitting = [remedy for pattern, remedy in _REMEDIES if re.search(pattern, said, flags=re.IGNORECASE)]
     remedy = fitting[0] if fitting else "put right what it names"
     failed = f"`{shlex.join(done.args)}` failed with exit code {done.returncode}"
-    kind = Unreached if _UNREACHED.search(said) else UserError
+    kind = ServerUnreached if _UNREACHED.search(said) else UserError
     return kind(f"{failed}: {said.rstrip('.')}. What may help: {remedy}.")
 
 

@@ -249,8 +249,8 @@ def _queues_that_take(machine: Machine, nodes: int, jobs: int) -> str:
 # --- finding and reading -------------------------------------------------------------------------
 
 
-def _source(name: str) -> schema.Source:
-    return schema.Source("machine.", name, "a machine")
+def _source(name: str) -> schema.Origin:
+    return schema.Origin("machine.", name, "a machine")
 
 
 def _files(config_dir: str | Path | None) -> dict[str, Path]:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from allranks.base.errors import UserError
-from allranks.job.batch import JobRequest, NoAnswer, ThisJob, Unreached
+from allranks.job.batch import JobRequest, NoAnswer, ServerUnreached, ThisJob
 from allranks.job.pbs import Pbs
 from allranks.job.slurm import Slurm
 
-__all__ = ["SCHEDULERS", "JobRequest", "NoAnswer", "Scheduler", "ThisJob", "Unreached"]
+__all__ = ["SCHEDULERS", "JobRequest", "NoAnswer", "Scheduler", "ServerUnreached", "ThisJob"]
 
 
 class Scheduler(Protocol):

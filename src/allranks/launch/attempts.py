@@ -114,15 +114,15 @@ class Next(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingProgress:
     """How far a training has come, and how often it has crashed there."""
 
     step: int  # of the newest checkpoint; 0 without one
     crashes_without_gain: int = 0  # in a row
 
-    def after_crash(self, step: int) -> Progress:
+    def after_crash(self, step: int) -> TrainingProgress:
         """The progress after a crash that left `step` as the newest checkpoint's."""
-        return Progress(step, self.crashes_without_gain + 1 if step == self.step else 0)
+        return TrainingProgress(step, self.crashes_without_gain + 1 if step == self.step else 0)
 
 
 def is_crash(outcome: Outcome) -> bool:
@@ -134,7 +134,7 @@ def is_crash(outcome: Outcome) -> bool:
     return outcome.code not in (0, EXIT_USER_ERROR, EXIT_REQUEUE) and not outcome.stopped
 
 
-def what_next(outcome: Outcome, restarts_left: int, progress: Progress | None) -> Next:
+def what_next(outcome: Outcome, restarts_left: int, progress: TrainingProgress | None) -> Next:
     """What follows an attempt that has ended like this. `progress` is None where nobody counts steps."""
     if not is_crash(outcome) or restarts_left == 0:
         return Next.END
@@ -152,7 +152,7 @@ def run(launch: Launch, check: bool) -> int:
     plan = launch.plan()
     if check:
         plan = _checked(launch, plan)
-    progress = Progress(newest_step(launch)) if launch.config else None
+    progress = TrainingProgress(newest_step(launch)) if launch.config else None
 
     for attempt in itertools.count(1):
         outcome = _attempt(launch, plan)
@@ -215,7 +215,7 @@ def _attempt(launch: Launch, plan: Plan) -> Outcome:
 
 
 def _about_restart(
-    outcome: Outcome, gone: Sequence[str], progress: Progress | None, number: int, of: int
+    outcome: Outcome, gone: Sequence[str], progress: TrainingProgress | None, number: int, of: int
 ) -> str:
     """One line that says why the ranks are started again, on what, and from which step."""
     parts = [outcome.failure]
@@ -251,7 +251,7 @@ def _checked(launch: Launch, plan: Plan) -> Plan:
             config=launch.config,
             run_dir=launch.directory,
         )
-    except preflight.Unreached as error:
+    except preflight.HostsUnreached as error:
         gone = _to_blame(launch, plan, error.gone)
         if not gone:
             raise

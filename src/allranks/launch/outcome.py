@@ -1,6 +1,6 @@
 """How a launch has ended: from what is known of the ranks to an exit code and one sentence. Pure.
 
-The supervisor collects what there is to know, and asks `verdict` once, when all is over.
+The supervisor collects what there is to know, and asks `conclusion` once, when all is over.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Rank:
         return self.code not in (None, 0, EXIT_REQUEUE)
 
 
-class Verdict(NamedTuple):
+class Conclusion(NamedTuple):
     """What the user is told about a launch that is over."""
 
     code: int  # the exit code of `allranks launch`
@@ -89,11 +89,11 @@ class Evidence:
     had_started: bool  # every rank had come
     stopped_by: int  # the signal that has ended the launch, or 0
     signal_is_for_us: bool  # not for the ranks: none of them could have stopped in order
-    problem: Verdict | None  # what no rank's end explains, such as a limit that was reached
+    problem: Conclusion | None  # what no rank's end explains, such as a limit that was reached
     nobody_reads: bool  # the reader of our output has gone
 
 
-def verdict(known: Evidence) -> Verdict:
+def conclusion(known: Evidence) -> Conclusion:
     """The exit code and what has failed, the first cause first."""
     failed = [r for r in known.ranks if r.has_failed]
     in_order = any(r.code == EXIT_REQUEUE for r in known.ranks)
@@ -102,13 +102,13 @@ def verdict(known: Evidence) -> Verdict:
     if known.stopped_by and (failed or not known.had_started or known.signal_is_for_us):
         return _stopped(known.stopped_by, failed)
     if known.nobody_reads and not known.stopped_by:
-        return Verdict(128 + signal.SIGPIPE, "")  # as a program ends that is not watched over
+        return Conclusion(128 + signal.SIGPIPE, "")  # as a program ends that is not watched over
     if known.problem is not None and not known.stopped_by:
         return known.problem
     if failed:
         return _first_failure(failed, known.world_size)
     if in_order:
-        return Verdict(EXIT_REQUEUE, "")
+        return Conclusion(EXIT_REQUEUE, "")
     return _of_launcher(known)
 
 
@@ -118,17 +118,17 @@ def hosts_gone(hosts: Sequence[str], ranks: Sequence[Rank]) -> tuple[str, ...]:
     return tuple(host for host in dict.fromkeys(hosts) if short(host) not in heard_of)
 
 
-def _stopped(signum: int, failed: Sequence[Rank]) -> Verdict:
-    """The verdict on a launch that a signal has ended before all ranks had ended in order."""
+def _stopped(signum: int, failed: Sequence[Rank]) -> Conclusion:
+    """The conclusion on a launch that a signal has ended before all ranks had ended in order."""
     code = EXIT_REQUEUE if signum in END_THE_JOB else 128 + signum
     sentence = f"stopped by {signal.Signals(signum).name}"
     silent = [f"{r.rank} on {r.host}" for r in failed if r.loss is Loss.SILENT]
     if silent:
         sentence += f"; rank {some(silent)} {Loss.SILENT.value}"
-    return Verdict(code, sentence)
+    return Conclusion(code, sentence)
 
 
-def _first_failure(failed: Sequence[Rank], world_size: int) -> Verdict:
+def _first_failure(failed: Sequence[Rank], world_size: int) -> Conclusion:
     first = _first_to_fail(failed)
     assert first.code is not None
     sentence = f"rank {first.rank} on {first.host} {first.how_it_ended()}"
@@ -138,7 +138,7 @@ def _first_failure(failed: Sequence[Rank], world_size: int) -> Verdict:
         sentence += f", and so did all {world_size} ranks"
     elif world_size > 1:
         sentence += f", the first of {world_size} ranks to fail; the others have been ended"
-    return Verdict(first.code, sentence)
+    return Conclusion(first.code, sentence)
 
 
 def _first_to_fail(failed: Sequence[Rank]) -> Rank:
@@ -156,8 +156,8 @@ def _first_to_fail(failed: Sequence[Rank]) -> Rank:
     return min(killed or silent or [first], key=when)
 
 
-def _of_launcher(known: Evidence) -> Verdict:
-    """The verdict on a launch in which no rank has failed: it depends on how the launcher itself ended."""
+def _of_launcher(known: Evidence) -> Conclusion:
+    """The conclusion on a launch in which no rank has failed: the launcher itself decides it."""
     code = known.launcher_code
     all_well = sum(r.code == 0 for r in known.ranks) == known.world_size
     remark = ""
@@ -165,7 +165,7 @@ def _of_launcher(known: Evidence) -> Verdict:
         remark = f"{known.launcher} had not ended after its last rank, and was killed"
         code = 0
     if code == 0 or known.stopped_by:
-        return Verdict(0, "", remark)
+        return Conclusion(0, "", remark)
     how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
     came = f"{len(known.ranks)} of {known.world_size} ranks had started"
-    return Verdict(128 - code if code < 0 else code, f"{known.launcher} ended with {how}; {came}")
+    return Conclusion(128 - code if code < 0 else code, f"{known.launcher} ended with {how}; {came}")

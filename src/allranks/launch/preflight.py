@@ -61,7 +61,7 @@ FABRIC = (
 # --- before the launch: on the supervisor's side ------------------------------------------------
 
 
-class Unreached(UserError):
+class HostsUnreached(UserError):
     """No rank came from the hosts `gone`; `said` is what the launcher has written."""
 
     def __init__(self, message: str, gone: Sequence[str], said: str) -> None:
@@ -126,7 +126,7 @@ def check(
     if outcome.code:
         said = heard.said.decode(errors="replace").rstrip()
         text = f"preflight: {outcome.failure}\n{said}".rstrip()
-        raise Unreached(text, outcome.gone, said) if outcome.gone else UserError(text)
+        raise HostsUnreached(text, outcome.gone, said) if outcome.gone else UserError(text)
     count = len(set(outcome.hosts.values()))
     return (
         f"preflight: {world_size} rank{'s' * (world_size > 1)} on {count} host{'s' * (count > 1)} "

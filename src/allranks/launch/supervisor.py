@@ -36,7 +36,7 @@ from allranks.job.hosts import address_for
 from allranks.launch import outcome
 from allranks.launch.console import HOLD_S, Console, Writer, terminal_size, terminals
 from allranks.launch.keyboard import Keyboard
-from allranks.launch.outcome import LOST_CODE, NEAR_S, Evidence, Loss, Outcome, Rank, Verdict
+from allranks.launch.outcome import LOST_CODE, NEAR_S, Conclusion, Evidence, Loss, Outcome, Rank
 
 START_S = 60.0  # until every rank has said who it is
 GRACE_S = 10.0  # from a user's SIGTERM or Ctrl-C to SIGKILL, for a program of which nothing is known
@@ -165,7 +165,7 @@ class Supervision:
         self.guarded: dict[int, Guarded] = {}  # by rank, those that have come
         self._newcomers: list[asyncio.StreamWriter] = []  # have connected, and not shown the secret yet
         self.stopped_by = 0  # the signal that ends the launch
-        self.problem: Verdict | None = None  # what no rank's end explains
+        self.problem: Conclusion | None = None  # what no rank's end explains
         self._writer = writer
         self._on_output = on_output
         self._reads_stdin = reads_stdin
@@ -226,12 +226,12 @@ class Supervision:
             await self._reap_launcher()
 
         ranks = [known.rank for known in self.guarded.values()]
-        verdict = outcome.verdict(self._evidence(Path(argv[0]).name, ranks))
-        self._show_last(verdict)
+        conclusion = outcome.conclusion(self._evidence(Path(argv[0]).name, ranks))
+        self._show_last(conclusion)
         await self._until_written()
         return Outcome(
-            code=verdict.code,
-            failure=verdict.sentence and f"{verdict.sentence}.",
+            code=conclusion.code,
+            failure=conclusion.sentence and f"{conclusion.sentence}.",
             hosts={r.rank: r.host for r in ranks},
             gone=outcome.hosts_gone(self.hosts, ranks),
             stopped=bool(self.stopped_by),
@@ -322,7 +322,7 @@ class Supervision:
         """Takes in a rank that has come; None where it is none of this launch."""
         problem = self._problem_with(hello)
         if problem:
-            self._fail(Verdict(1, problem))
+            self._fail(Conclusion(1, problem))
         if self.phase is Phase.ENDING:
             guard.write(links.message(code=1))
         if problem:
@@ -476,7 +476,7 @@ class Supervision:
             self.stopped_by = signum
             self._end_by_signal(signum, self.limits.grace_s if self._has_begun else 0)
 
-    def _fail(self, problem: Verdict) -> None:
+    def _fail(self, problem: Conclusion) -> None:
         """Ends all ranks because of something that no rank's end explains."""
         if self.phase is not Phase.ENDING:
             self.problem = problem
@@ -550,13 +550,13 @@ class Supervision:
             f"{len(missing)} of {self.world_size} ranks ({some(missing)}) did not start within "
             f"{self.limits.start_s:.0f} s. {where} allow more time"
         )
-        self._fail(Verdict(1, problem))
+        self._fail(Conclusion(1, problem))
 
     def _at_run_limit(self) -> None:
         ranks = [known.rank for known in self.guarded.values()]
         running = [f"{r.rank} on {r.host}" for r in ranks if r.code is None]
         problem = f"not done within {self.limits.run_s:.0f} s: rank {some(running)}"
-        self._fail(Verdict(EXIT_TIMED_OUT, problem))
+        self._fail(Conclusion(EXIT_TIMED_OUT, problem))
 
     # --- what is said ---------------------------------------------------------------------------
 
@@ -626,14 +626,14 @@ class Supervision:
             self.console.line(self._said.pop(0))
             count -= 1
 
-    def _show_last(self, verdict: Verdict) -> None:
+    def _show_last(self, conclusion: Conclusion) -> None:
         """What is still to be shown when all has ended."""
         explained = any(known.rank.code not in (0, None) for known in self.guarded.values())
         if not explained and not self.stopped_by:  # else the launcher speaks of what we name ourselves
             for line in self._said:
                 self.console.line(line)
-        if verdict.remark:
-            self.console.line(f"allranks: {verdict.remark}\n".encode())
+        if conclusion.remark:
+            self.console.line(f"allranks: {conclusion.remark}\n".encode())
         self.console.flush(force=True)
 
     async def _until_written(self) -> None:

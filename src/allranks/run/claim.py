@@ -67,7 +67,7 @@ class _Owner:
         return f"process {self.about.get('pid', '?')} on {self.about.get('host', '?')}{job}"
 
 
-class Verdict(enum.Enum):
+class OwnerState(enum.Enum):
     """What is known of an owner whose file is being watched."""
 
     ALIVE = "its file was touched: it has the directory"
@@ -211,17 +211,17 @@ def _is_gone(owner: _Owner, me: Mapping[str, Any]) -> bool:
         # the more time to touch its file, not the less.
         watched_s = time.monotonic() - began
         match _verdict(owner, _read(owner.path), watched_s):
-            case Verdict.REPLACED:
+            case OwnerState.REPLACED:
                 return False
-            case Verdict.ALIVE:
+            case OwnerState.ALIVE:
                 raise UserError(
                     f"{owner.path.parent} is in use by {owner}: wait until it has ended or end it, "
                     "or give another run.dir."
                 )
-            case Verdict.SILENT:
+            case OwnerState.SILENT:
                 why = f"has been silent for {SILENT_S:.0f} s"
                 break
-            case Verdict.UNDECIDED:
+            case OwnerState.UNDECIDED:
                 if not is_told:
                     log.info(
                         "%s has this run directory: looking for %.0f s if it is alive", owner, SILENT_S
@@ -232,15 +232,15 @@ def _is_gone(owner: _Owner, me: Mapping[str, Any]) -> bool:
     return True
 
 
-def _verdict(seen: _Owner, now: _Owner | None, watched_s: float) -> Verdict:
+def _verdict(seen: _Owner, now: _Owner | None, watched_s: float) -> OwnerState:
     """What follows from an owner's file as first `seen`, and as it is `now`, `watched_s` seconds later."""
     if now is None or now.identity != seen.identity:
-        return Verdict.REPLACED
+        return OwnerState.REPLACED
     if now.beat != seen.beat:
-        return Verdict.ALIVE
+        return OwnerState.ALIVE
     if watched_s >= SILENT_S:
-        return Verdict.SILENT
-    return Verdict.UNDECIDED
+        return OwnerState.SILENT
+    return OwnerState.UNDECIDED
 
 
 def _known_end(owner: Mapping[str, Any], me: Mapping[str, Any]) -> str | None:

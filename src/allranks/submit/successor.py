@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from allranks.base.errors import EXIT_REQUEUE, EXIT_STUCK, UserError
 from allranks.job import scheduler
-from allranks.job.scheduler import NoAnswer, Scheduler, ThisJob, Unreached
+from allranks.job.scheduler import NoAnswer, Scheduler, ServerUnreached, ThisJob
 from allranks.run import checkpoint
 from allranks.run.cells import JOB, is_finished, read_job
 from allranks.submit.queue import queue_again
@@ -66,7 +66,7 @@ def go_on(directory: str) -> int:
         return EXIT_REQUEUE
     try:
         _queue_successor(kind, directory, me)
-    except Unreached:
+    except ServerUnreached:
         mark.unlink(missing_ok=True)  # no successor was queued, so another try may queue one
         raise
     return EXIT_REQUEUE
@@ -95,9 +95,9 @@ def _patiently(ask: Callable[[], Answer], directory: str, changes: bool = True) 
     """What `ask` answers; it is asked again as long as the server is not reached and this job has time.
 
     Where it `changes` nothing, it is also asked again after no answer. Else that may have queued a job.
-    Raises Unreached at the end of that time, and says how the user can go on.
+    Raises ServerUnreached at the end of that time, and says how the user can go on.
     """
-    passing = (Unreached,) if changes else (Unreached, NoAnswer)
+    passing = (ServerUnreached,) if changes else (ServerUnreached, NoAnswer)
     deadline = os.environ.get("ALLRANKS_DEADLINE", "")
     left_s = int(deadline) + END_S - LAST_S - time.time() if deadline.isdecimal() else MOST_PATIENCE_S
     give_up_at = time.monotonic() + min(left_s, MOST_PATIENCE_S)
@@ -107,7 +107,7 @@ def _patiently(ask: Callable[[], Answer], directory: str, changes: bool = True) 
             return ask()
         except passing as error:
             if time.monotonic() + pause_s > give_up_at:
-                raise Unreached(
+                raise ServerUnreached(
                     f"{error} It was not reached until this job's end, so no job goes on: "
                     f"`allranks submit --cell {shlex.quote(directory)}` does, from the newest checkpoint."
                 ) from error
