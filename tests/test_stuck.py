@@ -11,9 +11,10 @@ import pytest
 
 from allranks.base import processes
 from allranks.launch.console import STDOUT, Writer
-from helpers import Started, until
+from helpers import Started, serial, until
 from launching import TOLD, by_hand, can_make_hosts, python, supervised
 
+pytestmark = serial  # limits of a few seconds
 HOST = socket.gethostname()
 
 # Says that it is there, and ends in order on SIGTERM, after leaving a file behind.
@@ -80,6 +81,7 @@ def test_guards_that_answer_are_left_alone(saved):
         assert started.finish(within_s=60)[0] == 0
 
 
+@pytest.mark.long
 def test_a_launch_that_was_itself_stopped_takes_no_guard_for_silent(saved):
     """As a scheduler stops a whole job and lets it go on: the clock jumps, and nobody is to blame."""
     program = python(saved.program + "time.sleep(8)")
@@ -142,6 +144,7 @@ def test_sigterm_ends_a_launch_whose_output_nobody_reads_and_the_ranks_save_firs
     assert saved() == ["0", "1"]
 
 
+@pytest.mark.long
 def test_sigterm_ends_a_launch_whose_terminal_was_stopped_by_ctrl_s(saved):
     keyboard, screen = os.openpty()
     command = supervised("mpiexec", 2, python(saved.program + "time.sleep(3)\n" + FLOODS))
@@ -163,10 +166,7 @@ def test_a_rank_that_fails_is_heard_of_although_the_console_is_full(saved):
     command = supervised("mpiexec", 2, python(saved.program + fails + FLOODS))
     with Started(command) as started:
         found = guards(started, 2)
-        deadline = time.monotonic() + 30
-        while processes.children(found[0]) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert processes.children(found[0]) == []  # rank 0's program was ended
+        until(lambda: not processes.children(found[0]), within_s=30)  # rank 0's program is ended
     assert saved() == ["0"]
 
 
