@@ -173,6 +173,8 @@ class Heard:
 
 
 class Complaint(NamedTuple):
+    """Something that is wrong on a host."""
+
     host: str
     text: str
 
