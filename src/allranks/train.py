@@ -200,11 +200,16 @@ def _importing_torch(compiles: bool) -> Iterator[None]:
     # libgomp reads this once, when torch loads it.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     gc.disable()  # the import makes a million objects, none of which is garbage
-    if not compiles:
-        from allranks.runtime import lean
+    if compiles:
+        yield
+    else:
+        from allranks.base.imports import without_path_lookups
 
-        lean.keep_compiler_out()
-    yield
+        with without_path_lookups():
+            from allranks.runtime import lean
+
+            lean.keep_compiler_out()
+            yield
     gc.freeze()  # from now on the collector passes over these objects
     gc.enable()
 

@@ -281,8 +281,11 @@ def cpu_quota(root: str = "/") -> float | None:
         # In a container the path may be the host's, of which only the container's own group is mounted.
         groups = [path[:end] for end in range(len(path) + 1) if end in (0, len(path)) or path[end] == "/"]
         for mount in mounts:
+            folder = f"{root.rstrip('/')}/sys/fs/cgroup/{mount}"
+            if not os.path.isdir(folder):  # noqa: PTH112  one call, where each group below costs several
+                continue
             for group in groups:
-                quotas += _quota_of(f"{root}/sys/fs/cgroup/{mount}{group}")
+                quotas += _quota_of(f"{folder}{group}")
     return min(quotas, default=None)
 
 
