@@ -305,7 +305,7 @@ def test_a_run_stopped_in_its_evaluations_has_the_bits_of_one_that_was_not(tmp_p
     assert "SIGTERM: stopping after this batch" in out
     assert "stopped by SIGTERM after step 12, in epoch 1 of 2; it is saved" in out
     out = stop_while_held(folder, command, evaluation=4, ranks=ranks)
-    assert "going on from run/checkpoints/step-000012: step 12, in epoch 1" in out
+    assert f"going on from {folder}/run/checkpoints/step-000012: step 12, in epoch 1" in out
     assert "stopped by SIGTERM after step 24, in epoch 2 of 2; it is saved" in out
     out = stop_while_held(folder, command, evaluation=3, ranks=ranks)
     assert "stopped by SIGTERM after step 24, in the test; it is saved" in out

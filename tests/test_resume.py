@@ -180,7 +180,7 @@ def test_a_signal_to_any_rank_stops_all_with_a_checkpoint(tmp_path, train, long_
     assert f"after step {step}" in out
     assert not (tmp_path / "run/summary.json").exists()
     went_on = train(*LONG, "run.dir=run", under="mpiexec", ranks=2).ok()
-    assert f"going on from run/checkpoints/step-{step:06d}" in went_on.out
+    assert f"going on from {tmp_path}/run/checkpoints/step-{step:06d}" in went_on.out
     assert figures(went_on.run) == figures(long_run)
 
 
@@ -263,7 +263,7 @@ def unfinish(run: Run) -> None:
 def test_a_finished_run_is_not_run_again(train, finished):
     before = {path: path.stat().st_mtime_ns for path in finished.path.rglob("*")}
     again = train(*SHORT, under="mpiexec", ranks=2).ok()
-    assert again.out == "run holds this run, finished already: nothing to do\n"
+    assert again.out == f"{finished.path} holds this run, finished already: nothing to do\n"
     assert {path: path.stat().st_mtime_ns for path in finished.path.rglob("*")} == before
 
 
@@ -299,7 +299,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(train, finished)
     newest.write_bytes(content)
     done = train(*SHORT).ok()
     assert "passing over the checkpoint step-000020: model.safetensors: its sha256 is" in done.out
-    assert "going on from run/checkpoints/step-000010" in done.out
+    assert f"going on from {finished.path}/checkpoints/step-000010" in done.out
     assert figures(done.run) == whole
     checkpoint.read(newest.parent)  # the damaged one has been replaced
 
@@ -329,13 +329,13 @@ def test_after_a_passing_error_it_goes_on_where_it_was(train, finished, strace):
     unfinish(finished)
     command = [*TRAIN, *SHORT]
     for call in ("openat", "getdents64"):  # a checkpoint's folder; the folder of all
-        path = "run/checkpoints/step-000010" if call == "openat" else str(finished.path / "checkpoints")
+        path = str(finished.path / "checkpoints" / ("step-000010" if call == "openat" else ""))
         fault = ["-f", "-qq", "-o", os.devnull, f"--inject={call}:error=ESTALE", "-P", path]
         done = execute([strace, *fault, *command], finished.path.parent)
         assert done.code == 2, done.err
         assert "Stale file handle" in done.message
     went_on = execute(command, finished.path.parent).ok()
-    assert "going on from run/checkpoints/step-000010" in went_on.out
+    assert f"going on from {finished.path}/checkpoints/step-000010" in went_on.out
     assert figures(went_on.run) == whole
 
 
