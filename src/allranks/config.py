@@ -48,10 +48,6 @@ _ACTIVATION = Rule(
     lambda v: isinstance(v, str) or (isinstance(v, list) and all(isinstance(each, str) for each in v)),
     "the name of an activation of torch.nn, or a list of such names",
 )
-_ACTIVATION = Rule(
-    lambda v: isinstance(v, str) or (isinstance(v, list) and all(isinstance(each, str) for each in v)),
-    "the name of an activation of torch.nn, or a list of such names",
-)
 _FOLDER_NAME = Rule(
     lambda v: isinstance(v, str) and v not in ("", ".", "..") and "/" not in v and v.isprintable(),
     "a folder's name, without a slash",

@@ -12,6 +12,8 @@ import torch
 
 from allranks.runtime.runtime import Runtime
 
+COLUMNS = 3  # the numbers of a row: summed loss, correct answers, examples. Checkpoints hold these rows.
+
 
 class Figures(NamedTuple):
     """How well a model does on some examples of all ranks."""
@@ -24,14 +26,14 @@ class Figures(NamedTuple):
 class Sums:
     """Sums of loss, correct answers and examples, in float64, on the device.
 
-    `rows` [shares of this rank, 3] has a row for each share that this rank takes of a batch. They are kept
+    `rows` [shares of this rank, COLUMNS] has a row for each share that this rank takes of a batch. They are kept
     apart so that total() can add them in the order of the shares, whichever rank had which share.
     """
 
     def __init__(self, runtime: Runtime) -> None:
         # Apple's GPUs have no float64.
         dtype = torch.float32 if runtime.device.type == "mps" else torch.float64
-        self.rows = torch.zeros(len(runtime.shares), 3, dtype=dtype, device=runtime.device)
+        self.rows = torch.zeros(len(runtime.shares), COLUMNS, dtype=dtype, device=runtime.device)
 
     def add(self, row: int, loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Adds some examples of this rank's share number `row`.

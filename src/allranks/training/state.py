@@ -23,6 +23,7 @@ from allranks.base.text import one_line
 from allranks.config import Config
 from allranks.run import checkpoint
 from allranks.runtime.runtime import Runtime
+from allranks.training.metrics import COLUMNS
 from allranks.training.training import Training
 
 MODEL = "model.safetensors"
@@ -172,8 +173,8 @@ def _check_counters(state: Mapping[str, Any]) -> None:
         if type(epoch["step"]) is not int or type(epoch["val/loss"]) not in (int, float):
             raise ValueError("an epoch of history has no step or no val/loss")
     for row in state["sums"]:
-        if len(row) != 3:
-            raise ValueError("a row of sums does not have three numbers")
+        if len(row) != COLUMNS:
+            raise ValueError(f"a row of sums does not have {COLUMNS} numbers")
 
 
 def _check_that_it_fits(state: Mapping[str, Any], path: str, config: Config, world_size: int) -> None:
