@@ -26,8 +26,8 @@ class Figures(NamedTuple):
 class Sums:
     """Sums of loss, correct answers and examples, in float64, on the device.
 
-    `rows` [shares of this rank, COLUMNS] has a row for each share that this rank takes of a batch. They are kept
-    apart so that total() can add them in the order of the shares, whichever rank had which share.
+    `rows` [shares of this rank, COLUMNS] has a row for each share that this rank takes of a batch. They are
+    kept apart so that total() can add them in the order of the shares, whichever rank had which share.
     """
 
     def __init__(self, runtime: Runtime) -> None:
