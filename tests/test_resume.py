@@ -316,7 +316,7 @@ def test_where_no_checkpoint_can_be_used_it_does_not_begin_again(train, finished
         "run/checkpoints has checkpoints, but none that can be used: step-000020: state.json"
         in done.message
     )
-    assert "to begin at step 0, move run/checkpoints away" in done.message
+    assert f"to begin at step 0, move {finished.path}/checkpoints away" in done.message
     assert tree(finished.path) == before
 
     (finished.path / "checkpoints").rename(finished.path / "aside")
