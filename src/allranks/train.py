@@ -125,7 +125,10 @@ def run(
         signals.count(signal.SIGTERM, *FROM_TERMINAL)
 
     with ending.of_run(runtime, Reporter(runtime)) as report:
-        building.global_batch_size(trainer, runtime.world_size)  # refused before anything is written
+        # A rank that ended with this error at once would break off the process group that the others may
+        # still be connecting. So the ranks agree on it, as on every error.
+        with runtime.all_or_none():
+            building.global_batch_size(trainer, runtime.world_size)
         path, standing = runtime.meeting.from_rank_0(lambda: _find(config, number, sweep))
         if sweep:
             report.cell(f"cell {number + 1}/{len(sweep)}", sweep[number].overrides, path)
