@@ -38,7 +38,9 @@ def offer_stack() -> int | None:
         return None
     dump_fd = os.memfd_create("allranks-stack")
     # faulthandler's handler is written in C: it works where the main thread keeps Python's lock.
-    faulthandler.register(DUMP_SIGNAL, file=dump_fd)
+    # It writes the stack of the thread that gets the signal, which does nothing else meanwhile. To read the
+    # stack of a thread that runs on could crash the process.
+    faulthandler.register(DUMP_SIGNAL, file=dump_fd, all_threads=False)
     return dump_fd
 
 
@@ -144,7 +146,6 @@ def _stack_of(peer: Peer, here: ProcessIdentity, dump_fd: int) -> str:
             written += file.read()
         send(peer.process, here, signal.SIGSTOP)  # its training must not go on
 
-    # faulthandler writes the main thread last, after a line such as "Current thread 0x... (most recent call
-    # first):", and the innermost frame first.
-    frames = written.rpartition("hread 0x")[2].splitlines()[1 : STACK_FRAMES + 1]
+    # faulthandler writes "Stack (most recent call first):", and the innermost frame first.
+    frames = written.partition("call first):\n")[2].splitlines()[:STACK_FRAMES]
     return "\n".join(reversed(frames))
