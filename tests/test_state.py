@@ -165,7 +165,7 @@ def test_complex_parameters_are_refused(stateful):
         ("history", [], "history does not have 1 epochs"),
         ("history", [{"step": 12}], "'val/loss'"),
         ("history", 7, "history does not have 1 epochs"),
-        ("sums", [[1, 2]], "a row of sums does not have three numbers"),
+        ("sums", [[1, 2]], "a row of sums does not have 3 numbers"),
         ("sums", 3, "not iterable"),
         ("identity", 3, "TypeError"),
         ("optimizer", {"items": 3}, "TypeError"),
