@@ -41,7 +41,11 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+@pytest.hookimpl(trylast=True)  # after pytest-xdist has put each group's name behind those of its tests
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    grouped = [item for item in items if item.get_closest_marker("xdist_group")]
+    if hasattr(config, "workerinput") and not all("@" in item.nodeid for item in grouped):
+        raise pytest.UsageError("pytest-xdist does not keep groups together: install .[dev], or give -n0")
     if config.getoption("--long"):
         return
     skip = pytest.mark.skip(reason="takes long: scripts/test --long")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from itertools import combinations
@@ -28,8 +29,10 @@ def test_runs_that_are_harmed_at_random_have_the_bits_of_their_undisturbed_twins
 
     twins = [path for path in (runs / "twins").iterdir() if path.is_dir()]
     assert len(twins) >= (10 if long else 2)
+    weights = {path: json.loads((path / "summary.json").read_text())["model/sha256"] for path in twins}
+    assert len(set(weights.values())) >= (10 if long else 2)  # two of the plans may make the same weights
     for one, other in combinations(twins, 2):
-        assert "model/sha256: " in difference(one, other)
+        assert ("model/sha256: " in difference(one, other)) == (weights[one] != weights[other])
     same = shutil.copytree(twins[0], tmp_path / "same")
     assert difference(twins[0], same) == ""
     metrics = (same / "metrics.jsonl").read_text()
