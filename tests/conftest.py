@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -63,6 +64,8 @@ def long(pytestconfig: pytest.Config) -> bool:
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests mean what they say even where they are started inside a job, or with data at hand."""
+    # urllib keeps the proxies that it found at its first call, in this process also those of another test.
+    monkeypatch.setattr(urllib.request, "_opener", None)
     for name in os.environ:
         if LEAKY.match(name) and not name.startswith(("PYTHON", "COVERAGE_")):
             monkeypatch.delenv(name)
