@@ -10,7 +10,8 @@ from allranks.job import scheduler
 from allranks.run import checkpoint, claim
 from allranks.run.claim import Claim
 from allranks.run.results import Figures, figures, overrides_of, place_in_sweep
-from allranks.submit.listing import Seen, list_runs, listed, state_of
+from allranks.run.states import Seen, state_of
+from allranks.submit.listing import list_runs, listed
 
 QUEUED = {"has_job": True, "next_job": "2.pbs"}
 

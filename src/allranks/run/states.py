@@ -1,0 +1,140 @@
+"""What has become of runs: finished, running, stopped, killed, lost. Any process can see it from outside.
+
+Nothing but the run's files and the scheduler's answers tells it, so a run whose processes have vanished has
+a state as well. No torch.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from allranks.base.errors import EXIT_REQUEUE, UserError
+from allranks.job import scheduler
+from allranks.run import checkpoint
+from allranks.run.cells import JOB, is_finished, read_job, text_of
+from allranks.run.claim import is_beating
+
+STOPPED = str(EXIT_REQUEUE)  # in the file exit_code
+ENDED_BY_SIGNAL = {str(128 + number) for number in (signal.SIGTERM, signal.SIGKILL)}
+WAITING = ("queued", "held", "waiting")  # words of a scheduler for a job that has not started
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What can be seen of a run from outside, and from which its state follows."""
+
+    is_finished: bool = False
+    queue_state: str = ""  # the scheduler's word for the run's job; empty where none is in the queue
+    next_job: str = ""  # the job with that state
+    exit_code: str = ""  # as the last job's script has left it; empty where it could not
+    why_ended: str = ""  # why the scheduler has ended the last job, in its own words
+    has_job: bool = False  # the run was queued at some time
+    is_at_work: bool = False  # a process has touched the directory within half a minute
+    has_checkpoint: bool = False
+
+
+def state_of(seen: Seen) -> str:
+    """The state of a run, in words for a person.
+
+    `running` and the like are the scheduler's words for its job. A run that has `stopped` has a checkpoint
+    to go on from. A job that was `killed` has got a signal; one that is `lost` has ended without a trace,
+    as with its host.
+    """
+    if seen.is_finished:
+        return "finished"
+    if seen.queue_state:
+        goes_on = seen.exit_code == STOPPED and seen.queue_state.startswith(WAITING)
+        return f"stopped (goes on by {seen.next_job}, {seen.queue_state})" if goes_on else seen.queue_state
+    if seen.is_at_work:
+        return "running"
+    return _end_of(seen)
+
+
+def _end_of(seen: Seen) -> str:
+    """How a run has ended that is not finished, and of which nothing is in the queue."""
+    if seen.exit_code not in ("", "0", STOPPED, *ENDED_BY_SIGNAL):
+        return f"failed ({seen.exit_code})"
+    if seen.why_ended:
+        return f"killed ({seen.why_ended})"
+    if seen.exit_code == STOPPED:
+        return "stopped"
+    if seen.exit_code in ENDED_BY_SIGNAL:
+        return "killed"
+    # A run that was started by hand leaves no exit code.
+    return "stopped" if seen.has_checkpoint and not seen.has_job else "lost"
+
+
+class RunState(NamedTuple):
+    """What has become of one run."""
+
+    words: str  # as state_of() puts it
+    job_id: str | None  # the job that is in the queue, else the last one; None for a run started by hand
+
+
+def states_of(directories: Sequence[Path], warn: Callable[[str], None]) -> dict[Path, RunState]:
+    """What has become of the run in each directory. Each scheduler is asked once for all of its jobs.
+
+    `warn` is called with a sentence for each record that cannot be read, and for each scheduler that does
+    not answer.
+    """
+    jobs: dict[Path, dict[str, Any]] = {}
+    for directory in directories:
+        try:
+            jobs[directory] = read_job(directory / JOB)
+        except UserError as error:
+            warn(str(error))
+            jobs[directory] = {}
+    unfinished = [job for directory, job in jobs.items() if job and not is_finished(directory)]
+    in_queue = _queue_states(unfinished, warn)
+    return {directory: _state(directory, job, in_queue) for directory, job in jobs.items()}
+
+
+def _queue_states(jobs: Sequence[dict[str, Any]], warn: Callable[[str], None]) -> dict[str, str]:
+    """The states of all jobs of these records that are in a queue. Each scheduler is asked once."""
+    by_name: dict[str, list[str]] = {}
+    for job in jobs:
+        by_name.setdefault(str(job["scheduler"]), []).extend(job["job_ids"])
+    now: dict[str, str] = {}
+    for name, ids in by_name.items():
+        try:
+            now |= scheduler.named(name).states(ids)
+        except UserError as error:  # what is in the directories can be shown all the same
+            warn(str(error))
+            now |= dict.fromkeys(ids, "not known")
+    return now
+
+
+def _why_ended(directory: Path, job: dict[str, Any]) -> str:
+    """The scheduler's words; empty where it has said nothing, or is one that nobody knows."""
+    known = [kind for kind in scheduler.SCHEDULERS if job and kind.name == job["scheduler"]]
+    return known[0].why_ended(directory) if known else ""
+
+
+def _has_checkpoint(directory: Path) -> bool:
+    """Whether the run has a checkpoint that this user can see."""
+    try:
+        return bool(checkpoint.steps(directory))
+    except OSError:
+        return False
+
+
+def _state(directory: Path, job: dict[str, Any], in_queue: Mapping[str, str]) -> RunState:
+    """The state of one run. `in_queue` has the scheduler's words for all jobs that are in the queue."""
+    ids = job.get("job_ids", [])
+    alive = next((job_id for job_id in ids if job_id in in_queue), None)
+    last = ids[-1] if ids else None
+    seen = Seen(
+        is_finished=is_finished(directory),
+        queue_state=in_queue[alive] if alive else "",
+        next_job=alive or "",
+        exit_code=text_of(directory / "exit_code"),
+        why_ended=_why_ended(directory, job),
+        has_job=bool(job),
+        is_at_work=not job and is_beating(directory),
+        has_checkpoint=_has_checkpoint(directory),
+    )
+    return RunState(state_of(seen), alive or last)
