@@ -23,6 +23,8 @@ FLOORS = (
     "train doctor",
     "submit",
     "launch",
+    "report",
+    "inference",
     "training",
     "data",
     "runtime",
@@ -36,6 +38,7 @@ FLOORS = (
 )
 # Import no torch, however they are used before a training starts.
 WITHOUT_TORCH = (
+    "report.gather",
     "run.show",
     "run.checkpoint",
     "run.claim",

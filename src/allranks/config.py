@@ -164,6 +164,9 @@ class Config:
         "checkpoint or of a run to go on from",
         TEXT,
     )
+    report: bool = setting(
+        True, "whether rank 0 makes a page with pictures, report.html, at the end of the run", FLAG
+    )
     run: RunConfig = setting(RunConfig, "where the run is kept")
     trainer: TrainerConfig = setting(TrainerConfig, "how it is trained", resume_must_agree=True)
     checkpoint: CheckpointConfig = setting(CheckpointConfig, "when to save")

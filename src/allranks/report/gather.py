@@ -1,0 +1,292 @@
+"""Reads a run's directory: all that can be told of the run without its weights or its data. No torch.
+
+A run may still be at work, may have been cut off, or may have been made by a later version of allranks. So
+every file may be missing, half written or strange. What can be read is given, and for each file that is
+there but cannot be read there is a sentence in `RunFacts.problems`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from allranks.base.errors import UserError
+from allranks.base.text import one_line
+from allranks.run import results
+from allranks.run.directory import CONFIG
+from allranks.run.states import states_of
+
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+ENVIRONMENT = "environment.json"
+EVENTS = "events.jsonl"
+RANKS = "ranks.jsonl"
+
+# What an epoch's line of metrics.jsonl holds besides its number; docs/run-directory.md has the units.
+FIGURES = (
+    "step",
+    "lr",
+    "train/loss",
+    "train/accuracy",
+    "val/loss",
+    "val/accuracy",
+    "time/train_s",
+    "time/eval_s",
+    "throughput/samples_per_s",
+)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One rank of the run's newest start."""
+
+    number: int
+    host: str
+    device: str
+    cpus: str  # on which it may run, such as `0-7`; empty where nobody noted them
+
+
+@dataclass(frozen=True)
+class Event:
+    """The run was stopped, or went on from a checkpoint."""
+
+    kind: str  # "stopped" or "resumed"
+    time: str  # UTC, as ISO 8601 writes it
+    step: int
+    epoch: int  # completed epochs
+    why: str  # of a stop: what asked for it; of a resume: the checkpoint's path
+    world_size: int | None = None  # how many ranks it had, or went on with
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a run's directory tells. What its file does not tell is empty."""
+
+    directory: Path
+    state: str  # finished, running, stopped, ...: run/states.py
+    config: Mapping[str, Any] = field(default_factory=dict)  # every value by its dotted key
+    overrides: Sequence[str] = ()  # of the command line, such as `optimizer.lr=0.1`
+    epochs: Sequence[Mapping[str, Any]] = ()  # in order; a figure that is not finite, or not there, is None
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    ranks: Sequence[Rank] = ()
+    events: Sequence[Event] = ()  # oldest first
+    problems: Sequence[str] = ()  # a sentence for each file that is there, and cannot be read
+
+    @property
+    def name(self) -> str:
+        """The run's name, as in `runs/NAME/...`; the directory's own where the configuration has none."""
+        return str(self.config.get("name") or self.directory.name)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has trained to its end and has been tested."""
+        return self.summary.get("state") == "finished"
+
+    @property
+    def epochs_planned(self) -> int | None:
+        """How many epochs the run is to have; None where that is not known."""
+        return as_whole(self.config.get("trainer.epochs"))
+
+    @property
+    def world_size(self) -> int | None:
+        """The number of ranks; None where that is not known."""
+        return as_whole(self.summary.get("world_size", self.environment.get("world_size")))
+
+    def column(self, figure: str) -> list[float | None]:
+        """One figure of FIGURES, epoch after epoch."""
+        return [epoch.get(figure) for epoch in self.epochs]
+
+    def last(self, figure: str) -> float | None:
+        """One figure of FIGURES after the newest epoch; None where there is none."""
+        return self.epochs[-1].get(figure) if self.epochs else None
+
+
+def gather(directory: str | Path) -> RunFacts:
+    """Reads what a run's directory tells, whether the run has finished, is at work or was cut off.
+
+    Raises UserError where the directory cannot be read, or where it holds nothing of a run.
+    """
+    # Not resolved: `runs/latest` may be a link, and its own name is what the user typed.
+    path = Path(directory).absolute()
+    names = _names(path)
+    if not names & {CONFIG, METRICS, SUMMARY, ENVIRONMENT}:
+        raise UserError(f"{directory} holds no run: give a directory that has a config.yaml.")
+
+    problems: list[str] = []
+    environment = _json_file(path / ENVIRONMENT, problems)
+    return RunFacts(
+        directory=path,
+        state=states_of([path], problems.append)[path].words,
+        config=_config(path / CONFIG, problems),
+        overrides=_overrides(path, environment, problems),
+        epochs=_epochs(path / METRICS, problems),
+        summary=_json_file(path / SUMMARY, problems),
+        environment=environment,
+        ranks=_ranks(environment),
+        events=_events(path / EVENTS, problems),
+        problems=problems,
+    )
+
+
+def _names(path: Path) -> set[str]:
+    """The names of what is in the directory. Raises UserError where it cannot be listed."""
+    try:
+        return {entry.name for entry in path.iterdir()}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give a run's directory.") from error
+
+
+# --- configuration and command line ----------------------------------------------------------------------
+
+
+def _config(path: Path, problems: list[str]) -> dict[str, Any]:
+    """Every value of config.yaml by its dotted key, also of keys that this version does not know."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError  # type: ignore[import-untyped,unused-ignore]
+
+    from allranks.config import below, first_line
+
+    text = _text(path, problems)
+    if text is None:
+        return {}
+    try:
+        values = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+    except (ValueError, AssertionError, RecursionError, YAMLError, OmegaConfBaseException) as error:
+        problems.append(f"{path.name} cannot be read: {one_line(first_line(error))}.")
+        return {}
+    if not isinstance(values, dict):
+        problems.append(f"{path.name} cannot be read: it holds no keys with values.")
+        return {}
+    return below({str(key): value for key, value in values.items()})
+
+
+def _overrides(path: Path, environment: Mapping[str, Any], problems: list[str]) -> list[str]:
+    """The overrides with which the run was started; empty where nobody noted them, or there were none."""
+    try:
+        noted = results.overrides_of(path)
+    except (OSError, UserError) as error:
+        problems.append(f"The overrides of the run's job cannot be read: {one_line(error)}")
+        noted = []
+    if noted:
+        return noted
+
+    command = environment.get("command")
+    if not isinstance(command, list):
+        return []
+    words = [str(word) for word in command[1:]]
+    if words[:1] == ["--frozen"]:  # --frozen DIRECTORY SHA256, then what `allranks launch` was given
+        return words[3:]
+    from allranks.compose import split_flags
+
+    return split_flags(words)[1]
+
+
+# --- records ---------------------------------------------------------------------------------------------
+
+
+def _epochs(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that can be read, one for each epoch, in the order of the epochs."""
+    by_number: dict[int, dict[str, Any]] = {}
+    for about in _json_lines(path, problems):
+        number = as_whole(about.get("epoch"))
+        if number is not None:
+            by_number[number] = {"epoch": number} | {name: as_number(about.get(name)) for name in FIGURES}
+    return [by_number[number] for number in sorted(by_number)]
+
+
+def _ranks(environment: Mapping[str, Any]) -> list[Rank]:
+    found = environment.get("ranks")
+    return [
+        Rank(
+            number=as_whole(about.get("rank")) or 0,
+            host=str(about.get("host", "")),
+            device=str(about.get("device", "")),
+            cpus=str(about.get("cpus") or ""),
+        )
+        for about in (found if isinstance(found, list) else [])
+        if isinstance(about, dict)
+    ]
+
+
+def _events(path: Path, problems: list[str]) -> list[Event]:
+    """The interruptions and resumes of the run, oldest first."""
+    return [
+        Event(
+            kind=str(about.get("event")),
+            time=str(about.get("time", "")),
+            step=as_whole(about.get("step")) or 0,
+            epoch=as_whole(about.get("epoch")) or 0,
+            why=str(about.get("why", "")),
+            world_size=as_whole(about.get("world_size")),
+        )
+        for about in _json_lines(path, problems)
+    ]
+
+
+# --- files that may hold anything ------------------------------------------------------------------------
+
+
+def _text(path: Path, problems: list[str]) -> str | None:
+    """What a file holds; None where it is missing or cannot be read."""
+    try:
+        return path.read_text(errors="replace")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        problems.append(f"{path.name} cannot be read: {error.strerror}.")
+        return None
+
+
+def _json_file(path: Path, problems: list[str]) -> dict[str, Any]:
+    """The JSON object in a file; empty where it is missing or cannot be read."""
+    text = _text(path, problems)
+    if text is None:
+        return {}
+    found = _json_object(text)
+    if found is None:
+        problems.append(f"{path.name} cannot be read: it is not a JSON object.")
+    return found or {}
+
+
+def _json_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """The JSON objects in a file of one a line. Lines that are none are passed over, and counted."""
+    lines = (_text(path, problems) or "").split("\n")
+    # A run at work may have written half of its newest line. Only what ends in a line feed is a whole line.
+    whole_lines = [line for line in lines[:-1] if line.strip()]
+    objects = [_json_object(line) for line in whole_lines]
+    unreadable = [number for number, found in enumerate(objects, start=1) if found is None]
+    if unreadable:
+        which = "line" if len(unreadable) == 1 else "lines"
+        numbers = ", ".join(map(str, unreadable[:5])) + (", ..." if len(unreadable) > 5 else "")
+        problems.append(f"{path.name} cannot be read in {which} {numbers}: not a JSON object.")
+    return [found for found in objects if found is not None]
+
+
+def _json_object(text: str) -> dict[str, Any] | None:
+    """The JSON object in a text; None where the text is something else."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def as_number(value: object) -> float | None:
+    """The value if it is a finite number, else None: a file may hold anything in a number's place."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number of more than 300 digits
+        return None
+    return value if number - number == 0.0 else None
+
+
+def as_whole(value: object) -> int | None:
+    """The value if it is a whole number from 0 on, else None."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
