@@ -26,17 +26,22 @@ def supervised(
     program: Sequence[str],
     run_dir: Path | None = None,
     constants: Mapping[str, float] | None = None,
+    elsewhere: str = "",
     **more: object,
 ) -> list[str]:
     """A command that supervises them, as `allranks launch` does.
 
-    `constants` of the supervisor are set to other values: a test need not wait for a minute.
+    `constants` of the supervisor are set to other values: a test need not wait for a minute. `elsewhere`
+    has it run as on another host than the ranks, in a job whose scheduler says whether it is suspended:
+    "True" or "False".
     """
+    asks = f", ask_scheduler=lambda: {elsewhere}" if elsewhere else ""
+    other_host = "supervisor.processes.boot_id = lambda: 'another'\n" if elsewhere else ""
     return python(
-        "import os, sys\nfrom allranks.launch import supervisor\n"
+        f"import os, sys\nfrom allranks.launch import supervisor\n{other_host}"
         f"vars(supervisor).update({dict(constants or {})!r})\n"
         f"outcome = supervisor.run({guarded(name, ranks, program)!r}, dict(os.environ), "
-        f"{str(run_dir) if run_dir else None!r}, world_size={ranks}, **{more!r})\n" + TOLD
+        f"{str(run_dir) if run_dir else None!r}, world_size={ranks}{asks}, **{more!r})\n" + TOLD
     )
 
 

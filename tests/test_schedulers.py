@@ -263,6 +263,20 @@ def test_the_states_of_jobs_by_slurm():
     }
 
 
+def test_a_suspended_job_is_known_by_the_scheduler(commands):
+    """As after `scontrol suspend`, or PBS's preemption by suspension."""
+    in_slurm, in_pbs = {"SLURM_JOB_ID": "7"}, {"PBS_JOBID": "7.pbs"}
+    commands(squeue=("7|SUSPENDED|None\n", 0), qstat=("Job Id: 7.pbs\n    job_state = S\n", 0))
+    assert scheduler.is_suspended(in_slurm)
+    assert scheduler.is_suspended(in_pbs)
+    commands(squeue=("7|RUNNING|None\n", 0), qstat=("Job Id: 7.pbs\n    job_state = R\n", 0))
+    assert not scheduler.is_suspended(in_slurm)
+    assert not scheduler.is_suspended(in_pbs)
+    commands(squeue=("Unable to contact slurm controller", 1))
+    assert not scheduler.is_suspended(in_slurm)
+    assert not scheduler.is_suspended({})
+
+
 def test_slurm_does_not_know_the_only_job_that_was_asked_for(commands):
     commands(squeue=("slurm_load_jobs error: Invalid job id specified", 1))
     assert SLURM.states(["7"]) == {}

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Iterable
 
 import pytest
 
@@ -92,6 +93,62 @@ def test_a_launch_that_was_itself_stopped_takes_no_guard_for_silent(saved):
         time.sleep(4)
         started.process.send_signal(signal.SIGCONT)
         assert started.finish(within_s=60)[0] == 0
+
+
+def stop(pids: Iterable[int], signum: int) -> None:
+    """Sends a signal to guards and to their programs, as a scheduler does to all processes of a job."""
+    for pid in pids:
+        for process in (pid, *processes.descendants(pid)):
+            os.kill(process, signum)
+
+
+def test_ranks_that_are_all_suspended_are_waited_for(saved):
+    """As by a scheduler that lets a more urgent job run, while the launch runs on outside of the job."""
+    program = python(saved.program + "time.sleep(7)")
+    limits = {"ASK_S": 0.2, "SILENT_S": 1.5, "SUSPENDED_S": 1.0}
+    with Started(supervised("mpiexec", 2, program, constants=limits)) as started:
+        pids = guards(started, 2).values()
+        stop(pids, signal.SIGSTOP)
+        said = started.process.stderr.readline().decode()
+        time.sleep(3 * limits["SILENT_S"])
+        assert started.process.poll() is None
+        stop(pids, signal.SIGCONT)
+        code, _, err = started.finish(within_s=60)
+    assert said == "allranks: the job is suspended: all ranks are stopped. Waiting until they go on.\n"
+    assert err == "allranks: the job goes on.\n"
+    assert code == 0
+
+
+@pytest.mark.long
+def test_guards_that_are_all_stopped_beside_programs_that_run_are_no_suspension(saved):
+    program = python(saved.program + "time.sleep(600)")
+    limits = {"ASK_S": 0.2, "SILENT_S": 2.0, "SUSPENDED_S": 1.0, "LEAVE_S": 1.0}
+    with Started(supervised("mpiexec", 2, program, constants=limits)) as started:
+        for pid in guards(started, 2).values():
+            os.kill(pid, signal.SIGSTOP)
+        code, _, err = started.finish(within_s=60)
+        started.gone(within_s=5)
+    assert code == 137
+    assert "its guard is stopped" in err and "suspended" not in err
+
+
+@pytest.mark.long
+def test_where_no_rank_can_be_looked_at_the_scheduler_says_whether_all_are_suspended(saved):
+    """Another boot id than ours stands for the guards' own hosts, and the launch is asked elsewhere."""
+    limits = {"ASK_S": 0.2, "SILENT_S": 2.0, "SUSPENDED_S": 1.0, "ASK_SCHEDULER_S": 0.5, "LEAVE_S": 1.0}
+    program = python(saved.program + "time.sleep(12)")
+    with Started(supervised("mpiexec", 2, program, constants=limits, elsewhere="True")) as started:
+        pids = guards(started, 2).values()
+        stop(pids, signal.SIGSTOP)
+        assert b"the job is suspended" in started.process.stderr.readline()
+        stop(pids, signal.SIGCONT)
+        assert started.finish(within_s=60)[0] == 0
+
+    with Started(supervised("mpiexec", 2, program, constants=limits, elsewhere="False")) as started:
+        stop(guards(started, 2).values(), signal.SIGSTOP)
+        code, _, err = started.finish(within_s=60)
+    assert code == 137
+    assert "does not answer any more" in err
 
 
 def test_sigterm_ends_a_launch_with_a_guard_that_is_stopped(saved):

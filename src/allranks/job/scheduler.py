@@ -160,6 +160,21 @@ def ends_at(environ: Mapping[str, str]) -> int | None:
     return scheduler.ends_at(environ) if scheduler else None
 
 
+def is_suspended(environ: Mapping[str, str]) -> bool:
+    """Whether the scheduler says that it has suspended this process's job; False outside a job, and where
+    it does not answer. Asks the scheduler.
+    """
+    scheduler = here(environ)
+    job = scheduler.this_job(environ) if scheduler else None
+    if scheduler is None or job is None:
+        return False
+    try:
+        states = scheduler.states([job.id])
+    except UserError:  # down or refused: then the ranks' own silence decides
+        return False
+    return any(state.startswith("suspended") for state in states.values())
+
+
 def launchers(kind: str) -> tuple[str, ...]:
     """The launchers that start ranks in an allocation of this kind, the one that fits best first."""
     return next((s.launchers for s in SCHEDULERS if s.name == kind), ("mpiexec", "torchrun"))

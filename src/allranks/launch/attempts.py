@@ -211,6 +211,7 @@ def _attempt(launch: Launch, plan: Plan) -> Outcome:
         # A training stops on either signal in the same way. But while it still starts, Python would answer
         # a SIGINT with a traceback of every rank.
         interrupts=launch.config is None,
+        ask_scheduler=partial(scheduler.is_suspended, launch.environ),
     )
 
 

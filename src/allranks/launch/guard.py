@@ -132,6 +132,7 @@ class Guard:
             world_size=self.identity.world_size,
             host=socket.gethostname(),
             boot_id=processes.boot_id(),
+            pid=os.getpid(),
             port=variables.free_port() if self.identity.rank == 0 else None,
         )
 

@@ -21,6 +21,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ ASK_S = 10.0  # how often a guard is asked whether it is there
 SILENT_S = 60.0  # a guard that has said nothing for so long is stopped, or its host is down
 # The event loop itself comes late where this process was stopped. By so much it does not on a busy host.
 SUSPENDED_S = 5.0
+ASK_SCHEDULER_S = 60.0  # how often it is asked at most whether it has suspended the job: all users share it
 UNREAD_S = 2.0  # after a signal, for a console that takes nothing any more
 # What each rank may still say while the console is full. Its last words and how it ended are then known.
 LAST_WORDS_BYTES = 1 << 14
@@ -77,6 +79,7 @@ class Guarded:
     guard: asyncio.StreamWriter | None  # None: the connection has ended
     heard_at: float  # when its last message came, by the event loop's clock
     boot_id: str | None = None  # of its host's kernel: two hosts may have one name
+    pid: int | None = None  # the guard's process, as its own host numbers it
     awaits_room: bool = False  # nothing of it is read, because the console is full
     beyond_bytes: int = 0  # of output that it has sent although the console was full
 
@@ -101,15 +104,16 @@ def run(
     grace_s: float = GRACE_S,
     run_s: float | None = None,
     interrupts: bool = True,
+    ask_scheduler: Callable[[], bool] | None = None,
 ) -> Outcome:
     """Runs the launcher `argv`, which starts allranks.launch.guard on every rank; says how it went.
 
     `env` is the launcher's whole environment. `hosts` are the hosts that the ranks will be on, so that one
     that does not come can be named. This process's stdin goes to rank 0. Other ranks' stdout than rank 0's
     goes to RUN_DIR/output/rank-N.out; without `run_dir` it is shown in whole lines. `start_s`, `grace_s`
-    and `run_s` are the fields of Limits; without `interrupts` Ctrl-C reaches the ranks as SIGTERM. To be
-    called from the main thread. Raises UserError where the launcher cannot be started or a host is not
-    known.
+    and `run_s` are the fields of Limits; without `interrupts` Ctrl-C reaches the ranks as SIGTERM.
+    `ask_scheduler` says whether the scheduler has suspended the job. To be called from the main thread.
+    Raises UserError where the launcher cannot be started or a host is not known.
     """
     writer = Writer()
     limits = Limits(start_s, grace_s, run_s)
@@ -121,6 +125,7 @@ def run(
         writer=writer,
         interrupts=interrupts,
         reads_stdin=True,
+        ask_scheduler=ask_scheduler,
     )
     return supervision.run(argv, {**env, variables.TERMINAL: terminals()}, run_dir)
 
@@ -146,6 +151,7 @@ class Supervision:
         passes_on: bool = True,
         interrupts: bool = True,
         reads_stdin: bool = False,
+        ask_scheduler: Callable[[], bool] | None = None,
     ) -> None:
         """`hosts` are those that the ranks will be on, for messages.
 
@@ -153,7 +159,7 @@ class Supervision:
         waits. `on_output` takes what the ranks write, instead of the console. `passes_on` says whether
         SIGUSR1 and SIGUSR2 are for the ranks; else they end the launch. `reads_stdin` says whether this
         process's stdin is for rank 0. `interrupts` says whether Ctrl-C reaches the ranks as SIGINT; else it
-        reaches them as SIGTERM.
+        reaches them as SIGTERM. `ask_scheduler` says whether the job is suspended, and may take a minute.
         """
         self.world_size = world_size
         self.hosts = hosts
@@ -170,6 +176,10 @@ class Supervision:
         self._on_output = on_output
         self._reads_stdin = reads_stdin
         self._has_begun = False  # all ranks have come, and were told to begin
+        self._ask_scheduler = ask_scheduler
+        self._scheduler_asked_at = -ASK_SCHEDULER_S
+        self._scheduler_says_suspended = False
+        self._is_suspended = False  # the user was told that all ranks are stopped
         self._secret = secrets.token_hex(32)
         # What all ranks are told. The launch's variables name rank 0's address, or else rank 0's guard
         # shows it.
@@ -334,6 +344,7 @@ class Supervision:
             guard,
             heard_at=self._loop.time(),
             boot_id=hello.get("boot_id"),
+            pid=hello.get("pid"),
         )
         self.guarded[number] = known
         if number == 0:
@@ -450,20 +461,58 @@ class Supervision:
                 # unread.
                 for known in self.guarded.values():
                     known.heard_at = now
-            if self._has_begun:
-                for known in self._connected():
-                    self._ask(known, now)
+            if not self._has_begun:
+                continue
+            asked = [g for g in self._connected() if not (g.rank.has_ended or g.awaits_room)]
+            for known in asked:
+                self._tell(known, here=True)
+            silent = [known for known in asked if now >= known.heard_at + SILENT_S]
+            was_suspended = self._is_suspended
+            self._note_suspension(bool(silent) and await self._are_suspended(asked, now))
+            if was_suspended and not self._is_suspended:
+                # They go on one after another, and some have not answered yet.
+                for known in self.guarded.values():
+                    known.heard_at = self._loop.time()
+            elif not self._is_suspended:
+                self._give_up_silent(silent)
 
-    def _ask(self, known: Guarded, now: float) -> None:
-        if known.rank.has_ended or known.awaits_room:
-            return
-        if now < known.heard_at + SILENT_S:
-            self._tell(known, here=True)
-            return
-        assert known.guard is not None
-        known.guard.close()
-        self._on_break(known, Loss.SILENT)
+    def _give_up_silent(self, silent: Sequence[Guarded]) -> None:
+        """Takes the guards that have not answered for too long as lost."""
+        for known in silent:
+            if known.guard is not None:  # it may have gone while the scheduler was asked
+                known.guard.close()
+                self._on_break(known, Loss.SILENT)
         self._changed.set()
+
+    async def _are_suspended(self, asked: Sequence[Guarded], now: float) -> bool:
+        """Whether the whole job seems to be suspended, as schedulers do for one that is more urgent.
+
+        A scheduler stops all processes of a job at once, while `allranks launch` may run on outside of it,
+        as in a shell of salloc on a login node. So all guards are silent then. On this host we see whether
+        they and their programs are stopped; of other hosts the scheduler knows it.
+        """
+        silent_for_s = SILENT_S - ASK_S - SUSPENDED_S  # the last one may have answered just before
+        if any(now < known.heard_at + silent_for_s for known in asked):
+            return False
+        here = [known for known in asked if known.pid is not None and known.boot_id == processes.boot_id()]
+        if here and all(_is_stopped(known) for known in here):
+            return True
+        if self._ask_scheduler is None:
+            return False
+        if now >= self._scheduler_asked_at + ASK_SCHEDULER_S:
+            self._scheduler_asked_at = now
+            self._scheduler_says_suspended = await _in_thread(self._ask_scheduler)
+        return self._scheduler_says_suspended
+
+    def _note_suspension(self, is_suspended: bool) -> None:
+        """Tells the user once that the ranks are suspended, and once that they go on."""
+        if is_suspended == self._is_suspended:
+            return
+        self._is_suspended = is_suspended
+        words = "the job goes on"
+        if is_suspended:
+            words = "the job is suspended: all ranks are stopped. Waiting until they go on"
+        self.console.line(f"allranks: {words}.\n".encode())
 
     # --- ending ---------------------------------------------------------------------------------
 
@@ -660,6 +709,38 @@ async def _next_message(reader: asyncio.StreamReader, inbox: links.Inbox) -> dic
             raise EOFError
         inbox.add(piece)
     return told
+
+
+def _is_stopped(known: Guarded) -> bool:
+    """Whether a guard of this host and all that it has started are stopped (state T)."""
+    assert known.pid is not None
+    try:
+        command = Path(f"/proc/{known.pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    if b"allranks.launch.guard" not in command:  # another process: the guard's container numbers its own
+        return False
+    pids = {known.pid, *processes.descendants(known.pid)}
+    stats = [processes.process_stat(pid) for pid in pids]
+    return all(stat is None or stat.state in "TtZX" for stat in stats)
+
+
+async def _in_thread(ask: Callable[[], bool]) -> bool:
+    """What `ask` returns. It may block, and a thread that hangs must not keep this process from ending."""
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[bool] = loop.create_future()
+
+    def take(value: bool) -> None:
+        if not answer.done():
+            answer.set_result(value)
+
+    def work() -> None:
+        value = ask()
+        with contextlib.suppress(RuntimeError):  # the launch is over, and with it the loop
+            loop.call_soon_threadsafe(take, value)
+
+    threading.Thread(target=work, daemon=True).start()
+    return await answer
 
 
 def _loss_by(error: Exception) -> Loss:
