@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 
 BIN = Path(sys.executable).parent
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+TRAINING = ["-m", "allranks.train"]
 
 
 @contextmanager
@@ -22,14 +23,28 @@ def scratch() -> Iterator[Path]:
         yield Path(folder)
 
 
+def environment() -> dict[str, str]:
+    """This process's environment without what a launcher may have left in the shell."""
+    return {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+
+
+def torchrun(ranks: int, program: list[str], *options: str) -> list[str]:
+    """The command line that starts `program` (its words after `python`) on so many ranks of this host."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+    return [*launcher, *options, *program]
+
+
+def mpiexec(ranks: int, program: list[str]) -> list[str]:
+    """The same with the mpiexec that is installed beside this Python."""
+    return [str(BIN / "mpiexec"), "-n", str(ranks), sys.executable, *program]
+
+
 def command(overrides: list[str], ranks: int = 1, launcher: str = "mpiexec") -> list[str]:
     """The command line of a run; one rank needs no launcher."""
+    program = [*TRAINING, *overrides]
     if ranks == 1:
-        return [sys.executable, "-m", "allranks.train", *overrides]
-    if launcher == "torchrun":
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-        return [*torchrun, "-m", "allranks.train", *overrides]
-    return [str(BIN / "mpiexec"), "-n", str(ranks), sys.executable, "-m", "allranks.train", *overrides]
+        return [sys.executable, *program]
+    return torchrun(ranks, program) if launcher == "torchrun" else mpiexec(ranks, program)
 
 
 def train(folder: Path, overrides: list[str], ranks: int = 1, launcher: str = "mpiexec") -> dict:
@@ -42,9 +57,8 @@ def train(folder: Path, overrides: list[str], ranks: int = 1, launcher: str = "m
 
 def timed(argv: list[str]) -> float:
     """Wall-clock seconds of a whole process, its imports included."""
-    environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
     started = time.perf_counter()
-    done = subprocess.run(argv, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(argv, capture_output=True, text=True, env=environment(), check=False)
     if done.returncode:
         sys.exit(f"{' '.join(argv)}\n{done.stdout}{done.stderr}")
     return time.perf_counter() - started

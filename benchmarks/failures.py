@@ -21,7 +21,7 @@ from pathlib import Path
 
 from allranks.config import WatchdogConfig
 from allranks.runtime.watch.progress import Progress
-from common import BIN, RANK_VARIABLES, scratch
+from common import TRAINING, environment, mpiexec, scratch, torchrun
 
 RANKS = 3
 STEP_S = 3  # watchdog.step_s
@@ -51,23 +51,24 @@ while True:
     optimizer.zero_grad()
     open("going", "w").close()
 """
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
 OVERRIDES = [
     "data=synthetic", "model=lab", "device=cpu", "threads=1", "trainer.epochs=1000000",
     "trainer.batch_size=2000", "checkpoint.every_epochs=null", f"watchdog.step_s={STEP_S}", "run.dir=run",
     "--config-dir=conf",
 ]  # fmt: skip
+PROGRAM = [*TRAINING, *OVERRIDES]
+LAUNCH = [sys.executable, "-m", "allranks", "launch", "-n", str(RANKS)]
 SETUPS = {
-    "mpiexec": [str(BIN / "mpiexec"), "-n", str(RANKS), sys.executable, "-m", "allranks.train", *OVERRIDES],
-    "torchrun": [*TORCHRUN, "-m", "allranks.train", *OVERRIDES],
-    "allranks launch": [sys.executable, "-m", "allranks", "launch", "-n", str(RANKS), *OVERRIDES],
-    "plain DDP, torchrun": [*TORCHRUN, "plain.py"],
+    "mpiexec": mpiexec(RANKS, PROGRAM),
+    "torchrun": torchrun(RANKS, PROGRAM, "--standalone"),
+    "allranks launch": [*LAUNCH, *OVERRIDES],
+    "plain DDP, torchrun": torchrun(RANKS, ["plain.py"], "--standalone"),
 }
 ONCE_MORE = "--max-restarts=1"
 RESTARTS = {
-    "torchrun": [*TORCHRUN, ONCE_MORE, "-m", "allranks.train", *OVERRIDES],
-    "allranks launch": [*SETUPS["allranks launch"][:4], ONCE_MORE, *SETUPS["allranks launch"][4:]],
-    "plain DDP, torchrun": [*TORCHRUN, ONCE_MORE, "plain.py"],
+    "torchrun": torchrun(RANKS, PROGRAM, "--standalone", ONCE_MORE),
+    "allranks launch": [*LAUNCH, ONCE_MORE, *OVERRIDES],
+    "plain DDP, torchrun": torchrun(RANKS, ["plain.py"], "--standalone", ONCE_MORE),
 }
 FAULTS: dict[str, Callable[[Path, int, int], object]] = {  # by folder, the launcher's pid, rank 1's pid
     "a rank raises": lambda folder, launcher, rank: (folder / "raise").touch(),
@@ -89,7 +90,7 @@ def ranks_with(mark: str) -> dict[int, int | None]:
             continue
         number = re.search(r"(?:^|\0)(?:RANK|PMI_RANK)=(\d+)", environ)
         if mark in environ and number and state not in "ZX":
-            trains = "launch.rank" not in line
+            trains = "allranks.launch.guard" not in line
             found[int(process.name)] = int(number[1]) if trains else None
     return found
 
@@ -98,7 +99,7 @@ def ranks_with(mark: str) -> dict[int, int | None]:
 def training(argv: list[str]) -> Iterator[tuple[Path, int, int, str]]:
     """(its folder, the launcher's pid, rank 1's pid, the mark of its processes) of a training under way."""
     mark = str(uuid.uuid4())
-    environ = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
+    environ = environment()
     with scratch() as folder:
         (folder / "lab.py").write_text(MODEL)
         (folder / "plain.py").write_text(PLAIN)

@@ -285,7 +285,11 @@ def test_other_data_in_a_valid_gzip(refusal, root):
     file = folder / "train-labels-idx1-ubyte.gz"
     file.write_bytes(gzip.compress((folder / "train-labels-idx1-ubyte").read_bytes()))
     assert_said(
-        refusal(*words_for("fashion_mnist", root)), str(file), "md5", "allranks data fetch fashion_mnist"
+        refusal(*words_for("fashion_mnist", root)),
+        str(file),
+        "md5",
+        "allranks data fetch fashion_mnist",
+        f"If it is whole and was only packed again, type `gunzip {file}`",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,9 @@ def test_values_follow_each_other():
 def test_the_data_folder_by_environment(monkeypatch):
     monkeypatch.setenv("ALLRANKS_DATA", "/scratch/all")
     assert one().data["root"] == "/scratch/all"
+    monkeypatch.setenv("ALLRANKS_DATA", "")  # as a script leaves it that has nothing to put there
+    assert one().data["root"] == "data"
+    assert os.environ["ALLRANKS_DATA"] == ""
 
 
 def test_a_sweep_is_one_configuration_for_each_cell(tmp_path):
@@ -306,6 +310,7 @@ def test_help_lists_the_choices_and_the_ways_in(train, tmp_path):
         "--config-dir",
     ):
         assert line in text
+    assert "machine" not in text  # an option of other commands
     assert tree(tmp_path) == []
 
 

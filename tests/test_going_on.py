@@ -156,3 +156,6 @@ def test_numbers_that_make_no_sense(tmp_path):
         code, _, err = launch(tmp_path, *words, *SMALL).finish(30)
         assert code == 2
         assert "is not valid: give a whole number" in err
+    code, _, err = launch(tmp_path, "-n", "2", "--min-ranks", "3", *SMALL).finish(30)
+    assert code == 2
+    assert "--min-ranks 3 is more than the 2 ranks to be started: give 2 or less" in err

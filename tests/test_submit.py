@@ -248,6 +248,29 @@ def test_a_run_that_stops_before_its_walltime_queues_one_successor(pbs):
     assert "this job has not gained a step" in stuck.message
 
 
+def test_where_a_user_may_have_one_job_the_way_on_is_told_and_is_no_failure(pbs):
+    """The job that would go on is refused while this one is there; its machine file knows that."""
+    state = Path(pbs.env["PBS_STANDIN"])
+    state.mkdir(exist_ok=True)
+    (state / "one-job-in-debug").touch()
+    limited = ("--machine", "generic_pbs", "--queue", "debug", "machine.queues.debug.jobs_per_user=1")
+    words = ("--ppn", "1", "--no-preflight", *SMALL, "trainer.epochs=100000", "checkpoint.every_s=1")
+    told = pbs.allranks("submit", *limited, "--walltime", "00:00:40", *words, "run.dir=mine").ok().out
+    run = pbs.folder / "mine"
+    way = (
+        "queue debug takes one job of a user at a time, so this one cannot queue the next: once it has "
+        "ended with the run not finished, go on from the newest checkpoint with `allranks submit --cell "
+        f"{run}`"
+    )
+    assert told.splitlines()[-1] == f"note       {way}"
+    pbs.until("stopped", root=".")
+    assert f"has stopped at step {max(checkpoint.steps(run))}: {way}" in (run / "job.log").read_text()
+    assert pbs.job("1.pbs")["exit_status"] == 85
+    assert json.loads((run / "job.json").read_text())["job_ids"] == ["1.pbs"]
+    pbs.allranks("submit", "--cell", str(run)).ok()
+    assert json.loads((run / "job.json").read_text())["job_ids"] == ["1.pbs", "2.pbs"]
+
+
 def unfinished(pbs, *overrides):
     """A run in `mine` that has stopped with a checkpoint."""
     words = [PYTHON, "-m", "allranks", "train", *SMALL, *overrides, "run.dir=mine"]
@@ -724,6 +747,7 @@ def refusal(pbs, monkeypatch, capsys):
         ([*PBS, "--after", "so; rm"], "--after so; rm: PBS knows no such job"),
         ([*PBS, "--cell", "nowhere"], "--cell nowhere was never submitted"),
         ([*PBS, "--chain", "2", "-m", "seed=1,2"], "--chain is for one run, -m for many"),
+        ([*PBS, "-n", "2", "--min-ranks", "8"], "--min-ranks 8 is more than the 2 ranks to be started"),
         ([*PBS, "optimizer.lr=fast"], "optimizer.lr=fast is not valid"),
         ([*PBS, "model=ccn"], "Did you mean cnn?"),
         ([*PBS, "--", "python", "nowhere.py"], "The program nowhere.py is not found"),

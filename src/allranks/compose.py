@@ -54,7 +54,9 @@ def cells_from_command_line(arguments: Sequence[str]) -> list[tuple[Config, list
             cfg.run.dir = str(Path(cfg.run.dir) / str(HydraConfig.get().job.num))
         composed.append((cfg, list(HydraConfig.get().overrides.task)))
 
-    OmegaConf.register_new_resolver("allranks.keys", _help_on_keys, replace=True)  # --help shows them
+    # Both are shown by --help.
+    OmegaConf.register_new_resolver("allranks.choices", _help_on_choices, replace=True)
+    OmegaConf.register_new_resolver("allranks.keys", _help_on_keys, replace=True)
     app = hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(collect)
     flags, overrides = split_flags(arguments)
     flags = [_with_home_in_flag(flag) for flag in flags]
@@ -66,9 +68,14 @@ def cells_from_command_line(arguments: Sequence[str]) -> list[tuple[Config, list
     for override in overrides:
         _refuse_without_effect(override)
         group, _, choice = override.partition("=")
+        if group == "machine":
+            raise UserError(
+                f"{override} is none of a training's keys: `allranks launch --machine {choice}` uses the "
+                "machine's file, and so does `allranks submit` with that option."
+            )
         if group in GROUPS and re.match(r"[\[{]|[-+]?[0-9.]+$", choice):
             raise UserError(f"{override} is not valid: {group} takes the name of one choice.")
-    with _hydra_that_leaves_no_trace([*flags, *overrides]):
+    with _hydra_that_leaves_no_trace([*flags, *overrides]), _empty_is_unset("ALLRANKS_DATA"):
         try:
             app()
         except (HydraException, ValueError) as error:
@@ -206,6 +213,32 @@ def _hydra_that_leaves_no_trace(arguments: Sequence[str]) -> Iterator[None]:
             del os.environ["HYDRA_FULL_ERROR"]
             if full_error is not None:
                 os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+@contextlib.contextmanager
+def _empty_is_unset(variable: str) -> Iterator[None]:
+    """Within the block, a variable of the environment that is empty is not set: so YAML's default holds."""
+    is_empty = os.environ.get(variable) == ""
+    if is_empty:
+        del os.environ[variable]
+    try:
+        yield
+    finally:
+        if is_empty:
+            os.environ[variable] = ""
+
+
+def _help_on_choices() -> str:
+    """Every group with its choices, a user's own included. A machine is no choice of a training's."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    loader = GlobalHydra.instance().config_loader()
+    lines: list[str] = []
+    for group in sorted(loader.list_groups("")):
+        choices = sorted(loader.get_group_options(group))
+        if choices and group not in ("hydra", "machine"):
+            lines.append(f"{group}: {', '.join(choices)}")
+    return "\n".join(lines)
 
 
 def _help_on_keys(*, _root_: DictConfig) -> str:

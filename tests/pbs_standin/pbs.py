@@ -82,7 +82,7 @@ def parse(words, found):
     return rest
 
 
-def qsub(arguments):  # noqa: PLR0912  a refusal each
+def qsub(arguments):  # noqa: PLR0912 PLR0915  a refusal each
     connect("qsub")
     options = {}
     rest = parse(arguments, options)
@@ -121,6 +121,10 @@ def qsub(arguments):  # noqa: PLR0912  a refusal each
         if not (where.isascii() and where.isprintable()):
             refuse("qsub", "illegal -o value", 2)
     (HOME / "jobs").mkdir(parents=True, exist_ok=True)
+    if (HOME / f"one-job-in-{queue}").exists():
+        jobs = [json.loads(path.read_text()) for path in (HOME / "jobs").glob("*.json")]
+        if any(job["queue"] == queue and job["state"] != "F" for job in jobs):
+            refuse("qsub", f"would exceed queue {queue}'s per-user limit", 1)
     number = 1 + max((int(re.match(r"\d+", p.name)[0]) for p in (HOME / "spool").glob("*.SC")), default=0)
     (HOME / "spool").mkdir(exist_ok=True)
     spooled = HOME / "spool" / f"{number}.pbs.SC"

@@ -185,7 +185,10 @@ def _read(folder: Path, stem: str, source: Source, name: str, root: str) -> tupl
         f"published one). {_fetch_again(name, root)}"
     )
     if not is_published and stem not in source.sha256:  # nobody can say whether its contents are right
-        raise corrupted
+        raise UserError(
+            f"{corrupted} If it is whole and was only packed again, type `gunzip {path}`: an unpacked "
+            "file is known by its header and its size."
+        )
     try:
         unpacked = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:

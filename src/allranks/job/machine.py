@@ -193,13 +193,18 @@ def available(config_dir: str | Path | None = None) -> list[str]:
 
 
 def check_queue(
-    machine: Machine, queue: str, nodes: int, hours: float | None = None, jobs: int = 1
+    machine: Machine,
+    queue: str,
+    nodes: int,
+    hours: float | None = None,
+    jobs: int = 1,
+    is_sweep: bool = False,
 ) -> None:
     """Raises UserError where the queue does not take such a job.
 
     `nodes` is the number of nodes (or of chunks, where the queue deals in those), `hours` the walltime if
-    it is given, `jobs` how many jobs are queued at a time. A queue that the machine file does not list is
-    left to the scheduler.
+    it is given, `jobs` how many jobs are queued at a time: those of a chain or, if it `is_sweep`, of an
+    array. A queue that the machine file does not list is left to the scheduler.
     """
     least = machine.submit.min_minutes
     if hours is not None and least is not None and hours * 60 < least:
@@ -212,9 +217,12 @@ def check_queue(
     most_jobs = machine.queues[queue].jobs_per_user
     if most_jobs is not None and jobs > most_jobs:
         others = _queues_that_take(machine, nodes, jobs)
+        asked, instead = f"--chain {jobs}", "leave --chain out"
+        if is_sweep:
+            asked, instead = f"A sweep of {jobs} cells", "submit fewer cells"
         raise UserError(
-            f"--chain {jobs} does not fit queue {queue} of {machine.name}, which takes {most_jobs} "
-            f"job{'s' * (most_jobs > 1)} of a user at a time, waiting ones too: leave --chain out, or "
+            f"{asked} does not fit queue {queue} of {machine.name}, which takes {most_jobs} "
+            f"job{'s' * (most_jobs > 1)} of a user at a time, waiting ones too: {instead}, or "
             f"change --queue.{others}"
         )
     limits = machine.queues[queue].limits
@@ -242,7 +250,7 @@ def _queues_that_take(machine: Machine, nodes: int, jobs: int) -> str:
         if any(n.min_nodes <= nodes <= (n.max_nodes or nodes) for n in queue.limits)
         and jobs <= (queue.jobs_per_user or jobs)
     ]
-    what = f"{nodes}" if jobs == 1 else f"a chain of {jobs}"
+    what = f"{nodes}" if jobs == 1 else f"{jobs} jobs"
     return f" These take {what}: {', '.join(fit)}." if fit else ""
 
 

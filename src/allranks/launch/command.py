@@ -18,7 +18,7 @@ from allranks.job.hosts import Allocation, compress, find_allocation, placeholde
 from allranks.job.identity import discover
 from allranks.job.machine import Machine
 from allranks.launch import dryrun, options
-from allranks.launch.plan import Request, make_plan
+from allranks.launch.plan import Request, check_least_ranks, make_plan
 from allranks.run.cells import Cell, composed_cells, frozen_cells, is_finished, make_cells
 from allranks.run.results import place_in_sweep, table_of_sweep
 
@@ -75,6 +75,7 @@ def _launch(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str,
         installed_here=allocation.exists,
     )
     plan = make_plan(request, known, allocation, environ)
+    check_least_ranks(args.min_ranks, plan)
     if args.dry_run:
         show = dryrun.as_json if args.json else dryrun.text
         print(show(plan, allocation.source))

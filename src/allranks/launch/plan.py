@@ -177,6 +177,15 @@ def check_program(program: Sequence[str]) -> None:
         raise UserError(f"The program {script} is not found: check the name, or give its path.")
 
 
+def check_least_ranks(min_ranks: int | None, plan: Plan) -> None:
+    """Raises UserError where --min-ranks asks for more ranks than there are when all hosts are well."""
+    if min_ranks is not None and min_ranks > plan.world_size:
+        raise UserError(
+            f"--min-ranks {min_ranks} is more than the {plan.world_size} rank"
+            f"{'s' * (plan.world_size > 1)} to be started: give {plan.world_size} or less, or more ranks."
+        )
+
+
 # --- how many ranks, and where -------------------------------------------------------------------
 
 

@@ -155,5 +155,13 @@ def _queue_successor(kind: Scheduler, directory: str, me: ThisJob) -> None:
     # The training of this job has ended, so that a successor that waits for nothing does no harm.
     after = me.id if kind.can_be_waited_for(me.id) else None
     task = task_again(directory, {}, must_be_idle=False)
-    [job_id] = _patiently(partial(queue_again, task, after), directory)
+    try:
+        [job_id] = _patiently(partial(queue_again, task, after), directory)
+    except (NoAnswer, ServerUnreached):
+        raise
+    except UserError as error:
+        if not task.has_no_successor:
+            raise
+        print(f"{directory} has stopped at step {step}: {task.how_to_go_on}. ({error})", flush=True)
+        return
     print(f"{directory} goes on from step {step}: job {job_id} is queued", flush=True)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from allranks.job.hosts import Host, placeholder_allocation
 from allranks.job.machine import LAUNCHERS, Machine
 from allranks.job.scheduler import Scheduler
 from allranks.launch import options
-from allranks.launch.plan import Plan, Request, check_program, make_plan
+from allranks.launch.plan import Plan, Request, check_least_ranks, check_program, make_plan
 from allranks.run import directory as rundir
 from allranks.run.cells import CELLS, JOB, Cell, composed_cells, frozen_cells, is_finished, read_job
 from allranks.submit import script
@@ -58,6 +59,26 @@ class Task:
     def array_jobs(self) -> int:
         """The jobs of its array; 0 for a plain job. PBS takes no array of one job."""
         return len(self.cells) if len(self.cells) > 1 else 0
+
+    @property
+    def has_no_successor(self) -> bool:
+        """Whether the queue takes no job that goes on with the run, as long as the present one is there.
+
+        A job queues its successor before it ends itself, and so is the second job of its user then. Where
+        the scheduler puts the same job back into the queue there is but one.
+        """
+        queue = self.machine.queues.get(self.order.queue or "")
+        is_full = queue is not None and queue.jobs_per_user == 1
+        return is_full and not self.program and not self.scheduler.owner_may_requeue
+
+    @property
+    def how_to_go_on(self) -> str:
+        """What the user can do where there is no successor."""
+        return (
+            f"queue {self.order.queue} takes one job of a user at a time, so this one cannot queue the "
+            "next: once it has ended with the run not finished, go on from the newest checkpoint with "
+            f"`allranks submit --cell {shlex.quote(self.directory)}`"
+        )
 
     @property
     def job_directory(self) -> str:
@@ -100,7 +121,7 @@ def new_task(given: Mapping[str, Any], rest: Sequence[str]) -> Task | None:
         machine_overrides=tuple(machine_overrides),
         workdir=str(Path.cwd()),
     )
-    order, known, plan = _checked(with_options(order, given), program or cells[0].program())
+    order, known, plan = _checked(with_options(order, given), program or cells[0].program(), len(cells))
     if program is None:
         _check_walltime(order)
     else:
@@ -178,8 +199,10 @@ def _script_of(program: Sequence[str]) -> str:
 # --- what a machine takes ------------------------------------------------------------------------
 
 
-def _checked(order: Order, program: Sequence[str]) -> tuple[Order, Machine, Plan]:
-    """The order with the machine's defaults, the machine, and a plan. Raises UserError."""
+def _checked(order: Order, program: Sequence[str], cells: int = 1) -> tuple[Order, Machine, Plan]:
+    """The order with the machine's defaults, the machine, and a plan for a job, or for an array with a job
+    for each of so many cells. Raises UserError.
+    """
     known = _machine(order)
     order = replace(order, machine=known.name, queue=order.queue or known.queue)
     if order.walltime is not None:
@@ -209,8 +232,12 @@ def _checked(order: Order, program: Sequence[str]) -> tuple[Order, Machine, Plan
         )
     if order.queue:
         hours = (order.walltime_s or 0) / 3600 or None
-        machine.check_queue(known, order.queue, order.nodes, hours, jobs=order.chain or 1)
-    return order, known, _plan(order, known, program)
+        is_sweep = cells > 1
+        jobs = cells if is_sweep else order.chain or 1
+        machine.check_queue(known, order.queue, order.nodes, hours, jobs, is_sweep)
+    plan = _plan(order, known, program)
+    check_least_ranks(order.min_ranks, plan)
+    return order, known, plan
 
 
 def _check_walltime(order: Order) -> None:
