@@ -20,11 +20,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
+from allranks.config import Config
 from allranks.run import checkpoint
+
+if TYPE_CHECKING:
+    from allranks.training.building import Recipe
 
 T = TypeVar("T")
 
@@ -304,6 +308,20 @@ def allowed_s(within_s: float) -> float:
     ]
     slowest = max(float(process.communicate()[0]) for process in spinning) / 0.2
     return within_s * max(1.0, slowest, os.getloadavg()[0] / cores)
+
+
+def recipe_of(config: Config) -> Recipe:
+    """What one rank trains by this configuration."""
+    from allranks.training import building  # with torch, which most tests here do without
+
+    return building.Recipe(
+        model=config.model,
+        optimizer=config.optimizer,
+        scheduler=config.scheduler,
+        trainer=config.trainer,
+        seed=config.seed,
+        batch_size=building.global_batch_size(config.trainer, world_size=1),
+    )
 
 
 def tree(folder: Path) -> list[str]:

@@ -37,12 +37,13 @@ import os, sys
 import torch
 from allranks.base.errors import RunError
 from allranks.compose import from_command_line
+from allranks.config import runtime_settings
 from allranks.job.identity import discover
 from allranks.runtime.bringup import open_runtime
 from allranks.runtime.compare import compare_ranks
 
 [config] = from_command_line(["device=cpu", "threads=1"])
-runtime = open_runtime(discover(os.environ), config)
+runtime = open_runtime(discover(os.environ), runtime_settings(config))
 torch.manual_seed(0)
 model = torch.nn.Linear(3, 2)
 if str(runtime.rank) in sys.argv[1:]:

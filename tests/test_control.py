@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from allranks.compose import from_command_line
-from allranks.config import Config
+from allranks.config import Config, identity, runtime_settings
 from allranks.job.identity import RankIdentity
 from allranks.run import checkpoint
 from allranks.runtime.bringup import open_runtime
@@ -25,7 +25,7 @@ from allranks.training import building, control
 from allranks.training.control import Control, EvaluationStopped, Pace, Signals, Wishes, end_of_job
 from allranks.training.saver import Saver
 from allranks.training.training import Training
-from helpers import SMALL, clean_environment, execute, launcher
+from helpers import SMALL, clean_environment, execute, launcher, recipe_of
 
 
 class Clock:
@@ -45,12 +45,18 @@ class Lab:
         self.runtime = runtime
         self.config = config
         self.folder = folder
-        self.training: Training = building.build_training(config, runtime, examples=1200)
-        self.saver = Saver(runtime, str(folder), config)
+        self.training: Training = building.build_training(recipe_of(config), runtime, examples=1200)
+        self.saver = Saver(runtime, str(folder), identity(config), keep=config.checkpoint.keep, save_s=60)
         self.saver.resume(self.training)
         self.signals = Signals()
         self.clock = Clock()
-        self.control = Control(runtime, config, self.saver, self.signals, clock=self.clock)
+        self.control = self.new_control()
+
+    def new_control(self) -> Control:
+        config = self.config
+        return Control(
+            self.runtime, self.saver, self.signals, config.checkpoint, config.trainer.epochs, self.clock
+        )
 
     def after_step(self, step: int) -> bool:
         self.training.step = self.training.epoch_steps = step
@@ -70,7 +76,7 @@ def lab(tmp_path: Path) -> Iterator:
     def make(*overrides: str) -> Lab:
         words = [*SMALL, "model=linear", "trainer.epochs=2", "trainer.batch_size=120", *overrides]
         [config] = from_command_line(words)
-        runtime = open_runtime(RankIdentity("none"), config)
+        runtime = open_runtime(RankIdentity("none"), runtime_settings(config))
         folder = tmp_path / f"run{len(made)}"
         folder.mkdir()
         made.append(Lab(runtime, config, folder))
@@ -234,7 +240,7 @@ def test_the_first_signal_is_answered_as_it_comes_and_only_once(lab, capfd):
 def test_a_signal_that_came_before_the_run_could_answer_is_answered_when_it_begins(lab, capfd):
     here = lab()
     here.signals.counts[signal.SIGUSR1] = 1
-    Control(here.runtime, here.config, here.saver, here.signals)
+    here.new_control()
     assert capfd.readouterr().out == "SIGUSR1: stopping after this batch; what is done so far is saved\n"
 
 

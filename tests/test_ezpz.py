@@ -80,12 +80,13 @@ RANKS = """
 import os, sys
 from allranks.base.errors import UserError
 from allranks.compose import from_command_line
+from allranks.config import runtime_settings
 from allranks.job.identity import discover
 from allranks.runtime.bringup import open_runtime
 
 [config] = from_command_line(["device=cpu", "threads=1", "runtime=ezpz"])
 try:
-    runtime = open_runtime(discover(os.environ), config)
+    runtime = open_runtime(discover(os.environ), runtime_settings(config))
 except UserError as error:
     print(error)
     sys.exit(error.code)

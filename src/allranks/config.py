@@ -396,6 +396,37 @@ def thaw(directory: str, sha256: str) -> Config:
     return replace(config, run=RunConfig(directory))
 
 
+# --- what the ranks need to know before they can work together ------------------------------------------
+
+
+@dataclass(frozen=True)
+class RuntimeSettings:
+    """What a configuration says of the ranks themselves: devices, threads, who connects them."""
+
+    digest: str  # of the whole configuration, which all ranks must have
+    library: str  # `runtime`: auto, ezpz or native
+    device: str  # auto, cuda, xpu, mps or cpu
+    precision: str  # `trainer.precision`, which not every device has
+    oversubscribe: bool  # whether ranks may share a GPU
+    threads: int | None  # of each rank; None: as many as it has CPUs
+    virtual_ranks: int | None  # the fixed number of shares of a reproducible run; None for any other run
+    limits: WatchdogConfig
+
+
+def runtime_settings(config: Config) -> RuntimeSettings:
+    """What this configuration says of the ranks themselves."""
+    return RuntimeSettings(
+        digest=digest(config),
+        library=config.runtime,
+        device=config.device,
+        precision=config.trainer.precision,
+        oversubscribe=config.oversubscribe,
+        threads=config.threads,
+        virtual_ranks=config.trainer.virtual_ranks if config.trainer.reproducible else None,
+        limits=config.watchdog,
+    )
+
+
 # --- what a resume must agree on -----------------------------------------------------------------------
 
 

@@ -18,7 +18,6 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,14 +27,13 @@ from allranks.config import Config
 from allranks.job.identity import RankIdentity
 from allranks.run import directory as rundir
 from allranks.training import ending
-from allranks.training.control import FROM_TERMINAL, Control, EvaluationStopped, Signals
+from allranks.training.control import FROM_TERMINAL, Control, Signals
 
 if TYPE_CHECKING:
     from allranks.data.loader import Data
     from allranks.run.cells import Cell
-    from allranks.runtime.runtime import Runtime
+    from allranks.training.building import Recipe
     from allranks.training.metrics import Figures
-    from allranks.training.report import Reporter
     from allranks.training.training import Training
 
 
@@ -50,14 +48,15 @@ def main() -> None:
         signals = Signals()
         # Without a handler these two would end a process that is still importing torch.
         signals.count(signal.SIGUSR1, signal.SIGUSR2)
-        sweep: list[Cell] = []  # rank 0 fills it at the first run of a sweep
+        is_sweep = {"-m", "--multirun"} & set(sys.argv)
+        sweep: list[Cell] | None = [] if is_sweep else None  # rank 0 fills it at the first run
         ends: list[str] = []
         for number, config in enumerate(compose(identity)):
             finished = run(config, identity, number, signals, sweep)
             ends.append("finished" if finished else "stopped")
             if not finished:
                 break
-        if len(sweep) > 1:
+        if sweep and len(sweep) > 1:
             from allranks.run.results import table_of_sweep
 
             print(table_of_sweep(sweep, ends), flush=True)
@@ -99,27 +98,26 @@ def run(
 ) -> bool:
     """Trains one run to its end, or what is left of it. False where it was stopped before its end.
 
-    `number` counts the runs of this process from 0: a sweep has several, and `sweep` has their cells on
-    rank 0. `signals` stop the run.
+    `number` counts the runs of this process from 0. A sweep has several: `sweep` has their cells on rank 0,
+    and is None for a single run. `signals` stop the run.
     """
-    sweep = [] if sweep is None else sweep
     from allranks.data import early
 
     # The data are read while torch is imported: the one waits for files, the other keeps the processor
     # busy.
     reading = early.start_reading(config.data) if identity.rank == 0 else None
+    settings = configs.runtime_settings(config)
+    decisive = configs.identity(config)  # the values that a checkpoint, or another start, must agree on
     with _importing_torch(config.trainer.compile):
         from allranks import components
         from allranks.data import loader
         from allranks.runtime.bringup import open_runtime
-        from allranks.training import building
+        from allranks.training import building, engine, trial
         from allranks.training.report import Reporter, process_age_s
         from allranks.training.saver import Saver
-        from allranks.training.trial import try_first_batch
 
-    trainer = config.trainer
     began_s = process_age_s() if number else 0.0  # the first run's time includes the import of torch
-    runtime = open_runtime(identity, config, run=number)
+    runtime = open_runtime(identity, settings, run=number)
     if signals is not None:
         # Only now: until the ranks have met, these signals end a start that hangs.
         signals.count(signal.SIGTERM, *FROM_TERMINAL)
@@ -128,8 +126,12 @@ def run(
         # A rank that ended with this error at once would break off the process group that the others may
         # still be connecting. So the ranks agree on it, as on every error.
         with runtime.all_or_none():
-            building.global_batch_size(trainer, runtime.world_size)
-        path, standing = runtime.meeting.from_rank_0(lambda: _find(config, number, sweep))
+            batch_size = building.global_batch_size(config.trainer, runtime.world_size)
+        path, standing = runtime.meeting.from_rank_0(
+            lambda: rundir.find(
+                _directory_in_sweep(number, sweep) or config.run.dir, config.name, decisive, config.resume
+            )
+        )
         if sweep:
             report.cell(f"cell {number + 1}/{len(sweep)}", sweep[number].overrides, path)
         if standing == rundir.Standing.FINISHED:
@@ -141,59 +143,72 @@ def run(
             components.locate_targets(
                 {"model": config.model, "optimizer": config.optimizer, "scheduler": config.scheduler}
             )
-        dtype = building.dtype_of(trainer.precision)
-        data = loader.open_data(config.data, runtime, config.seed, dtype, reading)
-        report.data(data, config.data["input_shape"])
+        data = loader.open_data(
+            config.data, runtime, config.seed, building.dtype_of(config.trainer.precision), reading
+        )
+        report.data(data)
+        recipe = building.Recipe(
+            model=config.model,
+            optimizer=config.optimizer,
+            scheduler=config.scheduler,
+            trainer=config.trainer,
+            seed=config.seed,
+            batch_size=batch_size,
+        )
         with runtime.all_or_none():
-            training = building.build_training(config, runtime, examples=len(data.train))
-        try_first_batch(training, data.train, config, runtime)
+            training = building.build_training(recipe, runtime, examples=len(data.train))
+        trial.try_first_batch(training, data, recipe, runtime)
 
         if standing == rundir.Standing.NEW:
-            path = runtime.meeting.from_rank_0(lambda: _create(path, config, sweep))
+            is_given = sweep is not None or config.run.dir is not None
+            path = runtime.meeting.from_rank_0(
+                lambda: rundir.create(path, configs.freeze(config), exactly=is_given)
+            )
+            if sweep is not None:
+                runtime.meeting.from_rank_0(lambda: _list_cells(path, sweep))
 
-        with Saver(runtime, path, config) as saver:
-            resumed = saver.resume(training)
+        with Saver(
+            runtime, path, decisive, keep=config.checkpoint.keep, save_s=config.watchdog.save_s
+        ) as saver:
+            resumed = saver.resume(training, config.resume)
             report.opened(path, training, resumed, saver.check)
             startup_s = process_age_s() - began_s
 
-            control = Control(runtime, config, saver, signals or Signals())
-            test = _train_and_test(training, data, config, runtime, control, report)
+            control = Control(
+                runtime, saver, signals or Signals(), config.checkpoint, config.trainer.epochs
+            )
+            test = engine.fit_and_test(training, data, recipe, runtime, control, report)
             saver.finish()
             if test is None:
-                report.stopped(control.reason, training, trainer.epochs)
+                report.stopped(control.reason, training, config.trainer.epochs)
                 return False
-            summary = _summary(training, data, config, runtime, test)
-            summary["time/total_s"] = process_age_s() - began_s
-            summary["time/startup_s"] = startup_s
-            report.finished(summary)
+            summary = _summary(training, data, recipe, runtime.world_size, test)
+            report.finished(
+                {**summary, "time/total_s": process_age_s() - began_s, "time/startup_s": startup_s}
+            )
     return True
 
 
-def _find(config: Config, number: int, sweep: list[Cell]) -> tuple[str, rundir.Standing]:
-    """The directory of a run, and how far the run has come there. Rank 0 alone calls.
+def _directory_in_sweep(number: int, sweep: list[Cell] | None) -> str | None:
+    """The directory of the sweep's run of this number; None for a single run. Rank 0 alone calls.
 
-    With the first run of a sweep the directories of all its cells are chosen, as `allranks launch -m` does:
-    0, 1, ... below one directory.
+    With the first run the directories of all are chosen, as `allranks launch -m` does: 0, 1, ... below one
+    directory, and `sweep` is filled.
     """
-    if number == 0 and {"-m", "--multirun"} & set(sys.argv):
+    if sweep is None:
+        return None
+    if number == 0:
         from allranks.run.cells import composed_cells  # what a single run does without
 
         sweep += composed_cells(sys.argv[1:])[1]
-    if not sweep:
-        return rundir.find(config)
-    own_place = replace(config.run, dir=sweep[number].directory)
-    return rundir.find(replace(config, run=own_place))
+    return sweep[number].directory
 
 
-def _create(path: str, config: Config, sweep: Sequence[Cell]) -> str:
-    """Makes the directory of a run, and the list of cells of its sweep. Rank 0 alone calls."""
-    is_given = bool(sweep) or config.run.dir is not None
-    made = rundir.create(path, configs.freeze(config), exactly=is_given)
-    if sweep:
-        from allranks.run.cells import list_cells
+def _list_cells(directory: str, sweep: Sequence[Cell]) -> None:
+    """Writes the list of a sweep's runs above the directory of one of them. Rank 0 alone calls."""
+    from allranks.run.cells import list_cells
 
-        list_cells(str(Path(path).parent), sweep)
-    return made
+    list_cells(str(Path(directory).parent), sweep)
 
 
 @contextlib.contextmanager
@@ -217,33 +232,17 @@ def _importing_torch(compiles: bool) -> Iterator[None]:
     gc.enable()
 
 
-def _train_and_test(
-    training: Training, data: Data, config: Config, runtime: Runtime, control: Control, report: Reporter
-) -> Figures | None:
-    """Trains to the end; the figures over the test set, or None where the ranks agreed to stop before."""
-    from allranks.training import engine
-
-    trainer, seed = config.trainer, config.seed
-    if not engine.fit(training, data, trainer, seed, runtime, control, report):
-        return None
-    try:
-        return engine.evaluate(training.model, data.test, trainer.precision, seed, runtime, control)
-    except EvaluationStopped:
-        return None
-
-
 def _summary(
-    training: Training, data: Data, config: Config, runtime: Runtime, test: Figures
+    training: Training, data: Data, recipe: Recipe, world_size: int, test: Figures
 ) -> dict[str, Any]:
     """The beginning of summary.json; `test` are the figures over the test set."""
-    from allranks.training.building import global_batch_size
     from allranks.training.state import weights_sha256
 
     return {
         "state": "finished",
         "epochs": training.epoch,
-        "world_size": runtime.world_size,
-        "global_batch_size": global_batch_size(config.trainer, runtime.world_size),
+        "world_size": world_size,
+        "global_batch_size": recipe.batch_size,
         "model/parameters": training.parameters,
         "model/sha256": weights_sha256(training.model),
         "test/loss": test.loss,

@@ -28,6 +28,8 @@ class Data:
     train: Part
     val: Part
     test: Part
+    input_shape: tuple[int, ...]  # of an image, as data.input_shape says: [C, H, W]
+    classes: int | None  # as data.classes says; None where it does not
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ def open_data(
         train=_part("data.train", train, order[: split[0]], workers, runtime, dtype),
         val=_part("data.train", train, order[split[0] :], workers, runtime, dtype),
         test=_part("data.test", test, torch.arange(len(test)), workers, runtime, dtype),
+        input_shape=tuple(section["input_shape"]),
+        classes=section.get("classes"),
     )
 
 

@@ -253,6 +253,17 @@ def newest_valid(run_dir: str | Path, after_piece: Callable[[], None] | None = N
     return Found(None, {}, passed_over)
 
 
+def find_at(path: str | Path, after_piece: Callable[[], None] | None = None) -> Found:
+    """The checkpoint in this folder, or the newest valid one of the run whose directory it is.
+
+    Raises Damaged where the folder is a checkpoint that is not as it was written, and OSError where the
+    file system does not give what is there. `after_piece` is called as by read().
+    """
+    if (Path(path) / MANIFEST).exists():
+        return Found(Path(path), read(Path(path).resolve(), after_piece), [])
+    return newest_valid(path, after_piece)
+
+
 def unreadable(error: OSError) -> str:
     """In words: that read() got this error from the file system, and at which file of the checkpoint."""
     name = str(error.filename)

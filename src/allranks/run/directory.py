@@ -21,7 +21,6 @@ from typing import Any
 from allranks import config as configs
 from allranks.base.errors import UserError
 from allranks.base.files import write_json, write_text
-from allranks.config import Config
 from allranks.job import scheduler
 
 CONFIG = "config.yaml"
@@ -72,32 +71,35 @@ def _check(path: Path) -> None:
         raise UserError(f"run.dir={path} cannot be made: {above} is not writable. Give another run.dir.")
 
 
-def find(config: Config) -> tuple[str, Standing]:
-    """The directory of the run that this configuration asks for, and how far the run has come there.
+def find(given: str | None, name: str, identity: Mapping[str, Any], resume: str) -> tuple[str, Standing]:
+    """The directory of a run, and how far the run has come there.
 
-    Raises UserError where the directory cannot be used, or where `resume` names a path that is not there.
+    `given` is the directory that the user has named, if any; else a new one is chosen below runs/<name>.
+    `identity` holds the values that decide what the run computes (config.identity), `resume` is the key of
+    that name. Raises UserError where the directory cannot be used, or where `resume` names a path that is
+    not there.
     """
-    directory = choose(config.run.dir, config.name)
-    so_far = standing(directory, config) if config.run.dir else Standing.NEW
-    if so_far == Standing.NEW and config.resume not in ("auto", "never"):
+    directory = choose(given, name)
+    so_far = standing(directory, identity, resume) if given else Standing.NEW
+    if so_far == Standing.NEW and resume not in ("auto", "never"):
         try:
-            Path(config.resume).stat()
+            Path(resume).stat()
         except OSError as error:
             raise UserError(
-                f"resume={config.resume} cannot be read ({error.strerror}): give the path of a checkpoint, "
+                f"resume={resume} cannot be read ({error.strerror}): give the path of a checkpoint, "
                 "or of a run directory that has one."
             ) from error
     return directory, so_far
 
 
-def standing(directory: str, config: Config) -> Standing:
-    """How far the run of this configuration has come in the directory.
+def standing(directory: str, identity: Mapping[str, Any], resume: str) -> Standing:
+    """How far the run with this identity (config.identity) has come in the directory.
 
     Raises UserError where the directory holds the run of another configuration, where it holds an
     unfinished run and resume=never says that nothing is to be resumed, or where it cannot be read.
     """
     try:
-        return _standing(Path(directory), config)
+        return _standing(Path(directory), identity, resume)
     except OSError as error:
         raise UserError(
             f"run.dir={directory} cannot be looked at ({error.strerror}): start the run again once it can "
@@ -105,15 +107,15 @@ def standing(directory: str, config: Config) -> Standing:
         ) from error
 
 
-def _standing(path: Path, config: Config) -> Standing:
+def _standing(path: Path, identity: Mapping[str, Any], resume: str) -> Standing:
     checkpoints = path / "checkpoints"
     if not (path / CONFIG).exists():
         return Standing.NEW
-    there, here = configs.frozen_identity(path / CONFIG), configs.identity(config)
-    differing = configs.differing(there, here)
+    there = configs.frozen_identity(path / CONFIG)
+    differing = configs.differing(there, identity)
     if differing:
         remedy = "Give another run.dir, or the same values."
-        if {key for key in here if there.get(key) != here[key]} == {"trainer.epochs"}:
+        if {key for key in identity if there.get(key) != identity[key]} == {"trainer.epochs"}:
             remedy += (
                 f" To train that run further, begin another from it: resume={path} with a new run.dir."
             )
@@ -131,7 +133,7 @@ def _standing(path: Path, config: Config) -> Standing:
                 f"run.dir={path} has a file named checkpoints: move it, or give another run.dir."
             )
         return Standing.BEGUN
-    if config.resume == "never":
+    if resume == "never":
         raise UserError(
             f"run.dir={path} holds an unfinished run, and resume=never: give another run.dir, or "
             "resume=auto to go on."
@@ -156,18 +158,28 @@ def create(directory: str, config_yaml: str | None, exactly: bool = True) -> str
     path = Path(directory)
     try:
         with writing(directory):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # A start that was killed early may have left the directory itself: that one is taken as it is.
-            may_be_there = exactly and path.is_dir() and not _is_used(path)
-            path.mkdir(0o700, exist_ok=may_be_there)
-            (path / "logs").mkdir(exist_ok=exactly)
+            try:
+                _make(path, may_be_there=exactly)
+            except FileExistsError:
+                if exactly:
+                    raise
+                path = Path(f"{directory}-{secrets.token_hex(3)}")
+                _make(path, may_be_there=False)
             if config_yaml is not None:
                 write_text(path / CONFIG, config_yaml, new=True).close()
     except FileExistsError:
-        if not exactly:
-            return create(f"{directory}-{secrets.token_hex(3)}", config_yaml)
         raise UserError(f"run.dir={path} was taken by another run just now: give another one.") from None
     return str(path)
+
+
+def _make(path: Path, may_be_there: bool) -> None:
+    """Makes the directory and its logs/. Raises FileExistsError where another run has it.
+
+    With `may_be_there` a directory is taken as it is that a start has left which was killed early.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.mkdir(0o700, exist_ok=may_be_there and path.is_dir() and not _is_used(path))
+    (path / "logs").mkdir(exist_ok=may_be_there)
 
 
 @contextmanager

@@ -25,12 +25,11 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import torch
 
 import allranks
-from allranks import config as configs
 from allranks.base import links
 from allranks.base.agreement import majority
 from allranks.base.errors import UserError
 from allranks.base.processes import boot_id, cpu_affinity, cpu_quota
-from allranks.config import Config, TrainerConfig, WatchdogConfig
+from allranks.config import RuntimeSettings, WatchdogConfig
 from allranks.job.identity import RankIdentity
 from allranks.runtime import ezpz, mpi, native
 from allranks.runtime.meeting import Meeting, merged, open_meeting, ranks_named
@@ -121,13 +120,13 @@ def _to_agreement(values: dict[str, Any]) -> Agreement:
 # --- the steps ------------------------------------------------------------------------------------------
 
 
-def open_runtime(identity: RankIdentity, config: Config, run: int = 0) -> Runtime:
+def open_runtime(identity: RankIdentity, settings: RuntimeSettings, run: int = 0) -> Runtime:
     """Brings the ranks up: all of them with the same configuration, each on a device of its own.
 
     `run` counts the runs of this process. Raises UserError, on all ranks, for whatever makes the run
     impossible.
     """
-    return _open(identity, config, None, run)
+    return _open(identity, settings, None, run)
 
 
 def refuse_together(identity: RankIdentity, error: UserError) -> NoReturn:
@@ -136,8 +135,10 @@ def refuse_together(identity: RankIdentity, error: UserError) -> NoReturn:
     raise AssertionError("rank 0 has passed over the error of a rank")
 
 
-def _open(identity: RankIdentity, config: Config | None, error: UserError | None, run: int) -> Runtime:
-    limits = config.watchdog if config else WatchdogConfig()
+def _open(
+    identity: RankIdentity, settings: RuntimeSettings | None, error: UserError | None, run: int
+) -> Runtime:
+    limits = settings.limits if settings else WatchdogConfig()
     watchdog = Watchdog(limits, identity, abort=mpi.abort)
     meeting: Meeting | None = None
     try:
@@ -147,7 +148,7 @@ def _open(identity: RankIdentity, config: Config | None, error: UserError | None
             comm = mpi.world(identity, limits.start_s)
             identity = replace(identity, world_size=int(comm.size))
         meeting = open_meeting(identity, comm, run, watchdog.progress)
-        return _bring_up(identity, config, error, watchdog, meeting, comm)
+        return _bring_up(identity, settings, error, watchdog, meeting, comm)
     except UserError:
         watchdog.close()
         if meeting is not None:
@@ -157,7 +158,7 @@ def _open(identity: RankIdentity, config: Config | None, error: UserError | None
 
 def _bring_up(
     identity: RankIdentity,
-    config: Config | None,
+    settings: RuntimeSettings | None,
     error: UserError | None,
     watchdog: Watchdog,
     meeting: Meeting,
@@ -168,17 +169,17 @@ def _bring_up(
         host=socket.gethostname(),
         local_rank=identity.local_rank,
         cpus=sorted(cpu_affinity()),
-        digest=configs.digest(config) if config else "",
+        digest=settings.digest if settings else "",
         version=f"allranks {allranks.__version__}, torch {torch.__version__}",
         error=str(error) if error else None,
         cpu_quota=cpu_quota(),
         boot_id=boot_id(),
     )
     place = _ask_rank_0(meeting, arrival, places, lambda said: Arrival(**said), lambda said: Place(**said))
-    assert config is not None  # a rank without a configuration has told its error, which all have raised
+    assert settings is not None  # a rank without a configuration has told its error, which all have raised
 
     # 3. equip
-    device, kind, equipment = _equip(config, identity, place, watchdog, meeting.world_size)
+    device, kind, equipment = _equip(settings, identity, place, watchdog, meeting.world_size)
 
     # 4. agree
     agreed = _ask_rank_0(meeting, equipment, agreement, _to_equipment, _to_agreement)
@@ -186,9 +187,9 @@ def _bring_up(
         watchdog.join(agreed.watched, agreed.deputy)
 
     # 5. connect
-    virtual_ranks = _virtual_ranks(config.trainer, meeting.world_size)
+    _set_determinism(settings.virtual_ranks, meeting.world_size)
     # Another number of threads may change the last bits of sums: a reproducible run takes always one.
-    threads = config.threads or (1 if virtual_ranks else place.threads)
+    threads = settings.threads or (1 if settings.virtual_ranks else place.threads)
     torch.set_num_threads(threads)
     runtime = Runtime(
         identity=identity,
@@ -201,7 +202,7 @@ def _bring_up(
         threads=threads,
         ranks=agreed.ranks,
         comm=comm if device.type == "cpu" else None,
-        virtual_ranks=virtual_ranks,
+        virtual_ranks=settings.virtual_ranks,
     )
     if meeting.world_size > 1 or kind == "ezpz":
         backend = SHARED_BACKEND if agreed.shared_devices else BACKENDS[device.type]
@@ -210,7 +211,7 @@ def _bring_up(
 
 
 def _equip(
-    config: Config, identity: RankIdentity, place: Place, watchdog: Watchdog, world_size: int
+    settings: RuntimeSettings, identity: RankIdentity, place: Place, watchdog: Watchdog, world_size: int
 ) -> tuple[torch.device, str, Equipment]:
     """This rank's device, `ezpz` or `native`, and what the other ranks must know.
 
@@ -221,9 +222,9 @@ def _equip(
     watch: dict[str, Any] | None = None
     error: UserError | None = None
     try:
-        picked = pick_device(config.device, place)
-        _check_precision(config.trainer.precision, picked.device)
-        if ezpz.chosen(config.runtime, identity.rank):
+        picked = pick_device(settings.device, place)
+        _check_precision(settings.precision, picked.device)
+        if ezpz.chosen(settings.library, identity.rank):
             kind = "ezpz"
         if world_size > 1:
             # Rank 0 has a connection to every rank, and so has each rank where gloo carries collectives.
@@ -240,7 +241,7 @@ def _equip(
         device=picked.name,
         boot_id=boot_id(),
     )
-    equipment = Equipment(facts, config.oversubscribe, watch, str(error) if error else None)
+    equipment = Equipment(facts, settings.oversubscribe, watch, str(error) if error else None)
     return picked.device, kind, equipment
 
 
@@ -404,25 +405,27 @@ def is_available(name: str) -> bool:
     return backend is not None and backend.is_available() and backend.device_count() > 0
 
 
-def _virtual_ranks(trainer: TrainerConfig, world_size: int) -> int | None:
-    """The fixed number of shares of a reproducible run, for which torch is set; None for any other run."""
+def _set_determinism(virtual_ranks: int | None, world_size: int) -> None:
+    """Sets torch for a reproducible run, which has a number of virtual ranks, or back for any other run.
+
+    Raises UserError where the virtual ranks cannot be dealt out evenly.
+    """
     # torch's modes: 2 raises an error for an operation whose result depends on chance, 0 allows all. Also
     # set back, because the runs of a sweep share this process.
-    wanted_mode = 2 if trainer.reproducible else 0
+    wanted_mode = 2 if virtual_ranks else 0
     if torch.get_deterministic_debug_mode() != wanted_mode:
         torch.set_deterministic_debug_mode(wanted_mode)
         # It would fill new memory with NaN, which takes time; nothing here reads memory before writing it.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    if not trainer.reproducible:
-        return None
-    if trainer.virtual_ranks % world_size:
+    if virtual_ranks is None:
+        return
+    if virtual_ranks % world_size:
         raise UserError(
-            f"trainer.reproducible=true with trainer.virtual_ranks={trainer.virtual_ranks}: start a number "
+            f"trainer.reproducible=true with trainer.virtual_ranks={virtual_ranks}: start a number "
             f"of ranks that divides it, not {world_size}.",
             said_by=0,
         )
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS's results depend on chance
-    return trainer.virtual_ranks
 
 
 def _check_precision(precision: str, device: torch.device) -> None:

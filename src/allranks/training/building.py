@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,13 +11,28 @@ from torch import nn
 
 from allranks.base.errors import UserError
 from allranks.components import build
-from allranks.config import Config, TrainerConfig
+from allranks.config import TrainerConfig
 from allranks.data.dealing import steps_per_epoch
 from allranks.runtime.gradients import OrderedSum
 from allranks.runtime.runtime import Runtime
 from allranks.training.metrics import Sums
 from allranks.training.state import buffers_left_out, can_be_saved
 from allranks.training.training import Schedule, Training
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained, and how: all that decides the numbers of a training, besides its data.
+
+    The sections are those of the configuration. Their `_target_` says what makes the component.
+    """
+
+    model: Mapping[str, Any]
+    optimizer: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+    trainer: TrainerConfig
+    seed: int
+    batch_size: int  # examples of one optimizer step, over all ranks together
 
 
 def global_batch_size(trainer: TrainerConfig, world_size: int) -> int:
@@ -40,21 +56,20 @@ def dtype_of(precision: str) -> torch.dtype:
     return torch.float64 if precision == "fp64" else torch.float32
 
 
-def build_training(config: Config, runtime: Runtime, examples: int) -> Training:
-    """The training that the configuration describes, at its beginning.
+def build_training(recipe: Recipe, runtime: Runtime, examples: int) -> Training:
+    """The training that the recipe describes, at its beginning.
 
     `examples` is the number of training examples, from which the length of the schedule follows.
-    The first weights follow from config.seed, so they are the same on all ranks. Raises UserError where a
+    The first weights follow from the seed, so they are the same on all ranks. Raises UserError where a
     component cannot be built, or where components do not go together.
     """
-    trainer = config.trainer
-    model = build_model(config, runtime.device)
+    trainer = recipe.trainer
+    model = build_model(recipe, runtime.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
 
-    optimizer = build("optimizer", config.optimizer, parameters)
-    batch_size = global_batch_size(trainer, runtime.world_size)
-    steps = trainer.epochs * steps_per_epoch(examples, batch_size)
-    schedule = build_schedule(config.scheduler, optimizer, trainer.epochs, steps)
+    optimizer = build("optimizer", recipe.optimizer, parameters)
+    steps = trainer.epochs * steps_per_epoch(examples, recipe.batch_size)
+    schedule = build_schedule(recipe.scheduler, optimizer, trainer.epochs, steps)
 
     compiled: nn.Module = torch.compile(model) if trainer.compile else model  # type: ignore[assignment]
     return Training(
@@ -69,12 +84,12 @@ def build_training(config: Config, runtime: Runtime, examples: int) -> Training:
     )
 
 
-def build_model(config: Config, device: torch.device) -> nn.Module:
-    """The model that the configuration describes, with its first weights; raises UserError."""
-    torch.manual_seed(config.seed)
-    model: nn.Module = build("model", config.model)
-    _check_model(model, f"model._target_={config.model['_target_']}", config.trainer.reproducible)
-    _move(model, device, dtype_of(config.trainer.precision))
+def build_model(recipe: Recipe, device: torch.device) -> nn.Module:
+    """The model that the recipe describes, with its first weights; raises UserError."""
+    torch.manual_seed(recipe.seed)
+    model: nn.Module = build("model", recipe.model)
+    _check_model(model, f"model._target_={recipe.model['_target_']}", recipe.trainer.reproducible)
+    _move(model, device, dtype_of(recipe.trainer.precision))
     if gains_by_channels_last(model, device):
         model.to(memory_format=torch.channels_last)
     return model

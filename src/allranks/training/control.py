@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from allranks.base.errors import UserError
 from allranks.base.processes import STOPPING
-from allranks.config import Config
+from allranks.config import CheckpointConfig
 from allranks.job import scheduler
 
 if TYPE_CHECKING:
@@ -200,19 +200,22 @@ class Pace:
 class Control:
     """The ranks' agreement on saving and stopping in one run; every rank has one.
 
-    `clock` gives seconds, from any moment on.
+    `when` says when to save, `epochs` when the training has come to its end. `clock` gives seconds, from
+    any moment on.
     """
 
     def __init__(
         self,
         runtime: Runtime,
-        config: Config,
         saver: Saver,
         signals: Signals,
+        when: CheckpointConfig,
+        epochs: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.runtime = runtime
-        self.config = config
+        self.when = when
+        self.epochs = epochs
         self.saver = saver
         self.signals = signals
         self.reason = ""  # why the run stopped
@@ -233,7 +236,7 @@ class Control:
 
     def is_due(self, step: int) -> bool:
         """Whether the ranks meet after this step; the same on all ranks."""
-        every = self.config.checkpoint.every_steps
+        every = self.when.every_steps
         return self._steps.is_due(step) or bool(every and step % every == 0)
 
     def agree_to_stop(self, training: Training, evaluates_next: bool = False) -> bool:
@@ -244,7 +247,7 @@ class Control:
         agreed = self._meet(self._steps, training.step)
         if training.epoch_steps:
             self._has_gained = True
-        is_done = training.epoch_steps == 0 and training.epoch == self.config.trainer.epochs
+        is_done = training.epoch_steps == 0 and training.epoch == self.epochs
         stops = bool(agreed.reason) and not is_done
         is_time = is_done or bool(agreed.overdue) or self._is_time_to_save(training)
         if stops or (is_time and not evaluates_next):
@@ -255,10 +258,10 @@ class Control:
 
     def _is_time_to_save(self, training: Training) -> bool:
         """Whether checkpoint.every_steps or checkpoint.every_epochs falls on this step."""
-        every_steps = self.config.checkpoint.every_steps
+        every_steps = self.when.every_steps
         if every_steps and training.step % every_steps == 0:
             return True
-        every_epochs = self.config.checkpoint.every_epochs
+        every_epochs = self.when.every_epochs
         is_end_of_epoch = training.epoch_steps == 0
         return bool(is_end_of_epoch and every_epochs and training.epoch % every_epochs == 0)
 
@@ -312,7 +315,7 @@ class Control:
         return now + reserve_s > self.job_end.at
 
     def _is_overdue(self, now: float) -> bool:
-        every_s = self.config.checkpoint.every_s
+        every_s = self.when.every_s
         return every_s is not None and now - self._saved_at >= every_s
 
     def _save(self, training: Training) -> None:

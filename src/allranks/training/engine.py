@@ -28,7 +28,7 @@ from allranks.data.parts import Part
 from allranks.data.randomness import mixed, reseed
 from allranks.runtime.compare import compare_ranks
 from allranks.runtime.runtime import Runtime
-from allranks.training.building import global_batch_size
+from allranks.training.building import Recipe
 from allranks.training.control import Control, EvaluationStopped
 from allranks.training.metrics import Figures, Sums
 from allranks.training.report import Reporter
@@ -60,25 +60,37 @@ class _Surroundings:
     data: Data
     trainer: TrainerConfig
     seed: int
+    batch_size: int  # examples of one optimizer step, over all ranks together
     runtime: Runtime
     control: Control  # saves and stops
     report: Reporter  # tells
 
 
+def fit_and_test(
+    training: Training, data: Data, recipe: Recipe, runtime: Runtime, control: Control, report: Reporter
+) -> Figures | None:
+    """Trains to the end, and then looks at the test set, once; all ranks call.
+
+    Returns the figures over the test set, or None where the ranks agreed to stop before the end.
+    """
+    if not fit(training, data, recipe, runtime, control, report):
+        return None
+    try:
+        return evaluate(training.model, data.test, recipe.trainer.precision, recipe.seed, runtime, control)
+    except EvaluationStopped:
+        return None
+
+
 def fit(
-    training: Training,
-    data: Data,
-    trainer: TrainerConfig,
-    seed: int,
-    runtime: Runtime,
-    control: Control,
-    report: Reporter,
+    training: Training, data: Data, recipe: Recipe, runtime: Runtime, control: Control, report: Reporter
 ) -> bool:
     """Trains to the end, from wherever `training` stands; all ranks call.
 
-    `control` saves and stops, `report` tells. Returns False where the ranks agreed to stop before the end.
+    `recipe` is what the training was built from. `control` saves and stops, `report` tells. Returns False
+    where the ranks agreed to stop before the end.
     """
-    around = _Surroundings(data, trainer, seed, runtime, control, report)
+    trainer = recipe.trainer
+    around = _Surroundings(data, trainer, recipe.seed, recipe.batch_size, runtime, control, report)
     runtime.progress.compiles = trainer.compile  # the epoch's last batch may be smaller: compiled once more
     is_first = True
     while training.epoch < trainer.epochs:
@@ -113,11 +125,10 @@ def _train_epoch(training: Training, around: _Surroundings, is_first: bool, star
     trainer = around.trainer
     seed = around.seed
     runtime = around.runtime
-    batch_size = global_batch_size(trainer, runtime.world_size)
-    steps = steps_per_epoch(len(part), batch_size)
+    steps = steps_per_epoch(len(part), around.batch_size)
     if training.epoch_steps == 0:
         training.epoch_lr = training.optimizer.param_groups[0]["lr"]
-    batches = training_batches(part, runtime, batch_size, training.epoch, seed, training.epoch_steps)
+    batches = training_batches(part, runtime, around.batch_size, training.epoch, seed, training.epoch_steps)
     runtime.progress.completed(training.step)
     training.trained.train()  # walks all modules, so it is not called in every step
     with part.explained():

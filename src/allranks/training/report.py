@@ -84,12 +84,12 @@ class Reporter:
         if runtime.world_size > 1:
             self._say(how_they_work_together(runtime.identity.launcher, runtime.kind, runtime.collectives))
 
-    def data(self, data: Data, input_shape: Sequence[int]) -> None:
+    def data(self, data: Data) -> None:
         """The data is open: says how many examples there are, and of which shape."""
         self._say(
             "%s training, %s validation and %s test examples of %s",
             f"{len(data.train):,}", f"{len(data.val):,}", f"{len(data.test):,}",
-            " x ".join(map(str, input_shape)),
+            " x ".join(map(str, data.input_shape)),
         )  # fmt: skip
 
     def opened(

@@ -12,12 +12,9 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from allranks import config as configs
 from allranks.base.errors import UserError
-from allranks.config import Config
 from allranks.run import checkpoint
 from allranks.run.claim import Claim
 from allranks.runtime.runtime import Runtime
@@ -33,14 +30,21 @@ class _Checkpoint(NamedTuple):
 
 
 class Saver:
-    """The checkpoints of one run. Every rank has a Saver; only rank 0's touches the run directory."""
+    """The checkpoints of one run. Every rank has a Saver; only rank 0's touches the run directory.
 
-    def __init__(self, runtime: Runtime, run_dir: str, config: Config) -> None:
+    `identity` are the values that a checkpoint must agree on (config.identity). `keep` counts the newest
+    checkpoints that stay, and a save may take `save_s` seconds before the watchdog ends the run.
+    """
+
+    def __init__(
+        self, runtime: Runtime, run_dir: str, identity: Mapping[str, Any], *, keep: int, save_s: float
+    ) -> None:
         self.runtime = runtime
         self.run_dir = run_dir
-        self.config = config
+        self.identity = identity
+        self.keep = keep
+        self.save_s = save_s
         self.claim: Claim | None = None  # on the run directory; rank 0's, once resume() has taken it
-        self.identity = configs.identity(config)  # kept, as it takes milliseconds to make
         self.longest_s = 0.0  # that a save has taken
         self.saved_step: int | None = None  # the newest that was saved, or is being saved
         self.failure: OSError | None = None  # of the newest save
@@ -64,19 +68,20 @@ class Saver:
 
     # --- going on ---
 
-    def resume(self, training: Training) -> str | None:
+    def resume(self, training: Training, given: str = "auto") -> str | None:
         """Takes the run directory for this run, and brings `training` to its newest valid checkpoint.
 
-        Returns that checkpoint's path; None where the run begins. All ranks call: rank 0 chooses and reads,
-        and sends the others what it read.
+        Where the directory has none, a run begins from the checkpoint that is `given`, the value of the
+        key `resume`, unless that is auto or never. Returns the checkpoint's path; None where the run begins
+        at step 0. All ranks call: rank 0 chooses and reads, and sends the others what it read.
         """
         files: dict[str, bytes] = {}  # on rank 0
 
         def choose() -> str | None:
             self.claim = Claim.take(self.run_dir)
             chosen = self._own_newest()
-            if chosen is None and self.config.resume not in ("auto", "never"):
-                chosen = self._given(self.config.resume)
+            if chosen is None and given not in ("auto", "never"):
+                chosen = self._given(given)
             self.claim.check()  # reading takes time, in which another may have taken over
             if chosen is None:
                 return None
@@ -87,7 +92,7 @@ class Saver:
         if path is not None:
             shared = self.runtime.share_files(files)
             with self.runtime.all_or_none():
-                restore(training, shared, path, self.config, self.runtime)
+                restore(training, shared, path, self.identity, self.runtime)
             self.saved_step = training.step
         return path
 
@@ -122,10 +127,7 @@ class Saver:
     def _given(self, given: str) -> _Checkpoint:
         """The checkpoint that `resume` names: by its own path, or by that of a run directory."""
         try:
-            if (Path(given) / checkpoint.MANIFEST).exists():
-                files = checkpoint.read(Path(given).resolve(), self.runtime.progress.worked)
-                return _Checkpoint(given, files)
-            newest = self._chosen(checkpoint.newest_valid(given, self.runtime.progress.worked))
+            found = self._chosen(checkpoint.find_at(given, self.runtime.progress.worked))
         except checkpoint.Damaged as damaged:
             raise UserError(
                 f"resume={given} is damaged: {damaged}. Give an earlier checkpoint."
@@ -134,12 +136,12 @@ class Saver:
             raise UserError(
                 f"resume={given} cannot be read ({error.strerror}): give another one."
             ) from error
-        if newest is None:
+        if found is None:
             raise UserError(
                 f"resume={given} has no valid checkpoint: give the path of one, or of a run directory that "
                 "has one."
             )
-        return newest
+        return found
 
     # --- saving ---
 
@@ -194,7 +196,7 @@ class Saver:
             self.runtime.meeting.from_rank_0(last)
 
     def _saving(self) -> AbstractContextManager[None]:
-        return self.runtime.progress.phase("saving (watchdog.save_s)", self.config.watchdog.save_s)
+        return self.runtime.progress.phase("saving (watchdog.save_s)", self.save_s)
 
     def _write(self, step: int, captured: Captured) -> None:
         """On the writer's thread: writes the checkpoint, and removes those that are not to be kept."""
@@ -203,7 +205,7 @@ class Saver:
         self.claim.check()
         checkpoint.write(self.run_dir, step, captured.to_files(), self.claim.token, self.claim.check)
         present = checkpoint.steps(self.run_dir)
-        keep = _kept_steps(step, present, captured.state["history"], self.config.checkpoint.keep)
+        keep = _kept_steps(step, present, captured.state["history"], self.keep)
         try:
             checkpoint.remove(self.run_dir, keep, self.claim.check)
         except OSError as error:

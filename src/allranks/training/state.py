@@ -20,7 +20,6 @@ import allranks
 from allranks import config as configs
 from allranks.base.errors import UserError
 from allranks.base.text import one_line
-from allranks.config import Config
 from allranks.run import checkpoint
 from allranks.runtime.runtime import Runtime
 from allranks.training.metrics import COLUMNS
@@ -137,16 +136,17 @@ def _taken_apart(node: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def restore(
-    training: Training, files: Mapping[str, bytes], path: str, config: Config, runtime: Runtime
+    training: Training, files: Mapping[str, bytes], path: str, identity: Mapping[str, Any], runtime: Runtime
 ) -> None:
     """Puts the training where the training of the checkpoint was; `path` names the checkpoint in messages.
 
-    Raises UserError where it is the checkpoint of another training, or not one that allranks has made.
+    `identity` says which training this is (config.identity). Raises UserError where the checkpoint is that
+    of another training, or not one that allranks has made.
     """
     try:
         state = checkpoint.from_json(STATE, files[STATE])
         _check_counters(state)
-        _check_that_it_fits(state, path, config, runtime.world_size)
+        _check_that_it_fits(state, path, identity, runtime.world_size)
         _restore_components(training, state, files, path)
         _restore_counters(training, state)
         _restore_sums(training, state["sums"], runtime)
@@ -177,19 +177,22 @@ def _check_counters(state: Mapping[str, Any]) -> None:
             raise ValueError(f"a row of sums does not have {COLUMNS} numbers")
 
 
-def _check_that_it_fits(state: Mapping[str, Any], path: str, config: Config, world_size: int) -> None:
-    """Raises UserError where the run of this configuration cannot go on from the checkpoint's state."""
-    epochs = config.trainer.epochs
+def _check_that_it_fits(
+    state: Mapping[str, Any], path: str, identity: Mapping[str, Any], world_size: int
+) -> None:
+    """Raises UserError where the run with this identity cannot go on from the checkpoint's state."""
+    epochs = identity["trainer.epochs"]
     there = state["identity"]
-    if "length" not in config.scheduler.values():  # else the run's length decides every learning rate
+    schedule = [value for key, value in identity.items() if key.startswith("scheduler.")]
+    if "length" not in schedule:  # else the run's length decides every learning rate
         there = {**there, "trainer.epochs": epochs}
-    if differing := configs.differing(there, configs.identity(config)):
+    if differing := configs.differing(there, identity):
         raise UserError(f"{path} is a checkpoint of another training: {differing}.")
     if epochs < state["epoch"]:
         raise UserError(
             f"{path} has {state['epoch']} epochs behind it already: give more than trainer.epochs={epochs}."
         )
-    per_rank = config.trainer.per_rank_batch_size
+    per_rank = identity["trainer.per_rank_batch_size"]
     if per_rank and state["world_size"] != world_size:
         raise UserError(
             f"{path} was made by {state['world_size']} ranks with trainer.per_rank_batch_size={per_rank}: "

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import random
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,10 @@ import allranks
 from allranks.base.errors import UserError
 from allranks.base.text import one_line, some
 from allranks.components import build
-from allranks.config import Config
-from allranks.data.parts import Examples, Part
+from allranks.data.loader import Data
+from allranks.data.parts import Examples
 from allranks.runtime.runtime import Runtime
-from allranks.training.building import build_model, global_batch_size
+from allranks.training.building import Recipe, build_model
 from allranks.training.engine import summed_loss
 from allranks.training.training import Training
 
@@ -39,40 +39,42 @@ _MISFITS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, As
 _SHOWN_LETTERS = 300  # of a library's message; some list every name of a model
 
 
-def try_first_batch(training: Training, part: Part, config: Config, runtime: Runtime) -> None:
-    """Tries one step on rank 0, on the first examples of `part`; all ranks call.
+def try_first_batch(training: Training, data: Data, recipe: Recipe, runtime: Runtime) -> None:
+    """Tries one step on rank 0, on the first training examples; all ranks call.
 
-    Raises UserError, on all ranks, where data, model, loss and optimizer do not go together.
+    `recipe` is what the training was built from. Raises UserError, on all ranks, where data, model, loss
+    and optimizer do not go together.
     """
-    runtime.meeting.from_rank_0(lambda: _try(training, part, config, runtime))
+    runtime.meeting.from_rank_0(lambda: _try(training, data, recipe, runtime))
 
 
-def _try(training: Training, part: Part, config: Config, runtime: Runtime) -> None:
-    model_is = f"model._target_={config.model['_target_']}"
-    optimizer_is = f"optimizer._target_={config.optimizer['_target_']}"
+def _try(training: Training, data: Data, recipe: Recipe, runtime: Runtime) -> None:
+    trainer = recipe.trainer
+    model_is = f"model._target_={recipe.model['_target_']}"
+    optimizer_is = f"optimizer._target_={recipe.optimizer['_target_']}"
     with _random_numbers_kept(runtime.device):
-        examples = part.first(min(2, len(part)), config.seed)
-        _check_shape(examples, config.data["input_shape"])
+        examples = data.train.first(min(2, len(data.train)), recipe.seed)
+        _check_shape(examples, data.input_shape)
         if any(isinstance(module, nn.SyncBatchNorm) for module in training.model.modules()):
             return  # it would wait for the other ranks
-        model = _copy_of(training.model, config, runtime)
+        model = _copy_of(training.model, recipe, runtime)
         model.train()
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
 
-        logits = _forward(model, model_is, examples, config.trainer.precision, runtime)
-        _check_logits(logits, model_is, examples, config.data.get("classes"))
+        logits = _forward(model, model_is, examples, trainer.precision, runtime)
+        _check_logits(logits, model_is, examples, data.classes)
         changed = _changed(buffers, model)
-        if config.trainer.reproducible and changed:
+        if trainer.reproducible and changed:
             raise UserError(
                 f"trainer.reproducible=true does not go with {model_is}, which changes its buffer "
                 f"{some(changed)} in training: that depends on how a batch is cut into shares. Take a "
                 "layer without such a buffer (GroupNorm, LayerNorm), or trainer.reproducible=false."
             )
         with _told(f"{model_is}: its output has no gradient that reaches its parameters"):
-            summed_loss(logits, examples.labels, config.trainer.label_smoothing).backward()
+            summed_loss(logits, examples.labels, trainer.label_smoothing).backward()
         _check_gradients(model, model_is, runtime)
-        _step(model, optimizer_is, config.optimizer)
-        _try_one_example(model, model_is, examples, len(part), config, runtime)
+        _step(model, optimizer_is, recipe.optimizer)
+        _try_one_example(model, model_is, examples, len(data.train), recipe, runtime.share_count)
 
 
 @contextmanager
@@ -113,18 +115,18 @@ def _where(error: BaseException) -> str:
     return f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
 
 
-def _copy_of(model: nn.Module, config: Config, runtime: Runtime) -> nn.Module:
+def _copy_of(model: nn.Module, recipe: Recipe, runtime: Runtime) -> nn.Module:
     """A model with the same weights. The few that Python cannot copy are built once more."""
     try:
         return copy.deepcopy(model)
     except (RuntimeError, TypeError):
-        return build_model(config, runtime.device)
+        return build_model(recipe, runtime.device)
 
 
 # --- what is checked -----------------------------------------------------------------------------------
 
 
-def _check_shape(examples: Examples, input_shape: list[int]) -> None:
+def _check_shape(examples: Examples, input_shape: Sequence[int]) -> None:
     shape = list(examples.images.shape[1:])
     if shape != list(input_shape):
         raise UserError(
@@ -201,18 +203,22 @@ def _step(model: nn.Module, optimizer_is: str, section: Mapping[str, Any]) -> No
 
 
 def _try_one_example(
-    model: nn.Module, model_is: str, examples: Examples, length: int, config: Config, runtime: Runtime
+    model: nn.Module, model_is: str, examples: Examples, length: int, recipe: Recipe, shares: int
 ) -> None:
-    """Raises UserError where the model takes no single example, as with BatchNorm, and one will come."""
-    trainer = config.trainer
-    batch_size = global_batch_size(trainer, runtime.world_size)
-    if smallest_piece(length, batch_size, runtime.share_count, trainer.accumulate) > 1:
+    """Raises UserError where the model takes no single example, as with BatchNorm, and one will come.
+
+    One comes where the training examples, which are `length`, do not divide evenly into batches, each
+    batch into `shares`, and each share into the pieces that gradients are added up from.
+    """
+    batch_size = recipe.batch_size
+    accumulate = recipe.trainer.accumulate
+    if smallest_piece(length, batch_size, shares, accumulate) > 1:
         return
     one = Examples(examples.images[:1], examples.labels[:1])
     what = (
         f"{model_is} takes 2 examples in training, but not 1, and 1 is what is left of {length:,} training "
-        f"examples in batches of {batch_size}, each cut into shares={runtime.share_count} and "
-        f"trainer.accumulate={trainer.accumulate} pieces"
+        f"examples in batches of {batch_size}, each cut into shares={shares} and "
+        f"trainer.accumulate={accumulate} pieces"
     )
     remedy = " Give a trainer.batch_size that leaves more, or take GroupNorm in place of BatchNorm."
     with _told(what, remedy):
