@@ -495,7 +495,7 @@ class Trial:
     def _judge(self, attempt: Attempt, fault: Fault | None, code: int | None, left: Sequence[str]) -> None:
         """Notes what must not be, whatever becomes of the run."""
         text, where, kind = attempt.text(), attempt.output.name, fault.kind if fault else ""
-        begun = "everything about this run" in text
+        begun = "\n  directory   " in text
         if code is None:
             self.outcome.hung = True
             self.outcome.lost = (

@@ -85,7 +85,7 @@ class Done:
     @property
     def run(self) -> Run:
         """The run directory that the command names, or else the only one below its working directory."""
-        if named := re.search(r"everything about this run is in (.*)", self.out):
+        if named := re.search(r"^  directory +(.*)", self.out, flags=re.M):
             return Run(self.cwd / named[1])
         directories = [p.parent for p in sorted(self.cwd.rglob("config.yaml"))]
         assert len(directories) == 1, (directories, self.err)

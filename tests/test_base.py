@@ -184,7 +184,7 @@ def test_a_quota_of_one_cpu_gives_one_rank_and_one_thread(one_cpu, tmp_path):
     assert json.loads(execute(one_cpu(launch), tmp_path, env=environ).ok().out)["world_size"] == 1
     one = [*TRAIN, "data=synthetic", "data.train.count=200", "data.test.count=100", "data.split=[100,100]"]
     done = execute(one_cpu([*one, "device=cpu", "trainer.epochs=0"]), tmp_path).ok()
-    assert "Training in one process, on the CPU with 1 thread.\n" in done.out
+    assert "  ranks       1, on the CPU with 1 thread\n" in done.out
 
 
 def test_what_a_terminal_would_obey_is_shown_escaped():

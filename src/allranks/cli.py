@@ -10,10 +10,9 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 
 import allranks
-from allranks.base.errors import UserError, end_unread
+from allranks.base.errors import UserError, end_unread, show
 
 DESCRIPTION = "The same PyTorch training run on one core, one GPU or every rank of a supercomputer."
 
@@ -30,8 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         end_unread()
     except UserError as error:
-        with suppress(OSError):  # a full disk under stderr
-            print(f"allranks: {error}", file=sys.stderr, flush=True)
+        show(error)
         sys.exit(error.code)
 
 

@@ -23,6 +23,9 @@ from allranks.base.schema import TEXT
 from allranks.base.text import as_text, did_you_mean, is_text
 from allranks.config import Config, below, conf_dir, first_line, leaves, setting_of, typed, unknown_key
 
+# Flags of our own, which stand among Hydra's: the value of `console` that each stands for.
+CONSOLE_FLAGS = {"-q": "quiet", "-v": "verbose"}
+
 # The groups of YAML files of which one is chosen each: `model=cnn`.
 GROUPS = ("data", "model", "optimizer", "scheduler", "trainer", "experiment")
 
@@ -47,6 +50,7 @@ def cells_from_command_line(arguments: Sequence[str]) -> list[tuple[Config, list
     from hydra.types import RunMode
 
     composed: list[tuple[DictConfig, list[str]]] = []
+    arguments, console = without_console_flags(arguments)
 
     def collect(cfg: DictConfig) -> None:
         OmegaConf.resolve(cfg)  # now, while ${hydra:...} can still be resolved
@@ -82,7 +86,21 @@ def cells_from_command_line(arguments: Sequence[str]) -> list[tuple[Config, list
             raise UserError(_explain(error, overrides)) from error
         except OmegaConfBaseException as error:
             raise UserError(f"The configuration does not hold together: {first_line(error)}") from error
-    return [(_with_whole_paths(typed(cfg)), overrides) for cfg, overrides in composed]
+    configs = [(_with_whole_paths(typed(cfg)), overrides) for cfg, overrides in composed]
+    for config, _ in configs:
+        config.console = console or config.console
+    return configs
+
+
+def without_console_flags(arguments: Sequence[str]) -> tuple[list[str], str | None]:
+    """(the arguments without -q and -v, the value of `console` that the last of these stands for).
+
+    The value is None where neither was given. It is no override, so that the cells of a sweep are not
+    called by it.
+    """
+    given = [word for word in arguments if word in CONSOLE_FLAGS]
+    others = [word for word in arguments if word not in CONSOLE_FLAGS]
+    return others, CONSOLE_FLAGS[given[-1]] if given else None
 
 
 def _with_whole_paths(config: Config) -> Config:

@@ -158,6 +158,12 @@ class Config:
     threads: int | None = setting(
         None, "CPU threads of each rank; null: one for each CPU that it may use", whole(1, 1024)
     )
+    console: str = setting(
+        "normal",
+        "what the console shows. quiet (-q): warnings, errors and the last line; verbose (-v): also what "
+        "each rank does at the start, each save, and the log lines of all ranks",
+        one_of("quiet", "normal", "verbose"),
+    )
     resume: str = setting(
         "auto",
         "auto: go on from the newest valid checkpoint in run.dir; never: start anew; or the path of a "

@@ -112,8 +112,8 @@ def run(
         from allranks import components
         from allranks.data import loader
         from allranks.runtime.bringup import open_runtime
-        from allranks.training import building, engine, trial
-        from allranks.training.report import Reporter, process_age_s
+        from allranks.training import building, engine, story, trial
+        from allranks.training.report import Reporter, Told, process_age_s
         from allranks.training.saver import Saver
 
     began_s = process_age_s() if number else 0.0  # the first run's time includes the import of torch
@@ -122,7 +122,13 @@ def run(
         # Only now: until the ranks have met, these signals end a start that hangs.
         signals.count(signal.SIGTERM, *FROM_TERMINAL)
 
-    with ending.of_run(runtime, Reporter(runtime)) as report:
+    told = Told(
+        title=story.title(config.model, config.data, config.trainer.epochs),
+        epochs=config.trainer.epochs,
+        precision=config.trainer.precision,
+        console=config.console,
+    )
+    with ending.of_run(runtime, Reporter(runtime, told)) as report:
         # A rank that ended with this error at once would break off the process group that the others may
         # still be connecting. So the ranks agree on it, as on every error.
         with runtime.all_or_none():
@@ -171,7 +177,7 @@ def run(
             runtime, path, decisive, keep=config.checkpoint.keep, save_s=config.watchdog.save_s
         ) as saver:
             resumed = saver.resume(training, config.resume)
-            report.opened(path, training, resumed, saver.check)
+            report.opened(path, training, batch_size, resumed, saver.check)
             startup_s = process_age_s() - began_s
 
             control = Control(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from typing import NoReturn
 
 EXIT_USER_ERROR = 2
@@ -37,6 +38,27 @@ class RunError(UserError):
     """An error during a run, although the user had asked for it correctly: exit code 1."""
 
     code = 1
+
+
+def as_line(message: object, fd: int = 2) -> str:
+    """The one form in which every `allranks` command says what is wrong: `allranks: MESSAGE`, line feed.
+
+    `fd` is the descriptor that the line will be written to. For a terminal its lines are wrapped and its
+    first word is coloured.
+    """
+    text = f"allranks: {message}"
+    if not os.isatty(fd):
+        return f"{text}\n"
+    from allranks.base import terminal  # not needed in a job, whose ranks write to files and pipes
+
+    return terminal.message(text, fd)
+
+
+def show(message: object) -> None:
+    """Says on stderr what is wrong, in the form of as_line(). A full disk is no further error."""
+    with suppress(OSError):
+        sys.stderr.write(as_line(message))
+        sys.stderr.flush()
 
 
 def end_unread() -> NoReturn:

@@ -58,6 +58,7 @@ class Launch:
     max_restarts: int = 0
     min_ranks: int | None = None  # None: every host is needed
     grace_s: float | None = None  # from a signal to SIGKILL; None: what the program is known to need
+    is_quiet: bool = False  # whether only warnings, errors and the last line are shown
     # One for all attempts: a restarted training may take over the run directory of the one before at once.
     id: str = field(default_factory=partial(secrets.token_hex, 8))
 
@@ -266,7 +267,8 @@ def _checked(launch: Launch, plan: Plan) -> Plan:
             ) from error
         say(f"{some(gone)} cannot be reached: going on without.")
         return _checked(launch, launch.plan(left))
-    print(line, file=sys.stderr, flush=True)
+    if not launch.is_quiet:
+        print(line, file=sys.stderr, flush=True)
     return plan
 
 

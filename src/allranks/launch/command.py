@@ -85,6 +85,9 @@ def _launch(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str,
     from allranks.launch.supervisor import until_ranks_run
 
     until_ranks_run()
+    console = wanted.cells[0].config.console if wanted.cells else args.console or "normal"
+    if console == "verbose":
+        print(dryrun.text(plan, allocation.source), flush=True)
     launch = Launch(
         request,
         known,
@@ -94,6 +97,7 @@ def _launch(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str,
         max_restarts=args.max_restarts or 0,
         min_ranks=args.min_ranks,
         grace_s=args.grace,
+        is_quiet=console == "quiet",
     )
     checks_first = args.preflight is not False
     if not wanted.cells:
@@ -108,9 +112,13 @@ def _trainings(args: argparse.Namespace, overrides: Sequence[str]) -> Wanted | N
     if args.run:
         if overrides:
             raise UserError(f"{overrides[0]} cannot be given with --run: the configuration is frozen.")
+        if args.console:
+            [flag] = options.console_words(args.console)
+            raise UserError(f"{flag} cannot be given with --run: the configuration is frozen.")
         directory, cells = frozen_cells(args.run)
         return Wanted(cells[0].program(), cells, directory)
     own = ["--config-dir", args.config_dir] if args.config_dir else []
+    own += options.console_words(args.console)
     directory, cells = composed_cells([*own, *overrides])
     if not cells:
         return None
@@ -131,7 +139,7 @@ def _run_cells(launch: Launch, cells: Sequence[Cell], checks_first: bool) -> int
     ends: list[str] = []  # of each cell that was started, in a word
     for cell in cells:
         place = place_in_sweep(cell.directory)
-        if place:
+        if place and not launch.is_quiet:
             tell(f"{place}: {' '.join(cell.overrides)} in {cell.directory}")
         if is_finished(cell.directory):
             tell(f"{cell.directory} is finished: nothing is left to do")

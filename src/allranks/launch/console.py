@@ -16,6 +16,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
 
+from allranks.base import terminal
+from allranks.base.errors import as_line
+
 STDOUT, STDERR = 1, 2
 FD_OF = {"out": STDOUT, "err": STDERR}
 
@@ -23,11 +26,14 @@ HOLD_S = 0.5  # other ranks' lines wait so long for the end of rank 0's line
 FULL_BYTES = 8 << 20  # waiting to be written: from then on the ranks wait until the console has caught up
 WRITE_BYTES = 1 << 16  # a pipe takes as much at once
 LONGEST_LINE_BYTES = 64 << 20  # a longer line is cut, as it has to be kept until it ends
+# How the output of a training ends while rank 0's progress bar is shown, and what erases that bar.
+BAR_END = terminal.RESTORE_CURSOR.encode()
+ERASE_BAR = terminal.ERASE_BELOW.encode()
 
 
 def say(text: str, within_s: float | None = None) -> None:
     """One line to the user, on stderr. Waits until it is written, or for `within_s` seconds."""
-    _write_now(STDERR, f"allranks: {text}\n", within_s)
+    _write_now(STDERR, as_line(text, STDERR), within_s)
 
 
 def tell(text: str) -> None:
@@ -182,6 +188,7 @@ class Console:
         self._write = write
         self._open_since: dict[int, float] = {}  # rank 0's streams that are within a line, since when
         self._begun: dict[tuple[int, str], bytearray] = {}  # other ranks' lines that have not ended yet
+        self._with_bar: set[int] = set()  # rank 0's streams that have a progress bar below the cursor
         self._held: list[Piece] = []  # whole lines that wait for the end of rank 0's
 
     @property
@@ -210,8 +217,13 @@ class Console:
     def _show_rank_0(self, fd: int, data: bytes) -> None:
         self._write(fd, data)
         self._open_since.pop(fd, None)
-        if not data.endswith(b"\n"):
-            self._open_since[fd] = time.monotonic()
+        if data.endswith(BAR_END):
+            # A progress bar stands below the cursor, which is where the next line begins.
+            self._with_bar.add(fd)
+        else:
+            self._with_bar.discard(fd)
+            if not data.endswith(b"\n"):
+                self._open_since[fd] = time.monotonic()
         self.flush()
 
     def end_lines_of(self, rank: int, host: str) -> None:
@@ -235,6 +247,9 @@ class Console:
         for fd in self._open_since:
             self._write(fd, b"\n")
         self._open_since.clear()
+        for fd in self._with_bar:  # rank 0 draws it again in a moment, below these lines
+            self._write(fd, ERASE_BAR)
+        self._with_bar.clear()
         held, self._held = self._held, []
         for piece in held:
             self._write(*piece)

@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from allranks.base import links, processes
-from allranks.base.errors import EXIT_CANNOT_START, EXIT_USER_ERROR, UserError
+from allranks.base.errors import EXIT_CANNOT_START, EXIT_USER_ERROR, UserError, as_line, show
 from allranks.job import variables
 from allranks.job.identity import RankIdentity, discover
 
@@ -54,7 +54,7 @@ def main() -> None:
         processes.restore_signals()
         execute(program, {**environ, **variables.of_rank(identity, environ)})
     except UserError as error:
-        print(f"allranks: [{socket.gethostname()}] {error}", file=sys.stderr, flush=True)
+        show(f"[{socket.gethostname()}] {error}")
         sys.exit(EXIT_USER_ERROR)
 
 
@@ -114,7 +114,7 @@ class Guard:
         try:
             environ = self._environment(told["env"])
         except UserError as error:
-            self._say(err=f"allranks: {error}\n".encode())
+            self._say(err=as_line(error).encode())
             code, signum = EXIT_USER_ERROR, 0
         else:
             code, signum = how_it_ended(self._run(program, environ, told))
@@ -211,7 +211,7 @@ class Guard:
                 processes.die_with_parent(parent, signal.SIGKILL)
                 execute(program, environ)
             except UserError as error:
-                os.write(2, f"allranks: {error}\n".encode())
+                os.write(2, as_line(error).encode())
             finally:
                 os._exit(EXIT_CANNOT_START)
 
@@ -332,7 +332,7 @@ class Guard:
     def _give_up_file(self, file: OutputFile) -> None:
         """The file for stdout cannot be written: from now on stdout goes where the console's lines go."""
         self.file = None
-        self._say(err=f"allranks: {file.problem}; going on without that file\n".encode())
+        self._say(err=as_line(f"{file.problem}; going on without that file").encode())
         self._say(out=file.unwritten())
 
     def _wake(self) -> None:
@@ -476,9 +476,9 @@ class OutputFile:
         has_ended = self._end.acquire(timeout=within_s)
         if has_ended or self.problem:
             return b""
-        return (
-            f"allranks: {self.path} takes nothing any more (does its file system hang?): "
-            f"{self.waiting_bytes} bytes of the output are lost\n"
+        return as_line(
+            f"{self.path} takes nothing any more (does its file system hang?): "
+            f"{self.waiting_bytes} bytes of the output are lost"
         ).encode()
 
     def unwritten(self) -> bytes:

@@ -30,7 +30,7 @@ class Option:
     submit: str = ""  # help of `allranks submit`
     kind: type = str  # of the value
     least: int | None = None  # the smallest number that is valid
-    switched: bool = True
+    switched: bool | str = True
     in_job: bool = False  # `allranks submit` hands it to the `allranks launch` of its job
     in_sweep: bool = False  # `hydra/launcher=allranks` has it for each job of a Hydra application
 
@@ -119,6 +119,16 @@ OPTIONS = (
         submit="start at once, without checking the hosts first",
     ),
     Option(
+        "-q", "console", "", switched="quiet",
+        launch="show warnings, errors and the last line only",
+        submit="in the job: as for allranks launch",
+    ),
+    Option(
+        "-v", "console", "", switched="verbose",
+        launch="show more: the plan, what each rank does at its start, each save, all ranks' log lines",
+        submit="in the job: as for allranks launch",
+    ),
+    Option(
         "--next", "next", "DIR",
         submit="of a job script: what comes after this job, once it has stopped",
     ),
@@ -171,6 +181,11 @@ def parse(made: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argp
         if value is not None and option.least is not None and value < option.least:
             raise UserError(f"{option.flag} {value} is not valid: give a whole number >= {option.least}.")
     return args, [*rest, *arguments[end:]]
+
+
+def console_words(console: str | None) -> list[str]:
+    """-q, -v or nothing, for the value that the option `console` has."""
+    return [option.flag for option in OPTIONS if option.name == "console" and option.switched == console]
 
 
 def words(options: Iterable[Option], values: Mapping[str, Any]) -> list[str]:

@@ -30,12 +30,12 @@ from pathlib import Path
 from typing import Any
 
 from allranks.base import links, processes
-from allranks.base.errors import EXIT_REQUEUE, EXIT_TIMED_OUT, UserError
+from allranks.base.errors import EXIT_REQUEUE, EXIT_TIMED_OUT, UserError, as_line
 from allranks.base.text import some
 from allranks.job import variables
 from allranks.job.hosts import address_for
 from allranks.launch import outcome
-from allranks.launch.console import HOLD_S, Console, Writer, terminal_size, terminals
+from allranks.launch.console import HOLD_S, STDERR, Console, Writer, terminal_size, terminals
 from allranks.launch.keyboard import Keyboard
 from allranks.launch.outcome import LOST_CODE, NEAR_S, Conclusion, Evidence, Loss, Outcome, Rank
 
@@ -548,10 +548,11 @@ class Supervision:
             self._loop.call_later(PATIENCE_S, self._say_that_it_waits, signum)
 
     def _say_that_it_waits(self, signum: int) -> None:
-        self.console.line(
-            f"allranks: {signal.Signals(signum).name}: the ranks have up to {self.limits.grace_s:.0f} s to "
-            "save and to end. Another Ctrl-C or SIGTERM ends them at once.\n".encode()
+        words = (
+            f"{signal.Signals(signum).name}: the ranks have up to {self.limits.grace_s:.0f} s to save and "
+            "to end. Another Ctrl-C or SIGTERM ends them at once."
         )
+        self.console.line(as_line(words, STDERR).encode())
 
     def _end_all(self, kill_after_s: float, signum: int = signal.SIGTERM) -> None:
         """Has every rank end: by a signal now, and by SIGKILL after a while."""
@@ -682,7 +683,7 @@ class Supervision:
             for line in self._said:
                 self.console.line(line)
         if conclusion.remark:
-            self.console.line(f"allranks: {conclusion.remark}\n".encode())
+            self.console.line(as_line(conclusion.remark, STDERR).encode())
         self.console.flush(force=True)
 
     async def _until_written(self) -> None:

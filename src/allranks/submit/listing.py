@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from allranks.base.errors import UserError
+from allranks.base.errors import UserError, show
 from allranks.base.text import as_text, table
 from allranks.job import scheduler
 from allranks.job.scheduler import Scheduler
@@ -112,7 +111,7 @@ def list_runs(arguments: Sequence[str]) -> int:
     parser.add_argument("root", nargs="?", default="runs", metavar="DIR", help="default: ./runs")
     parser.add_argument("--json", action="store_true", help="one JSON line a run")
     args = parser.parse_args(arguments)
-    found = listed(args.root, lambda text: print(f"allranks: {text}", file=sys.stderr))
+    found = listed(args.root, show)
     if args.json:
         print("".join(json.dumps(row) + "\n" for row in found), end="")
         return 0

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from allranks.base.errors import EXIT_REQUEUE, EXIT_STUCK, UserError
+from allranks.base.errors import EXIT_REQUEUE, EXIT_STUCK, UserError, show
 from allranks.job import scheduler
 from allranks.job.scheduler import NoAnswer, Scheduler, ServerUnreached, ThisJob
 from allranks.run import checkpoint
@@ -88,7 +87,7 @@ def _cancel_rest_of_chain(kind: Scheduler, later: list[str]) -> None:
             kind.cancel(waiting[::-1])  # the last one first, so that none starts in between
             print(f"finished: {', '.join(waiting)} cancelled", flush=True)
     except UserError as error:  # they will find that there is nothing left to do
-        print(f"allranks: {error}", file=sys.stderr, flush=True)
+        show(error)
 
 
 def _patiently(ask: Callable[[], Answer], directory: str, changes: bool = True) -> Answer:

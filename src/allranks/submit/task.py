@@ -111,6 +111,7 @@ def new_task(given: Mapping[str, Any], rest: Sequence[str]) -> Task | None:
     directory = ""
     if program is None:
         own = ["--config-dir", config_dir] if config_dir else []
+        own += options.console_words(given.get("console"))
         directory, cells = composed_cells([*own, *overrides])
         if not cells:
             return None

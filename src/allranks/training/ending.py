@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, NoReturn
 
-from allranks.base.errors import UserError, end_unread
+from allranks.base.errors import UserError, end_unread, show
 from allranks.job.identity import RankIdentity, discover, launcher_rank, started_by_mpi
 from allranks.runtime import mpi
 
@@ -145,9 +145,10 @@ def of_run(runtime: Runtime, report: Reporter) -> Iterator[Reporter]:
 
 
 def _say(ending: Ending) -> None:
-    if ending.message:
-        text = ending.message if ending.is_traceback else f"allranks: {ending.message}"
-        print(text.rstrip("\n"), file=sys.stderr, flush=True)
+    if ending.is_traceback:
+        print(ending.message.rstrip("\n"), file=sys.stderr, flush=True)
+    elif ending.message:
+        show(ending.message)
 
 
 def _end_all_ranks(runtime: Runtime, exit_code: int) -> NoReturn:

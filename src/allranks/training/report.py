@@ -15,15 +15,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
-from allranks.base import files, processes
+from allranks.base import files, processes, terminal
 from allranks.base.text import printable
-from allranks.data.dealing import Batch
+from allranks.data.dealing import Batch, steps_per_epoch
 from allranks.data.loader import Data
+from allranks.job import variables
 from allranks.run import checkpoint
 from allranks.run import directory as rundir
 from allranks.runtime.runtime import Runtime
+from allranks.training import story
+from allranks.training.display import DRAW_EVERY_S, Display, Moment, Pace, bar_text
 
 if TYPE_CHECKING:
     from allranks.training.training import Training
@@ -33,12 +36,27 @@ log = logging.getLogger("allranks")
 EARLY_RECORDS = 10_000  # log lines kept until there is a log file; a start makes a few dozen
 
 
+class Told(NamedTuple):
+    """What a run tells of its configuration."""
+
+    title: str  # what is trained on what, as story.title() puts it
+    epochs: int
+    precision: str  # of the model's arithmetic
+    console: str  # "quiet", "normal" or "verbose"
+
+
 class Reporter:
     """One rank's report of one run, between open() and close()."""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, told: Told) -> None:
         self.runtime = runtime
+        self.told = told
         self.directory: Path | None = None  # until the run directory is there
+        self._display = Display(sys.stdout)  # rank 0's
+        self._bar = self._display if self._display.is_live else Display(sys.stderr)
+        self._table = story.Table(told.epochs)
+        self._header = ""  # the line above the table's columns as it was shown last
+        self._examples = 0  # of the training set
         self._check: Callable[[], None] = lambda: None
         self._metrics: TextIO | None = None  # metrics.jsonl; rank 0's, while it can be written
         self._history: Sequence[Mapping[str, Any]] = ()
@@ -48,56 +66,74 @@ class Reporter:
 
     def open(self) -> None:
         """From now on this rank's log lines are shown, or kept for its log file."""
+        is_verbose = self.told.console == "verbose"
         root = logging.getLogger()
         root.setLevel(logging.INFO)
+        log.setLevel(logging.DEBUG if is_verbose else logging.NOTSET)
         logging.captureWarnings(True)
         console: logging.Handler
         if self.runtime.is_main:
-            console = _Console(sys.stdout)
+            console = _DisplayHandler(self._display, shows_story=self.told.console != "quiet")
             console.addFilter(_is_for_rank_0s_console)
         else:
             console = _Console(sys.stderr)
             console.setFormatter(logging.Formatter(f"[{self._me()}] %(message)s"))
             console.addFilter(_is_for_other_ranks_console)
+            console.setLevel(logging.DEBUG if is_verbose else logging.WARNING)
         self._add(console)
         self._add(self._early)
 
     def close(self) -> None:
         """Closes records and logs, and takes them out of Python's logging. May be called twice."""
+        self._bar.clear()
         if self._metrics is not None:
             self._metrics.close()
         for handler in list(self._handlers):
             self._remove(handler)
             handler.close()
+        log.setLevel(logging.NOTSET)
 
     # --- the story, from the beginning to one of its ends ---------------------------------------------
 
     def cell(self, place: str, overrides: Sequence[str], directory: str) -> None:
         """This run is a cell of a sweep, such as `cell 3/12`."""
-        self._say("%s: %s in %s", place, printable(" ".join(overrides)), directory)
+        self._say(f"{place}: {printable(' '.join(overrides))} in {directory}")
 
     def started(self) -> None:
-        """The ranks have come up: says how many train where, and by what means they work together."""
+        """The ranks have come up: says what is trained, how many ranks train where, and by what means."""
         runtime = self.runtime
         hosts = len({facts.host_identity for facts in runtime.ranks})
-        self._say(who_trains(runtime.world_size, hosts, runtime.device.type, runtime.threads))
+        self._say(self.told.title, terminal.BOLD)
+        self._pair(
+            "ranks", story.who_trains(runtime.world_size, hosts, runtime.device.type, runtime.threads)
+        )
         if runtime.world_size > 1:
-            self._say(how_they_work_together(runtime.identity.launcher, runtime.kind, runtime.collectives))
+            kind, collectives = runtime.kind, runtime.collectives
+            how = story.how_they_work_together(runtime.identity.launcher, kind, collectives)
+            self._pair("started by", how)
+        log.debug(
+            "%s: process %d on %s, connected after %.1f s",
+            f"rank {runtime.rank} of {runtime.world_size}", os.getpid(), runtime.device, process_age_s(),
+        )  # fmt: skip
 
     def data(self, data: Data) -> None:
         """The data is open: says how many examples there are, and of which shape."""
-        self._say(
-            "%s training, %s validation and %s test examples of %s",
-            f"{len(data.train):,}", f"{len(data.val):,}", f"{len(data.test):,}",
-            " x ".join(map(str, data.input_shape)),
-        )  # fmt: skip
+        self._examples = len(data.train)
+        sizes = story.examples(len(data.train), len(data.val), len(data.test), data.input_shape)
+        self._pair("data", sizes)
+        log.debug("the data is open after %.1f s", process_age_s())
 
     def opened(
-        self, directory: str, training: Training, resumed: str | None, check: Callable[[], None]
+        self,
+        directory: str,
+        training: Training,
+        batch_size: int,
+        resumed: str | None,
+        check: Callable[[], None],
     ) -> None:
         """The run directory is there: logs and records go to it from now on.
 
-        `resumed` is the checkpoint that the run goes on from. `check` raises UserError where another run
+        `batch_size`: examples of one step over all ranks. `resumed` is the checkpoint that the run goes on from. `check` raises UserError where another run
         has taken the directory; it is called before a record is replaced.
         """
         self.directory = Path(directory)
@@ -116,28 +152,61 @@ class Reporter:
         self._add(file)
         if not self.runtime.is_main:  # rank 0's log begins with its story
             log.info("%s, rank %d of %d", self._me(), self.runtime.rank, self.runtime.world_size)
-        self._say(
-            "%s parameters; everything about this run is in %s", f"{training.parameters:,}", directory
-        )
+        steps = steps_per_epoch(self._examples, batch_size)
+        self._pair("model", f"{training.parameters:,} parameters, trained in {self.told.precision}")
+        self._pair("batch", f"{batch_size:,} over all ranks, {story.count(steps, 'step')} an epoch")
+        self._pair("directory", directory)
         if resumed:
-            self._say(
-                "going on from %s: step %d, in epoch %d", resumed, training.step, training.epoch + 1,
-            )  # fmt: skip
+            where = f"step {training.step}, in epoch {training.epoch + 1}"
+            self._pair("resumed", f"going on from {resumed}: {where}")
+        log.debug("the model is ready after %.1f s", process_age_s())
 
     def progress(
         self, batches: Iterable[list[Batch]], training: Training, steps: int
     ) -> Iterator[list[Batch]]:
         """Gives the batches one by one, and shows a progress bar on rank 0's terminal."""
-        if not (self.runtime.is_main and sys.stderr.isatty()):
+        if not (self.runtime.is_main and self._bar.is_live) or self.told.console == "quiet":
             return iter(batches)
-        from tqdm import tqdm
+        return self._with_bar(batches, training, steps)
 
-        return iter(
-            tqdm(
-                batches, f"epoch {training.epoch + 1}", steps, initial=training.epoch_steps, leave=False,
-                unit="step", ncols=78,
-            )
-        )  # fmt: skip
+    def _with_bar(
+        self, batches: Iterable[list[Batch]], training: Training, steps: int
+    ) -> Iterator[list[Batch]]:
+        now_s = time.perf_counter()
+        pace = Pace(training.epoch_steps, now_s)
+        due_s = now_s
+        for batch in batches:
+            now_s = time.perf_counter()
+            if now_s >= due_s:
+                pace.note(training.epoch_steps, now_s)
+                self._draw(self._moment(training, steps, pace.step_s))
+                due_s = now_s + DRAW_EVERY_S
+            yield batch
+        self._bar.draw(f"  epoch {training.epoch + 1}/{self.told.epochs}  evaluating")
+
+    def _moment(self, training: Training, steps: int, step_s: float | None) -> Moment:
+        """Where the training stands, for the bar. `step_s`: what a step takes now, if that is known."""
+        epochs = self.told.epochs
+        done = training.epoch_steps
+        moment = Moment(training.epoch + 1, epochs, done, steps)
+        if step_s is None or step_s == 0:
+            return moment
+        epoch_left_s = (steps - done) * step_s
+        # An epoch takes as long as the last one, with its evaluations; the first only says what steps take.
+        last = training.history[-1] if training.history else None
+        eval_s = last["time/eval_s"] if last else 0.0
+        epoch_s = last["time/train_s"] + eval_s if last else steps * step_s
+        epochs_left = epochs - training.epoch - 1
+        return moment._replace(
+            samples_per_s=self._examples / steps / step_s,
+            epoch_left_s=epoch_left_s,
+            run_left_s=epoch_left_s + eval_s + epochs_left * epoch_s,
+        )
+
+    def _draw(self, moment: Moment) -> None:
+        bar = self._bar
+        columns = bar.columns or terminal.USUAL_COLUMNS
+        bar.draw(bar_text(moment, columns, bar.is_unicode, bar.shows_colours))
 
     def epoch(self, metrics: Mapping[str, float | int], epochs: int) -> None:
         """One more epoch of `epochs` is trained and evaluated."""
@@ -150,19 +219,23 @@ class Reporter:
             except OSError as error:
                 self._metrics = None  # all of it is written anew as soon as that is possible
                 log.warning("metrics.jsonl could not be written (%s); the training goes on", error)
-        self._say(
-            "epoch %*d/%d  lr %-8.3g train %.4f %6.2f %%  val %.4f %6.2f %%  %s/s",
-            len(str(epochs)), metrics["epoch"], epochs, metrics["lr"],
-            metrics["train/loss"], metrics["train/accuracy"],
-            metrics["val/loss"], metrics["val/accuracy"],
-            f"{metrics['throughput/samples_per_s']:,.0f}",
-        )  # fmt: skip
+        self._bar.clear()
+        columns = self._display.columns
+        header = self._table.header(columns)
+        if header != self._header:  # also where the window has become narrower
+            self._header = header
+            self._say(header, terminal.DIM, gap=True, is_row=True)
+        is_best = story.best_of(self._history) is metrics
+        style = (terminal.BOLD,) if is_best and self._display.shows_colours else ()
+        self._say(self._table.row(metrics, is_best, columns), *style, is_row=True)
+        if metrics["epoch"] == epochs and self._bar.is_live and self.runtime.is_main:
+            self._bar.draw("  evaluating on the test set")
 
     # --- how it ends ----------------------------------------------------------------------------------
 
     def finished_before(self, directory: str) -> None:
         """An earlier start has finished this run: says that nothing is left to do."""
-        self._say("%s holds this run, finished already: nothing to do", directory)
+        self._close_story(f"{directory} holds this run, finished already: nothing to do")
 
     def interrupted(self) -> None:
         """Ctrl-C has ended a lone process at once, without a save."""
@@ -180,12 +253,19 @@ class Reporter:
             log.error(f"[{self._me()}] {message}" if self.runtime.is_main else message)
 
     def stopped(self, reason: str, training: Training, epochs: int) -> None:
-        """All ranks have agreed to stop, and the training is saved."""
+        """All ranks have agreed to stop, and the training is saved: says where, and how it goes on."""
+        self._bar.clear()
         where = f"in epoch {training.epoch + 1} of {epochs}" if training.epoch < epochs else "in the test"
-        self._say(
-            "stopped by %s after step %d, %s; it is saved: run.dir=%s goes on from there",
-            reason, training.step, where, self.directory,
-        )  # fmt: skip
+        self._close_story(
+            f"stopped by {reason} after step {training.step}, {where}; it is saved: "
+            f"run.dir={self.directory} goes on from there"
+        )
+        identity = self.runtime.identity
+        was_launched = bool(os.environ.get(variables.LAUNCH_ID))
+        command = story.going_on(
+            str(self.directory), sys.argv, self.runtime.world_size, identity.launcher, was_launched
+        )
+        self._pair("next", command, is_command=True)
 
     def finished(self, summary: Mapping[str, Any]) -> None:
         """The run is trained and tested. Writes summary.json, and metrics.jsonl whole once more."""
@@ -196,11 +276,17 @@ class Reporter:
                     self._metrics.close()
                 self._metrics = self._all_metrics()
                 files.write_json(self.directory / "summary.json", summary)
-        self._say(
-            "test  loss %.4f  accuracy %.2f %% of %s examples; %.1f s in all",
-            summary["test/loss"], summary["test/accuracy"], f"{summary['test/count']:,}",
-            summary["time/total_s"],
-        )  # fmt: skip
+        self._bar.clear()
+        if self.told.console == "quiet":
+            self._close_story(f"test {story.test_figures(summary)}; in {self.directory}")
+            return
+        self._pair("test", story.test_figures(summary), terminal.BOLD, gap=True)
+        best = story.best_of(self._history)
+        if best is not None:
+            self._pair("best", story.best_figures(best))
+        total, startup = (terminal.duration(summary[f"time/{key}_s"]) for key in ("total", "startup"))
+        self._pair("time", f"{total} in all, {startup} until the first step")
+        self._pair("directory", str(self.directory))
 
     # --- tools ----------------------------------------------------------------------------------------
 
@@ -211,9 +297,28 @@ class Reporter:
         known = "".join(map(files.line, self._history))
         return files.write_text(self.directory / "metrics.jsonl", known)
 
-    def _say(self, message: str, *values: object) -> None:
+    def _say(self, text: str, *colours: str, gap: bool = False, is_row: bool = False) -> None:
+        """A line of rank 0's story, in its log file as it is.
+
+        On the console `colours` hold at a terminal, an empty line stands before it if there is a `gap`, and
+        long lines are wrapped at a terminal unless they are a row of a table.
+        """
         if self.runtime.is_main:
-            log.info(message, *values)
+            shown = _Shown(gap=gap, colours=colours, wraps=not is_row)
+            log.info("%s", text, extra={"shown": shown})
+
+    def _pair(
+        self, label: str, value: str, *colours: str, gap: bool = False, is_command: bool = False
+    ) -> None:
+        """A line `label  value` of the story; a command is not wrapped, so that it can be copied."""
+        if self.runtime.is_main:
+            shown = _Shown(gap=gap, label=label, colours=colours, wraps=not is_command)
+            log.info("%s", story.pair(label, value), extra={"shown": shown})
+
+    def _close_story(self, text: str) -> None:
+        """The one line that is shown of a run's end even with console=quiet."""
+        if self.runtime.is_main:
+            log.info("%s", text, extra={"shown": _Shown(is_last=True)})
 
     def _me(self) -> str:
         return f"rank {self.runtime.rank} on {self.runtime.host}"
@@ -233,7 +338,19 @@ def _is_for_rank_0s_console(record: logging.LogRecord) -> bool:
 
 def _is_for_other_ranks_console(record: logging.LogRecord) -> bool:
     # Python's own warnings come on every rank alike: rank 0 shows them.
-    return record.levelno >= logging.WARNING and record.name != "py.warnings"
+    return record.name != "py.warnings" and (
+        record.levelno >= logging.WARNING or record.name.startswith("allranks")
+    )
+
+
+class _Shown(NamedTuple):
+    """How a line of the story looks on the console."""
+
+    gap: bool = False  # an empty line stands before it
+    label: str = ""  # with which it begins
+    colours: Sequence[str] = ()  # at a terminal
+    wraps: bool = True  # at a terminal
+    is_last: bool = False  # it is shown with console=quiet, too
 
 
 class _Console(logging.StreamHandler):
@@ -243,6 +360,46 @@ class _Console(logging.StreamHandler):
         """`| head` closes the console, a disk is full: no reason to complain, or to stop training."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
+
+
+class _DisplayHandler(_Console):
+    """Shows log lines on rank 0's console: the story, and what other modules have to say."""
+
+    def __init__(self, display: Display, shows_story: bool) -> None:
+        """Without `shows_story` only warnings, errors and the last line are shown."""
+        super().__init__(display.stream)
+        self.display = display
+        self.shows_story = shows_story
+
+    def emit(self, record: logging.LogRecord) -> None:
+        shown: _Shown = getattr(record, "shown", _Shown())
+        if record.levelno < logging.WARNING and not (self.shows_story or shown.is_last):
+            return
+        try:
+            self.display.write_line(self._text(self.format(record), record.levelno, shown))
+        except OSError:
+            self.handleError(record)
+
+    def _text(self, text: str, level: int, shown: _Shown) -> str:
+        """The line as the console shows it."""
+        columns = self.display.columns
+        if columns is not None and shown.wraps:
+            indent = story.pair("", "") if shown.label else "  "
+            text = terminal.wrapped(text, min(columns, terminal.MOST_COLUMNS), indent)
+        if self.display.shows_colours:
+            text = _coloured(text, level, shown)
+        return f"\n{text}" if shown.gap else text
+
+
+def _coloured(text: str, level: int, shown: _Shown) -> str:
+    if level >= logging.WARNING:
+        return terminal.painted(text, terminal.RED if level >= logging.ERROR else terminal.YELLOW)
+    if shown.label:
+        label, value = text[: story.VALUE_AT], text[story.VALUE_AT :]
+        return terminal.painted(label, terminal.DIM) + (
+            terminal.painted(value, *shown.colours) if shown.colours else value
+        )
+    return terminal.painted(text, *shown.colours) if shown.colours else text
 
 
 class _LogFile(_Console, logging.FileHandler):
@@ -258,49 +415,6 @@ class _LogFile(_Console, logging.FileHandler):
     def close(self) -> None:
         with suppress(OSError):
             super().close()
-
-
-# --- words for the first lines of a run ---------------------------------------------------------------
-
-# What started the ranks, by its name in job.identity, as a person would say it.
-LAUNCHERS = {
-    "mpich": "mpiexec (MPICH)",
-    "openmpi": "mpiexec (Open MPI)",
-    "mvapich": "mpiexec (MVAPICH)",
-    "mvapich2": "mpiexec (MVAPICH2)",
-    "pals": "mpiexec (PALS)",
-    "cray-pmi": "a launcher of Cray's",
-    "pmi": "a launcher with PMI",
-    "pmix": "a launcher with PMIx",
-    "flux": "Flux",
-    "environment": "a launcher that sets RANK and WORLD_SIZE",
-}
-CARRIERS = {"mpi": "MPI", "nccl": "NCCL", "xccl": "XCCL"}
-
-
-def who_trains(world_size: int, hosts: int, device_type: str, threads: int) -> str:
-    """A sentence: how many ranks train, on how many hosts, and on which kind of device each."""
-    device = (
-        f"the CPU with {_count(threads, 'thread')}" if device_type == "cpu" else f"a GPU ({device_type})"
-    )
-    if world_size == 1:
-        return f"Training in one process, on {device}."
-    return f"Training on {_count(world_size, 'rank')} on {_count(hosts, 'host')}, each on {device}."
-
-
-def how_they_work_together(launcher: str, kind: str, collectives: str) -> str:
-    """A sentence about several ranks: what has started and connected them, and what adds up gradients.
-
-    `launcher` is a name of job.identity, `kind` and `collectives` are those of the Runtime.
-    """
-    starter = LAUNCHERS.get(launcher, launcher)
-    connector = "ezpz" if kind == "ezpz" else "PyTorch"
-    carrier = CARRIERS.get(collectives, collectives)
-    return f"{starter} started them, {connector} connects them, and {carrier} adds up their gradients."
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("s" if number != 1 else "")
 
 
 def process_age_s() -> float:

@@ -210,7 +210,9 @@ class Saver:
             checkpoint.remove(self.run_dir, keep, self.claim.check)
         except OSError as error:
             log.warning("earlier checkpoints could not be removed (%s)", error.strerror)
-        self.longest_s = max(self.longest_s, time.perf_counter() - started)
+        took_s = time.perf_counter() - started
+        self.longest_s = max(self.longest_s, took_s)
+        log.debug("checkpoint of step %d saved in %.2f s", step, took_s)
 
 
 def _kept_steps(step: int, present: list[int], history: list[dict[str, Any]], keep: int) -> set[int]:
