@@ -82,7 +82,7 @@ def how_they_work_together(launcher: str, kind: str, collectives: str) -> str:
 
 def examples(train: int, val: int, test: int, input_shape: Sequence[int]) -> str:
     """How many examples there are of each kind, and of which shape."""
-    shape = " x ".join(map(str, input_shape))
+    shape = "x".join(map(str, input_shape))  # one word, which is not broken
     return f"{train:,} training, {val:,} validation and {test:,} test examples of {shape}"
 
 
