@@ -133,8 +133,9 @@ class Reporter:
     ) -> None:
         """The run directory is there: logs and records go to it from now on.
 
-        `batch_size`: examples of one step over all ranks. `resumed` is the checkpoint that the run goes on from. `check` raises UserError where another run
-        has taken the directory; it is called before a record is replaced.
+        `batch_size`: examples of one step over all ranks. `resumed` is the checkpoint that the run goes on
+        from. `check` raises UserError where another run has taken the directory; it is called before a
+        record is replaced.
         """
         self.directory = Path(directory)
         self._check = check
