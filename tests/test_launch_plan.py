@@ -157,7 +157,7 @@ def test_the_example_of_the_documentation(tmp_path):
     arguments = "--machine tern --nodes 2 --dry-run -- python train.py".split()
     assert f"allranks launch --config-dir ~/clusters {' '.join(arguments)}" in page
     done = launch("--config-dir", str(tmp_path), *arguments)
-    shown = page.split("\nprints, among other things,\n\n")[1].split("\n\nIf a file")[0]
+    shown = page.split("\nprints, among other things,\n\n```text\n")[1].split("```")[0]
     for line in shown.splitlines():
         expected = line.strip().replace("/path/to/python", sys.executable)
         assert expected in done.stdout, expected
