@@ -39,6 +39,10 @@ FLOORS = (
 # Import no torch, however they are used before a training starts.
 WITHOUT_TORCH = (
     "report.gather",
+    "report.compare",
+    "report.compare_command",
+    "report.compare_sweep",
+    "report.compare_tables",
     "run.show",
     "run.checkpoint",
     "run.claim",
@@ -83,6 +87,7 @@ MAY_PRINT = (
     "submit.command",
     "submit.listing",
     "submit.successor",
+    "report.compare_command",
 )
 FOR_RUNTIME_ONLY = ("torch.distributed", "mpi4py", "ezpz")
 

@@ -485,11 +485,7 @@ def test_the_same_sweep_here_and_now(pbs):
     places = [line for line in lines if line.startswith("cell ")]
     assert re.fullmatch(rf"cell 1/2: .*optimizer.lr=0.1.* in {pbs.folder}/here/0", places[0])
     assert re.fullmatch(rf"cell 2/2: .*optimizer.lr=0.01.* in {pbs.folder}/here/1", places[1])
-    header, *rows = [line.split() for line in lines[-3:]]
-    assert header == ["cell", "state", "epochs", "val/accuracy", "test/accuracy", "overrides"]
-    assert [row[:3] for row in rows] == [["0", "finished", "1"], ["1", "finished", "1"]]
-    accuracy = Run(pbs.folder / "here/1").summary["test/accuracy"]
-    assert rows[1][5] == f"{accuracy:.2f}"
+    assert "2 runs: all finished, 1 epoch each. They differ in optimizer.lr." in lines
     assert pbs.rows("here")[1]["overrides"] == cells[1]["overrides"]
     again = pbs.allranks("launch", "--run", "here/1").ok()
     assert again.out.splitlines()[1:] == [f"{pbs.folder}/here/1 is finished: nothing is left to do"]

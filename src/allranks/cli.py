@@ -46,6 +46,10 @@ def _run(given: list[str]) -> int:
         from allranks import doctor
 
         return doctor.main(rest)
+    if command == "compare":
+        from allranks.report import compare_command
+
+        return compare_command.main(rest)
     if command == "checkpoint":
         from allranks.run import show
 
@@ -73,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("doctor", help="check this machine and installation, with remedies (doctor --help)")
     commands.add_parser("submit", help="queue a training or program with PBS or Slurm (submit --help)")
     commands.add_parser("runs", help="list runs and their jobs (runs --help)")
+    commands.add_parser("compare", help="a table of several runs, sorted, with the best (compare --help)")
     commands.add_parser("cancel", help="end the jobs of a run (cancel --help)")
     commands.add_parser("checkpoint", help="list, verify or show checkpoints (checkpoint --help)")
 

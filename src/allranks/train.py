@@ -57,9 +57,11 @@ def main() -> None:
             if not finished:
                 break
         if sweep and len(sweep) > 1:
-            from allranks.run.results import table_of_sweep
+            from allranks.report import compare_sweep
 
-            print(table_of_sweep(sweep, ends), flush=True)
+            directory = Path(sweep[0].directory).parent
+            page, is_stopped = sweep[0].config.report, "stopped" in ends
+            print(compare_sweep.made(directory, ends, page, is_stopped), flush=True)
         if "stopped" in ends:
             sys.exit(EXIT_REQUEUE)
         if "triton" not in sys.modules:  # its binding complains of objects that are still there at the end

@@ -19,11 +19,14 @@ from allranks.job.identity import discover
 from allranks.job.machine import Machine
 from allranks.launch import dryrun, options
 from allranks.launch.plan import Request, check_least_ranks, make_plan
+from allranks.report import compare_sweep
 from allranks.run.cells import Cell, composed_cells, frozen_cells, is_finished, make_cells
-from allranks.run.results import place_in_sweep, table_of_sweep
+from allranks.run.results import place_in_sweep
 
 if TYPE_CHECKING:
     from allranks.launch.attempts import Launch
+
+STOPPED = "stopped"  # how a training has ended that goes on from its checkpoint
 
 USAGE = """%(prog)s [options] [machine.key=value ...]
                        [overrides of the training | -- PROGRAM ARGS...]"""
@@ -137,6 +140,7 @@ def _run_cells(launch: Launch, cells: Sequence[Cell], checks_first: bool) -> int
 
     codes: list[int] = []
     ends: list[str] = []  # of each cell that was started, in a word
+    is_stopped = False
     for cell in cells:
         place = place_in_sweep(cell.directory)
         if place and not launch.is_quiet:
@@ -150,18 +154,31 @@ def _run_cells(launch: Launch, cells: Sequence[Cell], checks_first: bool) -> int
         code = run(training, checks_first and not codes)  # the hosts are looked at once
         codes.append(code)
         ends.append(_end_of(code))
-        if code == EXIT_REQUEUE or code > 128:
+        is_stopped = code == EXIT_REQUEUE or code > 128
+        if is_stopped:
             break
-    if len(cells) > 1:
-        tell(table_of_sweep(cells, ends))
+    about_sweep = _about_sweep(cells, ends, is_stopped) if codes or len(cells) > 1 else ""
+    if about_sweep:
+        tell(about_sweep)
     return next((code for code in codes if code), 0)
+
+
+def _about_sweep(cells: Sequence[Cell], ends: Sequence[str], is_stopped: bool) -> str:
+    """The comparison of a sweep whose cells were started here, or of which the last one was; else empty."""
+    last = cells[-1]
+    page = last.config.report
+    if len(cells) > 1:
+        return compare_sweep.made(Path(last.directory).parent, ends, page, is_stopped)
+    if ends == [STOPPED]:
+        return ""  # another job goes on with this cell
+    return compare_sweep.after_cell(last.directory, ends[0], page, is_stopped)
 
 
 def _end_of(code: int) -> str:
     """How a training has ended, in words."""
     if code == 0:
         return "finished"
-    return "stopped" if code == EXIT_REQUEUE else f"failed ({code})"
+    return STOPPED if code == EXIT_REQUEUE else f"failed ({code})"
 
 
 def _check_nodes(given: Allocation, asked: int) -> None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,37 @@ def list_cells(sweep: str, found: Sequence[Cell]) -> None:
     if not (Path(sweep) / CELLS).exists():
         with rundir.writing(sweep):
             write_cells(sweep, found)
+
+
+def cells_listed(sweep: str | Path) -> list[tuple[str, list[str]]]:
+    """(name of its directory, overrides) of each cell in a sweep's list, in order; lines that say something
+    else are passed over.
+
+    The list has whole paths, and the sweep may have been moved since: the names are below `sweep`.
+    """
+    found = []
+    for line in text_of(Path(sweep) / CELLS).splitlines():
+        try:
+            about = json.loads(line)
+        except ValueError:
+            continue
+        if not isinstance(about, dict) or not isinstance(about.get("directory"), str):
+            continue
+        overrides = about.get("overrides")
+        words = [str(word) for word in overrides] if isinstance(overrides, list) else []
+        found.append((Path(about["directory"]).name, words))
+    return found
+
+
+def runs_below(root: str | Path) -> Iterator[Path]:
+    """The directories of runs below a folder, in no order, the folder itself included.
+
+    A folder that vanishes meanwhile, as checkpoints do, is passed over.
+    """
+    for folder, below, names in os.walk(root):
+        if (rundir.CONFIG in names or JOB in names) and CELLS not in names:
+            below.clear()
+            yield Path(folder)
 
 
 def note_job(directory: str, job_id: str) -> None:

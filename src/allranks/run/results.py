@@ -6,12 +6,10 @@ A record may be missing, or half written, while its run is at work: then its fig
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from allranks.base.text import table
-from allranks.run.cells import CELLS, JOB, Cell, read_job, text_of
+from allranks.run.cells import JOB, cells_listed, read_job, text_of
 
 
 class Figures(NamedTuple):
@@ -50,24 +48,10 @@ def _json_object(text: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def table_of_sweep(cells: Sequence[Cell], ends: Sequence[str]) -> str:
-    """How each cell of a sweep has ended, what it has come to, and what it is.
-
-    `ends` has a word for each cell that was started, in order.
-    """
-    rows: list[tuple[str, ...]] = [("cell", "state", *FIGURES, "overrides")]
-    for number, cell in enumerate(cells):
-        end = ends[number] if number < len(ends) else "not started"
-        name = Path(cell.directory).name
-        rows.append((name, end, *figures(cell.directory).columns(), " ".join(cell.overrides)))
-    return table(rows)
-
-
 def place_in_sweep(directory: str | Path) -> str:
     """`cell 3/12` for the third of twelve cells, by the list of its sweep; empty for a run of no sweep."""
     cell = Path(directory)
-    lines = text_of(cell.parent / CELLS).splitlines()
-    names = [Path(str(_json_object(line).get("directory"))).name for line in lines]
+    names = [name for name, _ in cells_listed(cell.parent)]
     return f"cell {names.index(cell.name) + 1}/{len(names)}" if cell.name in names else ""
 
 
@@ -76,8 +60,7 @@ def overrides_of(directory: str | Path) -> list[str]:
     job = read_job(Path(directory) / JOB)
     if job:
         return [str(word) for word in job.get("overrides", [])]
-    for line in text_of(Path(directory).parent / CELLS).splitlines():
-        about = _json_object(line)
-        if Path(str(about.get("directory"))).name == Path(directory).name:
-            return [str(word) for word in about.get("overrides", [])]
+    for name, overrides in cells_listed(Path(directory).parent):
+        if name == Path(directory).name:
+            return overrides
     return []

@@ -35,6 +35,7 @@ class Seen:
     has_job: bool = False  # the run was queued at some time
     is_at_work: bool = False  # a process has touched the directory within half a minute
     has_checkpoint: bool = False
+    has_started: bool = True  # ranks have been at work on it; a cell's directory may be there long before
 
 
 def state_of(seen: Seen) -> str:
@@ -42,7 +43,7 @@ def state_of(seen: Seen) -> str:
 
     `running` and the like are the scheduler's words for its job. A run that has `stopped` has a checkpoint
     to go on from. A job that was `killed` has got a signal; one that is `lost` has ended without a trace,
-    as with its host.
+    as with its host. A cell of a sweep may be `not started`, because the sweep ended before its turn.
     """
     if seen.is_finished:
         return "finished"
@@ -64,6 +65,8 @@ def _end_of(seen: Seen) -> str:
         return "stopped"
     if seen.exit_code in ENDED_BY_SIGNAL:
         return "killed"
+    if not seen.has_job and not seen.has_started:
+        return "not started"
     # A run that was started by hand leaves no exit code.
     return "stopped" if seen.has_checkpoint and not seen.has_job else "lost"
 
@@ -136,5 +139,6 @@ def _state(directory: Path, job: dict[str, Any], in_queue: Mapping[str, str]) ->
         has_job=bool(job),
         is_at_work=not job and is_beating(directory),
         has_checkpoint=_has_checkpoint(directory),
+        has_started=(directory / "environment.json").exists() or any(directory.glob("owner-*.json")),
     )
     return RunState(state_of(seen), alive or last)

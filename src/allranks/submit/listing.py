@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ from allranks.base.errors import UserError, show
 from allranks.base.text import as_text, table
 from allranks.job import scheduler
 from allranks.job.scheduler import Scheduler
-from allranks.run import directory as rundir
-from allranks.run.cells import CELLS, JOB, read_job
+from allranks.run.cells import JOB, read_job, runs_below
 from allranks.run.results import FIGURES, Figures, figures, overrides_of
 from allranks.run.states import RunState, states_of
 
@@ -24,16 +22,8 @@ def listed(root: str, warn: Callable[[str], None]) -> list[dict[str, Any]]:
     """Every run below `root`: its state, job, epochs, accuracies, directory and overrides."""
     if not Path(root).is_dir():
         raise UserError(f"{root} is no folder: give one with runs in it. The default is ./runs.")
-    states = states_of(sorted(_below(root)), warn)
+    states = states_of(sorted(runs_below(root)), warn)
     return [_row(directory, state) for directory, state in states.items()]
-
-
-def _below(root: str) -> Iterator[Path]:
-    """The runs' directories; a folder that vanishes meanwhile, as checkpoints do, is passed over."""
-    for folder, below, names in os.walk(root):
-        if (rundir.CONFIG in names or JOB in names) and CELLS not in names:
-            below.clear()
-            yield Path(folder)
 
 
 def _row(directory: Path, state: RunState) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from allranks.base.errors import EXIT_REQUEUE, EXIT_STUCK, UserError, show
 from allranks.job import scheduler
 from allranks.job.scheduler import NoAnswer, Scheduler, ServerUnreached, ThisJob
+from allranks.report import compare_sweep
 from allranks.run import checkpoint
 from allranks.run.cells import JOB, is_finished, read_job
 from allranks.submit.queue import queue_again
@@ -59,6 +60,9 @@ def go_on(directory: str) -> int:
         return EXIT_REQUEUE
     if _is_last(job):
         print(f"{directory} is not finished: this was the last job of it", flush=True)
+        about_sweep = compare_sweep.after_cell(directory, "stopped", is_stopped=True)
+        if about_sweep:
+            print(about_sweep, flush=True)
         return EXIT_REQUEUE
     mark = _mark_this_start(directory, me)
     if mark is None:

@@ -1,0 +1,158 @@
+"""`allranks compare`: a table of several runs, and a page with their curves. No torch."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from allranks.base import files
+from allranks.base.errors import UserError
+from allranks.report import compare_tables
+from allranks.report.compare import NOT_STARTED, Comparison, compare
+from allranks.report.gather import RunFacts, gather
+from allranks.run.cells import CELLS, cells_listed, runs_below
+from allranks.run.directory import CONFIG
+
+Format = Callable[[Comparison], str]
+FORMATS: dict[str, Format] = {
+    "csv": compare_tables.as_csv,
+    "json": compare_tables.as_json,
+    "markdown": compare_tables.markdown,
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`allranks compare ARGUMENTS`; the exit code. Raises UserError where there is nothing to show."""
+    options = _parser().parse_args(arguments)
+    chosen = next((name for name in FORMATS if getattr(options, name)), None)
+    if options.to and chosen is None:
+        raise UserError(f"--to {options.to} needs a format: add --csv, --json or --markdown.")
+    found = found_at(options.path)
+    if options.end:
+        found = found._replace(runs=_with_ends(found.runs, options.end))
+    comparison = compare(found.runs, options.sort, options.each)
+    comparison = replace(comparison, notes=[*found.notes, *comparison.notes])
+    if chosen:
+        text = FORMATS[chosen](comparison)
+    else:
+        text = compare_tables.text(comparison, terminal_width(), plus_minus())
+    if options.to:
+        _write(Path(options.to), text)
+    else:
+        print(text)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="allranks compare",
+        description="Compares runs: in what they differ, how they ended, and what they have come to. Runs "
+        "that differ only in their seed are one row: their mean and standard deviation.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "path", nargs="+", metavar="DIR", help="a sweep's directory, or directories of runs"
+    )
+    parser.add_argument(
+        "--sort", metavar="KEY", help="a figure or a key in which the runs differ (default: test/accuracy)"
+    )
+    parser.add_argument(
+        "--each", action="store_true", help="a row for each run, also where only seeds differ"
+    )
+    one_format = parser.add_mutually_exclusive_group()
+    one_format.add_argument("--csv", action="store_true", help="all figures, for a spreadsheet")
+    one_format.add_argument("--json", action="store_true", help="all figures, for programs")
+    one_format.add_argument("--markdown", action="store_true", help="the table, for a document")
+    parser.add_argument("--to", metavar="FILE", help="write that into a file instead of the terminal")
+    parser.add_argument("--no-page", action="store_true", help="the table only, without page and pictures")
+    # For the end of a sweep: how each of its cells that was started has ended, which no file tells.
+    parser.add_argument("--end", action="append", default=[], help=argparse.SUPPRESS)
+    return parser
+
+
+def _with_ends(runs: Sequence[RunFacts], ends: Sequence[str]) -> list[RunFacts]:
+    """The cells of a sweep, in order, the first of them in the states that `ends` tells."""
+    told = [replace(run, state=end) for run, end in zip(runs, ends, strict=False)]
+    return [*told, *runs[len(told) :]]
+
+
+# --- which runs ------------------------------------------------------------------------------------------
+
+
+class Found(NamedTuple):
+    """The runs that a command line names."""
+
+    runs: Sequence[RunFacts]
+    notes: Sequence[str]  # a sentence for each directory that holds no run
+
+
+def found_at(paths: Sequence[str]) -> Found:
+    """The runs at the paths: each is a run's directory, a sweep's, or a folder with runs below it.
+
+    Raises UserError where there is not one run.
+    """
+    runs: dict[Path, RunFacts] = {}
+    notes: list[str] = []
+    for path in paths:
+        try:
+            for facts in _at(path):
+                runs.setdefault(facts.directory, facts)
+        except UserError as error:
+            notes.append(str(error))
+    if not runs:
+        raise UserError(" ".join(notes))
+    return Found(list(runs.values()), notes)
+
+
+def _at(path: str) -> list[RunFacts]:
+    """The runs at one path. Raises UserError where there is none."""
+    folder = Path(path).absolute()
+    if (folder / CELLS).is_file():
+        return [_cell(folder, name, overrides) for name, overrides in cells_listed(folder)]
+    if folder.is_dir() and not (folder / CONFIG).exists():
+        below = [each for each in sorted(runs_below(folder)) if (each / CONFIG).exists()]
+        if not below and not any(folder.iterdir()):
+            raise UserError(f"{path} is empty: give a sweep's directory, or directories of runs.")
+        if below:
+            return [gather(each) for each in below]
+    return [gather(path)]
+
+
+def _cell(sweep: Path, name: str, overrides: Sequence[str]) -> RunFacts:
+    """What is known of a cell of a sweep, which may not have started yet."""
+    directory = sweep / name
+    try:
+        return gather(directory)
+    except UserError as error:
+        if not directory.exists():
+            return RunFacts(directory, NOT_STARTED, overrides=overrides)
+        return RunFacts(directory, "damaged", overrides=overrides, problems=[str(error)])
+
+
+# --- where it goes ---------------------------------------------------------------------------------------
+
+
+def terminal_width() -> int:
+    """Characters in a line of the terminal; 120 where the table goes to a file or another program."""
+    return shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else 120
+
+
+def plus_minus() -> str:
+    """The sign between a mean and its standard deviation, in what the terminal can show."""
+    try:
+        "±".encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return "+-"
+    return "±"
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        files.write_text(path, text + "\n").close()
+    except OSError as error:
+        raise UserError(f"--to {path} cannot be written ({error.strerror}): give another file.") from error

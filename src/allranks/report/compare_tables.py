@@ -1,0 +1,318 @@
+"""A comparison as a table: for a terminal, as Markdown, as CSV and as JSON. No torch.
+
+People get rounded figures under short names, and no column that says the same in each row: the line above
+the table says it once. Programs get every figure with all its digits, under the names that the records of a
+run have.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import textwrap
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from allranks.base.text import as_text, printable, table
+from allranks.report.compare import (
+    FIGURES,
+    Comparison,
+    Row,
+    Value,
+    decides,
+    directory_names,
+    figure_named,
+    short_names,
+    shown,
+    state_of,
+)
+
+WIDEST_SETTING = 32  # characters: a path or a list that is longer is cut in tables for people
+MOST_NAMES = 4  # directories that a row names before it counts the others
+
+# In the order of the columns; the total is for programs only, because people would take it for `time`.
+SHOWN_TO_PEOPLE = (
+    "test/accuracy",
+    "test/loss",
+    "val/accuracy",
+    "val/loss",
+    "throughput/samples_per_s",
+    "time/epochs_s",
+)
+# What is left out first where a terminal is too narrow for all columns.
+DISPENSABLE = ("time/epochs_s", "val/loss", "test/loss", "throughput/samples_per_s", "run", "val/accuracy")
+
+
+class Column(NamedTuple):
+    """One column of a table for people."""
+
+    name: str  # of the figure, the key of the setting, or what else it holds
+    heading: str
+    cells: Sequence[str]
+    is_number: bool = False  # aligned to the right
+
+
+# --- for people ------------------------------------------------------------------------------------------
+
+
+def columns(comparison: Comparison, plus_minus: str = "±") -> list[Column]:
+    """The columns of a table for people: only those in which some rows differ, and the figures.
+
+    `plus_minus` stands between a mean and its standard deviation.
+    """
+    rows = comparison.rows
+    names = short_names(comparison.keys)
+    found = [Column("best", "", ["*" if row.is_best else "" for row in rows])]
+    if not comparison.best_by:
+        found = []
+    for key in comparison.keys:
+        cells = [_cut(shown(row.settings[key])) if key in row.settings else "-" for row in rows]
+        is_number = key in comparison.numeric_keys()
+        found.append(Column(key, names[key], cells, is_number))
+    if comparison.has_groups:
+        found.append(Column("n", "n", [str(len(row.runs)) for row in rows], is_number=True))
+    if _common_state(comparison) is None:
+        found.append(Column("state", "state", [_states(row) for row in rows]))
+    if _common_epochs(comparison) is None:
+        epochs = [row.values["epochs"].mean or 0.0 for row in rows]
+        found.append(Column("epochs", "epochs", [f"{mean:g}" for mean in epochs], is_number=True))
+    for name in SHOWN_TO_PEOPLE:
+        values = [row.values[name] for row in rows]
+        if any(value.mean is not None for value in values):
+            figure = figure_named(name)
+            assert figure is not None
+            found.append(Column(name, figure.heading, _figure_cells(name, values, plus_minus), True))
+    directories = directory_names(comparison.runs)
+    places = [[printable(as_text(directories[run.directory])) for run in row.runs] for row in rows]
+    return [*found, Column("run", "run", [_some(each) for each in places])]
+
+
+def text(comparison: Comparison, width: int, plus_minus: str = "±") -> str:
+    """The comparison for a terminal of `width` characters: a headline, the table, and remarks."""
+    every = columns(comparison, plus_minus)
+    kept = list(every)
+    minor_settings = [key for key in comparison.keys if not decides(key)]
+    for name in (*minor_settings, *DISPENSABLE):
+        if max(map(len, _lines(kept))) <= width:
+            break
+        if name != comparison.sorted_by:
+            kept = [column for column in kept if column.name != name]
+    left_out = [column.heading for column in every if column not in kept]
+
+    said = legend(comparison)
+    if left_out:
+        said.append(f"Left out at {width} columns: {', '.join(left_out)}.")
+    paragraphs = [" ".join(said), *comparison.notes]
+    lines = [textwrap.fill(headline(comparison), width), "", *_lines(kept), ""]
+    lines += [textwrap.fill(printable(each), width, break_long_words=False) for each in paragraphs]
+    return "\n".join(lines).rstrip("\n")
+
+
+def _lines(kept: Sequence[Column]) -> list[str]:
+    """The table's lines, all of the same length, with the numbers aligned to the right."""
+    padded = []
+    for column in kept:
+        cells = [column.heading, *column.cells]
+        widest = max(map(len, cells))
+        padded.append([cell.rjust(widest) if column.is_number else cell.ljust(widest) for cell in cells])
+    return table(list(zip(*padded, strict=True))).split("\n")
+
+
+def markdown(comparison: Comparison) -> str:
+    """The comparison as a table in Markdown, with the best row in bold."""
+    shown_columns = [column for column in columns(comparison) if column.name != "best"]
+    lines = [
+        _markdown_line([column.heading for column in shown_columns]),
+        _markdown_line(["---:" if column.is_number else "---" for column in shown_columns]),
+    ]
+    for index, row in enumerate(comparison.rows):
+        cells = [column.cells[index].strip().replace("|", "\\|") for column in shown_columns]
+        lines.append(_markdown_line([f"**{cell}**" if row.is_best and cell else cell for cell in cells]))
+    paragraphs = [headline(comparison), "\n".join(lines), " ".join(legend(comparison)), *comparison.notes]
+    return "\n\n".join(each for each in paragraphs if each)
+
+
+def _markdown_line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def headline(comparison: Comparison) -> str:
+    """A sentence or two: how many runs, what is the same for all of them, and in what they differ."""
+    runs = comparison.runs
+    what = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    alike = [word for word in (_common_state(comparison), _common_epochs(comparison)) if word]
+    first = f"{what}: {', '.join(alike)}." if alike else f"{what}."
+    if len(runs) == 1:
+        return first
+    if comparison.keys:
+        names = ["the number of ranks" if key == "world_size" else key for key in comparison.keys]
+        second = f"They differ in {', '.join(names)}."
+    elif comparison.has_groups:
+        second = "They differ only in their seed."
+    else:
+        second = "Their configurations are the same."
+    return f"{first} {second}"
+
+
+def legend(comparison: Comparison) -> list[str]:
+    """What the marks in the table mean, a sentence each."""
+    said = []
+    if comparison.best_by:
+        figure = figure_named(comparison.best_by)
+        assert figure is not None
+        extreme = "highest" if figure.higher_is_better else "lowest"
+        said.append(f"The best row (*) has the {extreme} {figure.heading}.")
+    if comparison.has_groups:
+        said.append("A row of n runs has the mean over their seeds, with the sample standard deviation.")
+    if any(row.values["val/accuracy"].mean is not None for row in comparison.rows):
+        said.append("Figures of val/ are those of the best epoch.")
+    return said
+
+
+def _common_state(comparison: Comparison) -> str | None:
+    """`all finished` where each run has; None where they differ."""
+    states = {state_of(run) for run in comparison.runs}
+    if len(states) != 1:
+        return None
+    [state] = states
+    return state if len(comparison.runs) == 1 else f"all {state}"
+
+
+def _common_epochs(comparison: Comparison) -> str | None:
+    """`5 epochs each` where each run has so many; None where they differ."""
+    numbers = {len(run.epochs) for run in comparison.runs}
+    if len(numbers) != 1:
+        return None
+    [number] = numbers
+    what = "1 epoch" if number == 1 else f"{number} epochs"
+    return what if len(comparison.runs) == 1 else f"{what} each"
+
+
+def _figure_cells(name: str, values: Sequence[Value], plus_minus: str) -> list[str]:
+    """The values of a column, with the signs `±` under each other.
+
+    Of speed and time the mean is enough: their spread says how busy the machine was.
+    """
+    with_std = name.startswith(("test/", "val/"))
+    means = [figure_text(name, value.mean) for value in values]
+    stds = [
+        f" {plus_minus} {figure_text(name, value.std)}" if with_std and value.std is not None else ""
+        for value in values
+    ]
+    widest_mean, widest_std = max(map(len, means)), max(map(len, stds))
+    return [
+        f"{mean.rjust(widest_mean)}{std.ljust(widest_std)}" for mean, std in zip(means, stds, strict=True)
+    ]
+
+
+def figure_text(name: str, value: float | None) -> str:
+    """A figure for people, rounded to what matters; `-` for one that is not known."""
+    if value is None:
+        return "-"
+    if name.endswith("accuracy"):
+        return f"{value:.2f}"
+    if name.endswith("loss"):
+        return f"{value:.4f}"
+    if name == "epochs":
+        return f"{value:g}"
+    if name.startswith("time/"):
+        return duration(value)
+    return f"{value:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: `12.3 s` below ten minutes, `1:02:33` above."""
+    if seconds < 600:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def _states(row: Row) -> str:
+    """`finished` where all runs of the row have, else `2 finished, 1 lost`."""
+    states = row.states
+    if len(states) == 1:
+        return next(iter(states))
+    return ", ".join(f"{count} {state}" for state, count in states.items())
+
+
+def _cut(cell: str) -> str:
+    """A setting's value for a column; of a long one the end, where paths differ."""
+    cell = printable(cell)
+    return cell if len(cell) <= WIDEST_SETTING else f"...{cell[3 - WIDEST_SETTING :]}"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return " ".join(names[:MOST_NAMES]) + more
+
+
+# --- for programs ----------------------------------------------------------------------------------------
+
+
+def as_csv(comparison: Comparison) -> str:
+    """The comparison as CSV: a line for each row, first the settings in which the rows differ.
+
+    A figure's column NAME has the value or the mean; NAME/std the standard deviation, empty for one run.
+    """
+    out = io.StringIO()
+    heads = [*comparison.keys, "n", "state", "best"]
+    for figure in FIGURES:
+        heads += [figure.name, f"{figure.name}/std"]
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*heads, "directories"])
+    for row in comparison.rows:
+        cells: list[object] = [
+            shown(row.settings[key]) if key in row.settings else "" for key in comparison.keys
+        ]
+        cells += [len(row.runs), _states(row), "true" if row.is_best else "false"]
+        for figure in FIGURES:
+            value = row.values[figure.name]
+            cells += [_plain(figure.name, value.mean), value.std]
+        writer.writerow([*cells, " ".join(as_text(str(run.directory)) for run in row.runs)])
+    return out.getvalue().rstrip("\n")
+
+
+def as_json(comparison: Comparison) -> str:
+    """The comparison as one JSON object; docs/compare.md describes it."""
+    about = {
+        "differ_in": list(comparison.keys),
+        "sorted_by": comparison.sorted_by,
+        "best_by": comparison.best_by or None,
+        "notes": list(comparison.notes),
+        "rows": [_as_json(row) for row in comparison.rows],
+    }
+    return json.dumps(about, indent=2, allow_nan=False)
+
+
+def _as_json(row: Row) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    for figure in FIGURES:
+        value = row.values[figure.name]
+        figures[figure.name] = _plain(figure.name, value.mean)
+        figures[f"{figure.name}/std"] = value.std
+    return {
+        "settings": {key: _as_json_value(value) for key, value in row.settings.items()},
+        "n": len(row.runs),
+        "states": [state_of(run) for run in row.runs],
+        "best": row.is_best,
+        **figures,
+        "directories": [as_text(str(run.directory)) for run in row.runs],
+    }
+
+
+def _plain(name: str, mean: float | None) -> float | int | None:
+    """A mean for programs: epochs are whole numbers where all runs of a row have as many."""
+    if name == "epochs" and mean is not None and mean.is_integer():
+        return int(mean)
+    return mean
+
+
+def _as_json_value(value: Any) -> Any:
+    """A setting's value as it is, or as its text where JSON has no such value, as for infinity."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return shown(value)
+    return value

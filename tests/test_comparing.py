@@ -1,0 +1,487 @@
+"""Several runs side by side: `allranks compare`, and the comparison that a sweep makes by itself."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shutil
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from allranks.base.errors import UserError
+from allranks.report import compare_sweep, compare_tables
+from allranks.report.compare import compare, short_names
+from allranks.report.gather import RunFacts
+from helpers import PYTHON, SMALL, Run, execute
+
+ALLRANKS = [PYTHON, "-m", "allranks"]
+CONFIG = {
+    "name": "mlp",
+    "seed": 0,
+    "threads": None,
+    "trainer.batch_size": 32,
+    "trainer.precision": "fp64",
+    "optimizer.lr": 0.1,
+    "data.test._target_": "allranks.data.mnist.load",
+    "data.test.root": "/data",
+    "data.split": [48000, 12000],
+    "model._target_": "allranks.models.mlp",
+    "model.widths": [50, 50],
+}
+
+
+def facts(directory: str, accuracy: float | None = 90.0, **changes: Any) -> RunFacts:
+    """A run of CONFIG with changed values (`trainer__batch_size=64`); finished if it has an accuracy."""
+    config = {**CONFIG, **{key.replace("__", "."): value for key, value in changes.items()}}
+    epochs = [
+        {"epoch": 1, "val/accuracy": 80.0, "val/loss": 0.5, "throughput/samples_per_s": 100.0,
+         "time/train_s": 2.0, "time/eval_s": 1.0},
+        {"epoch": 2, "val/accuracy": 79.0, "val/loss": None, "throughput/samples_per_s": 300.0,
+         "time/train_s": 2.0, "time/eval_s": None},
+    ]  # fmt: skip
+    summary = {"state": "finished", "test/accuracy": accuracy, "test/loss": 0.25, "world_size": 1}
+    return RunFacts(
+        Path("/sweep") / directory,
+        "lost" if accuracy is None else "finished",
+        config=config,
+        epochs=epochs,
+        summary={} if accuracy is None else summary,
+        environment={"world_size": 1},
+    )
+
+
+def table_of(text: str) -> list[list[str]]:
+    """The cells of the table in a text for people, its header first."""
+    lines = [line for line in text.splitlines() if line.startswith("  ")]
+    return [re.split(r" {2,}", line.strip()) for line in lines]
+
+
+# --- in what runs differ ------------------------------------------------------------------------------
+
+
+def test_only_what_differs_is_a_column_and_what_decides_comes_first():
+    runs = [facts("0", threads=1), facts("1", threads=2, trainer__batch_size=64)]
+    comparison = compare(runs)
+    assert comparison.keys == ["trainer.batch_size", "threads"]
+    assert [row.settings for row in comparison.rows] == [
+        {"trainer.batch_size": 32, "threads": 1},
+        {"trainer.batch_size": 64, "threads": 2},
+    ]
+
+
+def test_the_choice_of_a_component_stands_for_all_values_that_come_with_it():
+    linear = {"name": "linear", "model___target_": "allranks.models.linear", "model__widths": None}
+    runs = [
+        replace(facts("0"), overrides=["model=mlp", "optimizer.lr=0.1"]),
+        replace(facts("1", optimizer__lr=0.2), overrides=["model=mlp", "optimizer.lr=0.2"]),
+        replace(
+            facts("2", trainer__precision="fp32", **linear), overrides=["model=linear", "optimizer.lr=0.1"]
+        ),
+        replace(
+            facts("3", trainer__precision="fp32", optimizer__lr=0.2, **linear),
+            overrides=["model=linear", "optimizer.lr=0.2"],
+        ),
+    ]
+    assert set(compare(runs).keys) == {"model", "optimizer.lr"}
+
+    # Two runs of different places may have been made by different command lines: only what belongs to the
+    # model follows from it.
+    elsewhere = [runs[0], replace(runs[2], directory=Path("/other/2"))]
+    assert set(compare(elsewhere).keys) == {"model", "trainer.precision"}
+
+    # Where one run says nothing of its model, the values tell the difference.
+    silent = [replace(runs[0], overrides=[]), runs[2]]
+    assert "model" not in compare(silent).keys
+    assert {"name", "model._target_", "model.widths"} <= set(compare(silent).keys)
+
+
+def test_a_number_of_ranks_is_compared_like_a_setting():
+    runs = [facts("0"), facts("1")]
+    runs[1] = replace(runs[1], summary={**runs[1].summary, "world_size": 4})
+    comparison = compare(runs)
+    assert comparison.keys == ["world_size"]
+    assert "They differ in the number of ranks." in compare_tables.text(comparison, 200)
+
+
+def test_keys_have_the_shortest_names_that_tell_them_apart():
+    keys = ["optimizer.lr", "data.train.root", "data.test.root", "seed", "world_size"]
+    assert list(short_names(keys).values()) == ["lr", "train.root", "test.root", "seed", "ranks"]
+
+
+# --- figures, seeds, order ----------------------------------------------------------------------------
+
+
+def test_figures_are_those_of_the_best_epoch_and_of_all_epochs_together():
+    [row] = compare([facts("0", accuracy=91.0)]).rows
+    means = {name: value.mean for name, value in row.values.items()}
+    assert means == {
+        "test/accuracy": 91.0,
+        "test/loss": 0.25,
+        "val/accuracy": 80.0,
+        "val/loss": 0.5,
+        "throughput/samples_per_s": 200.0,
+        "time/epochs_s": 5.0,
+        "time/total_s": None,
+        "epochs": 2.0,
+    }
+
+
+def test_runs_that_differ_only_in_their_seed_are_one_row_with_mean_and_spread():
+    accuracies = [90.5, 91.25, 93.0, 89.75]
+    runs = [facts(str(seed), accuracy, seed=seed) for seed, accuracy in enumerate(accuracies)]
+    other = facts("4", 88.0, seed=0, optimizer__lr=0.5)
+    comparison = compare([*runs, other])
+    assert comparison.keys == ["optimizer.lr"]
+    many, one = (row.values["test/accuracy"] for row in comparison.rows)
+    assert many.of_runs == 4
+    assert many.mean == pytest.approx(np.mean(accuracies), rel=1e-12)
+    assert many.std == pytest.approx(np.std(accuracies, ddof=1), rel=1e-12)
+    assert (one.mean, one.std, one.of_runs) == (88.0, None, 1)
+    assert "91.12 ± 1.39" in compare_tables.text(comparison, 200)
+
+    each = compare([*runs, other], each=True)
+    assert each.keys == ["seed", "optimizer.lr"]
+    assert [row.values["test/accuracy"].mean for row in each.rows] == [93.0, 91.25, 90.5, 89.75, 88.0]
+
+
+def test_half_a_training_is_no_sample_of_whole_ones():
+    cut_off = replace(facts("1", None, seed=1), epochs=[{"epoch": 1, "val/accuracy": 10.0}])
+    [row] = compare([facts("0"), cut_off]).rows
+    assert row.values["val/accuracy"].mean == 80.0
+    assert row.states == {"finished": 1, "lost": 1}
+    assert "1 finished, 1 lost" in compare_tables.text(compare([facts("0"), cut_off]), 200)
+
+
+@pytest.mark.parametrize(
+    ("sort", "order"),
+    [
+        (None, "213"),  # the highest accuracy first, and what has none last
+        ("test/accuracy", "213"),
+        ("lr", "321"),
+        ("optimizer.lr", "321"),
+        ("test/loss", "123"),
+        ("samples/s", "123"),
+    ],
+)
+def test_rows_are_sorted(sort, order):
+    runs = [
+        facts("1", 90.0, optimizer__lr=0.5),
+        facts("2", 95.0, optimizer__lr=0.05),
+        facts("3", None, optimizer__lr=0.005),
+    ]
+    comparison = compare(runs, sort)
+    assert "".join(run.directory.name for run in comparison.runs) == order
+    best = [row.settings["optimizer.lr"] for row in comparison.rows if row.is_best]
+    assert best == ([0.05] if sort in (None, "test/accuracy", "lr", "optimizer.lr") else best)
+
+
+def test_a_sort_key_that_is_none_is_refused_with_the_nearest_one():
+    runs = [facts("1"), facts("2", optimizer__lr=0.5)]
+    with pytest.raises(UserError, match="Did you mean test/accuracy"):
+        compare(runs, "test/acuracy")
+    with pytest.raises(UserError, match=r"Give one of test/accuracy, .*optimizer\.lr"):
+        compare(runs, "x")
+
+
+def test_without_a_test_the_validation_decides():
+    runs = [facts("0", None), facts("1", None, optimizer__lr=0.2)]
+    better = [{**epoch, "val/accuracy": 85.0} for epoch in runs[1].epochs]
+    comparison = compare([runs[0], replace(runs[1], epochs=better)])
+    assert comparison.sorted_by == comparison.best_by == "val/accuracy"
+    assert comparison.rows[0].settings == {"optimizer.lr": 0.2}
+
+
+# --- what cannot be compared --------------------------------------------------------------------------
+
+
+def test_of_runs_with_different_test_sets_none_is_the_best():
+    other = facts("1", 99.0, data__test___target_="allranks.data.synthetic.generate")
+    comparison = compare([facts("0"), other])
+    assert not any(row.is_best for row in comparison.rows)
+    assert "different data (data.test._target_)" in comparison.notes[0]
+
+    # Where the same files lie in other places, the figures are of the same examples.
+    moved = compare([facts("0", 90.0), facts("1", 99.0, data__test__root="/elsewhere")])
+    assert [row.is_best for row in moved.rows] == [True, False]
+    assert moved.notes == []
+
+
+def test_other_validation_examples_are_told():
+    comparison = compare([facts("0"), facts("1", data__split=[50000, 10000])])
+    assert "different validation examples (data.split)" in comparison.notes[0]
+
+
+def test_one_run_is_shown_and_called_one():
+    text = compare_tables.text(compare([facts("0")]), 200)
+    assert text.startswith("1 run: finished, 2 epochs.")
+    assert "There is one run only" in text
+
+
+# --- tables -------------------------------------------------------------------------------------------
+
+
+def six_runs() -> list[RunFacts]:
+    return [
+        facts(str(number), 90.0 + number, seed=number % 2, trainer__batch_size=32 << number // 2)
+        for number in range(6)
+    ]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_a_table_fits_its_terminal(width):
+    text = compare_tables.text(compare(six_runs()), width)
+    assert max(map(len, text.splitlines())) <= width
+    header, *rows = table_of(text)
+    assert header[:2] == ["batch_size", "n"]
+    assert "test/accuracy" in header
+    assert ("time" in header) == (width >= 120)
+    assert ("Left out" in text.replace("\n", " ")) == (width < 120)
+    assert [row[:2] for row in rows] == [["*", "128"], ["64", "2"], ["32", "2"]]
+
+
+def test_columns_that_say_the_same_in_each_row_are_in_the_headline():
+    text = compare_tables.text(compare(six_runs()), 200)
+    assert text.startswith("6 runs: all finished, 2 epochs each. They differ in trainer.batch_size.")
+    assert not {"state", "epochs"} & set(table_of(text)[0])
+
+
+def test_csv_has_every_figure_with_all_digits():
+    runs = [facts("0", 100 / 3), facts("1", 200 / 3, model__widths=[8, 8])]
+    rows = list(csv.DictReader(io.StringIO(compare_tables.as_csv(compare(runs)))))
+    assert [row["model.widths"] for row in rows] == ["[8,8]", "[50,50]"]
+    assert [float(row["test/accuracy"]) for row in rows] == [200 / 3, 100 / 3]
+    assert [row["best"] for row in rows] == ["true", "false"]
+    assert [row["epochs"] for row in rows] == ["2", "2"]
+    assert [row["test/accuracy/std"] for row in rows] == ["", ""]
+    assert [row["directories"] for row in rows] == ["/sweep/1", "/sweep/0"]
+
+
+def test_markdown_is_a_table_with_the_best_row_in_bold():
+    runs = [facts("0", 90.0), facts("1", 91.0, name="a|b", model__widths=None)]
+    text = compare_tables.markdown(compare(runs))
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
+    assert len({len(row) for row in cells}) == 1
+    assert all(re.fullmatch(r" -+:? ", cell) for cell in cells[1])
+    assert any("a\\|b" in cell for cell in cells[2])
+    assert all(cell.strip().startswith("**") for cell in cells[2])
+
+
+def test_json_can_be_read_whatever_a_configuration_holds():
+    runs = [facts("0", optimizer__lr=float("inf")), facts("1", optimizer__lr=0.1)]
+    about = json.loads(compare_tables.as_json(compare(runs)))
+    assert about["differ_in"] == ["optimizer.lr"]
+    assert {str(row["settings"]["optimizer.lr"]) for row in about["rows"]} == {"inf", "0.1"}
+
+
+# --- the command --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """(directory, what was printed) of a real sweep: three batch sizes, each with two seeds."""
+    folder = tmp_path_factory.mktemp("sweep")
+    words = ["-m", *SMALL, "trainer.epochs=1", "trainer.batch_size=32,64,128", "seed=0,1", "run.dir=sizes"]
+    done = execute([*ALLRANKS, "train", *words], folder).ok()
+    return folder / "sizes", done.out
+
+
+def compared(*words: object, cwd: Path) -> str:
+    done = execute([*ALLRANKS, "compare", *map(str, words)], cwd).ok()
+    assert done.err == ""
+    return done.out
+
+
+def test_a_sweep_ends_with_its_comparison(sweep):
+    directory, said = sweep
+    text = said[said.index("6 runs: ") :]
+    assert text.startswith("6 runs: all finished, 1 epoch each. They differ in trainer.batch_size.")
+    header, *rows = table_of(text)
+    assert header[:3] == ["batch_size", "n", "test/accuracy"]
+    by_size = {row[0] if row[0] != "*" else row[1]: row for row in rows}
+    assert sorted(by_size, key=int) == ["32", "64", "128"]
+    for first, size in enumerate((32, 64, 128)):
+        runs = [Run(directory / str(2 * first + seed)) for seed in (0, 1)]
+        accuracies = [run.summary["test/accuracy"] for run in runs]
+        expected = f"{np.mean(accuracies):.2f} ± {np.std(accuracies, ddof=1):.2f}"
+        assert re.sub(" +", " ", next(cell for cell in by_size[str(size)] if "±" in cell)) == expected
+
+
+def test_the_figures_of_a_comparison_are_those_of_the_records(sweep):
+    directory, _ = sweep
+    rows = list(csv.DictReader(io.StringIO(compared(directory, "--each", "--csv", cwd=directory))))
+    assert len(rows) == 6
+    for row in rows:
+        run = Run(Path(row["directories"]))
+        for name in ("test/accuracy", "test/loss", "time/total_s"):
+            assert float(row[name]) == run.summary[name]
+        assert float(row["val/loss"]) == min(run.column("val/loss"))
+        assert float(row["throughput/samples_per_s"]) == run.column("throughput/samples_per_s")[0]
+        times = sum(run.column("time/train_s") + run.column("time/eval_s"))
+        assert float(row["time/epochs_s"]) == pytest.approx(times, rel=1e-12)
+        assert f"trainer.batch_size={row['trainer.batch_size']}" in (directory / "cells.jsonl").read_text()
+
+    accuracies = [float(row["test/accuracy"]) for row in rows]
+    assert accuracies == sorted(accuracies, reverse=True)
+    assert [row["best"] for row in rows].count("true") == accuracies.count(max(accuracies))
+
+
+def test_the_table_can_be_written_to_a_file(sweep, tmp_path):
+    directory, _ = sweep
+    assert compared(directory, "--json", "--to", "table.json", cwd=tmp_path) == ""
+    about = json.loads((tmp_path / "table.json").read_text())
+    assert [row["n"] for row in about["rows"]] == [2, 2, 2]
+    assert compared(directory, "--json", cwd=tmp_path) == (tmp_path / "table.json").read_text()
+
+
+def test_runs_are_compared_wherever_they_lie(sweep, tmp_path):
+    """The same by naming the runs, by a folder above them, and after the sweep was moved."""
+    directory, _ = sweep
+    cells = [directory / str(number) for number in range(6)]
+    by_name = compared(*cells, "--csv", cwd=tmp_path)
+    assert by_name == compared(directory, "--csv", cwd=tmp_path)
+    moved = tmp_path / "moved"
+    shutil.copytree(directory, moved / "sizes")
+    assert compared(moved, "--csv", cwd=tmp_path) == by_name.replace(str(directory), str(moved / "sizes"))
+    assert compared(moved / "sizes", "--csv", cwd=tmp_path).count(f"{moved}/sizes/") == 6
+
+
+def damaged_sweep(directory: Path, to: Path) -> Path:
+    """A copy of the sweep of which cell 0 is damaged, 1 was cut off, 2 is of a later version, and 5 has not
+    started; cell 3 is as it was, and 4 has strange records."""
+    shutil.copytree(directory, to)
+    (to / "0/config.yaml").write_bytes(b"\x00{")
+    (to / "1/summary.json").unlink()
+    config = (to / "2/config.yaml").read_text()
+    (to / "2/config.yaml").write_text(config + "quantum: {qubits: 7}\n")
+    with (to / "4/metrics.jsonl").open("a") as file:
+        file.write("half a li\n")
+    shutil.rmtree(to / "5")
+    return to
+
+
+def test_what_can_be_shown_is_shown_beside_what_is_damaged(sweep, tmp_path):
+    directory, _ = sweep
+    bad = damaged_sweep(directory, tmp_path / "bad")
+    about = json.loads(compared(bad, "--json", "--each", cwd=tmp_path))
+    states = {Path(row["directories"][0]).name: row["states"][0] for row in about["rows"]}
+    assert states == {
+        "0": "damaged",
+        "1": "stopped",  # it has a checkpoint to go on from
+        "2": "finished",
+        "3": "finished",
+        "4": "finished",
+        "5": "not started",
+    }
+    assert set(about["differ_in"]) == {"trainer.batch_size", "seed", "quantum.qubits"}
+    assert [note for note in about["notes"] if "0: config.yaml cannot be read" in note]
+    assert [note for note in about["notes"] if "4: metrics.jsonl" in note]
+    text = compared(bad, "--each", cwd=tmp_path)
+    assert re.search(r"damaged .* 0$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["empty"], "empty is empty"),
+        (["missing"], "missing cannot be read (No such file or directory)"),
+        (["empty", "missing"], "empty is empty"),
+        (["other"], "other holds no run"),
+        (["good", "--csv", "--json"], "not allowed with argument"),
+        (["good", "--to", "x"], "--to x needs a format"),
+        (["good", "--csv", "--to", "none/x"], "none/x cannot be written (No such file or directory)"),
+        (["good", "--sort", "test/acuracy"], "Did you mean test/accuracy?"),
+    ],
+)
+def test_nothing_to_show_is_one_message(sweep, tmp_path, words, said):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes.txt").write_text("mine")
+    (tmp_path / "good").symlink_to(sweep[0])
+    done = execute([*ALLRANKS, "compare", *words], tmp_path)
+    assert done.code == 2
+    assert said in done.err
+    assert "Traceback" not in done.err
+    assert done.out == ""
+
+
+def test_of_several_directories_one_may_hold_no_run(sweep, tmp_path):
+    text = compared(sweep[0] / "0", sweep[0] / "2", "missing", cwd=tmp_path)
+    assert text.startswith("2 runs: all finished")
+    assert "missing cannot be read" in text
+
+
+# --- by itself ----------------------------------------------------------------------------------------
+
+
+def test_one_of_the_cells_that_end_at_the_same_moment_compares_them(sweep, tmp_path, monkeypatch):
+    """As the jobs of an array do: exactly one makes the comparison, and knows how all have ended."""
+    array = tmp_path / "array"
+    shutil.copytree(sweep[0], array)
+    for summary in array.glob("*/summary.json"):
+        summary.unlink()  # a finished cell counts as ended, whether or not it has said so
+    made: list[Sequence[str]] = []
+    monkeypatch.setattr(compare_sweep, "made", lambda _, ends, *__: made.append(ends) or "a table")
+
+    for attempt in range(1, 21):
+        assert compare_sweep.after_cell(array / "5", "finished") == ""
+        together = threading.Barrier(5)
+        said: list[str] = []
+
+        def end(cell: int, together: threading.Barrier = together, said: list[str] = said) -> None:
+            together.wait()
+            said.append(compare_sweep.after_cell(array / str(cell), f"failed ({cell})"))
+
+        threads = [threading.Thread(target=end, args=(cell,)) for cell in range(5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(said) == ["", "", "", "", f"All 6 cells of {array} have ended.\na table"]
+        assert len(made) == attempt
+        assert made[-1] == [*(f"failed ({cell})" for cell in range(5)), "finished"]
+        for note in array.glob(".ended-*"):
+            note.unlink()
+    assert len(list(array.glob(".compared-*"))) == 1
+
+
+def test_a_cell_that_is_started_again_brings_a_new_comparison(sweep, tmp_path, monkeypatch):
+    """The other cells were trained by one command, which has left no notes of their ends."""
+    copy = tmp_path / "sizes"
+    shutil.copytree(sweep[0], copy)
+    monkeypatch.setattr(compare_sweep, "made", lambda *_: "a table")
+    for _ in range(2):
+        assert compare_sweep.after_cell(copy / "1", "finished").endswith("a table")
+    assert compare_sweep.after_cell(tmp_path, "finished") == ""  # a run of no sweep
+
+
+def test_a_comparison_that_fails_is_a_line_of_text(sweep, tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    text = compare_sweep.made(gone)
+    assert text.startswith("The comparison of the sweep was not made (")
+    assert f"{gone} cannot be read (No such file or directory)" in text
+    assert text.endswith(f"`allranks compare {gone}` tries again.")
+    monkeypatch.setattr(compare_sweep, "LIMIT_S", 0.001)
+    assert "(it took longer than 0 s)" in compare_sweep.made(sweep[0])
+
+
+def test_a_launched_sweep_ends_with_its_comparison_whatever_its_cells_do(tmp_path):
+    """With the larger rate two cells fail: their loss is not finite."""
+    words = ["-n", "1", "--no-preflight", "-m", *SMALL, "trainer.epochs=1", "run.dir=sizes"]
+    done = execute([*ALLRANKS, "launch", *words, "optimizer.lr=0.1,1e30", "seed=0,1"], tmp_path)
+    assert done.code == 2
+    text = done.out[done.out.index("4 runs. They differ in optimizer.lr.") :]
+    header, finished, failed = table_of(text)
+    assert header[:5] == ["lr", "n", "state", "epochs", "test/accuracy"]
+    accuracies = [Run(tmp_path / f"sizes/{cell}").summary["test/accuracy"] for cell in (0, 1)]
+    assert finished[:4] == ["0.1", "2", "finished", "1"]
+    assert finished[4].split()[0] == f"{np.mean(accuracies):.2f}"
+    assert failed == ["1e+30", "2", "failed (2)", "0", "-", "-", "-", "-", "-", "-", "2 3"]
