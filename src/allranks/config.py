@@ -198,6 +198,11 @@ _FETCH = "whether rank 0 fetches files that are missing"
 SECTION_KEYS: dict[str, Setting] = {
     "data.input_shape": _free("channels, height and width of an image", list_of(whole(1))),
     "data.classes": _free("number of classes", whole(1)),
+    "data.class_names": _free(
+        "a name for each class, in the order of the labels, for predictions and reports",
+        list_of(TEXT),
+        resume_must_agree=False,
+    ),
     "data.split": _free(
         "training and validation examples, drawn from `data.train` by seed", list_of(whole(1), 2)
     ),
@@ -464,7 +469,12 @@ def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 
 def frozen_identity(path: Path) -> dict[str, Any]:
     """The values that decide what a run computes, of the run whose frozen configuration is in this file."""
-    return identity(typed(_loaded(path)))
+    return identity(frozen(path))
+
+
+def frozen(path: Path) -> Config:
+    """The configuration that a run has frozen in this file; raises UserError where it is none."""
+    return typed(_loaded(path))
 
 
 def _loaded(path: Path) -> DictConfig:

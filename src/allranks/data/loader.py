@@ -56,24 +56,52 @@ def open_data(
     `reading` holds what rank 0 has read while torch was imported (data.early). Raises UserError where the
     data cannot be opened, or does not fit the section.
     """
-    train = _open_set("train", section, runtime, reading)
-    test = _open_set("test", section, runtime, reading)
-    split = section["split"]
-    if sum(split) != len(train):
-        raise UserError(
-            f"data.split={list(split)} sums to {sum(split):,}, but there are {len(train):,} training "
-            f"examples: give two numbers that sum to {len(train):,}.",
-            said_by=0,
-        )
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    workers = section.get("workers", 0)
+    whole_train = _open_set("train", section, runtime, reading)
+    whole_test = _open_set("test", section, runtime, reading)
+    train, val = _split(whole_train, section, runtime, seed, dtype)
     return Data(
-        train=_part("data.train", train, order[: split[0]], workers, runtime, dtype),
-        val=_part("data.train", train, order[split[0] :], workers, runtime, dtype),
-        test=_part("data.test", test, torch.arange(len(test)), workers, runtime, dtype),
+        train=train,
+        val=val,
+        test=_test(whole_test, section, runtime, dtype),
         input_shape=tuple(section["input_shape"]),
         classes=section.get("classes"),
     )
+
+
+def open_part(
+    name: str, section: Mapping[str, Any], runtime: Runtime, seed: int, dtype: torch.dtype
+) -> Part:
+    """One part of the data alone: "train", "val" or "test", the same examples as open_data() gives it.
+
+    Only the files of this part are read. Raises UserError as open_data() does.
+    """
+    if name == "test":
+        return _test(_open_set("test", section, runtime, None), section, runtime, dtype)
+    train, val = _split(_open_set("train", section, runtime, None), section, runtime, seed, dtype)
+    return {"train": train, "val": val}[name]
+
+
+def _split(
+    whole: Any, section: Mapping[str, Any], runtime: Runtime, seed: int, dtype: torch.dtype
+) -> tuple[Part, Part]:
+    """The examples to train on and those to watch, drawn by seed from what `data.train` has made."""
+    split = section["split"]
+    if sum(split) != len(whole):
+        raise UserError(
+            f"data.split={list(split)} sums to {sum(split):,}, but there are {len(whole):,} training "
+            f"examples: give two numbers that sum to {len(whole):,}.",
+            said_by=0,
+        )
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
+    workers = section.get("workers", 0)
+    train = _part("data.train", whole, order[: split[0]], workers, runtime, dtype)
+    val = _part("data.train", whole, order[split[0] :], workers, runtime, dtype)
+    return train, val
+
+
+def _test(whole: Any, section: Mapping[str, Any], runtime: Runtime, dtype: torch.dtype) -> Part:
+    """All examples that `data.test` has made."""
+    return _part("data.test", whole, torch.arange(len(whole)), section.get("workers", 0), runtime, dtype)
 
 
 def _part(

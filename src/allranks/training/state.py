@@ -158,6 +158,36 @@ def restore(
         ) from error
 
 
+def restore_model(model: nn.Module, files: Mapping[str, bytes], path: str) -> dict[str, Any]:
+    """Puts a checkpoint's weights and buffers into the model alone, for use; returns what state.json holds.
+
+    `path` names the checkpoint in messages. Raises UserError where the checkpoint is of another model, or
+    not one that allranks has made.
+    """
+    try:
+        state = checkpoint.from_json(STATE, files[STATE])
+        _check_counters(state)
+        weights = _load(files[MODEL])
+        saved = state.get("buffers", {"items": []})
+        buffers = _put_together(saved, _load(files[OPTIMIZER])) if saved["items"] else {}
+    except (KeyError, TypeError, ValueError, AttributeError, checkpoint.Damaged) as error:
+        what = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(
+            f"{path} does not hold what this version saves ({what}): give a checkpoint that allranks "
+            "has made."
+        ) from error
+    try:
+        model.load_state_dict(weights)
+        _restore_buffers(model, buffers)
+    except (RuntimeError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{path} does not fit the model that the run's config.yaml describes ({one_line(error)}): "
+            "where the model is your own, its code has changed since. Use the code of the training."
+        ) from error
+    assert isinstance(state, dict)
+    return state
+
+
 def _check_counters(state: Mapping[str, Any]) -> None:
     """Raises KeyError, TypeError or ValueError where the state's numbers make no sense as a training's."""
     for name in ("epoch", "step", "steps_in_epoch_done", "world_size"):

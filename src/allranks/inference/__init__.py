@@ -1,0 +1,1 @@
+"""Uses a trained model: predicts, evaluates again, and exports it for other programs."""

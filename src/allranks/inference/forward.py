@@ -1,0 +1,161 @@
+"""A trained model over a data set: the logits of all examples in the order of the data, and the figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from allranks.base.errors import UserError
+from allranks.data import loader
+from allranks.data.dealing import EVAL_BATCH, evaluation_batches
+from allranks.data.parts import Mapped, Part
+from allranks.inference.load import Trained
+from allranks.training.building import dtype_of
+from allranks.training.metrics import Figures, Sums
+
+PARTS = ("test", "val", "train")
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the model says of every example of a part, in the order of the part; all on the CPU."""
+
+    logits: torch.Tensor  # [n, classes]: the larger a class's logit, the likelier the class
+    labels: torch.Tensor  # int64 [n]: the true classes
+    figures: Figures  # loss and accuracy, added up as the run has added them up
+
+    @property
+    def probabilities(self) -> torch.Tensor:
+        """[n, classes]: each row sums to 1."""
+        return self.logits.softmax(dim=1)
+
+    @property
+    def predictions(self) -> torch.Tensor:
+        """int64 [n]: the likeliest class of each example."""
+        return self.logits.argmax(dim=1)
+
+    def confusion(self) -> torch.Tensor:
+        """int64 [classes, classes]: how many examples of the row's class were taken for the column's."""
+        classes = self.logits.shape[1]
+        cells = self.labels * classes + self.predictions
+        return torch.bincount(cells, minlength=classes * classes).view(classes, classes)
+
+
+def open_part(trained: Trained, name: str = "test", section: Mapping[str, Any] | None = None) -> Part:
+    """A part of the data, "test", "val" or "train": of the run's own, or of another section `data`.
+
+    Raises UserError where the data cannot be opened, or do not fit the model.
+    """
+    own = trained.config.data
+    section = own if section is None else section
+    wanted, given = list(own["input_shape"]), list(section["input_shape"])
+    if wanted != given:
+        raise UserError(
+            f"data.input_shape={given}: the model of {trained.directory} takes {wanted}. Give data with "
+            "images of that shape."
+        )
+    if section["classes"] > own["classes"]:
+        raise UserError(
+            f"data.classes={section['classes']}: the model of {trained.directory} knows "
+            f"{own['classes']} classes. Give data with as many at most."
+        )
+    return loader.open_part(
+        name, section, trained.runtime, trained.config.seed, dtype_of(trained.precision)
+    )
+
+
+@torch.no_grad()
+def forward(trained: Trained, part: Part) -> Outputs:
+    """Passes all examples of the part through the model, in batches, on the model's device.
+
+    The figures are those that the run itself computes after its last epoch: to the last digit where this
+    host computes as the run's did. Raises UserError where labels or images do not fit the model.
+    """
+    runtime = trained.runtime
+    trained.model.eval()
+    sums = Sums(runtime)
+    logits: list[torch.Tensor] = []
+    labels: list[torch.Tensor] = []
+    with part.explained():
+        for row, (images, its_labels) in evaluation_batches(part, runtime, trained.config.seed):
+            its_logits = logits_of(trained, images)
+            _check_labels(its_labels, its_logits.shape[1])
+            loss_sum = cross_entropy(_at_least_fp32(its_logits), its_labels, reduction="sum")
+            sums.add(row, loss_sum, its_logits, its_labels)
+            runtime.progress.evaluated_batch()
+            logits.append(_at_least_fp32(its_logits).cpu())
+            labels.append(its_labels.cpu())
+    if not logits:
+        raise UserError(f"There is no example in this part of the data of {trained.directory}.")
+
+    # The examples came share by share, and are put back into the order of the part.
+    shares = [torch.arange(share, len(part), runtime.share_count) for share in runtime.shares]
+    order = torch.cat(shares)
+    in_order = torch.empty(len(part), logits[0].shape[1], dtype=logits[0].dtype)
+    in_order[order] = torch.cat(logits)
+    labels_in_order = torch.empty(len(part), dtype=torch.int64)
+    labels_in_order[order] = torch.cat(labels)
+    return Outputs(in_order, labels_in_order, sums.total(runtime))
+
+
+@torch.no_grad()
+def logits_of(trained: Trained, images: torch.Tensor) -> torch.Tensor:
+    """The model's logits [n, classes], on its device.
+
+    The images [n, ...] are prepared as in training. Raises UserError where the model does not take them.
+    """
+    images = images.to(trained.runtime.device)
+    try:
+        with trained.runtime.autocast(trained.precision):
+            logits: torch.Tensor = trained.model(images)
+    except RuntimeError as error:
+        raise UserError(
+            f"The model of {trained.directory} does not take images of shape {list(images.shape[1:])} "
+            f"({str(error).splitlines()[0]})."
+        ) from error
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
+        raise UserError(
+            f"The model of {trained.directory} does not give a number for each class and image, so it "
+            "cannot be used here."
+        )
+    return logits
+
+
+@torch.no_grad()
+def images_at(trained: Trained, part: Part, positions: Iterable[int]) -> torch.Tensor:
+    """The images at these positions of the part, [n, C, H, W] on the CPU, as the model gets them."""
+    pieces = torch.tensor(list(positions), dtype=torch.int64).split(EVAL_BATCH["cpu"])
+    batches = part.batches([piece for piece in pieces if len(piece)], trained.config.seed)
+    images = [examples.images.cpu() for examples in batches]
+    return torch.cat(images) if images else torch.empty(0, *trained.config.data["input_shape"])
+
+
+def class_names(trained: Trained, part: Part | None = None) -> list[str]:
+    """A name for each class: `data.class_names`, or those of the Dataset, or else the numbers from 0.
+
+    A Dataset of torchvision has its names in the attribute `classes`.
+    """
+    count = int(trained.config.data["classes"])
+    names: Sequence[Any] = trained.config.data.get("class_names") or ()
+    if not names and isinstance(part, Mapped):
+        names = getattr(part.dataset, "classes", ())
+    if isinstance(names, list | tuple) and len(names) == count:
+        return [str(name) for name in names]
+    return [str(number) for number in range(count)]
+
+
+def _check_labels(labels: torch.Tensor, outputs: int) -> None:
+    highest = int(labels.max()) if len(labels) else 0
+    if highest >= outputs:
+        raise UserError(
+            f"The data have a label {highest}, but the model has {outputs} outputs, and labels count from "
+            "0: give data with the classes that the model was trained on."
+        )
+
+
+def _at_least_fp32(logits: torch.Tensor) -> torch.Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()

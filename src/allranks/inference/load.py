@@ -1,0 +1,330 @@
+"""From a run directory to its trained model: which checkpoint, which device, the weights in place.
+
+Reading is all that happens here. Nothing in the run directory is claimed, written or locked, so a run that
+is still at work is not disturbed, and a run that was cut off can be looked at as well.
+
+The run may have been trained on any number of ranks; this process is alone. It cuts the data into as many
+shares as the run had ranks, and adds up over them in the same order. So it can repeat the figures of the
+run to the last digit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+import allranks
+from allranks import components
+from allranks import config as configs
+from allranks.base.errors import UserError
+from allranks.base.processes import usable_cpus
+from allranks.config import Config, WatchdogConfig
+from allranks.job.identity import RankIdentity
+from allranks.run import checkpoint
+from allranks.run.cells import CELLS
+from allranks.run.directory import CONFIG
+from allranks.runtime.bringup import is_available, open_runtime
+from allranks.runtime.runtime import Runtime
+from allranks.training.building import Recipe, build_model
+from allranks.training.state import STATE, restore_model
+
+NEWEST = "newest"  # the default: summary.json was measured with the newest checkpoint of a finished run
+BEST = "best"  # the one with the least val/loss of those that are still there
+
+# A process that only uses a model has nobody who waits for it: no limit of the watchdog ends it.
+_NO_LIMITS = WatchdogConfig(start_s=1e9, first_step_s=1e9, step_s=1e9, save_s=1e9)
+
+# A run that is at work removes earlier checkpoints while they are read here. Then the list is made again.
+_TRIES = 3
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model, ready to be used, and what it was made from."""
+
+    directory: Path  # of the run
+    config: Config  # as the run has frozen it
+    model: nn.Module  # on runtime.device, in evaluation mode
+    runtime: Runtime  # of this process alone; it has as many shares as the run had ranks
+    precision: str  # the number format of the arithmetic here; the run's, where this device has it
+    checkpoint: Path  # that the weights are from
+    epoch: int  # epochs that the checkpoint has behind it
+    step: int  # optimizer steps that it has behind it
+    remarks: tuple[str, ...]  # what the user should know: a checkpoint passed over, another precision
+
+
+class Chosen(NamedTuple):
+    """A checkpoint that was read and verified."""
+
+    path: Path
+    files: dict[str, bytes]
+    passed_over: list[str]  # a line for each better or newer one that is damaged or cannot be read
+
+
+def load(
+    directory: str | Path, which: str = NEWEST, device: str | None = None, threads: int | None = None
+) -> Trained:
+    """The trained model of the run in this directory.
+
+    `which` chooses the checkpoint, as choose() explains. `device` is a value of the key `device`; None
+    stands for the run's own, or the best one here where this host does not have that. `threads` is the
+    number of CPU threads; None stands for as many as each rank of the run had. Raises UserError where there
+    is no run, or no checkpoint that can be read, or where the model cannot be built.
+    """
+    directory = Path(directory)
+    config = read_config(directory)
+    chosen = choose(directory, which)
+    remarks = [f"the checkpoint {line}: it was passed over" for line in chosen.passed_over]
+
+    # 1. The device and the precision of this process.
+    wanted = device or config.device
+    if device is None and wanted not in ("auto", "cpu") and not is_available(wanted):
+        remarks.append(f"the run was told device={wanted}, which this host does not have")
+        wanted = "auto"
+    kind = _kind_of_device(wanted, config.trainer.precision)
+    precision, remark = _precision_on(kind, config.trainer.precision)
+    if remark:
+        remarks.append(remark)
+    trainer = replace(config.trainer, precision=precision)
+    here = replace(
+        config,
+        runtime="native",
+        device=kind,
+        threads=threads or config.threads or _threads_of_a_rank(directory),
+        trainer=trainer,
+        watchdog=_NO_LIMITS,
+    )
+    runtime = open_runtime(RankIdentity("none"), configs.runtime_settings(here))
+    if not config.trainer.reproducible:  # a reproducible run has a fixed number of shares already
+        runtime.virtual_ranks = _world_size(chosen)
+
+    # 2. The model with its weights.
+    _look_for_the_code(config)
+    model = build_model(_recipe(here), runtime.device)
+    state = restore_model(model, chosen.files, str(chosen.path))
+    model.eval()
+    return Trained(
+        directory=directory,
+        config=config,
+        model=model,
+        runtime=runtime,
+        precision=precision,
+        checkpoint=chosen.path,
+        epoch=state["epoch"],
+        step=state["step"],
+        remarks=tuple(remarks),
+    )
+
+
+def _recipe(config: Config) -> Recipe:
+    """What the model is built from. The batch size has no meaning here, where no step is taken."""
+    return Recipe(
+        model=config.model,
+        optimizer=config.optimizer,
+        scheduler=config.scheduler,
+        trainer=config.trainer,
+        seed=config.seed,
+        batch_size=config.trainer.batch_size,
+    )
+
+
+# --- the run's configuration ---------------------------------------------------------------------------
+
+
+def read_config(directory: Path) -> Config:
+    """The configuration that the run in this directory has frozen; raises UserError where there is none."""
+    path = directory / CONFIG
+    try:
+        is_there = path.is_file()
+        is_sweep = (directory / CELLS).is_file()
+        names = sorted(entry.name for entry in directory.iterdir())
+    except FileNotFoundError:
+        raise UserError(f"{directory} is missing: give the directory of a run.") from None
+    except NotADirectoryError:
+        raise UserError(f"{directory} is a file: give the directory of a run.") from None
+    except OSError as error:
+        raise UserError(
+            f"{directory} cannot be read ({error.strerror}): give the directory of a run."
+        ) from error
+    if not is_there and is_sweep:
+        raise UserError(f"{directory} is a sweep: give one of its runs, such as {directory}/0.")
+    if not is_there:
+        what = f"has no {CONFIG}" if names else "is empty"
+        raise UserError(f"{directory} {what}, so it is not the directory of a run: give one that is.")
+    try:
+        return configs.frozen(path)
+    except UserError as error:
+        made_by = version_of(directory)
+        if made_by and made_by != allranks.__version__:
+            raise UserError(
+                f"{path} is of allranks {made_by}, and this is {allranks.__version__}: use that version, "
+                f"or one that is newer. ({error})"
+            ) from error
+        raise UserError(f"{path} is not as a run has written it. ({error})") from error
+
+
+def version_of(directory: Path) -> str | None:
+    """The version of allranks that trained the run, by its environment.json; None where that is missing."""
+    versions = read_json(directory / "environment.json").get("versions")
+    version = versions.get("allranks") if isinstance(versions, dict) else None
+    return version if isinstance(version, str) else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a record of a run; empty where the record is missing or not written yet."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _look_for_the_code(config: Config) -> None:
+    """Raises UserError, with what to do, where the code of the model is not found here."""
+    try:
+        components.locate_targets({"model": config.model})
+    except UserError as error:
+        raise UserError(
+            f"{error} The run was trained with code of your own: type the command in the folder where the "
+            "training was typed, or set PYTHONPATH to that folder."
+        ) from error
+
+
+def _threads_of_a_rank(directory: Path) -> int | None:
+    """The CPU threads that each rank of the run's last start had, unless this host has fewer CPUs.
+
+    Another number of threads may change the last digits of a sum.
+    """
+    threads = read_json(directory / "environment.json").get("threads_per_rank")
+    return threads if isinstance(threads, int) and 0 < threads <= usable_cpus() else None
+
+
+def _world_size(chosen: Chosen) -> int:
+    """The number of ranks that saved the checkpoint; restore_model() refuses one that makes no sense."""
+    try:
+        ranks = checkpoint.from_json(STATE, chosen.files[STATE])["world_size"]
+    except (KeyError, TypeError, checkpoint.Damaged):
+        return 1
+    return ranks if isinstance(ranks, int) and ranks > 0 else 1
+
+
+# --- the checkpoint ------------------------------------------------------------------------------------
+
+
+def choose(directory: str | Path, which: str = NEWEST) -> Chosen:
+    """The checkpoint that `which` asks for, read and verified.
+
+    `newest` is the one with the most steps. `best` is the one with the least val/loss among those that were
+    saved at the end of an epoch and are still there. A number is a step. Anything else is the path of a
+    checkpoint. Of `newest` and `best` a damaged one is passed over, and the next is taken. Raises UserError
+    where none can be had.
+    """
+    if which == NEWEST:
+        return _first_valid(directory, by_loss=False)
+    if which == BEST:
+        return _first_valid(directory, by_loss=True)
+    if which.isdecimal():
+        path = checkpoint.path_of(directory, int(which))
+        there = checkpoint.steps(directory)
+        if int(which) not in there:
+            steps = ", ".join(map(str, there)) or "none"
+            raise UserError(f"--checkpoint {which}: {directory} has no such step. It has {steps}.")
+        return _read_one(path, which)
+    return _read_one(Path(which), which)
+
+
+def _read_one(path: Path, given: str) -> Chosen:
+    """The checkpoint at this path; `given` is what the user has named it by."""
+    try:
+        return Chosen(path, checkpoint.read(path.resolve()), [])
+    except checkpoint.Damaged as damaged:
+        raise UserError(
+            f"--checkpoint {given}: {path} is no valid checkpoint ({damaged}). Give `{NEWEST}`, `{BEST}`, "
+            "a step, or the path of another one."
+        ) from damaged
+    except OSError as error:
+        raise UserError(f"--checkpoint {given}: {path} cannot be read ({error.strerror}).") from error
+
+
+def _first_valid(directory: str | Path, by_loss: bool) -> Chosen:
+    """The first checkpoint that is valid, beginning with the newest or with that of the least val/loss."""
+    for _ in range(_TRIES):
+        passed_over: list[str] = []
+        has_moved = False
+        for path in _in_order(directory, by_loss):
+            try:
+                return Chosen(path, checkpoint.read(path), passed_over)
+            except checkpoint.Damaged as damaged:
+                has_moved = has_moved or not path.exists()
+                passed_over.append(f"{path.name}: {damaged}")
+            except OSError as error:
+                passed_over.append(f"{path.name}: {checkpoint.unreadable(error)}")
+        if not has_moved:
+            break
+    where = checkpoint.folder(directory)
+    if passed_over:
+        raise UserError(f"{where} has no checkpoint that can be used: {'; '.join(passed_over)}.")
+    raise UserError(
+        f"{directory} has no checkpoint yet: a run saves its first one after its first epoch, unless "
+        "checkpoint.every_steps says otherwise. Wait for it, or start the run again."
+    )
+
+
+def _in_order(directory: str | Path, by_loss: bool) -> Sequence[Path]:
+    """The checkpoints of a run, whether valid or not, in the order in which they are to be tried."""
+    try:
+        steps = checkpoint.steps(directory)
+    except OSError as error:
+        raise UserError(
+            f"{checkpoint.folder(directory)} cannot be read ({error.strerror}): look whether it is there."
+        ) from error
+    if by_loss:
+        losses = _losses(directory, steps)
+        steps = sorted(steps, key=lambda step: losses.get(step, math.inf))  # the newest first of equal ones
+    return [checkpoint.path_of(directory, step) for step in steps]
+
+
+def _losses(directory: str | Path, steps: Sequence[int]) -> dict[int, float]:
+    """val/loss by step, from the history in the newest checkpoint that is valid."""
+    for step in steps:
+        try:
+            files = checkpoint.read(checkpoint.path_of(directory, step))
+            history = checkpoint.from_json(STATE, files[STATE])["history"]
+            losses = {epoch["step"]: float(epoch["val/loss"]) for epoch in history}
+        except (checkpoint.Damaged, OSError, KeyError, TypeError, ValueError):
+            continue  # it is named when it is tried
+        return {step: loss for step, loss in losses.items() if math.isfinite(loss)}
+    return {}
+
+
+# --- the device ----------------------------------------------------------------------------------------
+
+
+def _kind_of_device(wanted: str, precision: str) -> str:
+    """The value of `device` for this process: the best that is here and has the precision."""
+    if wanted != "auto":
+        return wanted
+    # Apple's GPUs have no float64.
+    usable = [kind for kind in ("cuda", "xpu", "mps") if not (kind == "mps" and precision == "fp64")]
+    return next((kind for kind in usable if is_available(kind)), "cpu")
+
+
+def _precision_on(kind: str, precision: str) -> tuple[str, str]:
+    """The precision to compute with on this kind of device, and a remark where it is not the run's."""
+    lacks_bf16 = False
+    if kind == "cuda" and precision == "bf16" and is_available("cuda"):
+        import torch
+
+        lacks_bf16 = not torch.cuda.is_bf16_supported()
+    if lacks_bf16 or (kind == "cpu" and precision == "fp16"):
+        return (
+            "fp32",
+            f"the run was trained with {precision}, which {kind} does not have here: fp32 is used",
+        )
+    return precision, ""
