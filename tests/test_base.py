@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import signal
@@ -80,7 +79,7 @@ def test_an_ended_process_is_known_before_and_after_its_parent_has_waited_for_it
 
 def test_another_process_with_the_same_number_is_not_taken_for_the_one_that_ended(child):
     _, identity = child
-    earlier = dataclasses.replace(identity, started_ticks=identity.started_ticks - 1)
+    earlier = identity._replace(started_ticks=identity.started_ticks - 1)
     assert earlier.has_ended(here=identity)
 
 
@@ -101,15 +100,15 @@ def test_another_process_with_the_same_number_is_not_taken_for_the_one_that_ende
 def test_nobody_is_said_to_have_ended_who_cannot_be_seen_from_here(change):
     gone = {"pid": 2**22 + 1, "started_ticks": 1}  # above the highest number that Linux gives
     here = ProcessIdentity.of_this_process()
-    assert dataclasses.replace(here, **gone).has_ended(here)
-    assert not dataclasses.replace(here, **{**gone, **change}).has_ended(here)
+    assert here._replace(**gone).has_ended(here)
+    assert not here._replace(**{**gone, **change}).has_ended(here)
 
 
 def test_ticks_of_another_time_namespace_are_not_compared():
     here = ProcessIdentity.of_this_process()
-    assert dataclasses.replace(here, started_ticks=1).has_ended(here)
-    assert not dataclasses.replace(here, started_ticks=1, time_namespace="time:[1]").has_ended(here)
-    assert not dataclasses.replace(here, started_ticks=None).has_ended(here)
+    assert here._replace(started_ticks=1).has_ended(here)
+    assert not here._replace(started_ticks=1, time_namespace="time:[1]").has_ended(here)
+    assert not here._replace(started_ticks=None).has_ended(here)
 
 
 def test_what_a_file_says_of_a_process_may_be_anything():

@@ -5,6 +5,7 @@ PALS, Cray PMI, Intel MPI, MVAPICH, Flux, PMIx and jsrun are as documented. All 
 5 of 8, the second one on the second of two hosts.
 """
 
+import os
 import socket
 import subprocess
 import sys
@@ -71,27 +72,32 @@ PMIX = {"PMIX_RANK": "5", "PMIX_NAMESPACE": "prterun-n0-1", "PMIX_SERVER_URI4": 
 BATCH_SHELL = {**SLURM_JOB, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
 
 
+def told(launcher: str, *places: int | None) -> RankIdentity:
+    """The identity of this process, had `launcher` told it these places."""
+    return RankIdentity(launcher, *places, parent_pid=os.getppid())
+
+
 @pytest.mark.parametrize(
     ("environ", "expected"),
     [
-        (TORCHRUN, RankIdentity("torchrun", 5, 8, 1, 4)),
-        (MPICH, RankIdentity("mpich", 5, 8, 1, 4)),
-        (INTEL_MPI, RankIdentity("mpich", 5, 8, 1, 4)),
-        (OPENMPI, RankIdentity("openmpi", 5, 8, 1, 4)),
-        (MVAPICH2, RankIdentity("mvapich2", 5, 8, 1, 4)),
-        (MVAPICH, RankIdentity("mvapich", 5, 8, 1, 4)),
-        (FLUX, RankIdentity("flux", 5, 8, 1, None)),
-        (PMIX, RankIdentity("pmix", 5, None, None, None)),  # MPI knows the rest
-        (SRUN, RankIdentity("srun", 5, 8, 1, 4)),
-        (PALS, RankIdentity("pals", 5, None, 1, 4)),  # MPI knows the size, PALS does not tell it
-        ({**PALS, "PMI_SIZE": "8"}, RankIdentity("pals", 5, 8, 1, 4)),
-        (CRAY_PMI, RankIdentity("cray-pmi", 5, 8, 1, 4)),
-        (JSRUN, RankIdentity("jsrun", 5, 8, 1, None)),
+        (TORCHRUN, told("torchrun", 5, 8, 1, 4)),
+        (MPICH, told("mpich", 5, 8, 1, 4)),
+        (INTEL_MPI, told("mpich", 5, 8, 1, 4)),
+        (OPENMPI, told("openmpi", 5, 8, 1, 4)),
+        (MVAPICH2, told("mvapich2", 5, 8, 1, 4)),
+        (MVAPICH, told("mvapich", 5, 8, 1, 4)),
+        (FLUX, told("flux", 5, 8, 1, None)),
+        (PMIX, told("pmix", 5, None, None, None)),  # MPI knows the rest
+        (SRUN, told("srun", 5, 8, 1, 4)),
+        (PALS, told("pals", 5, None, 1, 4)),  # MPI knows the size, PALS does not tell it
+        ({**PALS, "PMI_SIZE": "8"}, told("pals", 5, 8, 1, 4)),
+        (CRAY_PMI, told("cray-pmi", 5, 8, 1, 4)),
+        (JSRUN, told("jsrun", 5, 8, 1, None)),
         (
             {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
-            RankIdentity("environment", 5, 8, 1, 4),
+            told("environment", 5, 8, 1, 4),
         ),
-        ({}, RankIdentity("none", 0, 1, 0, 1)),
+        ({}, told("none", 0, 1, 0, 1)),
     ],
 )
 def test_each_launcher(environ, expected):
@@ -128,7 +134,7 @@ def test_a_rank_that_fits_the_launcher_is_no_contradiction():
     ],
 )
 def test_a_shell_of_salloc_or_sbatch_is_no_task(shell):
-    assert discover(shell) == RankIdentity("none")
+    assert discover(shell) == told("none")
 
 
 def test_pmi_names_leak_into_a_slurm_step():
@@ -136,14 +142,14 @@ def test_pmi_names_leak_into_a_slurm_step():
     assert discover({**SRUN, "PMI_RANK": "0", "PMI_SIZE": "1"}).launcher == "srun"
     cray_plugin = {"PMI_RANK": "5", "PMI_SIZE": "8", "PMI_LOCAL_RANK": "1", "PMI_LOCAL_SIZE": "4"}
     pals_names = {"PALS_RANKID": "5", "PALS_LOCAL_RANKID": "1", "PALS_NODEID": "1"}
-    assert discover({**SRUN, **cray_plugin, **pals_names}) == RankIdentity("srun", 5, 8, 1, 4)
+    assert discover({**SRUN, **cray_plugin, **pals_names}) == told("srun", 5, 8, 1, 4)
 
 
 def test_bare_pmi_is_followed_where_it_tells_of_several():
     """As mpiexec.gforker and others set it: MPI is asked, and must see as many."""
-    assert discover({"PMI_RANK": "5", "PMI_SIZE": "8"}) == RankIdentity("pmi", 5, 8, None, None)
+    assert discover({"PMI_RANK": "5", "PMI_SIZE": "8"}) == told("pmi", 5, 8, None, None)
     assert discover({"PMI_RANK": "5", "PMI_SIZE": "8"}).is_mpi
-    assert discover({"PMI_RANK": "0", "PMI_SIZE": "1"}) == RankIdentity("none")
+    assert discover({"PMI_RANK": "0", "PMI_SIZE": "1"}) == told("none")
     by_hand = {"RANK": "5", "WORLD_SIZE": "8"}
     assert discover({"PMI_RANK": "0", "PMI_SIZE": "1", **by_hand}).launcher == "environment"
 
@@ -154,7 +160,7 @@ def test_flux_knows_the_ranks_of_a_node_where_there_is_one():
 
 def test_a_shell_of_slurm_with_its_pmix_plugin_is_no_rank():
     shell = {**BATCH_SHELL, "SLURM_STEP_ID": "4294967290", "PMIX_RANK": "0", "PMIX_NAMESPACE": "slurm.7"}
-    assert discover(shell) == RankIdentity("none")
+    assert discover(shell) == told("none")
     assert discover({**SRUN, "PMIX_RANK": "5", "PMIX_NAMESPACE": "slurm.7.0"}).launcher == "srun"
 
 
@@ -179,7 +185,7 @@ def test_several_processes_of_a_launcher_that_is_not_followed_are_refused(variab
     name, _, value = variable.partition("=")
     with pytest.raises(UserError, match=f"^{variable} says that a launcher started several processes"):
         discover({name: value})
-    assert discover({name: "1" if name.endswith(("SIZE", "NPROCS")) else "0"}) == RankIdentity("none")
+    assert discover({name: "1" if name.endswith(("SIZE", "NPROCS")) else "0"}) == told("none")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -244,19 +250,19 @@ def test_the_node_rank_of_openmpi_is_no_local_rank():
 
 @pytest.mark.parametrize("empty", ["", " "])
 def test_an_empty_pmi_size_is_no_size(empty):
-    assert discover({**PALS, "PMI_SIZE": empty}) == RankIdentity("pals", 5, None, 1, 4)
+    assert discover({**PALS, "PMI_SIZE": empty}) == told("pals", 5, None, 1, 4)
 
 
 def test_mpiexec_inside_slurm_is_not_srun():
     """MPICH and Open MPI start their daemons with srun, so ranks inherit the daemon's step."""
     daemon = {**SRUN, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}
-    assert discover({**daemon, **MPICH}) == RankIdentity("mpich", 5, 8, 1, 4)
-    assert discover({**daemon, **OPENMPI}) == RankIdentity("openmpi", 5, 8, 1, 4)
+    assert discover({**daemon, **MPICH}) == told("mpich", 5, 8, 1, 4)
+    assert discover({**daemon, **OPENMPI}) == told("openmpi", 5, 8, 1, 4)
 
 
 @pytest.mark.parametrize("outer", [SRUN, MPICH, PALS, OPENMPI])
 def test_torchrun_inside_another_launcher(outer):
-    assert discover({**outer, **TORCHRUN}) == RankIdentity("torchrun", 5, 8, 1, 4)
+    assert discover({**outer, **TORCHRUN}) == told("torchrun", 5, 8, 1, 4)
 
 
 def test_uneven_tasks_of_a_step():
@@ -268,7 +274,7 @@ def test_uneven_tasks_of_a_step():
         "SLURM_STEP_TASKS_PER_NODE": "2,1", "SLURM_TASKS_PER_NODE": "2,1",
         "SLURM_DISTRIBUTION": "arbitrary", "SLURM_JOB_ID": "2",
     }  # fmt: skip
-    assert discover(recorded) == RankIdentity("srun", 2, 3, 0, 1)
+    assert discover(recorded) == told("srun", 2, 3, 0, 1)
     uneven = {**SRUN, "SLURM_STEP_TASKS_PER_NODE": "5,3", "SLURM_TASKS_PER_NODE": "4(x2)"}
     assert discover(uneven).local_world_size == 3
     assert discover({**uneven, "SLURM_NODEID": "0", "SLURM_PROCID": "1"}).local_world_size == 5
@@ -282,7 +288,7 @@ def test_a_request_for_tasks_per_node_is_not_what_runs():
 def test_a_step_smaller_than_its_job():
     first = {"SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_LOCALID": "0"}
     one = {**SRUN, **first, "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}
-    assert discover(one) == RankIdentity("srun", 0, 1, 0, 1)
+    assert discover(one) == told("srun", 0, 1, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -304,7 +310,7 @@ def test_variables_that_contradict_each_other(environ, said):
 
 
 def test_a_lone_world_size_of_one_is_nobodys():
-    assert discover({"WORLD_SIZE": "1"}) == RankIdentity("none")
+    assert discover({"WORLD_SIZE": "1"}) == told("none")
 
 
 @pytest.mark.parametrize(

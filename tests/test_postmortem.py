@@ -100,15 +100,15 @@ def test_one_that_has_died_tells_by_what(rank, here, signum, words):
 def other_start(process: ProcessIdentity) -> ProcessIdentity:
     """Had its number before: the process that has it now was started later."""
     assert process.started_ticks is not None
-    return replace(process, started_ticks=process.started_ticks - 1)
+    return process._replace(started_ticks=process.started_ticks - 1)
 
 
 def other_container(process: ProcessIdentity) -> ProcessIdentity:
-    return replace(process, pid_namespace="pid:[1]")
+    return process._replace(pid_namespace="pid:[1]")
 
 
 def other_host(process: ProcessIdentity) -> ProcessIdentity:
-    return replace(process, boot_id="another")
+    return process._replace(boot_id="another")
 
 
 @pytest.mark.parametrize("other", [other_start, other_container, other_host])

@@ -11,7 +11,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Set
-from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 # The signals that stop a run. It saves a checkpoint first.
@@ -45,8 +44,7 @@ def process_stat(pid: int) -> ProcessStat | None:
     return ProcessStat(fields[0].decode("ascii"), int(fields[19]), int(fields[49]))
 
 
-@dataclass(frozen=True)
-class ProcessIdentity:
+class ProcessIdentity(NamedTuple):
     """What tells one process from every other, on all hosts and over all times.
 
     A process id alone does not: another host has the same ids, so has another container on this host, and
@@ -82,7 +80,7 @@ class ProcessIdentity:
         )
 
     def to_json(self) -> dict[str, int | str | None]:
-        return asdict(self)
+        return self._asdict()
 
     def is_visible_from(self, here: ProcessIdentity) -> bool:
         """Whether `pid` means the same process to `here`: both count on one host, in one container."""

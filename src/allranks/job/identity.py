@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from allranks.base.errors import UserError
 
@@ -20,8 +20,7 @@ SLURM_FIRST_SPECIAL_STEP = 4294967280
 _NUMBER = "[0-9]{1,10}"
 
 
-@dataclass(frozen=True)
-class RankIdentity:
+class RankIdentity(NamedTuple):
     """Which rank of which job this process is, by what its launcher told it.
 
     None stands for what the launcher does not tell; under an MPI launcher MPI knows it. `launcher` is one
@@ -33,8 +32,8 @@ class RankIdentity:
     world_size: int | None = 1
     local_rank: int | None = 0
     local_world_size: int | None = 1
-    # The process that started this one: noted here, as early as can be, before it may have ended.
-    parent_pid: int = field(default_factory=os.getppid, compare=False)
+    # The process that started this one. discover() notes it, as early as can be: it may end soon.
+    parent_pid: int | None = None
 
     @property
     def is_mpi(self) -> bool:
@@ -47,8 +46,7 @@ class RankIdentity:
         return self.world_size == 1
 
 
-@dataclass(frozen=True)
-class _Launcher:
+class _Launcher(NamedTuple):
     """A launcher, and the names of its variables; "" for what it does not tell.
 
     All of `proof` must be set before any of its variables is believed.
@@ -112,7 +110,7 @@ def discover(environ: Mapping[str, str]) -> RankIdentity:
     names = _launcher_of(environ)
     if names is None:
         _refuse_half_a_launcher(environ)
-        return RankIdentity("none")
+        return RankIdentity("none", parent_pid=os.getppid())
 
     rank = _number(environ, names.rank)
     world_size = _number(environ, names.world_size)
@@ -135,7 +133,7 @@ def discover(environ: Mapping[str, str]) -> RankIdentity:
                 f"Unset them, or start all ranks with one launcher."
             )
     _refuse_stale(environ, names, rank, world_size)
-    return RankIdentity(names.name, rank, world_size, local_rank, local_world_size)
+    return RankIdentity(names.name, rank, world_size, local_rank, local_world_size, parent_pid=os.getppid())
 
 
 def launcher_rank(environ: Mapping[str, str]) -> int:

@@ -19,7 +19,7 @@ import platform
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
@@ -146,7 +146,7 @@ def _open(
         comm = None
         if identity.is_mpi and not identity.alone:
             comm = mpi.world(identity, limits.start_s)
-            identity = replace(identity, world_size=int(comm.size))
+            identity = identity._replace(world_size=int(comm.size))
         meeting = open_meeting(identity, comm, run, watchdog.progress)
         return _bring_up(identity, settings, error, watchdog, meeting, comm)
     except UserError:
