@@ -60,6 +60,10 @@ def _run(given: list[str]) -> int:
 
         answer = {"submit": submitting.submit, "runs": listing.list_runs, "cancel": listing.cancel}[command]
         return answer(rest)
+    if command in ("watch", "logs"):
+        from allranks.follow import command as following
+
+        return {"watch": following.watch, "logs": following.logs}[command](rest)
     options = _parser().parse_args(given)
     options.run(options)
     return 0
@@ -78,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("submit", help="queue a training or program with PBS or Slurm (submit --help)")
     commands.add_parser("runs", help="list runs and their jobs (runs --help)")
     commands.add_parser("compare", help="a table of several runs, sorted, with the best (compare --help)")
+    commands.add_parser("watch", help="follow runs live, from their files (watch --help)")
+    commands.add_parser("logs", help="show what the ranks of a run have said (logs --help)")
     commands.add_parser("cancel", help="end the jobs of a run (cancel --help)")
     commands.add_parser("checkpoint", help="list, verify or show checkpoints (checkpoint --help)")
 

@@ -105,9 +105,10 @@ class RunFacts:
         return self.epochs[-1].get(figure) if self.epochs else None
 
 
-def gather(directory: str | Path) -> RunFacts:
+def gather(directory: str | Path, state: str | None = None) -> RunFacts:
     """Reads what a run's directory tells, whether the run has finished, is at work or was cut off.
 
+    `state` is what has become of the run, where the caller knows it. Else the scheduler may be asked.
     Raises UserError where the directory cannot be read, or where it holds nothing of a run.
     """
     # Not resolved: `runs/latest` may be a link, and its own name is what the user typed.
@@ -120,7 +121,7 @@ def gather(directory: str | Path) -> RunFacts:
     environment = _json_file(path / ENVIRONMENT, problems)
     return RunFacts(
         directory=path,
-        state=states_of([path], problems.append)[path].words,
+        state=state or states_of([path], problems.append)[path].words,
         config=_config(path / CONFIG, problems),
         overrides=_overrides(path, environment, problems),
         epochs=_epochs(path / METRICS, problems),

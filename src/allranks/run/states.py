@@ -71,6 +71,10 @@ def _end_of(seen: Seen) -> str:
     return "stopped" if seen.has_checkpoint and not seen.has_job else "lost"
 
 
+# The states of the jobs in these job.json that are in a queue: see queue_states().
+AskQueue = Callable[[Sequence[dict[str, Any]], Callable[[str], None]], dict[str, str]]
+
+
 class RunState(NamedTuple):
     """What has become of one run."""
 
@@ -78,10 +82,13 @@ class RunState(NamedTuple):
     job_id: str | None  # the job that is in the queue, else the last one; None for a run started by hand
 
 
-def states_of(directories: Sequence[Path], warn: Callable[[str], None]) -> dict[Path, RunState]:
+def states_of(
+    directories: Sequence[Path], warn: Callable[[str], None], ask: AskQueue | None = None
+) -> dict[Path, RunState]:
     """What has become of the run in each directory. Each scheduler is asked once for all of its jobs.
 
-    `warn` is called with a sentence for each record that cannot be read, and for each scheduler that does
+    `ask` may answer in its place, as from memory: it is given the job.json of each unfinished run. `warn`
+    is called with a sentence for each record that cannot be read, and for each scheduler that does
     not answer.
     """
     jobs: dict[Path, dict[str, Any]] = {}
@@ -92,11 +99,11 @@ def states_of(directories: Sequence[Path], warn: Callable[[str], None]) -> dict[
             warn(str(error))
             jobs[directory] = {}
     unfinished = [job for directory, job in jobs.items() if job and not is_finished(directory)]
-    in_queue = _queue_states(unfinished, warn)
+    in_queue = (ask or queue_states)(unfinished, warn)
     return {directory: _state(directory, job, in_queue) for directory, job in jobs.items()}
 
 
-def _queue_states(jobs: Sequence[dict[str, Any]], warn: Callable[[str], None]) -> dict[str, str]:
+def queue_states(jobs: Sequence[dict[str, Any]], warn: Callable[[str], None]) -> dict[str, str]:
     """The states of all jobs of these records that are in a queue. Each scheduler is asked once."""
     by_name: dict[str, list[str]] = {}
     for job in jobs:

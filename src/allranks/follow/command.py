@@ -1,0 +1,73 @@
+"""The command lines of `allranks watch` and `allranks logs`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from allranks.base import terminal
+from allranks.base.errors import show
+from allranks.base.text import printable
+from allranks.follow import watch as watching
+from allranks.follow.logs import Line, Logs, followed
+from allranks.follow.reading import Reader
+
+COLOUR_OF = {"WARNING": terminal.YELLOW, "ERROR": terminal.RED, "CRITICAL": terminal.RED}
+
+
+def watch(arguments: Sequence[str]) -> int:
+    """`allranks watch [RUN...]`; the exit code. Raises UserError where there is nothing to show."""
+    parser = argparse.ArgumentParser(
+        prog="allranks watch",
+        description="shows how far runs have come, by their files alone, until Ctrl-C or all have finished",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "runs", nargs="*", default=["runs"], metavar="RUN",
+        help="a run, a sweep, or a folder with runs in it; default: ./runs",
+    )  # fmt: skip
+    parser.add_argument("--once", action="store_true", help="show it once, as where there is no terminal")
+    parser.add_argument("--json", action="store_true", help="once, for programs: one JSON line a run")
+    args = parser.parse_args(arguments)
+    reader = Reader(args.runs, show)
+    if args.json:
+        print("".join(json.dumps(view.to_json()) + "\n" for view in reader.views()), end="")
+    elif args.once or not terminal.obeys(1):
+        print("\n".join(watching.picture(reader.views(), watching.look_of_stdout())))
+    else:
+        watching.follow(reader)
+    return 0
+
+
+def logs(arguments: Sequence[str]) -> int:
+    """`allranks logs RUN [--rank N] [-f]`; the exit code. Raises UserError where nothing can be shown."""
+    parser = argparse.ArgumentParser(
+        prog="allranks logs",
+        description="shows what the ranks of a run have said, in the order of time, and its job",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", help="the directory of a run")
+    parser.add_argument("--rank", type=int, metavar="N", help="this rank alone")
+    parser.add_argument("-f", action="store_true", dest="follows", help="go on until the run has finished")
+    args = parser.parse_args(arguments)
+    found = Logs(Path(args.run), args.rank)
+    found.check()
+    has_colours = terminal.shows_colours(1)
+    try:
+        for lines in followed(found) if args.follows else [found.new_lines(is_over=True)]:
+            _print(lines, args.rank is None, has_colours)
+    except KeyboardInterrupt:
+        pass  # how one ends -f
+    return 0
+
+
+def _print(lines: Sequence[Line], names_source: bool, has_colours: bool) -> None:
+    for line in lines:
+        text = printable(line.text)
+        if has_colours and line.level in COLOUR_OF:
+            text = terminal.painted(text, COLOUR_OF[line.level])
+        print(f"[{line.source}] {text}" if names_source else text)
+    sys.stdout.flush()

@@ -1,0 +1,300 @@
+"""How far runs have come, read from their files: on a login node, without touching the job.
+
+A run writes its figures after each epoch (metrics.jsonl) and, if asked to, after some steps
+(metrics-steps.jsonl). Nothing is written for us, so between two of these lines the time that has passed
+says how far the run should be. Any file may be missing or half written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from allranks.base.errors import UserError
+from allranks.report.gather import METRICS, RunFacts, as_number, as_whole, gather
+from allranks.run.cells import JOB, runs_below
+from allranks.run.states import RunState, queue_states, states_of
+
+STEPS = "metrics-steps.jsonl"
+# A scheduler serves a whole machine: it is asked seldom, however often the files are read.
+ASK_EVERY_S = 30.0
+STEPS_BYTES = 1 << 18  # of metrics-steps.jsonl: some 2,000 steps, more than a terminal has columns
+RECENT_EPOCHS = 3  # whose times say how long the next ones will take
+
+
+@dataclass(frozen=True)
+class View:
+    """What can be seen of one run now. What is not known is None, or empty."""
+
+    directory: str
+    name: str
+    state: str  # finished, running, queued, stopped, ...: run/states.py
+    job_id: str | None = None
+    epoch: int = 0  # completed
+    epochs: int | None = None  # of the whole run
+    step: int | None = None  # the newest of which a line was written
+    steps: int | None = None  # of the whole run
+    share: float | None = None  # of the run that is done, from 0 to 1
+    samples_per_s: float | None = None
+    left_s: float | None = None
+    train_losses: Sequence[float | None] = ()  # epoch after epoch
+    val_losses: Sequence[float | None] = ()
+    step_losses: Sequence[float | None] = ()  # of the steps that were recorded
+    val_accuracy: float | None = None  # in percent, after the newest epoch
+    best_epoch: int | None = None  # by val/loss
+    test_loss: float | None = None
+    test_accuracy: float | None = None  # in percent
+    ranks: int | None = None
+    hosts: int | None = None
+    problems: Sequence[str] = field(default=())  # a sentence for each file that cannot be read
+
+    @property
+    def is_running(self) -> bool:
+        """Whether ranks are at work, or the scheduler says so of the run's job."""
+        return self.state.startswith("running")
+
+    def to_json(self) -> dict[str, Any]:
+        """The view for programs, without the curves: metrics.jsonl has them."""
+        curves = ("train_losses", "val_losses", "step_losses")
+        values = {key: value for key, value in asdict(self).items() if key not in curves}
+        return {
+            **values,
+            "train_loss": self.train_losses[-1] if self.train_losses else None,
+            "val_loss": self.val_losses[-1] if self.val_losses else None,
+            "problems": list(self.problems),
+        }
+
+
+class Reader:
+    """Reads the runs at some paths, again and again. The schedulers are asked only now and then."""
+
+    def __init__(self, paths: Sequence[str], warn: Callable[[str], None]) -> None:
+        """`paths` are runs, sweeps or folders with runs in them.
+
+        `warn` is called once for each sentence about something that cannot be read.
+        """
+        self.paths = paths
+        self._warn = warn
+        self._told: set[str] = set()
+        self._finished: dict[Path, View] = {}  # which change no more
+        self._asked_at: float | None = None
+        self._asked_for: list[str] = []
+        self._in_queue: dict[str, str] = {}
+
+    def views(self) -> list[View]:
+        """Every run now, in the order of its directory. Raises UserError where there is nothing to show."""
+        directories: list[Path] = []
+        problems: list[UserError] = []
+        for path in self.paths:
+            try:
+                directories += runs_at(path)
+            except UserError as error:
+                problems.append(error)
+        if not directories and problems:
+            raise problems[0]
+        for problem in problems:
+            self._say(str(problem))
+
+        open_ones = [directory for directory in directories if directory not in self._finished]
+        states = states_of(open_ones, self._say, self._ask)
+        views: list[View] = []
+        unreadable: list[UserError] = []
+        for directory in directories:
+            try:
+                view = self._finished.get(directory) or view_of(directory, states[directory])
+            except UserError as error:
+                unreadable.append(error)
+                continue
+            if view.state == "finished":
+                self._finished[directory] = view
+            views.append(view)
+        if not views and unreadable:
+            raise unreadable[0]
+        for problem in unreadable:
+            self._say(str(problem))
+        return views
+
+    def _say(self, sentence: str) -> None:
+        if sentence not in self._told:
+            self._told.add(sentence)
+            self._warn(sentence)
+
+    def _ask(self, jobs: Sequence[dict[str, Any]], warn: Callable[[str], None]) -> dict[str, str]:
+        """The states of these jobs in their queues: as last told, unless that is long ago."""
+        ids = [job_id for job in jobs for job_id in job["job_ids"]]
+        now = time.monotonic()
+        is_old = self._asked_at is None or now - self._asked_at >= ASK_EVERY_S
+        if ids and (is_old or ids != self._asked_for):
+            self._in_queue = queue_states(jobs, warn)
+            self._asked_at = now
+            self._asked_for = ids
+        return self._in_queue
+
+
+def runs_at(path: str) -> list[Path]:
+    """The runs at a path: the run itself, those of a sweep, or all in a folder. Raises UserError."""
+    place = Path(path)
+    if not place.exists():
+        raise UserError(f"{path} is missing: give the directory of a run, or a folder with runs in it.")
+    if not place.is_dir():
+        raise UserError(f"{path} is a file: give the directory of a run, or a folder with runs in it.")
+    found = sorted(runs_below(place))
+    if not found and (place / METRICS).exists():
+        found = [place]  # a run whose config.yaml is gone
+    if not found:
+        raise UserError(f"{path} holds no run: give the directory of a run, or a folder with runs in it.")
+    return found
+
+
+def view_of(directory: Path, state: RunState) -> View:
+    """What can be seen of the run in this directory. Raises UserError where nothing can be read there."""
+    try:
+        facts = gather(directory, state.words)
+    except UserError:
+        if not (directory / JOB).exists():
+            raise
+        # A program of the user's own, or a training whose job has not started.
+        return View(str(directory), directory.name, state.words, state.job_id)
+
+    problems = list(facts.problems)
+    recorded = newest_steps(directory / STEPS)
+    epochs = facts.epochs_planned
+    done = as_whole(facts.epochs[-1]["epoch"]) or 0 if facts.epochs else 0
+    steps = _steps_in_all(facts, done)
+    step = max(
+        (as_whole(line.get("step")) or 0 for line in [*facts.epochs[-1:], *recorded[-1:]]), default=None
+    )
+    epoch_s = _seconds_of_an_epoch(facts)
+    left_s = _left_s(facts, state, done, epoch_s, directory)
+    return View(
+        directory=str(directory),
+        name=facts.name,
+        state=state.words,
+        job_id=state.job_id,
+        epoch=done,
+        epochs=epochs,
+        step=step,
+        steps=steps,
+        share=_share(facts, state, done, step, steps, epoch_s, left_s),
+        samples_per_s=facts.last("throughput/samples_per_s"),
+        left_s=left_s,
+        train_losses=facts.column("train/loss"),
+        val_losses=facts.column("val/loss"),
+        step_losses=[as_number(line.get("step/loss")) for line in recorded],
+        val_accuracy=facts.last("val/accuracy"),
+        best_epoch=_best_epoch(facts),
+        test_loss=as_number(facts.summary.get("test/loss")),
+        test_accuracy=as_number(facts.summary.get("test/accuracy")),
+        ranks=facts.world_size,
+        hosts=len({rank.host for rank in facts.ranks}) or None,
+        problems=problems,
+    )
+
+
+def newest_steps(path: Path) -> list[dict[str, Any]]:
+    """The newest lines of metrics-steps.jsonl, as far as they are whole; none where there is no file."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            begins_at = max(file.tell() - STEPS_BYTES, 0)
+            file.seek(begins_at)
+            content = file.read()
+    except OSError:
+        return []
+    # The newest line may be half written, and the first one is cut where the file is long.
+    whole = content[: content.rfind(b"\n") + 1].splitlines()[1 if begins_at else 0 :]
+    found = []
+    for line in whole:
+        with suppress(ValueError, RecursionError):
+            about = json.loads(line)
+            if isinstance(about, dict):
+                found.append(about)
+    return found
+
+
+def _best_epoch(facts: RunFacts) -> int | None:
+    """The epoch with the lowest val/loss, of equal ones the last."""
+    measured = [epoch for epoch in facts.epochs if epoch["val/loss"] is not None]
+    return min(reversed(measured), key=lambda epoch: epoch["val/loss"], default={"epoch": None})["epoch"]
+
+
+def _steps_in_all(facts: RunFacts, done: int) -> int | None:
+    """The optimizer steps of the whole run; None where nothing tells it yet."""
+    limit = as_whole(facts.config.get("trainer.max_steps"))
+    epochs = facts.epochs_planned
+    of_epoch = None
+    if done and facts.epochs[-1]["step"]:
+        of_epoch = facts.epochs[-1]["step"] / done
+    else:
+        of_epoch = _steps_by_config(facts.config, facts.world_size)
+    if of_epoch is None or epochs is None:
+        return limit
+    planned = round(of_epoch * epochs)
+    return planned if limit is None else min(limit, planned)
+
+
+def _steps_by_config(config: Mapping[str, Any], world_size: int | None) -> float | None:
+    """The steps of an epoch, by what is asked for; None where that does not tell it."""
+    split = config.get("data.split")
+    per_rank = as_whole(config.get("trainer.per_rank_batch_size"))
+    batch = as_whole(config.get("trainer.batch_size"))
+    if per_rank is not None:
+        batch = per_rank * world_size if world_size else None
+    examples = as_whole(split[0]) if isinstance(split, list) and split else None
+    if not batch or not examples:
+        return None
+    return math.ceil(examples / batch)
+
+
+def _seconds_of_an_epoch(facts: RunFacts) -> float | None:
+    """What an epoch takes, its evaluations included: the mean of the newest ones."""
+    times = [
+        epoch["time/train_s"] + (epoch["time/eval_s"] or 0.0)
+        for epoch in facts.epochs[-RECENT_EPOCHS:]
+        if epoch["time/train_s"] is not None
+    ]
+    return sum(times) / len(times) if times else None
+
+
+def _left_s(
+    facts: RunFacts, state: RunState, done: int, epoch_s: float | None, directory: Path
+) -> float | None:
+    """The seconds until the run's last epoch is done, if it goes on as it did; None where nobody knows."""
+    epochs = facts.epochs_planned
+    if epoch_s is None or epochs is None or not state.words.startswith("running"):
+        return None
+    # By this host's clock and the file server's, which may differ by some seconds.
+    try:
+        since_s = time.time() - (directory / METRICS).stat().st_mtime
+    except OSError:  # it is being written anew
+        return None
+    into_epoch_s = min(max(since_s, 0.0), epoch_s)
+    return max((epochs - done) * epoch_s - into_epoch_s, 0.0)
+
+
+def _share(
+    facts: RunFacts,
+    state: RunState,
+    done: int,
+    step: int | None,
+    steps: int | None,
+    epoch_s: float | None,
+    left_s: float | None,
+) -> float | None:
+    """The share of the run that is done: by the clock where it runs, else by its newest record."""
+    epochs = facts.epochs_planned
+    if state.words == "finished":
+        return 1.0
+    if not epochs:
+        return None
+    by_records = step / steps if step is not None and steps else done / epochs
+    if epoch_s is None or left_s is None:
+        return by_records
+    return min(max(by_records, 1 - left_s / (epochs * epoch_s)), 1.0)

@@ -1,0 +1,308 @@
+"""`allranks watch`: one run in detail, or many in a table, drawn anew every two seconds.
+
+Everything is read from the runs' files, so it may be typed on a login node, and no job notices it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from allranks.base import terminal
+from allranks.base.terminal import BOLD, CYAN, DIM, GREEN, RED, YELLOW, painted
+from allranks.base.text import as_text, printable
+from allranks.follow import drawing
+from allranks.follow.reading import Reader, View
+
+# Often enough to look alive. A network file system asks its server anew only every few seconds, so that
+# more often would show nothing more.
+EVERY_S = 2
+LEAST_CHART_COLUMNS, MOST_CHART_COLUMNS = 20, 72
+CHART_ROWS = 8
+LABEL_COLUMNS = 14
+SPARK_COLUMNS = 12
+
+# The terminal's other screen, so that what was there before is there again afterwards; and the cursor.
+_ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
+_HOME, _END_LINE = "\x1b[H", "\x1b[K"
+
+
+class Look(NamedTuple):
+    """What the output takes."""
+
+    columns: int | None  # None: no terminal, and no limit
+    colours: bool = False
+    is_unicode: bool = True
+
+    @property
+    def width(self) -> int:
+        """How many columns are used."""
+        return min(self.columns or terminal.MOST_COLUMNS, terminal.MOST_COLUMNS)
+
+    def paint(self, text: str, *codes: str) -> str:
+        """The text in these colours, if colours are wanted."""
+        return painted(text, *codes) if self.colours else text
+
+
+def look_of_stdout() -> Look:
+    """What this process's stdout takes now."""
+    encoding = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "")
+    return Look(terminal.columns_of(1), terminal.shows_colours(1), encoding == "utf8")
+
+
+# --- pictures -----------------------------------------------------------------------------------------
+
+
+def picture(views: Sequence[View], look: Look) -> list[str]:
+    """The lines that show these runs: one run in detail, several in a table."""
+    return _detail(views[0], look) if len(views) == 1 else _table(views, look)
+
+
+def _detail(view: View, look: Look) -> list[str]:
+    lines = [look.paint(_fitting(f"{view.name}: {view.state}", look), BOLD, _colour_of(view))]
+
+    def add(label: str, value: str | None) -> None:
+        if value:
+            head = look.paint(f"  {label:{LABEL_COLUMNS}}", DIM)
+            lines.append(head + _fitting(value, look, LABEL_COLUMNS + 2))
+
+    if view.epochs:
+        words = _progress_words(view)
+        room = look.width - LABEL_COLUMNS - 4 - len(words)
+        length = min(max(room, 0), 40)
+        bar = drawing.bar(view.share or 0.0, length, look.is_unicode)
+        lines.append(
+            look.paint(f"  {'progress':{LABEL_COLUMNS}}", DIM) + look.paint(bar, CYAN) + f"  {words}"
+        )
+    if view.left_s is not None:
+        add("time left", terminal.short_duration(view.left_s))
+    if view.samples_per_s is not None:
+        add("speed", f"{view.samples_per_s:,.0f} samples/s")
+    if view.ranks:
+        hosts = f" on {view.hosts} host{'s' if view.hosts != 1 else ''}" if view.hosts else ""
+        add("ranks", f"{view.ranks:,}{hosts}")
+    add("job", view.job_id)
+    add("train loss", _newest(view.train_losses))
+    add("val loss", _newest(view.val_losses))
+    if view.val_accuracy is not None:
+        best = f"; the best epoch is {view.best_epoch}" if view.best_epoch else ""
+        add("val accuracy", f"{view.val_accuracy:.2f} %{best}")
+    if view.test_accuracy is not None:
+        loss = f", loss {view.test_loss:.4f}" if view.test_loss is not None else ""
+        add("test", f"accuracy {view.test_accuracy:.2f} %{loss}")
+    add("directory", as_text(view.directory))
+    for problem in view.problems:
+        add("problem", printable(problem))
+    return [*lines, *_curves(view, look)]
+
+
+def _progress_words(view: View) -> str:
+    """The share, epochs and steps that are done."""
+    share = f"{100 * (view.share or 0.0):3.0f} %"
+    steps = f", step {view.step:,}" if view.step else ""
+    of = f" of {view.steps:,}" if view.step and view.steps else ""
+    return f"{share}  epoch {view.epoch} of {view.epochs}{steps}{of}"
+
+
+def _newest(losses: Sequence[float | None]) -> str | None:
+    """The newest loss, and the first one."""
+    if not losses:
+        return None
+    shown = ["nan" if loss is None else f"{loss:.4f}" for loss in (losses[-1], losses[0])]
+    return shown[0] if len(losses) == 1 else f"{shown[0]}, {shown[1]} after the first epoch"
+
+
+def _curves(view: View, look: Look) -> list[str]:
+    """The losses as curves: of the epochs, or of the steps while there are fewer than two epochs."""
+    by_epoch = len(view.train_losses) > 1
+    if by_epoch:
+        curves = [view.train_losses, view.val_losses]
+        names = ["train loss", "val loss"]
+        axis = f"epoch 1 to {view.epoch}"
+    elif len(view.step_losses) > 1:
+        curves = [view.step_losses]
+        names = ["loss of a step"]
+        axis = f"up to step {view.step:,}"
+    else:
+        return []
+    known = [loss for curve in curves for loss in curve if loss is not None]
+    columns = min(look.width - 12, MOST_CHART_COLUMNS)
+    if not known or columns < LEAST_CHART_COLUMNS:
+        return []
+    colours = [YELLOW, CYAN] if by_epoch else [CYAN]
+    signs = ["dots", "line"] if by_epoch else ["line"]
+    legend = "  ".join(
+        look.paint(f"{name} ({sign})", colour)
+        for name, sign, colour in zip(names, signs, colours, strict=True)
+    )
+    if not look.is_unicode:
+        lines = [
+            f"  {name:14}{drawing.sparkline(curve, columns - 4, is_unicode=False)}"
+            for name, curve in zip(names, curves, strict=True)
+        ]
+        return ["", *lines]
+    rows = drawing.chart(curves, columns, CHART_ROWS)
+    lines = ["", f"  {'':8}  {legend}"]
+    for number, cells in enumerate(rows):
+        height = {0: max(known), CHART_ROWS - 1: min(known)}.get(number)
+        scale = "" if height is None else f"{height:.4g}"
+        drawn = "".join(sign if who is None else look.paint(sign, colours[who]) for sign, who in cells)
+        lines.append(look.paint(f"  {scale:>8}  ", DIM) + drawn.rstrip())
+    return [*lines, look.paint(f"  {'':8}  {axis}", DIM)]
+
+
+class _Column(NamedTuple):
+    title: str
+    cells: list[str]
+    goes: int = 0  # where there is no room the column with the highest number goes first; 0: never
+    is_number: bool = True
+
+
+def _table(views: Sequence[View], look: Look) -> list[str]:
+    """A line for each run, under a line of titles, and one that counts the runs."""
+    above = os.path.commonpath([str(Path(view.directory).parent) for view in views])
+    columns = [
+        _Column(
+            "run", [as_text(os.path.relpath(view.directory, above)) for view in views], is_number=False
+        ),
+        _Column("state", [printable(view.state) for view in views], is_number=False),
+        _Column("epoch", [_epoch(view) for view in views]),
+        _Column("left", [_or_dash(view.left_s, terminal.short_duration) for view in views], goes=1),
+        _Column("samples/s", [_or_dash(view.samples_per_s, "{:,.0f}".format) for view in views], goes=5),
+        _Column("val loss", [_or_dash(_last(view.val_losses), "{:.4f}".format) for view in views], goes=4),
+        _Column("val %", [_or_dash(view.val_accuracy, "{:.2f}".format) for view in views], goes=2),
+        _Column("test %", [_or_dash(view.test_accuracy, "{:.2f}".format) for view in views], goes=3),
+        _Column(
+            "val loss so far",
+            [drawing.sparkline(view.val_losses, SPARK_COLUMNS, look.is_unicode) for view in views],
+            goes=6,
+            is_number=False,
+        ),
+    ]
+    # Columns of which nothing is known are left out, and those for which there is no room.
+    columns = [column for column in columns if any(cell not in ("-", "") for cell in column.cells)]
+    while look.columns is not None and _width(columns) > look.columns:
+        leaves = max(columns, key=lambda column: column.goes)
+        if not leaves.goes:
+            break
+        columns.remove(leaves)
+
+    lines = [look.paint(_row([column.title for column in columns], columns).rstrip(), DIM)]
+    for number, view in enumerate(views):
+        line = _row([column.cells[number] for column in columns], columns).rstrip()
+        line = line if look.columns is None else line[: look.columns]
+        lines.append(look.paint(line, _colour_of(view)) if not view.is_running else line)
+    problems = [problem for view in views for problem in view.problems]
+    lines += [look.paint(_fitting(f"  {printable(problem)}", look), YELLOW) for problem in problems[:5]]
+    return [_count(views), "", *lines]
+
+
+def _count(views: Sequence[View]) -> str:
+    """How many runs are in each state."""
+    states = [view.state.split(" (")[0] for view in views]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    return f"{len(views)} runs: {counts}"
+
+
+def _row(cells: Sequence[str], columns: Sequence[_Column]) -> str:
+    shown = []
+    for cell, column in zip(cells, columns, strict=True):
+        width = _column_width(column)
+        shown.append(f"{cell:>{width}}" if column.is_number else f"{cell:{width}}")
+    return "  " + "  ".join(shown)
+
+
+def _column_width(column: _Column) -> int:
+    return max(len(column.title), *(len(cell) for cell in column.cells))
+
+
+def _width(columns: Sequence[_Column]) -> int:
+    return sum(_column_width(column) + 2 for column in columns)
+
+
+def _epoch(view: View) -> str:
+    return f"{view.epoch}/{view.epochs}" if view.epochs else "-"
+
+
+def _last(figures: Sequence[float | None]) -> float | None:
+    return figures[-1] if figures else None
+
+
+def _or_dash(value: float | None, text: Callable[[float], str]) -> str:
+    return "-" if value is None else text(value)
+
+
+def _colour_of(view: View) -> str:
+    if view.state == "finished":
+        return GREEN
+    if view.state.startswith(("failed", "killed", "lost")):
+        return RED
+    return CYAN if view.is_running else YELLOW
+
+
+def _fitting(text: str, look: Look, used: int = 0) -> str:
+    """The text, cut where a terminal's line ends: the picture must keep its lines."""
+    return text if look.columns is None else text[: max(look.columns - used - 1, 0)]
+
+
+# --- the live picture ---------------------------------------------------------------------------------
+
+
+def follow(reader: Reader) -> None:
+    """Draws the runs anew every EVERY_S seconds, until all have finished or Ctrl-C is typed.
+
+    The last picture stays on the terminal.
+    """
+    views = reader.views()
+    with _other_screen(), _window_changes() as wait:
+        while not all(view.state == "finished" for view in views):
+            _draw(picture(views, look_of_stdout()))
+            try:
+                wait(EVERY_S)
+                views = reader.views()
+            except KeyboardInterrupt:
+                break
+    sys.stdout.write("\n".join(picture(views, look_of_stdout())) + "\n")
+
+
+def _draw(lines: Sequence[str]) -> None:
+    """Draws the lines over the picture before, as far as the window has room for them."""
+    try:
+        rows = os.get_terminal_size(1).lines or len(lines)
+    except OSError:
+        rows = len(lines)
+    footer = f"every {EVERY_S} s; Ctrl-C ends it, and not the runs"
+    shown = [*lines[: rows - 2], "", footer] if rows > 4 else list(lines[:rows])
+    text = f"{_END_LINE}\n".join(shown)
+    sys.stdout.write(f"{_HOME}{text}{_END_LINE}{terminal.ERASE_BELOW}")
+    sys.stdout.flush()
+
+
+@contextmanager
+def _other_screen() -> Iterator[None]:
+    """The terminal's other screen, without a cursor; both are as they were afterwards."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    sys.stdout.write(_ENTER)
+    sys.stdout.flush()
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        sys.stdout.write(_LEAVE)
+        sys.stdout.flush()
+
+
+@contextmanager
+def _window_changes() -> Iterator[Callable[[float], object]]:
+    """Gives a function that waits for some seconds, or until the window's size has changed."""
+    window = {signal.SIGWINCH}
+    signal.pthread_sigmask(signal.SIG_BLOCK, window)
+    try:
+        yield lambda seconds: signal.sigtimedwait(window, seconds)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, window)
