@@ -173,7 +173,7 @@ def test_torchruns_ranks_are_as_silent(tmp_path):
     cwd.mkdir()
     home.mkdir()
     done = training(cwd, home, "trainer.epochs=1", under="torchrun", ranks=2, OMP_NUM_THREADS="1").ok()
-    assert re.findall(r"^  (\S+)", done.out, flags=re.M) == [
+    assert re.findall(r"^ +(\S+)", done.out, flags=re.M) == [
         *("ranks", "started", "data", "model", "batch", "directory"),
         *("epoch", "1/1", "test", "best", "time", "directory"),
     ]
