@@ -7,12 +7,38 @@ its own, which imports torch.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import allranks
 from allranks.base.errors import UserError, end_unread, show
+
+
+class Command(NamedTuple):
+    """A subcommand that reads its own words: `function(words)` of the module returns the exit code."""
+
+    name: str
+    module: str  # imported only for this subcommand
+    function: str
+    help: str
+
+
+# In the order of `allranks --help`.
+COMMANDS = (
+    Command("train", "", "", "train in this process; Hydra overrides follow"),
+    Command("launch", "allranks.launch.command", "launch", "start the ranks of a training or program here"),
+    Command("doctor", "allranks.doctor", "main", "check this machine and installation, with remedies"),
+    Command("submit", "allranks.submit.command", "submit", "queue a training or program with PBS or Slurm"),
+    Command("runs", "allranks.submit.listing", "list_runs", "list runs and their jobs"),
+    Command("watch", "allranks.follow.command", "watch", "follow runs live, from their files"),
+    Command("logs", "allranks.follow.command", "logs", "show what the ranks of a run have said"),
+    Command("cancel", "allranks.submit.listing", "cancel", "end the jobs of a run"),
+    Command("compare", "allranks.report.compare_command", "main", "a table of several runs, with the best"),
+    Command("checkpoint", "allranks.run.show", "main", "list, verify or show checkpoints"),
+)
 
 DESCRIPTION = "The same PyTorch training run on one core, one GPU or every rank of a supercomputer."
 
@@ -35,35 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(given: list[str]) -> int:
     """Runs the subcommand that stands first, with the words that follow; returns the exit code."""
-    command, rest = "".join(given[:1]), given[1:]
-    if command == "train":  # Hydra's
+    name, rest = "".join(given[:1]), given[1:]
+    if name == "train":  # Hydra's
         os.execv(sys.executable, [sys.executable, "-m", "allranks.train", *rest])
-    if command == "launch":
-        from allranks.launch import command as launching
-
-        return launching.launch(rest)
-    if command == "doctor":
-        from allranks import doctor
-
-        return doctor.main(rest)
-    if command == "compare":
-        from allranks.report import compare_command
-
-        return compare_command.main(rest)
-    if command == "checkpoint":
-        from allranks.run import show
-
-        return show.main(rest)
-    if command in ("submit", "runs", "cancel"):
-        from allranks.submit import command as submitting
-        from allranks.submit import listing
-
-        answer = {"submit": submitting.submit, "runs": listing.list_runs, "cancel": listing.cancel}[command]
-        return answer(rest)
-    if command in ("watch", "logs"):
-        from allranks.follow import command as following
-
-        return {"watch": following.watch, "logs": following.logs}[command](rest)
+    for command in COMMANDS:
+        if command.name == name and command.module:
+            function = getattr(importlib.import_module(command.module), command.function)
+            return int(function(rest))
     options = _parser().parse_args(given)
     options.run(options)
     return 0
@@ -73,19 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="allranks", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"allranks {allranks.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    commands.add_parser("train", help="train in this process (Hydra overrides follow; train --help)")
-
-    commands.add_parser("launch", help="start the ranks of a training or program here (launch --help)")
-
-    commands.add_parser("doctor", help="check this machine and installation, with remedies (doctor --help)")
-    commands.add_parser("submit", help="queue a training or program with PBS or Slurm (submit --help)")
-    commands.add_parser("runs", help="list runs and their jobs (runs --help)")
-    commands.add_parser("compare", help="a table of several runs, sorted, with the best (compare --help)")
-    commands.add_parser("watch", help="follow runs live, from their files (watch --help)")
-    commands.add_parser("logs", help="show what the ranks of a run have said (logs --help)")
-    commands.add_parser("cancel", help="end the jobs of a run (cancel --help)")
-    commands.add_parser("checkpoint", help="list, verify or show checkpoints (checkpoint --help)")
+    for each in COMMANDS:
+        commands.add_parser(each.name, help=f"{each.help} ({each.name} --help)")
 
     data = commands.add_parser("data", help="fetch and check data sets").add_subparsers(
         title="commands", metavar="COMMAND", required=True
