@@ -162,7 +162,7 @@ PAGES_WITH_COMMANDS = [
     if any(b.language == "python" for b in blocks(page))
     or any(c.page == page and not unrun(c) for c in all_commands())
 ]
-QUICK = ("docs/doctor.md",)
+QUICK = ("docs/run-directory.md",)
 
 
 @pytest.mark.parametrize(
