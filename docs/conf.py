@@ -7,7 +7,6 @@ contents, from the links of index.md, and the notebook's cells and pictures, bel
 from __future__ import annotations
 
 import base64
-import html
 import json
 import re
 from pathlib import Path
@@ -97,7 +96,7 @@ def output_as_markdown(output: dict[str, Any]) -> str:
     data = output["data"]
     if "image/png" in data:
         picture = "".join(data["image/png"]).strip()
-        base64.b64decode(picture, validate=True)
-        described = html.escape("".join(data.get("text/plain", "a picture")), quote=True)
-        return f'```{{raw}} html\n<p><img alt="{described}" src="data:image/png;base64,{picture}"></p>\n```'
+        base64.b64decode(picture, validate=True)  # it goes into the page as it is, so it must be base64
+        image = f'<img alt="What the cell above draws" src="data:image/png;base64,{picture}">'
+        return f"```{{raw}} html\n<p>{image}</p>\n```"
     return f"```text\n{''.join(data['text/plain']).rstrip()}\n```"

@@ -99,7 +99,7 @@ UNRUN = (
         "needs a job of Slurm",
         planned,
     ),
-    Unrun(r"^allranks launch .*(--hosts|--min-ranks 8)", "needs several hosts", planned),
+    Unrun(r"^allranks launch .*--hosts", "needs several hosts", planned),
     Unrun(r"^allranks launch .*machine.options.mpiexec", "needs the mpiexec of that machine", planned),
     Unrun(r"device=cuda", "needs a GPU", composed),
 )
