@@ -124,6 +124,7 @@ def epoch_on(shown: Terminal, above: int) -> int:
     return int(found[1]) if found and int(found[1]) > above else 0
 
 
+@pytest.mark.long
 def test_a_stopped_run_says_where_it_stopped(tmp_path):
     with going(tmp_path, "checkpoint.every_epochs=1") as started:
         started.process.send_signal(signal.SIGTERM)
@@ -135,6 +136,7 @@ def test_a_stopped_run_says_where_it_stopped(tmp_path):
     assert f"epoch {len(run.metrics)} of 100000" in value_of(lines, "progress")
 
 
+@pytest.mark.long
 def test_a_sweep_is_a_table(tmp_path):
     done = execute([*TRAIN, "-m", *SMALL, "trainer.epochs=2", "seed=1,2,3", "run.dir=sweep"], tmp_path).ok()
     assert done.code == 0
@@ -305,6 +307,7 @@ def test_logs_are_followed_to_the_end_of_the_run(tmp_path, finished):
     assert [line.removeprefix("[rank 0] ") for line in out.splitlines()] == own
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_following(tmp_path, finished):
     run = tmp_path / "run"
     shutil.copytree(finished.path, run)

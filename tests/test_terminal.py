@@ -117,7 +117,7 @@ def only_run(below: Path) -> Run:
 # --- rank 0 -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("columns", [60, 200])
+@pytest.mark.parametrize("columns", [60, only_long(200)])
 def test_a_terminal_shows_what_a_log_has(tmp_path, columns):
     """The same words in the same order; lines fit, and a wide window is not filled."""
     shown = trained(tmp_path, columns, "name=" + "x" * 5)
@@ -140,7 +140,7 @@ def words_outside_the_table(lines: Sequence[str]) -> list[str]:
     return " ".join(others).split()
 
 
-@pytest.mark.parametrize("columns", [60, 80])
+@pytest.mark.parametrize("columns", [only_long(60), 80])
 def test_the_table_of_a_narrow_window_has_whole_lines_and_the_numbers_of_the_records(tmp_path, columns):
     lines = trained(tmp_path, columns).shown()
     header = next(line for line in lines if line.lstrip().startswith("epoch"))
@@ -163,6 +163,7 @@ def test_a_bar_is_drawn_and_nothing_is_left_of_it(tmp_path):
     assert re.search(r"epoch 1/3  [━─]+ +\d+ %", drawn)
     assert "evaluating" in drawn
     assert not [line for line in shown.shown() if "━" in line or "evaluating" in line]
+    assert COLOURS.search(shown.written.decode())
     assert b"\x1b[?25l" not in shown.written  # the cursor is never hidden: a rank may be killed at any time
 
 
@@ -174,15 +175,13 @@ def test_the_bar_tells_speed_and_time_left(tmp_path):
         shown.until(r"^  epoch 1/3  [━─]+ +\d+ %  [\d,]+/s  left: \d+:\d\d, run \d+:\d\d$")
 
 
-@pytest.mark.parametrize("environ", [{"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=str)
+@pytest.mark.parametrize("environ", [{"NO_COLOR": "1"}, only_long({"TERM": "dumb"})], ids=str)
 def test_no_colours_where_none_are_wanted(tmp_path, environ):
     shown = trained(tmp_path, 100, **environ)
     assert not COLOURS.search(shown.written.decode())
     if "TERM" in environ:  # such a terminal obeys nothing at all
         assert b"\x1b" not in shown.written
         assert not BAR.search(shown.written.decode())
-    coloured = trained(tmp_path / "again" if (tmp_path / "again").mkdir() is None else tmp_path, 100)
-    assert COLOURS.search(coloured.written.decode())
 
 
 def test_a_print_of_a_users_own_stands_above_the_bar(tmp_path):
@@ -222,6 +221,7 @@ def test_quiet_shows_the_last_line_and_verbose_what_each_rank_does(tmp_path):
     assert "mpiexec" in done.out.partition("Training")[0]  # the plan
 
 
+@pytest.mark.long
 def test_quiet_and_verbose_may_change_when_a_run_goes_on(tmp_path):
     run = [*TRAIN, *SMALL, "trainer.epochs=1", "run.dir=mine"]
     execute([*run, "-q"], tmp_path).ok()
@@ -236,6 +236,7 @@ def test_a_sweeps_cells_are_not_called_by_q(tmp_path):
     assert "ranks  " not in done.out
 
 
+@pytest.mark.long
 def test_a_launched_quiet_training_says_one_line(tmp_path):
     launch = [PYTHON, "-m", "allranks", "launch", "-n", "2", "-q"]
     done = execute([*launch, *SMALL, "trainer.epochs=1"], tmp_path).ok()

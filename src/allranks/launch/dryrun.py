@@ -62,8 +62,8 @@ def _frozen_first(plan: Plan) -> list[str]:
     if "allranks.train" not in plan.argv or "--frozen" in plan.argv:
         return []
     return [
-        "Without --dry-run the configuration is first frozen in a run directory, and the ranks start\n"
-        "`-m allranks.train --frozen DIRECTORY SHA256` in place of the overrides."
+        "Before the start the configuration is frozen in a run directory, and the ranks get\n"
+        "`--frozen DIRECTORY SHA256` in place of the overrides."
     ]
 
 
