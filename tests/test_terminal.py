@@ -20,7 +20,7 @@ from allranks.base import terminal
 from allranks.base.errors import as_line
 from allranks.training import story
 from allranks.training.display import Moment, Pace, bar_text
-from helpers import PYTHON, SMALL, TRAIN, Run, clean_environment, execute
+from helpers import PYTHON, SMALL, TRAIN, Run, clean_environment, execute, only_long
 
 pyte = pytest.importorskip("pyte", reason="pyte, a terminal without a screen, is missing: pip install pyte")
 
