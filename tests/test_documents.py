@@ -24,6 +24,7 @@ from documents import (
     ASSUMED,
     LANGUAGES,
     NAMES,
+    Block,
     Command,
     all_commands,
     blocks,
@@ -135,6 +136,22 @@ def test_every_block_of_code_names_its_language():
             compile(block.text, where, "exec")
         if block.language == "yaml":
             assert OmegaConf.create(block.text), where
+
+
+def test_a_loop_a_here_document_and_a_continued_line_are_one_command_each():
+    loop = "for n in 1 2; do\n  echo $n\ndone\n"
+    here = "cat > file << 'END'\na: b\nEND\n"
+    continued = "echo one \\\n  two  # three\n"
+    text = loop + here + continued + "# four\n"
+    found = commands(Block("page.md", 1, "bash", text))
+    assert [command.text.split("\n")[0] for command in found] == [
+        "for n in 1 2; do",
+        "cat > file << 'END'",
+        "echo one \\",
+    ]
+    assert found[2].lines == ["echo one    two"]
+    console = Block("page.md", 1, "console", "$ echo one\none\n$ true\n")
+    assert [(c.text, c.prints) for c in commands(console)] == [("echo one", ("one",)), ("true", ())]
 
 
 def test_every_reason_not_to_run_a_command_holds_for_some_command():
