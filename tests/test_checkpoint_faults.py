@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from allranks.run import checkpoint
-from helpers import PYTHON, ROOT, clean_environment, tree
+from helpers import PYTHON, ROOT, TIMEOUT_S, clean_environment, tree
 
 OLD = {"model.safetensors": b"old" * 1000, "state.json": b"{}"}
 NEW = {"model.safetensors": b"new" * 30_000, "state.json": b'{"step": 2}', "optimizer.safetensors": b""}
@@ -44,7 +44,7 @@ def saver(strace: str, cwd: Path, *options: str) -> tuple[subprocess.CompletedPr
     done = subprocess.run(
         [strace, "-o", "trace", *options, PYTHON, "-S", "-B", "-c", SAVER], cwd=cwd,
         env=clean_environment(PYTHONPATH=str(ROOT / "src"), PYTHONHASHSEED="0"), capture_output=True,
-        text=True, timeout=60, check=False,
+        text=True, timeout=TIMEOUT_S, check=False,
     )  # fmt: skip
     return done, (cwd / "trace").read_text().splitlines()
 

@@ -64,6 +64,7 @@ def compared(folder, *odd: str, ranks: int = 3) -> list[str]:
     return sorted(done.out.splitlines())
 
 
+@pytest.mark.long  # all trainings with several ranks go on so
 def test_ranks_with_the_same_weights_go_on(tmp_path):
     assert compared(tmp_path) == ["rank 0: the same", "rank 1: the same", "rank 2: the same"]
 

@@ -25,7 +25,7 @@ from allranks.training import building, control
 from allranks.training.control import Control, EvaluationStopped, Pace, Signals, Wishes, end_of_job
 from allranks.training.saver import Saver
 from allranks.training.training import Training
-from helpers import SMALL, clean_environment, execute, launcher, recipe_of
+from helpers import SMALL, TIMEOUT_S, clean_environment, execute, launcher, only_long, recipe_of
 
 
 class Clock:
@@ -284,19 +284,19 @@ def stop_while_held(folder: Path, command: Sequence[str], evaluation: int, ranks
     with subprocess.Popen(
         command, cwd=folder, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + TIMEOUT_S
         while len(held := list(folder.glob("held-*"))) < ranks:
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.02)
         for file in held:
             os.kill(int(file.name.removeprefix("held-")), signal.SIGTERM)
         (folder / "go").touch()
-        out, err = process.communicate(timeout=90)
+        out, err = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 85, err
     return out
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [only_long(1), 2])
 def test_a_run_stopped_in_its_evaluations_has_the_bits_of_one_that_was_not(tmp_path, ranks):
     command = [*launcher("mpiexec" if ranks > 1 else None, ranks), "-m", "allranks.train", *HELD_RUN]
     for name in ("whole", "stopped"):

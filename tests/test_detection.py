@@ -21,6 +21,7 @@ from allranks.runtime.watch.thread import Watchdog
 from helpers import (
     PYTHON,
     SMALL,
+    TIMEOUT_S,
     Started,
     execute,
     launcher,
@@ -374,7 +375,7 @@ train.main()
 """
 
 
-@pytest.mark.parametrize(("who", "other"), [(1, 0), (0, 1)])
+@pytest.mark.parametrize(("who", "other"), [(1, 0), only_long(0, 1)])
 def test_under_torchrun_the_rank_that_does_not_come_is_named(tmp_path, who, other):
     """And not the one that waits for it."""
     (tmp_path / "program.py").write_text(STOPPED_AT_ONCE)
@@ -386,7 +387,7 @@ def test_under_torchrun_the_rank_that_does_not_come_is_named(tmp_path, who, othe
     with Started(command, tmp_path) as started:
         assert started.process.stderr is not None
         err = b""
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + TIMEOUT_S
         while not re.search(waited, err.decode()):
             assert time.monotonic() < deadline, err.decode()
             err += os.read(started.process.stderr.fileno(), 65536)
@@ -410,6 +411,7 @@ train.main()
 """
 
 
+@pytest.mark.long
 def test_a_checkpoint_that_takes_long_to_read_is_waited_for(tmp_path):
     """Each piece that is read is progress: rank 0 is well, and the other rank waits for it."""
     (tmp_path / "program.py").write_text(SLOW_FILES)
@@ -471,7 +473,7 @@ sys.exit(max([abs(container.wait()) for container in containers]))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may make containers")
-@pytest.mark.parametrize("who", [0, 2, 3])
+@pytest.mark.parametrize("who", [only_long(0), 2, only_long(3)])
 def test_in_containers_of_one_name_the_right_process_is_looked_at(start, tmp_path, who):
     """Its neighbour in the same container looks: elsewhere its number belongs to another process."""
     started = start("containers", 4, "model.fault=stop", f"model.who={who}")
@@ -487,7 +489,7 @@ def test_in_containers_of_one_name_the_right_process_is_looked_at(start, tmp_pat
     ("fault", "who", "host", "said", "within_s"),
     [
         ("kill", 3, "host1", "was killed by SIGKILL", 5),
-        ("stop", 2, "host1", r"is stopped \(state T\). It is at", STEP_S + 5),
+        only_long("stop", 2, "host1", r"is stopped \(state T\). It is at", STEP_S + 5),
         only_long("stop", 0, "host0", r"is stopped \(state T\). It is at", STEP_S + 5),
     ],
 )

@@ -16,7 +16,7 @@ import pytest
 from allranks.base.errors import UserError
 from allranks.job.hosts import first_host
 from allranks.job.identity import RankIdentity, discover, launcher_rank
-from helpers import SMALL, TRAIN, Run, clean_environment, execute
+from helpers import SMALL, TIMEOUT_S, TRAIN, Run, clean_environment, execute
 
 TORCHRUN = {
     "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1",
@@ -232,7 +232,7 @@ def test_ranks_meet_at_an_ipv6_address(tmp_path):
         )
         for r in range(2)
     ]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    assert [rank.wait(timeout=TIMEOUT_S) for rank in ranks] == [0, 0]
     assert Run(tmp_path / "run").summary["world_size"] == 2
 
 
@@ -347,6 +347,6 @@ def test_the_real_launchers_here(launcher):
     else:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         argv = [*torchrun, "--nproc-per-node", "3", "--no-python", *program]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == [f"{rank} 3 {rank} 3" for rank in range(3)]

@@ -19,7 +19,7 @@ import pytest
 from allranks.job import machine
 from allranks.submit import script
 from allranks.submit.order import Order
-from helpers import PYTHON, ROOT
+from helpers import PYTHON, ROOT, TIMEOUT_S
 
 MACHINES = [name for name in machine.available() if machine.load(name).scheduler != "local"]
 READY = sorted([*ROOT.glob("scripts/pbs/*.sh"), *ROOT.glob("scripts/slurm/*.sh")])
@@ -240,7 +240,7 @@ class Job:
     def do(self, index=None, **more):
         process = self.start(index, **more)
         try:
-            return process.wait(timeout=30)
+            return process.wait(timeout=TIMEOUT_S)
         finally:
             process.kill()
 
@@ -254,7 +254,7 @@ class Job:
         return path.read_text() if path.exists() else ""
 
     def wait_for_note(self):
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + TIMEOUT_S
         while not (self.folder / "note.json").exists():
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -371,7 +371,7 @@ def test_term_for_every_process_lets_the_program_end_in_its_own_way(job):
     process = made.start(WAIT="1")
     made.wait_for_note()
     os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(timeout=20) == 85
+    assert process.wait(timeout=TIMEOUT_S) == 85
     assert (made.run / "job.log").read_text().endswith("signals 15\n")
     assert not made.next  # whoever ends the job wants no other
     assert (made.run / "exit_code").read_text() == "85\n"
@@ -384,12 +384,12 @@ def test_a_job_that_is_killed_after_a_signal_leaves_that_signal(job):
     made.wait_for_note()
     assert not (made.run / "exit_code").exists()
     process.send_signal(signal.SIGTERM)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + TIMEOUT_S
     while not (made.run / "exit_code").exists() or (made.run / "exit_code").read_text() != "143\n":
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait(timeout=20)
+    process.wait(timeout=TIMEOUT_S)
     assert (made.run / "exit_code").read_text() == "143\n"
 
 
@@ -399,7 +399,7 @@ def test_usr1_for_the_shell_alone_reaches_the_program(job):
     process = made.start(WAIT="1")
     made.wait_for_note()
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(timeout=20) == 0
+    assert process.wait(timeout=TIMEOUT_S) == 0
     assert (made.run / "job.log").read_text().endswith(f"signals {int(signal.SIGUSR1)}\n")
 
 

@@ -19,7 +19,7 @@ from allranks.job.hosts import Allocation, Host, find_allocation
 from allranks.job.variables import MASTER_ADDR, MASTER_PORT
 from allranks.launch import launchers
 from allranks.launch.plan import Request, make_plan
-from helpers import PYTHON, SMALL, clean_environment, execute
+from helpers import PYTHON, SMALL, TIMEOUT_S, clean_environment, execute
 from helpers import launcher as started_by
 
 MAIN = """
@@ -38,7 +38,7 @@ def launch(*arguments, cwd=None, **environ):
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "PBS", "NERSC"))}
     return subprocess.run(
         [sys.executable, "-c", MAIN, *arguments],
-        capture_output=True, text=True, timeout=60, check=False, cwd=cwd,
+        capture_output=True, text=True, timeout=TIMEOUT_S, check=False, cwd=cwd,
         env={**clean, "PYTHONPATH": source, **environ},
     )  # fmt: skip
 
@@ -429,7 +429,7 @@ def test_the_planned_command_runs_here(launcher, tmp_path):
         argv,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=TIMEOUT_S,
         check=False,
         env=told.environment(environ),
     )
@@ -502,5 +502,5 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path, words):
     assert process.stdout is not None
     process.stdout.close()
     process.stdout = None
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=TIMEOUT_S)
     assert (process.returncode, err) == (1, "")

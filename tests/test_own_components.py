@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from allranks.base.errors import UserError
 from allranks.run import checkpoint
-from helpers import Done, Run, clean_environment, only_long, tree, until
+from helpers import TIMEOUT_S, Done, Run, clean_environment, only_long, tree, until
 
 PACKAGE = '''
 import os, signal, time, torch
@@ -206,7 +206,7 @@ def test_own_data_by_worker_processes(lab):
 @pytest.mark.parametrize(
     ("signum", "wait_s"),
     [
-        (signal.SIGTERM, 0),
+        only_long(signal.SIGTERM, 0),
         only_long(signal.SIGTERM, 0.3),
         only_long(signal.SIGINT, 0),
         (signal.SIGINT, 0.3),
@@ -218,20 +218,24 @@ def test_a_signal_to_every_process_stops_a_run_with_workers(lab, tmp_path, signu
     until(lambda: checkpoint.steps(tmp_path / "run"))
     time.sleep(wait_s)
     os.killpg(process.pid, signum)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=TIMEOUT_S)
     assert (process.returncode, err) == (85, "")
     assert f"stopped by {signum.name}" in out
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_step(lab, tmp_path):
     process = with_limits(
-        lab, tmp_path, {"allranks.training.control.TWICE_S": 0.2}, *MINE, "model._target_=mylab.Stuck"
+        lab, tmp_path, {"allranks.training.control.TWICE_S": 2}, *MINE, "model._target_=mylab.Stuck"
     )
+    assert process.stdout is not None
     until((tmp_path / "stuck").exists)
-    for _ in range(3):  # the first as from a terminal and from a launcher
-        os.killpg(process.pid, signal.SIGINT)
-        time.sleep(0.15)
-    out, err = process.communicate(timeout=30)
+    os.killpg(process.pid, signal.SIGINT)
+    assert any(line.startswith("SIGINT: stopping") for line in iter(process.stdout.readline, ""))
+    os.killpg(process.pid, signal.SIGINT)  # the launcher passes on what the terminal has sent already
+    time.sleep(3)
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 130, err
     assert f"nothing had been saved: run.dir={tmp_path}/run begins again" in out
     assert err == "allranks: interrupted\n"
@@ -279,7 +283,7 @@ def test_a_dataset_that_takes_long_to_make_is_waited_for(lab, tmp_path):
         )
         for rank in range(2)
     ]  # fmt: skip
-    told = [rank.communicate(timeout=60) for rank in ranks]
+    told = [rank.communicate(timeout=TIMEOUT_S) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], told
     assert (tmp_path / "run/summary.json").exists()
 
@@ -315,11 +319,11 @@ def test_a_run_that_wakes_up_leaves_its_successors_records_alone(lab, tmp_path):
     first = with_limits(lab, tmp_path, quick, *words, STOP_HERE="1")
     os.waitid(os.P_PID, first.pid, os.WSTOPPED)
     second = with_limits(lab, tmp_path, quick, *words)
-    _, err = second.communicate(timeout=60)
+    _, err = second.communicate(timeout=TIMEOUT_S)
     assert second.returncode == 0, err
     before = tree(run), (run / "metrics.jsonl").read_bytes(), (run / "environment.json").read_bytes()
     first.send_signal(signal.SIGCONT)
-    _, err = first.communicate(timeout=60)
+    _, err = first.communicate(timeout=TIMEOUT_S)
     assert first.returncode == 2
     assert "does not belong to this run any more" in err
     after = tree(run), (run / "metrics.jsonl").read_bytes(), (run / "environment.json").read_bytes()

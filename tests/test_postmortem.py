@@ -13,7 +13,7 @@ import pytest
 from allranks.base.processes import ProcessIdentity, process_stat
 from allranks.runtime.watch import postmortem
 from allranks.runtime.watch.verdict import FROM_AFAR, Known, Peer
-from helpers import PYTHON, until
+from helpers import PYTHON, TIMEOUT_S, until
 
 RANK = """
 import json, time
@@ -122,7 +122,7 @@ def test_another_process_of_the_same_number_is_neither_looked_at_nor_killed(rank
     assert state(process.pid) == "T"
 
     postmortem.kill(peer.process, here)  # the one that is meant
-    assert process.wait(10) == -signal.SIGKILL
+    assert process.wait(TIMEOUT_S) == -signal.SIGKILL
 
 
 def test_a_process_of_somebody_who_offers_no_stack_is_named_without(rank, here):

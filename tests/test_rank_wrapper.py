@@ -14,7 +14,7 @@ from allranks.base.errors import UserError
 from allranks.job import variables as given
 from allranks.job.identity import discover
 from allranks.launch import guard
-from helpers import GUARD, clean_environment, guarded
+from helpers import GUARD, TIMEOUT_S, clean_environment, guarded
 from launching import python
 
 SHOW = python(
@@ -70,7 +70,7 @@ def test_it_becomes_the_program():
     try:
         assert int(process.stdout.readline()) == process.pid
         process.send_signal(signal.SIGUSR2)
-        assert process.wait(timeout=5) == -signal.SIGUSR2
+        assert process.wait(timeout=TIMEOUT_S) == -signal.SIGUSR2
     finally:
         process.kill()
         process.wait()

@@ -19,7 +19,18 @@ from safetensors.torch import load_file
 
 from allranks.base.errors import UserError
 from allranks.run import checkpoint
-from helpers import SMALL, TRAIN, Run, clean_environment, execute, launcher, only_long, tree, until
+from helpers import (
+    SMALL,
+    TIMEOUT_S,
+    TRAIN,
+    Run,
+    clean_environment,
+    execute,
+    launcher,
+    only_long,
+    tree,
+    until,
+)
 
 # 12 steps in each of 2 epochs, a checkpoint after each, none removed
 EVERY_STEP = (*SMALL, "trainer.epochs=2", "trainer.batch_size=100", "checkpoint.every_steps=1",
@@ -60,10 +71,10 @@ def test_what_is_compared_can_differ(train_here):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_stopped_after_any_step_it_goes_on_as_if_nothing_had_been(train_here, tmp_path, kind):
+def test_stopped_after_any_step_it_goes_on_as_if_nothing_had_been(train_here, tmp_path, kind, long):
     whole = train_here(*EVERY_STEP, *KINDS[kind])
     assert checkpoint.steps(whole.path) == list(range(24, 0, -1))
-    for step in (1, 7, 12, 13, 23, 24):  # 12: the end of an epoch
+    for step in (1, 7, 12, 13, 23, 24) if long else (7, 12):  # 12: the end of an epoch
         went_on = train_here(*EVERY_STEP, *KINDS[kind], stopped_after(whole, step, tmp_path / str(step)))
         assert figures(went_on) == figures(whole), step
 
@@ -76,9 +87,9 @@ def test_stopped_after_any_step_it_goes_on_as_if_nothing_had_been(train_here, tm
         only_long("mpiexec", 3, "plateau, running metrics"),
     ],
 )
-def test_on_several_ranks_as_well(train, tmp_path, under, ranks, kind):
+def test_on_several_ranks_as_well(train, tmp_path, under, ranks, kind, long):
     whole = train(*EVERY_STEP, *KINDS[kind], under=under, ranks=ranks).ok().run
-    for step in (5, 18):
+    for step in (5, 18) if long else (18,):
         there = stopped_after(whole, step, tmp_path / str(step))
         went_on = train(*EVERY_STEP, *KINDS[kind], there, under=under, ranks=ranks).ok().run
         assert figures(went_on) == figures(whole), step
@@ -87,12 +98,12 @@ def test_on_several_ranks_as_well(train, tmp_path, under, ranks, kind):
 def test_a_reproducible_run_moves_from_ranks_to_ranks(train, tmp_path, long):
     """4 -> 1 -> 8 -> 2 ranks across resumes, mpiexec and torchrun: the bits of a run that never stopped.
 
-    Without --long the last two moves are left out.
+    Without --long it is 2 -> 1 ranks, and the last two moves are left out.
     """
     overrides = (*EVERY_STEP, "model=cnn", "optimizer=adamw", "scheduler=plateau", "model.dropout=0.2",
                  "trainer.reproducible=true", "trainer.train_metrics=running")  # fmt: skip
     whole = train(*overrides).ok().run
-    stage = train(*overrides, under="mpiexec", ranks=4).ok().run
+    stage = train(*overrides, under="mpiexec", ranks=4 if long else 2).ok().run
     assert figures(stage) == figures(whole)
     moves = [(4, None, 1), (9, "torchrun", 8), (15, "mpiexec", 2)]
     for step, under, ranks in moves if long else moves[:1]:
@@ -101,6 +112,7 @@ def test_a_reproducible_run_moves_from_ranks_to_ranks(train, tmp_path, long):
     assert figures(stage) == figures(whole)
 
 
+@pytest.mark.long
 def test_without_the_flag_another_number_of_ranks_gives_the_same_losses(train, tmp_path):
     overrides = (*EVERY_STEP, "model=mlp", "model.dropout=0", "trainer.train_metrics=running")
     whole = train(*overrides).ok().run
@@ -161,8 +173,7 @@ def long_run(tmp_path_factory) -> Run:
 
 STOPPING = [
     signal.SIGTERM,
-    signal.SIGINT,
-    *(only_long(signum) for signum in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)),
+    *(only_long(signum) for signum in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)),
 ]
 
 
@@ -173,7 +184,7 @@ def test_a_signal_to_any_rank_stops_all_with_a_checkpoint(tmp_path, train, long_
     if signum == signal.SIGTERM:  # an impatient scheduler
         os.kill(rank_pid(tmp_path, 1), signum)
         os.kill(rank_pid(tmp_path, 0), signum)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 85, err
     assert f"stopped by {signum.name}" in out
     step = checkpoint.steps(tmp_path / "run")[0]
@@ -215,7 +226,7 @@ def test_a_warning_that_comes_while_torch_is_imported_is_not_lost(tmp_path):
         caught = int(re.search(r"SigCgt:\s+(\w+)", status.read_text())[1], 16)
     process.send_signal(signal.SIGUSR1)
     assert not (tmp_path / "run").exists()
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 85, err
     assert "stopped by SIGUSR1 after step 1," in out
 
@@ -226,7 +237,7 @@ def test_a_run_stops_by_itself_before_the_job_ends(tmp_path, train, long_run):
     process = started(
         *LONG, "model.widths=[2000,2000]", cwd=tmp_path, ALLRANKS_DEADLINE=str(int(time.time()) + 20)
     )
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 85, err
     assert "stopped by the job's end after step" in out
 
@@ -323,12 +334,13 @@ def test_where_no_checkpoint_can_be_used_it_does_not_begin_again(train, finished
     assert figures(train(*SHORT).ok().run) == figures(finished)
 
 
-def test_after_a_passing_error_it_goes_on_where_it_was(train, finished, strace):
+def test_after_a_passing_error_it_goes_on_where_it_was(finished, strace, long):
     """The server is away when the run starts again, and back at the next start."""
     whole = figures(finished)
     unfinish(finished)
     command = [*TRAIN, *SHORT]
-    for call in ("openat", "getdents64"):  # a checkpoint's folder; the folder of all
+    calls = ("openat", "getdents64") if long else ("openat",)  # a checkpoint's folder; the folder of all
+    for call in calls:
         path = str(finished.path / "checkpoints" / ("step-000010" if call == "openat" else ""))
         fault = ["-f", "-qq", "-o", os.devnull, f"--inject={call}:error=ESTALE", "-P", path]
         done = execute([strace, *fault, *command], finished.path.parent)
@@ -360,7 +372,7 @@ def test_one_writer_at_a_time(tmp_path, train):
     assert second.code == 2
     assert f"is in use by process {process.pid} on" in second.err
     process.terminate()
-    process.communicate(timeout=30)
+    process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 85
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from allranks.base import processes
 from allranks.launch.console import STDOUT, Writer
-from helpers import Started, serial, until
+from helpers import TIMEOUT_S, Started, serial, until
 from launching import TOLD, by_hand, can_make_hosts, python, supervised
 
 pytestmark = serial  # limits of a few seconds
@@ -196,7 +196,7 @@ def test_sigterm_ends_a_launch_whose_output_nobody_reads_and_the_ranks_save_firs
         time.sleep(3)  # by then the pipe and all that is before it are full
         started.process.terminate()
         # stdout stays unread: only that the process ends is waited for
-        assert started.process.wait(timeout=20) == 85
+        assert started.process.wait(timeout=TIMEOUT_S) == 85
         started.gone(within_s=5)
     assert saved() == ["0", "1"]
 
@@ -210,7 +210,7 @@ def test_sigterm_ends_a_launch_whose_terminal_was_stopped_by_ctrl_s(saved):
         os.write(keyboard, b"\x13")  # Ctrl-S
         time.sleep(6)
         started.process.terminate()
-        assert started.process.wait(timeout=20) == 85
+        assert started.process.wait(timeout=TIMEOUT_S) == 85
         started.gone(within_s=5)
     os.close(keyboard)
     os.close(screen)

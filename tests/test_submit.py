@@ -24,7 +24,19 @@ from allranks.run import checkpoint
 from allranks.run.cells import composed_cells, frozen_cells, make_cells
 from allranks.run.claim import Claim
 from conftest import SETTING
-from helpers import PYTHON, ROOT, SMALL, Run, execute, only_long, serial, took_at_most, tree, until_step
+from helpers import (
+    PYTHON,
+    ROOT,
+    SMALL,
+    TIMEOUT_S,
+    Run,
+    execute,
+    only_long,
+    serial,
+    took_at_most,
+    tree,
+    until_step,
+)
 from test_resume import figures
 
 STANDIN = ROOT / "tests/pbs_standin"
@@ -173,6 +185,7 @@ def test_a_program_has_a_run_directory_too(pbs):
 # --- jobs that run -------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @needs_launch
 def test_a_queued_training_has_the_curve_of_one_by_hand(pbs, train, tmp_path):
     pbs.submit(*PBS, "--ppn", "2", *ONE_EPOCH)
@@ -196,7 +209,7 @@ def test_a_chain_ends_early_when_the_run_is_finished(pbs):
     answer = pbs.submit(*PBS, "--ppn", "1", "--chain", "3", *ONE_EPOCH)
     pbs.until("finished")
     log = Path(answer["directory"]) / "job.log"
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + TIMEOUT_S
     while "cancelled" not in log.read_text():
         assert time.monotonic() < deadline
         time.sleep(0.2)
@@ -208,7 +221,7 @@ def test_a_chain_ends_early_when_the_run_is_finished(pbs):
 def test_the_next_link_goes_on_where_one_was_cut_short(pbs):
     answer = pbs.submit(*PBS, "--ppn", "1", "--chain", "2", "--no-preflight", *SMALL, "trainer.epochs=4000")
     run = Path(answer["directory"])
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + TIMEOUT_S
     while not checkpoint.steps(run):
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -229,7 +242,7 @@ def test_a_run_that_stops_before_its_walltime_queues_one_successor(pbs):
     """Walltime 40 s: 20 s are the script's, and 10 s the run's own margin."""
     words = ("--ppn", "1", "--no-preflight", *SMALL, "trainer.epochs=100000", "checkpoint.every_s=1")
     run = Path(pbs.submit("--machine", "generic_pbs", "--walltime", "00:00:40", *words)["directory"])
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + TIMEOUT_S
     while not (run / "job.log").exists() or "going on from" not in (run / "job.log").read_text():
         assert time.monotonic() < deadline, (run / "job.log").read_text()
         time.sleep(0.2)
@@ -413,7 +426,7 @@ def test_a_cell_that_stops_before_its_walltime_queues_a_job_of_its_own(pbs):
     words = (*SMALL, "trainer.epochs=100000", "checkpoint.every_s=1")
     answer = pbs.submit(*PBS, "--ppn", "1", "--no-preflight", "-m", "seed=1,2", *words)
     cell = Path(answer["directory"]) / "0"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + TIMEOUT_S
     while not checkpoint.steps(cell):
         assert time.monotonic() < deadline, (cell / "job.log").read_text()
         time.sleep(0.2)
@@ -432,7 +445,7 @@ def test_cancelling_a_sweep_ends_the_jobs_by_which_its_cells_went_on(pbs):
         *PBS, "--ppn", "1", "--no-preflight", "-m", "seed=1,2", *SMALL, "trainer.epochs=100000"
     )
     sweep = Path(answer["directory"])
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + TIMEOUT_S
     while not checkpoint.steps(sweep / "0"):
         assert time.monotonic() < deadline, (sweep / "0/job.log").read_text()
         time.sleep(0.2)
@@ -473,6 +486,7 @@ def test_a_failed_cell_is_submitted_again_alone(pbs):
     assert [row["job_id"] for row in pbs.until("finished", "finished")] == ["1[0].pbs", "2.pbs"]
 
 
+@pytest.mark.long
 @needs_launch
 def test_the_same_sweep_here_and_now(pbs):
     """One cell after another, in the same directories, whether or not one fails."""
@@ -559,7 +573,7 @@ def test_the_ready_pbs_scripts_run(pbs, name):
         ["qsub", path], cwd=pbs.folder, env=env, capture_output=True, text=True, timeout=30, check=True
     )
     wanted = ["finished"] * (3 if name == "sweep" else 1)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + TIMEOUT_S
     while not (pbs.folder / "runs").is_dir():
         assert time.monotonic() < deadline
         time.sleep(0.2)
@@ -946,7 +960,7 @@ def plain_users_folder(a_slurm):
     shutil.chown(folder, USER)
     yield Slurm(folder, {"PYTHONPATH": path}, python)
     subprocess.run(["scancel", "-u", USER], timeout=30, check=False)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + TIMEOUT_S
     while subprocess.run(["squeue", "-h"], capture_output=True, timeout=30, check=False).stdout:
         assert time.monotonic() < deadline
         time.sleep(0.3)
@@ -994,7 +1008,7 @@ def test_slurm_array_chain_and_cancel(slurm):
         *SLURM, "--ppn", "1", "--chain", "2", "--", slurm.python, "-c", "import time; time.sleep(60)"
     )
     run = chain["directory"]
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + TIMEOUT_S
     while slurm.rows(run)[0]["state"] != "running":
         assert time.monotonic() < deadline
         time.sleep(0.3)
@@ -1033,7 +1047,7 @@ def test_the_ready_slurm_scripts_run(slurm, name):
     )
     path.write_text(re.sub(r"^training=\(.*?\)", f"training=({' '.join(ONE_EPOCH)})", text, flags=re.M))
     slurm.run("sbatch", path).ok()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + TIMEOUT_S
     while not (slurm.folder / "runs").is_dir():
         assert time.monotonic() < deadline
         time.sleep(0.3)
@@ -1104,7 +1118,7 @@ def a_node_to_lose():
     subprocess.run(["scancel", "-u", USER], timeout=30, check=False)
     subprocess.run([CLUSTER / "slurm-up"], env={**os.environ, **SETTING}, cwd="/", timeout=100, check=True,
                    stdout=subprocess.DEVNULL)  # fmt: skip
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + TIMEOUT_S
     while free_nodes() < 3:
         assert time.monotonic() < deadline
         for state in ("down", "resume"):
@@ -1150,7 +1164,7 @@ def test_slurm_requeues_a_job_whose_node_has_failed_and_it_goes_on(slurm, undist
     node = json.loads((run / "environment.json").read_text())["ranks"][1]["host"]
     update = ["scontrol", "update", f"nodename={node}", "reason=test"]
     subprocess.run([*update, "state=down"], timeout=30, check=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + TIMEOUT_S
     while is_down(node) and subprocess.run([*update, "state=resume"], timeout=30, check=False).returncode:
         assert time.monotonic() < deadline  # it clears up after the job first
         time.sleep(0.5)

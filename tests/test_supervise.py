@@ -22,7 +22,7 @@ import pytest
 from allranks.base import links, processes
 from allranks.job import variables
 from allranks.launch import supervisor
-from helpers import GUARD, Started, only_long, serial
+from helpers import GUARD, TIMEOUT_S, Started, only_long, serial
 from launching import BIN, TOLD, python, supervised
 
 pytestmark = serial  # most of these tests say within how many seconds all ranks are down
@@ -284,7 +284,7 @@ def test_when_nobody_reads_the_output_the_ranks_end(start):
     started.process.stdout.close()
     started.process.stdout = None
     err = started.process.stderr.read()
-    assert started.process.wait(timeout=10) == 128 + signal.SIGPIPE
+    assert started.process.wait(timeout=TIMEOUT_S) == 128 + signal.SIGPIPE
     assert b"vanished" not in err
     started.gone(within_s=1)
 
@@ -384,7 +384,7 @@ READS = "import os, sys; print(os.environ['RANK'], len(sys.stdin.read()))"
 
 def with_stdin(command: list[str], stdin: bytes) -> tuple[int, list[str]]:
     """(exit code, sorted lines of stdout) of a command that is given this stdin through a pipe."""
-    done = subprocess.run(command, input=stdin, capture_output=True, timeout=60, check=False)
+    done = subprocess.run(command, input=stdin, capture_output=True, timeout=TIMEOUT_S, check=False)
     return done.returncode, sorted(done.stdout.decode().splitlines())
 
 
@@ -419,7 +419,7 @@ def test_a_program_that_reads_no_stdin_is_not_held_up_by_it():
     ours, theirs = os.pipe()
     os.write(theirs, b"x" * 50_000)
     with subprocess.Popen(command, stdin=ours, stdout=subprocess.PIPE) as process:
-        assert process.communicate(timeout=60)[0] == b"done\n"
+        assert process.communicate(timeout=TIMEOUT_S)[0] == b"done\n"
         assert process.returncode == 0
     os.close(ours)
     os.close(theirs)
@@ -535,9 +535,10 @@ def test_a_signal_that_is_ignored_from_the_start_ends_nothing(signum):
         assert next(started.lines()) == "here"
         started.process.send_signal(signum)
         assert list(started.lines()) == ["to the end"]
-        assert started.process.wait(timeout=20) == 0
+        assert started.process.wait(timeout=TIMEOUT_S) == 0
 
 
+@pytest.mark.long
 def test_ranks_that_take_longer_than_ten_seconds_to_save_have_the_grace_that_they_need(start):
     """And the user is told why nothing seems to happen."""
     code = (
