@@ -27,6 +27,9 @@ for precision in bf16 fp16; do
 done
 check cnn-compile 0 "${train[@]}" "${data[@]}" model=cnn trainer.epochs=3 trainer.compile=true run.dir="$out/compile"
 check cnn-recipe 0 "${train[@]}" "${data[@]}" experiment=cnn run.dir="$out/recipe"
+# what is measured on a GPU: its memory, the share of its peak, a trace with its kernels
+check debug 0 "${train[@]}" --debug "${data[@]}" model=cnn trainer.precision=bf16 run.dir="$out/debug"
+grep -h 'memory/\|throughput/' "$out/debug/summary.json"
 check mlp-cpu 0 python3 -m allranks.train device=cpu "${data[@]}" model=mlp model.dropout=0 run.dir="$out/cpu"
 check mlp-gpu 0 "${train[@]}" "${data[@]}" model=mlp model.dropout=0 run.dir="$out/gpu"
 # one rank under torchrun: NCCL comes up; two ranks on one GPU: refused, unless it is asked for

@@ -563,7 +563,8 @@ def finished(run: Path) -> bool:
         return False
 
 
-_TIMES = re.compile(rb', "(time|throughput)/\w+": [^,}]+')
+_MEASURED = ("time/", "throughput/", "memory/")  # the beginnings of keys that no two runs have alike
+_IN_METRICS = re.compile(rb', "(time|throughput|memory)/\w+": [^,}]+')
 
 
 def difference(run: Path, twin: Path, moved: bool = False) -> str:
@@ -573,10 +574,10 @@ def difference(run: Path, twin: Path, moved: bool = False) -> str:
     """
     here, there = (json.loads((path / "summary.json").read_text()) for path in (run, twin))
     aside = ("world_size",) if moved else ()
-    keys = [key for key in {**here, **there} if not key.startswith("time/") and key not in aside]
+    keys = [key for key in {**here, **there} if not key.startswith(_MEASURED) and key not in aside]
     other = [key for key in keys if here.get(key) != there.get(key)]
     wrong = [f"{key}: {here.get(key)}, not {there.get(key)}" for key in other]
-    metrics = [_TIMES.sub(b"", _content(path / "metrics.jsonl")) for path in (run, twin)]
+    metrics = [_IN_METRICS.sub(b"", _content(path / "metrics.jsonl")) for path in (run, twin)]
     if metrics[0] != metrics[1]:
         wrong.append(f"metrics.jsonl: {metrics[0]!r}, not {metrics[1]!r}")
     return "; ".join(wrong)

@@ -47,7 +47,7 @@ def composed(line: str) -> None:
     """The training is composed from the command line, and its configuration checked."""
     typed = shlex.split(line, comments=True)
     word = "train" if "train" in typed else "allranks.train"
-    assert from_command_line(typed[typed.index(word) + 1 :])
+    assert from_command_line([each for each in typed[typed.index(word) + 1 :] if each != "--debug"])
 
 
 def planned(line: str) -> None:
@@ -87,6 +87,7 @@ UNRUN = (
     Unrun(r"^(module|conda) |CRAY_LD_LIBRARY_PATH", "has a supercomputer's own commands", parsed),
     Unrun(r"^allranks data fetch", "fetches from the network", parsed),
     Unrun(r"^jupyter ", "opens a browser", parsed),
+    Unrun(r"^wandb sync|^MLFLOW_\w+=true mlflow ui", "needs that server, or stays open", parsed),
     Unrun(r"^allranks submit .*--cell", "needs a queued job of that directory", no_such_cell),
     Unrun(r"^allranks cancel", "needs a queued job of that directory", parsed),
     Unrun(

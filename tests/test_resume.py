@@ -47,10 +47,11 @@ KINDS = {
 
 
 def figures(run: Run) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """What must be equal: metrics.jsonl and summary.json without times and the number of ranks."""
+    """What must be equal: metrics.jsonl and summary.json without times, memory and the number of ranks."""
 
     def kept(values: dict[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in values.items() if not k.startswith(("time/", "throughput/", "world_size"))}
+        left_out = ("time/", "throughput/", "memory/", "world_size")
+        return {k: v for k, v in values.items() if not k.startswith(left_out)}
 
     return [kept(line) for line in run.metrics], kept(run.summary)
 

@@ -32,10 +32,12 @@ from helpers import (
 METRICS = [
     "epoch", "step", "lr", "train/loss", "train/accuracy", "val/loss", "val/accuracy",
     "time/train_s", "time/eval_s", "throughput/samples_per_s",
+    "memory/process_peak_bytes", "throughput/model_flops_per_s",
 ]  # fmt: skip
 SUMMARY = [
     "state", "epochs", "world_size", "global_batch_size", "model/parameters", "model/sha256",
     "test/loss", "test/accuracy", "test/count", "val/count", "time/total_s", "time/startup_s",
+    "memory/process_peak_bytes", "throughput/model_flops_per_s",
 ]  # fmt: skip
 FILES = ["config.yaml", "environment.json", "logs", "logs/rank-0.log", "metrics.jsonl", "summary.json"]
 
@@ -94,6 +96,8 @@ def test_the_summary(two_ranks):
     assert summary.pop("test/loss") > 0
     assert 0 <= summary.pop("test/accuracy") <= 100
     assert 0 < summary.pop("time/startup_s") < summary.pop("time/total_s")
+    assert summary.pop("memory/process_peak_bytes") > 50 * 2**20
+    assert summary.pop("throughput/model_flops_per_s") > 0
     assert summary == {
         "state": "finished", "epochs": 2, "world_size": 2, "global_batch_size": 128,
         "model/parameters": 7850, "test/count": 400, "val/count": 400,

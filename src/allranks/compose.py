@@ -27,7 +27,8 @@ from allranks.config import Config, below, conf_dir, first_line, leaves, setting
 CONSOLE_FLAGS = {"-q": "quiet", "-v": "verbose"}
 
 # The groups of YAML files of which one is chosen each: `model=cnn`.
-GROUPS = ("data", "model", "optimizer", "scheduler", "trainer", "experiment")
+GROUPS = ("data", "model", "optimizer", "scheduler", "trainer", "tracker", "experiment")
+SEVERAL = ("tracker",)  # of these a list may be chosen: `tracker=[csv,mlflow]`
 
 
 def from_command_line(arguments: Sequence[str]) -> list[Config]:
@@ -77,6 +78,8 @@ def cells_from_command_line(arguments: Sequence[str]) -> list[tuple[Config, list
                 f"{override} is none of a training's keys: `allranks launch --machine {choice}` uses the "
                 "machine's file, and so does `allranks submit` with that option."
             )
+        if group in SEVERAL and choice.startswith("["):
+            continue
         if group in GROUPS and re.match(r"[\[{]|[-+]?[0-9.]+$", choice):
             raise UserError(f"{override} is not valid: {group} takes the name of one choice.")
     with _hydra_that_leaves_no_trace([*flags, *overrides]), _empty_is_unset("ALLRANKS_DATA"):

@@ -109,6 +109,29 @@ class TrainerConfig:
         "pieces into which a batch is cut with reproducible=true, whatever the number of ranks",
         _POWER_OF_TWO,
     )
+    max_steps: int | None = setting(
+        None,
+        "optimizer steps after which the run is over, before the end of its epochs; null: all epochs",
+        whole(1),
+    )
+    limit_train: int | None = setting(
+        None, "training examples that are used, the first of the split's order; null: all", whole(1)
+    )
+    overfit_batch: bool = setting(
+        False, "whether each step takes the same batch, the first: the loss must go to 0 then", FLAG
+    )
+    log_every_steps: int | None = setting(
+        None,
+        "after so many steps a line goes to metrics-steps.jsonl; null: never",
+        whole(1),
+        resume_must_agree=False,
+    )
+    detect_anomaly: bool = setting(
+        False,
+        "whether torch looks for the operation in which a gradient becomes NaN, which makes steps slower",
+        FLAG,
+        resume_must_agree=False,
+    )
 
 
 @dataclass
@@ -173,10 +196,16 @@ class Config:
     report: bool = setting(
         True, "whether rank 0 makes a page with pictures, report.html, at the end of the run", FLAG
     )
+    profile: bool = setting(
+        False, "whether steps 10 to 20 of each start are timed, operation by operation, into profile/", FLAG
+    )
     run: RunConfig = setting(RunConfig, "where the run is kept")
     trainer: TrainerConfig = setting(TrainerConfig, "how it is trained", resume_must_agree=True)
     checkpoint: CheckpointConfig = setting(CheckpointConfig, "when to save")
     watchdog: WatchdogConfig = setting(WatchdogConfig, "how long a rank may make no progress")
+    tracker: dict[str, Any] = setting(
+        dict, "where figures are sent besides the run directory", resume_must_agree=False
+    )
     data: dict[str, Any] = setting(dict, "what is trained on", resume_must_agree=True)
     model: dict[str, Any] = setting(dict, "what is trained", resume_must_agree=True)
     optimizer: dict[str, Any] = setting(dict, "what changes the weights", resume_must_agree=True)
@@ -217,6 +246,11 @@ SECTION_KEYS: dict[str, Setting] = {
     "data.test.root": _free(_ROOT, resume_must_agree=False),
     "data.train.fetch": _free(_FETCH, resume_must_agree=False),
     "data.test.fetch": _free(_FETCH, resume_must_agree=False),
+    "tracker.every_steps": Setting(
+        "the trackers get the figures of one step in so many; null: those of epochs only",
+        whole(1),
+        optional=True,
+    ),
     "model._target_": _free(_TARGET),
     "optimizer._target_": _free(_TARGET),
     "scheduler._target_": _free(_TARGET + "; null: the learning rate stays as it is"),
@@ -459,6 +493,12 @@ def must_agree(key: str) -> bool:
         if known is not None and known.resume_must_agree is not None:
             return known.resume_must_agree
     return False
+
+
+def with_new_keys(there: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity that an earlier version has saved, with the defaults of the keys that it did not know."""
+    here = identity(Config())
+    return {**{key: here[key] for key in here if key.startswith("trainer.")}, **there}
 
 
 def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:

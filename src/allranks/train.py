@@ -17,7 +17,7 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +32,15 @@ from allranks.training.control import FROM_TERMINAL, Control, Signals
 if TYPE_CHECKING:
     from allranks.data.loader import Data
     from allranks.run.cells import Cell
+    from allranks.runtime.runtime import Runtime
     from allranks.training.building import Recipe
     from allranks.training.metrics import Figures
+    from allranks.training.records import Records
+    from allranks.training.report import Reporter
     from allranks.training.training import Training
+
+
+DEBUG = "--debug"  # on the command line: training/debug.py
 
 
 def main() -> None:
@@ -62,6 +68,10 @@ def main() -> None:
             directory = Path(sweep[0].directory).parent
             page, is_stopped = sweep[0].config.report, "stopped" in ends
             print(compare_sweep.made(directory, ends, page, is_stopped), flush=True)
+        if DEBUG in sys.argv[1:] and ends == ["finished"]:
+            from allranks.training import debug
+
+            print(debug.seen(str(config.run.dir)), flush=True)
         if "stopped" in ends:
             sys.exit(EXIT_REQUEUE)
         if "triton" not in sys.modules:  # its binding complains of objects that are still there at the end
@@ -78,6 +88,10 @@ def compose(identity: RankIdentity) -> list[Config]:
         if sys.argv[1:2] == ["--frozen"]:
             directory, sha256 = sys.argv[2:4]
             return [configs.thaw(directory, sha256)]
+        if DEBUG in sys.argv[1:]:
+            from allranks.training import debug
+
+            return debug.configurations(sys.argv[1:], identity.alone)
         from allranks.compose import from_command_line
 
         # What --help and --cfg print, only rank 0 prints.
@@ -114,9 +128,9 @@ def run(
         from allranks import components
         from allranks.data import loader
         from allranks.runtime.bringup import open_runtime
-        from allranks.training import building, engine, story, trial
+        from allranks.training import building, engine, saver, story, trial  # noqa: F401 (_train_in() needs them)
+        from allranks.training.records import Records
         from allranks.training.report import Reporter, Told, process_age_s
-        from allranks.training.saver import Saver
 
     began_s = process_age_s() if number else 0.0  # the first run's time includes the import of torch
     runtime = open_runtime(identity, settings, run=number)
@@ -125,11 +139,14 @@ def run(
         signals.count(signal.SIGTERM, *FROM_TERMINAL)
 
     told = Told(
-        title=story.title(config.model, config.data, config.trainer.epochs),
+        title=story.title(
+            config.model, config.data, config.trainer.epochs, config.trainer.max_steps,
+            is_one_batch=config.trainer.overfit_batch,
+        ),
         epochs=config.trainer.epochs,
         precision=config.trainer.precision,
         console=config.console,
-    )
+    )  # fmt: skip
     with ending.of_run(runtime, Reporter(runtime, told)) as report:
         # A rank that ended with this error at once would break off the process group that the others may
         # still be connecting. So the ranks agree on it, as on every error.
@@ -151,9 +168,15 @@ def run(
             components.locate_targets(
                 {"model": config.model, "optimizer": config.optimizer, "scheduler": config.scheduler}
             )
-        data = loader.open_data(
-            config.data, runtime, config.seed, building.dtype_of(config.trainer.precision), reading
+        # A tracker that is not installed is told before the data are read, too.
+        records = Records(
+            runtime, config.trainer, config.tracker, profile=config.profile, save_s=config.watchdog.save_s
         )
+        data = loader.open_data(
+            config.data, runtime, config.seed, building.dtype_of(config.trainer.precision), reading,
+            limit_train=config.trainer.limit_train,
+            repeated_batch=batch_size if config.trainer.overfit_batch else None,
+        )  # fmt: skip
         report.data(data)
         recipe = building.Recipe(
             model=config.model,
@@ -165,7 +188,7 @@ def run(
         )
         with runtime.all_or_none():
             training = building.build_training(recipe, runtime, examples=len(data.train))
-        trial.try_first_batch(training, data, recipe, runtime)
+        records.measured_by(training, trial.try_first_batch(training, data, recipe, runtime))
 
         if standing == rundir.Standing.NEW:
             is_given = sweep is not None or config.run.dir is not None
@@ -175,25 +198,70 @@ def run(
             if sweep is not None:
                 runtime.meeting.from_rank_0(lambda: _list_cells(path, sweep))
 
-        with Saver(
-            runtime, path, decisive, keep=config.checkpoint.keep, save_s=config.watchdog.save_s
-        ) as saver:
-            resumed = saver.resume(training, config.resume)
-            report.opened(path, training, batch_size, resumed, saver.check)
-            startup_s = process_age_s() - began_s
+        is_new = standing == rundir.Standing.NEW
+        return _train_in(
+            path,
+            is_new,
+            training,
+            data,
+            recipe,
+            config,
+            decisive,
+            runtime,
+            report,
+            records,
+            signals,
+            began_s,
+        )
 
-            control = Control(
-                runtime, saver, signals or Signals(), config.checkpoint, config.trainer.epochs
-            )
-            test = engine.fit_and_test(training, data, recipe, runtime, control, report)
-            saver.finish()
-            if test is None:
-                report.stopped(control.reason, training, config.trainer.epochs)
-                return False
-            summary = _summary(training, data, recipe, runtime.world_size, test)
-            report.finished(
-                {**summary, "time/total_s": process_age_s() - began_s, "time/startup_s": startup_s}
-            )
+
+def _train_in(
+    path: str,
+    is_new: bool,
+    training: Training,
+    data: Data,
+    recipe: Recipe,
+    config: Config,
+    decisive: Mapping[str, Any],
+    runtime: Runtime,
+    report: Reporter,
+    records: Records,
+    signals: Signals | None,
+    began_s: float,
+) -> bool:
+    """Trains in the run directory `path` to the end of the run; False where it was stopped before.
+
+    `is_new`: the directory was made just now. `decisive`: the values that a checkpoint must agree on.
+    `began_s`: the age of this process when the run began.
+    """
+    from allranks.training import building, engine
+    from allranks.training.records import of_run
+    from allranks.training.report import process_age_s
+    from allranks.training.saver import Saver
+
+    length = building.length_of(recipe, len(data.train))
+    with Saver(
+        runtime, path, decisive, keep=config.checkpoint.keep, save_s=config.watchdog.save_s
+    ) as saver:
+        resumed = saver.resume(training, config.resume)
+        report.opened(path, training, recipe.batch_size, resumed, saver.check)
+        records.open(path, training, length, configs.leaves(config), saver.check, is_new)
+        startup_s = process_age_s() - began_s
+
+        control = Control(runtime, saver, signals or Signals(), config.checkpoint, length.epochs)
+        test = engine.fit_and_test(training, data, recipe, runtime, control, report, records)
+        saver.finish()
+        if test is None:
+            records.stopped()
+            report.stopped(control.reason, training, length.epochs)
+            return False
+        summary = _summary(training, data, recipe, runtime.world_size, test)
+        summary["time/total_s"] = process_age_s() - began_s
+        summary["time/startup_s"] = startup_s
+        summary.update(of_run(training.history))
+        report.finished(summary)
+        records.finished(summary)
+    records.close()
     return True
 
 

@@ -75,24 +75,35 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
 
 
 def training_batches(
-    part: Part, runtime: Runtime, batch_size: int, epoch: int, seed: int, first_step: int = 0
+    part: Part,
+    runtime: Runtime,
+    batch_size: int,
+    epoch: int,
+    seed: int,
+    first_step: int = 0,
+    end_step: int | None = None,
+    shuffle: bool = True,
 ) -> Iterator[list[Batch]]:
     """This rank's shares of each of the epoch's global batches, from step `first_step` on.
 
-    `epoch` and `first_step` count from 0. Each list has one Batch for each share in runtime.shares.
+    `epoch` and `first_step` count from 0. The last step is the one before `end_step`, by default the
+    epoch's last one. Without `shuffle` each epoch has the part's own order. Each list has one Batch for
+    each share in runtime.shares.
     """
     # 1. The order of each share's examples in this epoch.
     samplers = []
     orders = []
     for share in runtime.shares:
-        sampler = ShareSampler(range(len(part)), runtime.share_count, share, seed=seed)  # type: ignore[arg-type]
+        positions = range(len(part))
+        sampler = ShareSampler(positions, runtime.share_count, share, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         sampler.set_epoch(epoch)
         samplers.append(sampler)
         orders.append(torch.tensor(list(sampler), dtype=torch.int64))
 
     # 2. Which examples each share has in each step. A stand-in fills an empty share.
     stand_in = orders[0][:1] if len(orders[0]) else torch.zeros(1, dtype=torch.int64)
-    steps = range(first_step, steps_per_epoch(len(part), batch_size))
+    in_epoch = steps_per_epoch(len(part), batch_size)
+    steps = range(first_step, in_epoch if end_step is None else end_step)
     counts = []
     rows = []
     for step in steps:

@@ -49,16 +49,19 @@ def open_data(
     seed: int,
     dtype: torch.dtype,
     reading: Future[dict[str, Any]] | None = None,
+    limit_train: int | None = None,
+    repeated_batch: int | None = None,
 ) -> Data:
     """The three parts of the data that the configuration's section `data` describes; all ranks call.
 
     Images will be of `dtype`. `seed` decides which of the training examples become validation examples.
-    `reading` holds what rank 0 has read while torch was imported (data.early). Raises UserError where the
-    data cannot be opened, or does not fit the section.
+    `reading` holds what rank 0 has read while torch was imported (data.early). `limit_train` and
+    `repeated_batch` say which of the training examples are used (used_for_training()). Raises UserError
+    where the data cannot be opened, or does not fit the section.
     """
     whole_train = _open_set("train", section, runtime, reading)
     whole_test = _open_set("test", section, runtime, reading)
-    train, val = _split(whole_train, section, runtime, seed, dtype)
+    train, val = _split(whole_train, section, runtime, seed, dtype, limit_train, repeated_batch)
     return Data(
         train=train,
         val=val,
@@ -73,7 +76,8 @@ def open_part(
 ) -> Part:
     """One part of the data alone: "train", "val" or "test", the same examples as open_data() gives it.
 
-    Only the files of this part are read. Raises UserError as open_data() does.
+    "train" are all training examples, also those that a run with trainer.limit_train leaves out. Only the
+    files of this part are read. Raises UserError as open_data() does.
     """
     if name == "test":
         return _test(_open_set("test", section, runtime, None), section, runtime, dtype)
@@ -82,7 +86,13 @@ def open_part(
 
 
 def _split(
-    whole: Any, section: Mapping[str, Any], runtime: Runtime, seed: int, dtype: torch.dtype
+    whole: Any,
+    section: Mapping[str, Any],
+    runtime: Runtime,
+    seed: int,
+    dtype: torch.dtype,
+    limit_train: int | None = None,
+    repeated_batch: int | None = None,
 ) -> tuple[Part, Part]:
     """The examples to train on and those to watch, drawn by seed from what `data.train` has made."""
     split = section["split"]
@@ -94,7 +104,8 @@ def _split(
         )
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
     workers = section.get("workers", 0)
-    train = _part("data.train", whole, order[: split[0]], workers, runtime, dtype)
+    used = used_for_training(order[: split[0]], limit_train, repeated_batch)
+    train = _part("data.train", whole, used, workers, runtime, dtype)
     val = _part("data.train", whole, order[split[0] :], workers, runtime, dtype)
     return train, val
 
@@ -102,6 +113,28 @@ def _split(
 def _test(whole: Any, section: Mapping[str, Any], runtime: Runtime, dtype: torch.dtype) -> Part:
     """All examples that `data.test` has made."""
     return _part("data.test", whole, torch.arange(len(whole)), section.get("workers", 0), runtime, dtype)
+
+
+def used_for_training(
+    indices: torch.Tensor, limit: int | None = None, repeated_batch: int | None = None
+) -> torch.Tensor:
+    """Those of the training examples that are trained on; `indices` are all of them, in the split's order.
+
+    With a `limit` these are the first so many: the same on any number of ranks, and for any batch size.
+    With `repeated_batch` they are the first so many of these, repeated to whole batches, as many as there
+    would have been: in this order each batch of that size is the same one. Raises UserError where there are
+    fewer than the limit.
+    """
+    if limit is not None and limit > len(indices):
+        raise UserError(
+            f"trainer.limit_train={limit} is more than the {len(indices):,} training examples of "
+            "data.split: give at most so many, or leave it out.",
+            said_by=0,
+        )
+    used = indices[:limit]
+    if repeated_batch is None:
+        return used
+    return used[:repeated_batch].repeat(max(1, len(used) // repeated_batch))
 
 
 def _part(

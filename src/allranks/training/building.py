@@ -15,6 +15,7 @@ from allranks.config import TrainerConfig
 from allranks.data.dealing import steps_per_epoch
 from allranks.runtime.gradients import OrderedSum
 from allranks.runtime.runtime import Runtime
+from allranks.training.length import RunLength, run_length
 from allranks.training.metrics import Sums
 from allranks.training.state import buffers_left_out, can_be_saved
 from allranks.training.training import Schedule, Training
@@ -56,6 +57,11 @@ def dtype_of(precision: str) -> torch.dtype:
     return torch.float64 if precision == "fp64" else torch.float32
 
 
+def length_of(recipe: Recipe, examples: int) -> RunLength:
+    """How long the recipe's run is with so many training examples."""
+    return run_length(recipe.trainer, steps_per_epoch(examples, recipe.batch_size))
+
+
 def build_training(recipe: Recipe, runtime: Runtime, examples: int) -> Training:
     """The training that the recipe describes, at its beginning.
 
@@ -68,8 +74,8 @@ def build_training(recipe: Recipe, runtime: Runtime, examples: int) -> Training:
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     optimizer = build("optimizer", recipe.optimizer, parameters)
-    steps = trainer.epochs * steps_per_epoch(examples, recipe.batch_size)
-    schedule = build_schedule(recipe.scheduler, optimizer, trainer.epochs, steps)
+    length = length_of(recipe, examples)
+    schedule = build_schedule(recipe.scheduler, optimizer, length.epochs, length.steps)
 
     compiled: nn.Module = torch.compile(model) if trainer.compile else model  # type: ignore[assignment]
     return Training(

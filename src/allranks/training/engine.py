@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,7 +20,6 @@ from allranks.data.dealing import (
     Batch,
     evaluation_batches,
     fewest_evaluation_batches,
-    steps_per_epoch,
     training_batches,
 )
 from allranks.data.loader import Data
@@ -28,9 +27,11 @@ from allranks.data.parts import Part
 from allranks.data.randomness import mixed, reseed
 from allranks.runtime.compare import compare_ranks
 from allranks.runtime.runtime import Runtime
-from allranks.training.building import Recipe
+from allranks.training.building import Recipe, length_of
 from allranks.training.control import Control, EvaluationStopped
+from allranks.training.length import RunLength
 from allranks.training.metrics import Figures, Sums
+from allranks.training.records import Records
 from allranks.training.report import Reporter
 from allranks.training.training import Training
 
@@ -51,6 +52,7 @@ class _EpochFigures(NamedTuple):
     val: Figures
     train_s: float  # spent in the epoch's steps
     eval_s: float  # spent in the evaluations after them
+    samples_per_s: float  # training examples of all ranks
 
 
 @dataclass(frozen=True)
@@ -58,22 +60,30 @@ class _Surroundings:
     """What a training works with from its first epoch to its last."""
 
     data: Data
+    length: RunLength  # of the whole run
     trainer: TrainerConfig
     seed: int
     batch_size: int  # examples of one optimizer step, over all ranks together
     runtime: Runtime
     control: Control  # saves and stops
     report: Reporter  # tells
+    records: Records  # of single steps; for the trackers
 
 
 def fit_and_test(
-    training: Training, data: Data, recipe: Recipe, runtime: Runtime, control: Control, report: Reporter
+    training: Training,
+    data: Data,
+    recipe: Recipe,
+    runtime: Runtime,
+    control: Control,
+    report: Reporter,
+    records: Records,
 ) -> Figures | None:
     """Trains to the end, and then looks at the test set, once; all ranks call.
 
     Returns the figures over the test set, or None where the ranks agreed to stop before the end.
     """
-    if not fit(training, data, recipe, runtime, control, report):
+    if not fit(training, data, recipe, runtime, control, report, records):
         return None
     try:
         return evaluate(training.model, data.test, recipe.trainer.precision, recipe.seed, runtime, control)
@@ -82,18 +92,28 @@ def fit_and_test(
 
 
 def fit(
-    training: Training, data: Data, recipe: Recipe, runtime: Runtime, control: Control, report: Reporter
+    training: Training,
+    data: Data,
+    recipe: Recipe,
+    runtime: Runtime,
+    control: Control,
+    report: Reporter,
+    records: Records,
 ) -> bool:
     """Trains to the end, from wherever `training` stands; all ranks call.
 
-    `recipe` is what the training was built from. `control` saves and stops, `report` tells. Returns False
-    where the ranks agreed to stop before the end.
+    `recipe` is what the training was built from. `control` saves and stops, `report` tells, and `records`
+    keeps the figures of single steps and hands figures to the trackers. Returns False where the ranks
+    agreed to stop before the end.
     """
     trainer = recipe.trainer
-    around = _Surroundings(data, trainer, recipe.seed, recipe.batch_size, runtime, control, report)
+    length = length_of(recipe, len(data.train))
+    around = _Surroundings(
+        data, length, trainer, recipe.seed, recipe.batch_size, runtime, control, report, records
+    )
     runtime.progress.compiles = trainer.compile  # the epoch's last batch may be smaller: compiled once more
     is_first = True
-    while training.epoch < trainer.epochs:
+    while training.epoch < length.epochs:
         started = time.perf_counter() - training.epoch_s
         step_before = training.step
         if not _train_epoch(training, around, is_first, started):
@@ -108,8 +128,9 @@ def fit(
             return False
         training.epoch += 1
         compare_ranks(runtime, training.model)
-        _close_epoch(training, figures, len(data.train))
-        report.epoch(training.history[-1], trainer.epochs)
+        _close_epoch(training, figures, records.of_epoch(figures.samples_per_s))
+        report.epoch(training.history[-1], length.epochs)
+        records.epoch_closed(training.history)
         if control.agree_to_stop(training):
             return False
     return True
@@ -125,25 +146,40 @@ def _train_epoch(training: Training, around: _Surroundings, is_first: bool, star
     trainer = around.trainer
     seed = around.seed
     runtime = around.runtime
-    steps = steps_per_epoch(len(part), around.batch_size)
+    steps = around.length.steps_in(training.epoch)
     if training.epoch_steps == 0:
         training.epoch_lr = training.optimizer.param_groups[0]["lr"]
-    batches = training_batches(part, runtime, around.batch_size, training.epoch, seed, training.epoch_steps)
+    batches = training_batches(
+        part, runtime, around.batch_size, training.epoch, seed,
+        first_step=training.epoch_steps, end_step=steps, shuffle=not trainer.overfit_batch,
+    )  # fmt: skip
     runtime.progress.completed(training.step)
     training.trained.train()  # walks all modules, so it is not called in every step
-    with part.explained():
+    with part.explained(), _detecting(training.model, trainer.detect_anomaly):
         for shares in around.report.progress(batches, training, steps):
             if is_first:
                 settle_buckets(training, shares[0], trainer.precision, runtime)
                 is_first = False
-            train_step(training, shares, trainer, seed, runtime)
+            with around.records.of_step(training) as recorded:
+                train_step(training, shares, trainer, seed, runtime, recorded)
             at_end = training.epoch_steps == steps
             if around.control.is_due(training.step) or at_end:
                 training.epoch_s = time.perf_counter() - started
+                # Before a save: what a checkpoint has behind it is in the records.
+                around.records.collect()
                 if around.control.agree_to_stop(training, evaluates_next=at_end):
                     return False
             runtime.progress.completed(training.step)
     return True
+
+
+def _detecting(model: nn.Module, is_wanted: bool) -> AbstractContextManager[None]:
+    """In the block the first number that is not finite raises UserError, where that is wanted."""
+    if not is_wanted:
+        return nullcontext()
+    from allranks.training.anomaly import detecting
+
+    return detecting(model)
 
 
 def _evaluate_epoch(training: Training, around: _Surroundings, started: float) -> _EpochFigures:
@@ -170,11 +206,16 @@ def _evaluate_epoch(training: Training, around: _Surroundings, started: float) -
         train = figures(around.data.train)
     val = figures(around.data.val)
     ended = time.perf_counter()
-    return _EpochFigures(train, val, train_s=trained - started, eval_s=ended - trained)
+    examples = min(training.epoch_steps * around.batch_size, len(around.data.train))
+    train_s = trained - started
+    return _EpochFigures(train, val, train_s, ended - trained, samples_per_s=examples / train_s)
 
 
-def _close_epoch(training: Training, figures: _EpochFigures, examples: int) -> None:
-    """Adds the epoch to the training's history, steps the schedule, and begins the next epoch's counts."""
+def _close_epoch(training: Training, figures: _EpochFigures, measured: Mapping[str, float | int]) -> None:
+    """Adds the epoch to the training's history, steps the schedule, and begins the next epoch's counts.
+
+    `measured`: what else is known of the epoch, such as memory, for its line in metrics.jsonl.
+    """
     metrics: dict[str, float | int] = {
         "epoch": training.epoch,
         "step": training.step,
@@ -185,7 +226,8 @@ def _close_epoch(training: Training, figures: _EpochFigures, examples: int) -> N
         "val/accuracy": figures.val.accuracy,
         "time/train_s": figures.train_s,
         "time/eval_s": figures.eval_s,
-        "throughput/samples_per_s": examples / figures.train_s,
+        "throughput/samples_per_s": figures.samples_per_s,
+        **measured,
     }
     training.schedule.after_epoch(metrics)
     training.history.append(metrics)
@@ -236,31 +278,39 @@ def evaluate(
 
 
 def train_step(
-    training: Training, shares: Sequence[Batch], trainer: TrainerConfig, seed: int, runtime: Runtime
+    training: Training,
+    shares: Sequence[Batch],
+    trainer: TrainerConfig,
+    seed: int,
+    runtime: Runtime,
+    recorded: Sums | None = None,
 ) -> None:
     """One optimizer step on this rank's shares of a global batch; all ranks call.
 
     Each share is weighted by its count, so that the sum over the ranks is the gradient of the mean over
     the global batch, however unevenly the batch divides. A step whose gradient is not finite is not
     applied: the sum is the same on all ranks, so all of them see it. Raises UserError on all ranks then,
-    unless trainer.nonfinite=skip.
+    unless trainer.nonfinite=skip. Where `recorded` is given, the step's own figures are added to it.
     """
     is_running = trainer.train_metrics == "running"
     sums_before = training.sums.rows.clone() if is_running else None
+    sums = [each for each in (training.sums if is_running else None, recorded) if each is not None]
 
     # 1. The gradient of this rank's shares, and with it that of all ranks: DDP adds up in the backward
     #    pass. A reproducible run adds up afterwards, in one fixed order.
     losses: list[torch.Tensor] = []
     for row, (share, batch) in enumerate(zip(runtime.shares, shares, strict=True)):
         reseed(mixed(seed, training.step, share), runtime.device)
-        losses += _backward(training, row, batch, trainer, runtime)
+        losses += _backward(training, row, batch, trainer, runtime, sums)
         if training.ordered_sum is not None:
             training.ordered_sum.take(row)
     if training.ordered_sum is not None:
         training.ordered_sum.give(runtime.gather)
 
     # 2. The weights follow the gradient, unless it is not finite.
-    if not _apply_gradient(training, trainer.clip_norm):
+    with _named("optimizer"):
+        is_applied = _apply_gradient(training, trainer.clip_norm)
+    if not is_applied:
         _tell_not_finite(training, losses, trainer.nonfinite, runtime)
         if sums_before is not None:
             training.sums.rows.copy_(sums_before)
@@ -291,12 +341,17 @@ def settle_buckets(training: Training, batch: Batch, precision: str, runtime: Ru
 
 
 def _backward(
-    training: Training, row: int, batch: Batch, trainer: TrainerConfig, runtime: Runtime
+    training: Training,
+    row: int,
+    batch: Batch,
+    trainer: TrainerConfig,
+    runtime: Runtime,
+    sums: Sequence[Sums],
 ) -> list[torch.Tensor]:
     """Adds the gradient of one share to the model's, in `trainer.accumulate` pieces one after the other.
 
-    `row` is the share's number on this rank. Returns the loss of each piece, a scalar, summed over its
-    examples.
+    `row` is the share's number on this rank. The share's figures are added to all of `sums`. Returns the
+    loss of each piece, a scalar, summed over its examples.
     """
     pieces = min(trainer.accumulate, len(batch.labels))
     parts = [(batch.images, batch.labels)]
@@ -307,16 +362,26 @@ def _backward(
         is_last = number == len(parts)
         # DDP adds up over the ranks once, in the backward pass of the last piece.
         with nullcontext() if is_last else runtime.without_sync(training.trained):
-            with runtime.autocast(trainer.precision):
-                logits = training.trained(images)
-            loss = summed_loss(logits, labels, trainer.label_smoothing)
+            with _named("forward"):
+                with runtime.autocast(trainer.precision):
+                    logits = training.trained(images)
+                loss = summed_loss(logits, labels, trainer.label_smoothing)
             known = loss.detach()
-            # The weight is a factor and not an argument of backward(), which would import sympy.
-            training.scaler.scale(loss * _weight(batch, known)).backward()
+            with _named("backward"):
+                # The weight is a factor and not an argument of backward(), which would import sympy.
+                training.scaler.scale(loss * _weight(batch, known)).backward()
         losses.append(known)
-        if trainer.train_metrics == "running" and batch.count:
-            training.sums.add(row, known, logits.detach(), labels)
+        if batch.count:
+            for each in sums:
+                each.add(row, known, logits.detach(), labels)
     return losses
+
+
+def _named(part: str) -> AbstractContextManager[Any]:
+    """A block that stands under this name in a profile (profiling.py), where one is being recorded."""
+    if torch.autograd._profiler_enabled():
+        return torch.profiler.record_function(part)
+    return nullcontext()
 
 
 def _weight(batch: Batch, loss: torch.Tensor) -> float | torch.Tensor:

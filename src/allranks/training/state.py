@@ -212,7 +212,7 @@ def _check_that_it_fits(
 ) -> None:
     """Raises UserError where the run with this identity cannot go on from the checkpoint's state."""
     epochs = identity["trainer.epochs"]
-    there = state["identity"]
+    there = configs.with_new_keys(state["identity"])
     schedule = [value for key, value in identity.items() if key.startswith("scheduler.")]
     if "length" not in schedule:  # else the run's length decides every learning rate
         there = {**there, "trainer.epochs": epochs}

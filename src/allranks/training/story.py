@@ -38,12 +38,23 @@ def pair(label: str, value: str) -> str:
     return f"{INDENT}{label:{LABEL_COLUMNS}}{value}"
 
 
-def title(model: Mapping[str, Any], data: Mapping[str, Any], epochs: int) -> str:
+def title(
+    model: Mapping[str, Any],
+    data: Mapping[str, Any],
+    epochs: int,
+    max_steps: int | None = None,
+    is_one_batch: bool = False,
+) -> str:
     """What is trained, on which data: `Training mlp on mnist for 5 epochs`.
 
-    `model` and `data` are these sections of the configuration.
+    `model` and `data` are these sections of the configuration. `max_steps`: the run ends after so many
+    steps at the latest. `is_one_batch`: each step takes the same batch.
     """
-    return f"Training {name_of(model)} on {name_of(data.get('train', {}))} for {count(epochs, 'epoch')}"
+    examples = name_of(data.get("train", {}))
+    if is_one_batch:
+        examples = f"one batch of {examples}, again and again,"
+    limit = "" if max_steps is None else f", at most {count(max_steps, 'step')}"
+    return f"Training {name_of(model)} on {examples} for {count(epochs, 'epoch')}{limit}"
 
 
 def name_of(section: Mapping[str, Any]) -> str:

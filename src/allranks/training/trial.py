@@ -31,6 +31,7 @@ from allranks.data.parts import Examples
 from allranks.runtime.runtime import Runtime
 from allranks.training.building import Recipe, build_model
 from allranks.training.engine import summed_loss
+from allranks.training.flops import Flops
 from allranks.training.training import Training
 
 # What libraries raise where values, types or shapes do not go together. Any other error of a user's own
@@ -39,16 +40,18 @@ _MISFITS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, As
 _SHOWN_LETTERS = 300  # of a library's message; some list every name of a model
 
 
-def try_first_batch(training: Training, data: Data, recipe: Recipe, runtime: Runtime) -> None:
+def try_first_batch(training: Training, data: Data, recipe: Recipe, runtime: Runtime) -> float | None:
     """Tries one step on rank 0, on the first training examples; all ranks call.
 
-    `recipe` is what the training was built from. Raises UserError, on all ranks, where data, model, loss
-    and optimizer do not go together.
+    `recipe` is what the training was built from. Returns the floating-point operations of a forward and a
+    backward pass for one example, or None where they could not be counted. Raises UserError, on all ranks,
+    where data, model, loss and optimizer do not go together.
     """
-    runtime.meeting.from_rank_0(lambda: _try(training, data, recipe, runtime))
+    flops: float | None = runtime.meeting.from_rank_0(lambda: _try(training, data, recipe, runtime))
+    return flops
 
 
-def _try(training: Training, data: Data, recipe: Recipe, runtime: Runtime) -> None:
+def _try(training: Training, data: Data, recipe: Recipe, runtime: Runtime) -> float | None:
     trainer = recipe.trainer
     model_is = f"model._target_={recipe.model['_target_']}"
     optimizer_is = f"optimizer._target_={recipe.optimizer['_target_']}"
@@ -56,12 +59,14 @@ def _try(training: Training, data: Data, recipe: Recipe, runtime: Runtime) -> No
         examples = data.train.first(min(2, len(data.train)), recipe.seed)
         _check_shape(examples, data.input_shape)
         if any(isinstance(module, nn.SyncBatchNorm) for module in training.model.modules()):
-            return  # it would wait for the other ranks
+            return None  # it would wait for the other ranks
         model = _copy_of(training.model, recipe, runtime)
         model.train()
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
 
-        logits = _forward(model, model_is, examples, trainer.precision, runtime)
+        flops = Flops()
+        with flops:
+            logits = _forward(model, model_is, examples, trainer.precision, runtime)
         _check_logits(logits, model_is, examples, data.classes)
         changed = _changed(buffers, model)
         if trainer.reproducible and changed:
@@ -70,11 +75,12 @@ def _try(training: Training, data: Data, recipe: Recipe, runtime: Runtime) -> No
                 f"{some(changed)} in training: that depends on how a batch is cut into shares. Take a "
                 "layer without such a buffer (GroupNorm, LayerNorm), or trainer.reproducible=false."
             )
-        with _told(f"{model_is}: its output has no gradient that reaches its parameters"):
+        with _told(f"{model_is}: its output has no gradient that reaches its parameters"), flops:
             summed_loss(logits, examples.labels, trainer.label_smoothing).backward()
         _check_gradients(model, model_is, runtime)
         _step(model, optimizer_is, recipe.optimizer)
         _try_one_example(model, model_is, examples, len(data.train), recipe, runtime.share_count)
+        return flops.count / len(examples.labels) if flops.count else None
 
 
 @contextmanager

@@ -1,0 +1,297 @@
+"""Keeps trackers up to date without making the training wait for them.
+
+The records in the run directory are what trackers follow: the lines of metrics-steps.jsonl, and the metrics
+of all epochs. Each tracker has a thread of its own, which reads on from where that tracker is. So a tracker
+that is slow, hangs or fails delays nobody, and one whose server comes back gets what it has missed, without
+a buffer that could run full. After each delivery the thread notes in `tracker/NAME.json` how far the
+tracker is, for a later start of the run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from allranks.base import files
+from allranks.base.errors import UserError
+from allranks.base.text import one_line
+from allranks.components import build
+from allranks.trackers.protocol import Position, TrackedRun, Tracker
+
+log = logging.getLogger(__name__)
+
+MOST_FAILURES = 3  # in a row: then a tracker is left alone until the run ends
+MOST_LINES = 1000  # of steps, handed to a tracker at once
+# Between two deliveries of steps. A server should not be called for every step of a quick model.
+PAUSE_S = 1.0
+
+
+class Trackers:
+    """All trackers of a run. Every rank knows how many there are; only rank 0 imports and calls them."""
+
+    def __init__(self, section: Mapping[str, Any]) -> None:
+        """`section` is the configuration's `tracker`: each key but `every_steps` names a tracker."""
+        self._sections = {name: values for name, values in section.items() if name != "every_steps"}
+        self.names = list(self._sections)
+        # One step in so many is recorded for the trackers; None where they want none.
+        self.every_steps: int | None = section.get("every_steps") if self.names else None
+        self._trackers: dict[str, Tracker] = {}
+        self._followers: list[_Follower] = []
+
+    def build(self) -> None:
+        """Makes the trackers; rank 0 alone calls.
+
+        Raises UserError where one does not exist, or the package that it needs is not installed.
+        """
+        for name, values in self._sections.items():
+            key = f"tracker.{name}"
+            if not isinstance(values, Mapping) or not isinstance(values.get("_target_"), str):
+                raise UserError(
+                    f"{key} is not a tracker: give a section with a _target_, the dotted name of its "
+                    "class, or take tracker=NAME."
+                )
+            self._trackers[name] = build(key, values)
+
+    def start(self, run: TrackedRun, steps_file: Path) -> None:
+        """The run begins or goes on; rank 0 alone calls."""
+        if not self._trackers:
+            return
+        run.folder.mkdir(exist_ok=True)
+        for name, tracker in self._trackers.items():
+            follower = _Follower(name, tracker, run, steps_file, self.every_steps)
+            follower.start()
+            self._followers.append(follower)
+
+    def wake(self, written: int, history: Sequence[Mapping[str, Any]] | None = None) -> None:
+        """There is more to follow; rank 0 alone calls.
+
+        `written`: bytes of whole lines in the file of steps; `history`: the metrics of all epochs, where
+        there is a new one.
+        """
+        for follower in self._followers:
+            follower.wake(written, history)
+
+    def finished(self, summary: Mapping[str, Any]) -> None:
+        """The run is over, and this is its summary.json; close() follows. Rank 0 alone calls."""
+        for follower in self._followers:
+            follower.finished(summary)
+
+    def close(self, limit_s: float, pictures: Sequence[Path] = ()) -> None:
+        """Waits up to `limit_s` s until the trackers have all of the run, and are closed; rank 0 calls.
+
+        `pictures` are PNG files of a run that is finished.
+        """
+        for follower in self._followers:
+            follower.end(pictures)
+        deadline = time.monotonic() + limit_s
+        for follower in self._followers:
+            follower.join(max(0.0, deadline - time.monotonic()))
+            if follower.is_alive():
+                log.warning(
+                    "tracker=%s did not come to its end within %g s: it may not have all of the run",
+                    follower.tracker_name, limit_s,
+                )  # fmt: skip
+
+
+class _State(Enum):
+    """How a follower stands to its tracker."""
+
+    CLOSED = "not opened yet, or to be opened again"
+    OPEN = "follows"
+    FAILED = "has failed, and waits for the end of an epoch"
+    LEFT = "has failed too often"
+
+
+class _Follower(threading.Thread):
+    """The thread of one tracker. The training's thread only calls wake(), finished() and end()."""
+
+    def __init__(
+        self, name: str, tracker: Tracker, run: TrackedRun, steps_file: Path, every_steps: int | None
+    ) -> None:
+        super().__init__(name=f"tracker {name}", daemon=True)  # one that hangs does not hold up the end
+        self.tracker_name = name
+        self._tracker = tracker
+        self._run = run
+        self._steps_file = steps_file
+        self._every_steps = every_steps
+        self._note = run.folder / f"{name}.json"
+        self._state = _State.CLOSED
+        self._failures = 0  # in a row
+        self._at = Position()  # how far the tracker is, since it was opened
+        self._offset = 0  # bytes of the file of steps that are read
+        self._has_summary = False  # whether the tracker has the summary
+
+        # What the training's thread sets, under this condition.
+        self._news = threading.Condition()
+        self._written = 0
+        self._epochs: list[Mapping[str, Any]] = []
+        self._has_news = False
+        self._has_new_epoch = False
+        self._is_over = False
+        self._summary: Mapping[str, Any] | None = None
+        self._pictures: Sequence[Path] = ()
+
+    # --- called by the training's thread --------------------------------------------------------------
+
+    def wake(self, written: int, history: Sequence[Mapping[str, Any]] | None) -> None:
+        """There is more to deliver: see Trackers.wake()."""
+        with self._news:
+            self._written = written
+            if history is not None:
+                self._epochs = list(history)
+                self._has_new_epoch = True
+            self._has_news = True
+            self._news.notify()
+
+    def finished(self, summary: Mapping[str, Any]) -> None:
+        """The run is finished, and this is its summary."""
+        with self._news:
+            self._summary = summary
+            self._has_news = True
+            self._news.notify()
+
+    def end(self, pictures: Sequence[Path]) -> None:
+        """Nothing more comes: the thread delivers what is left, and ends."""
+        with self._news:
+            self._pictures = pictures
+            self._is_over = True
+            self._news.notify()
+
+    # --- the thread -----------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Delivers whatever comes until the end. A tracker's error is told once, and never raised."""
+        while True:
+            with self._news:
+                self._news.wait_for(lambda: self._has_news or self._is_over)
+                is_over = self._is_over
+                may_try_again = self._has_new_epoch or is_over
+                self._has_news = False
+                self._has_new_epoch = False
+            if self._state is _State.FAILED and may_try_again:
+                self._state = _State.CLOSED
+            if self._state in (_State.CLOSED, _State.OPEN):
+                self._try(self._deliver)
+            if is_over:
+                if self._state is _State.OPEN:
+                    self._try(self._close)
+                return
+            with self._news:
+                # The end does not wait for the pause.
+                self._news.wait_for(lambda: self._is_over or self._has_new_epoch, PAUSE_S)
+
+    def _try(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001 - a tracker may raise anything, and must not end the run
+            self._failures += 1
+            if self._failures == 1:
+                log.warning(
+                    "tracker=%s failed (%s: %s); the training goes on, and the tracker is tried again "
+                    "after the next epoch",
+                    self.tracker_name, type(error).__name__, one_line(error)[:300],
+                )  # fmt: skip
+            self._state = _State.LEFT if self._failures >= MOST_FAILURES else _State.FAILED
+        else:
+            self._failures = 0
+
+    def _deliver(self) -> None:
+        """Opens the tracker where it is not open, and hands it all that it has not got."""
+        if self._state is _State.CLOSED:
+            self._open()
+        with self._news:
+            written = self._written
+            epochs = self._epochs
+            summary = self._summary
+        for metrics in epochs:
+            if metrics["epoch"] > self._at.epoch:
+                self._deliver_steps(written, up_to=metrics["step"])
+                self._tracker.epoch(_finite(metrics))
+                self._at = Position(max(self._at.step, metrics["step"]), metrics["epoch"])
+                self._remember()
+        self._deliver_steps(written)
+        if summary is not None and not self._has_summary:
+            self._tracker.summary(_finite(summary))
+            self._has_summary = True
+
+    def _open(self) -> None:
+        run = replace(self._run, delivered=self._remembered())
+        at = self._tracker.open(run)
+        self._at = run.delivered if at is None else at
+        self._offset = 0
+        self._state = _State.OPEN
+        self._remember()  # what the tracker had beyond this is taken back, or is to come once more
+
+    def _deliver_steps(self, written: int, up_to: int | None = None) -> None:
+        """Hands over the recorded steps that the tracker has not got: all, or those up to a step."""
+        if self._every_steps is None:
+            return
+        while self._offset < written:
+            records, end = self._next_lines(written, up_to)
+            wanted = [
+                record
+                for record in records
+                if record["step"] > self._at.step and record["step"] % self._every_steps == 0
+            ]
+            if wanted:
+                self._tracker.steps(wanted)
+                # The last of them may end an epoch whose metrics are not delivered yet. A tracker that
+                # takes back what is beyond its position takes back both or none.
+                self._at = self._at._replace(step=wanted[-1]["step"])
+                self._remember(step=wanted[-1]["step"] - 1)
+            is_stuck = end == self._offset  # at a step beyond `up_to`
+            self._offset = end
+            if is_stuck:
+                return
+
+    def _next_lines(self, written: int, up_to: int | None) -> tuple[list[dict[str, Any]], int]:
+        """The next records of the file of steps, and where in the file they end, in bytes."""
+        records: list[dict[str, Any]] = []
+        end = self._offset
+        with self._steps_file.open("rb") as file:
+            file.seek(self._offset)
+            while end < written and len(records) < MOST_LINES:
+                line = file.readline()
+                if not line:
+                    break
+                record = json.loads(line)
+                if up_to is not None and record["step"] > up_to:
+                    break
+                end += len(line)
+                records.append(record)
+        return records, end
+
+    def _close(self) -> None:
+        if self._pictures:
+            self._tracker.pictures(self._pictures)
+        self._tracker.close(finished=self._has_summary)
+
+    # --- how far the tracker is, for a later start ----------------------------------------------------
+
+    def _remember(self, step: int | None = None) -> None:
+        at = self._at if step is None else self._at._replace(step=step)
+        files.write_json(self._note, at._asdict())
+
+    def _remembered(self) -> Position:
+        """What the tracker has got of the run, as far as this start goes on with it."""
+        noted = Position()
+        with suppress(OSError, ValueError, TypeError):
+            noted = Position(**json.loads(self._note.read_text()))
+        if self._at != Position():  # of this start, before a failure
+            return noted
+        resumed = self._run.resumed
+        return Position(min(noted.step, resumed.step), min(noted.epoch, resumed.epoch))
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, with None for NaN and infinity, as the files of the run directory have them."""
+    made: dict[str, Any] = json.loads(files.line(values))
+    return made

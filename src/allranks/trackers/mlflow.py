@@ -1,0 +1,119 @@
+"""`tracker=mlflow`: a run in MLflow, on the server of MLFLOW_TRACKING_URI or in the run directory.
+
+Without MLFLOW_TRACKING_URI the run is kept in `tracker/mlflow/` of the run directory, as a store of files,
+which needs no server and no database. `mlflow migrate-filestore` puts such a store into a database.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from allranks.trackers.packages import kept_id, require, without_epoch
+from allranks.trackers.protocol import Position, TrackedRun
+
+# Limits of MLflow's REST interface for one call.
+_MOST_METRICS = 1000
+_MOST_PARAMETERS = 100
+_LONGEST_VALUE = 6000
+# MLflow itself tries a server for minutes. Its tracker is tried again after the next epoch anyway.
+_REQUEST_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+
+
+class MLflow:
+    """Metrics for each step and epoch, the configuration as parameters, the pictures as artifacts."""
+
+    def __init__(self, experiment: str = "allranks") -> None:
+        require("mlflow", "mlflow")
+        self._experiment = experiment
+        self._client: Any = None
+        self._id = ""
+        self._has: dict[str, int] = {}  # the last step that MLflow has of each metric
+
+    def open(self, run: TrackedRun) -> Position | None:
+        """Makes the run, or finds it; returns how far MLflow has it."""
+        for name, value in _REQUEST_LIMITS.items():
+            os.environ.setdefault(name, value)
+        uri = os.environ.get("MLFLOW_TRACKING_URI")
+        if not uri:
+            uri = (run.folder / "mlflow").absolute().as_uri()
+            # Without this MLflow 3 refuses its own stores of files, and asks for a database.
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        from mlflow.tracking import MlflowClient
+
+        self._client = MlflowClient(tracking_uri=uri)
+        self._id, is_new = kept_id(run.folder / "mlflow-run", lambda: self._make(run.name))
+        if is_new:
+            self._describe(run)
+        else:
+            self._client.update_run(self._id, status="RUNNING")
+        self._has = {key: self._last_step(key) for key in self._client.get_run(self._id).data.metrics}
+        steps = [step for key, step in self._has.items() if key.startswith("step/")]
+        epochs = []
+        if "epoch" in self._has:
+            epochs = [int(each.value) for each in self._client.get_metric_history(self._id, "epoch")]
+        # A process that was killed may have handed over some figures of its last step or epoch, and not
+        # all of them. These come again, and _log() passes over those that are there.
+        return Position(max(0, min(steps, default=0) - 1), max(0, max(epochs, default=0) - 1))
+
+    def steps(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Metrics of single steps."""
+        self._log([without_epoch(record) for record in records])
+
+    def epoch(self, metrics: Mapping[str, Any]) -> None:
+        """Metrics of an epoch, at its last step."""
+        self._log([metrics])
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """The figures of the test as metrics, and the whole summary as an artifact."""
+        step = max(self._has.values(), default=0)
+        test = {key: value for key, value in values.items() if key.startswith("test/")}
+        self._log([{"step": step, **test}])
+        self._client.log_dict(self._id, dict(values), "summary.json")
+
+    def pictures(self, paths: Sequence[Path]) -> None:
+        """Each picture as an artifact."""
+        for path in paths:
+            self._client.log_artifact(self._id, str(path), "pictures")
+
+    def close(self, finished: bool) -> None:
+        """Tells MLflow that the run is finished, or will be gone on with."""
+        self._client.set_terminated(self._id, "FINISHED" if finished else "SCHEDULED")
+
+    # --- tools ----------------------------------------------------------------------------------------
+
+    def _make(self, name: str) -> str:
+        """A new run in the experiment; returns its id."""
+        found = self._client.get_experiment_by_name(self._experiment)
+        experiment = found.experiment_id if found else self._client.create_experiment(self._experiment)
+        return str(self._client.create_run(experiment, run_name=name).info.run_id)
+
+    def _describe(self, run: TrackedRun) -> None:
+        from mlflow.entities import Param
+
+        values = [Param(key, str(value)[:_LONGEST_VALUE]) for key, value in run.config.items()]
+        for begin in range(0, len(values), _MOST_PARAMETERS):
+            self._client.log_batch(self._id, params=values[begin : begin + _MOST_PARAMETERS])
+        self._client.log_dict(self._id, dict(run.environment), "environment.json")
+
+    def _last_step(self, key: str) -> int:
+        return max((each.step for each in self._client.get_metric_history(self._id, key)), default=0)
+
+    def _log(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Logs what MLflow has not got yet. A figure that is not finite (None) is left out."""
+        from mlflow.entities import Metric
+
+        now_ms = int(1000 * time.time())
+        metrics = [
+            Metric(key, float(value), now_ms, record["step"])
+            for record in records
+            for key, value in record.items()
+            if key != "step" and value is not None and record["step"] > self._has.get(key, 0)
+        ]
+        for begin in range(0, len(metrics), _MOST_METRICS):
+            part = metrics[begin : begin + _MOST_METRICS]
+            self._client.log_batch(self._id, metrics=part)
+            self._has.update({each.key: each.step for each in part})

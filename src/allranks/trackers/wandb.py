@@ -1,0 +1,169 @@
+"""`tracker=wandb`: a run in Weights & Biases, sent to its server or kept in the run directory.
+
+WANDB_MODE decides. Without it the run is sent where W&B has an API key for its server and the server
+answers; otherwise it is offline. `wandb sync` sends what is in `tracker/wandb/` later. W&B's own file
+there, which it writes online and offline alike, tells after a resume what it has got.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import netrc
+import os
+import secrets
+import socket
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from allranks.trackers.packages import kept_id, require, without_epoch
+from allranks.trackers.protocol import Position, TrackedRun
+
+log = logging.getLogger(__name__)
+
+_SERVER = "https://api.wandb.ai"
+_ANSWER_S = 3.0  # a server that takes longer to accept a connection counts as out of reach
+_START_S = 60.0  # that W&B may take to begin a run
+
+# W&B's file: a head of 7 bytes, then blocks of 32 KiB. In a block stand pieces of records, each behind a
+# checksum, its length and its kind. A record that does not fit into a block goes on in the next one.
+_HEAD = 7
+_BLOCK = 32768
+_PIECE = struct.Struct("<IHB")
+_WHOLE, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
+
+
+class WandB:
+    """Figures for each step and epoch, the configuration and environment, the pictures as images."""
+
+    def __init__(self, project: str = "allranks", entity: str | None = None) -> None:
+        require("wandb", "wandb")
+        self._project = project
+        self._entity = entity
+        self._run: Any = None
+
+    def open(self, run: TrackedRun) -> Position | None:
+        """Begins the W&B run or goes on with it; returns how far W&B's own files have it."""
+        import wandb
+
+        run_id, _ = kept_id(run.folder / "wandb-run", lambda: secrets.token_hex(4))
+        position = _position(sorted(run.folder.glob(f"wandb/*/run-{run_id}.wandb")))
+        mode: Any = os.environ.get("WANDB_MODE") or _mode()
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT") or self._project,
+            entity=os.environ.get("WANDB_ENTITY") or self._entity,
+            id=run_id,
+            name=os.environ.get("WANDB_NAME") or f"{run.name} {run.directory.name}",
+            dir=str(run.folder),
+            config={**run.config, "environment": dict(run.environment)},
+            mode=mode,
+            resume="allow",
+            reinit="create_new",  # after a failure the former one may still be there
+            settings=wandb.Settings(console="off", silent=True, init_timeout=_START_S),
+        )
+        # A row of its own for each step and each epoch, all of them drawn over `step`.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+        return position
+
+    def steps(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """A row for each step."""
+        for record in records:
+            self._run.log(without_epoch(record))
+
+    def epoch(self, metrics: Mapping[str, Any]) -> None:
+        """A row for the epoch."""
+        self._run.log(dict(metrics))
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """The values of summary.json, in the run's summary."""
+        self._run.summary.update(dict(values))
+
+    def pictures(self, paths: Sequence[Path]) -> None:
+        """Each picture as an image that has the file's name."""
+        import wandb
+
+        self._run.log({path.stem: wandb.Image(str(path)) for path in paths})
+
+    def close(self, finished: bool) -> None:
+        """Ends W&B's part in this process. A run that is not finished may be gone on with."""
+        self._run.finish(exit_code=0 if finished else 1)
+
+
+def _mode() -> str:
+    """`online` where W&B has a key for its server and the server answers, else `offline`."""
+    server = os.environ.get("WANDB_BASE_URL") or _SERVER
+    parts = urlsplit(server)
+    host = parts.hostname or ""
+    if not _has_key(host):
+        log.info("wandb: offline, as there is no API key for %s: `wandb sync` sends it later", host)
+        return "offline"
+    port = parts.port or (80 if parts.scheme == "http" else 443)
+    try:
+        socket.create_connection((host, port), _ANSWER_S).close()
+    except OSError as error:
+        log.info("wandb: offline, as %s does not answer (%s): `wandb sync` sends it later", host, error)
+        return "offline"
+    return "online"
+
+
+def _has_key(host: str) -> bool:
+    """Whether there is a key for this server where W&B looks for one."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    with suppress(OSError, netrc.NetrcParseError):
+        return netrc.netrc().authenticators(host) is not None
+    return False
+
+
+def _position(paths: Sequence[Path]) -> Position:
+    """The last step and epoch in W&B's files of a run."""
+    step = 0
+    epoch = 0
+    for path in paths:
+        for row in rows_of(path):
+            if "step/loss" in row:
+                step = max(step, int(row["step"]))
+            elif "epoch" in row:
+                epoch = max(epoch, int(row["epoch"]))
+    return Position(step, epoch)
+
+
+def rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows that were logged into one of W&B's own files, in their order."""
+    from wandb.proto import wandb_internal_pb2
+
+    kind: Any = wandb_internal_pb2
+    for content in _records(path.read_bytes()):
+        record = kind.Record()
+        record.ParseFromString(content)
+        if record.WhichOneof("record_type") == "history":
+            yield {
+                (item.key or ".".join(item.nested_key)): json.loads(item.value_json)
+                for item in record.history.item
+            }
+
+
+def _records(content: bytes) -> Iterator[bytes]:
+    """The whole records of one of W&B's files; the end of one that was being written is left out."""
+    at = _HEAD
+    pieces: list[bytes] = []
+    while at + _PIECE.size <= len(content):
+        left = _BLOCK - at % _BLOCK
+        if left < _PIECE.size:  # too little for a piece: filled up
+            at += left
+            continue
+        _checksum, length, kind = _PIECE.unpack_from(content, at)
+        begin = at + _PIECE.size
+        if kind not in (_WHOLE, _FIRST, _MIDDLE, _LAST) or begin + length > len(content):
+            return
+        if kind in (_WHOLE, _FIRST):
+            pieces = []
+        pieces.append(content[begin : begin + length])
+        at = begin + length
+        if kind in (_WHOLE, _LAST):
+            yield b"".join(pieces)

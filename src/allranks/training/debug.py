@@ -1,0 +1,95 @@
+"""`allranks train --debug`: the first steps of a training, with everything on that shows what they do.
+
+It is an ordinary run with the settings below, in one process, and in a directory of its own
+(`runs/debug-NAME/`), so that nobody takes it for a result. Its end is a summary of what was seen, and
+where. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from allranks.base.errors import UserError
+from allranks.compose import from_command_line
+from allranks.config import Config, RunConfig
+from allranks.run import directory as rundir
+
+# What a user gives on the command line goes before these.
+OVERRIDES = (
+    "trainer.max_steps=25",  # of which 10 to 20 are profiled
+    "trainer.train_metrics=running",  # no pass over all training examples
+    "trainer.log_every_steps=1",
+    "trainer.detect_anomaly=true",
+    "profile=true",
+)
+_SHOWN_OPERATIONS = 3
+_GIB = 2**30
+
+
+def configurations(arguments: Sequence[str], is_alone: bool) -> list[Config]:
+    """The training to debug, from the command line's arguments; none after --help. Raises UserError.
+
+    `is_alone`: no launcher has started other ranks beside this process.
+    """
+    if not is_alone:
+        raise UserError("--debug is for one process: leave the launcher out, or leave --debug out.")
+    others = [argument for argument in arguments if argument != "--debug"]
+    configs = from_command_line([*OVERRIDES, *others])
+    if len(configs) > 1:
+        raise UserError("--debug is for one training: leave out -m, and give one value for each key.")
+    if not configs:
+        return []
+    config = replace(configs[0], name=f"debug-{configs[0].name}")
+    directory = config.run.dir or rundir.choose(None, config.name)
+    return [replace(config, run=RunConfig(directory))]
+
+
+def seen(directory: str) -> str:
+    """What a debugged run has shown, in a few lines, and the files that hold more."""
+    path = Path(directory)
+    steps = [json.loads(line) for line in (path / "metrics-steps.jsonl").read_text().splitlines()]
+    [*_, epoch] = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        f"loss      {_number(steps[0]['step/loss'])} in step {steps[0]['step']}, "
+        f"{_number(steps[-1]['step/loss'])} in step {steps[-1]['step']}",
+        f"speed     {epoch['throughput/samples_per_s']:,.0f} examples/s while all of this was looked at"
+        + _flops(epoch),
+        f"memory    {_memory(epoch)}",
+    ]
+    table = path / "profile" / "table.json"
+    if table.exists():
+        lines.append(f"time      {_time(json.loads(table.read_text()))}")
+    lines += [
+        f"each step           {path / 'metrics-steps.jsonl'}",
+        f"each operation      {path / 'profile' / 'table.md'}",
+        f"what ran when       {path / 'profile' / 'rank-0.json.gz'}, for https://ui.perfetto.dev",
+    ]
+    return "\n".join(["seen in this debug run:", *(f"  {line}" for line in lines)])
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
+
+
+def _flops(epoch: Mapping[str, Any]) -> str:
+    flops = epoch.get("throughput/model_flops_per_s")
+    return "" if flops is None else f", {flops / 1e9:.3g} GFLOP/s"
+
+
+def _memory(epoch: Mapping[str, Any]) -> str:
+    text = f"{epoch['memory/process_peak_bytes'] / _GIB:.2f} GiB of the process at most"
+    device = epoch.get("memory/device_peak_bytes")
+    return text if device is None else f"{text}, {device / _GIB:.2f} GiB of the device"
+
+
+def _time(table: Mapping[str, Any]) -> str:
+    """The parts of a step and the longest operations, as shares of a step's time."""
+    parts = {name: part["cpu_ms"] for name, part in table["parts"].items()}
+    whole_ms = sum(parts.values()) or 1.0
+    shares = [f"{name} {100 * ms / whole_ms:.0f} %" for name, ms in parts.items()]
+    longest = [f"{row['name']} {100 * row['share']:.0f} %" for row in table["rows"][:_SHOWN_OPERATIONS]]
+    return f"{', '.join(shares)}; most of it in {', '.join(longest)}"

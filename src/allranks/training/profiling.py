@@ -1,0 +1,143 @@
+"""`profile=true`: where the time of a few steps goes, operation by operation.
+
+torch.profiler records steps 10 to 20 of each start: by then memory is laid out and code is compiled. Each
+rank writes its trace, `profile/rank-N.json.gz`, for https://ui.perfetto.dev or chrome://tracing. Rank 0
+also writes a table of the operations that took longest: `profile/table.json` for programs, and
+`profile/table.md` to read.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from allranks.base import files
+from allranks.base.text import one_line
+from allranks.runtime.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+FIRST, LAST = 10, 20  # the steps of a start that are recorded, counted from 1
+ROWS = 30  # of the table
+# The parts of a step, as engine._named() calls them. They stand in the table beside torch's own operations.
+PARTS = ("forward", "backward", "optimizer")
+
+
+def recorded_steps(left: int) -> range:
+    """Which steps of a start are recorded where `left` steps are left of the run, counted from 1.
+
+    A short run is recorded from its second step on: the first one does more than all others.
+    """
+    if left >= LAST:
+        return range(FIRST, LAST + 1)
+    return range(min(2, left), left + 1)
+
+
+class Profile:
+    """One rank's profile of some steps of this start."""
+
+    def __init__(self, runtime: Runtime, directory: Path, left: int, save_s: float) -> None:
+        self._runtime = runtime
+        self._folder = directory / "profile"
+        self._steps = recorded_steps(left)
+        self._save_s = save_s  # that writing may take
+        self._taken = 0  # steps of this start
+        self._profiler: Any = None  # while steps are recorded
+
+    def begin_step(self) -> None:
+        """A step begins."""
+        self._taken += 1
+        if self._taken == self._steps.start:
+            # What the profiler's library says of itself, and of GPUs that are not there, helps nobody.
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            if self._runtime.device.type in ("cuda", "xpu"):
+                activities.append(
+                    getattr(torch.profiler.ProfilerActivity, self._runtime.device.type.upper())
+                )
+            self._profiler = torch.profiler.profile(activities=activities)
+            self._profiler.start()
+
+    def end_step(self) -> None:
+        """The step has been taken; after the last of those to be recorded the profile is written."""
+        if self._profiler is None or self._taken < self._steps[-1]:
+            return
+        self._runtime.synchronize()
+        self._profiler.stop()
+        profiler = self._profiler
+        self._profiler = None
+        with self._runtime.progress.phase("writing a profile (watchdog.save_s)", self._save_s):
+            try:
+                self._write(profiler)
+            except (OSError, RuntimeError) as error:
+                log.warning("the profile could not be written (%s); the training goes on", one_line(error))
+
+    def _write(self, profiler: Any) -> None:
+        rank = self._runtime.rank
+        self._folder.mkdir(exist_ok=True)
+        profiler.export_chrome_trace(str(self._folder / f"rank-{rank}.json.gz"))
+        if rank:
+            return
+        table = table_of(profiler.key_averages(), self._steps, self._runtime.device.type)
+        files.write_json(self._folder / "table.json", table)
+        files.write_text(self._folder / "table.md", as_markdown(table)).close()
+        log.info("steps %d to %d are profiled: %s", table["steps"][0], table["steps"][1], self._folder)
+
+
+def table_of(averages: Sequence[Any], steps: range, device_type: str) -> dict[str, Any]:
+    """Where the time went, for table.json: the parts of a step, and the operations that took longest.
+
+    `averages` are the profiler's key_averages(). `share` is that of all operations' own time, on the device
+    where it is no CPU.
+    """
+    on_device = device_type != "cpu"
+
+    def own_us(each: Any) -> float:
+        return float(each.self_device_time_total if on_device else each.self_cpu_time_total)
+
+    operations = [
+        each for each in averages if each.key not in PARTS and not each.key.startswith("ProfilerStep")
+    ]
+    whole_us = sum(own_us(each) for each in operations) or 1.0
+    longest = sorted(operations, key=own_us, reverse=True)[:ROWS]
+    rows = [
+        {
+            "name": each.key,
+            "calls": each.count,
+            "own_cpu_ms": round(each.self_cpu_time_total / 1000, 3),
+            "own_device_ms": round(each.self_device_time_total / 1000, 3) if on_device else None,
+            "share": round(own_us(each) / whole_us, 4),
+        }
+        for each in longest
+    ]
+    parts = {
+        each.key: {"calls": each.count, "cpu_ms": round(each.cpu_time_total / 1000, 3)}
+        for each in averages
+        if each.key in PARTS
+    }
+    return {"steps": [steps[0], steps[-1]], "rank": 0, "device": device_type, "parts": parts, "rows": rows}
+
+
+def as_markdown(table: Mapping[str, Any]) -> str:
+    """The table of table_of() as a page to read."""
+    first, last = table["steps"]
+    lines = [
+        f"# Where the time went: rank 0, steps {first} to {last}, on {table['device']}",
+        "",
+        "| part of a step | calls | ms |",
+        "|---|---:|---:|",
+        *(f"| {name} | {part['calls']} | {part['cpu_ms']:.1f} |" for name, part in table["parts"].items()),
+        "",
+        "| operation | calls | own ms on the CPU | own ms on the device | share |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in table["rows"]:
+        device = "" if row["own_device_ms"] is None else f"{row['own_device_ms']:.1f}"
+        share = f"{100 * row['share']:.1f} %"
+        lines.append(f"| {row['name']} | {row['calls']} | {row['own_cpu_ms']:.1f} | {device} | {share} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,288 @@
+"""What is recorded of a run besides its epochs' figures: single steps, memory, FLOP/s, a profile.
+
+Every rank has Records, because the figures of steps and of memory are brought together by all of them. Only
+rank 0 writes metrics-steps.jsonl, and hands figures to the trackers (allranks.trackers).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import torch
+
+from allranks.base import files
+from allranks.base.errors import UserError
+from allranks.config import TrainerConfig
+from allranks.run import directory as rundir
+from allranks.runtime.runtime import Runtime
+from allranks.training.flops import peak_of_this_device
+from allranks.training.length import RunLength
+from allranks.training.memory import peaks_of_ranks
+from allranks.training.metrics import Sums
+from allranks.training.steps import StepRecorder
+from allranks.training.training import Training
+
+if TYPE_CHECKING:
+    from allranks.trackers.follower import Trackers
+    from allranks.training.profiling import Profile
+
+log = logging.getLogger(__name__)
+
+# The keys of an epoch's metrics that summary.json has as well.
+OF_THE_RUN = (
+    "memory/process_peak_bytes",
+    "memory/device_peak_bytes",
+    "throughput/model_flops_per_s",
+    "throughput/share_of_peak",
+)
+STEPS = "metrics-steps.jsonl"
+# How long the trackers may take at the end for what they have not got yet: at a run's own end, and where it
+# is stopped, when its job may end within seconds (training.control.MARGIN_S).
+FINISH_S = 30.0
+STOP_S = 5.0
+
+
+class Records:
+    """One rank's records of one run, from open() to finished() or stopped()."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        trainer: TrainerConfig,
+        tracker: Mapping[str, Any],
+        profile: bool,
+        save_s: float,
+    ) -> None:
+        """Makes the trackers on rank 0; all ranks call, and raise UserError where one cannot be made.
+
+        `tracker` is the configuration's section. `profile`: whether some steps are profiled. `save_s`:
+        seconds that writing a profile may take.
+        """
+        self._flops_per_example: float | None = None  # of a forward and a backward pass
+        self._peak_flops_per_s: float | None = None  # of one device; None where it is not known
+        self._precision = trainer.precision
+        self._wants_profile = profile
+        self._save_s = save_s
+        self._runtime = runtime
+        every = [trainer.log_every_steps]
+        self._trackers: Trackers | None = None  # where there is none, their module is not imported
+        if any(key != "every_steps" for key in tracker):
+            from allranks.trackers.follower import Trackers
+
+            self._trackers = Trackers(tracker)
+            runtime.meeting.from_rank_0(self._trackers.build)
+            every.append(self._trackers.every_steps)
+        self._every = [number for number in every if number is not None]
+        self._recorder = StepRecorder(self._every, runtime)
+        self._file: StepsFile | None = None  # rank 0's, where steps are recorded
+        self._profile: Profile | None = None
+
+    def measured_by(self, training: Training, flops_per_example: float | None) -> None:
+        """The trial before the training has counted a model's floating-point operations for an example.
+
+        They are None where they could not be counted.
+        """
+        convolutions = any(isinstance(m, torch.nn.modules.conv._ConvNd) for m in training.model.modules())
+        self._flops_per_example = flops_per_example
+        self._peak_flops_per_s = peak_of_this_device(self._runtime, self._precision, convolutions)
+
+    def open(
+        self,
+        path: str,
+        training: Training,
+        length: RunLength,
+        config: Mapping[str, Any],
+        check: Callable[[], None],
+        is_new: bool,
+    ) -> None:
+        """The run directory is there, and `training` stands where the run begins or goes on.
+
+        `length` is the whole run's; `config` has every value of the configuration, by dotted key. `check`
+        raises UserError where another run has taken the directory. `is_new`: nothing of an earlier start
+        can be in it.
+        """
+        directory = Path(path)
+        left = length.steps - training.step
+        if self._wants_profile and left:
+            from allranks.training.profiling import Profile
+
+            self._profile = Profile(self._runtime, directory, left, self._save_s)
+        if not self._runtime.is_main:
+            return
+        with rundir.writing(path):
+            if self._every or not is_new:
+                check()
+                self._file = StepsFile(directory / STEPS, training.step, bool(self._every))
+            if self._trackers is not None:
+                from allranks.trackers.protocol import Position, TrackedRun
+
+                facts = TrackedRun(
+                    directory=directory,
+                    name=str(config["name"]),
+                    config=config,
+                    environment=json.loads((directory / "environment.json").read_text()),
+                    resumed=Position(training.step, training.epoch),
+                )
+                self._trackers.start(facts, directory / STEPS)
+                self._wake(training.history)
+
+    # --- steps ---------------------------------------------------------------------------------------
+
+    @contextmanager
+    def of_step(self, training: Training) -> Iterator[Sums | None]:
+        """The block takes one step. Gives where to add up its figures; None where they are not recorded."""
+        if self._profile is not None:
+            self._profile.begin_step()
+        try:
+            yield self._recorder.begin(training)
+        except UserError as error:
+            if error.said_by is not None or self._runtime.world_size == 1:
+                # All ranks raise this error here, as after a loss that is not finite. The steps that led to
+                # it explain it.
+                self.collect()
+            raise
+        if self._profile is not None:
+            self._profile.end_step()
+
+    def collect(self) -> None:
+        """Brings the figures of the recorded steps together, and writes them; all ranks call."""
+        records = self._recorder.collect()
+        if records and self._file is not None:
+            self._file.append(records)
+            self._wake()
+
+    # --- epochs --------------------------------------------------------------------------------------
+
+    def of_epoch(self, samples_per_s: float) -> dict[str, float | int]:
+        """What is measured of an epoch besides its figures, for metrics.jsonl; all ranks call.
+
+        `samples_per_s`: training examples of all ranks.
+        """
+        measured: dict[str, float | int] = {**peaks_of_ranks(self._runtime)}
+        if self._flops_per_example:
+            measured["throughput/model_flops_per_s"] = self._flops_per_example * samples_per_s
+            if self._peak_flops_per_s:
+                of_all = self._peak_flops_per_s * self._runtime.world_size
+                measured["throughput/share_of_peak"] = measured["throughput/model_flops_per_s"] / of_all
+        return measured
+
+    def epoch_closed(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """One more epoch is over; `history` has the metrics of all epochs so far."""
+        if self._runtime.is_main:
+            self._wake(history)
+
+    # --- how it ends ---------------------------------------------------------------------------------
+
+    def finished(self, summary: Mapping[str, Any]) -> None:
+        """The run is over, and this is its summary.json. close() follows."""
+        if self._trackers is not None and self._runtime.is_main:
+            self._trackers.finished(summary)
+        if self._file is not None:
+            self._file.close()
+
+    def stopped(self) -> None:
+        """The run stops, and another start goes on with it. Waits a moment for the trackers."""
+        if self._file is not None:
+            self._file.close()
+        self._close_trackers(STOP_S)
+
+    def close(self, pictures: Sequence[Path] = ()) -> None:
+        """Hands the finished run's `pictures`, PNG files, to the trackers, and waits until they have all.
+
+        No rank waits for another one here.
+        """
+        self._close_trackers(FINISH_S, pictures)
+
+    def _close_trackers(self, limit_s: float, pictures: Sequence[Path] = ()) -> None:
+        if self._trackers is None or not self._runtime.is_main:
+            return
+        # The watchdog allows twice the time, as the limit is kept by the clock of another thread.
+        with self._runtime.progress.phase("closing the trackers", 2 * limit_s):
+            self._trackers.close(limit_s, pictures)
+
+    def _wake(self, history: Sequence[Mapping[str, Any]] | None = None) -> None:
+        """Tells the trackers what there is for them."""
+        if self._trackers is None:
+            return
+        written = self._file.written if self._file is not None else 0
+        self._trackers.wake(written, history)
+
+
+def of_run(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What summary.json has of memory and operations: those of the last of these epochs."""
+    if not history:
+        return {}
+    return {key: history[-1][key] for key in OF_THE_RUN if key in history[-1]}
+
+
+class StepsFile:
+    """metrics-steps.jsonl, which rank 0 writes: no step twice, however often the run goes on."""
+
+    def __init__(self, path: Path, step: int, wanted: bool) -> None:
+        """Keeps what an earlier start has written up to `step`, where this one goes on.
+
+        Where nothing more is `wanted`, no file is made. Raises OSError.
+        """
+        self.written = 0  # bytes, in whole lines; read by the trackers' threads
+        self._path = path
+        self._file: BinaryIO | None = None
+        self._waiting: list[str] = []  # lines that could not be written yet
+        self._fails = False  # whether the newest attempt to write has failed
+        kept = "".join(files.line(record) for record in read_steps(path) if record["step"] <= step)
+        if wanted or path.exists():
+            files.write_text(path, kept).close()
+            self.written = len(kept.encode())
+
+    def append(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Appends a line for each record, and hands them to the operating system.
+
+        Where that fails, as on a full disk, the lines are kept and tried again the next time.
+        """
+        self._waiting += map(files.line, records)
+        text = "".join(self._waiting).encode()
+        try:
+            if self._file is None:
+                self._file = self._path.open("r+b" if self._path.exists() else "w+b")
+                self._file.truncate(self.written)  # the half of a line, perhaps
+                self._file.seek(0, os.SEEK_END)
+            self._file.write(text)
+            self._file.flush()
+        except OSError as error:
+            if not self._fails:
+                log.warning("%s could not be written (%s); the training goes on", STEPS, error.strerror)
+            self._fails = True
+            self.close()
+            return
+        self._fails = False
+        self.written += len(text)
+        self._waiting.clear()
+
+    def close(self) -> None:
+        """Closes the file; append() would open it again."""
+        file = self._file
+        self._file = None
+        if file is not None:
+            with suppress(OSError):
+                file.close()
+
+
+def read_steps(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a metrics-steps.jsonl; none where there is no such file.
+
+    A line that is not whole is left out: the process that wrote it was killed.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return
+    for line in content.splitlines():
+        with suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                yield record

@@ -1,0 +1,69 @@
+"""The figures of single steps: loss, accuracy and learning rate of one step in so many, over all ranks.
+
+Which steps are recorded follows from their numbers alone, so all ranks know it without a word. A rank adds
+up its own shares of such a step on the device, and nothing is read from there. When the ranks meet anyway,
+between two batches or at the end of an epoch, they bring the sums of all recorded steps together in one
+message. Where no steps are recorded there is no message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from allranks.runtime.runtime import Runtime
+from allranks.training.metrics import Sums
+from allranks.training.training import Training
+
+
+class _Recorded(NamedTuple):
+    """One step whose figures have not been brought together yet."""
+
+    step: int  # counted from 1
+    epoch: int  # counted from 1
+    lr: float
+    sums: Sums  # of this rank's shares
+
+
+class StepRecorder:
+    """One rank's part in recording the steps whose number one of the numbers in `every` divides."""
+
+    def __init__(self, every: Sequence[int], runtime: Runtime) -> None:
+        self._every = every
+        self._runtime = runtime
+        self._recorded: list[_Recorded] = []
+
+    def begin(self, training: Training) -> Sums | None:
+        """Where the figures of the step that begins now are to be added up; None for nowhere."""
+        step = training.step + 1
+        if not any(step % every == 0 for every in self._every):
+            return None
+        lr = float(training.optimizer.param_groups[0]["lr"])
+        sums = Sums(self._runtime)
+        self._recorded.append(_Recorded(step, training.epoch + 1, lr, sums))
+        return sums
+
+    def collect(self) -> list[dict[str, Any]]:
+        """The figures of the steps recorded since the last call, over all ranks; all ranks call.
+
+        The sums are added in the order of the shares: where the shares are the same, so are the bits.
+        """
+        recorded = self._recorded
+        self._recorded = []
+        if not recorded:  # on all ranks alike
+            return []
+        mine = torch.stack([each.sums.rows for each in recorded], dim=1)  # [shares, steps, COLUMNS]
+        totals = self._runtime.gather(mine.flatten(1)).sum(dim=0).view(mine.shape[1:])
+        records = []
+        for each, (loss, correct, count) in zip(recorded, totals.tolist(), strict=True):
+            record = {
+                "step": each.step,
+                "epoch": each.epoch,
+                "step/lr": each.lr,
+                "step/loss": loss / max(count, 1),
+                "step/accuracy": 100 * correct / max(count, 1),
+            }
+            records.append(record)
+        return records

@@ -1,0 +1,430 @@
+"""Trackers: what the real ones have of a run, also of one that was killed; and that none stops a run."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import re
+import signal
+import struct
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from allranks.base.errors import UserError
+from allranks.compose import from_command_line
+from allranks.run import checkpoint
+from allranks.trackers.protocol import Position, TrackedRun
+from allranks.training import records
+from helpers import ROOT, SMALL, TRAIN, Run, Started, only_long, tree, until
+from test_resume import figures
+
+RUN = (*SMALL, "model=linear", "trainer.batch_size=100", "trainer.epochs=2")  # 12 steps in each epoch
+Curve = list[tuple[int, float]]  # (step, value), in the order in which they are stored
+
+
+# --- reading back what real trackers have -------------------------------------------------------------
+
+
+def in_jsonl(run: Run, key: str) -> Curve:
+    name = "steps" if key.startswith("step/") else "epochs"
+    lines = (run.path / f"tracker/{name}.jsonl").read_text().splitlines()
+    return [(record["step"], record[key]) for record in map(json.loads, lines)]
+
+
+def in_csv(run: Run, key: str) -> Curve:
+    name = "steps" if key.startswith("step/") else "epochs"
+    with (run.path / f"tracker/{name}.csv").open(newline="") as file:
+        return [(int(row["step"]), float(row[key])) for row in csv.DictReader(file)]
+
+
+def in_tensorboard(run: Run, key: str) -> Curve:
+    return [(event.step, event.value) for event in events(run).Scalars(key)]
+
+
+def events(run: Run) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(
+        str(run.path / "tracker/tensorboard"), {"scalars": 0, "images": 0, "tensors": 0}
+    )
+    return accumulator.Reload()
+
+
+def in_wandb(run: Run, key: str) -> Curve:
+    from allranks.trackers.wandb import rows_of
+
+    files = sorted((run.path / "tracker/wandb").glob("offline-run-*/run-*.wandb"))
+    return [(int(row["step"]), row[key]) for file in files for row in rows_of(file) if key in row]
+
+
+def in_mlflow(run: Run, key: str) -> Curve:
+    client, run_id = mlflow_of(run)
+    return [(metric.step, metric.value) for metric in client.get_metric_history(run_id, key)]
+
+
+def mlflow_of(run: Run) -> tuple[Any, str]:
+    os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=(run.path / "tracker/mlflow").as_uri())
+    return client, (run.path / "tracker/mlflow-run").read_text().strip()
+
+
+READERS: dict[str, Callable[[Run, str], Curve]] = {
+    "jsonl": in_jsonl, "csv": in_csv, "tensorboard": in_tensorboard, "wandb": in_wandb, "mlflow": in_mlflow,
+}  # fmt: skip
+NEEDS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+KINDS = ["jsonl", "csv", "tensorboard", only_long("wandb"), only_long("mlflow")]
+
+
+def curves_of(run: Run, every: int) -> dict[str, Curve]:
+    """What a tracker must have, by the run's own records."""
+    steps = [json.loads(line) for line in (run.path / "metrics-steps.jsonl").read_text().splitlines()]
+    wanted = [record for record in steps if record["step"] % every == 0]
+    return {
+        **{key: [(r["step"], r[key]) for r in wanted] for key in ("step/loss", "step/accuracy", "step/lr")},
+        **{
+            key: [(m["step"], m[key]) for m in run.metrics]
+            for key in ("epoch", "val/loss", "train/accuracy")
+        },
+    }
+
+
+def check(run: Run, kind: str, every: int) -> None:
+    """The tracker has the run's curves, each point once."""
+    for key, curve in curves_of(run, every).items():
+        found = READERS[kind](run, key)
+        assert [step for step, _ in found] == [step for step, _ in curve], (kind, key)
+        # TensorBoard keeps float32.
+        assert [value for _, value in found] == pytest.approx([value for _, value in curve], rel=1e-6), key
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tracker_has_each_step_and_epoch(train, kind):
+    pytest.importorskip(NEEDS.get(kind, "json"))
+    done = train(*RUN, f"tracker={kind}", "tracker.every_steps=5").ok()
+    assert done.left_running == []
+    assert "failed" not in done.out + done.err
+    assert [step for step, _ in READERS[kind](done.run, "step/loss")] == [5, 10, 15, 20]
+    check(done.run, kind, 5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_and_gone_on_a_tracker_has_no_step_twice(train, tmp_path, kind):
+    pytest.importorskip(NEEDS.get(kind, "json"))
+    overrides = (*SMALL, "model=mlp", "trainer.epochs=40", "trainer.batch_size=16", "run.dir=run",
+                 "checkpoint.every_epochs=null", "checkpoint.every_steps=400", "trainer.log_every_steps=7",
+                 f"tracker={kind}", "tracker.every_steps=10")  # fmt: skip
+    note = tmp_path / f"run/tracker/{kind}.json"
+
+    def is_ahead() -> bool:
+        """The tracker has steps that the newest checkpoint has not."""
+        saved = checkpoint.steps(tmp_path / "run")
+        return bool(saved and note.exists() and json.loads(note.read_text())["step"] > saved[0] + 10)
+
+    with Started([*TRAIN, *overrides], cwd=tmp_path) as started:
+        until(lambda: is_ahead() or started.process.poll() is not None, every_s=0.005)
+        assert started.process.poll() is None, started.finish()
+        os.kill(started.process.pid, signal.SIGKILL)
+        started.process.wait()
+        until(lambda: not started.pids())  # W&B's own process writes what it has, and ends
+    done = train(*overrides).ok()
+    assert "going on from" in done.out
+    assert [m["step"] for m in done.run.metrics] == list(range(75, 3001, 75))
+    check(done.run, kind, 10)
+
+
+def test_several_trackers_at_once(train_here):
+    run = train_here(*RUN, "tracker=[csv,jsonl]", "tracker.every_steps=8")
+    check(run, "csv", 8)
+    check(run, "jsonl", 8)
+
+
+def test_without_steps_there_are_epochs(train_here):
+    run = train_here(*RUN, "tracker=csv", "tracker.every_steps=null")
+    assert [step for step, _ in in_csv(run, "val/loss")] == [12, 24]
+    assert not (run.path / "metrics-steps.jsonl").exists()
+
+
+def test_a_tracker_changes_no_bit(train_here):
+    assert figures(train_here(*RUN, "tracker=csv", "tracker.every_steps=1")) == figures(train_here(*RUN))
+
+
+# --- configuration, environment, pictures ---------------------------------------------------------------
+
+
+def png(path: Path) -> Path:
+    """A grey picture of 3 x 2 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", 3, 2, 8, 0, 0, 0, 0)
+    pixels = zlib.compress(b"\0\x10\x20\x30" * 2)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    )
+    return path
+
+
+def facts(directory: Path, delivered: Position | None = None) -> TrackedRun:
+    (directory / "tracker").mkdir(parents=True, exist_ok=True)
+    config = {"optimizer.lr": 0.05, "data.split": [1200, 400], "name": "linear"}
+    environment = {"world_size": 2, "versions": {"torch": "2.4"}}
+    return TrackedRun(directory, "linear", config, environment, Position(), delivered or Position())
+
+
+def test_tensorboard_has_configuration_environment_and_pictures(tmp_path):
+    pytest.importorskip("tensorboard")
+    from allranks.trackers.tensorboard import TensorBoard
+
+    tracker = TensorBoard()
+    tracker.open(facts(tmp_path))
+    tracker.steps([{"step": 1, "epoch": 1, "step/loss": None}])  # not finite
+    tracker.summary({"state": "finished", "test/accuracy": 91.5})
+    tracker.pictures([png(tmp_path / "predictions.png")])
+    tracker.close(finished=True)
+    found = events(Run(tmp_path))
+    assert b"| optimizer.lr | 0.05 |" in found.Tensors("configuration")[0].tensor_proto.string_val[0]
+    assert b"| world_size | 2 |" in found.Tensors("environment")[0].tensor_proto.string_val[0]
+    assert math.isnan(found.Scalars("step/loss")[0].value)
+    assert found.Scalars("test/accuracy")[0].value == pytest.approx(91.5)
+    [image] = found.Images("predictions")
+    assert (image.width, image.height) == (3, 2)
+
+
+@pytest.mark.long
+def test_mlflow_has_configuration_environment_and_pictures(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    from allranks.trackers.mlflow import MLflow
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    tracker = MLflow("digits")
+    assert tracker.open(facts(tmp_path)) == Position(0, 0)
+    tracker.steps([{"step": 3, "epoch": 1, "step/loss": None, "step/accuracy": 50.0}])
+    tracker.pictures([png(tmp_path / "predictions.png")])
+    tracker.summary({"state": "finished", "test/accuracy": 91.5})
+    tracker.close(finished=False)
+    client, run_id = mlflow_of(Run(tmp_path))
+    run = client.get_run(run_id)
+    assert run.data.params["optimizer.lr"] == "0.05"
+    assert run.data.metrics["test/accuracy"] == 91.5
+    assert "step/loss" not in run.data.metrics
+    assert run.info.status == "SCHEDULED"
+    assert client.get_experiment(run.info.experiment_id).name == "digits"
+    names = {each.path for each in client.list_artifacts(run_id)}
+    assert names == {"environment.json", "summary.json", "pictures"}
+    again = MLflow("digits")
+    again.open(facts(tmp_path, Position(3, 0)))
+    again.close(finished=True)
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert len(client.search_runs([run.info.experiment_id])) == 1
+
+
+@pytest.mark.long
+def test_wandb_is_offline_without_a_key_or_a_server(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    from allranks.trackers import wandb
+
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert wandb._mode() == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    assert wandb._mode() == "offline"
+
+
+# --- a tracker of one's own -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch) -> Callable[[str, str], list[str]]:
+    """own(SOURCE, YAML) makes a module `lab` and a tracker of it, and gives the words that choose it."""
+
+    def make(source: str, section: str) -> list[str]:
+        (tmp_path / "lab.py").write_text(source)
+        (tmp_path / "mine/tracker").mkdir(parents=True)
+        (tmp_path / "mine/tracker/own.yaml").write_text(section)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.delitem(sys.modules, "lab", raising=False)
+        return ["--config-dir", str(tmp_path / "mine")]
+
+    return make
+
+
+def test_the_tracker_of_the_documents_works_as_shown(train, tmp_path):
+    text = (ROOT / "docs/trackers.md").read_text()
+    [source] = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    [section] = re.findall(r"```yaml\n(.*?)```", text, flags=re.S)
+    (tmp_path / "mylab").mkdir()
+    (tmp_path / "mylab/tracking.py").write_text(source)
+    (tmp_path / "conf/tracker").mkdir(parents=True)
+    book = tmp_path / "book.jsonl"
+    (tmp_path / "conf/tracker/labbook.yaml").write_text(section.replace("book.jsonl", str(book)))
+    words = ["--config-dir", "conf", "tracker=[labbook,csv]", "tracker.every_steps=6"]
+    run = train(*words, *RUN, env={"PYTHONPATH": str(tmp_path)}, under="mpiexec", ranks=2).ok().run
+    lines = [json.loads(line) for line in book.read_text().splitlines()]
+    assert {line["run"] for line in lines} == {run.path.name}
+    assert lines[0]["config"]["optimizer.lr"] == 0.05
+    assert [line["step"] for line in lines if "step" in line] == [6, 12, 18, 24]
+    assert [line["epoch"] for line in lines if "epoch" in line] == [1, 2]
+    assert lines[-1]["test"] == run.summary["test/accuracy"]
+    check(run, "csv", 6)
+
+
+RAISES = """
+import json
+class Own:
+    calls = 0
+    def __init__(self, file, bad=()):
+        self.file, self.bad = file, bad
+    def note(self, **values):
+        Own.calls += 1
+        if Own.calls in self.bad:
+            raise ZeroDivisionError(f"call {Own.calls}")
+        with open(self.file, "a") as file:
+            file.write(json.dumps(values) + "\\n")
+    def open(self, run):
+        self.note(opened=run.delivered.epoch)
+    def steps(self, records):
+        self.note(steps=[record["step"] for record in records])
+    def epoch(self, metrics):
+        self.note(epoch=metrics["epoch"])
+    def summary(self, values):
+        self.note(summary=values["state"])
+    def pictures(self, paths):
+        pass
+    def close(self, finished):
+        self.note(closed=finished)
+"""
+
+
+def section(**values: Any) -> str:
+    return json.dumps({"own": {"_target_": "lab.Own", **values}})
+
+
+def test_a_tracker_that_raises_is_told_once_and_gets_later_what_it_has_missed(train, own, tmp_path):
+    words = own(RAISES, section(file="notes", bad=[3]))
+    more = ["trainer.epochs=20", "trainer.batch_size=10", "tracker=own", "tracker.every_steps=30"]
+    done = train(*words, *RUN, *more, env={"PYTHONPATH": str(tmp_path)}).ok()
+    assert (done.out + done.err).count("tracker=own failed (ZeroDivisionError: call 3)") == 1
+    notes = [json.loads(line) for line in (tmp_path / "notes").read_text().splitlines()]
+    assert [note["epoch"] for note in notes if "epoch" in note] == list(range(1, 21))
+    steps = [step for note in notes for step in note.get("steps", [])]
+    assert steps == list(range(30, 2401, 30))
+    assert len([note for note in notes if "opened" in note]) == 2
+    assert notes[-2:] == [{"summary": "finished"}, {"closed": True}]
+
+
+def test_a_tracker_that_always_raises_does_not_stop_a_run(train, own, tmp_path):
+    words = own(RAISES, section(file="notes", bad=list(range(1, 1000))))
+    done = train(*words, *RUN, "trainer.epochs=6", "tracker=own", env={"PYTHONPATH": str(tmp_path)}).ok()
+    assert (done.out + done.err).count("tracker=own failed") == 1
+    assert done.run.summary["epochs"] == 6
+    assert not (tmp_path / "notes").exists()
+
+
+HANGS = """
+import threading
+class Own:
+    def open(self, run):
+        threading.Event().wait()
+"""
+
+
+def test_a_tracker_that_hangs_does_not_hold_up_a_run(train_here, own, monkeypatch, caplog):
+    monkeypatch.setattr(records, "FINISH_S", 0.2)
+    words = own(HANGS, section())
+    run = train_here(*words, *RUN, "tracker=[own,csv]", "tracker.every_steps=5")
+    assert run.summary["state"] == "finished"
+    assert caplog.text.count("tracker=own did not come to its end within 0.2 s") == 1
+    check(run, "csv", 5)
+
+
+@pytest.mark.long
+def test_a_server_that_is_down_does_not_stop_a_run(train):
+    pytest.importorskip("mlflow")
+    done = train(*RUN, "tracker=mlflow", env={"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}).ok()
+    told = done.out + done.err
+    assert told.count("tracker=mlflow failed") + told.count("tracker=mlflow did not come to its end") in (
+        1,
+        2,
+    )
+    assert done.run.summary["state"] == "finished"
+    assert done.left_running == []
+
+
+def test_a_full_disk_of_a_tracker_does_not_stop_a_run(train_here, mounted, caplog):
+    folder = mounted("size=16k")
+    with pytest.raises(OSError), (folder / "ballast").open("wb", buffering=0) as file:
+        while True:
+            file.write(b"0" * 4096)
+    runs = folder.parent / "elsewhere"
+    runs.mkdir()
+    (runs / "tracker").symlink_to(folder)
+    overrides = [f"run.dir={runs}", "resume=auto"]
+    (runs / "logs").mkdir()
+    [config] = from_command_line([*RUN, "tracker=csv", *overrides])
+    from allranks import config as configs
+
+    (runs / "config.yaml").write_text(configs.freeze(config))
+    run = train_here(*RUN, "tracker=csv", *overrides)
+    assert run.summary["state"] == "finished"
+    assert caplog.text.count("tracker=csv failed (OSError: [Errno 28] No space left on device)") == 1
+
+
+ONLY_RANK_0 = """
+import os
+from pathlib import Path
+Path(f"imported-by-{os.environ['PMI_RANK']}").touch()
+from allranks.trackers.files import Csv as Own
+"""
+
+
+def test_only_rank_0_imports_a_tracker(train, own, tmp_path):
+    words = own(ONLY_RANK_0, section())
+    train(*words, *RUN, "tracker=own", env={"PYTHONPATH": str(tmp_path)}, under="mpiexec", ranks=2).ok()
+    assert sorted(path.name for path in tmp_path.glob("imported-by-*")) == ["imported-by-0"]
+
+
+# --- mistakes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["tensorboard", "wandb", "mlflow"])
+def test_a_package_that_is_missing_is_told_before_anything_is_written(
+    train_here, tmp_path, monkeypatch, kind
+):
+    monkeypatch.setitem(sys.modules, kind, None)  # as if it were not installed
+    with pytest.raises(UserError) as told:
+        train_here(*RUN, f"tracker={kind}")
+    assert told.value.code == 2
+    assert f"tracker={kind} needs the package {kind}, which is not installed here" in str(told.value)
+    assert f'pip install "allranks[{kind}]"' in str(told.value)
+    assert tree(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tracker=tensorbord"], "tracker=tensorbord is not one of the choices"),
+        (["tracker=[csv,tensorbord]"], "tensorbord"),
+        (["tracker=3"], "tracker=3 is not valid: tracker takes the name of one choice."),
+        (["tracker=csv", "tracker.every_steps=0"], "tracker.every_steps=0 is not valid: give a whole"),
+        (["+tracker.csv=yes"], "tracker.csv is not a tracker: give a section with a _target_"),
+        (["+tracker.x._target_=no.Such"], "tracker.x._target_=no.Such cannot be loaded"),
+        (["+tracker.x._target_=allranks.trackers.files.Csv", "+tracker.x.y=1"], "refuses its arguments"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_message(train, words, message):
+    done = train(*RUN, *words)
+    assert done.code == 2
+    assert message in done.message
+    assert tree(done.cwd) == []
