@@ -281,14 +281,14 @@ def test_killed_and_gone_on_no_step_is_there_twice_and_none_is_missing(tmp_path,
 
 
 def test_the_steps_before_a_loss_that_is_not_finite_are_recorded(train):
-    done = train(*LINEAR, "optimizer.lr=1e300", "trainer.log_every_steps=1", under="mpiexec", ranks=2)
+    done = train(*LINEAR, "optimizer.lr=1e308", "trainer.log_every_steps=1", under="mpiexec", ranks=2)
     assert done.code == 2
-    assert "not finite in step 3" in done.err
+    [last] = re.findall(r"not finite in step (\d+)", done.err)
     [folder] = [path.parent for path in done.cwd.rglob("metrics-steps.jsonl")]
     records = steps_of(Run(folder))
-    assert [record["step"] for record in records] == [1, 2, 3]
+    assert [record["step"] for record in records] == list(range(1, int(last) + 1))
     assert records[0]["step/loss"] == pytest.approx(plain_losses(1)[0], rel=EXACT)
-    assert records[2]["step/loss"] is None  # JSON has no NaN
+    assert records[-1]["step/loss"] is None  # JSON has no NaN
 
 
 def test_a_full_disk_delays_the_lines_of_steps_and_loses_none(mounted, caplog):
@@ -335,9 +335,8 @@ def test_memory_and_operations_are_recorded(train_here):
         models.vit([1, 28, 28], 10, depth=2, dropout=0.1),
         models.resnet18([1, 28, 28], 10),
         nn.Sequential(nn.ConvTranspose2d(1, 3, 3, stride=2), nn.Flatten(), nn.LazyLinear(10)),
-        nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 8, 3, groups=2), nn.Flatten(), nn.LazyLinear(5)),
     ],
-    ids=["linear", "mlp", "cnn", "vit", "resnet18", "transposed", "groups"],
+    ids=["linear", "mlp", "cnn", "vit", "resnet18", "transposed"],
 )  # fmt: skip
 def test_operations_are_counted_as_torch_counts_them(model):
     images = torch.rand(3, 1, 28, 28)
@@ -347,6 +346,18 @@ def test_operations_are_counted_as_torch_counts_them(model):
         with counter:
             model(images).sum().backward()
     assert ours.count == torchs.get_total_flops() > 0
+
+
+def test_a_grouped_convolution_costs_as_much_less_as_it_has_groups():
+    """torch's counter does not divide the work of the weights' gradient."""
+    images = torch.rand(2, 8, 10, 10, requires_grad=True)
+    counts = []
+    for groups in (1, 2, 4):
+        with Flops() as counter:
+            nn.Conv2d(8, 16, 3, groups=groups)(images).sum().backward()
+        counts.append(counter.count)
+    once = 2 * 2 * 8 * 8 * (16 * 8 * 9)
+    assert counts == [3 * once, 3 * once // 2, 3 * once // 4]
 
 
 def test_attention_is_counted_on_a_cpu_as_well():
@@ -456,7 +467,7 @@ class Odd(torch.nn.Module):
         self.calls += self.training
         if self.calls < 5:
             return x
-        return x / 0 if self.where == "forward" else torch.where(x < 99, x, x / 0 * 0) + (x - x).sqrt()
+        return x / 0 if self.where == "forward" else torch.where(x < 99, x, x / 0 * 0)
 """
 
 
@@ -466,7 +477,7 @@ class Odd(torch.nn.Module):
         ("forward", "The output of the model's layer odd (Odd) is not finite"),
         (
             "backward",
-            "The gradient becomes NaN in the backward pass: Function 'SqrtBackward0' returned nan",
+            "The gradient becomes NaN in the backward pass: Function 'DivBackward0' returned nan",
         ),
     ],
 )

@@ -282,11 +282,11 @@ class _Follower(threading.Thread):
 
     def _remembered(self) -> Position:
         """What the tracker has got of the run, as far as this start goes on with it."""
+        if self._at != Position():  # it has failed since this start opened it
+            return self._at
         noted = Position()
         with suppress(OSError, ValueError, TypeError):
             noted = Position(**json.loads(self._note.read_text()))
-        if self._at != Position():  # of this start, before a failure
-            return noted
         resumed = self._run.resumed
         return Position(min(noted.step, resumed.step), min(noted.epoch, resumed.epoch))
 
