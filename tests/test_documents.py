@@ -112,7 +112,8 @@ EXIT_CODES = {"mpiexec -n 2 python -m allranks.train optimiser=adam": 2}
 
 def unrun(command: Command) -> Unrun | None:
     """The row of the table that the command belongs to; None where it is run."""
-    return next((row for row in UNRUN if re.search(row.pattern, command.text, flags=re.M)), None)
+    lines = "\n".join(command.lines)
+    return next((row for row in UNRUN if re.search(row.pattern, lines, flags=re.M)), None)
 
 
 def shown(*words: str) -> list[str]:
