@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 BIN = Path(sys.executable).parent
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-TRAINING = ["-m", "allranks.train"]
+TRAINING = ["-m", "allranks.train", "report=false"]  # a report is made after the training
 
 
 @contextmanager

@@ -13,7 +13,7 @@ check() { # name, expected exit code, command...
   if [ $code = "$expected" ]; then echo "ok    $name: $(grep -E '^(test|allranks:)' "$out/$name.log" | tail -n 1)"
   else echo "FAIL  $name: exit code $code instead of $expected"; tail -n 20 "$out/$name.log"; failed=1; fi
 }
-train=(python3 -m allranks.train device=cuda)
+train=(python3 -m allranks.train report=false device=cuda)
 python3 -c 'import torch; print("torch", torch.__version__, torch.cuda.get_device_name())'
 
 data=()
@@ -30,13 +30,13 @@ check cnn-recipe 0 "${train[@]}" "${data[@]}" experiment=cnn run.dir="$out/recip
 # what is measured on a GPU: its memory, the share of its peak, a trace with its kernels
 check debug 0 "${train[@]}" --debug "${data[@]}" model=cnn trainer.precision=bf16 run.dir="$out/debug"
 grep -h 'memory/\|throughput/' "$out/debug/summary.json"
-check mlp-cpu 0 python3 -m allranks.train device=cpu "${data[@]}" model=mlp model.dropout=0 run.dir="$out/cpu"
+check mlp-cpu 0 python3 -m allranks.train report=false device=cpu "${data[@]}" model=mlp model.dropout=0 run.dir="$out/cpu"
 check mlp-gpu 0 "${train[@]}" "${data[@]}" model=mlp model.dropout=0 run.dir="$out/gpu"
 # one rank under torchrun: NCCL comes up; two ranks on one GPU: refused, unless it is asked for
-check torchrun-1 0 torchrun --nproc-per-node 1 -m allranks.train device=cuda "${data[@]}" run.dir="$out/torchrun"
+check torchrun-1 0 torchrun --nproc-per-node 1 -m allranks.train report=false device=cuda "${data[@]}" run.dir="$out/torchrun"
 if [ "$(nvidia-smi --list-gpus | wc -l)" = 1 ]; then
-  check two-on-one-refused 1 torchrun --nproc-per-node 2 -m allranks.train device=cuda "${data[@]}" run.dir="$out/two"
-  check two-on-one-asked 0 torchrun --nproc-per-node 2 -m allranks.train device=cuda oversubscribe=true "${data[@]}" \
+  check two-on-one-refused 1 torchrun --nproc-per-node 2 -m allranks.train report=false device=cuda "${data[@]}" run.dir="$out/two"
+  check two-on-one-asked 0 torchrun --nproc-per-node 2 -m allranks.train report=false device=cuda oversubscribe=true "${data[@]}" \
     model=mlp model.dropout=0 run.dir="$out/shared"
 fi
 # stopped and gone on: the weights of the run that never stopped; reproducible: those of another number of ranks
@@ -46,7 +46,7 @@ mkdir -p "$out/stopped/logs" "$out/stopped/checkpoints"
 cp "$out/whole/config.yaml" "$out/stopped/"
 cp -r "$out/whole/checkpoints/step-000300" "$out/stopped/checkpoints/"
 check went-on 0 "${train[@]}" "${data[@]}" model=cnn "${steps[@]}" run.dir="$out/stopped"
-check two-ranks 0 torchrun --nproc-per-node 2 -m allranks.train device=cuda oversubscribe=true "${data[@]}" model=cnn \
+check two-ranks 0 torchrun --nproc-per-node 2 -m allranks.train report=false device=cuda oversubscribe=true "${data[@]}" model=cnn \
   "${steps[@]}" run.dir="$out/two-ranks"
 echo "weights that must be equal (whole, gone on, two ranks):"
 grep -h model/sha256 "$out"/{whole,stopped,two-ranks}/summary.json

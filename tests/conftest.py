@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, settings
 
 from allranks.compose import from_command_line
 from allranks.job.identity import RankIdentity
-from helpers import LEAKY, ROOT, Done, Run, execute, launcher
+from helpers import LEAKY, NO_REPORT, ROOT, Done, Run, execute, launcher
 
 # The same examples every time, on machines that may be busy.
 settings.register_profile(
@@ -83,13 +83,17 @@ def command(tmp_path: Path) -> Callable[..., Done]:
 
 @pytest.fixture
 def train(tmp_path: Path) -> Callable[..., Done]:
-    """train("model=cnn", ranks=2, under="mpiexec"): one training in tmp_path, by command line."""
+    """train("model=cnn", ranks=2, under="mpiexec"): one training in tmp_path, by command line.
+
+    It makes no report, unless the overrides say report=true.
+    """
 
     def run(
         *overrides: str, under: str | None = None, ranks: int = 1, cwd: Path = tmp_path, **options: object
     ) -> Done:
         cwd.mkdir(exist_ok=True)
-        return execute([*launcher(under, ranks), "-m", "allranks.train", *overrides], cwd, **options)  # type: ignore[arg-type]
+        words = overrides if "--frozen" in overrides else (NO_REPORT, *overrides)
+        return execute([*launcher(under, ranks), "-m", "allranks.train", *words], cwd, **options)  # type: ignore[arg-type]
 
     return run
 

@@ -38,10 +38,12 @@ TRAIN = [PYTHON, "-m", "allranks.train"]
 GUARD = [PYTHON, "-m", "allranks.launch.guard", "--"]  # what `allranks launch` has each rank start
 TIMEOUT_S = 180  # many times what any command here takes; it only stops a hang
 
+# A test that is not about reports does without: each takes seconds, and hundreds of runs are trained here.
+NO_REPORT = "report=false"
 # Drawn in a tenth of a second, and trained in another. One thread: the tests may share their cores.
 SMALL = (
     "data=synthetic", "data.train.count=1600", "data.test.count=400", "data.split=[1200,400]",
-    "device=cpu", "threads=1",
+    "device=cpu", "threads=1", NO_REPORT,
 )  # fmt: skip
 
 # What a launcher, a scheduler or the user's shell may have put into this test process's environment.

@@ -41,6 +41,10 @@ FLOORS = (
 # Import no torch, however they are used before a training starts.
 WITHOUT_TORCH = (
     "report.gather",
+    "report.pictures",
+    "report.page",
+    "report.command",
+    "report.at_end",
     "report.compare",
     "report.compare_command",
     "report.compare_sweep",
@@ -81,6 +85,8 @@ MAY_PRINT = (
     "train",
     "training.ending",
     "doctor",
+    "report.command",
+    "report.at_end",
     "launch.attempts",
     "launch.command",
     "launch.guard",

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from allranks.runtime import ezpz
-from helpers import Run, execute, launcher, only_long
+from helpers import NO_REPORT, Run, execute, launcher, only_long
 
 DATA = (
     "data=synthetic",
@@ -22,6 +22,7 @@ DATA = (
     "data.test.count=401",
     "device=cpu",
     "threads=1",
+    NO_REPORT,
 )
 RECIPES = {
     "linear": "defaults: [override /model: linear]\ntrainer: {epochs: 3, batch_size: 100}",

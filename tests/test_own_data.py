@@ -15,7 +15,7 @@ import torch
 from allranks.base.errors import UserError
 from allranks.data.loader import _image_shape
 from allranks.data.parts import Mapped
-from helpers import PYTHON, Done, execute
+from helpers import NO_REPORT, PYTHON, Done, execute
 
 
 class Items(torch.utils.data.Dataset):
@@ -157,7 +157,7 @@ def read(tmp_path: Path):
 
     def run(*overrides: str, before: tuple[str, ...] = (), **env: str) -> Done:
         words = ["--config-dir", "conf", "data=noise", "model=linear", "device=cpu", "trainer.epochs=1"]
-        command = [*before, PYTHON, "-m", "allranks.train", *words, *overrides]
+        command = [*before, PYTHON, "-m", "allranks.train", NO_REPORT, *words, *overrides]
         return execute(command, tmp_path, env={"PYTHONPATH": str(tmp_path), **env}, timeout_s=60)
 
     return run

@@ -25,6 +25,7 @@ from allranks.run.cells import composed_cells, frozen_cells, make_cells
 from allranks.run.claim import Claim
 from conftest import SETTING
 from helpers import (
+    NO_REPORT,
     PYTHON,
     ROOT,
     SMALL,
@@ -1058,7 +1059,7 @@ def test_the_ready_slurm_scripts_run(slurm, name):
 
 LONG = (
     "data=synthetic", "data.train.count=9600", "data.test.count=400", "data.split=[7200,2400]",
-    "device=cpu", "threads=1", "trainer.epochs=4", "checkpoint.every_steps=20",
+    "device=cpu", "threads=1", "trainer.epochs=4", "checkpoint.every_steps=20", NO_REPORT,
 )  # fmt: skip
 
 

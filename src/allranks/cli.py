@@ -36,6 +36,7 @@ COMMANDS = (
     Command("watch", "allranks.follow.command", "watch", "follow runs live, from their files"),
     Command("logs", "allranks.follow.command", "logs", "show what the ranks of a run have said"),
     Command("cancel", "allranks.submit.listing", "cancel", "end the jobs of a run"),
+    Command("report", "allranks.report.command", "main", "make a page with pictures of a run"),
     Command("compare", "allranks.report.compare_command", "main", "a table of several runs, with the best"),
     Command("checkpoint", "allranks.run.show", "main", "list, verify or show checkpoints"),
 )

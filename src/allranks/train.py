@@ -14,12 +14,13 @@ import contextlib
 import faulthandler
 import gc
 import io
+import math
 import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from allranks import config as configs
 from allranks.base.errors import EXIT_REQUEUE, UserError
@@ -43,6 +44,15 @@ if TYPE_CHECKING:
 DEBUG = "--debug"  # on the command line: training/debug.py
 
 
+class End(NamedTuple):
+    """How one run has ended in this process."""
+
+    finished: bool  # False where it was stopped before its end
+    directory: str = ""
+    reports: bool = False  # whether this process makes the run's page
+    left_s: float = math.inf  # seconds until the job's end
+
+
 def main() -> None:
     """Trains once for each configuration of the command line, one after the other.
 
@@ -57,11 +67,14 @@ def main() -> None:
         is_sweep = {"-m", "--multirun"} & set(sys.argv)
         sweep: list[Cell] | None = [] if is_sweep else None  # rank 0 fills it at the first run
         ends: list[str] = []
+        to_report: list[End] = []  # on rank 0
         for number, config in enumerate(compose(identity)):
-            finished = run(config, identity, number, signals, sweep)
-            ends.append("finished" if finished else "stopped")
-            if not finished:
+            end = run(config, identity, number, signals, sweep)
+            ends.append("finished" if end.finished else "stopped")
+            if not end.finished:
                 break
+            if end.reports:
+                to_report.append(end)
         if sweep and len(sweep) > 1:
             from allranks.report import compare_sweep
 
@@ -72,6 +85,15 @@ def main() -> None:
             from allranks.training import debug
 
             print(debug.seen(str(config.run.dir)), flush=True)
+        if to_report and "stopped" not in ends:
+            from allranks.report import at_end
+
+            signals.answer = None  # nothing is left to be saved when a signal comes
+            directories = [end.directory for end in to_report]
+            is_quiet = config.console == "quiet"
+            at_end.finish(
+                directories, identity, to_report[-1].left_s, lambda: bool(signals.names), is_quiet
+            )
         if "stopped" in ends:
             sys.exit(EXIT_REQUEUE)
         if "triton" not in sys.modules:  # its binding complains of objects that are still there at the end
@@ -111,8 +133,8 @@ def run(
     number: int = 0,
     signals: Signals | None = None,
     sweep: list[Cell] | None = None,
-) -> bool:
-    """Trains one run to its end, or what is left of it. False where it was stopped before its end.
+) -> End:
+    """Trains one run to its end, or what is left of it.
 
     `number` counts the runs of this process from 0. A sweep has several: `sweep` has their cells on rank 0,
     and is None for a single run. `signals` stop the run.
@@ -161,7 +183,7 @@ def run(
             report.cell(f"cell {number + 1}/{len(sweep)}", sweep[number].overrides, path)
         if standing == rundir.Standing.FINISHED:
             report.finished_before(path)
-            return True
+            return End(finished=True)
         report.started()
 
         with runtime.all_or_none():  # a name that does not exist is told before the data are read
@@ -228,8 +250,8 @@ def _train_in(
     records: Records,
     signals: Signals | None,
     began_s: float,
-) -> bool:
-    """Trains in the run directory `path` to the end of the run; False where it was stopped before.
+) -> End:
+    """Trains in the run directory `path` to the end of the run, or until it is stopped.
 
     `is_new`: the directory was made just now. `decisive`: the values that a checkpoint must agree on.
     `began_s`: the age of this process when the run began.
@@ -254,7 +276,7 @@ def _train_in(
         if test is None:
             records.stopped()
             report.stopped(control.reason, training, length.epochs)
-            return False
+            return End(finished=False)
         summary = _summary(training, data, recipe, runtime.world_size, test)
         summary["time/total_s"] = process_age_s() - began_s
         summary["time/startup_s"] = startup_s
@@ -262,7 +284,7 @@ def _train_in(
         report.finished(summary)
         records.finished(summary)
     records.close()
-    return True
+    return End(True, path, reports=config.report and runtime.is_main, left_s=control.left_s)
 
 
 def _directory_in_sweep(number: int, sweep: list[Cell] | None) -> str | None:

@@ -42,6 +42,19 @@ def write_text(path: Path, text: str, new: bool = False) -> TextIO:
     return file
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Puts a file with this content in the place of an earlier one: a reader sees the whole of either.
+
+    It is not synced to the disk: for what can be made again.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _put_new(temporary: Path, path: Path) -> None:
     """Renames the file as os.replace does, but raises FileExistsError where `path` is there already."""
     try:

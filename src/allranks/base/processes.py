@@ -252,6 +252,17 @@ def cpu_affinity() -> frozenset[int]:
     return frozenset(range(os.cpu_count() or 1))
 
 
+def cpu_ranges(cpus: Iterable[int]) -> str:
+    """The numbers of CPUs in short, in order: `0-3,8` for 0, 1, 2, 3 and 8."""
+    spans: list[list[int]] = []
+    for cpu in sorted(cpus):
+        if spans and cpu == spans[-1][1] + 1:
+            spans[-1][1] = cpu
+        else:
+            spans.append([cpu, cpu])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
+
+
 def usable_cpus() -> int:
     """How many processes of one thread can compute here at full speed: at least 1."""
     cpus = len(cpu_affinity())

@@ -28,7 +28,7 @@ import allranks
 from allranks.base import links
 from allranks.base.agreement import majority
 from allranks.base.errors import UserError
-from allranks.base.processes import boot_id, cpu_affinity, cpu_quota
+from allranks.base.processes import boot_id, cpu_affinity, cpu_quota, cpu_ranges
 from allranks.config import RuntimeSettings, WatchdogConfig
 from allranks.job.identity import RankIdentity
 from allranks.runtime import ezpz, mpi, native
@@ -239,6 +239,7 @@ def _equip(
         pid=os.getpid(),
         local_rank=place.local_rank,
         device=picked.name,
+        cpus=cpu_ranges(cpu_affinity()),
         boot_id=boot_id(),
     )
     equipment = Equipment(facts, settings.oversubscribe, watch, str(error) if error else None)

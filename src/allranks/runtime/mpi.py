@@ -156,6 +156,15 @@ def at_work() -> bool:
     return bool(mpi and mpi.Is_initialized() and not mpi.Is_finalized() and mpi.COMM_WORLD.size > 1)
 
 
+def leave() -> None:
+    """Ends this rank's part in MPI, where MPI is at work; for a rank that goes on alone.
+
+    The other ranks end, and wait in MPI_Finalize until every rank has come to it.
+    """
+    if at_work():
+        sys.modules["mpi4py.MPI"].Finalize()
+
+
 def abort(code: int) -> None:
     """Ends every rank of the job, if MPI is at work in it."""
     if at_work():

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
 import signal
 import threading
@@ -231,6 +232,13 @@ class Control:
             signals.answer = say_at_once
             if signals.names:  # before anybody could answer
                 say_at_once(signals.names[0])
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the job's end, as far as this rank knows; infinity where no end is known."""
+        if self.job_end is None or self.job_end.at is None:
+            return math.inf
+        return self.job_end.at - self._clock()
 
     # --- between two steps ---
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime, timezone
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
@@ -158,6 +159,7 @@ class Reporter:
         self._pair("batch", f"{batch_size:,} over all ranks, {story.count(steps, 'step')} an epoch")
         self._pair("directory", directory)
         if resumed:
+            self._note_event("resumed", training, resumed)
             where = f"step {training.step}, in epoch {training.epoch + 1}"
             self._pair("resumed", f"going on from {resumed}: {where}")
         log.debug("the model is ready after %.1f s", process_age_s())
@@ -256,6 +258,7 @@ class Reporter:
     def stopped(self, reason: str, training: Training, epochs: int) -> None:
         """All ranks have agreed to stop, and the training is saved: says where, and how it goes on."""
         self._bar.clear()
+        self._note_event("stopped", training, reason)
         where = f"in epoch {training.epoch + 1} of {epochs}" if training.epoch < epochs else "in the test"
         self._close_story(
             f"stopped by {reason} after step {training.step}, {where}; it is saved: "
@@ -290,6 +293,25 @@ class Reporter:
         self._pair("directory", str(self.directory))
 
     # --- tools ----------------------------------------------------------------------------------------
+
+    def _note_event(self, event: str, training: Training, why: str) -> None:
+        """Appends a line to events.jsonl: the run was stopped, or goes on from a checkpoint."""
+        if not self.runtime.is_main:
+            return
+        assert self.directory is not None
+        about = {
+            "event": event,
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "step": training.step,
+            "epoch": training.epoch,
+            "world_size": self.runtime.world_size,
+            "why": why,
+        }
+        try:
+            with (self.directory / "events.jsonl").open("a") as file:
+                files.append_line(file, about)
+        except OSError as error:
+            log.warning("events.jsonl could not be written (%s); the run does not depend on it", error)
 
     def _all_metrics(self) -> TextIO:
         """Writes metrics.jsonl anew, with all epochs so far; returns the file, open to append to."""

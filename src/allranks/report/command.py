@@ -1,0 +1,141 @@
+"""`allranks report`: the page of a run, report.html, with its pictures as files beside it.
+
+The page is made in two steps. First from the run's records, which takes a second or two and works for any
+run. Then the trained model is loaded and passes over the test set, and the page is made again with what
+that has shown. Model and data may be a user's own code: whatever it does, the page of the first step is
+there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+from allranks.base import files, processes
+from allranks.base.errors import UserError, show
+from allranks.report import pictures
+from allranks.report.examine import Examined
+from allranks.report.gather import RunFacts, gather
+from allranks.report.page import page
+from allranks.report.pictures import Picture
+
+PAGE = "report.html"
+FOLDER = "report"  # of the pictures
+# Beside a run that has ended others may be at work on the same host: they come first.
+NICENESS = 10
+
+WITHOUT_PICTURES = f"The page has no pictures, because matplotlib is not installed: {pictures.INSTALL}"
+PASS_NOT_ENDED = "The test set's part is missing: the pass of the model over it has not come to its end."
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs `allranks report` with these arguments and returns its exit code.
+
+    Raises UserError where a directory has nothing of a run, or where the page cannot be written.
+    """
+    parser = argparse.ArgumentParser(
+        prog="allranks report",
+        description="Make a page of a run, report.html in its directory, and its pictures as PNG and SVG "
+        "in report/ beside it. The run may be finished, at work or cut off.",
+    )
+    parser.add_argument("run", metavar="RUN", nargs="+", help="the directory of a run")
+    parser.add_argument(
+        "--to", metavar="FOLDER", help="where the page is put (default: the run's directory)"
+    )
+    parser.add_argument(
+        "--device", help="what the model computes on: auto, cuda, xpu, mps or cpu (default: the run's own)"
+    )
+    parser.add_argument(
+        "--records-only", action="store_true", help="leave out the pass of the model over the test set"
+    )
+    # Given by the run itself, which is this process's parent (report/at_end.py).
+    parser.add_argument("--at-end-of", metavar="PID", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.at_end_of is not None:
+        processes.die_with_parent(options.at_end_of, signal.SIGKILL)
+        os.nice(NICENESS)
+    for run in options.run:
+        folder = Path(options.to) if options.to else Path(run)
+        path = report(Path(run), folder, options.device, passes=not options.records_only)
+        print(path, flush=True)
+    return 0
+
+
+def report(run: Path, folder: Path, device: str | None = None, passes: bool = True) -> Path:
+    """Makes the page of the run in this folder, and returns its path; says on stderr what is missing.
+
+    `device` is a value of the key `device` for the pass over the test set, None the run's own. Without
+    `passes` there is no such pass. Raises UserError where there is nothing of a run, or where the page
+    cannot be written.
+    """
+    facts = gather(run)
+    notes: list[str] = []
+    drawn: list[Picture] = []
+    has_pictures = pictures.is_available()
+    if has_pictures:
+        drawn = pictures.of_run(facts)
+    else:
+        notes.append(WITHOUT_PICTURES)
+    if not passes:
+        path = _write(folder, facts, drawn, notes)
+        _say(notes)
+        return path
+
+    _write(folder, facts, drawn, [*notes, PASS_NOT_ENDED])
+    from allranks.report.examine import examine
+
+    seen = None
+    try:
+        seen = examine(run, device)
+        notes += seen.remarks
+    except UserError as error:
+        notes.append(f"There are no figures of the test set by class, and no examples. {error}")
+    if seen is not None and has_pictures:
+        drawn += pictures.of_test(seen)
+    path = _write(folder, facts, drawn, notes, seen)
+    _say(notes)
+    return path
+
+
+def _write(
+    folder: Path,
+    facts: RunFacts,
+    drawn: Sequence[Picture],
+    notes: Sequence[str],
+    seen: Examined | None = None,
+) -> Path:
+    """Writes the page and the pictures into the folder; returns the page's path. Raises UserError."""
+    path = folder / PAGE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_pictures(folder / FOLDER, drawn)
+        files.write_text(path, page(facts, seen, drawn, notes)).close()
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): give another folder with --to FOLDER."
+        ) from error
+    return path
+
+
+def write_pictures(folder: Path, drawn: Sequence[Picture]) -> None:
+    """Writes each picture as PNG and as SVG; those of an earlier page that are not drawn any more go."""
+    contents: dict[str, bytes] = {}
+    for picture in drawn:
+        contents[f"{picture.name}.png"] = picture.png
+        contents[f"{picture.name}.svg"] = picture.svg.encode()
+    if contents:
+        folder.mkdir(exist_ok=True)
+    for name, content in contents.items():
+        files.write_bytes(folder / name, content)
+    for left in folder.glob("*.*"):
+        if left.suffix in (".png", ".svg") and left.name not in contents:
+            left.unlink(missing_ok=True)
+
+
+def _say(notes: Sequence[str]) -> None:
+    """Says on stderr what the page lacks. The page has the same sentences."""
+    for note in notes:
+        show(note)

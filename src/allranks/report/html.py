@@ -1,0 +1,63 @@
+"""HTML as text that cannot be mistaken for other text: whatever is put into an element is escaped.
+
+A report shows names, overrides and paths that may come from anywhere. So plain texts become part of a page
+only through tag(), which escapes them, and only what is of type Html stays as it is.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Elements that have no end tag.
+_VOID = frozenset({"img", "br", "hr", "meta"})
+
+
+@dataclass(frozen=True)
+class Html:
+    """A piece of a page, as it stands in the file."""
+
+    text: str
+
+
+Inside = Html | str | int | None  # what an element may hold; None stands for nothing
+NOTHING = Html("")
+
+
+def tag(name: str, *inside: Inside, **attributes: str | int | bool | None) -> Html:
+    """The element `name` with what is inside of it.
+
+    Attributes are written as Python's names: `class_` for class, `aria_label` for aria-label. One that is
+    None or False is left out, and one that is True has no value.
+    """
+    shown = "".join(_attribute(key, value) for key, value in attributes.items())
+    if name in _VOID:
+        return Html(f"<{name}{shown}>")
+    return Html(f"<{name}{shown}>{joined(inside).text}</{name}>")
+
+
+def joined(pieces: Sequence[Inside]) -> Html:
+    """The pieces one after another; texts are escaped."""
+    return Html("".join(_piece(piece) for piece in pieces))
+
+
+def _piece(piece: Inside) -> str:
+    if piece is None:
+        return ""
+    return piece.text if isinstance(piece, Html) else html.escape(_shown(str(piece)))
+
+
+def _attribute(name: str, value: str | int | bool | None) -> str:
+    if value is None or value is False:
+        return ""
+    name = name.rstrip("_").replace("_", "-")
+    return f" {name}" if value is True else f' {name}="{html.escape(_shown(str(value)))}"'
+
+
+def _shown(text: str) -> str:
+    """The text without what no page may hold: control characters, and halves of characters."""
+    if text.isprintable():
+        return text
+    kept = (each if each.isprintable() or each == "\n" else "\N{REPLACEMENT CHARACTER}" for each in text)
+    return "".join(kept)
