@@ -8,6 +8,7 @@ import math
 import os
 import re
 import signal
+import socket
 import struct
 import sys
 import zlib
@@ -358,6 +359,18 @@ def test_a_server_that_is_down_does_not_stop_a_run(train):
         1,
         2,
     )
+    assert done.run.summary["state"] == "finished"
+    assert done.left_running == []
+
+
+@pytest.mark.long
+def test_a_server_that_never_answers_does_not_hold_up_the_end_of_a_run(train):
+    """The run gives it 30 s. W&B's own process would keep ours for longer."""
+    pytest.importorskip("wandb")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        done = train(*RUN, "tracker=wandb", env={"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": address}).ok()
+    assert (done.out + done.err).count("tracker=wandb did not come to its end within 30 s") == 1
     assert done.run.summary["state"] == "finished"
     assert done.left_running == []
 

@@ -99,6 +99,7 @@ class Trackers:
                     "tracker=%s did not come to its end within %g s: it may not have all of the run",
                     follower.tracker_name, limit_s,
                 )  # fmt: skip
+                follower.abandon()
 
 
 class _State(Enum):
@@ -164,6 +165,13 @@ class _Follower(threading.Thread):
             self._pictures = pictures
             self._is_over = True
             self._news.notify()
+
+    def abandon(self) -> None:
+        """The thread hangs: lets the tracker end what would hold up the end of this process."""
+        abandon = getattr(self._tracker, "abandon", None)
+        if abandon is not None:
+            with suppress(OSError):
+                abandon()
 
     # --- the thread -----------------------------------------------------------------------------------
 

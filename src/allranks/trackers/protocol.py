@@ -41,6 +41,9 @@ class TrackedRun:
 class Tracker(Protocol):
     """Gets the figures of one run. All calls come from one thread, which is not the training's.
 
+    A tracker may also have a method abandon(). It is called from another thread where one of these methods
+    hangs at the end of the run, and ends what would keep this process from ending.
+
     Any method may raise any error: a warning names it once, the training goes on, and after the next epoch
     the tracker is opened again.
     """

@@ -12,6 +12,7 @@ import logging
 import netrc
 import os
 import secrets
+import signal
 import socket
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from allranks.base import processes
 from allranks.trackers.packages import kept_id, require, without_epoch
 from allranks.trackers.protocol import Position, TrackedRun
 
@@ -48,6 +50,7 @@ class WandB:
 
     def open(self, run: TrackedRun) -> Position | None:
         """Begins the W&B run or goes on with it; returns how far W&B's own files have it."""
+        os.environ.setdefault("WANDB_SILENT", "true")  # rank 0's console is the run's
         import wandb
 
         run_id, _ = kept_id(run.folder / "wandb-run", lambda: secrets.token_hex(4))
@@ -92,6 +95,13 @@ class WandB:
     def close(self, finished: bool) -> None:
         """Ends W&B's part in this process. A run that is not finished may be gone on with."""
         self._run.finish(exit_code=0 if finished else 1)
+
+    def abandon(self) -> None:
+        """Ends W&B's own process, which otherwise holds up the end of ours until its server answers."""
+        for pid in processes.children(os.getpid()):
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            if b"wandb-core" in command:
+                os.kill(pid, signal.SIGKILL)
 
 
 def _mode() -> str:
