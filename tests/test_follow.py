@@ -257,7 +257,7 @@ def test_a_sparkline_goes_from_the_lowest_to_the_highest():
     assert drawing.sparkline([None, None], 10) == ""
     assert drawing.sparkline([3, 3, 3], 10) == "▁▁▁"
     assert drawing.sparkline(range(1000), 8) == "▁▂▃▄▅▆▇█"
-    assert drawing.sparkline([1, 2, 3], 10, is_unicode=False) == "_-#"
+    assert drawing.sparkline([1, 2, 3], 10, is_unicode=False) == "_=#"
 
 
 def test_a_chart_falls_where_the_curve_falls():
