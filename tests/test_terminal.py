@@ -342,6 +342,9 @@ COMMANDS = {
     "cancel": ["cancel", "nowhere"],
     "checkpoint": ["checkpoint", "list", "nowhere"],
     "data": ["data", "verify", "--root", "nowhere"],
+    "an option that there is not": ["runs", "--no-such-option"],
+    "a command that there is not": ["lanuch"],
+    "no argument": ["logs"],
 }
 
 

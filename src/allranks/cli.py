@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import allranks
+from allranks.base.arguments import with_our_errors
 from allranks.base.errors import UserError, end_unread, show
+from allranks.base.text import did_you_mean
 
 
 class Command(NamedTuple):
@@ -69,6 +71,11 @@ def _run(given: list[str]) -> int:
         if command.name == name and command.module:
             function = getattr(importlib.import_module(command.module), command.function)
             return int(function(rest))
+    known = [*(command.name for command in COMMANDS), "data"]
+    if name and not name.startswith("-") and name not in known:
+        raise UserError(
+            f"{name} is not a command.{did_you_mean(name, known)} `allranks --help` lists the commands."
+        )
     options = _parser().parse_args(given)
     options.run(options)
     return 0
@@ -81,14 +88,13 @@ def _parser() -> argparse.ArgumentParser:
     for each in COMMANDS:
         commands.add_parser(each.name, help=f"{each.help} ({each.name} --help)")
 
-    data = commands.add_parser("data", help="fetch and check data sets").add_subparsers(
-        title="commands", metavar="COMMAND", required=True
-    )
+    data = commands.add_parser("data", help="fetch and check data sets")
+    sets = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, run, text in (
         ("fetch", _fetch, "fetch what is missing, on a node with internet, and check it"),
         ("verify", _verify, "check the files that are there"),
     ):
-        command = data.add_parser(name, help=text, description=text)
+        command = sets.add_parser(name, help=text, description=text)
         command.add_argument("set", nargs="?", default="mnist", help="mnist (default) or fashion_mnist")
         command.add_argument(
             "--root",
@@ -96,8 +102,9 @@ def _parser() -> argparse.ArgumentParser:
             default=os.environ.get("ALLRANKS_DATA") or "data",
             help="the folder for all data sets (default: $ALLRANKS_DATA, else ./data)",
         )
-        command.set_defaults(run=run)
-    return parser
+        with_our_errors(command).set_defaults(run=run)
+    with_our_errors(data)
+    return with_our_errors(parser)
 
 
 def _fetch(options: argparse.Namespace) -> None:

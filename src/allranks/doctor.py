@@ -25,6 +25,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import allranks
+from allranks.base.arguments import with_our_errors
 from allranks.base.errors import UserError
 from allranks.base.files import file_system
 from allranks.base.text import one_line
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--check", choices=CHECKS, help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
+    arguments = with_our_errors(parser).parse_args(argv)
     if arguments.check:
         print(json.dumps([asdict(finding) for finding in _examine(CHECKS[arguments.check])]), flush=True)
         os._exit(0)  # an MPI library may hang or abort at a regular exit; the answer has been given

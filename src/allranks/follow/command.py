@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from allranks.base import terminal
+from allranks.base.arguments import with_our_errors
 from allranks.base.errors import show
 from allranks.base.text import printable
 from allranks.follow import watch as watching
@@ -31,7 +32,7 @@ def watch(arguments: Sequence[str]) -> int:
     )  # fmt: skip
     parser.add_argument("--once", action="store_true", help="show it once, as where there is no terminal")
     parser.add_argument("--json", action="store_true", help="once, for programs: one JSON line a run")
-    args = parser.parse_args(arguments)
+    args = with_our_errors(parser).parse_args(arguments)
     reader = Reader(args.runs, show)
     if args.json:
         print("".join(json.dumps(view.to_json()) + "\n" for view in reader.views()), end="")
@@ -52,7 +53,7 @@ def logs(arguments: Sequence[str]) -> int:
     parser.add_argument("run", metavar="RUN", help="the directory of a run")
     parser.add_argument("--rank", type=int, metavar="N", help="this rank alone")
     parser.add_argument("-f", action="store_true", dest="follows", help="go on until the run has finished")
-    args = parser.parse_args(arguments)
+    args = with_our_errors(parser).parse_args(arguments)
     found = Logs(Path(args.run), args.rank)
     found.check()
     has_colours = terminal.shows_colours(1)

@@ -31,7 +31,7 @@ from allranks.job import scheduler, variables
 from allranks.job.hosts import Allocation, Host
 from allranks.job.machine import Machine
 from allranks.launch import launchers, preflight, supervisor
-from allranks.launch.console import say
+from allranks.launch.console import note, say
 from allranks.launch.outcome import Outcome
 from allranks.launch.plan import Plan, Request, make_plan
 from allranks.run import checkpoint
@@ -268,7 +268,7 @@ def _checked(launch: Launch, plan: Plan) -> Plan:
         say(f"{some(gone)} cannot be reached: going on without.")
         return _checked(launch, launch.plan(left))
     if not launch.is_quiet:
-        print(line, file=sys.stderr, flush=True)
+        note(line)
     return plan
 
 

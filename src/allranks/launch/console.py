@@ -41,6 +41,14 @@ def tell(text: str) -> None:
     _write_now(STDOUT, f"{text}\n", None)
 
 
+def note(text: str) -> None:
+    """One line on stderr that is no error, wrapped where stderr is a terminal."""
+    columns = terminal.columns_of(STDERR)
+    if columns is not None:
+        text = terminal.wrapped(text, min(columns, terminal.MOST_COLUMNS), indent="  ")
+    _write_now(STDERR, f"{text}\n", None)
+
+
 def _write_now(fd: int, text: str, within_s: float | None) -> None:
     writer = Writer()
     writer.put(fd, text.encode(errors="surrogateescape"))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from allranks.base import files
+from allranks.base.arguments import with_our_errors
 from allranks.base.errors import UserError
 from allranks.report import compare_tables
 from allranks.report.compare import NOT_STARTED, Comparison, compare
@@ -28,7 +29,7 @@ FORMATS: dict[str, Format] = {
 
 def main(arguments: Sequence[str]) -> int:
     """`allranks compare ARGUMENTS`; the exit code. Raises UserError where there is nothing to show."""
-    options = _parser().parse_args(arguments)
+    options = with_our_errors(_parser()).parse_args(arguments)
     chosen = next((name for name in FORMATS if getattr(options, name)), None)
     if options.to and chosen is None:
         raise UserError(f"--to {options.to} needs a format: add --csv, --json or --markdown.")

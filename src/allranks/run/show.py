@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from allranks.base.arguments import with_our_errors
 from allranks.base.errors import UserError
 from allranks.base.text import table
 from allranks.run import checkpoint
@@ -55,8 +56,8 @@ def main(arguments: Sequence[str]) -> int:
         subparser.add_argument(
             "--json", action="store_true", help="for programs: one JSON line a checkpoint"
         )
-        subparser.set_defaults(run=command.run)
-    options = parser.parse_args(arguments)
+        with_our_errors(subparser).set_defaults(run=command.run)
+    options = with_our_errors(parser).parse_args(arguments)
     return int(options.run(_checkpoints_at(Path(options.path)), options.json))
 
 

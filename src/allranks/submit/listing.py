@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from allranks.base.arguments import with_our_errors
 from allranks.base.errors import UserError, show
 from allranks.base.text import as_text, table
 from allranks.job import scheduler
@@ -100,7 +101,7 @@ def list_runs(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="allranks runs", description="lists runs", allow_abbrev=False)
     parser.add_argument("root", nargs="?", default="runs", metavar="DIR", help="default: ./runs")
     parser.add_argument("--json", action="store_true", help="one JSON line a run")
-    args = parser.parse_args(arguments)
+    args = with_our_errors(parser).parse_args(arguments)
     found = listed(args.root, show)
     if args.json:
         print("".join(json.dumps(row) + "\n" for row in found), end="")
@@ -120,6 +121,6 @@ def cancel(arguments: Sequence[str]) -> int:
     """`allranks cancel RUN`; the exit code. Raises UserError."""
     parser = argparse.ArgumentParser(prog="allranks cancel", description="ends a run's jobs")
     parser.add_argument("run", metavar="RUN", help="a run's directory, a sweep's, or one cell's")
-    args = parser.parse_args(arguments)
+    args = with_our_errors(parser).parse_args(arguments)
     print(f"cancelled {', '.join(cancelled(args.run))} of {args.run}")
     return 0
