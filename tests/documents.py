@@ -160,7 +160,7 @@ def prepare(folder: Path) -> dict[str, str]:
     home = folder / "home"
     here = folder / "here"
     home.mkdir()
-    here.mkdir()
+    (here / "runs" / "sweep").mkdir(parents=True)  # as `allranks submit` makes them, which is not run
     for name, text in ASSUMED.items():
         (here / name).write_text(text)
     path = f"{Path(PYTHON).parent}:/usr/local/bin:/usr/bin:/bin"
