@@ -165,7 +165,6 @@ def run(
             config.model, config.data, config.trainer.epochs, config.trainer.max_steps,
             is_one_batch=config.trainer.overfit_batch,
         ),
-        epochs=config.trainer.epochs,
         precision=config.trainer.precision,
         console=config.console,
     )  # fmt: skip
@@ -266,7 +265,7 @@ def _train_in(
         runtime, path, decisive, keep=config.checkpoint.keep, save_s=config.watchdog.save_s
     ) as saver:
         resumed = saver.resume(training, config.resume)
-        report.opened(path, training, recipe.batch_size, resumed, saver.check)
+        report.opened(path, training, recipe.batch_size, length, resumed, saver.check)
         records.open(path, training, length, configs.leaves(config), saver.check, is_new)
         startup_s = process_age_s() - began_s
 
@@ -275,7 +274,7 @@ def _train_in(
         saver.finish()
         if test is None:
             records.stopped()
-            report.stopped(control.reason, training, length.epochs)
+            report.stopped(control.reason, training)
             return End(finished=False)
         summary = _summary(training, data, recipe, runtime.world_size, test)
         summary["time/total_s"] = process_age_s() - began_s

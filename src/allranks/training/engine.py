@@ -129,7 +129,7 @@ def fit(
         training.epoch += 1
         compare_ranks(runtime, training.model)
         _close_epoch(training, figures, records.of_epoch(figures.samples_per_s))
-        report.epoch(training.history[-1], length.epochs)
+        report.epoch(training.history[-1])
         records.epoch_closed(training.history)
         if control.agree_to_stop(training):
             return False

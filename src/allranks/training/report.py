@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from allranks.base import files, processes, terminal
 from allranks.base.text import printable
-from allranks.data.dealing import Batch, steps_per_epoch
+from allranks.data.dealing import Batch
 from allranks.data.loader import Data
 from allranks.job import variables
 from allranks.run import checkpoint
@@ -28,6 +28,7 @@ from allranks.run import directory as rundir
 from allranks.runtime.runtime import Runtime
 from allranks.training import story
 from allranks.training.display import DRAW_EVERY_S, Display, Moment, Pace, bar_text
+from allranks.training.length import RunLength
 
 if TYPE_CHECKING:
     from allranks.training.training import Training
@@ -41,7 +42,6 @@ class Told(NamedTuple):
     """What a run tells of its configuration."""
 
     title: str  # what is trained on what, as story.title() puts it
-    epochs: int
     precision: str  # of the model's arithmetic
     console: str  # "quiet", "normal" or "verbose"
 
@@ -55,9 +55,11 @@ class Reporter:
         self.directory: Path | None = None  # until the run directory is there
         self._display = Display(sys.stdout)  # rank 0's
         self._bar = self._display if self._display.is_live else Display(sys.stderr)
-        self._table = story.Table(told.epochs)
+        # From opened() on.
+        self._length = RunLength(epochs=0, steps=0, steps_per_epoch=0)
+        self._table = story.Table(0)
         self._header = ""  # the line above the table's columns as it was shown last
-        self._examples = 0  # of the training set
+        self._batch_size = 0  # examples of one step over all ranks
         self._check: Callable[[], None] = lambda: None
         self._metrics: TextIO | None = None  # metrics.jsonl; rank 0's, while it can be written
         self._history: Sequence[Mapping[str, Any]] = ()
@@ -119,7 +121,6 @@ class Reporter:
 
     def data(self, data: Data) -> None:
         """The data is open: says how many examples there are, and of which shape."""
-        self._examples = len(data.train)
         sizes = story.examples(len(data.train), len(data.val), len(data.test), data.input_shape)
         self._pair("data", sizes)
         log.debug("the data is open after %.1f s", process_age_s())
@@ -129,14 +130,15 @@ class Reporter:
         directory: str,
         training: Training,
         batch_size: int,
+        length: RunLength,
         resumed: str | None,
         check: Callable[[], None],
     ) -> None:
         """The run directory is there: logs and records go to it from now on.
 
-        `batch_size`: examples of one step over all ranks. `resumed` is the checkpoint that the run goes on
-        from. `check` raises UserError where another run has taken the directory; it is called before a
-        record is replaced.
+        `batch_size`: examples of one step over all ranks; `length`: of the whole run. `resumed` is the
+        checkpoint that the run goes on from. `check` raises UserError where another run has taken the
+        directory; it is called before a record is replaced.
         """
         self.directory = Path(directory)
         self._check = check
@@ -154,9 +156,14 @@ class Reporter:
         self._add(file)
         if not self.runtime.is_main:  # rank 0's log begins with its story
             log.info("%s, rank %d of %d", self._me(), self.runtime.rank, self.runtime.world_size)
-        steps = steps_per_epoch(self._examples, batch_size)
+        self._batch_size = batch_size
+        self._length = length
+        self._table = story.Table(length.epochs)
         self._pair("model", f"{training.parameters:,} parameters, trained in {self.told.precision}")
-        self._pair("batch", f"{batch_size:,} over all ranks, {story.count(steps, 'step')} an epoch")
+        self._pair(
+            "batch",
+            f"{batch_size:,} over all ranks, {story.count(length.steps_per_epoch, 'step')} an epoch",
+        )
         self._pair("directory", directory)
         if resumed:
             self._note_event("resumed", training, resumed)
@@ -168,9 +175,14 @@ class Reporter:
         self, batches: Iterable[list[Batch]], training: Training, steps: int
     ) -> Iterator[list[Batch]]:
         """Gives the batches one by one, and shows a progress bar on rank 0's terminal."""
-        if not (self.runtime.is_main and self._bar.is_live) or self.told.console == "quiet":
+        if not self._has_bar:
             return iter(batches)
         return self._with_bar(batches, training, steps)
+
+    @property
+    def _has_bar(self) -> bool:
+        """Whether this rank shows a progress bar."""
+        return self.runtime.is_main and self._bar.is_live and self.told.console != "quiet"
 
     def _with_bar(
         self, batches: Iterable[list[Batch]], training: Training, steps: int
@@ -185,11 +197,11 @@ class Reporter:
                 self._draw(self._moment(training, steps, pace.step_s))
                 due_s = now_s + DRAW_EVERY_S
             yield batch
-        self._bar.draw(f"  epoch {training.epoch + 1}/{self.told.epochs}  evaluating")
+        self._bar.draw(f"  epoch {training.epoch + 1}/{self._length.epochs}  evaluating")
 
     def _moment(self, training: Training, steps: int, step_s: float | None) -> Moment:
         """Where the training stands, for the bar. `step_s`: what a step takes now, if that is known."""
-        epochs = self.told.epochs
+        epochs = self._length.epochs
         done = training.epoch_steps
         moment = Moment(training.epoch + 1, epochs, done, steps)
         if step_s is None or step_s == 0:
@@ -201,7 +213,7 @@ class Reporter:
         epoch_s = last["time/train_s"] + eval_s if last else steps * step_s
         epochs_left = epochs - training.epoch - 1
         return moment._replace(
-            samples_per_s=self._examples / steps / step_s,
+            samples_per_s=self._batch_size / step_s,
             epoch_left_s=epoch_left_s,
             run_left_s=epoch_left_s + eval_s + epochs_left * epoch_s,
         )
@@ -211,8 +223,8 @@ class Reporter:
         columns = bar.columns or terminal.USUAL_COLUMNS
         bar.draw(bar_text(moment, columns, bar.is_unicode, bar.shows_colours))
 
-    def epoch(self, metrics: Mapping[str, float | int], epochs: int) -> None:
-        """One more epoch of `epochs` is trained and evaluated."""
+    def epoch(self, metrics: Mapping[str, float | int]) -> None:
+        """One more epoch is trained and evaluated: `metrics` is its line of metrics.jsonl."""
         if self.runtime.is_main:
             try:
                 if self._metrics is None:
@@ -231,7 +243,7 @@ class Reporter:
         is_best = story.best_of(self._history) is metrics
         style = (terminal.BOLD,) if is_best and self._display.shows_colours else ()
         self._say(self._table.row(metrics, is_best, columns), *style, is_row=True)
-        if metrics["epoch"] == epochs and self._bar.is_live and self.runtime.is_main:
+        if metrics["epoch"] == self._length.epochs and self._has_bar:
             self._bar.draw("  evaluating on the test set")
 
     # --- how it ends ----------------------------------------------------------------------------------
@@ -255,10 +267,11 @@ class Reporter:
             # The console of the other ranks names them already.
             log.error(f"[{self._me()}] {message}" if self.runtime.is_main else message)
 
-    def stopped(self, reason: str, training: Training, epochs: int) -> None:
+    def stopped(self, reason: str, training: Training) -> None:
         """All ranks have agreed to stop, and the training is saved: says where, and how it goes on."""
         self._bar.clear()
         self._note_event("stopped", training, reason)
+        epochs = self._length.epochs
         where = f"in epoch {training.epoch + 1} of {epochs}" if training.epoch < epochs else "in the test"
         self._close_story(
             f"stopped by {reason} after step {training.step}, {where}; it is saved: "
