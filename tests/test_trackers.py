@@ -242,6 +242,15 @@ def test_wandb_is_offline_without_a_key_or_a_server(tmp_path, monkeypatch):
     assert wandb._mode() == "offline"
 
 
+def test_the_pictures_of_the_page_go_to_the_tracker(train):
+    pytest.importorskip("tensorboard")
+    pytest.importorskip("matplotlib")
+    run = train(*RUN, "tracker=tensorboard", "report=true").ok().run
+    drawn = sorted(path.stem for path in (run.path / "report").glob("*.png"))
+    assert drawn
+    assert sorted(events(run).Tags()["images"]) == drawn
+
+
 # --- a tracker of one's own -----------------------------------------------------------------------------
 
 

@@ -51,6 +51,7 @@ class End(NamedTuple):
     directory: str = ""
     reports: bool = False  # whether this process makes the run's page
     left_s: float = math.inf  # seconds until the job's end
+    records: Records | None = None  # those whose trackers wait for the pictures of the page
 
 
 def main() -> None:
@@ -91,9 +92,14 @@ def main() -> None:
             signals.answer = None  # nothing is left to be saved when a signal comes
             directories = [end.directory for end in to_report]
             is_quiet = config.console == "quiet"
-            at_end.finish(
-                directories, identity, to_report[-1].left_s, lambda: bool(signals.names), is_quiet
-            )
+            try:
+                at_end.finish(
+                    directories, identity, to_report[-1].left_s, lambda: bool(signals.names), is_quiet
+                )
+            finally:
+                for end in to_report:
+                    if end.records is not None:
+                        end.records.close(at_end.pictures_of(end.directory))
         if "stopped" in ends:
             sys.exit(EXIT_REQUEUE)
         if "triton" not in sys.modules:  # its binding complains of objects that are still there at the end
@@ -220,7 +226,7 @@ def run(
                 runtime.meeting.from_rank_0(lambda: _list_cells(path, sweep))
 
         is_new = standing == rundir.Standing.NEW
-        return _train_in(
+        end = _train_in(
             path,
             is_new,
             training,
@@ -234,6 +240,11 @@ def run(
             signals,
             began_s,
         )
+        if end.reports and sweep is None:
+            return end._replace(records=records)
+        if end.finished:
+            records.close()  # the pages of a sweep are made after its last run: too late for a tracker
+        return end
 
 
 def _train_in(
@@ -282,7 +293,6 @@ def _train_in(
         summary.update(of_run(training.history))
         report.finished(summary)
         records.finished(summary)
-    records.close()
     return End(True, path, reports=config.report and runtime.is_main, left_s=control.left_s)
 
 

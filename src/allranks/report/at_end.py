@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import IO, NamedTuple
 
 from allranks.base import processes
@@ -31,6 +32,7 @@ FURTHER_S = 10.0  # for each further run of a sweep, whose pages one process mak
 SRUN_LIMIT_S = 20.0
 _LOOK_S = 0.05  # between two looks at the process: much less than a page takes
 
+FOLDER = "report"  # in the run directory: the page's pictures
 # By the names of variables that make a process one of an MPI job's ranks. A model or data set that imports
 # MPI in the child would wait for ranks that are gone.
 _OF_MPI = ("PMI", "PALS_", "OMPI_", "MV2_", "MVP_", "MPI_LOCAL")
@@ -80,6 +82,11 @@ def _free_device() -> None:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def pictures_of(directory: str) -> list[Path]:
+    """The pictures of the page of the run in this directory, as PNG files; none where it has no page."""
+    return sorted((Path(directory) / FOLDER).glob("*.png"))
 
 
 def limit_s(runs: int, identity: RankIdentity) -> float:

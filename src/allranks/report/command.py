@@ -17,13 +17,13 @@ from pathlib import Path
 from allranks.base import files, processes
 from allranks.base.errors import UserError, show
 from allranks.report import pictures
+from allranks.report.at_end import FOLDER
 from allranks.report.examine import Examined
 from allranks.report.gather import RunFacts, gather
 from allranks.report.page import page
 from allranks.report.pictures import Picture
 
 PAGE = "report.html"
-FOLDER = "report"  # of the pictures
 # Beside a run that has ended others may be at work on the same host: they come first.
 NICENESS = 10
 

@@ -25,6 +25,7 @@ OVERRIDES = (
     "trainer.log_every_steps=1",
     "trainer.detect_anomaly=true",
     "profile=true",
+    "report=false",  # a page about 25 steps takes longer than they do
 )
 _SHOWN_OPERATIONS = 3
 _GIB = 2**30
