@@ -436,6 +436,7 @@ if os.environ["RANK"] == "0":
     say_size()
     print("typed", input("? "), flush=True)
 try:
+    print("waits", os.environ["RANK"], flush=True)
     time.sleep(60)
 except KeyboardInterrupt:
     print("interrupted", os.environ["RANK"], flush=True)
@@ -452,6 +453,7 @@ def test_at_a_terminal_size_keys_and_ctrl_c_reach_the_program():
         screen.until("typed hello")
         screen.resize(rows=40, columns=99)
         screen.until("size 99 40")
+        screen.until(f"[rank 1 on {HOST}] waits 1")  # it may have started later
         screen.type("\x03")
         screen.until("stopped by SIGINT")
         assert screen.ended() == 130
