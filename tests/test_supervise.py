@@ -528,7 +528,7 @@ def test_a_program_that_goes_on_after_ctrl_c_gets_sigterm_before_it_is_killed(st
     assert (got, out) == (85, "terminated\n")
 
 
-@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGHUP, only_long(signal.SIGINT)])
 def test_a_signal_that_is_ignored_from_the_start_ends_nothing(signum):
     """`nohup` wants a command to outlive the terminal, and a script's background outlives Ctrl-C."""
     program = python("import time; print('here', flush=True); time.sleep(3); print('to the end')")
