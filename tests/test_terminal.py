@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import pty
 import re
@@ -18,8 +19,9 @@ import pytest
 
 from allranks.base import terminal
 from allranks.base.errors import as_line
+from allranks.launch.console import Console
 from allranks.training import story
-from allranks.training.display import Moment, Pace, bar_text
+from allranks.training.display import Display, Moment, Pace, bar_text
 from helpers import PYTHON, SMALL, TRAIN, Run, clean_environment, execute, only_long
 
 pyte = pytest.importorskip("pyte", reason="pyte, a terminal without a screen, is missing: pip install pyte")
@@ -312,6 +314,42 @@ def test_a_bar_fits_into_every_window(columns, is_unicode):
     assert text.isascii() != is_unicode
     assert len(COLOURS.sub("", bar_text(now, columns, is_unicode, shows_colours=True))) == len(text)
     assert text.startswith("  epoch 999/1000"[: columns - 1])
+
+
+def test_lines_of_rank_0_and_of_other_ranks_stand_above_the_bar():
+    """Under `allranks launch` all of it comes to one terminal, and only rank 0 knows of its bar."""
+    screen = pyte.Screen(60, 10)
+    stream = pyte.ByteStream(screen)
+    console = Console(lambda _, data: stream.feed(data.replace(b"\n", b"\r\n")))
+    written = io.StringIO()
+    display = Display(written)
+
+    def show() -> None:
+        console.show(0, "n1", "out", written.getvalue().encode())
+        written.seek(0)
+        written.truncate()
+
+    def lines() -> list[str]:
+        return [line.rstrip() for line in screen.display if line.strip()]
+
+    display.write_line("Training")
+    display.draw("a bar of many words")
+    show()
+    assert lines() == ["Training", "a bar of many words"]
+    console.show(1, "n2", "err", b"a fault\n")
+    assert lines() == ["Training", "[rank 1 on n2] a fault"]
+    display.draw("a bar")
+    show()
+    display.write_line("a row")
+    show()
+    assert lines() == ["Training", "[rank 1 on n2] a fault", "a row", "a bar"]
+    for number in range(12):  # the terminal scrolls, and the bar stays the last line
+        display.write_line(f"row {number}")
+    show()
+    assert lines()[-2:] == ["row 11", "a bar"]
+    display.clear()
+    show()
+    assert lines()[-1] == "row 11"
 
 
 def test_the_pace_is_that_of_the_last_seconds():
