@@ -170,6 +170,7 @@ def test_rank_0_tells_the_story_and_the_others_are_silent(two_ranks):
         f"  best        epoch 2: val loss {second['val/loss']:.4f}, val {second['val/accuracy']:.2f} %",
         f"  time        {total} in all, {startup} until the first step",
         f"  directory   {directory}",
+        f"  next        allranks predict {directory} image.png",
     ]
 
 
@@ -190,7 +191,7 @@ def test_torchruns_ranks_are_as_silent(tmp_path):
     done = training(cwd, home, "trainer.epochs=1", under="torchrun", ranks=2, OMP_NUM_THREADS="1").ok()
     assert re.findall(r"^ +(\S+)", done.out, flags=re.M) == [
         *("ranks", "started", "data", "model", "batch", "directory"),
-        *("epoch", "1/1", "test", "best", "time", "directory"),
+        *("epoch", "1/1", "test", "best", "time", "directory", "next"),
     ]
     assert [line for line in done.err.splitlines() if "torch/distributed/run.py" not in line] == []
     assert tree(done.run.path) == sorted([*FILES, *checkpoints(10), "logs/rank-1.log"])

@@ -304,6 +304,7 @@ class Reporter:
         total, startup = (terminal.duration(summary[f"time/{key}_s"]) for key in ("total", "startup"))
         self._pair("time", f"{total} in all, {startup} until the first step")
         self._pair("directory", str(self.directory))
+        self._pair("next", story.using(str(self.directory)), is_command=True)
 
     # --- tools ----------------------------------------------------------------------------------------
 

@@ -210,6 +210,11 @@ def best_figures(best: Mapping[str, Any]) -> str:
     return f"epoch {best['epoch']}: val loss {best['val/loss']:.4f}, val {best['val/accuracy']:.2f} %"
 
 
+def using(directory: str) -> str:
+    """What to type to try a trained model."""
+    return f"allranks predict {shlex.quote(directory)} image.png"
+
+
 def going_on(
     directory: str, argv: Sequence[str], world_size: int, launcher: str, was_launched: bool
 ) -> str:
