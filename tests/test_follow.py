@@ -350,7 +350,7 @@ def test_what_only_the_jobs_log_says_stands_where_it_was_said(tmp_path):
     (tmp_path / "job.log").write_text(
         "preflight: fine\nTraining\na fault\nallranks: restart 1 of 2.\ngoing on\n"
     )
-    lines = Logs(tmp_path).new_lines(is_over=True)
+    lines = Logs(tmp_path, print).new_lines(is_over=True)
     assert [(line.source, line.text.split("allranks: ")[-1]) for line in lines] == [
         ("job", "preflight: fine"),
         ("rank 0", "Training"),
@@ -377,4 +377,21 @@ def test_logs_that_are_not_there(tmp_path, words, message):
 
 def test_a_rank_that_is_not_there(finished):
     with pytest.raises(UserError, match="--rank 7: this run has logs of ranks 0 to 1"):
-        Logs(finished.path, rank=7).check()
+        Logs(finished.path, print, rank=7).check()
+
+
+def test_a_log_that_cannot_be_read_is_named_once_and_the_others_are_shown(tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/rank-0.log").mkdir()
+    (tmp_path / "logs/rank-1.log").write_text("2026-11-26 00:00:03,000 INFO allranks: rank 1 of 2\n")
+    told: list[str] = []
+    logs = Logs(tmp_path, told.append)
+    assert [line.source for _ in range(2) for line in logs.new_lines(is_over=False)] == ["rank 1"]
+    assert told == [f"{tmp_path}/logs/rank-0.log cannot be read (Is a directory)."]
+
+
+def test_runs_at_relative_and_whole_paths_stand_in_one_table(finished, tmp_path):
+    shutil.copytree(finished.path, tmp_path / "runs/other")
+    lines = watched(tmp_path, "runs/other", str(finished.path))
+    assert lines[0] == "2 runs: 2 finished"
+    assert [line.split()[0].split("/")[-1] for line in lines[3:]] == ["other", "one"]

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from allranks.base import terminal
@@ -39,7 +40,8 @@ def watch(arguments: Sequence[str]) -> int:
     elif args.once or not terminal.obeys(1):
         print("\n".join(watching.picture(reader.views(), watching.look_of_stdout())))
     else:
-        watching.follow(reader)
+        with suppress(KeyboardInterrupt):  # typed while the files are read for the first time
+            watching.follow(reader)
     return 0
 
 
@@ -54,14 +56,12 @@ def logs(arguments: Sequence[str]) -> int:
     parser.add_argument("--rank", type=int, metavar="N", help="this rank alone")
     parser.add_argument("-f", action="store_true", dest="follows", help="go on until the run has finished")
     args = with_our_errors(parser).parse_args(arguments)
-    found = Logs(Path(args.run), args.rank)
+    found = Logs(Path(args.run), show, args.rank)
     found.check()
     has_colours = terminal.shows_colours(1)
-    try:
+    with suppress(KeyboardInterrupt):  # how one ends -f
         for lines in followed(found) if args.follows else [found.new_lines(is_over=True)]:
             _print(lines, args.rank is None, has_colours)
-    except KeyboardInterrupt:
-        pass  # how one ends -f
     return 0
 
 

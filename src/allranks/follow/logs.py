@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from allranks.base import links
 from allranks.base.errors import UserError
 from allranks.job.batch import JOB_LOG
 from allranks.run.directory import is_finished
@@ -43,6 +44,7 @@ class Tail:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.problem = ""  # why it cannot be read; empty where it can, or is not there yet
         self._file: BinaryIO | None = None
         self._begun = b""  # the beginning of a line that is not whole yet
 
@@ -73,8 +75,13 @@ class Tail:
                 self._file.seek(0)
                 self._begun = b""
             data = b"".join(iter(lambda: self._file.read(PIECE_BYTES), b""))  # type: ignore[union-attr]
-        except OSError:  # not there yet, or its server is away for the moment
+        except FileNotFoundError:  # not there yet
             return []
+        except OSError as error:  # it may be only for now: the next call tries again
+            self.problem = f"{self.path} cannot be read ({error.strerror})."
+            self.close()
+            return []
+        self.problem = ""
         *whole, self._begun = (self._begun + data).split(b"\n")
         return [line.decode(errors="replace") for line in whole]
 
@@ -123,9 +130,11 @@ class Logs:
     """The logs of one run: of all its ranks and of its job, or of one rank."""
 
     directory: Path
+    warn: Callable[[str], None]  # called once with a sentence for each file that cannot be read
     rank: int | None = None  # None: all ranks, and the job
     _sources: dict[str, Source] = field(default_factory=dict)
     _said: dict[str, str] = field(default_factory=dict)  # by rank 0: what, and when
+    _warned: set[str] = field(default_factory=set)
 
     def check(self) -> None:
         """Raises UserError where there is nothing to show, and nothing that could come."""
@@ -139,6 +148,7 @@ class Logs:
             )
         if not known and not (path / JOB_LOG).exists() and not (path / "logs").is_dir():
             raise UserError(f"{path} has no logs: give the directory of a run.")
+        links.allow_connections(len(known))  # an open file for each of them
 
     def new_lines(self, is_over: bool) -> list[Line]:
         """All lines that are new since the last call, in the order of time.
@@ -148,6 +158,10 @@ class Logs:
         lines: list[Line] = []
         for source in self._all_sources():
             new = source.new_lines(is_over)
+            problem = source.tail.problem
+            if problem and problem not in self._warned:
+                self._warned.add(problem)
+                self.warn(problem)
             if source.name == "rank 0":
                 self._remember(new)
             lines += self._placed(source, new) if source.name == "job" else new

@@ -165,7 +165,9 @@ class _Column(NamedTuple):
 
 def _table(views: Sequence[View], look: Look) -> list[str]:
     """A line for each run, under a line of titles, and one that counts the runs."""
-    above = os.path.commonpath([str(Path(view.directory).parent) for view in views])
+    paths = [Path(view.directory).absolute() for view in views]
+    above = os.path.commonpath([path.parent for path in paths])
+    names = [as_text(str(path.relative_to(above))) for path in paths]
     columns = [
         _Column(
             "run", [as_text(os.path.relpath(view.directory, above)) for view in views], is_number=False
@@ -261,8 +263,8 @@ def follow(reader: Reader) -> None:
     views = reader.views()
     with _other_screen(), _window_changes() as wait:
         while not all(view.state == "finished" for view in views):
-            _draw(picture(views, look_of_stdout()))
             try:
+                _draw(picture(views, look_of_stdout()))
                 wait(EVERY_S)
                 views = reader.views()
             except KeyboardInterrupt:
