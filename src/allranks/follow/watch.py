@@ -169,9 +169,7 @@ def _table(views: Sequence[View], look: Look) -> list[str]:
     above = os.path.commonpath([path.parent for path in paths])
     names = [as_text(str(path.relative_to(above))) for path in paths]
     columns = [
-        _Column(
-            "run", [as_text(os.path.relpath(view.directory, above)) for view in views], is_number=False
-        ),
+        _Column("run", names, is_number=False),
         _Column("state", [printable(view.state) for view in views], is_number=False),
         _Column("epoch", [_epoch(view) for view in views]),
         _Column("left", [_or_dash(view.left_s, terminal.short_duration) for view in views], goes=1),
