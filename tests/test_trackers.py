@@ -368,6 +368,7 @@ def test_a_server_that_is_down_does_not_stop_a_run(train):
         1,
         2,
     )
+    assert "Retrying" not in told
     assert done.run.summary["state"] == "finished"
     assert done.left_running == []
 

@@ -6,6 +6,7 @@ which needs no server and no database. `mlflow migrate-filestore` puts such a st
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -44,6 +45,8 @@ class MLflow:
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         from mlflow.tracking import MlflowClient
 
+        # A server that is down is told once, by the warning that follows from the error; not at each try.
+        logging.getLogger("urllib3").setLevel(logging.ERROR)
         self._client = MlflowClient(tracking_uri=uri)
         self._id, is_new = kept_id(run.folder / "mlflow-run", lambda: self._make(run.name))
         if is_new:
