@@ -36,7 +36,7 @@ def test_the_notebook_runs_on_few_examples_and_its_last_cells_find_the_same_loss
     """A cell that fails ends the script; the cell that compares both curves asserts that they agree."""
     to = tmp_path / "executed.ipynb"
     execute(
-        [PYTHON, str(ROOT / "scripts/notebook"), "--to", str(to)], tmp_path, {"DATA": SMALL_DATA}, 560
+        [PYTHON, str(ROOT / "notebooks/execute.py"), "--to", str(to)], tmp_path, {"DATA": SMALL_DATA}, 560
     ).ok()
     executed = nbformat.read(to, as_version=4)
     kept = nbformat.read(NOTEBOOK, as_version=4)
