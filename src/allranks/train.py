@@ -225,21 +225,9 @@ def run(
             if sweep is not None:
                 runtime.meeting.from_rank_0(lambda: _list_cells(path, sweep))
 
+        ready = _Ready(training, data, recipe, runtime, report, records, began_s)
         is_new = standing == rundir.Standing.NEW
-        end = _train_in(
-            path,
-            is_new,
-            training,
-            data,
-            recipe,
-            config,
-            decisive,
-            runtime,
-            report,
-            records,
-            signals,
-            began_s,
-        )
+        end = _train_in(path, is_new, ready, config, decisive, signals or Signals())
         if end.reports and sweep is None:
             return end._replace(records=records)
         if end.finished:
@@ -247,30 +235,32 @@ def run(
         return end
 
 
+class _Ready(NamedTuple):
+    """A run that can begin to train: what is trained, and who takes part."""
+
+    training: Training
+    data: Data
+    recipe: Recipe
+    runtime: Runtime
+    report: Reporter
+    records: Records
+    began_s: float  # the age of this process when the run began
+
+
 def _train_in(
-    path: str,
-    is_new: bool,
-    training: Training,
-    data: Data,
-    recipe: Recipe,
-    config: Config,
-    decisive: Mapping[str, Any],
-    runtime: Runtime,
-    report: Reporter,
-    records: Records,
-    signals: Signals | None,
-    began_s: float,
+    path: str, is_new: bool, ready: _Ready, config: Config, decisive: Mapping[str, Any], signals: Signals
 ) -> End:
     """Trains in the run directory `path` to the end of the run, or until it is stopped.
 
     `is_new`: the directory was made just now. `decisive`: the values that a checkpoint must agree on.
-    `began_s`: the age of this process when the run began.
     """
     from allranks.training import building, engine
     from allranks.training.records import of_run
     from allranks.training.report import process_age_s
     from allranks.training.saver import Saver
 
+    training, data, recipe = ready.training, ready.data, ready.recipe
+    runtime, report, records = ready.runtime, ready.report, ready.records
     length = building.length_of(recipe, len(data.train))
     with Saver(
         runtime, path, decisive, keep=config.checkpoint.keep, save_s=config.watchdog.save_s
@@ -278,9 +268,9 @@ def _train_in(
         resumed = saver.resume(training, config.resume)
         report.opened(path, training, recipe.batch_size, length, resumed, saver.check)
         records.open(path, training, length, configs.leaves(config), saver.check, is_new)
-        startup_s = process_age_s() - began_s
+        startup_s = process_age_s() - ready.began_s
 
-        control = Control(runtime, saver, signals or Signals(), config.checkpoint, length.epochs)
+        control = Control(runtime, saver, signals, config.checkpoint, length.epochs)
         test = engine.fit_and_test(training, data, recipe, runtime, control, report, records)
         saver.finish()
         if test is None:
@@ -288,7 +278,7 @@ def _train_in(
             report.stopped(control.reason, training)
             return End(finished=False)
         summary = _summary(training, data, recipe, runtime.world_size, test)
-        summary["time/total_s"] = process_age_s() - began_s
+        summary["time/total_s"] = process_age_s() - ready.began_s
         summary["time/startup_s"] = startup_s
         summary.update(of_run(training.history))
         report.finished(summary)
