@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 from allranks.base.errors import UserError
-from allranks.report import compare_sweep, compare_tables
+from allranks.report import compare_page, compare_pictures, compare_sweep, compare_tables
 from allranks.report.compare import compare, short_names
 from allranks.report.gather import RunFacts
 from helpers import PYTHON, SMALL, Run, execute
@@ -282,6 +283,80 @@ def test_json_can_be_read_whatever_a_configuration_holds():
     assert {str(row["settings"]["optimizer.lr"]) for row in about["rows"]} == {"inf", "0.1"}
 
 
+# --- page and pictures --------------------------------------------------------------------------------
+
+
+def test_a_logarithmic_axis_is_for_powers():
+    for powers in ([32, 64, 128, 256, 512], [0.01, 0.03, 0.1, 0.3, 1], [1, 10], [1e-4, 1e-3, 1e-2]):
+        assert compare_pictures.is_even_in_logarithms(powers), powers
+    for others in ([1, 2, 3, 4, 5], [0, 1, 10, 100], [-1, 1, 10], [0.1, 0.2], [50, 100, 150], [7]):
+        assert not compare_pictures.is_even_in_logarithms(others), others
+
+
+def names_of_pictures(runs: list[RunFacts]) -> list[str]:
+    return [picture.name for picture in compare_pictures.of_comparison(compare(runs))]
+
+
+def test_there_is_a_picture_for_all_that_can_be_shown():
+    sizes = six_runs()
+    assert names_of_pictures(sizes) == ["result", "speed", "val-loss", "val-accuracy"]
+    activations = [facts("0", 90.0, model__activation="ReLU"), facts("1", 91.0, model__activation="Tanh")]
+    assert names_of_pictures(activations) == ["result", "val-loss", "val-accuracy"]
+    assert names_of_pictures(sizes[:1]) == ["val-loss", "val-accuracy"]
+    assert names_of_pictures([replace(sizes[0], epochs=[], summary={})]) == []
+
+
+def test_a_picture_says_its_numbers_in_words_and_names_each_curve():
+    result, _, loss, _ = compare_pictures.of_comparison(compare(six_runs()))
+    assert result.title == "test/accuracy against batch_size"
+    assert "batch_size 128: 94.50; batch_size 64: 92.50; batch_size 32: 90.50." in result.description
+    shown = re.findall(r">([^<>]+)</text>", loss.svg)
+    assert {"batch_size", "32", "64", "128 (best)"} <= set(shown)
+    assert loss.png.startswith(b"\x89PNG")
+
+
+def test_of_many_rows_the_best_have_names():
+    runs = [facts(str(number), 50.0 + number, optimizer__lr=1 + number) for number in range(40)]
+    _, _, loss, _ = compare_pictures.of_comparison(compare(runs))
+    named = {
+        text for text in re.findall(r">([^<>]+)</text>", loss.svg) if re.fullmatch(r"\d+( .best.)?", text)
+    }
+    assert {"40 (best)", *(str(number) for number in range(31, 40))} <= named
+    assert "30" not in named
+
+
+def test_the_page_is_one_file_that_shows_names_as_they_are(tmp_path):
+    evil = "<script>alert(1)</script>"
+    runs = [*six_runs()[:2], facts("2", 99.0, seed=0, model__activation=evil)]
+    path = compare_page.write(compare(runs), tmp_path, evil)
+    html = path.read_text()
+    assert path == tmp_path / "compare.html"
+    assert path.stat().st_size < 3_000_000
+    assert "<script" not in html
+    assert html.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 2
+    assert not re.search(r"(src|href)=\"(https?:)?//", html)
+    assert html.count("<svg ") == 3
+    assert html.count('class="given"') == 1
+    names = {f"{name}.{ending}" for name in names_of_pictures(runs) for ending in ("png", "svg")}
+    assert {file.name for file in (tmp_path / "compare").iterdir()} == names
+
+
+def test_the_page_leads_to_the_pages_of_its_runs(tmp_path):
+    runs = [replace(run, directory=tmp_path / "sweep" / run.directory.name) for run in six_runs()]
+    runs[0].directory.mkdir(parents=True)
+    (runs[0].directory / "report.html").touch()
+    html = compare_page.write(compare(runs), tmp_path / "sweep", "sweep").read_text()
+    assert re.findall(r'href="([^"#]+)"', html) == ["0/report.html"]
+
+
+def test_without_matplotlib_the_page_has_its_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr("allranks.report.pictures.is_available", lambda: False)
+    html = compare_page.write(compare(six_runs()), tmp_path, "sizes").read_text()
+    assert "matplotlib is not installed" in html
+    assert "94.50 ± 0.71" in html
+    assert "<svg" not in html
+
+
 # --- the command --------------------------------------------------------------------------------------
 
 
@@ -332,6 +407,33 @@ def test_the_figures_of_a_comparison_are_those_of_the_records(sweep):
     accuracies = [float(row["test/accuracy"]) for row in rows]
     assert accuracies == sorted(accuracies, reverse=True)
     assert [row["best"] for row in rows].count("true") == accuracies.count(max(accuracies))
+
+
+def test_a_sweep_leaves_a_page_of_its_comparison(sweep):
+    directory, said = sweep
+    assert f"As a page with curves: {directory}/compare.html" in said
+    html = (directory / "compare.html").read_text()
+    for number in range(6):
+        assert f"{number}</th>" in html
+    assert (directory / "compare/result.png").stat().st_size > 1000
+
+
+def test_without_reports_a_sweep_has_its_table_only(tmp_path):
+    words = ["-m", *SMALL, "trainer.epochs=1", "seed=0,1", "report=false", "run.dir=two"]
+    done = execute([*ALLRANKS, "train", *words], tmp_path).ok()
+    assert "2 runs: all finished, 1 epoch each. They differ only in their seed." in done.out
+    assert not (tmp_path / "two/compare.html").exists()
+
+
+def test_a_page_for_single_runs_is_made_on_demand(sweep, tmp_path):
+    cells = [sweep[0] / "0", sweep[0] / "2"]
+    assert "page" not in compared(*cells, cwd=tmp_path)
+    assert compared(*cells, "--page", "mine", cwd=tmp_path).endswith("mine/compare.html\n")
+    assert (tmp_path / "mine/compare.html").exists()
+    (tmp_path / "file").touch()
+    done = execute([*ALLRANKS, "compare", *map(str, cells), "--page", "file"], tmp_path)
+    assert done.code == 2
+    assert "file/compare.html cannot be written" in done.err
 
 
 def test_the_table_can_be_written_to_a_file(sweep, tmp_path):
@@ -419,6 +521,13 @@ def test_of_several_directories_one_may_hold_no_run(sweep, tmp_path):
     assert "missing cannot be read" in text
 
 
+def test_a_report_of_several_runs_compares_them(sweep, tmp_path):
+    cells = [str(sweep[0] / name) for name in ("0", "2")]
+    done = execute([*ALLRANKS, "report", "--records-only", "--to", "pages", *cells], tmp_path).ok()
+    assert done.out.splitlines() == ["pages/0/report.html", "pages/2/report.html", "pages/compare.html"]
+    assert "They differ in trainer.batch_size." in (tmp_path / "pages/compare.html").read_text()
+
+
 # --- by itself ----------------------------------------------------------------------------------------
 
 
@@ -466,11 +575,24 @@ def test_a_cell_that_is_started_again_brings_a_new_comparison(sweep, tmp_path, m
 def test_a_comparison_that_fails_is_a_line_of_text(sweep, tmp_path, monkeypatch):
     gone = tmp_path / "gone"
     text = compare_sweep.made(gone)
-    assert text.startswith("The comparison of the sweep was not made (")
+    assert text.startswith("The comparison is not complete (")
     assert f"{gone} cannot be read (No such file or directory)" in text
     assert text.endswith(f"`allranks compare {gone}` tries again.")
     monkeypatch.setattr(compare_sweep, "LIMIT_S", 0.001)
-    assert "(it took longer than 0 s)" in compare_sweep.made(sweep[0])
+    assert "(it was not done within 0.001 s)" in compare_sweep.made(sweep[0])
+    told = compare_sweep.made(sweep[0], ended=compare_sweep.Ended(is_told_to_end=lambda: True))
+    assert "(this process was told to end)" in told
+
+
+def test_a_job_with_little_time_left_has_the_table_only(sweep, tmp_path, monkeypatch):
+    copy = tmp_path / "sizes"
+    shutil.copytree(sweep[0], copy, ignore=shutil.ignore_patterns("compare*"))
+    monkeypatch.setenv("ALLRANKS_DEADLINE", str(int(time.time()) + 30))
+    assert compare_sweep.made(copy).startswith("6 runs: all finished")
+    monkeypatch.delenv("ALLRANKS_DEADLINE")
+    for ended in (compare_sweep.Ended(left_s=30), compare_sweep.Ended(was_stopped=True)):
+        assert compare_sweep.made(copy, ended=ended).startswith("6 runs: all finished")
+    assert not (copy / "compare.html").exists()
 
 
 def test_a_launched_sweep_ends_with_its_comparison_whatever_its_cells_do(tmp_path):

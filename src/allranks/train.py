@@ -18,6 +18,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -76,16 +77,12 @@ def main() -> None:
                 break
             if end.reports:
                 to_report.append(end)
-        if sweep and len(sweep) > 1:
-            from allranks.report import compare_sweep
-
-            directory = Path(sweep[0].directory).parent
-            page, is_stopped = sweep[0].config.report, "stopped" in ends
-            print(compare_sweep.made(directory, ends, page, is_stopped), flush=True)
         if DEBUG in sys.argv[1:] and ends == ["finished"]:
             from allranks.training import debug
 
             print(debug.seen(str(config.run.dir)), flush=True)
+        left_s = to_report[-1].left_s if to_report else math.inf
+        job_ends_at = time.monotonic() + left_s
         if to_report and "stopped" not in ends:
             from allranks.report import at_end
 
@@ -93,24 +90,37 @@ def main() -> None:
             directories = [end.directory for end in to_report]
             is_quiet = config.console == "quiet"
             try:
-                at_end.finish(
-                    directories, identity, to_report[-1].left_s, lambda: bool(signals.names), is_quiet
-                )
+                at_end.finish(directories, identity, left_s, lambda: bool(signals.names), is_quiet)
             finally:
                 for end in to_report:
                     if end.records is not None:
                         end.records.close(at_end.pictures_of(end.directory))
+        if sweep and len(sweep) > 1:  # after the pages of its runs, to which its own page leads
+            _compare(sweep, ends, signals, left_s=job_ends_at - time.monotonic())
         if "stopped" in ends:
             sys.exit(EXIT_REQUEUE)
         if "triton" not in sys.modules:  # its binding complains of objects that are still there at the end
             gc.freeze()  # Python would look through all of torch's objects once more before it ends
 
 
+def _compare(sweep: Sequence[Cell], ends: Sequence[str], signals: Signals, left_s: float) -> None:
+    """Has the runs of a sweep compared, and says how they have ended. Rank 0 alone calls.
+
+    `ends` has a word for each run that was started. `left_s`: seconds until the job's end.
+    """
+    from allranks.report import compare_sweep
+
+    config = sweep[0].config
+    ended = compare_sweep.Ended("stopped" in ends, left_s, lambda: bool(signals.names))
+    text = compare_sweep.made(Path(sweep[0].directory).parent, ends, config.report, ended)
+    print(text.splitlines()[-1] if config.console == "quiet" else text, flush=True)
+
+
 def compose(identity: RankIdentity) -> list[Config]:
     """The configurations of the command line; an error of one rank becomes an error of all.
 
     `allranks launch` has composed the configuration already. It starts each rank with the words
-    `--frozen DIRECTORY SHA256`, and the run directory is there. The overrides that follow are for records.
+    `--frozen DIRECTORY SHA256`, and the run directory is there.
     """
     try:
         if sys.argv[1:2] == ["--frozen"]:

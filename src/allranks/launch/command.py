@@ -167,11 +167,14 @@ def _about_sweep(cells: Sequence[Cell], ends: Sequence[str], is_stopped: bool) -
     """The comparison of a sweep whose cells were started here, or of which the last one was; else empty."""
     last = cells[-1]
     page = last.config.report
+    ended = compare_sweep.Ended(was_stopped=is_stopped)
     if len(cells) > 1:
-        return compare_sweep.made(Path(last.directory).parent, ends, page, is_stopped)
-    if ends == [STOPPED]:
+        text = compare_sweep.made(Path(last.directory).parent, ends, page, ended)
+    elif ends == [STOPPED]:
         return ""  # another job goes on with this cell
-    return compare_sweep.after_cell(last.directory, ends[0], page, is_stopped)
+    else:
+        text = compare_sweep.after_cell(last.directory, ends[0], page, ended)
+    return text[text.rfind("\n") + 1 :] if last.config.console == "quiet" else text
 
 
 def _end_of(code: int) -> str:

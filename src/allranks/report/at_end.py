@@ -30,9 +30,12 @@ FURTHER_S = 10.0  # for each further run of a sweep, whose pages one process mak
 # srun may end the last task of a step some time after the first one has ended. Sites that set such a time
 # (WaitTime in slurm.conf) set 30 s and more.
 SRUN_LIMIT_S = 20.0
+# Beside a run that has ended others may be at work on the same host: they come first.
+NICENESS = 10
 _LOOK_S = 0.05  # between two looks at the process: much less than a page takes
 
-FOLDER = "report"  # in the run directory: the page's pictures
+PAGE = "report.html"  # in the run directory
+FOLDER = "report"  # beside it: the page's pictures
 # By the names of variables that make a process one of an MPI job's ranks. A model or data set that imports
 # MPI in the child would wait for ranks that are gone.
 _OF_MPI = ("PMI", "PALS_", "OMPI_", "MV2_", "MVP_", "MPI_LOCAL")
@@ -103,7 +106,26 @@ def make_pages(
 
     The child is ended after `most_s` seconds, or as soon as `is_stopped` says that this process is to end.
     """
-    command = [sys.executable, "-m", "allranks", "report", "--at-end-of", str(os.getpid()), *directories]
+    words = ["report", "--at-end-of", str(os.getpid()), *directories]
+    ended = in_child(words, most_s, is_stopped, environ)
+    return Made([line for line in ended.out.splitlines() if line.strip()], ended.problem)
+
+
+class ChildEnd(NamedTuple):
+    """What a child process has said, and how it has ended."""
+
+    out: str  # its stdout
+    problem: str  # why it did not come to its end, or what it lacks: a sentence; empty where all is well
+
+
+def in_child(
+    words: Sequence[str], most_s: float, is_stopped: Callable[[], bool], environ: Mapping[str, str]
+) -> ChildEnd:
+    """Runs the command `allranks WORDS` in a child process, and waits for it.
+
+    The child is ended after `most_s` seconds, or as soon as `is_stopped` says that this process is to end.
+    """
+    command = [sys.executable, "-m", "allranks", *words]
     # Files, not pipes: nobody would read a pipe while we wait, and a full one would hold the child up.
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         try:
@@ -111,17 +133,26 @@ def make_pages(
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=_without_mpi(environ)
             )
         except OSError as error:
-            return Made([], f"{error.strerror}")
+            return ChildEnd("", f"{error.strerror}")
         why_ended = _wait(child, most_s, is_stopped)
-        pages = _lines(out)
-        said = _lines(err)
+        told = _text(out)
+        said = [line for line in _text(err).splitlines() if line.strip()]
     if why_ended:
-        return Made(pages, why_ended)
+        return ChildEnd(told, why_ended)
     # Libraries say things of their own on stderr: only where the child has failed the last of them counts.
     ours = [line for line in said if line.startswith("allranks: ")]
     telling = ours or (said if child.returncode else [])
     fallback = f"exit code {child.returncode}" if child.returncode else ""
-    return Made(pages, telling[-1].removeprefix("allranks: ") if telling else fallback)
+    return ChildEnd(told, telling[-1].removeprefix("allranks: ") if telling else fallback)
+
+
+def become_child(parent: int) -> None:
+    """Makes this process one that in_child() has started: it has a low priority, and ends with its parent.
+
+    `parent` is the process id of the one that has started it.
+    """
+    processes.die_with_parent(parent, signal.SIGKILL)
+    os.nice(NICENESS)
 
 
 def _wait(child: subprocess.Popen[bytes], most_s: float, is_stopped: Callable[[], bool]) -> str:
@@ -151,6 +182,7 @@ def _without_mpi(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if not name.startswith(_OF_MPI)}
 
 
-def _lines(file: IO[bytes]) -> list[str]:
+def _text(file: IO[bytes]) -> str:
+    """All that the file holds."""
     file.seek(0)
-    return [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    return file.read().decode(errors="replace")

@@ -9,25 +9,19 @@ there.
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from allranks.base import files, processes
+from allranks.base import files
 from allranks.base.errors import UserError, show
-from allranks.report import pictures
-from allranks.report.at_end import FOLDER
+from allranks.report import at_end, compare_command, pictures
+from allranks.report.at_end import FOLDER, PAGE
+from allranks.report.compare import compare
 from allranks.report.examine import Examined
 from allranks.report.gather import RunFacts, gather
 from allranks.report.page import page
 from allranks.report.pictures import Picture
 
-PAGE = "report.html"
-# Beside a run that has ended others may be at work on the same host: they come first.
-NICENESS = 10
-
-WITHOUT_PICTURES = f"The page has no pictures, because matplotlib is not installed: {pictures.INSTALL}"
 PASS_NOT_ENDED = "The test set's part is missing: the pass of the model over it has not come to its end."
 
 
@@ -39,11 +33,14 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="allranks report",
         description="Make a page of a run, report.html in its directory, and its pictures as PNG and SVG "
-        "in report/ beside it. The run may be finished, at work or cut off.",
+        "in report/ beside it. The run may be finished, at work or cut off. Of several runs, also make a "
+        "page that compares them, compare.html, here.",
     )
     parser.add_argument("run", metavar="RUN", nargs="+", help="the directory of a run")
     parser.add_argument(
-        "--to", metavar="FOLDER", help="where the page is put (default: the run's directory)"
+        "--to",
+        metavar="FOLDER",
+        help="where the page is put (default: the run's directory); of several runs, the comparison",
     )
     parser.add_argument(
         "--device", help="what the model computes on: auto, cuda, xpu, mps or cpu (default: the run's own)"
@@ -55,13 +52,23 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--at-end-of", metavar="PID", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.at_end_of is not None:
-        processes.die_with_parent(options.at_end_of, signal.SIGKILL)
-        os.nice(NICENESS)
-    for run in options.run:
-        folder = Path(options.to) if options.to else Path(run)
-        path = report(Path(run), folder, options.device, passes=not options.records_only)
+        at_end.become_child(options.at_end_of)
+    for run, folder in _folders(options.run, options.to):
+        path = report(run, folder, options.device, passes=not options.records_only)
         print(path, flush=True)
+    if len(options.run) > 1 and options.at_end_of is None:  # a sweep has its runs compared by itself
+        comparison = compare(compare_command.found_at(options.run).runs)
+        print(compare_command.page_of(comparison, Path(options.to or "."), options.run), flush=True)
     return 0
+
+
+def _folders(runs: Sequence[str], to: str | None) -> list[tuple[Path, Path]]:
+    """Each run's directory, and the folder for its page: with --to several runs have one each below it."""
+    if to is None:
+        return [(Path(run), Path(run)) for run in runs]
+    if len(runs) == 1:
+        return [(Path(runs[0]), Path(to))]
+    return [(Path(run), Path(to) / Path(run).absolute().name) for run in runs]
 
 
 def report(run: Path, folder: Path, device: str | None = None, passes: bool = True) -> Path:
@@ -78,7 +85,7 @@ def report(run: Path, folder: Path, device: str | None = None, passes: bool = Tr
     if has_pictures:
         drawn = pictures.of_run(facts)
     else:
-        notes.append(WITHOUT_PICTURES)
+        notes.append(pictures.MISSING)
     if not passes:
         path = _write(folder, facts, drawn, notes)
         _say(notes)
@@ -111,28 +118,13 @@ def _write(
     path = folder / PAGE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_pictures(folder / FOLDER, drawn)
+        pictures.write(folder / FOLDER, drawn)
         files.write_text(path, page(facts, seen, drawn, notes)).close()
     except OSError as error:
         raise UserError(
             f"{path} cannot be written ({error.strerror}): give another folder with --to FOLDER."
         ) from error
     return path
-
-
-def write_pictures(folder: Path, drawn: Sequence[Picture]) -> None:
-    """Writes each picture as PNG and as SVG; those of an earlier page that are not drawn any more go."""
-    contents: dict[str, bytes] = {}
-    for picture in drawn:
-        contents[f"{picture.name}.png"] = picture.png
-        contents[f"{picture.name}.svg"] = picture.svg.encode()
-    if contents:
-        folder.mkdir(exist_ok=True)
-    for name, content in contents.items():
-        files.write_bytes(folder / name, content)
-    for left in folder.glob("*.*"):
-        if left.suffix in (".png", ".svg") and left.name not in contents:
-            left.unlink(missing_ok=True)
 
 
 def _say(notes: Sequence[str]) -> None:

@@ -324,7 +324,7 @@ def _sorted(rows: Sequence[Row], by: str) -> list[Row]:
     """The rows, the best first by a figure, or rising by a key; rows without a value come last."""
     figure = figure_named(by)
     if figure is None:
-        return sorted(rows, key=lambda row: _by_setting(row.settings, by))
+        return sorted(rows, key=lambda row: by_setting(row.settings, by))
 
     def place(row: Row) -> tuple[bool, float]:
         mean = row.values[figure.name].mean
@@ -335,8 +335,9 @@ def _sorted(rows: Sequence[Row], by: str) -> list[Row]:
     return sorted(rows, key=place)
 
 
-def _by_setting(settings: Mapping[str, Any], key: str) -> tuple[int, float, str]:
-    """Sorts numbers by their size, then texts by their letters, and what is missing last."""
+def by_setting(settings: Mapping[str, Any], key: str) -> tuple[int, float, str]:
+    """A key for sorting rows by a setting: numbers by their size, then texts by their letters, and what is
+    missing last."""
     if key not in settings:
         return 2, 0.0, ""
     value = settings[key]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from allranks.base import files
 from allranks.base.arguments import with_our_errors
 from allranks.base.errors import UserError
-from allranks.report import compare_tables
+from allranks.report import at_end, compare_tables
 from allranks.report.compare import NOT_STARTED, Comparison, compare
 from allranks.report.gather import RunFacts, gather
 from allranks.run.cells import CELLS, cells_listed, runs_below
@@ -30,6 +30,8 @@ FORMATS: dict[str, Format] = {
 def main(arguments: Sequence[str]) -> int:
     """`allranks compare ARGUMENTS`; the exit code. Raises UserError where there is nothing to show."""
     options = with_our_errors(_parser()).parse_args(arguments)
+    if options.at_end_of is not None:
+        at_end.become_child(options.at_end_of)
     chosen = next((name for name in FORMATS if getattr(options, name)), None)
     if options.to and chosen is None:
         raise UserError(f"--to {options.to} needs a format: add --csv, --json or --markdown.")
@@ -44,9 +46,37 @@ def main(arguments: Sequence[str]) -> int:
         text = compare_tables.text(comparison, terminal_width(), plus_minus())
     if options.to:
         _write(Path(options.to), text)
-    else:
-        print(text)
+        return 0
+    print(text, flush=True)
+    folder = _folder_of_page(options)
+    if chosen is None and folder is not None:
+        try:
+            print(f"As a page with curves: {page_of(comparison, folder, options.path)}", flush=True)
+        except UserError as error:
+            if options.page is not None:
+                raise
+            # Nobody has asked for this page: the sweep may be another user's.
+            print(f"Without a page: {error}", flush=True)
     return 0
+
+
+def page_of(comparison: Comparison, folder: Path, paths: Sequence[str]) -> Path:
+    """Writes the page of the runs at these paths into the folder; its path. Raises UserError."""
+    from allranks.report import compare_page  # needs numpy, and matplotlib where that is installed
+
+    name = Path(paths[0]).absolute().name if len(paths) == 1 else f"{len(comparison.runs)} runs"
+    return compare_page.write(comparison, folder, name)
+
+
+def _folder_of_page(options: argparse.Namespace) -> Path | None:
+    """Where the page goes: to the folder that --page names, else to the one folder that has all runs below
+    it; None where there is to be no page.
+    """
+    if options.page is not None:
+        return Path(options.page)
+    [first, *others] = options.path
+    is_above_runs = not others and not (Path(first) / CONFIG).exists()
+    return Path(first).absolute() if is_above_runs and not options.no_page else None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,9 +100,17 @@ def _parser() -> argparse.ArgumentParser:
     one_format.add_argument("--json", action="store_true", help="all figures, for programs")
     one_format.add_argument("--markdown", action="store_true", help="the table, for a document")
     parser.add_argument("--to", metavar="FILE", help="write that into a file instead of the terminal")
-    parser.add_argument("--no-page", action="store_true", help="the table only, without page and pictures")
+    parser.add_argument(
+        "--page",
+        metavar="FOLDER",
+        help="where compare.html is put, with its pictures (default: for a sweep its directory, for single "
+        "runs there is no page)",
+    )
+    parser.add_argument("--no-page", action="store_true", help="the table only, also for a sweep")
     # For the end of a sweep: how each of its cells that was started has ended, which no file tells.
     parser.add_argument("--end", action="append", default=[], help=argparse.SUPPRESS)
+    # Given by the sweep, which is this process's parent (report/compare_sweep.py).
+    parser.add_argument("--at-end-of", metavar="PID", type=int, help=argparse.SUPPRESS)
     return parser
 
 

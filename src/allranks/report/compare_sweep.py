@@ -16,77 +16,80 @@ file system. Each of them calls after_cell() at its end, and one of them makes t
 
 A cell that is started again later ends with another token, so the comparison is made anew.
 
-The comparison is a process of its own, with a limit: whatever happens to it, the sweep's own end is what it
-would have been without it.
+The comparison is a child process with a limited time, as the pages of runs are (report/at_end.py): whatever
+becomes of it, the sweep's own end is what it would have been without it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import secrets
 import shutil
-import subprocess
-import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from allranks.base import files
-from allranks.base.text import one_line
+from allranks.report import at_end
 from allranks.run.cells import cells_listed, is_finished
 
-LIMIT_S = 180.0  # many times what it takes; a file system that hangs takes for ever
-# After a stop the job has little time left, and its script is still to queue the job that goes on.
-LIMIT_AFTER_STOP_S = 10.0
+LIMIT_S = 60.0  # some times what it takes for 100 runs; a file system that hangs takes for ever
+# Where the job has little time left, its script is still to queue the job that goes on.
+SHORT_LIMIT_S = 10.0
 _ENDED, _COMPARED = ".ended-", ".compared-"  # beginnings of names in a sweep's directory
 
 
-def made(sweep: str | Path, ends: Sequence[str] = (), page: bool = True, is_stopped: bool = False) -> str:
-    """Makes the comparison of a sweep in a process of its own; what that says: the table, and where the
-    page is.
+class Ended(NamedTuple):
+    """How the command that makes a sweep's comparison has come to its end, and what it may still take."""
+
+    was_stopped: bool = False  # before the end of the sweep: another job goes on with it
+    left_s: float = math.inf  # seconds until the job's end
+    is_told_to_end: Callable[[], bool] = lambda: False  # whether this process is to end at once
+
+
+AT_ITS_END = Ended()
+
+
+def made(sweep: str | Path, ends: Sequence[str] = (), page: bool = True, ended: Ended = AT_ITS_END) -> str:
+    """Makes the comparison of a sweep in a child process; what that says: the table, and where the page is.
 
     `ends` has a word for how each cell has ended that was started, in order, where the caller knows it.
-    Without `page`, and where the sweep `is_stopped` before its end, there is the table only. What went
-    wrong is a line of the text.
+    Without `page`, and where the job has little time left, there is the table only. What went wrong is the
+    last line of the text.
     """
-    command = [sys.executable, "-m", "allranks", "compare", str(sweep)]
-    command += [word for end in ends for word in ("--end", end)]
-    command += [] if page and not is_stopped else ["--no-page"]
-    limit_s = LIMIT_AFTER_STOP_S if is_stopped else LIMIT_S
-    # The process writes to a pipe, and the text is for the terminal of this one.
+    left_s = min(ended.left_s, _seconds_to_deadline())
+    in_haste = ended.was_stopped or left_s < LIMIT_S
+    limit_s = SHORT_LIMIT_S if in_haste else LIMIT_S
+    words = ["compare", str(sweep), "--at-end-of", str(os.getpid())]
+    words += [word for end in ends for word in ("--end", end)]
+    words += [] if page and not in_haste else ["--no-page"]
+    # The child writes to a file, and the text is for the terminal of this process.
     width = shutil.get_terminal_size((120, 24)).columns
-    try:
-        done = subprocess.run(
-            command,
-            env={**os.environ, "COLUMNS": str(width)},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=limit_s,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return _not_made(sweep, f"it took longer than {limit_s:.0f} s")
-    except OSError as error:
-        return _not_made(sweep, error.strerror or "it could not be started")
-    said = done.stdout.rstrip("\n")
-    if done.returncode == 0:
-        return said
-    last_words = one_line((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
-    return f"{said}\n{_not_made(sweep, last_words)}".lstrip("\n")
+    environ = {**os.environ, "COLUMNS": str(width)}
+    child = at_end.in_child(words, limit_s, ended.is_told_to_end, environ)
+    said = child.out.rstrip("\n")
+    return f"{said}\n{_not_made(sweep, child.problem)}".lstrip("\n") if child.problem else said
+
+
+def _seconds_to_deadline() -> float:
+    """Seconds until this job is to stop, as its script says; infinity where nobody says it."""
+    deadline = os.environ.get("ALLRANKS_DEADLINE", "")
+    return int(deadline) - time.time() if deadline.isdecimal() else math.inf
 
 
 def _not_made(sweep: str | Path, why: str) -> str:
-    return f"The comparison of the sweep was not made ({why}). `allranks compare {sweep}` tries again."
+    return f"The comparison is not complete ({why.rstrip('.')}). `allranks compare {sweep}` tries again."
 
 
-def after_cell(cell: str | Path, end: str, page: bool = True, is_stopped: bool = False) -> str:
+def after_cell(cell: str | Path, end: str, page: bool = True, ended: Ended = AT_ITS_END) -> str:
     """Notes that a cell of a sweep has ended; where all have, makes the comparison and gives its text.
 
     `end` says in a word how the cell has ended. The text is empty where other cells are still to end, where
     another cell makes the comparison, and for a run of no sweep. Where the sweep's directory cannot be
-    written there is no comparison: the text says why. `page` and `is_stopped` are those of made().
+    written there is no comparison: the text says why. `page` and `ended` are those of made().
     """
     directory = Path(cell).absolute()
     sweep = directory.parent
@@ -102,7 +105,7 @@ def after_cell(cell: str | Path, end: str, page: bool = True, is_stopped: bool =
     except OSError as error:
         return _not_made(sweep, error.strerror or str(error))
     ends = [note.partition(" ")[2] for note in notes]
-    return f"All {len(names)} cells of {sweep} have ended.\n{made(sweep, ends, page, is_stopped)}"
+    return f"All {len(names)} cells of {sweep} have ended.\n{made(sweep, ends, page, ended)}"
 
 
 def _notes_of_all(sweep: Path, names: Sequence[str]) -> list[str] | None:

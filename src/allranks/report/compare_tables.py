@@ -129,7 +129,12 @@ def markdown(comparison: Comparison) -> str:
     for index, row in enumerate(comparison.rows):
         cells = [column.cells[index].strip().replace("|", "\\|") for column in shown_columns]
         lines.append(_markdown_line([f"**{cell}**" if row.is_best and cell else cell for cell in cells]))
-    paragraphs = [headline(comparison), "\n".join(lines), " ".join(legend(comparison)), *comparison.notes]
+    paragraphs = [
+        headline(comparison),
+        "\n".join(lines),
+        " ".join(legend(comparison, "bold")),
+        *comparison.notes,
+    ]
     return "\n\n".join(each for each in paragraphs if each)
 
 
@@ -155,14 +160,14 @@ def headline(comparison: Comparison) -> str:
     return f"{first} {second}"
 
 
-def legend(comparison: Comparison) -> list[str]:
-    """What the marks in the table mean, a sentence each."""
+def legend(comparison: Comparison, mark: str = "*") -> list[str]:
+    """What is to be known of the table, a sentence each. `mark` says how the best row is marked."""
     said = []
     if comparison.best_by:
         figure = figure_named(comparison.best_by)
         assert figure is not None
         extreme = "highest" if figure.higher_is_better else "lowest"
-        said.append(f"The best row (*) has the {extreme} {figure.heading}.")
+        said.append(f"The best row ({mark}) has the {extreme} {figure.heading}.")
     if comparison.has_groups:
         said.append("A row of n runs has the mean over their seeds, with the sample standard deviation.")
     if any(row.values["val/accuracy"].mean is not None for row in comparison.rows):

@@ -14,10 +14,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from allranks.base import files
 from allranks.report.examine import Examined, Example
 from allranks.report.gather import RunFacts
 from allranks.report.png import as_pixels
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INSTALL = "pip install 'allranks[report]'"
+MISSING = f"The page has no pictures, because matplotlib is not installed: {INSTALL}"
 
 # The colours of the pictures by name. As files the pictures have the LIGHT ones. In a page the names are
 # CSS variables, which stand for the DARK ones where the reader's screen is dark. No two light ones are
@@ -99,6 +102,21 @@ def is_available() -> bool:
     return True
 
 
+def write(folder: Path, drawn: Sequence[Picture]) -> None:
+    """Writes each picture as PNG and as SVG; those of an earlier page that are not drawn any more go."""
+    contents: dict[str, bytes] = {}
+    for picture in drawn:
+        contents[f"{picture.name}.png"] = picture.png
+        contents[f"{picture.name}.svg"] = picture.svg.encode()
+    if contents:
+        folder.mkdir(exist_ok=True)
+    for name, content in contents.items():
+        files.write_bytes(folder / name, content)
+    for left in folder.glob("*.*"):
+        if left.suffix in (".png", ".svg") and left.name not in contents:
+            left.unlink(missing_ok=True)
+
+
 # --- the pictures of one run -----------------------------------------------------------------------------
 
 
@@ -166,8 +184,8 @@ def phases(facts: RunFacts) -> Picture | None:
     if not spent:
         return None
     colours = ("grey", "blue", "orange", "green")
-    with _style():
-        figure, axes = _new_figure("Time by phase", height_in=2.2)
+    with style():
+        figure, axes = new_figure("Time by phase", height_in=2.2)
         axes.set_axis_off()
         longest = max(spent.values())
         for row, (name, seconds) in enumerate(spent.items()):
@@ -180,7 +198,7 @@ def phases(facts: RunFacts) -> Picture | None:
         axes.set_ylim(-len(spent) + 0.6, 0.8)
         figure.subplots_adjust(left=0.02, right=0.98, bottom=0.02)
         words = ", ".join(f"{name.lower()} {seconds:,.1f} s" for name, seconds in spent.items())
-        return _picture(figure, "phases", "Time by phase", f"Bars: {words}.")
+        return as_picture(figure, "phases", "Time by phase", f"Bars: {words}.")
 
 
 def phases_s(facts: RunFacts) -> dict[str, float]:
@@ -219,10 +237,10 @@ def curves(
         return None
     kept = thinned(len(epochs))
     x = [epochs[position] for position in kept]
-    with _style():
+    with style():
         from matplotlib.ticker import MaxNLocator
 
-        figure, axes = _new_figure(title)
+        figure, axes = new_figure(title)
         for one in series:
             y = [_or_nan(one.values[position]) for position in kept]
             axes.plot(
@@ -244,7 +262,7 @@ def curves(
             _name_at_their_ends(axes, x[-1], series)
         else:
             figure.subplots_adjust(right=0.96)
-        return _picture(figure, name, title, _in_words(title, unit, epochs, series))
+        return as_picture(figure, name, title, _in_words(title, unit, epochs, series))
 
 
 def thinned(count: int) -> list[int]:
@@ -309,10 +327,10 @@ def confusion(seen: Examined) -> Picture | None:
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     most = (shares - np.diag(np.diag(shares))).max() or 1.0  # the most frequent mistake
     side_in = min(9.0, max(WIDTH_IN, 0.42 * classes))
-    with _style():
+    with style():
         from matplotlib.patches import Rectangle
 
-        figure, axes = _new_figure("Confusion matrix", side_in, side_in)
+        figure, axes = new_figure("Confusion matrix", side_in, side_in)
         for true in range(classes):
             for predicted in range(classes):
                 is_right = true == predicted
@@ -348,7 +366,7 @@ def confusion(seen: Examined) -> Picture | None:
             f"A table of {classes} by {classes} classes: {right:,} of {int(counts.sum()):,} test examples "
             "are on the diagonal, where the prediction is right."
         )
-        return _picture(figure, "confusion", "Confusion matrix", words)
+        return as_picture(figure, "confusion", "Confusion matrix", words)
 
 
 def _letters_on(colour: str, strength: float) -> str:
@@ -420,7 +438,7 @@ def _row_of_images(
 ) -> Picture:
     columns = min(10, len(images))
     rows = -(-len(images) // columns)
-    with _style():
+    with style():
         from matplotlib.figure import Figure
 
         height_in = 1.15 * rows + TITLE_PT / POINTS_PER_INCH
@@ -432,14 +450,14 @@ def _row_of_images(
             axes.set_title(above, fontsize=9)
             axes.set_axis_off()
         figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=1 - 0.6 / height_in, wspace=0.08)
-        return _picture(figure, name, title, f"{title}: {words}.")
+        return as_picture(figure, name, title, f"{title}: {words}.")
 
 
 # --- matplotlib ------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
     """A block in which figures are drawn and saved in the report's style, not in a user's own."""
     import matplotlib
 
@@ -478,9 +496,7 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _new_figure(
-    title: str, width_in: float = WIDTH_IN, height_in: float = HEIGHT_IN
-) -> tuple[Figure, Axes]:
+def new_figure(title: str, width_in: float = WIDTH_IN, height_in: float = HEIGHT_IN) -> tuple[Figure, Axes]:
     """A figure of this size with its title and one empty pair of axes; the title's line comes on top."""
     from matplotlib.figure import Figure
 
@@ -499,7 +515,8 @@ def _new_figure(
     return figure, axes
 
 
-def _picture(figure: Figure, name: str, title: str, description: str) -> Picture:
+def as_picture(figure: Figure, name: str, title: str, description: str) -> Picture:
+    """The figure as a picture; its files have no date, so that the same run gives the same files."""
     as_svg, as_png = io.StringIO(), io.BytesIO()
     no_date = {"Date": None, "Creator": None, "Format": None, "Type": None}
     figure.savefig(as_svg, format="svg", metadata=no_date)

@@ -60,7 +60,9 @@ def go_on(directory: str) -> int:
         return EXIT_REQUEUE
     if _is_last(job):
         print(f"{directory} is not finished: this was the last job of it", flush=True)
-        about_sweep = compare_sweep.after_cell(directory, "stopped", is_stopped=True)
+        about_sweep = compare_sweep.after_cell(
+            directory, "stopped", ended=compare_sweep.Ended(was_stopped=True)
+        )
         if about_sweep:
             print(about_sweep, flush=True)
         return EXIT_REQUEUE

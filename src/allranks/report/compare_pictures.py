@@ -1,0 +1,336 @@
+"""The pictures of a comparison: the runs' curves in one picture, and the result against what differs.
+
+They are drawn in the style of a run's own report (report/pictures.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from allranks.report.compare import (
+    BY_DEFAULT,
+    SEED,
+    Comparison,
+    Figure,
+    Row,
+    by_setting,
+    figure_named,
+    short_names,
+    shown,
+)
+from allranks.report.compare_tables import figure_text
+from allranks.report.pictures import HEIGHT_IN, LIGHT, WIDTH_IN, Picture, as_picture, new_figure, style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Of more rows the best ones have a colour and a name each, and the others are thin and grey.
+MOST_NAMED = 10
+MOST_ROWS = 24  # names below each other, of the picture with a line for each row
+MOST_TICKS = 8
+# Colour and dashes together tell ten curves apart, also in grey and with colour blindness.
+COLOURS = ("blue", "orange", "green", "ink", "muted")
+DASHES = ("solid", (0, (4, 2)))
+PALEST = 0.4  # opacity of the curve with the smallest value of a key, where the largest has 1
+LEGEND_LINE_IN = 0.165
+LEFT_IN = 0.85  # of the picture, for numbers such as 100,000 and the name of the axis
+LETTER_IN = 0.085  # mean width of a letter
+LOG_FROM_RATIO = 10  # two values that differ by this factor are shown on a logarithmic axis
+
+
+class Curve(NamedTuple):
+    """A figure over the epochs, of which a picture is drawn."""
+
+    name: str  # of the picture
+    title: str
+    figure: str  # in metrics.jsonl
+    unit: str
+
+
+CURVES = (
+    Curve("val-loss", "Validation loss", "val/loss", "nats"),
+    Curve("val-accuracy", "Validation accuracy", "val/accuracy", "%"),
+)
+
+
+class Look(NamedTuple):
+    """How the curve of a row is drawn."""
+
+    label: str
+    colour: str  # a name in LIGHT
+    dashes: object
+    opacity: float
+    width: float
+
+
+class Point(NamedTuple):
+    """A row's result at a value of the key that it is shown against."""
+
+    x: float
+    mean: float
+    std: float | None
+
+
+def of_comparison(comparison: Comparison) -> list[Picture]:
+    """The pictures of a comparison: those for which there is something to show."""
+    drawn = [result(comparison, "result"), result(comparison, "speed")]
+    drawn += [curves(comparison, curve) for curve in CURVES]
+    return [picture for picture in drawn if picture is not None]
+
+
+def figure_of(comparison: Comparison, name: str) -> Figure:
+    """The figure that the picture `result` or `speed` shows."""
+    figure = figure_named("throughput/samples_per_s" if name == "speed" else comparison.best_by)
+    # Where no row can be called the best, the rows are still shown side by side.
+    figure = figure or figure_named(comparison.sorted_by) or figure_named(BY_DEFAULT)
+    assert figure is not None
+    return figure
+
+
+def label_of(row: Row, comparison: Comparison) -> str:
+    """What the row is, in the keys in which it differs from others: `lr 0.1, batch_size 64`."""
+    names = short_names(comparison.keys)
+    words = [f"{names[key]} {shown(row.settings[key])}" for key in comparison.keys if key in row.settings]
+    return ", ".join(words) or ", ".join(run.directory.name for run in row.runs[:3])
+
+
+# --- curves ----------------------------------------------------------------------------------------------
+
+
+def curves(comparison: Comparison, curve: Curve) -> Picture | None:
+    """A figure of each row over the epochs: of several seeds the mean, within a band of the spread.
+
+    None where no run has this figure.
+    """
+    rows = [row for row in comparison.rows if _epochs_of(row, curve.figure)]
+    if not rows:
+        return None
+    if len(rows) <= MOST_NAMED:  # all have a name: in the order of the key, where there is one
+        rows.sort(key=lambda row: [by_setting(row.settings, key) for key in comparison.keys])
+    looks = _looks(comparison, rows)
+    named = [look for look in looks if look.label]
+    heading = ", ".join(short_names(comparison.keys).values())
+    per_line = max(1, int(WIDTH_IN / (0.6 + LETTER_IN * max(len(look.label) for look in named))))
+    legend_in = LEGEND_LINE_IN * (-(-len(named) // per_line) + bool(heading))
+    with style():
+        from matplotlib.ticker import MaxNLocator
+
+        picture, axes = new_figure(curve.title, height_in=HEIGHT_IN + legend_in)
+        # The named ones come last, and so lie above the grey ones.
+        for row, look in sorted(zip(rows, looks, strict=True), key=lambda pair: bool(pair[1].label)):
+            _draw_curve(axes, _epochs_of(row, curve.figure), look)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(curve.unit)
+        whole_in = picture.get_figheight()
+        picture.subplots_adjust(right=1 - 0.15 / WIDTH_IN, bottom=(0.6 + legend_in) / whole_in)
+        picture.legend(
+            loc="lower left", bbox_to_anchor=(0.02, 0.0), ncols=per_line, frameon=False, fontsize=9,
+            handlelength=2.4, columnspacing=1.2, borderaxespad=0.1, labelspacing=0.25,
+            title=heading or None, title_fontsize=9, alignment="left",
+        )  # fmt: skip
+        words = "; ".join(_curve_in_words(row, curve, comparison) for row in rows[:MOST_NAMED])
+        return as_picture(picture, curve.name, curve.title, f"{curve.title} over the epochs. {words}.")
+
+
+def means_by_epoch(row: Row, figure: str) -> dict[int, float]:
+    """The mean over a row's runs of a figure after each epoch."""
+    return {epoch: statistics.fmean(values) for epoch, values in _epochs_of(row, figure).items()}
+
+
+def _epochs_of(row: Row, figure: str) -> dict[int, list[float]]:
+    """The values of a figure after each epoch, of all runs of the row that have it."""
+    by_epoch: dict[int, list[float]] = {}
+    for run in row.runs:
+        for epoch in run.epochs:
+            value = epoch.get(figure)
+            if value is not None:
+                by_epoch.setdefault(int(epoch["epoch"]), []).append(value)
+    return dict(sorted(by_epoch.items()))
+
+
+def _in_legend(row: Row, comparison: Comparison) -> str:
+    """The values of a row, below the names of their keys, which are the legend's heading."""
+    values = [shown(row.settings[key]) if key in row.settings else "-" for key in comparison.keys]
+    label = ", ".join(values) or label_of(row, comparison)
+    return f"{label} (best)" if row.is_best else label
+
+
+def _draw_curve(axes: Axes, by_epoch: dict[int, list[float]], look: Look) -> None:
+    epochs = list(by_epoch)
+    means = [statistics.fmean(values) for values in by_epoch.values()]
+    axes.plot(
+        epochs, means, color=LIGHT[look.colour], linestyle=look.dashes, alpha=look.opacity,
+        linewidth=look.width, marker="o" if len(epochs) == 1 else None, label=look.label or None,
+    )  # fmt: skip
+    if look.label and any(len(values) > 1 for values in by_epoch.values()):
+        spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in by_epoch.values()]
+        low = [mean - std for mean, std in zip(means, spread, strict=True)]
+        high = [mean + std for mean, std in zip(means, spread, strict=True)]
+        axes.fill_between(epochs, low, high, color=LIGHT[look.colour], alpha=0.14, linewidth=0)
+
+
+def _looks(comparison: Comparison, rows: Sequence[Row]) -> list[Look]:
+    """How each row's curve is drawn: the best is thick; rows beyond MOST_NAMED are grey, without a name."""
+    named = list(range(len(rows)))[:MOST_NAMED]
+    keys = [key for key in comparison.keys if key != SEED]
+    strengths = _strengths(rows, keys[0]) if len(keys) == 1 and comparison.numeric_keys() == keys else None
+    looks = []
+    for index, row in enumerate(rows):
+        if index not in named:
+            looks.append(Look("", "grey", "solid", 0.45, 0.9))
+            continue
+        label = _in_legend(row, comparison)
+        width = 2.6 if row.is_best else 1.6
+        if strengths is None:
+            colour = COLOURS[index % len(COLOURS)]
+            looks.append(Look(label, colour, DASHES[index // len(COLOURS) % 2], 1.0, width))
+        else:
+            colour = "orange" if row.is_best else "blue"
+            looks.append(Look(label, colour, "solid", 1.0 if row.is_best else strengths[index], width))
+    return looks
+
+
+def _strengths(rows: Sequence[Row], key: str) -> list[float]:
+    """Opacities that rise with the value of the key, so that the order of the values can be seen."""
+    values = [float(row.settings[key]) for row in rows]
+    order = sorted(set(values))
+    steps = max(1, len(order) - 1)
+    return [PALEST + (1 - PALEST) * order.index(value) / steps for value in values]
+
+
+def _curve_in_words(row: Row, curve: Curve, comparison: Comparison) -> str:
+    means = means_by_epoch(row, curve.figure)
+    last = max(means)
+    return f"{label_of(row, comparison)}: {means[last]:.4g} {curve.unit} after epoch {last}"
+
+
+# --- the result against what differs ---------------------------------------------------------------------
+
+
+def result(comparison: Comparison, name: str) -> Picture | None:
+    """The figure that figure_of() gives for `name`, of all rows, against the numeric key they differ in.
+
+    There is a curve for each value of another key. With more keys than two, or without a numeric one, the
+    picture `result` has a line for each row, and there is no other. None where fewer than two rows have the
+    figure.
+    """
+    figure = figure_of(comparison, name)
+    rows = [row for row in comparison.rows if row.values[figure.name].mean is not None]
+    if len(rows) < 2:
+        return None
+    keys = [key for key in comparison.keys if key != SEED]
+    numeric = [key for key in comparison.numeric_keys() if len({row.settings[key] for row in rows}) > 1]
+    if not numeric or len(keys) > 2 or SEED in comparison.keys:
+        return _ranking(comparison, figure, rows) if name == "result" else None
+    # The key with more values lies along the axis.
+    along = max(numeric, key=lambda key: len({row.settings[key] for row in rows}))
+    other = next((key for key in keys if key != along), None)
+    return _against(comparison, name, figure, rows, along, other)
+
+
+def _against(
+    comparison: Comparison, name: str, figure: Figure, rows: Sequence[Row], along: str, other: str | None
+) -> Picture:
+    """The figure against the key `along`, with a curve for each value of the key `other`."""
+    lines: dict[str, list[Point]] = {}
+    for row in rows:
+        mean, std, _ = row.values[figure.name]
+        assert mean is not None
+        label = shown(row.settings.get(other)) if other else ""
+        lines.setdefault(label, []).append(Point(float(row.settings[along]), mean, std))
+    names = short_names(comparison.keys)
+    title = f"{figure.heading} against {names[along]}"
+    ticks = sorted({row.settings[along] for row in rows})
+    with style():
+        picture, axes = new_figure(title)
+        for index, (label, points) in enumerate(lines.items()):
+            points.sort()
+            colour = LIGHT[COLOURS[index % len(COLOURS)]]
+            x, y = [point.x for point in points], [point.mean for point in points]
+            dashes = DASHES[index // len(COLOURS) % 2]
+            axes.plot(x, y, color=colour, marker="o", linestyle=dashes, label=label)
+            whiskers = [point for point in points if point.std is not None]
+            axes.errorbar(
+                [point.x for point in whiskers], [point.mean for point in whiskers],
+                [point.std or 0.0 for point in whiskers],
+                fmt="none", ecolor=colour, capsize=3, elinewidth=1.2,
+            )  # fmt: skip
+        if is_even_in_logarithms([float(tick) for tick in ticks]):
+            axes.set_xscale("log")
+            axes.minorticks_off()
+        every = -(-len(ticks) // MOST_TICKS)
+        axes.set_xticks(ticks[::every], [shown(tick) for tick in ticks[::every]])
+        axes.set_xlabel("ranks" if along == "world_size" else along)
+        axes.set_ylabel(_unit(figure))
+        if figure.name.startswith("throughput/"):
+            axes.set_ylim(bottom=0)
+            axes.yaxis.set_major_formatter(lambda number, _: f"{number:,.0f}")
+        picture.subplots_adjust(left=LEFT_IN / WIDTH_IN, right=1 - 0.15 / WIDTH_IN)
+        if other:
+            axes.legend(title=names[other], fontsize=9, title_fontsize=9, frameon=False)
+        words = "; ".join(
+            f"{label_of(row, comparison)}: {figure_text(figure.name, row.values[figure.name].mean)}"
+            for row in rows
+        )
+        return as_picture(picture, name, title, f"{title}. {words}.")
+
+
+def _ranking(comparison: Comparison, figure: Figure, rows: Sequence[Row]) -> Picture:
+    """A line for each row: its name, and a dot at its figure, with the spread over seeds."""
+    is_cut = len(rows) > MOST_ROWS
+    rows = rows[:MOST_ROWS]
+    title = figure.heading + (f" of the first {MOST_ROWS}" if is_cut else "")
+    labels = [_in_legend(row, comparison) for row in rows]
+    with style():
+        picture, axes = new_figure(title, height_in=0.6 + 0.44 * len(rows))
+        values = [row.values[figure.name] for row in rows]
+        for position, (row, label, value) in enumerate(zip(rows, labels, values, strict=True)):
+            assert value.mean is not None
+            colour = LIGHT["orange" if row.is_best else "blue"]
+            axes.errorbar(
+                [value.mean], [-position], xerr=None if value.std is None else [value.std], fmt="o",
+                color=colour, capsize=3, elinewidth=1.2, markersize=5,
+            )  # fmt: skip
+            # The name stands above its dot, at the left: beside it there is no room on a phone.
+            axes.annotate(
+                label, (0, -position), xycoords=("axes fraction", "data"), xytext=(0, 7),
+                textcoords="offset points", color=LIGHT["ink"],
+            )  # fmt: skip
+        axes.set_ylim(-len(rows) + 0.4, 0.9)
+        axes.set_yticks([])
+        axes.grid(True, axis="x")
+        axes.set_xlabel(_unit(figure))
+        whole_in = picture.get_figheight()
+        picture.subplots_adjust(left=0.03, right=0.97, bottom=0.5 / whole_in)
+        words = "; ".join(
+            f"{label}: {figure_text(figure.name, value.mean)}"
+            for label, value in zip(labels, values, strict=True)
+        )
+        return as_picture(picture, "result", title, f"{title}. {words}.")
+
+
+def _unit(figure: Figure) -> str:
+    if figure.name.endswith("accuracy"):
+        return "%"
+    if figure.name.endswith("loss"):
+        return "nats"
+    return "s" if figure.name.startswith("time/") else figure.heading
+
+
+def is_even_in_logarithms(values: Sequence[float]) -> bool:
+    """Whether a logarithmic axis spaces these values, in rising order, more evenly than a linear one: it
+    does for powers such as 32, 64, 128, and for 0.01, 0.03, 0.1.
+    """
+    if len(values) < 2 or values[0] <= 0:
+        return False
+    pairs = list(itertools.pairwise(values))
+    ratios = [math.log(after / before) for before, after in pairs]
+    differences = [after - before for before, after in pairs]
+    if len(values) == 2:
+        return values[1] / values[0] >= LOG_FROM_RATIO
+    return max(ratios) / min(ratios) < max(differences) / min(differences)
