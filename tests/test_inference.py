@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import csv
 import gc
+import io
 import json
+import os
 import shutil
+import sys
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image, ImageOps
 
-from allranks.base.errors import UserError
+from allranks.base.errors import RunError, UserError
 from allranks.compose import from_command_line
-from allranks.inference import forward, load
+from allranks.data import mnist
+from allranks.inference import command, forward, images, load
+from allranks.inference import export as exporting
 from allranks.job.identity import RankIdentity
 from allranks.run import checkpoint
-from helpers import SMALL, Run, real_data, tree
+from helpers import PYTHON, SMALL, Run, only_long, real_data, tree
 
 WORDS = [*SMALL, "model=mlp", "model.widths=[32]", "trainer.epochs=3", "checkpoint.keep=3"]
 
@@ -282,3 +292,453 @@ def test_a_precision_that_the_device_lacks_is_replaced_and_that_is_said(copy):
     trained = load.load(copy, device="cpu")
     assert trained.precision == "fp32"
     assert trained.remarks == ("the run was trained with fp16, which cpu does not have here: fp32 is used",)
+
+
+# --- images --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published():
+    """The published test digits: images uint8 [10000, 28, 28] and labels."""
+    return mnist.load("mnist", "test", str(real_data()))
+
+
+def enlarged(digit: np.ndarray) -> Image.Image:
+    """The digit as somebody may have drawn it: large, and not in the middle of a sheet."""
+    large = Image.fromarray(digit).resize((280, 280), Image.Resampling.BICUBIC)
+    sheet = Image.new("L", (500, 340), 0)
+    sheet.paste(large, (190, 40))
+    return sheet
+
+
+def transparent(digit: np.ndarray) -> Image.Image:
+    """Black ink on a ground that lets everything through."""
+    sheet = enlarged(digit)
+    drawing = Image.new("RGBA", sheet.size, (0, 0, 0, 0))
+    drawing.putalpha(sheet)
+    return drawing
+
+
+def photographed(digit: np.ndarray) -> Image.Image:
+    """Blue ink on grey paper that is darker on one side, with grain."""
+    ink = np.asarray(enlarged(digit), dtype=np.float64)[..., None] / 255
+    paper = np.full(ink.shape[:2], 215.0) - np.linspace(0, 25, ink.shape[1])
+    grain = np.random.default_rng(0).normal(0, 4, ink.shape[:2])
+    coloured = (1 - ink) * (paper + grain)[..., None] + ink * np.array([30.0, 40.0, 120.0])
+    return Image.fromarray(coloured.clip(0, 255).astype(np.uint8))
+
+
+VARIANTS: dict[str, Callable[[np.ndarray], Image.Image]] = {
+    "as published": Image.fromarray,
+    "dark on light": lambda digit: Image.fromarray(255 - digit),
+    "large": enlarged,
+    "large, dark on light": lambda digit: ImageOps.invert(enlarged(digit)),
+    "transparent": transparent,
+    "photographed": photographed,
+    "16 bits": lambda digit: Image.fromarray(digit.astype(np.uint16) * 257),
+    "palette": lambda digit: Image.fromarray(digit).convert("P"),
+    "grey with alpha": lambda digit: Image.fromarray(digit).convert("LA"),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_digit_is_known_again_whatever_its_image_looks_like(digits, published, tmp_path, variant):
+    """Of a hundred digits that the model knows, nearly all keep their class, and the first one surely."""
+    import torch
+
+    trained = load.load(digits)
+    plan = images.plan([1, 28, 28], "auto", "auto", is_fashion=False, transform=None)
+    pictures, labels = published
+    path = tmp_path / "digit.png"
+
+    def prepared(digit: np.ndarray) -> images.Prepared:
+        VARIANTS[variant](digit).save(path)
+        return images.prepare(images.read(path), plan, path)
+
+    own = forward.logits_of(trained, torch.from_numpy(pictures[:120].copy()).unsqueeze(1) / 255)
+    known = [i for i in range(120) if int(own[i].argmax()) == labels[i]][:100]
+    made = [prepared(pictures[i]) for i in known]
+    assert {each.inverted for each in made} == {
+        variant in ("dark on light", "large, dark on light", "transparent", "photographed")
+    }
+    logits = forward.logits_of(trained, torch.stack([each.pixels for each in made]))
+    kept = sum(int(logits[n].argmax()) == labels[i] for n, i in enumerate(known))
+    assert int(logits[0].argmax()) == labels[0] == 7
+    assert kept >= 95 if made[0].how.startswith("digit fitted") else kept == 100
+
+
+def test_a_fitted_digit_stands_as_mnists_do(published):
+    """In a box of 20 x 20, with its centre of mass at pixel 14."""
+    plan = images.plan([1, 28, 28], "auto", "auto", is_fashion=False, transform=None)
+    for digit in published[0][:50]:
+        pixels = images.prepare(enlarged(digit), plan, Path("x")).pixels[0].numpy()
+        rows, columns = np.nonzero(pixels > 0.05)
+        assert max(np.ptp(rows), np.ptp(columns)) + 1 in (19, 20)
+        total = pixels.sum()
+        centre = (pixels.sum(axis=1) @ np.arange(28) / total, pixels.sum(axis=0) @ np.arange(28) / total)
+        assert centre == pytest.approx((14, 14), abs=0.51)
+        assert pixels.max() == 1
+
+
+def test_a_drawing_with_a_thin_pen_gets_a_bold_one(tmp_path):
+    plan = images.plan([1, 28, 28], "auto", "auto", is_fashion=False, transform=None)
+    sheet = np.full((400, 400), 255, np.uint8)
+    sheet[50:350, 200:202] = 0  # a 1, two pixels wide and 300 high
+    pixels = images.prepare(Image.fromarray(sheet), plan, Path("x")).pixels[0].numpy()
+    widths = (pixels > 0.5).sum(axis=1)
+    assert sorted({int(width) for width in widths}) == [0, 2]
+    assert int((widths > 0).sum()) == 20
+
+
+def test_images_of_other_shapes_are_cropped_or_fitted_whole():
+    red = Image.new("RGB", (60, 40), (255, 0, 0))
+    cropped = images.prepare(
+        red, images.plan([3, 32, 32], "auto", "auto", is_fashion=False, transform=None), Path("x")
+    )
+    assert (cropped.pixels.shape, cropped.how) == ((3, 32, 32), "middle cropped to 32 x 32")
+    assert (cropped.pixels[0].min(), cropped.pixels[1].max(), cropped.inverted) == (1, 0, False)
+
+    shirt = Image.new("L", (60, 30), 255)
+    shirt.paste(40, (20, 5, 40, 25))
+    plan = images.plan([1, 28, 28], "auto", "auto", is_fashion=True, transform=None)
+    whole = images.prepare(shirt, plan, Path("x"))
+    assert (whole.how, whole.inverted) == ("fitted whole into 28 x 28", True)
+    assert float(whole.pixels[0, 14, 14]) == pytest.approx(215 / 255)
+    assert float(whole.pixels[0, 0].max()) == 0
+
+    kept = images.plan([1, 28, 28], "whole", "keep", is_fashion=False, transform=None)
+    assert not images.prepare(shirt, kept, Path("x")).inverted
+
+
+def test_the_datas_own_transform_is_used_where_it_has_one():
+    import torch
+
+    plan = images.plan([1, 2, 2], "auto", "auto", is_fashion=False, transform=lambda _: torch.ones(1, 2, 2))
+    made = images.prepare(Image.new("L", (9, 9), 7), plan, Path("x"))
+    assert (made.pixels.tolist(), made.how) == ([[[1, 1], [1, 1]]], "by the data's own transform")
+
+
+def broken(path: Path) -> Path:
+    whole = io.BytesIO()
+    Image.new("L", (300, 300), 7).save(whole, "PNG")
+    path.write_bytes(whole.getvalue()[:-40])
+    return path
+
+
+def bomb(path: Path) -> Path:
+    """A PNG that says it has 2 thousand million pixels."""
+    whole = io.BytesIO()
+    Image.new("L", (1, 1)).save(whole, "PNG")
+    head = bytearray(whole.getvalue())
+    head[16:24] = (50_000).to_bytes(4, "big") + (40_000).to_bytes(4, "big")
+    head[29:33] = zlib.crc32(head[12:29]).to_bytes(4, "big")
+    path.write_bytes(head)
+    return path
+
+
+def test_what_is_no_image_is_refused_by_name(tmp_path):
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("seven")
+    os.mkfifo(tmp_path / "pipe.png")
+    large = tmp_path / "large.png"
+    Image.new("1", (10_001, 10_000)).save(large)
+    for path, said in {
+        tmp_path / "none.png": "is missing: give image files",
+        tmp_path: "is a directory: give image files",
+        tmp_path / "pipe.png": "is no regular file: give image files",
+        tmp_path / "empty.png": "is empty: give a PNG",
+        tmp_path / "text.png": "is no image that can be read: give a PNG",
+        broken(tmp_path / "broken.png"): "cannot be read as an image: ",
+        bomb(tmp_path / "bomb.png"): "more than 100,000,000",
+        large: "has 10,001 x 10,000 pixels, more than 100,000,000: make it smaller",
+    }.items():
+        with pytest.raises(UserError) as refused:
+            images.read(path)
+        assert str(refused.value).startswith(f"{path} ") and said in str(refused.value)
+    blank = images.plan([1, 28, 28], "auto", "auto", is_fashion=False, transform=None)
+    with pytest.raises(UserError, match="blank has nothing on it"):
+        images.prepare(Image.new("L", (90, 90), 200), blank, Path("blank"))
+
+
+def test_an_input_that_no_image_can_give_is_refused():
+    with pytest.raises(UserError, match=r"inputs of shape \[128\], which an image file cannot give"):
+        images.plan([128], "auto", "auto", is_fashion=False, transform=None)
+    with pytest.raises(UserError, match="--fit digit is for models that take"):
+        images.plan([3, 32, 32], "digit", "auto", is_fashion=False, transform=None)
+
+
+# --- allranks predict ----------------------------------------------------------------------------------
+
+
+def test_predict_tells_class_probability_and_what_was_done(digits, published, tmp_path, capsys):
+    enlarged(published[0][0]).save(tmp_path / "seven.png")
+    ImageOps.invert(Image.fromarray(published[0][1])).save(tmp_path / "two.png")
+    words = [str(digits), str(tmp_path / "seven.png"), str(tmp_path / "two.png")]
+    assert command.predict(words) == 0
+    title, header, *rows = capsys.readouterr().out.splitlines()
+    assert title.startswith(f"{digits}: step-000096, after 1 epochs, on cpu")
+    assert header.split() == ["image", "class", "probability", "then", "prepared"]
+    assert rows[0].split()[1] == "7" and rows[0].endswith("  digit fitted to 20 x 20 in 28 x 28")
+    assert rows[1].split()[1] == "2" and rows[1].endswith("  inverted, as it is")
+
+    assert command.predict([*words, "--json", "--top", "2"]) == 0
+    seven, two = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (seven["class"], two["class"], two["inverted"]) == (7, 2, True)
+    assert [len(seven[key]) for key in ("top", "probabilities")] == [2, 10]
+    assert sum(seven["probabilities"]) == pytest.approx(1)
+    assert seven["top"][0]["probability"] == seven["probability"] == max(seven["probabilities"])
+
+
+def test_what_can_be_predicted_is_predicted_beside_what_cannot(digits, published, tmp_path, capsys):
+    enlarged(published[0][0]).save(tmp_path / "seven.png")
+    assert command.predict([str(digits), "no.png", str(tmp_path / "seven.png"), str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 3
+    assert len(err.splitlines()) == 2 and "no.png is missing" in err
+    with pytest.raises(UserError, match=r"None of the 2 images can be used. no.png is missing"):
+        command.predict([str(digits), "no.png", str(tmp_path)])
+    with pytest.raises(UserError, match=r"^no.png is missing"):
+        command.predict([str(digits), "no.png"])
+
+
+def test_predict_counts_what_is_taken_for_what(drawn, tmp_path, capsys):
+    assert command.predict([str(drawn), "--data", "test", "--csv", str(tmp_path / "test.csv")]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[1].split() == ["test/loss", repr(Run(drawn).summary["test/loss"])]
+    cells = [list(map(int, line.split()[1:])) for line in out[6:16]]
+    assert sum(map(sum, cells)) == 400
+    correct = sum(cells[digit][digit] for digit in range(10))
+    assert 100 * correct / 400 == Run(drawn).summary["test/accuracy"]
+
+    lines = list(csv.DictReader((tmp_path / "test.csv").open()))
+    assert len(lines) == 400
+    assert sum(line["label"] == line["class"] for line in lines) == correct
+    assert float(lines[3][f"probability_{lines[3]['class']}"]) >= 0.1
+    with pytest.raises(UserError, match=r"test\.csv is there already: give another name, or --force"):
+        command.predict([str(drawn), "--data", "test", "--csv", str(tmp_path / "test.csv")])
+
+    assert command.predict([str(drawn), "--data", "val", "--json"]) == 0
+    examples = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [example["index"] for example in examples] == list(range(400))
+    right = sum(example["class"] == example["label"] for example in examples)
+    assert 100 * right / 400 == Run(drawn).metrics[-1]["val/accuracy"]
+
+
+def test_of_many_classes_the_commonest_mistakes_are_listed():
+    import torch
+
+    counts = torch.diag(torch.full((30,), 9))
+    counts[3, 4], counts[20, 1] = 5, 7
+    shown = command.confusion_table(counts, [f"c{number}" for number in range(30)])
+    assert [line.split() for line in shown.splitlines()] == [
+        ["the", "commonest", "mistakes"], ["true", "predicted", "count"],
+        ["c20", "c1", "7"], ["c3", "c4", "5"],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "There is nothing to predict: give image files, or --data test."),
+        (["--data", "test", "x.png"], "--data test and images (x.png): give one or the other."),
+        (["x.png", "--csv", "f"], "--csv needs --data"),
+        (["x.png", "trainer.epochs=2"], "None of the 2 images can be used."),
+        (["--data", "test", "data.input_shape=[3,28,28]"], "data.input_shape=[3, 28, 28]: the model of"),
+        (["--data", "test", "data.rot=/x"], "data.rot is not a key of the configuration. Did you mean"),
+        (
+            ["--data", "test", "data=nothing"],
+            "data=nothing is not one of the choices: fashion_mnist, mnist",
+        ),
+        (["--data", "test", "device=gpu"], "device=gpu is not valid: give one of auto, cuda"),
+        (["--data", "test", "data.classes=11"], "data.classes=11: the model of"),
+        (["--data", "train", "data.split=[1,2]"], "data.split=[1, 2] sums to 3, but there are 1,600"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_command_line_that_makes_no_sense_is_refused(drawn, words, said):
+    with pytest.raises(UserError) as refused:
+        command.predict([str(drawn), *words])
+    assert str(refused.value).startswith(said)
+
+
+# --- allranks evaluate ---------------------------------------------------------------------------------
+
+
+def test_evaluate_repeats_the_figures_of_the_run(drawn, capsys):
+    assert command.evaluate([str(drawn)]) == 0
+    out = capsys.readouterr().out
+    assert repr(Run(drawn).summary["test/loss"]) in out
+    assert out.endswith("These are the figures in summary.json, to the last digit.\n")
+    assert command.evaluate([str(drawn), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["equals_summary"] is True
+    assert said["differences"] == {"test/loss": 0, "test/accuracy": 0, "test/count": 0}
+    assert said["test/loss"] == Run(drawn).summary["test/loss"]
+
+
+def test_evaluate_says_by_how_much_the_figures_differ(copy, capsys):
+    summary = json.loads((copy / "summary.json").read_text())
+    summary["test/loss"] -= 0.25
+    (copy / "summary.json").write_text(json.dumps(summary))
+    assert command.evaluate([str(copy)]) == 0
+    assert "summary.json has other figures: test/loss by +0.25." in capsys.readouterr().out
+
+
+def test_evaluate_compares_only_what_can_be_compared(copy, capsys):
+    first = str(checkpoint.steps(copy)[-1])
+    for words, said in (
+        (["data=synthetic", "data.test.count=100"], "it is about the run's own test set"),
+        (["data.test.count=100"], "it is about the run's own test set"),
+        (["--checkpoint", first], "it was measured with other weights"),
+    ):
+        assert command.evaluate([str(copy), *words]) == 0
+        out = capsys.readouterr().out
+        assert said in out
+        assert ("100\n" in out) == ("data.test.count=100" in words)
+    (copy / "summary.json").unlink()
+    assert command.evaluate([str(copy), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["equals_summary"] is None and "has not finished" in said["comparison"]
+
+
+def test_data_that_have_moved_are_found_by_data_root_and_are_the_same(digits, tmp_path, capsys):
+    (tmp_path / "moved").symlink_to(real_data())
+    assert command.evaluate([str(digits), f"data.root={tmp_path}/moved"]) == 0
+    assert "These are the figures in summary.json" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"nowhere/MNIST/raw/t10k-images-idx3-ubyte.gz is missing"):
+        command.evaluate([str(digits), "data.root=/nowhere"])
+    with pytest.raises(UserError, match=r"trainer\.epochs=2 cannot be given to a trained model: only data"):
+        command.evaluate([str(digits), "trainer.epochs=2"])
+
+
+# --- allranks export -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt2", ".onnx"])
+def test_what_is_exported_is_the_model(drawn, tmp_path, capsys, suffix):
+    if suffix == ".onnx":
+        for package in ("onnx", "onnxruntime", "onnxscript"):
+            pytest.importorskip(package, reason=f"{package} is missing: pip install allranks[export]")
+    path = tmp_path / f"digits{suffix}"
+    assert command.export([str(drawn), "--to", str(path), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["examples"] == 400 and said["bytes"] == path.stat().st_size
+    assert said["largest_difference"] <= said["allowed_difference"]
+    assert said["accuracy"] == said["own_accuracy"] == Run(drawn).summary["test/accuracy"]
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+    written = path.stat().st_mtime_ns
+    with pytest.raises(UserError, match=f"digits{suffix} is there already: give another name, or --force"):
+        command.export([str(drawn), "--to", str(path)])
+    assert path.stat().st_mtime_ns == written
+
+
+def test_an_importer_needs_nothing_but_the_file(drawn, tmp_path):
+    """ONNX in onnxruntime, with its metadata, for one image and for several."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install allranks[export]")
+    pytest.importorskip("onnxscript", reason="pip install allranks[export]")
+    path = tmp_path / "digits.onnx"
+    assert command.export([str(drawn), "--to", str(path)]) == 0
+    session = onnxruntime.InferenceSession(str(path))
+    about = json.loads(session.get_modelmeta().custom_metadata_map["allranks"])
+    assert about["classes"] == [str(digit) for digit in range(10)]
+    assert about["input"]["shape"] == ["batch", 1, 28, 28]
+    assert "divided by 255" in about["input"]["preprocessing"]
+    trained = load.load(drawn)
+    own = forward.forward(trained, forward.open_part(trained))
+    pixels = forward.images_at(trained, forward.open_part(trained), range(7)).float().numpy()
+    for count in (1, 7):
+        [logits] = session.run(["logits"], {"images": pixels[:count]})
+        assert logits == pytest.approx(own.logits[:count].numpy(), abs=1e-4)
+
+
+def test_the_weights_carry_what_they_belong_to(drawn, tmp_path):
+    from safetensors import safe_open
+
+    path = tmp_path / "digits.safetensors"
+    assert command.export([str(drawn), "--to", str(path), "--checkpoint", "best"]) == 0
+    with safe_open(str(path), framework="pt") as file:
+        metadata = file.metadata()
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    assert metadata["config"] == (drawn / "config.yaml").read_text()
+    assert json.loads(metadata["allranks"])["trained"]["step"] in checkpoint.steps(drawn)
+    assert shapes == {"1.weight": [32, 784], "1.bias": [32], "3.weight": [10, 32], "3.bias": [10]}
+
+
+def test_what_does_not_agree_is_not_left_behind(drawn, tmp_path, monkeypatch):
+    """The weights are changed on their way into the file."""
+    write = exporting._write_safetensors
+
+    def other(model, example, metadata, path):
+        next(model.parameters()).data.add_(0.001)
+        write(model, example, metadata, path)
+        next(model.parameters()).data.sub_(0.001)
+
+    monkeypatch.setattr(exporting, "_write_safetensors", other)
+    with pytest.raises(
+        RunError, match=r"was not written: on the test set its logits differ .* by up to 0\."
+    ):
+        command.export([str(drawn), "--to", str(tmp_path / "x.safetensors")])
+    assert tree(tmp_path) == []
+
+
+def test_an_export_that_cannot_be_is_refused(drawn, tmp_path, monkeypatch):
+    (tmp_path / "folder.onnx").mkdir()
+    for name, said in {
+        "model.h5": ".h5 is no format to export to. The suffix says which: .safetensors, .pt2, .onnx.",
+        "model": "a name without a suffix is no format to export to",
+        "folder.onnx": "is a directory: give the name of a file",
+        "none/model.pt2": "there is no directory",
+    }.items():
+        with pytest.raises(UserError) as refused:
+            command.export([str(drawn), "--to", str(tmp_path / name)])
+        assert said in str(refused.value)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(UserError, match=r"Exporting to ONNX needs onnx, .*pip install allranks\[export\]"):
+        command.export([str(drawn), "--to", str(tmp_path / "model.onnx")])
+    assert tree(tmp_path) == ["folder.onnx"]
+
+
+# --- as command lines ----------------------------------------------------------------------------------
+
+ALLRANKS = [PYTHON, "-m", "allranks"]
+
+
+def test_the_three_commands_as_typed(drawn, command):
+    shown = command(*ALLRANKS, "evaluate", str(drawn)).ok()
+    assert "These are the figures in summary.json, to the last digit." in shown.out
+    Image.new("L", (40, 40), 255).save(shown.cwd / "blank.png")
+    refused = command(*ALLRANKS, "predict", str(drawn), "blank.png")
+    assert refused.code == 2
+    assert "blank.png has nothing on it" in refused.message
+    exported = command(*ALLRANKS, "export", str(drawn), "--to", "digits.safetensors").ok()
+    assert "400 test examples" in exported.out
+    assert tree(exported.cwd) == ["blank.png", "digits.safetensors"]
+
+
+@pytest.mark.parametrize("name", [only_long("predict"), "evaluate", only_long("export")])
+def test_no_run_is_one_message_and_help_answers_without_torch(command, name):
+    more = {"predict": ["x.png"], "export": ["--to", "x.pt2"]}.get(name, [])
+    refused = command(*ALLRANKS, name, "nowhere", *more)
+    assert refused.code == 2
+    assert "nowhere is missing: give the directory of a run." in refused.message
+    helped = command(*ALLRANKS, name, "--help").ok()
+    assert helped.out.startswith(f"usage: allranks {name}")
+    assert "examples:" in helped.out and "--checkpoint" in helped.out
+
+
+@pytest.mark.long
+def test_a_model_of_ones_own_is_found_where_it_was_trained(train, command, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/nets.py").write_text(
+        "from torch import nn\n\ndef plain(classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(784, classes))\n"
+    )
+    words = ["model._target_=nets.plain", "~model.input_shape", "run.dir=run", "trainer.epochs=1"]
+    run = train("model=linear", *words, *SMALL, cwd=tmp_path / "mine").ok().run.path
+    script = str(Path(PYTHON).with_name("allranks"))
+    assert "to the last digit" in command(script, "evaluate", str(run), cwd=tmp_path / "mine").ok().out
+    refused = command(script, "evaluate", str(run), cwd=tmp_path)
+    assert refused.code == 2
+    assert "no module nets is installed here" in refused.message
+    assert "type the command in the folder where the training was typed" in refused.message

@@ -10,8 +10,9 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import allranks
 from allranks.base.arguments import with_our_errors
@@ -40,7 +41,11 @@ COMMANDS = (
     Command("cancel", "allranks.submit.listing", "cancel", "end the jobs of a run"),
     Command("report", "allranks.report.command", "main", "make a page with pictures of a run"),
     Command("compare", "allranks.report.compare_command", "main", "a table of several runs, with the best"),
+    Command("predict", "allranks.inference.command", "predict", "what a trained model says of images"),
+    Command("evaluate", "allranks.inference.command", "evaluate", "the figures of a trained model on data"),
+    Command("export", "allranks.inference.command", "export", "write a trained model for other programs"),
     Command("checkpoint", "allranks.run.show", "main", "list, verify or show checkpoints"),
+    Command("completion", "", "", "what the TAB key offers, for bash, zsh and fish"),
 )
 
 DESCRIPTION = "The same PyTorch training run on one core, one GPU or every rank of a supercomputer."
@@ -67,10 +72,15 @@ def _run(given: list[str]) -> int:
     name, rest = "".join(given[:1]), given[1:]
     if name == "train":  # Hydra's
         os.execv(sys.executable, [sys.executable, "-m", "allranks.train", *rest])
+    if name == "completion":
+        from allranks.completion import command as completing
+
+        return completing.main(
+            rest, {**{each.name: _to_load(each) for each in COMMANDS}, "data": _load_data}
+        )
     for command in COMMANDS:
         if command.name == name and command.module:
-            function = getattr(importlib.import_module(command.module), command.function)
-            return int(function(rest))
+            return int(_load(command)(rest))
     known = [*(command.name for command in COMMANDS), "data"]
     if name and not name.startswith("-") and name not in known:
         raise UserError(
@@ -81,6 +91,24 @@ def _run(given: list[str]) -> int:
     return 0
 
 
+def _load(command: Command) -> Callable[[list[str]], Any]:
+    """The function that reads the command's words; its module is imported now."""
+    function: Callable[[list[str]], Any] = getattr(
+        importlib.import_module(command.module), command.function
+    )
+    return function
+
+
+def _to_load(command: Command) -> Callable[[], Callable[[list[str]], Any]] | None:
+    """A function that loads the command, for the completion of its words; None for Hydra's own."""
+    return partial(_load, command) if command.module else None
+
+
+def _load_data() -> Callable[[list[str]], Any]:
+    """`allranks data` is read by the parser here."""
+    return lambda _: _data_parser(argparse.ArgumentParser(prog="allranks data")).parse_args([])
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="allranks", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"allranks {allranks.__version__}")
@@ -88,7 +116,12 @@ def _parser() -> argparse.ArgumentParser:
     for each in COMMANDS:
         commands.add_parser(each.name, help=f"{each.help} ({each.name} --help)")
 
-    data = commands.add_parser("data", help="fetch and check data sets")
+    _data_parser(commands.add_parser("data", help="fetch and check data sets"))
+    return with_our_errors(parser)
+
+
+def _data_parser(data: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds the commands below `allranks data` to their parser, and returns it."""
     sets = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, run, text in (
         ("fetch", _fetch, "fetch what is missing, on a node with internet, and check it"),
@@ -103,8 +136,7 @@ def _parser() -> argparse.ArgumentParser:
             help="the folder for all data sets (default: $ALLRANKS_DATA, else ./data)",
         )
         with_our_errors(command).set_defaults(run=run)
-    with_our_errors(data)
-    return with_our_errors(parser)
+    return with_our_errors(data)
 
 
 def _fetch(options: argparse.Namespace) -> None:

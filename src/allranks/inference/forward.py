@@ -31,7 +31,7 @@ class Outputs:
     @property
     def probabilities(self) -> torch.Tensor:
         """[n, classes]: each row sums to 1."""
-        return self.logits.softmax(dim=1)
+        return probabilities_of(self.logits)
 
     @property
     def predictions(self) -> torch.Tensor:
@@ -123,6 +123,11 @@ def logits_of(trained: Trained, images: torch.Tensor) -> torch.Tensor:
             "cannot be used here."
         )
     return logits
+
+
+def probabilities_of(logits: torch.Tensor) -> torch.Tensor:
+    """[n, classes]: the softmax of the logits, at least in fp32; each row sums to 1."""
+    return _at_least_fp32(logits).softmax(dim=1)
 
 
 @torch.no_grad()

@@ -106,7 +106,7 @@ def load(
 
     # 2. The model with its weights.
     _look_for_the_code(config)
-    model = build_model(_recipe(here), runtime.device)
+    model = build_model(recipe_of(here), runtime.device)
     state = restore_model(model, chosen.files, str(chosen.path))
     model.eval()
     return Trained(
@@ -122,7 +122,7 @@ def load(
     )
 
 
-def _recipe(config: Config) -> Recipe:
+def recipe_of(config: Config) -> Recipe:
     """What the model is built from. The batch size has no meaning here, where no step is taken."""
     return Recipe(
         model=config.model,

@@ -1,0 +1,285 @@
+"""`allranks completion SHELL`: what the TAB key offers, in bash, zsh and fish. No torch.
+
+The shell's script is short and never changes: at each TAB it asks `allranks completion --line LINE`, which
+prints one candidate a line. The candidates come from the commands' own parsers, from the configuration's
+own keys and from the folders that are there. So they cannot differ from what the commands take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from allranks.base.arguments import with_our_errors
+from allranks.base.errors import UserError
+
+Main = Callable[[list[str]], object]  # a command: it reads its own words
+
+SHELLS = ("bash", "zsh", "fish")
+TRAINING = ("train", "launch", "submit")  # commands that take overrides in Hydra's grammar
+USING = ("predict", "evaluate", "export")  # commands that take overrides of data, device and threads
+CONFIG = "config.yaml"  # a directory that has one is a run's
+MOST_FOLDERS = 2_000  # are looked into, so that an answer comes within a second
+DEPTH = 4  # folders below the present one in which runs are looked for: runs/NAME/TIME/CELL
+
+
+class _Parser(Exception):
+    """Carries a command's parser out of the command, at the moment when it would read its words."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        super().__init__(parser.prog)
+        self.parser = parser
+
+
+def main(arguments: Sequence[str], commands: Mapping[str, Callable[[], Main] | None]) -> int:
+    """Runs `allranks completion` with these arguments and returns 0.
+
+    `commands` are all commands by name: a function that imports the command and gives its main function, or
+    None for `train`, which is Hydra's.
+    """
+    parser = argparse.ArgumentParser(
+        prog="allranks completion",
+        description="What the TAB key offers after `allranks`. Put a line into your shell's file:",
+        epilog='bash, in ~/.bashrc:  eval "$(allranks completion bash)"\n'
+        'zsh, in ~/.zshrc:    eval "$(allranks completion zsh)"     (after compinit)\n'
+        "fish, in ~/.config/fish/config.fish:  allranks completion fish | source",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("shell", nargs="?", choices=SHELLS)
+    parser.add_argument("--line", help=argparse.SUPPRESS)  # what is typed so far
+    options = with_our_errors(parser).parse_args(arguments)
+    if options.line is not None:
+        print("".join(f"{each}\n" for each in candidates(options.line, commands)), end="")
+        return 0
+    if options.shell is None:
+        raise UserError(f"Name the shell: `allranks completion {'|'.join(SHELLS)}`.")
+    script = Path(__file__).with_name(f"allranks.{options.shell}")
+    print(script.read_text(), end="")
+    return 0
+
+
+def candidates(line: str, commands: Mapping[str, Callable[[], Main] | None]) -> list[str]:
+    """What the last word of this command line may become, in order; empty for any file's name."""
+    try:
+        words = shlex.split(line)
+    except ValueError:  # a quote that is still open
+        words = line.split()
+    current = "" if not line or line[-1].isspace() else words.pop()
+    _, *before = words or [""]
+    if not before:
+        return _beginning_with(current, [*sorted(commands), "--help", "--version"])
+    command, *given = before
+    if command == "completion":
+        return _beginning_with(current, SHELLS)
+    if command not in commands or "--" in given:  # after `--` stand a program and its arguments
+        return []
+    found: list[str] = []
+    load = commands[command]
+    parser = None if load is None else _parser_of(load())
+    if parser is not None:
+        place = _place(parser, given)
+        if place.option is not None:
+            return _beginning_with(current, _values(place.option))
+        found += _options_and_choices(place, current)
+        if place.wants_a_run and not current.startswith("-"):
+            found += runs(current)
+        elif command in USING and current:  # with nothing typed yet, files are offered: images
+            found += _overrides(current, ("data", "device", "threads"))
+    if command in TRAINING:
+        found += _hydra_flags(current) if command == "train" else []
+        found += _overrides(current, ("",))
+    return found
+
+
+def _beginning_with(current: str, known: Iterable[str]) -> list[str]:
+    return [word for word in known if word.startswith(current)]
+
+
+# --- from a command's parser -----------------------------------------------------------------------------
+
+
+def _parser_of(command: Main) -> argparse.ArgumentParser | None:
+    """The parser with which a command reads its words; None where it has none.
+
+    The command makes it when it is called. So it is called, and stopped where the parser would begin.
+    """
+
+    def stop(parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        raise _Parser(parser)
+
+    # All ways to read words with argparse lead through this method.
+    read = argparse.ArgumentParser.parse_known_args
+    argparse.ArgumentParser.parse_known_args = stop  # type: ignore[assignment,method-assign]
+    try:
+        command([])
+    except _Parser as found:
+        return found.parser
+    except UserError:
+        return None
+    finally:
+        argparse.ArgumentParser.parse_known_args = read  # type: ignore[method-assign]
+    return None
+
+
+class _Place(NamedTuple):
+    """Where in a command's words the word stands that is to be completed."""
+
+    parser: argparse.ArgumentParser  # of the command, or of its subcommand
+    option: argparse.Action | None  # the option whose value the word is
+    argument: argparse.Action | None  # what the word is if it is no option
+
+    @property
+    def wants_a_run(self) -> bool:
+        name = str(getattr(self.argument, "metavar", None) or getattr(self.argument, "dest", ""))
+        return name.upper() in ("RUN", "RUNS", "PATH", "DIR", "DIRECTORY", "SWEEP_DIR")
+
+
+def _place(parser: argparse.ArgumentParser, given: Sequence[str]) -> _Place:
+    """The place after the words `given`."""
+    option: argparse.Action | None = None
+    arguments = 0  # words so far that belong to no option
+    for word in given:
+        if option is not None:
+            option = None
+            continue
+        action = parser._option_string_actions.get(word)
+        subparser = _subparsers(parser).get(word)
+        if action is not None:
+            option = action if action.nargs is None or action.nargs in ("?", "+") else None
+        elif subparser is not None:
+            parser, arguments = subparser, 0
+        elif not word.startswith("-"):
+            arguments += 1
+    places = parser._get_positional_actions()
+    takes_more = bool(places) and places[-1].nargs in ("*", "+")
+    if arguments < len(places):
+        return _Place(parser, option, places[arguments])
+    return _Place(parser, option, places[-1] if takes_more else None)
+
+
+def _values(option: argparse.Action) -> list[str]:
+    """The values that an option may have; empty for any file's name."""
+    if option.dest == "machine":
+        from allranks.config import conf_dir
+
+        return sorted(path.stem for path in conf_dir().glob("machine/*.yaml"))
+    return [str(choice) for choice in option.choices or ()]
+
+
+def _options_and_choices(place: _Place, current: str) -> list[str]:
+    if not current.startswith("-"):
+        choices = getattr(place.argument, "choices", None) or ()
+        return _beginning_with(current, map(str, choices))
+    shown = [
+        flag
+        for flag, action in place.parser._option_string_actions.items()
+        if action.help != argparse.SUPPRESS and (flag.startswith("--") or not current.startswith("--"))
+    ]
+    return _beginning_with(current, shown)
+
+
+def _subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return dict(action.choices)
+    return {}
+
+
+# --- overrides in Hydra's grammar ------------------------------------------------------------------------
+
+
+def _hydra_flags(current: str) -> list[str]:
+    from allranks.compose import HYDRAS
+
+    return _beginning_with(current, sorted(HYDRAS)) if current.startswith("-") else []
+
+
+def _overrides(current: str, sections: Sequence[str]) -> list[str]:
+    """`model=` and `trainer.epochs=` as long as no `=` is typed, `model=cnn` after it."""
+    if current.startswith("-"):
+        return []
+    groups = {
+        group: names
+        for group, names in _groups().items()
+        if any(group == section or not section for section in sections)
+    }
+    key, equals, _ = current.partition("=")
+    if equals:
+        names = groups.get(key) or _names_of(key)
+        return _beginning_with(current, [f"{key}={name}" for name in names])
+    keys = [
+        name for name in _keys() if any(not s or name == s or name.startswith(f"{s}.") for s in sections)
+    ]
+    # First only as far as the next dot: there are 100 keys.
+    heads = [
+        name if "." not in (rest := name[len(current) :]) else current + rest.partition(".")[0] + "."
+        for name in keys
+        if name.startswith(current)
+    ]
+    return [
+        *(f"{group}=" for group in _beginning_with(current, groups)),
+        *dict.fromkeys(head if head.endswith(".") else f"{head}=" for head in heads),
+    ]
+
+
+def _groups() -> dict[str, list[str]]:
+    """The choices of each group, from the shipped YAML files: {"model": ["cnn", "linear", ...]}."""
+    from allranks.config import conf_dir
+
+    found = {}
+    for folder in sorted(conf_dir().iterdir()):
+        if folder.is_dir() and folder.name != "machine":
+            found[folder.name] = sorted(path.stem for path in folder.glob("*.yaml"))
+    return found
+
+
+def _keys() -> list[str]:
+    """Every key that has an explanation, sections left out."""
+    from allranks import config as configs
+
+    marks = {**configs.settings(), **configs.COMPONENT_KEYS}
+    return sorted(key for key in marks if not any(other.startswith(f"{key}.") for other in marks))
+
+
+def _names_of(key: str) -> list[str]:
+    """The values that a key may have, where these are some words; empty for numbers, texts and paths."""
+    from allranks import config as configs
+    from allranks.base.schema import FLAG
+
+    mark = {**configs.settings(), **configs.COMPONENT_KEYS}.get(key)
+    if mark is None or mark.rule is None:
+        return []
+    return ["true", "false"] if mark.rule is FLAG else list(mark.rule.names)
+
+
+# --- runs ------------------------------------------------------------------------------------------------
+
+
+def runs(current: str) -> list[str]:
+    """The directories of runs whose path begins with what is typed, the newest first.
+
+    Without a folder in what is typed they are looked for below `runs`, or else below the present folder.
+    """
+    typed = current.rpartition("/")[0]
+    top = Path(typed or ("/" if current.startswith("/") else "runs"))
+    if not typed and not top.is_dir():
+        top = Path()
+    found: list[tuple[float, str]] = []
+    folders = [(top, 0)]
+    looked_at = 0
+    while folders and looked_at < MOST_FOLDERS:
+        folder, depth = folders.pop()
+        looked_at += 1
+        with suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name == CONFIG:
+                    found.append((entry.stat().st_mtime, str(folder)))
+                elif depth < DEPTH and not entry.name.startswith(".") and entry.is_dir():
+                    folders.append((Path(entry.path), depth + 1))
+    newest = [path for _, path in sorted(found, reverse=True)]
+    return _beginning_with(current, newest)
