@@ -26,7 +26,8 @@ from allranks.job.identity import RankIdentity
 from allranks.run import checkpoint
 from helpers import PYTHON, SMALL, Run, only_long, real_data, tree
 
-WORDS = [*SMALL, "model=mlp", "model.widths=[32]", "trainer.epochs=3", "checkpoint.keep=3"]
+QUICK = [*SMALL, "report=false"]
+WORDS = [*QUICK, "model=mlp", "model.widths=[32]", "trainer.epochs=3", "checkpoint.keep=3"]
 
 
 def trained_here(directory: Path, *overrides: str) -> Path:
@@ -49,7 +50,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a finished run on real MNIST, of an epoch in large batches."""
     words = ["model=mlp", "model.widths=[64]", "optimizer=adam", "device=cpu", "data.fetch=false"]
-    words += ["trainer.epochs=1", "trainer.batch_size=500", "trainer.precision=fp32"]
+    words += ["trainer.epochs=1", "trainer.batch_size=500", "trainer.precision=fp32", "report=false"]
     words += ["trainer.train_metrics=running", f"data.root={real_data()}", "optimizer.lr=0.005"]
     return trained_here(tmp_path_factory.mktemp("digits") / "run", *words)
 
@@ -85,8 +86,7 @@ def test_the_newest_is_taken_unless_another_is_asked_for(drawn):
 
 def test_the_best_is_the_one_with_the_least_validation_loss_and_not_the_newest(tmp_path):
     """A learning rate that is far too large: the loss grows again."""
-    words = [*SMALL, "model=linear", "optimizer.lr=0.1,0.1", "trainer.epochs=4", "checkpoint.keep=4"]
-    words = [word.replace("0.1,0.1", "3") for word in words]
+    words = [*QUICK, "model=linear", "optimizer.lr=3", "trainer.epochs=4", "checkpoint.keep=4"]
     run = trained_here(tmp_path / "run", *words, "trainer.clip_norm=1000")
     losses = {line["step"]: line["val/loss"] for line in Run(run).metrics}
     in_order = sorted(losses, key=lambda step: (losses[step], -step))
@@ -662,7 +662,7 @@ def test_the_weights_carry_what_they_belong_to(drawn, tmp_path):
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     assert metadata["config"] == (drawn / "config.yaml").read_text()
     assert json.loads(metadata["allranks"])["trained"]["step"] in checkpoint.steps(drawn)
-    assert shapes == {"1.weight": [32, 784], "1.bias": [32], "3.weight": [10, 32], "3.bias": [10]}
+    assert sorted(shapes.values()) == [[10], [10, 32], [32], [32, 784]]
 
 
 def test_what_does_not_agree_is_not_left_behind(drawn, tmp_path, monkeypatch):
@@ -735,7 +735,7 @@ def test_a_model_of_ones_own_is_found_where_it_was_trained(train, command, tmp_p
         "    return nn.Sequential(nn.Flatten(), nn.Linear(784, classes))\n"
     )
     words = ["model._target_=nets.plain", "~model.input_shape", "run.dir=run", "trainer.epochs=1"]
-    run = train("model=linear", *words, *SMALL, cwd=tmp_path / "mine").ok().run.path
+    run = train("model=linear", *words, *QUICK, cwd=tmp_path / "mine").ok().run.path
     script = str(Path(PYTHON).with_name("allranks"))
     assert "to the last digit" in command(script, "evaluate", str(run), cwd=tmp_path / "mine").ok().out
     refused = command(script, "evaluate", str(run), cwd=tmp_path)

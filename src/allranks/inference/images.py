@@ -246,7 +246,7 @@ def _with_bold_pen(image: Image.Image) -> Image.Image:
 
     A mouse draws one or two pixels wide, which nearly vanishes at 20 x 20 pixels.
     """
-    ink = np.asarray(image) >= 128
+    ink = np.pad(np.asarray(image) >= 128, 1)
     outline = int((np.diff(ink, axis=0)).sum() + (np.diff(ink, axis=1)).sum())
     # A stroke has its length twice on its outline. Slanted ones are met about 1.27 times as often.
     width = 2 * 1.27 * float(ink.sum()) / max(1, outline)
