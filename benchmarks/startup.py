@@ -37,6 +37,7 @@ def main() -> None:
                 "import torch; m = torch.nn.Linear(1, 1); o = torch.optim.SGD(m.parameters(), 0.1);"
                 "m(torch.ones(1, 1)).backward(); o.step()",
             ],
+            "guard, which starts true": [sys.executable, "-m", "allranks.launch.guard", "--", "true"],
             "allranks --help": [sys.executable, "-m", "allranks", "--help"],
             "allranks train --cfg job": command(["--cfg", "job"]),
             "allranks train, 1 rank": command([*run, f"run.dir={folder}/1"]),

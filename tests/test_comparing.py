@@ -595,6 +595,7 @@ def test_a_job_with_little_time_left_has_the_table_only(sweep, tmp_path, monkeyp
     assert not (copy / "compare.html").exists()
 
 
+@pytest.mark.long
 def test_a_launched_sweep_ends_with_its_comparison_whatever_its_cells_do(tmp_path):
     """With the larger rate two cells fail: their loss is not finite."""
     words = ["-n", "1", "--no-preflight", "-m", *SMALL, "trainer.epochs=1", "run.dir=sizes"]
