@@ -153,33 +153,42 @@ def note(sentences: Sequence[str]) -> Html:
 # --- curves ----------------------------------------------------------------------------------------------
 
 
+# The columns of the tables behind the curves, by the name of the picture: (heading, figure, format).
+_COLUMNS: Mapping[str, Sequence[tuple[str, str, str]]] = {
+    "loss": (("training", "train/loss", ".4f"), ("validation", "val/loss", ".4f")),
+    "accuracy": (("training, %", "train/accuracy", ".2f"), ("validation, %", "val/accuracy", ".2f")),
+    "learning-rate": (("rate", "lr", ".4g"),),
+}
+# Without matplotlib there are no curves, and one table has all of the figures.
+_ALL_COLUMNS = (
+    ("training loss", "train/loss", ".4f"),
+    ("validation loss", "val/loss", ".4f"),
+    ("training accuracy, %", "train/accuracy", ".2f"),
+    ("validation accuracy, %", "val/accuracy", ".2f"),
+    ("rate", "lr", ".4g"),
+)
+
+
 def _curves(facts: RunFacts, drawn: Mapping[str, Picture]) -> Html:
-    kept = [facts.epochs[position] for position in pictures.thinned(len(facts.epochs))]
-    tables: dict[str, Sequence[tuple[str, str, str]]] = {
-        "loss": (("training", "train/loss", ".4f"), ("validation", "val/loss", ".4f")),
-        "accuracy": (("training, %", "train/accuracy", ".2f"), ("validation, %", "val/accuracy", ".2f")),
-        "learning-rate": (("rate", "lr", ".4g"),),
-    }
-    cards = []
-    for name, columns in tables.items():
-        rows = [
-            [str(epoch["epoch"]), *(_as(epoch[key], spec) for _, key, spec in columns)] for epoch in kept
-        ]
-        heads = ["epoch", *(head for head, _, _ in columns)]
-        behind = table(heads, rows, label=f"{name.replace('-', ' ')} by epoch".capitalize())
-        if name in drawn:
-            cards.append(chart(drawn[name], behind))
-    if cards:
-        return tag("div", *cards, class_="cards")
     if not facts.epochs:
         return NOTHING
-    # Without matplotlib the figures are shown as one table.
-    columns = [column for several in tables.values() for column in several]
-    heads = ["epoch", *(f"{head} {key.partition('/')[2] or key}" for head, key, _ in columns[:4]), "rate"]
-    rows = [[str(epoch["epoch"]), *(_as(epoch[key], spec) for _, key, spec in columns)] for epoch in kept]
-    return tag(
-        "div", tag("div", table(heads, rows, label="Figures by epoch"), class_="card wide"), class_="cards"
-    )
+    cards = [
+        chart(drawn[name], _by_epoch(facts, columns, f"{drawn[name].title} by epoch"))
+        for name, columns in _COLUMNS.items()
+        if name in drawn
+    ]
+    if not cards:
+        cards = [tag("div", _by_epoch(facts, _ALL_COLUMNS, "Figures by epoch"), class_="card wide")]
+    return tag("div", *cards, class_="cards")
+
+
+def _by_epoch(facts: RunFacts, columns: Sequence[tuple[str, str, str]], label: str) -> Html:
+    """A table with a row for each epoch; of very many epochs those that the curves show."""
+    rows = []
+    for position in pictures.thinned(len(facts.epochs)):
+        epoch = facts.epochs[position]
+        rows.append([str(epoch["epoch"]), *(_as(epoch[key], spec) for _, key, spec in columns)])
+    return table(["epoch", *(heading for heading, _, _ in columns)], rows, label)
 
 
 def chart(picture: Picture, behind: Html, wide: bool = False) -> Html:
