@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from allranks.base import files
+from allranks.base.arguments import with_our_errors
 from allranks.base.errors import UserError, show
 from allranks.report import at_end, compare_command, pictures
 from allranks.report.at_end import FOLDER, PAGE
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     # Given by the run itself, which is this process's parent (report/at_end.py).
     parser.add_argument("--at-end-of", metavar="PID", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    options = with_our_errors(parser).parse_args(arguments)
     if options.at_end_of is not None:
         at_end.become_child(options.at_end_of)
     for run, folder in _folders(options.run, options.to):
