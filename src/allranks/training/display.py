@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import NamedTuple, TextIO
 
 from allranks.base import terminal
@@ -51,7 +52,7 @@ class Display:
         return (getattr(self.stream, "encoding", None) or "").lower().replace("-", "") == "utf8"
 
     def write_line(self, text: str) -> None:
-        """Writes a line, above the bar if there is one."""
+        """Writes a line, above the bar if there is one. Raises OSError."""
         if self._bar:
             self._write(f"{ERASE_BELOW}{text}\n{_BELOW}{self._bar}{RESTORE_CURSOR}")
         else:
@@ -60,13 +61,15 @@ class Display:
     def draw(self, bar: str) -> None:
         """Draws the bar, one line, in the place of an earlier one."""
         self._bar = bar
-        self._write(f"{_BELOW}{bar}{RESTORE_CURSOR}")
+        with suppress(OSError):  # the terminal has gone: no reason to end a training
+            self._write(f"{_BELOW}{bar}{RESTORE_CURSOR}")
 
     def clear(self) -> None:
         """Erases the bar."""
         if self._bar:
             self._bar = ""
-            self._write(ERASE_BELOW)
+            with suppress(OSError):
+                self._write(ERASE_BELOW)
 
     def _write(self, text: str) -> None:
         self.stream.write(text)  # in one piece: another process may write to the same terminal

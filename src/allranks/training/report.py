@@ -1,7 +1,8 @@
 """What a run tells: on the console, in the records of the run directory, and in each rank's log file.
 
 Every rank has a Reporter, so that nobody needs to ask which rank it is. Only rank 0's writes to the console
-and to the records; the others show warnings and errors.
+and to the records; the others show warnings and errors. The words are in story.py, and display.py knows
+what a terminal takes.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class Reporter:
         self._check: Callable[[], None] = lambda: None
         self._metrics: TextIO | None = None  # metrics.jsonl; rank 0's, while it can be written
         self._history: Sequence[Mapping[str, Any]] = ()
+        self._best: Mapping[str, Any] | None = None  # the epoch with the lowest val/loss so far
         # Log lines come before the run directory does: they are kept, and go to the log file then.
         self._early = logging.handlers.MemoryHandler(EARLY_RECORDS, flushLevel=logging.CRITICAL + 1)
         self._handlers: list[logging.Handler] = []
@@ -143,6 +145,7 @@ class Reporter:
         self.directory = Path(directory)
         self._check = check
         self._history = training.history
+        self._best = story.best_of(training.history)
         with rundir.writing(directory):
             if self.runtime.is_main:
                 check()
@@ -240,7 +243,8 @@ class Reporter:
         if header != self._header:  # also where the window has become narrower
             self._header = header
             self._say(header, terminal.DIM, gap=True, is_row=True)
-        is_best = story.best_of(self._history) is metrics
+        self._best = story.best_of([metrics] if self._best is None else [self._best, metrics])
+        is_best = self._best is metrics
         style = (terminal.BOLD,) if is_best and self._display.shows_colours else ()
         self._say(self._table.row(metrics, is_best, columns), *style, is_row=True)
         if metrics["epoch"] == self._length.epochs and self._has_bar:
@@ -298,9 +302,8 @@ class Reporter:
             self._close_story(f"test {story.test_figures(summary)}; in {self.directory}")
             return
         self._pair("test", story.test_figures(summary), terminal.BOLD, gap=True)
-        best = story.best_of(self._history)
-        if best is not None:
-            self._pair("best", story.best_figures(best))
+        if self._best is not None:
+            self._pair("best", story.best_figures(self._best))
         total, startup = (terminal.duration(summary[f"time/{key}_s"]) for key in ("total", "startup"))
         self._pair("time", f"{total} in all, {startup} until the first step")
         self._pair("directory", str(self.directory))
