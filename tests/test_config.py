@@ -406,5 +406,7 @@ def test_what_a_resume_must_agree_on_is_marked_at_the_keys():
         "data.fetch", "data.train.fetch", "data.test.fetch",
         "checkpoint.every_steps", "checkpoint.every_epochs", "checkpoint.every_s", "checkpoint.keep",
         "watchdog.start_s", "watchdog.first_step_s", "watchdog.step_s", "watchdog.save_s",
+        "console", "report", "profile", "trainer.log_every_steps", "trainer.detect_anomaly",
+        "tracker.every_steps",
     }  # fmt: skip
     assert identity(config)["data.extra"] == 1
