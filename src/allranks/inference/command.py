@@ -169,7 +169,7 @@ def _open(options: argparse.Namespace) -> _Opened:
     given = overrides.apply(config, words, options.config_dir)
     trained = load.load(options.run, options.checkpoint, given.device, given.threads)
     for remark in trained.remarks:
-        print(f"allranks: {remark}", file=sys.stderr)
+        show(remark)
     return _Opened(trained, given, others)
 
 
@@ -261,10 +261,9 @@ def _dataset_with_transform(opened: _Opened, section: Mapping[str, Any]) -> Part
     if not isinstance(part, Mapped):
         return None  # arrays, whose bytes are divided by 255 as ours are
     if getattr(part.dataset, "transform", None) is None:
-        print(
-            "allranks: the Dataset of data.test has no attribute `transform`, so it is not known how it "
-            "prepares an image: pixels are scaled to 0..1.",
-            file=sys.stderr,
+        show(
+            "The Dataset of data.test has no attribute `transform`, so it is not known how it prepares an "
+            "image: pixels are scaled to 0..1."
         )
     return part
 
