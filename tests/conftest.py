@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, settings
 
 from allranks.compose import from_command_line
 from allranks.job.identity import RankIdentity
-from helpers import LEAKY, NO_REPORT, ROOT, Done, Run, execute, launcher
+from helpers import LEAKY, NO_REPORT, ROOT, SMALL, Done, Run, execute, launcher
 
 # The same examples every time, on machines that may be busy.
 settings.register_profile(
@@ -118,6 +118,18 @@ def train_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
         return Run(made.parent)
 
     return run
+
+
+EVIL = "<script>alert(1)</script>"  # what a page must show as the text that it is
+
+
+@pytest.fixture(scope="session")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """A finished run of two ranks, in the folder `run`, that has made its report by itself."""
+    with_report = [word for word in SMALL if word != NO_REPORT]
+    words = [*with_report, "model=linear", "trainer.epochs=3", f"+data.note='{EVIL}'", "run.dir=run"]
+    command = [*launcher("mpiexec", 2), "-m", "allranks.train", *words]
+    return execute(command, tmp_path_factory.mktemp("reported")).ok()
 
 
 @pytest.fixture

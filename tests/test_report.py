@@ -26,14 +26,16 @@ from allranks.report.command import report
 from allranks.report.gather import gather
 from allranks.report.html import Html, tag
 from allranks.report.png import png
-from helpers import NO_REPORT, PYTHON, SMALL, Done, Run, execute, launcher, tree
+from conftest import EVIL
+from helpers import NO_REPORT, PYTHON, SMALL, Run, execute, tree
 
+# One worker trains the run that most of these tests look at, once for them and the tests in a browser.
+pytestmark = pytest.mark.xdist_group("report")
 WITH_REPORT = tuple(word for word in SMALL if word != NO_REPORT)
 REPORT = [PYTHON, "-m", "allranks", "report"]
 MOST_BYTES = 3_000_000
 CURVES = {"loss", "accuracy", "learning-rate", "throughput", "phases"}
 STRIPS = {"training-examples", "predictions", "misclassified", "certain-mistakes"}
-EVIL = "<script>alert(1)</script>"
 
 
 class Reader(HTMLParser):
@@ -75,16 +77,8 @@ class Reader(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Done:
-    """A run of two ranks that has made its report by itself, as every run does."""
-    words = [*WITH_REPORT, "model=linear", "trainer.epochs=3", f"+data.note='{EVIL}'", "run.dir=run"]
-    command = [*launcher("mpiexec", 2), "-m", "allranks.train", *words]
-    return execute(command, tmp_path_factory.mktemp("trained")).ok()
-
-
-@pytest.fixture(scope="module")
-def run(trained) -> Run:
-    return Run(trained.cwd / "run")
+def run(reported) -> Run:
+    return Run(reported.cwd / "run")
 
 
 @pytest.fixture(scope="module")
@@ -114,10 +108,10 @@ def made(directory: Path) -> Reader:
 # --- at the end of a run -------------------------------------------------------------------------------
 
 
-def test_a_run_ends_with_its_page_and_says_where_it_is(trained, run):
-    assert f"report      {run.path / 'report.html'}" in re.sub(" {6,}", "      ", trained.out)
-    assert trained.err == ""
-    assert trained.left_running == []
+def test_a_run_ends_with_its_page_and_says_where_it_is(reported, run):
+    assert f"report      {run.path / 'report.html'}" in re.sub(" {6,}", "      ", reported.out)
+    assert reported.err == ""
+    assert reported.left_running == []
 
 
 def test_the_pictures_lie_beside_it_as_png_and_svg(run):

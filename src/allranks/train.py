@@ -120,7 +120,7 @@ def compose(identity: RankIdentity) -> list[Config]:
     """The configurations of the command line; an error of one rank becomes an error of all.
 
     `allranks launch` has composed the configuration already. It starts each rank with the words
-    `--frozen DIRECTORY SHA256`, and the run directory is there.
+    `--frozen DIRECTORY SHA256`, and the run directory is there. The overrides that follow are for records.
     """
     try:
         if sys.argv[1:2] == ["--frozen"]:

@@ -23,7 +23,7 @@ METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 ENVIRONMENT = "environment.json"
 EVENTS = "events.jsonl"
-RANKS = "ranks.jsonl"
+PROFILE = "profile/table.json"
 
 # What an epoch's line of metrics.jsonl holds besides its number; docs/run-directory.md has the units.
 FIGURES = (
@@ -74,6 +74,7 @@ class RunFacts:
     environment: Mapping[str, Any] = field(default_factory=dict)
     ranks: Sequence[Rank] = ()
     events: Sequence[Event] = ()  # oldest first
+    profile: Mapping[str, Any] = field(default_factory=dict)  # of a run with profile=true: its table.json
     problems: Sequence[str] = ()  # a sentence for each file that is there, and cannot be read
 
     @property
@@ -129,6 +130,7 @@ def gather(directory: str | Path, state: str | None = None) -> RunFacts:
         environment=environment,
         ranks=_ranks(environment),
         events=_events(path / EVENTS, problems),
+        profile=_json_file(path / PROFILE, problems),
         problems=problems,
     )
 

@@ -12,7 +12,7 @@ import allranks
 from allranks.base.text import some
 from allranks.report import pictures
 from allranks.report.examine import ClassFigures, Examined, Example
-from allranks.report.gather import Event, RunFacts
+from allranks.report.gather import Event, RunFacts, as_number
 from allranks.report.html import NOTHING, Html, Inside, joined, tag
 from allranks.report.pictures import Picture
 from allranks.report.png import as_pixels, data_uri
@@ -107,9 +107,9 @@ def _header(facts: RunFacts, notes: Sequence[str]) -> Html:
 def _figures(facts: RunFacts) -> list[tuple[str, str, str]]:
     """(what, value, words beside it) of the figures that matter most."""
     found: list[tuple[str, str, str]] = []
-    test = _number(facts.summary.get("test/accuracy"))
+    test = as_number(facts.summary.get("test/accuracy"))
     if test is not None:
-        loss = _number(facts.summary.get("test/loss"))
+        loss = as_number(facts.summary.get("test/loss"))
         found.append(("test accuracy", f"{test:.2f} %", "" if loss is None else f"loss {loss:.4f}"))
     known = [epoch for epoch in facts.epochs if epoch["val/accuracy"] is not None]
     if known:
@@ -119,14 +119,14 @@ def _figures(facts: RunFacts) -> list[tuple[str, str, str]]:
     done, planned = len(facts.epochs), facts.epochs_planned
     if planned is not None:
         found.append(("epochs", str(done), f"of {planned}" if planned != done else ""))
-    parameters = _number(facts.summary.get("model/parameters"))
+    parameters = as_number(facts.summary.get("model/parameters"))
     if parameters is not None:
         found.append(("parameters", f"{parameters:,.0f}", ""))
     if facts.world_size is not None:
         hosts = len({rank.host for rank in facts.ranks})
         beside = f"on {hosts} {'host' if hosts == 1 else 'hosts'}" if hosts else ""
         found.append(("ranks" if facts.world_size != 1 else "rank", f"{facts.world_size:,}", beside))
-    seconds = _number(facts.summary.get("time/total_s"))
+    seconds = as_number(facts.summary.get("time/total_s"))
     if seconds is not None and not facts.events:
         found.append(("in all", duration(seconds), ""))
     return found
@@ -329,7 +329,36 @@ def _time(facts: RunFacts, drawn: Mapping[str, Picture]) -> Html:
         if "throughput" in drawn
         else tag("div", by_epoch, class_="card"),
     ]
+    operations = _table_of_operations(facts.profile)
+    if operations is not None:
+        words = "Operations of the steps that were profiled, on rank 0."
+        cards.append(
+            tag("div", tag("h3", "Where the time goes"), tag("p", words), operations, class_="card wide")
+        )
     return tag("div", *cards, class_="cards")
+
+
+def _table_of_operations(profile: Mapping[str, Any]) -> Html | None:
+    """The operations that took longest in a run with profile=true; None where there is no such table."""
+    found = profile.get("rows")
+    rows = [row for row in (found if isinstance(found, list) else []) if isinstance(row, dict)]
+    if not rows:
+        return None
+    of_device = any(as_number(row.get("own_device_ms")) is not None for row in rows)
+    key = "own_device_ms" if of_device else "own_cpu_ms"
+    cells = []
+    for row in rows:
+        share = as_number(row.get("share"))
+        cells.append(
+            [
+                str(row.get("name", "")),
+                _as(as_number(row.get("calls")), ",.0f"),
+                _as(as_number(row.get(key)), ",.2f"),
+                "-" if share is None else f"{100 * share:.1f}",
+            ]
+        )
+    heads = ["operation", "calls", "ms on the device" if of_device else "ms", "share, %"]
+    return table(heads, cells, label="Operations by the time that they took", texts={0})
 
 
 def _interruptions(events: Sequence[Event]) -> Html:
@@ -489,10 +518,6 @@ def table(
 
 def _as(value: float | None, spec: str) -> str:
     return "-" if value is None else format(value, spec)
-
-
-def _number(value: object) -> float | None:
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def duration(seconds: float) -> str:

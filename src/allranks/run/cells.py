@@ -41,8 +41,13 @@ class Cell:
     sha256: str
 
     def program(self) -> tuple[str, ...]:
-        """The command that each rank starts."""
-        return (sys.executable, "-m", "allranks.train", "--frozen", self.directory, self.sha256)
+        """The command that each rank starts.
+
+        The overrides at its end are not read again: environment.json keeps a run's command, and a report
+        says by it what was given.
+        """
+        frozen = ("--frozen", self.directory, self.sha256)
+        return (sys.executable, "-m", "allranks.train", *frozen, *self.overrides)
 
 
 def composed_cells(arguments: Sequence[str]) -> tuple[str, list[Cell]]:
