@@ -146,17 +146,23 @@ ASSUMED = {
 }
 
 
-def prepare(folder: Path) -> dict[str, str]:
+def prepare(folder: Path, page: str) -> dict[str, str]:
     """Makes the folder in which a page's commands are run; returns the environment that they need.
 
     They run as typed. But allranks is a copy whose shipped data sets are small, and the home directory is
-    in the folder.
+    in the folder. A run's report takes longer than so small a run does. So it is left out, unless the page
+    speaks of it.
     """
     source = folder / "copy of allranks" / "src"
+    conf = source / "allranks" / "conf"
     shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "conf", source / "allranks" / "conf")
+    shutil.copytree(ROOT / "conf", conf)
     for name in ("mnist", "synthetic"):
-        (source / "allranks" / "conf" / "data" / f"{name}.yaml").write_text(SMALL_DATA)
+        (conf / "data" / f"{name}.yaml").write_text(SMALL_DATA)
+    if "report.html" not in (ROOT / page).read_text():
+        defaults = (conf / "config.yaml").read_text()
+        assert "\nreport: true" in defaults
+        (conf / "config.yaml").write_text(defaults.replace("\nreport: true", "\nreport: false"))
     home = folder / "home"
     here = folder / "here"
     home.mkdir()

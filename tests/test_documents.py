@@ -189,7 +189,7 @@ QUICK = ("docs/run-directory.md",)
 )
 def test_the_commands_and_the_python_of_a_page_run_as_typed(page, tmp_path):
     """In the order of the page, in one folder, as a reader would type them."""
-    environment = prepare(tmp_path)
+    environment = prepare(tmp_path, page)
     here = tmp_path / "here"
     for block in blocks(page):
         if block.file is not None:

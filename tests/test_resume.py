@@ -287,10 +287,10 @@ def test_another_configuration_is_refused_with_the_keys(train, finished):
     train(*SHORT, "checkpoint.keep=7", "trainer.nonfinite=skip", "name=other").ok()  # these compute nothing
 
 
-def test_an_unfinished_run_and_resume_never(train, finished):
+def test_an_unfinished_run_and_resume_never(train_here, finished):
     unfinish(finished)
-    done = train(*SHORT, "resume=never")
-    assert (done.code, "holds an unfinished run, and resume=never" in done.err) == (2, True)
+    with pytest.raises(UserError, match="holds an unfinished run, and resume=never"):
+        train_here(*SHORT, "resume=never")
 
 
 def test_metrics_are_those_of_the_checkpoint(train_here, finished):
@@ -302,37 +302,37 @@ def test_metrics_are_those_of_the_checkpoint(train_here, finished):
     assert figures(train_here(*SHORT)) == whole
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(train, finished):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(train_here, finished, capsys):
     whole = figures(finished)
     (finished.path / "summary.json").unlink()
     newest = checkpoint.path_of(finished.path, 20) / "model.safetensors"
     content = bytearray(newest.read_bytes())
     content[1234] ^= 1
     newest.write_bytes(content)
-    done = train(*SHORT).ok()
-    assert "passing over the checkpoint step-000020: model.safetensors: its sha256 is" in done.out
-    assert f"going on from {finished.path}/checkpoints/step-000010" in done.out
-    assert figures(done.run) == whole
+    went_on = train_here(*SHORT)
+    out = capsys.readouterr().out
+    assert "passing over the checkpoint step-000020: model.safetensors: its sha256 is" in out
+    assert re.search("going on from .*run/checkpoints/step-000010", out)
+    assert figures(went_on) == whole
     checkpoint.read(newest.parent)  # the damaged one has been replaced
 
 
-def test_where_no_checkpoint_can_be_used_it_does_not_begin_again(train, finished):
+def test_where_no_checkpoint_can_be_used_it_does_not_begin_again(train_here, finished):
     """What was trained, and metrics.jsonl, stay as they are until somebody has looked."""
+    whole = figures(finished)
     (finished.path / "summary.json").unlink()
     for step in (10, 20):
         (checkpoint.path_of(finished.path, step) / "state.json").write_bytes(b"")
     before = tree(finished.path)
-    done = train(*SHORT)
-    assert done.code == 2
-    assert (
-        "run/checkpoints has checkpoints, but none that can be used: step-000020: state.json"
-        in done.message
-    )
-    assert f"to begin at step 0, move {finished.path}/checkpoints away" in done.message
+    with pytest.raises(UserError) as refused:
+        train_here(*SHORT)
+    said = str(refused.value)
+    assert "run/checkpoints has checkpoints, but none that can be used: step-000020: state.json" in said
+    assert re.search("to begin at step 0, move .*run/checkpoints away", said)
     assert tree(finished.path) == before
 
     (finished.path / "checkpoints").rename(finished.path / "aside")
-    assert figures(train(*SHORT).ok().run) == figures(finished)
+    assert figures(train_here(*SHORT)) == whole
 
 
 def test_after_a_passing_error_it_goes_on_where_it_was(finished, strace, long):
@@ -352,16 +352,17 @@ def test_after_a_passing_error_it_goes_on_where_it_was(finished, strace, long):
     assert figures(went_on.run) == whole
 
 
-def test_a_checkpoint_that_is_a_link_is_named_and_replaced(train, finished, tmp_path):
+def test_a_checkpoint_that_is_a_link_is_named_and_replaced(train_here, finished, tmp_path, capsys):
     """The link was followed when a save looked for its own step, and not when checkpoints were listed."""
     whole = figures(finished)
     unfinish(finished)
     newest = checkpoint.path_of(finished.path, 20)
     shutil.copytree(checkpoint.path_of(finished.path, 10), tmp_path / "elsewhere")
     newest.symlink_to(tmp_path / "elsewhere")
-    done = train(*SHORT).ok()
-    assert "passing over the checkpoint step-000020: the folder cannot be opened: it is a link" in done.out
-    assert figures(done.run) == whole
+    went_on = train_here(*SHORT)
+    said = "passing over the checkpoint step-000020: the folder cannot be opened: it is a link"
+    assert said in capsys.readouterr().out
+    assert figures(went_on) == whole
     assert not newest.is_symlink()
     assert (tmp_path / "elsewhere").is_dir()
 
@@ -380,18 +381,19 @@ def test_one_writer_at_a_time(tmp_path, train):
 # --- from another run's checkpoint ---------------------------------------------------------------------
 
 
-def test_going_on_from_another_runs_checkpoint_for_more_epochs(train, finished):
-    done = train(*SMALL, "model=linear", "trainer.epochs=4", "run.dir=longer", "resume=run").ok()
-    whole = train(*SMALL, "model=linear", "trainer.epochs=4", "run.dir=whole").ok()
-    assert "going on from run/checkpoints/step-000020: step 20, in epoch 3" in done.out
-    assert figures(done.run) == figures(whole.run)
+def test_going_on_from_another_runs_checkpoint_for_more_epochs(train_here, finished, capsys):
+    longer = train_here(*SMALL, "model=linear", "trainer.epochs=4", "run.dir=longer", "resume=run")
+    assert "going on from run/checkpoints/step-000020: step 20, in epoch 3" in capsys.readouterr().out
+    whole = train_here(*SMALL, "model=linear", "trainer.epochs=4", "run.dir=whole")
+    assert figures(longer) == figures(whole)
     assert finished.summary["epochs"] == 2  # it is as it was
 
 
-def test_a_checkpoint_that_is_not_there_leaves_nothing(train, tmp_path):
-    done = train(*SMALL, "model=linear", "resume=nowhere")
-    assert (done.code, list(tmp_path.iterdir())) == (2, [])
-    assert "resume=nowhere cannot be read (No such file or directory)" in done.message
+def test_a_checkpoint_that_is_not_there_leaves_nothing(train_here, tmp_path):
+    said = re.escape("resume=nowhere cannot be read (No such file or directory)")
+    with pytest.raises(UserError, match=said):
+        train_here(*SMALL, "model=linear", "resume=nowhere")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_more_epochs_where_they_decide_the_learning_rates(train_here):

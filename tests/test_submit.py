@@ -421,6 +421,7 @@ def test_what_others_leave_below_runs_does_not_hide_the_list(pbs):
     assert "no job.json" in pbs.allranks("cancel", "runs/0").message
 
 
+@pytest.mark.long
 @needs_launch
 def test_a_cell_that_stops_before_its_walltime_queues_a_job_of_its_own(pbs):
     """Without a dependency: PBS takes none on one job of an array."""
@@ -512,7 +513,8 @@ def test_the_same_sweep_here_and_now(pbs):
 
 
 @needs_launch
-def test_a_users_own_hydra_application(pbs):
+def test_a_users_own_hydra_application(pbs, long):
+    """Without --long a sweep here and now: without one that fails, and without jobs."""
     (pbs.folder / "conf").mkdir()
     (pbs.folder / "conf/config.yaml").write_text("lr: 0.1\n")
     (pbs.folder / "app.py").write_text(
@@ -532,6 +534,8 @@ def test_a_users_own_hydra_application(pbs):
     assert results == ["0/0-of-2", "0/1-of-2", "1/0-of-2", "1/1-of-2"]
     assert (pbs.folder / "sweep/1/1-of-2").read_text() == "2"
     assert (pbs.folder / "sweep/1/.hydra/config.yaml").read_text() == "lr: 2\n"
+    if not long:
+        return
     failed = app("hydra.launcher.ranks=1", "lr=9,4", "hydra.sweep.dir=other")
     assert failed.code == 1
     assert "job 0 ended with exit code 3" in failed.err
