@@ -308,6 +308,7 @@ def test_what_is_evaluated_with_batch_norm_is_what_is_saved(lab):
     assert done.run.summary["test/loss"] == pytest.approx(loss.item(), rel=1e-9)
 
 
+@pytest.mark.long
 def test_a_run_that_wakes_up_leaves_its_successors_records_alone(lab, tmp_path):
     """It was stopped as it took a checkpoint's weights; another run took over, and finished."""
     words = [*MINE, "model._target_=mylab.Stopping", "trainer.epochs=6", "checkpoint.keep=9"]
@@ -367,6 +368,7 @@ def test_what_does_not_fit_gets_one_message(lab, train_here, monkeypatch, overri
         train_here("--config-dir", lab.conf, *MINE, override)
 
 
+@pytest.mark.long
 def test_a_wrong_target_on_two_ranks_gets_one_message(lab):
     done = lab(*MINE, "data.train._target_=mylab.Dots", under="mpiexec", ranks=2)
     assert "data.train._target_=mylab.Dots cannot be loaded" in done.message

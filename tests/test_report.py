@@ -307,6 +307,7 @@ def test_headings_are_in_order_and_ids_are_unique(page):
 # --- runs that are not whole ---------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_run_that_went_on_shows_its_interruptions(train, tmp_path):
     words = [*SMALL, "model=linear", "run.dir=run", "trainer.epochs=4", "checkpoint.every_epochs=1"]
     late = {"ALLRANKS_DEADLINE": "1"}  # long ago: the run stops as soon as it has gained something

@@ -126,7 +126,7 @@ def test_without_the_flag_another_number_of_ranks_gives_the_same_losses(train, t
 
 # --- stopping ------------------------------------------------------------------------------------------
 
-LONG = (*SMALL, "model=mlp", "trainer.epochs=60", "trainer.batch_size=16", "checkpoint.keep=1")
+LONG = (*SMALL, "model=mlp", "trainer.epochs=25", "trainer.batch_size=16", "checkpoint.keep=1")
 
 
 at_work: list[subprocess.Popen[str]] = []
@@ -235,9 +235,8 @@ def test_a_warning_that_comes_while_torch_is_imported_is_not_lost(tmp_path):
 @pytest.mark.long
 def test_a_run_stops_by_itself_before_the_job_ends(tmp_path, train, long_run):
     """As a job script of ours tells when that is; the margin is 10 s and what a save and a step take."""
-    process = started(
-        *LONG, "model.widths=[2000,2000]", cwd=tmp_path, ALLRANKS_DEADLINE=str(int(time.time()) + 20)
-    )
+    longer = (*LONG, "model.widths=[2000,2000]", "trainer.epochs=60")
+    process = started(*longer, cwd=tmp_path, ALLRANKS_DEADLINE=str(int(time.time()) + 20))
     out, err = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 85, err
     assert "stopped by the job's end after step" in out
