@@ -18,6 +18,7 @@ from allranks.report.compare import NOT_STARTED, Comparison, compare
 from allranks.report.gather import RunFacts, gather
 from allranks.run.cells import CELLS, cells_listed, runs_below
 from allranks.run.directory import CONFIG
+from allranks.run.states import states_of
 
 Format = Callable[[Comparison], str]
 FORMATS: dict[str, Format] = {
@@ -130,55 +131,69 @@ class Found(NamedTuple):
     notes: Sequence[str]  # a sentence for each directory that holds no run
 
 
+class Place(NamedTuple):
+    """Where a run is, or a cell of a sweep that may not have started."""
+
+    directory: Path
+    overrides: Sequence[str] | None = None  # of a cell of a sweep, as the sweep's list has them
+
+
 def found_at(paths: Sequence[str]) -> Found:
     """The runs at the paths: each is a run's directory, a sweep's, or a folder with runs below it.
 
     Raises UserError where there is not one run.
     """
-    runs: dict[Path, RunFacts] = {}
     notes: list[str] = []
+    places: dict[Path, Place] = {}  # a run that is named twice is one
     for path in paths:
         try:
-            for facts in _at(path):
-                runs.setdefault(facts.directory, facts)
+            for place in _places(path):
+                places.setdefault(place.directory, place)
+        except UserError as error:
+            notes.append(str(error))
+
+    states = states_of(list(places), notes.append)  # of all at once, so that a scheduler is asked once
+    runs = []
+    for place in places.values():
+        try:
+            runs.append(_facts(place, states[place.directory].words))
         except UserError as error:
             notes.append(str(error))
     if not runs:
         raise UserError(" ".join(notes))
-    return Found(list(runs.values()), notes)
+    return Found(runs, notes)
 
 
-def _at(path: str) -> list[RunFacts]:
-    """The runs at one path. Raises UserError where there is none."""
+def _places(path: str) -> list[Place]:
+    """The runs at one path. Raises UserError where there can be none."""
     folder = Path(path).absolute()
     if (folder / CELLS).is_file():
-        return [_cell(folder, name, overrides) for name, overrides in cells_listed(folder)]
-    if folder.is_dir() and not (folder / CONFIG).exists():
-        below = [each for each in sorted(runs_below(folder)) if (each / CONFIG).exists()]
-        if not below and not any(folder.iterdir()):
-            raise UserError(f"{path} is empty: give a sweep's directory, or directories of runs.")
-        if below:
-            return [gather(each) for each in below]
-    return [gather(path)]
+        return [Place(folder / name, overrides) for name, overrides in cells_listed(folder)]
+    if not folder.is_dir():
+        raise UserError(f"{path} is no folder: give a sweep's directory, or directories of runs.")
+    below = [] if (folder / CONFIG).exists() else sorted(runs_below(folder))
+    trainings = [Place(each) for each in below if (each / CONFIG).exists()]
+    return trainings or [Place(folder)]
 
 
-def _cell(sweep: Path, name: str, overrides: Sequence[str]) -> RunFacts:
-    """What is known of a cell of a sweep, which may not have started yet."""
-    directory = sweep / name
+def _facts(place: Place, state: str) -> RunFacts:
+    """What is known of a run. Raises UserError where that is nothing, unless a sweep has it in its list."""
     try:
-        return gather(directory)
+        return gather(place.directory, state)
     except UserError as error:
-        if not directory.exists():
-            return RunFacts(directory, NOT_STARTED, overrides=overrides)
-        return RunFacts(directory, "damaged", overrides=overrides, problems=[str(error)])
+        if place.overrides is None:
+            raise
+        if not place.directory.exists():
+            return RunFacts(place.directory, NOT_STARTED, overrides=place.overrides)
+        return RunFacts(place.directory, "damaged", overrides=place.overrides, problems=[str(error)])
 
 
 # --- where it goes ---------------------------------------------------------------------------------------
 
 
 def terminal_width() -> int:
-    """Characters in a line of the terminal; 120 where the table goes to a file or another program."""
-    return shutil.get_terminal_size((120, 24)).columns if sys.stdout.isatty() else 120
+    """Characters in a line of the terminal, or as many as COLUMNS says; 120 for a file or a pipe."""
+    return shutil.get_terminal_size((120, 24)).columns
 
 
 def plus_minus() -> str:
