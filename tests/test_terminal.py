@@ -293,6 +293,11 @@ def test_what_to_type_so_that_a_stopped_run_goes_on(argv, ranks, launcher, launc
     assert story.going_on("a b", argv, ranks, launcher, launched) == command
 
 
+def test_what_goes_on_with_a_job_of_submit():
+    said = story.going_on_in_a_job("/a b")
+    assert said.startswith("allranks submit --cell '/a b'   (unless")
+
+
 def test_ranks_and_launchers_in_words():
     assert story.who_trains(1, 1, "cuda", 8) == "1, on a GPU (cuda)"
     assert story.who_trains(12, 3, "cpu", 1) == "12 on 3 hosts, each on the CPU with 1 thread"

@@ -286,6 +286,11 @@ class Reporter:
         command = story.going_on(
             str(self.directory), sys.argv, self.runtime.world_size, identity.launcher, was_launched
         )
+        from allranks.run.cells import JOB  # the start of a rank does without
+
+        assert self.directory is not None
+        if self.runtime.is_main and (self.directory / JOB).exists():
+            command = story.going_on_in_a_job(str(self.directory))
         self._pair("next", command, is_command=True)
 
     def finished(self, summary: Mapping[str, Any]) -> None:

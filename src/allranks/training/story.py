@@ -233,3 +233,11 @@ def going_on(
         return f"the same command again, with run.dir={where}"
     words = [word for word in argv[1:] if not word.startswith("run.dir=")]
     return shlex.join(["allranks", "train", *words]) + f" run.dir={where}"
+
+
+def going_on_in_a_job(directory: str) -> str:
+    """What to type so that a stopped run goes on that `allranks submit` has queued.
+
+    Where its job's time was over the job script queues the next job itself. After a signal it does not.
+    """
+    return f"allranks submit --cell {shlex.quote(directory)}   (unless its next job is queued by itself)"
