@@ -200,7 +200,7 @@ def test_a_sweep_makes_the_page_of_each_of_its_runs(train, tmp_path):
 @pytest.mark.long
 def test_a_launch_makes_the_page_and_knows_what_was_given(command, tmp_path):
     words = [*WITH_REPORT, "model=linear", "trainer.epochs=1", "run.dir=run"]
-    done = command("allranks", "launch", "-n", "2", "--no-preflight", *words).ok()
+    done = command(PYTHON, "-m", "allranks", "launch", "-n", "2", "--no-preflight", *words).ok()
     assert done.left_running == []
     text = (tmp_path / "run/report.html").read_text()
     assert "<code>trainer.epochs=1</code>" in text
