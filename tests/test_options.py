@@ -28,11 +28,21 @@ def test_what_is_not_given_is_none_and_the_rest_is_left_alone():
         (["--max-restarts", "-1"], "--max-restarts -1 is not valid: give a whole number >= 0"),
         (["--walltme", "1"], "Did you mean --walltime"),
         (["--hosts", "x"], "--hosts is not an option of `allranks submit`"),
+        (["-n", "2x"], "-n 2x is not valid: give a whole number. `allranks submit --help` explains"),
+        (["-n"], "-n expected one argument"),
+        (["--cell=~nobody-at-all/x"], "--cell=~nobody-at-all/x: no home directory is known"),
     ],
 )
 def test_what_is_not_valid(words, said):
     with pytest.raises(UserError, match=said):
         parsed("submit", *words)
+
+
+def test_the_home_directory_where_no_shell_puts_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    args, _ = parsed("submit", "--config-dir=~/conf", "--cell=~/runs/x", "--name=~")
+    assert (args.config_dir, args.cell, args.name) == ("/home/me/conf", "/home/me/runs/x", "~")
+    assert parsed("launch", "--run=~", "--hosts=/h")[0].run == "/home/me"
 
 
 def test_words_give_the_values_back():

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from allranks.base.errors import UserError
+from allranks.base.files import with_home
 from allranks.base.schema import TEXT
 from allranks.base.text import as_text, did_you_mean, is_text
 from allranks.config import Config, below, conf_dir, first_line, leaves, setting_of, typed, unknown_key
@@ -112,16 +113,16 @@ def _with_whole_paths(config: Config) -> Config:
     Settled here, once: later the ranks of other hosts or a job's script may have another present directory.
     """
     if config.run.dir is not None:
-        config.run.dir = whole_run_dir(_expanded("run.dir", config.run.dir))
+        config.run.dir = whole_run_dir(with_home("run.dir", config.run.dir))
     if config.resume not in ("auto", "never"):
-        config.resume = _expanded("resume", config.resume)
+        config.resume = with_home("resume", config.resume)
     sections = (
         ("data", config.data),
         *((f"data.{part}", config.data.get(part)) for part in ("train", "test")),
     )
     for key, section in sections:
         if isinstance(section, dict) and isinstance(section.get("root"), str):
-            section["root"] = _expanded(f"{key}.root", section["root"])
+            section["root"] = with_home(f"{key}.root", section["root"])
     return config
 
 
@@ -136,16 +137,6 @@ def whole_run_dir(directory: str) -> str:
     if not directory.isprintable():
         raise UserError(f"run.dir={directory} has control characters: give another one.")
     return whole
-
-
-def _expanded(key: str, path: str) -> str:
-    """The path with a `~` or `~user` at its beginning replaced by that home directory."""
-    try:
-        return str(Path(path).expanduser()) if path.startswith("~") else path
-    except RuntimeError as error:
-        raise UserError(
-            f"{key}={path}: no home directory is known for {path.partition('/')[0]}. Give the whole path."
-        ) from error
 
 
 _FLAGS_WITH_VALUE = frozenset(
@@ -198,7 +189,7 @@ def _refuse_without_effect(override: str) -> None:
 def _with_home_in_flag(flag: str) -> str:
     """`--config-dir=~/conf` with the home directory in it, which no shell puts there after a `=`."""
     name, equals, value = flag.partition("=")
-    return f"{name}={_expanded(name, value)}" if equals else _expanded("--config-dir", flag)
+    return f"{name}={with_home(name, value)}" if equals else with_home("--config-dir", flag)
 
 
 def _with_home_quoted(override: str) -> str:

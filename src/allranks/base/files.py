@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and JSON lines that are appended one at a time."""
+"""Files that are written whole or not at all, JSON lines that are appended one at a time, and paths."""
 
 from __future__ import annotations
 
@@ -12,7 +12,22 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
+from allranks.base.errors import UserError
+
 T = TypeVar("T")
+
+
+def with_home(named: str, path: str) -> str:
+    """The path with a `~` or `~user` at its beginning replaced by that home directory.
+
+    `named` is the key or option that the path was given with. Raises UserError where there is no such home.
+    """
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError as error:
+        raise UserError(
+            f"{named}={path}: no home directory is known for {path.partition('/')[0]}. Give the whole path."
+        ) from error
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

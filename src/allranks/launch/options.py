@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from allranks.base.errors import UserError
+from allranks.base.files import with_home
 from allranks.base.text import did_you_mean
 
 
@@ -147,20 +148,36 @@ OPTIONS = (
 
 def parser(command: str, usage: str) -> argparse.ArgumentParser:
     """The parser of `allranks launch` or `allranks submit`. An option that was not given is None."""
-    made = argparse.ArgumentParser(prog=f"allranks {command}", usage=usage, allow_abbrev=False)
+    made = argparse.ArgumentParser(
+        prog=f"allranks {command}", usage=usage, allow_abbrev=False, exit_on_error=False
+    )
     for option in OPTIONS:
         text = getattr(option, command)
         if not text:
             continue
         if option.metavar:
             made.add_argument(
-                option.flag, dest=option.name, type=option.kind, metavar=option.metavar, help=text
+                option.flag, dest=option.name, type=_reader(option), metavar=option.metavar, help=text
             )
         else:
             made.add_argument(
                 option.flag, dest=option.name, action="store_const", const=option.switched, help=text
             )
     return made
+
+
+def _reader(option: Option) -> Callable[[str], Any]:
+    """From the word after an option to its value; raises argparse.ArgumentTypeError where it is none."""
+
+    def read(word: str) -> Any:
+        if option.metavar in ("DIR", "FILE"):  # no shell puts the home directory into --config-dir=~/conf
+            return with_home(option.flag, word)
+        try:
+            return option.kind(word)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{word} is not valid: give a whole number") from None
+
+    return read
 
 
 def parse(made: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -171,7 +188,12 @@ def parse(made: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argp
     from allranks.compose import HYDRAS
 
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    args, rest = made.parse_known_args(arguments[:end])
+    try:
+        args, rest = made.parse_known_args(arguments[:end])
+    except argparse.ArgumentError as error:
+        raise UserError(
+            f"{error.argument_name} {error.message}. `{made.prog} --help` explains the options."
+        ) from None
     for flag in (word.partition("=")[0] for word in rest):
         if flag.startswith("--") and flag not in HYDRAS:
             known = re.findall(r"--[a-z-]+", made.format_help())

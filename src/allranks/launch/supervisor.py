@@ -715,15 +715,16 @@ async def _next_message(reader: asyncio.StreamReader, inbox: links.Inbox) -> dic
 def _is_stopped(known: Guarded) -> bool:
     """Whether a guard of this host and all that it has started are stopped (state T)."""
     assert known.pid is not None
+    pids = [known.pid, *processes.descendants(known.pid)]
+    stats = [processes.process_stat(pid) for pid in pids]
+    if stats[0] is None or any(stat is not None and stat.state not in "TtZX" for stat in stats):
+        return False
+    # A guard's container numbers its processes itself: is this the guard? Only a process that is stopped is
+    # asked: of one that hangs in the kernel this question may hang, too.
     try:
-        command = Path(f"/proc/{known.pid}/cmdline").read_bytes()
+        return b"allranks.launch.guard" in Path(f"/proc/{known.pid}/cmdline").read_bytes()
     except OSError:
         return False
-    if b"allranks.launch.guard" not in command:  # another process: the guard's container numbers its own
-        return False
-    pids = {known.pid, *processes.descendants(known.pid)}
-    stats = [processes.process_stat(pid) for pid in pids]
-    return all(stat is None or stat.state in "TtZX" for stat in stats)
 
 
 async def _in_thread(ask: Callable[[], bool]) -> bool:
