@@ -32,7 +32,9 @@ from pathlib import Path
 from allranks.run import checkpoint
 from helpers import PYTHON, SMALL, TRAIN, clean_environment, end, marked, mpiexec
 
-ATTEMPT_S = 120  # many times what any attempt takes: one that is not over by then hangs
+# Many times what any attempt takes: one that is not over by then hangs. On a busy machine a start takes
+# half a minute; watchdog.start_s and the 30 s that torchrun leaves a stopped rank may come to that.
+ATTEMPT_S = 240
 ALL_DOWN_S = 20  # from the end of what was started to the end of all its processes
 DISK = "12m"
 WATCHDOG = ("watchdog.first_step_s=30", "watchdog.step_s=4", "watchdog.save_s=30")

@@ -196,7 +196,7 @@ def test_a_bad_value_that_needs_torch_to_see(train, refusal, overrides, patterns
 @pytest.mark.parametrize(
     ("overrides", "patterns"),
     [
-        (["data.classes=5"], [r"has 5 outputs, but data.classes=5 and labels up to \d"]),
+        (["data.classes=5"], [r"data.train has a label 9, but data.classes=5 and labels count from 0"]),
         (["scheduler=cosine", "scheduler.T_max=0"], ["CosineAnnealingLR cannot go on"]),
         (["scheduler=onecycle", "scheduler.total_steps=2"], ["OneCycleLR cannot go on", "2"]),
         (["scheduler=plateau", "~scheduler.monitor"], ["ReduceLROnPlateau cannot go on", "metrics"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -281,6 +282,17 @@ def test_who_is_overtaken_while_he_waits_looks_again(run, quick, writer):
     for taker in takers:
         taker.tell("take")
     assert sorted(taker.answer().partition(" ")[0] for taker in takers) == ["UserError", "done"]
+
+
+def test_who_looks_for_a_long_time_is_known_to_be_well(tmp_path, monkeypatch):
+    """Else the watchdog would end a start whose watchdog.start_s is shorter than the look."""
+    monkeypatch.setattr(claim, "SILENT_S", 1.0)
+    about = {"host": "elsewhere", "pid": 1, "token": "x"}
+    (tmp_path / "owner-1.json").write_text(json.dumps(about))
+    looks: list[float] = []
+    Claim.take(tmp_path, looking=lambda: looks.append(time.monotonic())).release()
+    assert len(looks) >= 2
+    assert max(after - before for before, after in itertools.pairwise(looks)) < 1.0
 
 
 def test_a_removed_file_is_a_lost_claim(run):

@@ -145,6 +145,22 @@ def test_any_program_is_started_again_after_a_crash_only(tmp_path, code, restart
     assert (tmp_path / "started").read_text().count("\n") == starts
 
 
+@pytest.mark.long
+def test_a_run_that_has_ended_is_not_kept_by_mpi(tmp_path):
+    """MPI_Finalize speaks with mpiexec's proxy, and would wait for ever for one that is stopped."""
+    run = tmp_path / "run"
+    with launch(tmp_path, *TRAINING, "run.dir=run") as started:
+        until_step(run, 10)
+        [proxy] = [
+            pid for pid in started.pids() if Path(f"/proc/{pid}/comm").read_text() == "hydra_pmi_proxy\n"
+        ]
+        os.kill(proxy, signal.SIGSTOP)
+        code, _, err = started.finish(150)
+    assert code == 0, err
+    assert "ends without MPI: MPI_Finalize has not returned within 20 s" in err
+    assert Run(run).summary["state"] == "finished"
+
+
 def test_a_run_that_is_to_stop_is_not_started_again(tmp_path):
     started = launch(tmp_path, "--max-restarts", "2", *TRAINING, "run.dir=run")
     until_step(tmp_path / "run", 10)

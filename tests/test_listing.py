@@ -6,12 +6,14 @@ import time
 
 import pytest
 
+from allranks.base.errors import UserError
 from allranks.job import scheduler
 from allranks.run import checkpoint, claim
 from allranks.run.claim import Claim
 from allranks.run.results import Figures, figures, overrides_of, place_in_sweep
 from allranks.run.states import Seen, state_of
-from allranks.submit.listing import list_runs, listed
+from allranks.submit.listing import cancelled, list_runs, listed
+from allranks.submit.task import task_again
 
 QUEUED = {"has_job": True, "next_job": "2.pbs"}
 
@@ -71,6 +73,25 @@ def test_a_folder_whose_name_is_no_utf_8_is_listed(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["directory"] == str(run)
 
 
+def test_a_record_of_jobs_may_say_anything(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("name: mlp\n")
+    (tmp_path / "job.json").write_text('{"scheduler": "lsf", "job_ids": [1]}')
+    assert list_runs([str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert "scheduler=lsf is not known" in said.err
+    assert said.out.splitlines()[1].split()[:3] == ["not", "known", "1"]
+    with pytest.raises(UserError, match=r"job\.json is damaged or another version's \(KeyError: 'order'\)"):
+        task_again(str(tmp_path), {}, must_be_idle=False)
+
+
+def test_no_run_is_cancelled_where_none_is_named(tmp_path, monkeypatch):
+    """`allranks cancel "$RUN"` without that variable, in the directory of another run."""
+    (tmp_path / "job.json").write_text('{"scheduler": "pbs", "job_ids": ["1.pbs"]}')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="RUN is empty"):
+        cancelled("")
+
+
 def test_a_run_by_hand_is_at_work_as_long_as_it_touches_its_file(tmp_path):
     run = tmp_path / "runs/mlp/1"
     run.mkdir(parents=True)
@@ -95,7 +116,11 @@ def test_figures_are_those_of_the_records(tmp_path):
     assert figures(tmp_path) == Figures(2, 91.234, 92.5)
     (tmp_path / "summary.json").write_text('{"test/acc')
     (tmp_path / "metrics.jsonl").write_bytes(b"\xff}\n")
-    assert figures(tmp_path) == Figures(1, None, None)
+    assert figures(tmp_path) == Figures(0, None, None)
+    (tmp_path / "metrics.jsonl").write_text('{"val/accuracy": 90.0}\n{"val/accu')  # while it is written
+    assert figures(tmp_path) == Figures(1, 90.0, None)
+    (tmp_path / "metrics.jsonl").write_text('{"val/accuracy": "high"}\n')
+    assert figures(tmp_path).columns() == ("1", "-", "-")
 
 
 def test_a_cell_knows_its_place(tmp_path):

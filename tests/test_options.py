@@ -30,6 +30,9 @@ def test_what_is_not_given_is_none_and_the_rest_is_left_alone():
         (["--hosts", "x"], "--hosts is not an option of `allranks submit`"),
         (["-n", "2x"], "-n 2x is not valid: give a whole number. `allranks submit --help` explains"),
         (["-n"], "-n expected one argument"),
+        (["--after", ""], "--after '' is not valid: it is empty, so give ID"),
+        (["--cell="], "--cell '' is not valid: it is empty, so give DIR"),
+        (["--queue", " "], "--queue ' ' is not valid: it is empty, so give Q"),
         (["--cell=~nobody-at-all/x"], "--cell=~nobody-at-all/x: no home directory is known"),
     ],
 )

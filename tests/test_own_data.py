@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from allranks.base.errors import UserError
-from allranks.data.loader import _image_shape
+from allranks.data.loader import _check_labels, _image_shape
 from allranks.data.parts import Mapped
 from helpers import NO_REPORT, PYTHON, Done, execute
 
@@ -32,7 +32,7 @@ class Items(torch.utils.data.Dataset):
 
 
 def batch_of(item: Any, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
-    part = Mapped(Items(item), [0, 1], 0, torch.device("cpu"), dtype, "data.train")
+    part = Mapped(Items(item), [0, 1], 0, torch.device("cpu"), dtype, "data.train", classes=10)
     [examples] = part.batches([[0, 1]], seed=0)
     assert torch.equal(part.first(2, seed=0).images, examples.images)
     return examples
@@ -55,6 +55,7 @@ def test_labels_that_are_whole_numbers_become_int64(label):
         ((IMAGE, torch.tensor([0.1, 0.9])), r"each label of the Dataset must be one number, .* \[2, 2\]"),
         ((IMAGE, torch.tensor([1])), r"each label of the Dataset must be one number, .* \[2, 1\]"),
         ((IMAGE, -100), "the Dataset has a label -100, but labels count from 0"),
+        ((IMAGE, 10), "the Dataset has a label 10, but data.classes=10 and labels count from 0"),
         ((IMAGE, "cat"), "each label of the Dataset must be a tensor or a number, .* is a (list|tuple)"),
         (
             {"image": IMAGE, "label": 1},
@@ -115,6 +116,14 @@ def test_arrays_that_are_no_pair_are_refused():
         _image_shape("data.train", (array, array, array), [1])
     with pytest.raises(UserError, match=r"labels of shape \[3, 1\]"):
         _image_shape("data.train", (array, array[:, None]), [1])
+
+
+def test_labels_of_arrays_are_those_of_so_many_classes():
+    labels = np.array([0, 12, 3], np.uint8)
+    with pytest.raises(UserError, match=r"data.test has a label 12, but data.classes=10"):
+        _check_labels("data.test", labels, 10)
+    _check_labels("data.test", labels, 13)
+    _check_labels("data.test", labels, None)
 
 
 # --- processes that read ---------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from allranks.base.errors import EXIT_REQUEUE, UserError
 from allranks.config import Config
 from allranks.job.identity import RankIdentity
 from allranks.run import directory as rundir
+from allranks.runtime import mpi
 from allranks.training import ending
 from allranks.training.control import FROM_TERMINAL, Control, Signals
 
@@ -71,6 +72,7 @@ def main() -> None:
         ends: list[str] = []
         to_report: list[End] = []  # on rank 0
         for number, config in enumerate(compose(identity)):
+            signals.let_end(signal.SIGTERM, *FROM_TERMINAL)  # the run before has counted them
             end = run(config, identity, number, signals, sweep)
             ends.append("finished" if end.finished else "stopped")
             if not end.finished:
@@ -97,6 +99,7 @@ def main() -> None:
                         end.records.close(at_end.pictures_of(end.directory))
         if sweep and len(sweep) > 1:  # after the pages of its runs, to which its own page leads
             _compare(sweep, ends, signals, left_s=job_ends_at - time.monotonic())
+        mpi.leave(EXIT_REQUEUE if "stopped" in ends else 0)
         if "stopped" in ends:
             sys.exit(EXIT_REQUEUE)
         if "triton" not in sys.modules:  # its binding complains of objects that are still there at the end
@@ -153,7 +156,7 @@ def run(
     """Trains one run to its end, or what is left of it.
 
     `number` counts the runs of this process from 0. A sweep has several: `sweep` has their cells on rank 0,
-    and is None for a single run. `signals` stop the run.
+    and is None for a single run. `signals` stop the run; without them no signal of this process does.
     """
     from allranks.data import early
 
@@ -172,10 +175,6 @@ def run(
 
     began_s = process_age_s() if number else 0.0  # the first run's time includes the import of torch
     runtime = open_runtime(identity, settings, run=number)
-    if signals is not None:
-        # Only now: until the ranks have met, these signals end a start that hangs.
-        signals.count(signal.SIGTERM, *FROM_TERMINAL)
-
     told = Told(
         title=story.title(
             config.model, config.data, config.trainer.epochs, config.trainer.max_steps,
@@ -237,7 +236,7 @@ def run(
 
         ready = _Ready(training, data, recipe, runtime, report, records, began_s)
         is_new = standing == rundir.Standing.NEW
-        end = _train_in(path, is_new, ready, config, decisive, signals or Signals())
+        end = _train_in(path, is_new, ready, config, decisive, signals or Signals(of_process=False))
         if end.reports and sweep is None:
             return end._replace(records=records)
         if end.finished:
@@ -276,6 +275,9 @@ def _train_in(
         runtime, path, decisive, keep=config.checkpoint.keep, save_s=config.watchdog.save_s
     ) as saver:
         resumed = saver.resume(training, config.resume)
+        # Only now. Until here there is nothing to save, and these signals end the process at once: a start
+        # may wait for other ranks, for files or for a download.
+        signals.count(signal.SIGTERM, *FROM_TERMINAL)
         report.opened(path, training, recipe.batch_size, length, resumed, saver.check)
         records.open(path, training, length, configs.leaves(config), saver.check, is_new)
         startup_s = process_age_s() - ready.began_s

@@ -2,14 +2,18 @@
 
 Importing torch takes over a second, of which reading MNIST takes the smaller part: done side by side, the
 reading costs a start nothing.
+
+A process that is to end does not wait for that thread. A file system may hang, a download may take minutes,
+and a mistake in the configuration or Ctrl-C ends the process before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
+from allranks.base.threads import in_thread
 from allranks.components import build
 
 PARTS = ("train", "test")
@@ -24,10 +28,7 @@ def start_reading(section: Mapping[str, Any]) -> Future[dict[str, Any]] | None:
     targets = [str(section[part].get("_target_")) for part in PARTS]
     if not all(target.startswith("allranks.data.") for target in targets):
         return None
-    reader = ThreadPoolExecutor(1, thread_name_prefix="data")
-    reading = reader.submit(lambda: {part: make(section, part) for part in PARTS})
-    reader.shutdown(wait=False)  # takes no more work, and its thread ends with this piece of work
-    return reading
+    return in_thread(lambda: {part: make(section, part) for part in PARTS}, "data")
 
 
 def make(section: Mapping[str, Any], part: str) -> Any:

@@ -15,7 +15,7 @@ import torch
 
 from allranks.base.errors import UserError
 from allranks.data.early import make
-from allranks.data.parts import InMemory, Mapped, Part
+from allranks.data.parts import InMemory, Mapped, Part, too_high
 from allranks.runtime.runtime import Runtime
 
 FETCH_S = 1800  # rank 0 may have to download the data, while the other ranks wait
@@ -103,16 +103,15 @@ def _split(
             said_by=0,
         )
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
-    workers = section.get("workers", 0)
     used = used_for_training(order[: split[0]], limit_train, repeated_batch)
-    train = _part("data.train", whole, used, workers, runtime, dtype)
-    val = _part("data.train", whole, order[split[0] :], workers, runtime, dtype)
+    train = _part("data.train", whole, used, section, runtime, dtype)
+    val = _part("data.train", whole, order[split[0] :], section, runtime, dtype)
     return train, val
 
 
 def _test(whole: Any, section: Mapping[str, Any], runtime: Runtime, dtype: torch.dtype) -> Part:
     """All examples that `data.test` has made."""
-    return _part("data.test", whole, torch.arange(len(whole)), section.get("workers", 0), runtime, dtype)
+    return _part("data.test", whole, torch.arange(len(whole)), section, runtime, dtype)
 
 
 def used_for_training(
@@ -138,11 +137,17 @@ def used_for_training(
 
 
 def _part(
-    key: str, whole: Any, indices: torch.Tensor, workers: int, runtime: Runtime, dtype: torch.dtype
+    key: str,
+    whole: Any,
+    indices: torch.Tensor,
+    section: Mapping[str, Any],
+    runtime: Runtime,
+    dtype: torch.dtype,
 ) -> Part:
     if isinstance(whole, _Arrays):
         return InMemory(whole.images, whole.labels, indices.to(runtime.device), dtype)
-    return Mapped(whole, indices.tolist(), workers, runtime.device, dtype, key)
+    workers, classes = section.get("workers", 0), section.get("classes")
+    return Mapped(whole, indices.tolist(), workers, runtime.device, dtype, key, classes)
 
 
 def _open_set(
@@ -155,7 +160,9 @@ def _open_set(
         nonlocal made
         made = reading.result()[part] if reading else make(section, part)
         if _is_arrays(made):
-            return {"shape": _image_shape(f"data.{part}", made, section["input_shape"])}
+            shape = _image_shape(f"data.{part}", made, section["input_shape"])
+            _check_labels(f"data.{part}", made[1], section.get("classes"))
+            return {"shape": shape}
         if not (hasattr(made, "__len__") and hasattr(made, "__getitem__")):
             raise UserError(
                 f"data.{part} made a {type(made).__name__}: it must be a map-style Dataset, with a length "
@@ -194,6 +201,13 @@ def _open_set(
 
 def _is_arrays(made: Any) -> bool:
     return isinstance(made, tuple) and all(isinstance(array, np.ndarray) for array in made)
+
+
+def _check_labels(key: str, labels: np.ndarray, classes: int | None) -> None:
+    """Raises UserError where labels are none of so many classes. On a GPU nobody would be told which."""
+    highest = int(labels.max(initial=0))
+    if classes is not None and highest >= classes:
+        raise UserError(f"{key} {too_high(highest, classes)}")
 
 
 def _image_shape(key: str, arrays: Sequence[np.ndarray], input_shape: Sequence[int]) -> list[int]:

@@ -72,7 +72,8 @@ class Mapped:
     """A user's own map-style Dataset of (image, label), read by a standard DataLoader.
 
     indices: which examples of the Dataset belong to this part; workers: processes that read for this rank;
-    key: where the Dataset stands in the configuration, for messages.
+    key: where the Dataset stands in the configuration, for messages; classes: how many classes there are,
+    None where nobody says it.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Mapped:
         device: torch.device,
         dtype: torch.dtype,
         key: str,
+        classes: int | None = None,
     ) -> None:
         self.dataset = dataset
         self.indices = indices
@@ -90,6 +92,7 @@ class Mapped:
         self.device = device
         self.dtype = dtype
         self.key = key
+        self.classes = classes
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -138,7 +141,7 @@ class Mapped:
         Images of type uint8 become numbers of 0..1, floating-point ones get the type of the weights. All
         other types, such as the whole numbers of a text, stay as they are.
         """
-        images, labels = _checked(batch, self.key)
+        images, labels = _checked(batch, self.key, self.classes)
         images = images.to(self.device, non_blocking=True)
         if images.dtype == torch.uint8:
             images = images.to(self.dtype) / 255
@@ -166,8 +169,10 @@ class _Seeded(Dataset[Any]):
         return len(self.indices)
 
 
-def _checked(batch: Any, key: str) -> Examples:
-    """A batch of a user's Dataset; raises UserError unless it is [n, ...] images and [n] labels."""
+def _checked(batch: Any, key: str, classes: int | None) -> Examples:
+    """A batch of a user's Dataset; raises UserError unless it is [n, ...] images and [n] labels of so many
+    classes.
+    """
     if not isinstance(batch, list | tuple) or len(batch) != 2:
         kind = type(batch).__name__
         if isinstance(batch, list | tuple):
@@ -196,7 +201,17 @@ def _checked(batch: Any, key: str) -> Examples:
             "class, a whole number that counts from 0: return int(label) where they are whole, or train a "
             "regression with a loop of your own."
         )
-    lowest = int(labels.min())  # still on the CPU: nothing is waited for
+    lowest, highest = map(int, torch.aminmax(labels.long()))  # still on the CPU: nothing is waited for
     if lowest < 0:
         raise UserError(f"{key}: the Dataset has a label {lowest}, but labels count from 0.")
+    if classes is not None and highest >= classes:
+        raise UserError(f"{key}: the Dataset {too_high(highest, classes)}")
     return Examples(images, labels)
+
+
+def too_high(label: int, classes: int) -> str:
+    """What is wrong with a label that is none of so many classes."""
+    return (
+        f"has a label {label}, but data.classes={classes} and labels count from 0: give data.classes and "
+        "model.classes as the data has them."
+    )

@@ -11,12 +11,12 @@ distance to the pen's path, which a pen radius turns into a sharp-edged stroke.
 """
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 
 from allranks.base.processes import usable_cpus
+from allranks.base.threads import in_thread, process_ends
 
 SIDE = 28  # pixels
 BOX = 20.0  # pixels: MNIST fits the longer side of a digit to this
@@ -140,8 +140,16 @@ def generate(count: int, part: str, seed: int = 0) -> tuple[np.ndarray, np.ndarr
         chunk = slice(start, min(start + CHUNK, count))
         images[chunk], labels[chunk] = _draw_chunk(chunk.stop - start, rng)
 
-    with ThreadPoolExecutor(min(8, usable_cpus())) as pool:
-        list(pool.map(draw, range(0, count, CHUNK)))
+    def draw_each(starts: range) -> None:
+        for start in starts:
+            if process_ends():
+                return
+            draw(start)
+
+    workers = min(8, usable_cpus())
+    shares = [range(first * CHUNK, count, workers * CHUNK) for first in range(workers)]
+    for drawing in [in_thread(partial(draw_each, share), "draw") for share in shares]:
+        drawing.result()
     return images, labels
 
 

@@ -170,6 +170,12 @@ def _reader(option: Option) -> Callable[[str], Any]:
     """From the word after an option to its value; raises argparse.ArgumentTypeError where it is none."""
 
     def read(word: str) -> Any:
+        if (
+            not word.strip()
+        ):  # as of a shell's variable that is not set: `--after "$ID"` must not start at once
+            raise argparse.ArgumentTypeError(
+                f"{word!r} is not valid: it is empty, so give {option.metavar}"
+            )
         if option.metavar in ("DIR", "FILE"):  # no shell puts the home directory into --config-dir=~/conf
             return with_home(option.flag, word)
         try:

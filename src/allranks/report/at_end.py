@@ -68,7 +68,7 @@ def finish(
     if left_s < most_s + control.MARGIN_S:
         show(f"the job ends too soon for a report; later: allranks report {names}")
         return
-    mpi.leave()  # the other ranks wait for that, and keep their processors busy
+    mpi.leave(0)  # the other ranks wait for that, and keep their processors busy
     _free_device()
     made = make_pages(directories, most_s, is_stopped, os.environ)
     for page in made.pages if not is_quiet else ():

@@ -202,7 +202,10 @@ def frozen_cells(directory: str) -> tuple[str, list[Cell]]:
 
 
 def read_job(path: Path) -> dict[str, Any]:
-    """What a job.json says; empty where there is none, or where it is another program's."""
+    """What a job.json says; empty where there is none, or where it is another program's.
+
+    Its ids are texts, whatever the file makes of them. Raises UserError where it cannot be read.
+    """
     try:
         found = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
@@ -210,7 +213,7 @@ def read_job(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): move it away.") from error
     ours = isinstance(found, dict) and isinstance(found.get("job_ids"), list) and "scheduler" in found
-    return found if ours else {}
+    return {**found, "job_ids": [str(job_id) for job_id in found["job_ids"]]} if ours else {}
 
 
 def is_finished(directory: str | Path) -> bool:

@@ -27,7 +27,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -85,16 +85,17 @@ class Claim:
     _released: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
-    def take(cls, run_dir: str | Path) -> Claim:
+    def take(cls, run_dir: str | Path, looking: Callable[[], None] = lambda: None) -> Claim:
         """Makes this process the owner of the run directory.
 
-        Watches an owner that is there already for up to SILENT_S seconds. Raises UserError where that owner
-        is alive, or where the directory cannot be written.
+        Watches an owner that is there already for up to SILENT_S seconds, and calls `looking` each time it
+        looks, to show that it does not hang. Raises UserError where that owner is alive, or where the
+        directory cannot be written.
         """
         directory = Path(run_dir).absolute()
         me = _this_process()
         try:
-            while (path := _try_to_take(directory, me)) is None:
+            while (path := _try_to_take(directory, me, looking)) is None:
                 # Others try at the same moment, and each has made the next one fail. A random pause lets
                 # one of them get ahead.
                 time.sleep(random.uniform(0, _RETRY_S))
@@ -154,14 +155,14 @@ def is_beating(run_dir: str | Path) -> bool:
 # --- taking a directory --------------------------------------------------------------------------------
 
 
-def _try_to_take(directory: Path, me: Mapping[str, Any]) -> Path | None:
+def _try_to_take(directory: Path, me: Mapping[str, Any], looking: Callable[[], None]) -> Path | None:
     """This process's own file where it has become the owner; None where others changed something meanwhile.
 
     None means: look at everything anew. Raises UserError where another owner is alive.
     """
     # 1. Every owner that has a file here must be gone.
     gone = _owners(directory)
-    if not all(_is_gone(owner, me) for owner in gone):
+    if not all(_is_gone(owner, me, looking) for owner in gone):
         return None
 
     # 2. Make the file with the next number. The file system lets one process only make it.
@@ -196,7 +197,7 @@ def _try_to_take(directory: Path, me: Mapping[str, Any]) -> Path | None:
     return path
 
 
-def _is_gone(owner: _Owner, me: Mapping[str, Any]) -> bool:
+def _is_gone(owner: _Owner, me: Mapping[str, Any], looking: Callable[[], None]) -> bool:
     """Whether this owner may be replaced, which takes up to SILENT_S seconds to find out.
 
     False where its file has changed hands meanwhile. Raises UserError where the owner is alive.
@@ -227,6 +228,7 @@ def _is_gone(owner: _Owner, me: Mapping[str, Any]) -> bool:
                         "%s has this run directory: looking for %.0f s if it is alive", owner, SILENT_S
                     )
                     is_told = True
+                looking()
                 time.sleep(_LOOK_S)
     log.info("Taking the run directory over: %s %s", owner, why)
     return True

@@ -29,10 +29,16 @@ FIGURES = ("epochs", "val/accuracy", "test/accuracy")  # above their columns
 
 def figures(directory: str | Path) -> Figures:
     """The figures of a run: from metrics.jsonl and, if it is finished, from summary.json."""
-    lines = text_of(Path(directory) / "metrics.jsonl").splitlines()
-    newest = _json_object(lines[-1]) if lines else {}
+    lines = map(_json_object, text_of(Path(directory) / "metrics.jsonl").splitlines())
+    epochs = [line for line in lines if line]  # the last line may be half written
+    newest = epochs[-1] if epochs else {}
     summary = _json_object(text_of(Path(directory) / "summary.json"))
-    return Figures(len(lines), newest.get("val/accuracy"), summary.get("test/accuracy"))
+    return Figures(len(epochs), _number(newest.get("val/accuracy")), _number(summary.get("test/accuracy")))
+
+
+def _number(value: Any) -> float | None:
+    """The value where it is a number, as it always is in a file that allranks has written."""
+    return float(value) if isinstance(value, int | float) else None
 
 
 def _percent(value: float | None) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import socket
 import sys
+import threading
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 # MPI_Init returns when all ranks have come to it, and keeps Python's lock until then.
 STOPPED_FIRST_S = 1.0  # a rank that is stopped is named by its own helper; rank 0 speaks so much later
 RANK_0_FIRST_S = 5.0  # and the other ranks so much later
+TOGETHER_S = 600.0  # at the end, for a rank that still writes its records while the others wait for it
+FINALIZE_S = 20.0  # and for MPI itself to end, once all ranks are there
 END_JOB_S = 60.0  # for the other ranks to come to MPI_Init where this one only ends the job
 
 
@@ -156,13 +160,38 @@ def at_work() -> bool:
     return bool(mpi and mpi.Is_initialized() and not mpi.Is_finalized() and mpi.COMM_WORLD.size > 1)
 
 
-def leave() -> None:
-    """Ends this rank's part in MPI, where MPI is at work; for a rank that goes on alone.
+def leave(code: int) -> None:
+    """Ends this rank's part in MPI, where MPI is at work; all ranks call, once there is nothing left to do
+    together. `code` is the exit code that the process will have.
 
-    The other ranks end, and wait in MPI_Finalize until every rank has come to it.
+    MPI_Finalize speaks with the launcher, and keeps Python's lock meanwhile. Where the launcher's proxy on
+    this host is stopped, it never returns: a run that has ended well would hang for ever. So the call is
+    made without the lock, and a thread ends the process with its code where it takes too long.
     """
-    if at_work():
-        sys.modules["mpi4py.MPI"].Finalize()
+    if not at_work():
+        return
+    module = sys.modules["mpi4py.MPI"]
+    # Python's lock is given up during a call by ctypes. The module's own file leads to its MPI library.
+    finalize = ctypes.CDLL(module.__file__).MPI_Finalize
+    all_there, done = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        name = f"rank {module.COMM_WORLD.rank} on {socket.gethostname()}"
+        if not all_there.wait(TOGETHER_S):
+            problem = f"another rank has not come to the end within {TOGETHER_S:.0f} s"
+        elif not done.wait(FINALIZE_S):
+            problem = f"MPI_Finalize has not returned within {FINALIZE_S:.0f} s; does the launcher hang?"
+        else:
+            return
+        os.write(2, f"allranks: {name} ends without MPI: {problem}\n".encode())
+        os._exit(code)
+
+    sys.stdout.flush()
+    threading.Thread(target=watch, name="mpi-end", daemon=True).start()
+    module.COMM_WORLD.Barrier()
+    all_there.set()
+    finalize()
+    done.set()
 
 
 def abort(code: int) -> None:

@@ -81,6 +81,8 @@ def cancelled(run: str) -> list[str]:
     A sweep's jobs are its array, and those by which cells have gone on. Raises UserError where there is
     nothing to end.
     """
+    if not run:  # as of a shell's variable that is not set; Python takes it for the present directory
+        raise UserError("RUN is empty: give the directory of a run.")
     job = read_job(Path(run) / JOB)
     if not job:
         raise UserError(f"{run} has no {JOB}: give the directory of a run that `allranks submit` queued.")

@@ -150,8 +150,7 @@ def task_again(run: str, given: Mapping[str, Any], must_be_idle: bool) -> Task:
         raise UserError(f"--cell {run} still has a job ({there}): `allranks cancel` it first.")
     if is_finished(directory):
         raise UserError(f"--cell {run} is finished: there is nothing left to do.")
-    order = Order(**job["order"] | {"machine_overrides": tuple(job["order"]["machine_overrides"])})
-    program = tuple(job["program"])
+    order, program = _asked_before(job, Path(directory) / JOB)
     cells = [] if program else frozen_cells(directory)[1]
     order, known, plan = _checked(with_options(order, given), program or cells[0].program())
     if not program:
@@ -159,6 +158,22 @@ def task_again(run: str, given: Mapping[str, Any], must_be_idle: bool) -> Task:
     task = Task(order, known, plan, directory, program, tuple(cells))
     _check_shared(task)
     return task
+
+
+def _asked_before(job: Mapping[str, Any], path: Path) -> tuple[Order, tuple[str, ...]]:
+    """The order and the program (empty for a training) that the job.json at `path` keeps.
+
+    Raises UserError where it is not as this version of allranks writes it.
+    """
+    try:
+        asked = job["order"]
+        order = Order(**asked | {"machine_overrides": tuple(asked["machine_overrides"])})
+        return order, tuple(job["program"])
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged or another version's ({type(error).__name__}: {error}): submit the run "
+            f"anew, with run.dir={path.parent} and the same overrides."
+        ) from error
 
 
 def check_idle(task: Task) -> None:

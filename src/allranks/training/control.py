@@ -59,22 +59,33 @@ class EvaluationStopped(Exception):
 
 
 class Signals:
-    """The signals that ask a run to stop, counted for the process's whole life."""
+    """The signals that ask a run to stop, counted for the process's whole life.
 
-    def __init__(self) -> None:
+    Those that are not `of_process` are never counted: a run may be only a part of what the process does.
+    """
+
+    def __init__(self, of_process: bool = True) -> None:
+        self._of_process = of_process
         self.counts = dict.fromkeys(STOPPING, 0)
         self.answer: Callable[[str], None] | None = None  # called with the first one's name, as it comes
         self._interrupted_at: float | None = None  # when the first Ctrl-C came
 
     def count(self, *numbers: signal.Signals) -> None:
         """From now on these signals are counted, and no longer end the process."""
-        for number in numbers:
+        for number in numbers if self._of_process else ():
             if number in FROM_TERMINAL and signal.getsignal(number) == signal.SIG_IGN:
                 continue  # started by nohup, or in the background by a script: it stays ignored
             signal.signal(number, self._count)
             # Python ends its handlers before it ends itself. A signal in that moment would kill the
             # process, and change the exit code of a run that has ended.
             atexit.register(signal.signal, number, signal.SIG_IGN)
+
+    def let_end(self, *numbers: signal.Signals) -> None:
+        """From now on these signals end the process again."""
+        for number in numbers:
+            if signal.getsignal(number) == self._count:
+                is_ctrl_c = number == signal.SIGINT
+                signal.signal(number, signal.default_int_handler if is_ctrl_c else signal.SIG_DFL)
 
     @property
     def names(self) -> list[str]:

@@ -78,7 +78,7 @@ class Saver:
         files: dict[str, bytes] = {}  # on rank 0
 
         def choose() -> str | None:
-            self.claim = Claim.take(self.run_dir)
+            self.claim = Claim.take(self.run_dir, looking=self.runtime.progress.worked)
             chosen = self._own_newest()
             if chosen is None and given not in ("auto", "never"):
                 chosen = self._given(given)

@@ -1,0 +1,64 @@
+"""Work on a thread of its own that the end of the process hardly waits for.
+
+The threads of concurrent.futures are waited for: a process that is to end with an error, or by Ctrl-C,
+would go on until its files are read, however long their file system takes.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+END_S = (
+    1.0  # for threads that work on when the process ends: in the middle of Python's end they may crash it
+)
+
+Result = TypeVar("Result")
+
+_threads: list[threading.Thread] = []
+_process_ends = threading.Event()
+
+
+def in_thread(work: Callable[[], Result], name: str) -> Future[Result]:
+    """Begins `work` on a daemon thread. The future has what it returns, or raises what it raises.
+
+    Work that takes long should look at process_ends() now and then.
+    """
+    _leave_in_order()
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            result = work()
+        except BaseException as error:  # noqa: BLE001  raised again where the result is asked for
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    _threads.append(thread)
+    thread.start()
+    return future
+
+
+def process_ends() -> bool:
+    """Whether this process is about to end, so that nobody will ask for results any more."""
+    return _process_ends.is_set()
+
+
+@functools.cache
+def _leave_in_order() -> None:
+    """Has the end of the process tell the threads, and wait a moment for them."""
+    atexit.register(_end_threads)
+
+
+def _end_threads() -> None:
+    _process_ends.set()
+    give_up_at = time.monotonic() + END_S
+    for thread in _threads:
+        thread.join(max(0.0, give_up_at - time.monotonic()))

@@ -1,0 +1,45 @@
+"""Work on a thread that the end of the process hardly waits for."""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+import pytest
+
+from allranks.base.threads import in_thread
+from helpers import Started
+
+# Draws digits for minutes, after it has said that it is there.
+DRAWS = (
+    "data=synthetic",
+    "data.train.count=3000000",
+    "data.split=[2999900,100]",
+    "device=cpu",
+    "model=linear",
+)
+
+
+def test_what_it_returns_or_raises_comes_to_whoever_asks():
+    assert in_thread(lambda: 7, "seven").result() == 7
+    with pytest.raises(KeyError, match="gone"):
+        in_thread(lambda: {}["gone"], "none").result()
+
+
+def test_the_end_of_the_process_does_not_wait_for_it():
+    code = (
+        "import sys, time\nfrom allranks.base.threads import in_thread\n"
+        "in_thread(lambda: time.sleep(600), 'sleeps')\nsys.exit(7)"
+    )
+    with Started([sys.executable, "-c", code]) as started:
+        assert started.finish(within_s=60)[0] == 7
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, -15), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_start_that_waits_for_its_data(tmp_path, signum, code):
+    """There is nothing to save yet, and the data may come from a file system that hangs."""
+    with Started([sys.executable, "-um", "allranks.train", *DRAWS, f"run.dir={tmp_path}/run"]) as started:
+        started.process.stdout.readline()  # the run's title: torch is there, the data are not
+        started.process.send_signal(signum)
+        assert started.finish(within_s=20)[0] == code
+    assert not (tmp_path / "run").exists()
