@@ -21,7 +21,11 @@ from allranks.base.errors import UserError
 from allranks.report import compare_page, compare_pictures, compare_sweep, compare_tables
 from allranks.report.compare import compare, short_names
 from allranks.report.gather import RunFacts
+from browsing import SCREENS, assert_readable
 from helpers import PYTHON, SMALL, Run, execute
+
+# One worker trains the sweep that most of these tests look at.
+pytestmark = pytest.mark.xdist_group("comparing")
 
 ALLRANKS = [PYTHON, "-m", "allranks"]
 CONFIG = {
@@ -347,6 +351,19 @@ def test_the_page_leads_to_the_pages_of_its_runs(tmp_path):
     (runs[0].directory / "report.html").touch()
     html = compare_page.write(compare(runs), tmp_path / "sweep", "sweep").read_text()
     assert re.findall(r'href="([^"#]+)"', html) == ["0/report.html"]
+
+
+@pytest.mark.parametrize(("width", "scheme"), SCREENS)
+def test_the_page_is_for_every_reader(browser, tmp_path, width, scheme):
+    runs = [*six_runs(), facts("6", None, trainer__batch_size=256)]
+    path = compare_page.write(compare(runs), tmp_path, "sizes")
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page = context.new_page()
+    page.goto(path.as_uri())
+    assert_readable(page)
+    assert page.locator("figure svg").count() == 4
+    assert page.locator("tr.given").inner_text().split()[0] == "128"
+    context.close()
 
 
 def test_without_matplotlib_the_page_has_its_tables(tmp_path, monkeypatch):

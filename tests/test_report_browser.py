@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers import only_long
+from browsing import SCREENS, assert_readable
 
 # One worker trains the run, once for these tests and for those of test_report.py.
 pytestmark = pytest.mark.xdist_group("report")
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-AXE = CACHE / "allranks-tests/node_modules/axe-core/axe.min.js"
-SCREENS = [
-    (390, "dark"),
-    only_long(390, "light"),
-    only_long(1280, "dark"),
-    only_long(1280, "light"),
-]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Debian's Chromium, driven by playwright."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no chromium: apt-get install chromium")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -63,19 +39,9 @@ def open_page(browser, reported) -> Iterator[Any]:
 
 @pytest.mark.parametrize(("width", "scheme"), SCREENS)
 def test_a_page_is_for_every_reader(open_page, reported, width, scheme):
-    if not AXE.is_file():
-        pytest.skip(f"no axe-core: npm install --prefix {AXE.parents[2]} axe-core")
     page, asked = open_page(width, scheme)
-    page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
-    page.add_script_tag(content=AXE.read_text())
-    found = page.evaluate("axe.run()")
-    told = [f"{each['id']}: {each['nodes'][0]['html'][:200]}" for each in found["violations"]]
-    assert told == []
-    assert len(found["passes"]) > 20
-
-    # Nothing is wider than the screen, and nothing is asked for but the page itself.
-    too_wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-    assert page.evaluate(too_wide) == 0
+    assert_readable(page)
+    # Nothing is asked for but the page itself.
     assert asked == [(reported.cwd / "run/report.html").as_uri()]
 
 
