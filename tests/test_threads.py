@@ -19,6 +19,12 @@ DRAWS = (
     "model=linear",
 )
 
+# The tests may run in the background of a script, where a shell has SIGINT ignored.
+HEARS_SIGINT = (
+    "import os, signal, sys\nsignal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
+
 
 def test_what_it_returns_or_raises_comes_to_whoever_asks():
     assert in_thread(lambda: 7, "seven").result() == 7
@@ -38,7 +44,8 @@ def test_the_end_of_the_process_does_not_wait_for_it():
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, -15), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_start_that_waits_for_its_data(tmp_path, signum, code):
     """There is nothing to save yet, and the data may come from a file system that hangs."""
-    with Started([sys.executable, "-um", "allranks.train", *DRAWS, f"run.dir={tmp_path}/run"]) as started:
+    training = ["-um", "allranks.train", *DRAWS, f"run.dir={tmp_path}/run"]
+    with Started([sys.executable, "-c", HEARS_SIGINT, *training]) as started:
         started.process.stdout.readline()  # the run's title: torch is there, the data are not
         started.process.send_signal(signum)
         assert started.finish(within_s=20)[0] == code
