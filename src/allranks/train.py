@@ -86,17 +86,7 @@ def main() -> None:
         left_s = to_report[-1].left_s if to_report else math.inf
         job_ends_at = time.monotonic() + left_s
         if to_report and "stopped" not in ends:
-            from allranks.report import at_end
-
-            signals.answer = None  # nothing is left to be saved when a signal comes
-            directories = [end.directory for end in to_report]
-            is_quiet = config.console == "quiet"
-            try:
-                at_end.finish(directories, identity, left_s, lambda: bool(signals.names), is_quiet)
-            finally:
-                for end in to_report:
-                    if end.records is not None:
-                        end.records.close(at_end.pictures_of(end.directory))
+            _report(to_report, identity, signals, is_quiet=config.console == "quiet")
         if sweep and len(sweep) > 1:  # after the pages of its runs, to which its own page leads
             _compare(sweep, ends, signals, left_s=job_ends_at - time.monotonic())
         mpi.leave(EXIT_REQUEUE if "stopped" in ends else 0)
@@ -104,6 +94,21 @@ def main() -> None:
             sys.exit(EXIT_REQUEUE)
         if "triton" not in sys.modules:  # its binding complains of objects that are still there at the end
             gc.freeze()  # Python would look through all of torch's objects once more before it ends
+
+
+def _report(ends: Sequence[End], identity: RankIdentity, signals: Signals, is_quiet: bool) -> None:
+    """Has the pages of these runs made, and hands their pictures to the trackers. Rank 0 alone calls."""
+    from allranks.report import at_end
+
+    signals.answer = None  # nothing is left to be saved when a signal comes
+    directories = [end.directory for end in ends]
+    left_s = ends[-1].left_s
+    try:
+        at_end.finish(directories, identity, left_s, lambda: bool(signals.names), is_quiet)
+    finally:
+        for end in ends:
+            if end.records is not None:
+                end.records.close(at_end.pictures_of(end.directory))
 
 
 def _compare(sweep: Sequence[Cell], ends: Sequence[str], signals: Signals, left_s: float) -> None:
@@ -165,11 +170,12 @@ def run(
     reading = early.start_reading(config.data) if identity.rank == 0 else None
     settings = configs.runtime_settings(config)
     decisive = configs.identity(config)  # the values that a checkpoint, or another start, must agree on
+    # Two of these, engine and saver, are for _train_in(): here their imports are quick.
     with _importing_torch(config.trainer.compile):
         from allranks import components
         from allranks.data import loader
         from allranks.runtime.bringup import open_runtime
-        from allranks.training import building, engine, saver, story, trial  # noqa: F401 (_train_in() needs them)
+        from allranks.training import building, engine, saver, story, trial  # noqa: F401
         from allranks.training.records import Records
         from allranks.training.report import Reporter, Told, process_age_s
 
