@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from allranks.training.training import Training
 
 
-DEBUG = "--debug"  # on the command line: training/debug.py
+DEBUG = "--debug"  # the option that asks for a debug run (training/debug.py)
 
 
 class End(NamedTuple):
@@ -53,7 +53,7 @@ class End(NamedTuple):
     directory: str = ""
     reports: bool = False  # whether this process makes the run's page
     left_s: float = math.inf  # seconds until the job's end
-    records: Records | None = None  # those whose trackers wait for the pictures of the page
+    records: Records | None = None  # set where the trackers still wait for the page's pictures
 
 
 def main() -> None:
@@ -65,14 +65,16 @@ def main() -> None:
     faulthandler.enable()
     with ending.of_process(os.environ) as identity:
         signals = Signals()
-        # Without a handler these two would end a process that is still importing torch.
+        # A batch system may send these two as a warning. Without a handler they would end a process that is
+        # still importing torch.
         signals.count(signal.SIGUSR1, signal.SIGUSR2)
         is_sweep = {"-m", "--multirun"} & set(sys.argv)
         sweep: list[Cell] | None = [] if is_sweep else None  # rank 0 fills it at the first run
         ends: list[str] = []
         to_report: list[End] = []  # on rank 0
         for number, config in enumerate(compose(identity)):
-            signals.let_end(signal.SIGTERM, *FROM_TERMINAL)  # the run before has counted them
+            # The run before has had these signals counted. Until this run can save, they end the process.
+            signals.let_end(signal.SIGTERM, *FROM_TERMINAL)
             end = run(config, identity, number, signals, sweep)
             ends.append("finished" if end.finished else "stopped")
             if not end.finished:
@@ -92,8 +94,10 @@ def main() -> None:
         mpi.leave(EXIT_REQUEUE if "stopped" in ends else 0)
         if "stopped" in ends:
             sys.exit(EXIT_REQUEUE)
-        if "triton" not in sys.modules:  # its binding complains of objects that are still there at the end
-            gc.freeze()  # Python would look through all of torch's objects once more before it ends
+        # Before it ends, Python looks through all of torch's objects once more. freeze() spares that time.
+        # With triton it is left out: triton prints complaints about objects that still exist at the end.
+        if "triton" not in sys.modules:
+            gc.freeze()
 
 
 def _report(ends: Sequence[End], identity: RankIdentity, signals: Signals, is_quiet: bool) -> None:
@@ -114,7 +118,7 @@ def _report(ends: Sequence[End], identity: RankIdentity, signals: Signals, is_qu
 def _compare(sweep: Sequence[Cell], ends: Sequence[str], signals: Signals, left_s: float) -> None:
     """Has the runs of a sweep compared, and says how they have ended. Rank 0 alone calls.
 
-    `ends` has a word for each run that was started. `left_s`: seconds until the job's end.
+    `ends` has "finished" or "stopped" for each run that was started. `left_s`: seconds until the job's end.
     """
     from allranks.report import compare_sweep
 
@@ -127,8 +131,9 @@ def _compare(sweep: Sequence[Cell], ends: Sequence[str], signals: Signals, left_
 def compose(identity: RankIdentity) -> list[Config]:
     """The configurations of the command line; an error of one rank becomes an error of all.
 
-    `allranks launch` has composed the configuration already. It starts each rank with the words
-    `--frozen DIRECTORY SHA256`, and the run directory is there. The overrides that follow are for records.
+    `allranks launch` has composed the configuration already and made the run directory. It starts each rank
+    with the words `--frozen DIRECTORY SHA256`. The overrides that follow these words are not read here:
+    they go into the run's records, as part of its command.
     """
     try:
         if sys.argv[1:2] == ["--frozen"]:
@@ -140,7 +145,7 @@ def compose(identity: RankIdentity) -> list[Config]:
             return debug.configurations(sys.argv[1:], identity.alone)
         from allranks.compose import from_command_line
 
-        # What --help and --cfg print, only rank 0 prints.
+        # Only rank 0 prints what --help and --cfg show.
         with contextlib.redirect_stdout(io.StringIO()) if identity.rank else contextlib.nullcontext():
             return from_command_line(sys.argv[1:])
     except UserError as error:
@@ -165,12 +170,13 @@ def run(
     """
     from allranks.data import early
 
-    # The data are read while torch is imported: the one waits for files, the other keeps the processor
-    # busy.
+    # The data are read while torch is imported: reading mostly waits for files, and the import mostly keeps
+    # the processor busy.
     reading = early.start_reading(config.data) if identity.rank == 0 else None
     settings = configs.runtime_settings(config)
     decisive = configs.identity(config)  # the values that a checkpoint, or another start, must agree on
-    # Two of these, engine and saver, are for _train_in(): here their imports are quick.
+    # engine and saver are used only in _train_in(). They are imported here because imports are quicker in
+    # this block.
     with _importing_torch(config.trainer.compile):
         from allranks import components
         from allranks.data import loader
@@ -190,8 +196,8 @@ def run(
         console=config.console,
     )  # fmt: skip
     with ending.of_run(runtime, Reporter(runtime, told)) as report:
-        # A rank that ended with this error at once would break off the process group that the others may
-        # still be connecting. So the ranks agree on it, as on every error.
+        # If a rank ended at once with this error, the other ranks, which may still be connecting to the
+        # process group, would fail with an error of their own. So the ranks agree on it, as on every error.
         with runtime.all_or_none():
             batch_size = building.global_batch_size(config.trainer, runtime.world_size)
         path, standing = runtime.meeting.from_rank_0(
@@ -246,7 +252,9 @@ def run(
         if end.reports and sweep is None:
             return end._replace(records=records)
         if end.finished:
-            records.close()  # the pages of a sweep are made after its last run: too late for a tracker
+            # The pages of a sweep are made after its last run. A tracker does not wait that long for the
+            # pictures, and gets none.
+            records.close()
         return end
 
 
@@ -281,8 +289,9 @@ def _train_in(
         runtime, path, decisive, keep=config.checkpoint.keep, save_s=config.watchdog.save_s
     ) as saver:
         resumed = saver.resume(training, config.resume)
-        # Only now. Until here there is nothing to save, and these signals end the process at once: a start
-        # may wait for other ranks, for files or for a download.
+        # From here on these signals are only counted, and the run saves before it ends. Until here there
+        # was nothing to save, so they ended the process at once, also where it waited for other ranks, for
+        # files or for a download.
         signals.count(signal.SIGTERM, *FROM_TERMINAL)
         report.opened(path, training, recipe.batch_size, length, resumed, saver.check)
         records.open(path, training, length, configs.leaves(config), saver.check, is_new)
@@ -307,13 +316,14 @@ def _train_in(
 def _directory_in_sweep(number: int, sweep: list[Cell] | None) -> str | None:
     """The directory of the sweep's run of this number; None for a single run. Rank 0 alone calls.
 
-    With the first run the directories of all are chosen, as `allranks launch -m` does: 0, 1, ... below one
-    directory, and `sweep` is filled.
+    At the first run this fills `sweep`: it chooses the directories of all runs, as `allranks launch -m`
+    does: 0, 1, ... below one directory.
     """
     if sweep is None:
         return None
     if number == 0:
-        from allranks.run.cells import composed_cells  # what a single run does without
+        # Imported here, because a single run does not need it.
+        from allranks.run.cells import composed_cells
 
         sweep += composed_cells(sys.argv[1:])[1]
     return sweep[number].directory
@@ -328,9 +338,13 @@ def _list_cells(directory: str, sweep: Sequence[Cell]) -> None:
 
 @contextlib.contextmanager
 def _importing_torch(compiles: bool) -> Iterator[None]:
-    """What makes an import of torch in the block, and of all that needs torch, quick."""
-    # Threads that wait for each other spin, by default so long that a busy node slows a step 50 times.
-    # libgomp reads this once, when torch loads it.
+    """Makes the import of torch, and of all that needs torch, quick in the block.
+
+    `compiles`: whether torch.compile is used. Then torch's compiler has to be imported too.
+    """
+    # OpenMP threads that wait for each other spin, that is, they keep their CPU busy. By default they do so
+    # for so long that a step takes 50 times as long on a busy node. libgomp reads this variable once, when
+    # torch loads it.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     gc.disable()  # the import makes a million objects, none of which is garbage
     if compiles:
@@ -350,7 +364,7 @@ def _importing_torch(compiles: bool) -> Iterator[None]:
 def _summary(
     training: Training, data: Data, recipe: Recipe, world_size: int, test: Figures
 ) -> dict[str, Any]:
-    """The beginning of summary.json; `test` are the figures over the test set."""
+    """The first values of summary.json; `test` holds the figures over the test set."""
     from allranks.training.state import weights_sha256
 
     return {

@@ -24,7 +24,7 @@ SHELLS = ("bash", "zsh", "fish")
 TRAINING = ("train", "launch", "submit")  # commands that take overrides in Hydra's grammar
 USING = ("predict", "evaluate", "export")  # commands that take overrides of data, device and threads
 CONFIG = "config.yaml"  # a directory that has one is a run's
-MOST_FOLDERS = 2_000  # are looked into, so that an answer comes within a second
+MOST_FOLDERS = 2_000  # the most that are searched, so that an answer comes within a second
 DEPTH = 4  # folders below the present one in which runs are looked for: runs/NAME/TIME/CELL
 
 
@@ -39,8 +39,8 @@ class _Parser(Exception):
 def main(arguments: Sequence[str], commands: Mapping[str, Callable[[], Main] | None]) -> int:
     """Runs `allranks completion` with these arguments and returns 0.
 
-    `commands` are all commands by name: a function that imports the command and gives its main function, or
-    None for `train`, which is Hydra's.
+    `commands` are all commands by name. Each value is a function that imports the command and returns its
+    main function. It is None for `train`, whose command line is read by Hydra and not by argparse.
     """
     parser = argparse.ArgumentParser(
         prog="allranks completion",
@@ -64,7 +64,10 @@ def main(arguments: Sequence[str], commands: Mapping[str, Callable[[], Main] | N
 
 
 def candidates(line: str, commands: Mapping[str, Callable[[], Main] | None]) -> list[str]:
-    """What the last word of this command line may become, in order; empty for any file's name."""
+    """What the last word of this command line may become, in order.
+
+    The list is empty where the shell should offer the names of files.
+    """
     try:
         words = shlex.split(line)
     except ValueError:  # a quote that is still open
@@ -106,13 +109,14 @@ def _beginning_with(current: str, known: Iterable[str]) -> list[str]:
 def _parser_of(command: Main) -> argparse.ArgumentParser | None:
     """The parser with which a command reads its words; None where it has none.
 
-    The command makes it when it is called. So it is called, and stopped where the parser would begin.
+    A command makes its parser only when it is called. So this function calls the command, and stops it at
+    the moment when it lets the parser read.
     """
 
     def stop(parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
         raise _Parser(parser)
 
-    # All ways to read words with argparse lead through this method.
+    # Every way to read words with argparse calls this method. It is replaced by stop() for the moment.
     read = argparse.ArgumentParser.parse_known_args
     argparse.ArgumentParser.parse_known_args = stop  # type: ignore[assignment,method-assign]
     try:
@@ -152,7 +156,8 @@ def _place(parser: argparse.ArgumentParser, given: Sequence[str]) -> _Place:
         if action is not None:
             option = action if action.nargs is None or action.nargs in ("?", "+") else None
         elif subparser is not None:
-            parser, arguments = subparser, 0
+            parser = subparser
+            arguments = 0
         elif not word.startswith("-"):
             arguments += 1
     places = parser._get_positional_actions()
@@ -163,7 +168,7 @@ def _place(parser: argparse.ArgumentParser, given: Sequence[str]) -> _Place:
 
 
 def _values(option: argparse.Action) -> list[str]:
-    """The values that an option may have; empty for any file's name."""
+    """The values that an option may have; empty where it takes the name of a file, or any text."""
     if option.dest == "machine":
         from allranks.config import conf_dir
 
@@ -213,18 +218,26 @@ def _overrides(current: str, sections: Sequence[str]) -> list[str]:
         names = groups.get(key) or _names_of(key)
         return _beginning_with(current, [f"{key}={name}" for name in names])
     keys = [
-        name for name in _keys() if any(not s or name == s or name.startswith(f"{s}.") for s in sections)
+        name
+        for name in _keys()
+        if any(not section or name == section or name.startswith(f"{section}.") for section in sections)
     ]
-    # First only as far as the next dot: there are 100 keys.
-    heads = [
-        name if "." not in (rest := name[len(current) :]) else current + rest.partition(".")[0] + "."
-        for name in keys
-        if name.startswith(current)
-    ]
+    offered = [_up_to_next_dot(name, current) for name in _beginning_with(current, keys)]
     return [
         *(f"{group}=" for group in _beginning_with(current, groups)),
-        *dict.fromkeys(head if head.endswith(".") else f"{head}=" for head in heads),
+        *dict.fromkeys(offered),  # each once, in order
     ]
+
+
+def _up_to_next_dot(key: str, typed: str) -> str:
+    """What is offered for a key: `trainer.` after `tr`, and `trainer.epochs=` after `trainer.`.
+
+    There are 100 keys, so only the part up to the next dot is offered at once.
+    """
+    head, dot, _ = key[len(typed) :].partition(".")
+    if dot:
+        return f"{typed}{head}."
+    return f"{key}="
 
 
 def _groups() -> dict[str, list[str]]:
@@ -247,7 +260,7 @@ def _keys() -> list[str]:
 
 
 def _names_of(key: str) -> list[str]:
-    """The values that a key may have, where these are some words; empty for numbers, texts and paths."""
+    """The values that a key may have, where there are only a few; empty for numbers, texts and paths."""
     from allranks import config as configs
     from allranks.base.schema import FLAG
 
@@ -263,7 +276,8 @@ def _names_of(key: str) -> list[str]:
 def runs(current: str) -> list[str]:
     """The directories of runs whose path begins with what is typed, the newest first.
 
-    Without a folder in what is typed they are looked for below `runs`, or else below the present folder.
+    Where no folder is typed yet, runs are looked for below `runs`; or below the present folder, if it has
+    no folder `runs`.
     """
     typed = current.rpartition("/")[0]
     top = Path(typed or ("/" if current.startswith("/") else "runs"))

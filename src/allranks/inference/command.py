@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from allranks.inference.load import Trained
     from allranks.inference.overrides import Given
 
-MOST_COLUMNS = 20  # classes up to which the confusion is shown as a whole: it fits 120 columns
-CONFUSED = 10  # of more classes: so many of the commonest mistakes
+MOST_COLUMNS = 20  # up to so many classes the whole confusion table is shown: it fits 120 characters a line
+CONFUSED = 10  # with more classes only this number of the commonest mistakes is shown
 SOME_FAILED = 1  # exit code where some images were predicted, and others could not be read
 
 CHECKPOINT_HELP = (
@@ -151,7 +151,7 @@ def _positive(text: str) -> int:
 
 
 class _Opened(NamedTuple):
-    """A trained model with what the command line gave anew."""
+    """A trained model, and the values that the command line has changed."""
 
     trained: Trained
     given: Given
@@ -251,7 +251,10 @@ def _predict_images(options: argparse.Namespace) -> int:
 
 
 def _dataset_with_transform(opened: _Opened, section: Mapping[str, Any]) -> Part | None:
-    """The test set, where it is a user's own Dataset: only that knows how an image is prepared."""
+    """The test set, where it is a user's own Dataset; None where it is not.
+
+    Only the Dataset itself knows how its images are prepared.
+    """
     from allranks.data.parts import Mapped
     from allranks.inference import forward
 
@@ -259,7 +262,7 @@ def _dataset_with_transform(opened: _Opened, section: Mapping[str, Any]) -> Part
         return None
     part = forward.open_part(opened.trained, "test", section)
     if not isinstance(part, Mapped):
-        return None  # arrays, whose bytes are divided by 255 as ours are
+        return None  # plain arrays: their bytes are divided by 255, as in the data that allranks ships
     if getattr(part.dataset, "transform", None) is None:
         show(
             "The Dataset of data.test has no attribute `transform`, so it is not known how it prepares an "
@@ -385,7 +388,7 @@ def _write_csv(path: Path, outputs: Outputs, force: bool) -> None:
 
 
 def confusion_table(counts: torch.Tensor, names: Sequence[str]) -> str:
-    """How often each true class was taken for each class; of many classes the commonest mistakes."""
+    """How often each true class was taken for each class; for many classes only the commonest mistakes."""
     cells = counts.tolist()
     if len(cells) > MOST_COLUMNS:
         mistakes = [
@@ -454,7 +457,10 @@ def evaluate(arguments: Sequence[str]) -> int:
 def _compared_with_summary(
     opened: _Opened, measured: Mapping[str, float]
 ) -> tuple[str, dict[str, float] | None]:
-    """In words, how the figures compare with summary.json; and the differences, None where none is made."""
+    """How the measured figures compare with those in summary.json: a sentence, and the differences by key.
+
+    The differences are None where the figures cannot be compared.
+    """
     from allranks.inference import load
     from allranks.training.state import weights_sha256
 

@@ -53,7 +53,7 @@ class Agreement(NamedTuple):
 
     @property
     def agrees(self) -> bool:
-        # Not `>`: a NaN is a disagreement.
+        # Written with <=, because every comparison with NaN is false: a NaN counts as a disagreement.
         return self.largest_difference <= self.allowed_difference
 
 
@@ -135,7 +135,7 @@ def _put(temporary: Path, path: Path, force: bool) -> None:
 
 
 def _metadata(trained: Trained, model: nn.Module) -> dict[str, str]:
-    """What a program that reads the file has to know, as texts: all three formats hold only texts."""
+    """What a program that reads the file has to know. All values are texts: the formats hold only texts."""
     config = trained.config
     about = {
         "input": {
@@ -171,18 +171,20 @@ def _preprocessing(trained: Trained) -> str:
 
 
 def _compare(trained: Trained, model: nn.Module, run: Run, part: Part, dtype: torch.dtype) -> Agreement:
-    """Runs both on all examples of the part, on the CPU."""
+    """Runs the model and the exported model (`run`) on all examples of the part, on the CPU."""
     largest = torch.zeros((), dtype=torch.float64)
     size = torch.ones((), dtype=torch.float64)  # of the largest logit
-    correct = own_correct = 0
+    correct = 0
+    own_correct = 0
     pieces = torch.arange(len(part)).split(EVAL_BATCH["cpu"])
     with torch.no_grad():
         for images, labels in part.batches(pieces, trained.config.seed):
             given = images.cpu().to(dtype) if images.is_floating_point() else images.cpu()
-            own, exported = model(given).double(), run(given).double()
+            own = model(given).double()
+            exported = run(given).double()
             if own.shape != exported.shape:
                 return Agreement(len(part), float("nan"), TOLERANCE[dtype], 0.0, 0.0)
-            # torch.maximum passes a NaN on.
+            # If one of its arguments is NaN, torch.maximum returns NaN. So a NaN is not lost here.
             largest = torch.maximum(largest, (own - exported).abs().max())
             size = torch.maximum(size, own.abs().max())
             own_correct += int((own.argmax(dim=1) == labels.cpu()).sum())
@@ -284,7 +286,8 @@ def _write_onnx(model: nn.Module, example: torch.Tensor, metadata: dict[str, str
     proto = program.model_proto
     for key, value in metadata.items():
         entry = proto.metadata_props.add()
-        entry.key, entry.value = key, value
+        entry.key = key
+        entry.value = value
     onnx.save(proto, str(path))
 
 

@@ -46,13 +46,16 @@ class Outputs:
 
 
 def open_part(trained: Trained, name: str = "test", section: Mapping[str, Any] | None = None) -> Part:
-    """A part of the data, "test", "val" or "train": of the run's own, or of another section `data`.
+    """A part of the data: "test", "val" or "train".
+
+    The data are those of the run, or those of another `section` data of a configuration.
 
     Raises UserError where the data cannot be opened, or do not fit the model.
     """
     own = trained.config.data
     section = own if section is None else section
-    wanted, given = list(own["input_shape"]), list(section["input_shape"])
+    wanted = list(own["input_shape"])
+    given = list(section["input_shape"])
     if wanted != given:
         raise UserError(
             f"data.input_shape={given}: the model of {trained.directory} takes {wanted}. Give data with "
@@ -72,8 +75,9 @@ def open_part(trained: Trained, name: str = "test", section: Mapping[str, Any] |
 def forward(trained: Trained, part: Part) -> Outputs:
     """Passes all examples of the part through the model, in batches, on the model's device.
 
-    The figures are those that the run itself computes after its last epoch: to the last digit where this
-    host computes as the run's did. Raises UserError where labels or images do not fit the model.
+    The figures are computed as the run computes them after its last epoch. They are the same to the last
+    digit if this host is of the same kind as the run's. Raises UserError where labels or images do not fit
+    the model.
     """
     runtime = trained.runtime
     trained.model.eval()
@@ -92,7 +96,8 @@ def forward(trained: Trained, part: Part) -> Outputs:
     if not logits:
         raise UserError(f"There is no example in this part of the data of {trained.directory}.")
 
-    # The examples came share by share, and are put back into the order of the part.
+    # The examples came share by share. Share s has the examples s, s + share_count, s + 2 * share_count and
+    # so on. They are put back into the order of the part.
     shares = [torch.arange(share, len(part), runtime.share_count) for share in runtime.shares]
     order = torch.cat(shares)
     in_order = torch.empty(len(part), logits[0].shape[1], dtype=logits[0].dtype)

@@ -20,14 +20,18 @@ from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 from allranks.base.errors import UserError
 from allranks.base.text import one_line
 
-MOST_PIXELS = 100_000_000  # 10,000 x 10,000, some 400 MB in memory: a larger file may be a bomb
+MOST_PIXELS = 100_000_000  # 10,000 x 10,000, some 400 MB in memory: more would fill the memory
 BOX = 20  # pixels: the longer side of a digit in MNIST
 MNIST_SIDE = 28  # pixels
 CENTRE = 14.0  # the pixel at which MNIST puts a digit's centre of mass, counted from 0
-INK = 0.2  # share of the strongest ink from which on a pixel belongs to the digit, and not to the paper
-FINE = 5  # a digit is fitted first to a box so many times as large, in which its pen can be seen
-PEN = 2.0  # pixels of the 20: strokes are made so wide at least, as three quarters of MNIST's are
-FAINTEST = 16  # of 255: an image whose pixels differ by less has nothing on it
+INK = (
+    0.2  # a pixel with this share of the strongest ink, or more, belongs to the digit and not to the paper
+)
+# A digit is first scaled to a box FINE times as large as BOX. There the width of its strokes is measured.
+FINE = 5
+# Pixels, in a box of 20: thinner strokes are made this wide. Three quarters of MNIST's strokes are as wide.
+PEN = 2.0
+FAINTEST = 16  # grey values of 255: an image whose pixels differ by less has nothing on it
 
 FITS = ("auto", "digit", "whole", "crop")
 POLARITIES = ("auto", "keep", "invert")
@@ -36,9 +40,8 @@ POLARITIES = ("auto", "keep", "invert")
 class Prepared(NamedTuple):
     """An image as the model takes it."""
 
-    pixels: (
-        torch.Tensor
-    )  # [channels, height, width], of 0..1 unless the data's own transform says otherwise
+    # [channels, height, width]; the values are 0..1 unless the data's own transform makes others.
+    pixels: torch.Tensor
     inverted: bool  # light and dark were exchanged
     how: str  # what was done to it, in words
 
@@ -49,7 +52,9 @@ class Plan(NamedTuple):
     shape: tuple[int, int, int]  # channels, height and width of the model's input
     fit: str  # digit, whole or crop
     polarity: str  # auto: a light ground is made dark; keep; invert
-    transform: Callable[[Any], Any] | None = None  # the data's own, which is used instead of all that
+    transform: Callable[[Any], Any] | None = (
+        None  # the data's own transform; used in place of fit and polarity
+    )
 
 
 def plan(
@@ -121,7 +126,10 @@ def _check_size(path: Path, size: tuple[int, int]) -> None:
 
 
 def _as_8_bits(image: Image.Image, path: Path) -> Image.Image:
-    """The image with 8 bits a channel. Pillow would cut off what is above 255 in one of 16 bits."""
+    """The image with 8 bits a channel.
+
+    An image of 16 bits is scaled down: Pillow's own conversion would make all values above 255 white.
+    """
     if image.mode.startswith("I"):
         values = np.asarray(image, dtype=np.int64)
         scale = 257 if values.max() > 255 else 1
@@ -221,7 +229,8 @@ def _as_mnist_digit(grey: np.ndarray, path: Path) -> Image.Image:
     digit = np.asarray(_scaled(_with_bold_pen(large), BOX, only_down=False), dtype=np.float64)
     digit *= 255 / max(1.0, digit.max())  # a thin pen becomes faint when it is scaled down
 
-    # 3. The centre of mass into the middle, by whole pixels; what would stick out is moved back.
+    # 3. The digit is moved by whole pixels until its centre of mass is in the middle. Where it would stick
+    #    out of the sheet, it is moved less.
     total = digit.sum()
     centre_y = (digit.sum(axis=1) @ np.arange(digit.shape[0])) / total
     centre_x = (digit.sum(axis=0) @ np.arange(digit.shape[1])) / total
@@ -233,7 +242,10 @@ def _as_mnist_digit(grey: np.ndarray, path: Path) -> Image.Image:
 
 
 def _scaled(image: Image.Image, longer_side: int, only_down: bool) -> Image.Image:
-    """The image with this longer side, its proportions kept; a smaller one stays where `only_down`."""
+    """The image scaled so that its longer side has this length in pixels, with its proportions kept.
+
+    With `only_down` an image that is smaller than that stays as it is.
+    """
     scale = longer_side / max(image.size)
     if scale >= 1 and only_down:
         return image
@@ -248,7 +260,9 @@ def _with_bold_pen(image: Image.Image) -> Image.Image:
     """
     ink = np.pad(np.asarray(image) >= 128, 1)
     outline = int((np.diff(ink, axis=0)).sum() + (np.diff(ink, axis=1)).sum())
-    # A stroke has its length twice on its outline. Slanted ones are met about 1.27 times as often.
+    # A stroke's outline is twice as long as the stroke, so width = 2 * area / outline. But the outline here
+    # is counted in steps along rows and columns, which makes slanted outlines too long: by a factor of
+    # 4 / pi, or about 1.27, on average over all directions.
     width = 2 * 1.27 * float(ink.sum()) / max(1, outline)
     missing = PEN * max(image.size) / BOX - width
     if width == 0 or missing < 1:
@@ -259,6 +273,7 @@ def _with_bold_pen(image: Image.Image) -> Image.Image:
 
 
 def _within(start: int, length: int) -> int:
+    """The first pixel of a digit of this length, moved so that the digit stays on MNIST's sheet."""
     return min(max(start, 0), MNIST_SIDE - length)
 
 

@@ -1,11 +1,11 @@
-"""From a run directory to its trained model: which checkpoint, which device, the weights in place.
+"""Loads the trained model of a run: chooses the checkpoint and the device, and reads the weights.
 
-Reading is all that happens here. Nothing in the run directory is claimed, written or locked, so a run that
-is still at work is not disturbed, and a run that was cut off can be looked at as well.
+This module only reads. Nothing in the run directory is claimed, written or locked, so a run that is still
+at work is not disturbed, and the model of a run that was cut off can be used as well.
 
-The run may have been trained on any number of ranks; this process is alone. It cuts the data into as many
-shares as the run had ranks, and adds up over them in the same order. So it can repeat the figures of the
-run to the last digit.
+The run may have been trained on any number of ranks, but this is a single process. It cuts the data into as
+many shares as the run had ranks, and adds up over them in the same order. So it can repeat the figures of
+the run to the last digit.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from allranks.training.state import STATE, restore_model
 NEWEST = "newest"  # the default: summary.json was measured with the newest checkpoint of a finished run
 BEST = "best"  # the one with the least val/loss of those that are still there
 
-# A process that only uses a model has nobody who waits for it: no limit of the watchdog ends it.
+# No other rank waits for a process that only uses a model. So the watchdog need not end it, however slow it
+# is: 1e9 s are 30 years.
 _NO_LIMITS = WatchdogConfig(start_s=1e9, first_step_s=1e9, step_s=1e9, save_s=1e9)
 
 # A run that is at work removes earlier checkpoints while they are read here. Then the list is made again.
@@ -52,10 +53,10 @@ class Trained:
     config: Config  # as the run has frozen it
     model: nn.Module  # on runtime.device, in evaluation mode
     runtime: Runtime  # of this process alone; it has as many shares as the run had ranks
-    precision: str  # the number format of the arithmetic here; the run's, where this device has it
-    checkpoint: Path  # that the weights are from
-    epoch: int  # epochs that the checkpoint has behind it
-    step: int  # optimizer steps that it has behind it
+    precision: str  # the number format of the arithmetic here: that of the run, if this device supports it
+    checkpoint: Path  # the checkpoint that the weights are from
+    epoch: int  # epochs before the checkpoint
+    step: int  # optimizer steps before the checkpoint
     remarks: tuple[str, ...]  # what the user should know: a checkpoint passed over, another precision
 
 
@@ -64,7 +65,7 @@ class Chosen(NamedTuple):
 
     path: Path
     files: dict[str, bytes]
-    passed_over: list[str]  # a line for each better or newer one that is damaged or cannot be read
+    passed_over: list[str]  # a line for each better or newer checkpoint that could not be used
 
 
 def load(
@@ -72,10 +73,10 @@ def load(
 ) -> Trained:
     """The trained model of the run in this directory.
 
-    `which` chooses the checkpoint, as choose() explains. `device` is a value of the key `device`; None
-    stands for the run's own, or the best one here where this host does not have that. `threads` is the
-    number of CPU threads; None stands for as many as each rank of the run had. Raises UserError where there
-    is no run, or no checkpoint that can be read, or where the model cannot be built.
+    `which` chooses the checkpoint, as choose() explains. `device` is a value of the key `device`. None
+    stands for the device of the run; if this host does not have it, the best one that it has is taken.
+    `threads` is the number of CPU threads; None stands for as many as each rank of the run had. Raises
+    UserError where there is no run, or no checkpoint that can be read, or where the model cannot be built.
     """
     directory = Path(directory)
     config = read_config(directory)
@@ -222,8 +223,8 @@ def choose(directory: str | Path, which: str = NEWEST) -> Chosen:
 
     `newest` is the one with the most steps. `best` is the one with the least val/loss among those that were
     saved at the end of an epoch and are still there. A number is a step. Anything else is the path of a
-    checkpoint. Of `newest` and `best` a damaged one is passed over, and the next is taken. Raises UserError
-    where none can be had.
+    checkpoint. For `newest` and `best` a damaged checkpoint is passed over, and the next one is tried.
+    Raises UserError where no checkpoint can be read.
     """
     if which == NEWEST:
         return _first_valid(directory, by_loss=False)
@@ -298,7 +299,7 @@ def _losses(directory: str | Path, steps: Sequence[int]) -> dict[int, float]:
             history = checkpoint.from_json(STATE, files[STATE])["history"]
             losses = {epoch["step"]: float(epoch["val/loss"]) for epoch in history}
         except (checkpoint.Damaged, OSError, KeyError, TypeError, ValueError):
-            continue  # it is named when it is tried
+            continue  # the user hears of this checkpoint when _first_valid() tries to read it
         return {step: loss for step, loss in losses.items() if math.isfinite(loss)}
     return {}
 

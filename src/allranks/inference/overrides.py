@@ -1,7 +1,7 @@
-"""What may be given anew to a trained model: the data, the device, the threads. No torch.
+"""What may be changed when a trained model is used: the data, the device, the threads. No torch.
 
 These are overrides in Hydra's grammar, as `allranks train` takes them: `data=fashion_mnist`,
-`data.root=/shared/data`, `device=cpu`. All else is as the run has frozen it.
+`data.root=/shared/data`, `device=cpu`. All other values are those in the run's config.yaml.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SAME_EXAMPLES = {"data.root", "data.fetch", "data.workers", "data.class_names"}
 
 @dataclass(frozen=True)
 class Given:
-    """The values that the overrides have given anew."""
+    """The values that the overrides have changed."""
 
     data: dict[str, Any] | None  # the section; None where the run's own is kept
     is_other_data: bool  # whether the examples may be others than the run's
@@ -90,7 +90,11 @@ def _changed(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def _with_parts(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """The section `data` whose parts follow it: `train: {root: ${data.root}}` was settled by the freeze."""
+    """The section `data`, with a new `root` or `fetch` passed on to its parts `train` and `test`.
+
+    In the YAML file a part says `root: ${data.root}`. The run's config.yaml has the value in place of that
+    reference, so a part would keep the old value. A part that has a value of its own keeps it.
+    """
     parts = {}
     for part in ("train", "test"):
         values = dict(after[part])

@@ -167,9 +167,10 @@ def remove(
 
 
 def sweep_up(run_dir: str | Path) -> None:
-    """Removes the hidden folders of writers that are gone: a writer that wakes up again finds its own gone.
+    """Removes the hidden folders that earlier writers have left in the run directory.
 
-    For the new owner of the run directory, once it has the claim.
+    The new owner of the run directory calls this, once it has the claim. If an earlier writer was only
+    suspended and wakes up again, it finds its folder gone and cannot publish its checkpoint.
     """
     for left in folder(run_dir).glob(".*.tmp"):
         swept = _new_hidden_folder_name(run_dir)

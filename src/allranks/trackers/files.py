@@ -1,7 +1,8 @@
 """`tracker=jsonl` and `tracker=csv`: the figures as plain files in the run directory's `tracker/`.
 
-Both keep two files, one for steps and one for epochs. What an earlier start has written beyond the point
-where the run goes on is taken back first, so that no step stands there twice.
+Both keep two files, one for steps and one for epochs. A run that goes on from a checkpoint repeats the
+steps after the checkpoint. So lines that an earlier start has written for these steps are removed first,
+and no step is in a file twice.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class Csv:
         """Nothing is open between two calls."""
 
     def _add(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
-        """Appends rows; where they have a column that the table lacks, it is written anew."""
+        """Appends rows; where a row has a column that the table lacks, the whole table is written anew."""
         path = self._folder / f"{name}.csv"
         with path.open(newline="") as file:
             columns = next(csv.reader(file), [])
@@ -115,7 +116,7 @@ def _limits(run: TrackedRun) -> list[tuple[str, str, int]]:
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The file's lines; without one that is not whole, whose writer was killed."""
+    """The records in the file. Half a line, left by a process that was killed, is left out."""
     with suppress(FileNotFoundError):
         for line in path.read_text().splitlines():
             with suppress(ValueError):
@@ -123,7 +124,7 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _csv_rows(path: Path) -> Iterator[dict[str, str]]:
-    """The table's rows; without one that is not whole, whose writer was killed."""
+    """The table's rows. Half a row, left by a process that was killed, is left out."""
     with suppress(FileNotFoundError):
         text = path.read_text()
         whole = text[: text.rfind("\n") + 1]

@@ -1,10 +1,11 @@
 """Keeps trackers up to date without making the training wait for them.
 
-The records in the run directory are what trackers follow: the lines of metrics-steps.jsonl, and the metrics
-of all epochs. Each tracker has a thread of its own, which reads on from where that tracker is. So a tracker
-that is slow, hangs or fails delays nobody, and one whose server comes back gets what it has missed, without
-a buffer that could run full. After each delivery the thread notes in `tracker/NAME.json` how far the
-tracker is, for a later start of the run.
+Trackers follow the records of the run: the lines of metrics-steps.jsonl, and the metrics of all epochs.
+Each tracker has a thread of its own. The thread knows how far its tracker has got, and hands it what comes
+after that. So a tracker that is slow, hangs or fails delays neither the training nor other trackers. A
+tracker whose server was down for a while gets what it has missed from the records, and no buffer can run
+full. After each delivery the thread notes in `tracker/NAME.json` how far the tracker has got, for a later
+start of the run.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from allranks.trackers.protocol import Position, TrackedRun, Tracker
 
 log = logging.getLogger(__name__)
 
-MOST_FAILURES = 3  # in a row: then a tracker is left alone until the run ends
-MOST_LINES = 1000  # of steps, handed to a tracker at once
+MOST_FAILURES = 3  # after so many failures in a row a tracker is not called again in this start of the run
+MOST_LINES = 1000  # lines of the file of steps that are read, and handed to a tracker, at once
 # Between two deliveries of steps. A server should not be called for every step of a quick model.
 PAUSE_S = 1.0
 
@@ -61,7 +62,7 @@ class Trackers:
             self._trackers[name] = build(key, values)
 
     def start(self, run: TrackedRun, steps_file: Path) -> None:
-        """The run begins or goes on; rank 0 alone calls."""
+        """The run begins or goes on: starts a thread for each tracker. Rank 0 alone calls."""
         if not self._trackers:
             return
         run.folder.mkdir(exist_ok=True)
@@ -71,10 +72,10 @@ class Trackers:
             self._followers.append(follower)
 
     def wake(self, written: int, history: Sequence[Mapping[str, Any]] | None = None) -> None:
-        """There is more to follow; rank 0 alone calls.
+        """Tells all trackers that there are new figures; rank 0 alone calls.
 
-        `written`: bytes of whole lines in the file of steps; `history`: the metrics of all epochs, where
-        there is a new one.
+        `written`: bytes of whole lines in the file of steps. `history`: the metrics of all epochs, where
+        there is a new epoch; else None.
         """
         for follower in self._followers:
             follower.wake(written, history)
@@ -85,9 +86,10 @@ class Trackers:
             follower.finished(summary)
 
     def close(self, limit_s: float, pictures: Sequence[Path] = ()) -> None:
-        """Waits up to `limit_s` s until the trackers have all of the run, and are closed; rank 0 calls.
+        """Waits until the trackers have got the whole run and are closed; rank 0 alone calls.
 
-        `pictures` are PNG files of a run that is finished.
+        `limit_s`: the most seconds to wait, for all trackers together. `pictures` are PNG files of a run
+        that is finished.
         """
         for follower in self._followers:
             follower.end(pictures)
@@ -117,7 +119,9 @@ class _Follower(threading.Thread):
     def __init__(
         self, name: str, tracker: Tracker, run: TrackedRun, steps_file: Path, every_steps: int | None
     ) -> None:
-        super().__init__(name=f"tracker {name}", daemon=True)  # one that hangs does not hold up the end
+        super().__init__(
+            name=f"tracker {name}", daemon=True
+        )  # a daemon: if it hangs, Python ends all the same
         self.tracker_name = name
         self._tracker = tracker
         self._run = run
@@ -126,11 +130,11 @@ class _Follower(threading.Thread):
         self._note = run.folder / f"{name}.json"
         self._state = _State.CLOSED
         self._failures = 0  # in a row
-        self._at = Position()  # how far the tracker is, since it was opened
+        self._at = Position()  # how far the tracker has got
         self._offset = 0  # bytes of the file of steps that are read
         self._has_summary = False  # whether the tracker has the summary
 
-        # What the training's thread sets, under this condition.
+        # The training's thread sets the values below, while it holds this condition's lock.
         self._news = threading.Condition()
         self._written = 0
         self._epochs: list[Mapping[str, Any]] = []
@@ -143,7 +147,7 @@ class _Follower(threading.Thread):
     # --- called by the training's thread --------------------------------------------------------------
 
     def wake(self, written: int, history: Sequence[Mapping[str, Any]] | None) -> None:
-        """There is more to deliver: see Trackers.wake()."""
+        """There are new figures: `written` bytes in the file of steps, and perhaps a longer `history`."""
         with self._news:
             self._written = written
             if history is not None:
@@ -167,7 +171,7 @@ class _Follower(threading.Thread):
             self._news.notify()
 
     def abandon(self) -> None:
-        """The thread hangs: lets the tracker end what would hold up the end of this process."""
+        """The thread hangs: lets the tracker end whatever would keep this process from ending."""
         abandon = getattr(self._tracker, "abandon", None)
         if abandon is not None:
             with suppress(OSError):
@@ -193,7 +197,7 @@ class _Follower(threading.Thread):
                     self._try(self._close)
                 return
             with self._news:
-                # The end does not wait for the pause.
+                # The pause between two deliveries. The end of the run or of an epoch cuts it short.
                 self._news.wait_for(lambda: self._is_over or self._has_new_epoch, PAUSE_S)
 
     def _try(self, work: Callable[[], None]) -> None:
@@ -236,7 +240,9 @@ class _Follower(threading.Thread):
         self._at = run.delivered if at is None else at
         self._offset = 0
         self._state = _State.OPEN
-        self._remember()  # what the tracker had beyond this is taken back, or is to come once more
+        # From here on the tracker has nothing beyond this position: it has removed what it had, or it gets
+        # it once more.
+        self._remember()
 
     def _deliver_steps(self, written: int, up_to: int | None = None) -> None:
         """Hands over the recorded steps that the tracker has not got: all, or those up to a step."""
@@ -251,11 +257,12 @@ class _Follower(threading.Thread):
             ]
             if wanted:
                 self._tracker.steps(wanted)
-                # The last of them may end an epoch whose metrics are not delivered yet. A tracker that
-                # takes back what is beyond its position takes back both or none.
+                # The last of these steps may be the last step of an epoch whose metrics are not delivered
+                # yet. The note on disk therefore leaves this step out. A tracker that removes what is
+                # beyond the noted position then removes the step and the epoch's metrics, or neither.
                 self._at = self._at._replace(step=wanted[-1]["step"])
                 self._remember(step=wanted[-1]["step"] - 1)
-            is_stuck = end == self._offset  # at a step beyond `up_to`
+            is_stuck = end == self._offset  # the next line is a step beyond `up_to`
             self._offset = end
             if is_stuck:
                 return
@@ -289,8 +296,8 @@ class _Follower(threading.Thread):
         files.write_json(self._note, at._asdict())
 
     def _remembered(self) -> Position:
-        """What the tracker has got of the run, as far as this start goes on with it."""
-        if self._at != Position():  # it has failed since this start opened it
+        """How far the tracker has got, but not beyond the step from which this start goes on."""
+        if self._at != Position():  # this start has opened the tracker before, and it has failed since
             return self._at
         noted = Position()
         with suppress(OSError, ValueError, TypeError):

@@ -20,7 +20,8 @@ from allranks.trackers.protocol import Position, TrackedRun
 _MOST_METRICS = 1000
 _MOST_PARAMETERS = 100
 _LONGEST_VALUE = 6000
-# MLflow itself tries a server for minutes. Its tracker is tried again after the next epoch anyway.
+# By itself MLflow tries to reach a server for minutes. That is not needed here, because a tracker that
+# fails is tried again after the next epoch. The timeout is in seconds.
 _REQUEST_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 
 
@@ -45,7 +46,7 @@ class MLflow:
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         from mlflow.tracking import MlflowClient
 
-        # A server that is down is told once, by the warning that follows from the error; not at each try.
+        # If the server is down, the follower warns of it once. urllib3 would warn at each try as well.
         logging.getLogger("urllib3").setLevel(logging.ERROR)
         self._client = MlflowClient(tracking_uri=uri)
         self._id, is_new = kept_id(run.folder / "mlflow-run", lambda: self._make(run.name))
@@ -58,8 +59,9 @@ class MLflow:
         epochs = []
         if "epoch" in self._has:
             epochs = [int(each.value) for each in self._client.get_metric_history(self._id, "epoch")]
-        # A process that was killed may have handed over some figures of its last step or epoch, and not
-        # all of them. These come again, and _log() passes over those that are there.
+        # A process that was killed may have handed over only some of the figures of its last step or epoch.
+        # So the position is one step and one epoch earlier. These figures come again, and _log() leaves
+        # out those that MLflow has already.
         return Position(max(0, min(steps, default=0) - 1), max(0, max(epochs, default=0) - 1))
 
     def steps(self, records: Sequence[Mapping[str, Any]]) -> None:
@@ -83,7 +85,7 @@ class MLflow:
             self._client.log_artifact(self._id, str(path), "pictures")
 
     def close(self, finished: bool) -> None:
-        """Tells MLflow that the run is finished, or will be gone on with."""
+        """Tells MLflow that the run is finished, or that a later start may go on with it."""
         self._client.set_terminated(self._id, "FINISHED" if finished else "SCHEDULED")
 
     # --- tools ----------------------------------------------------------------------------------------

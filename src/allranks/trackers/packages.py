@@ -1,4 +1,4 @@
-"""What the shipped trackers share: is a package installed, which id has a run, what a step's record is."""
+"""What the shipped trackers share: a check for packages, the id of a run, the form of a step's record."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ def require(package: str, tracker: str) -> None:
 
 
 def without_epoch(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A step's figures without its epoch: as a curve, `epoch` has one point for each epoch."""
+    """A step's figures without the number of its epoch.
+
+    Trackers draw `epoch` as a curve too, and it should have one point for each epoch, not for each step.
+    """
     return {key: value for key, value in record.items() if key != "epoch"}
 
 

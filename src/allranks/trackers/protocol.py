@@ -28,8 +28,8 @@ class TrackedRun:
     config: Mapping[str, Any]  # every value of the configuration, by dotted key
     environment: Mapping[str, Any]  # as environment.json has it
     resumed: Position  # where this start of the run goes on; 0 and 0 where the run begins
-    # What this tracker is known to have got, at an earlier start or before it failed. It may have got a
-    # little more: a process that is killed cannot tell of the last lines that it handed over.
+    # How far this tracker has certainly got, at an earlier start or before it failed. It may have got a
+    # little more: a process that is killed cannot note the last lines that it handed over.
     delivered: Position = field(default_factory=Position)
 
     @property
@@ -41,8 +41,8 @@ class TrackedRun:
 class Tracker(Protocol):
     """Gets the figures of one run. All calls come from one thread, which is not the training's.
 
-    A tracker may also have a method abandon(). It is called from another thread where one of these methods
-    hangs at the end of the run, and ends what would keep this process from ending.
+    A tracker may also have a method abandon(). If one of the other methods hangs at the end of the run,
+    abandon() is called from another thread. It should end whatever keeps this process from ending.
 
     Any method may raise any error: a warning names it once, the training goes on, and after the next epoch
     the tracker is opened again.
@@ -52,8 +52,8 @@ class Tracker(Protocol):
         """The run begins or goes on. Called again after a failure.
 
         Returns how far this tracker has followed the run, if its own store says that exactly; it then gets
-        what comes after. None stands for run.delivered: a tracker that takes back what it has beyond that,
-        as a file can, has no step twice.
+        what comes after that. None stands for run.delivered. A tracker that returns None should remove what
+        it has beyond run.delivered, as a file can: then it has no step twice.
         """
 
     def steps(self, records: Sequence[Mapping[str, Any]]) -> None:

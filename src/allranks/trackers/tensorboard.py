@@ -2,8 +2,8 @@
 
     tensorboard --logdir runs
 
-shows all runs below `runs/`. Each start of a run writes a file of its own. It begins with a mark from which
-TensorBoard knows that what earlier files hold from that step on is not valid any more.
+shows all runs below `runs/`. Each start of a run writes a file of its own. The file begins with a mark that
+names a step. TensorBoard then ignores what earlier files hold from that step on.
 
 Events are written by tensorboard's own EventFileWriter, which needs neither TensorFlow nor torch.
 """
@@ -36,7 +36,7 @@ class TensorBoard:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        if self._writer is not None:  # before a failure
+        if self._writer is not None:  # the tracker was open before, and has failed
             self._writer.close()
         folder = run.folder / "tensorboard"
         self._writer = EventFileWriter(str(folder))

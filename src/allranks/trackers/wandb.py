@@ -1,8 +1,9 @@
 """`tracker=wandb`: a run in Weights & Biases, sent to its server or kept in the run directory.
 
-WANDB_MODE decides. Without it the run is sent where W&B has an API key for its server and the server
-answers; otherwise it is offline. `wandb sync` sends what is in `tracker/wandb/` later. W&B's own file
-there, which it writes online and offline alike, tells after a resume what it has got.
+The variable WANDB_MODE decides which. If it is not set, the run is sent, provided that W&B has an API key
+for its server and the server answers. Otherwise the run is kept in `tracker/wandb/`, and `wandb sync` sends
+it later. In both cases W&B writes a file of its own there. After a resume that file tells which steps and
+epochs W&B has got.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ log = logging.getLogger(__name__)
 
 _SERVER = "https://api.wandb.ai"
 _ANSWER_S = 3.0  # a server that takes longer to accept a connection counts as out of reach
-_START_S = 60.0  # that W&B may take to begin a run
+_START_S = 60.0  # how long W&B may take to begin a run
 
-# W&B's file: a head of 7 bytes, then blocks of 32 KiB. In a block stand pieces of records, each behind a
-# checksum, its length and its kind. A record that does not fit into a block goes on in the next one.
+# The format of W&B's file. The file consists of blocks of 32 KiB; the first block begins with a head of 7
+# bytes. A block holds pieces of records. Before each piece stand its checksum, its length and its kind. A
+# record that does not fit into a block goes on in the next one. The kind says whether a piece is a whole
+# record, or the first, a middle or the last piece of one.
 _HEAD = 7
 _BLOCK = 32768
 _PIECE = struct.Struct("<IHB")
@@ -50,7 +53,7 @@ class WandB:
 
     def open(self, run: TrackedRun) -> Position | None:
         """Begins the W&B run or goes on with it; returns how far W&B's own files have it."""
-        os.environ.setdefault("WANDB_SILENT", "true")  # rank 0's console is the run's
+        os.environ.setdefault("WANDB_SILENT", "true")  # the console is for the run's own messages
         import wandb
 
         run_id, _ = kept_id(run.folder / "wandb-run", lambda: secrets.token_hex(4))
@@ -65,7 +68,7 @@ class WandB:
             config={**run.config, "environment": dict(run.environment)},
             mode=mode,
             resume="allow",
-            reinit="create_new",  # after a failure the former one may still be there
+            reinit="create_new",  # after a failure the former run object may still be there
             settings=wandb.Settings(console="off", silent=True, init_timeout=_START_S),
         )
         # A row of its own for each step and each epoch, all of them drawn over `step`.
@@ -164,7 +167,7 @@ def _records(content: bytes) -> Iterator[bytes]:
     pieces: list[bytes] = []
     while at + _PIECE.size <= len(content):
         left = _BLOCK - at % _BLOCK
-        if left < _PIECE.size:  # too little for a piece: filled up
+        if left < _PIECE.size:  # too little room for a piece: the rest of the block is padding
             at += left
             continue
         _checksum, length, kind = _PIECE.unpack_from(content, at)

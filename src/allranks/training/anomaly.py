@@ -1,7 +1,7 @@
-"""`trainer.detect_anomaly=true`: finds the layer, or the operation, that first gives a number not finite.
+"""`trainer.detect_anomaly=true`: finds the layer or operation that first gives NaN or infinity.
 
-The engine notices anyway when a loss or a gradient is not finite. It cannot say where that began. With this
-option each layer's output is looked at, and torch watches each operation of the backward pass. Both take
+The engine always notices when a loss or a gradient is not finite, but it cannot say where that began. With
+this option each layer's output is checked, and torch checks each operation of the backward pass. Both take
 time, so the option is off by default.
 """
 
@@ -22,11 +22,14 @@ _REMEDY = "Take a smaller optimizer.lr or trainer.clip_norm, or look at the data
 
 @contextmanager
 def detecting(model: nn.Module) -> Iterator[None]:
-    """In the block a number that is not finite raises UserError, on its rank, and its place is named."""
+    """In the block the first number that is not finite raises UserError, which names the place.
+
+    Only the rank that computed the number raises the error.
+    """
     handles = [
         module.register_forward_hook(_hook_of(name))
         for name, module in model.named_modules()
-        if next(module.children(), None) is None
+        if next(module.children(), None) is None  # a module without parts of its own: a layer
     ]
     try:
         with torch.autograd.set_detect_anomaly(True):

@@ -52,13 +52,13 @@ def global_batch_size(trainer: TrainerConfig, world_size: int) -> int:
 def dtype_of(precision: str) -> torch.dtype:
     """The type of weights and images for this trainer.precision.
 
-    Below fp32 both stay fp32, and autocast computes in the smaller type where that is safe.
+    For bf16 and fp16 both stay fp32, and autocast computes in the smaller type where that is safe.
     """
     return torch.float64 if precision == "fp64" else torch.float32
 
 
 def length_of(recipe: Recipe, examples: int) -> RunLength:
-    """How long the recipe's run is with so many training examples."""
+    """How long the recipe's run is, with this number of training examples."""
     return run_length(recipe.trainer, steps_per_epoch(examples, recipe.batch_size))
 
 
@@ -144,8 +144,9 @@ def _move(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
 def gains_by_channels_last(model: nn.Module, device: torch.device) -> bool:
     """Whether the model's steps are quicker with the channels of each pixel side by side in memory.
 
-    Convolutions and pooling are, on CPUs and NVIDIA GPUs: a step of our cnn takes half the time on a CPU
-    (docs/performance.md). GroupNorm is slower by more than the convolutions of a resnet18 gain.
+    Convolutions and pooling are quicker that way on CPUs and NVIDIA GPUs: a step of our cnn takes half the
+    time on a CPU (docs/performance.md). GroupNorm is slower that way, and loses more time than the
+    convolutions of a resnet18 gain.
     """
     modules = list(model.modules())
     has_convolutions = any(isinstance(module, nn.Conv2d) for module in modules)
@@ -158,7 +159,8 @@ def build_schedule(
 ) -> Schedule:
     """The scheduler that the configuration's section describes; `epochs` and `steps` are the whole run's.
 
-    A value `length` in the section stands for the number of times that the scheduler is stepped in the run.
+    Where a value in the section is the word `length`, it stands for the number of times that the scheduler
+    is stepped in the run.
     """
     values = dict(section)
     every_step = values.pop("interval", "epoch") == "step"

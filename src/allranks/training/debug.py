@@ -1,8 +1,8 @@
-"""`allranks train --debug`: the first steps of a training, with everything on that shows what they do.
+"""`allranks train --debug`: the first steps of a training, with every option on that shows what they do.
 
 It is an ordinary run with the settings below, in one process, and in a directory of its own
-(`runs/debug-NAME/`), so that nobody takes it for a result. Its end is a summary of what was seen, and
-where. No torch.
+(`runs/debug-NAME/`), so that nobody takes it for a result. At the end it prints a summary of what was
+measured, and names the files that hold more. No torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from allranks.compose import from_command_line
 from allranks.config import Config, RunConfig
 from allranks.run import directory as rundir
 
-# What a user gives on the command line goes before these.
+# Where the command line sets one of these keys too, the value of the command line counts.
 OVERRIDES = (
     "trainer.max_steps=25",  # of which 10 to 20 are profiled
     "trainer.train_metrics=running",  # no pass over all training examples

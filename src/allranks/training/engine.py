@@ -37,8 +37,8 @@ from allranks.training.training import Training
 
 log = logging.getLogger(__name__)
 
-# GradScaler halves its scale after each step that overflows. Below this one, 30 halvings from its first
-# scale of 2**16, it is not the scale that makes the gradient infinite.
+# With fp16 GradScaler multiplies the loss by a scale, and halves the scale after each step that overflows.
+# The scale begins at 2**16. After 30 halvings it is too small to be the reason for an infinite gradient.
 _LEAST_SCALE = 2.0**-14
 
 
@@ -57,7 +57,7 @@ class _EpochFigures(NamedTuple):
 
 @dataclass(frozen=True)
 class _Surroundings:
-    """What a training works with from its first epoch to its last."""
+    """What a training works with, and what stays the same from its first epoch to its last."""
 
     data: Data
     length: RunLength  # of the whole run
@@ -65,9 +65,9 @@ class _Surroundings:
     seed: int
     batch_size: int  # examples of one optimizer step, over all ranks together
     runtime: Runtime
-    control: Control  # saves and stops
-    report: Reporter  # tells
-    records: Records  # of single steps; for the trackers
+    control: Control  # decides when to save and when to stop
+    report: Reporter  # tells the user how far the run is
+    records: Records  # keeps the figures of single steps, and hands figures to the trackers
 
 
 def fit_and_test(
@@ -102,16 +102,18 @@ def fit(
 ) -> bool:
     """Trains to the end, from wherever `training` stands; all ranks call.
 
-    `recipe` is what the training was built from. `control` saves and stops, `report` tells, and `records`
-    keeps the figures of single steps and hands figures to the trackers. Returns False where the ranks
-    agreed to stop before the end.
+    `recipe` is what the training was built from. `control` decides when to save and when to stop. `report`
+    tells the user how far the run is. `records` keeps the figures of single steps and hands figures to the
+    trackers. Returns False where the ranks agreed to stop before the end.
     """
     trainer = recipe.trainer
     length = length_of(recipe, len(data.train))
     around = _Surroundings(
         data, length, trainer, recipe.seed, recipe.batch_size, runtime, control, report, records
     )
-    runtime.progress.compiles = trainer.compile  # the epoch's last batch may be smaller: compiled once more
+    # The last batch of an epoch may be smaller: then torch.compile compiles the model once more, and the
+    # watchdog has to allow the time for it.
+    runtime.progress.compiles = trainer.compile
     is_first = True
     while training.epoch < length.epochs:
         started = time.perf_counter() - training.epoch_s
@@ -119,7 +121,7 @@ def fit(
         if not _train_epoch(training, around, is_first, started):
             return False
         # A run that was stopped in the evaluation after an epoch's last step goes on with that evaluation.
-        # Its first step comes later then.
+        # Then this process has not taken its first step yet.
         is_first = is_first and training.step == step_before
         try:
             figures = _evaluate_epoch(training, around, started)
@@ -165,7 +167,8 @@ def _train_epoch(training: Training, around: _Surroundings, is_first: bool, star
             at_end = training.epoch_steps == steps
             if around.control.is_due(training.step) or at_end:
                 training.epoch_s = time.perf_counter() - started
-                # Before a save: what a checkpoint has behind it is in the records.
+                # The records are written before a checkpoint is saved, so that they hold every recorded
+                # step up to the checkpoint.
                 around.records.collect()
                 if around.control.agree_to_stop(training, evaluates_next=at_end):
                     return False
@@ -174,7 +177,7 @@ def _train_epoch(training: Training, around: _Surroundings, is_first: bool, star
 
 
 def _detecting(model: nn.Module, is_wanted: bool) -> AbstractContextManager[None]:
-    """In the block the first number that is not finite raises UserError, where that is wanted."""
+    """If `is_wanted`, the first number in the block that is not finite raises UserError."""
     if not is_wanted:
         return nullcontext()
     from allranks.training.anomaly import detecting
@@ -189,7 +192,8 @@ def _evaluate_epoch(training: Training, around: _Surroundings, started: float) -
     """
     runtime = around.runtime
     if runtime.world_size > 1:
-        # Each rank's BatchNorm has statistics of its own. Rank 0's are evaluated and saved.
+        # Each rank's BatchNorm layers have statistics of their own examples. All ranks take over those of
+        # rank 0, which are evaluated and saved.
         for buffer in training.model.buffers():
             buffer.copy_(runtime.broadcast(buffer.contiguous()))
     runtime.synchronize()
@@ -250,13 +254,15 @@ def evaluate(
 ) -> Figures:
     """The model's figures on all examples of the part, each counted exactly once; all ranks call.
 
-    With a `control` it raises EvaluationStopped, on all ranks, where they have agreed to stop meanwhile.
+    Where a `control` is given, the ranks may agree to stop during the evaluation. Then all of them raise
+    EvaluationStopped.
     """
     model.eval()
     sums = Sums(runtime)
     if control is not None:
         control.begin_evaluation()
-    # A rank may have a batch more than another. All of them come to this one, and can meet up to there.
+    # One rank may have a batch more than another. check_evaluation() needs all ranks, so it is called only
+    # up to the last batch that every rank has.
     last_common = fewest_evaluation_batches(part, runtime)
     with part.explained():
         for number, (row, (images, labels)) in enumerate(evaluation_batches(part, runtime, seed), start=1):
@@ -323,11 +329,12 @@ def train_step(
 
 
 def settle_buckets(training: Training, batch: Batch, precision: str, runtime: Runtime) -> None:
-    """Passes a batch forward and backward for nothing, before the first step of a process.
+    """Passes a batch forward and backward before the first step of a process, and discards the gradient.
 
-    After its first backward pass DDP lays its buckets out anew, in the order in which the gradients came,
-    and a ring all-reduce adds up in an order that follows the layout. A run that goes on from a checkpoint
-    has to begin with the layout of one that never stopped.
+    DDP packs gradients into buckets. After its first backward pass it packs them anew, in the order in
+    which the gradients were ready. A ring all-reduce adds up in an order that depends on the buckets, so
+    the last bits of the sums depend on them too. A run that goes on from a checkpoint must therefore use
+    the same buckets as a run that was never stopped.
     """
     if training.trained is training.model:  # no DDP
         return
@@ -378,7 +385,7 @@ def _backward(
 
 
 def _named(part: str) -> AbstractContextManager[Any]:
-    """A block that stands under this name in a profile (profiling.py), where one is being recorded."""
+    """Gives the block this name in a profile (profiling.py), if one is being recorded."""
     if torch.autograd._profiler_enabled():
         return torch.profiler.record_function(part)
     return nullcontext()
@@ -387,13 +394,14 @@ def _named(part: str) -> AbstractContextManager[Any]:
 def _weight(batch: Batch, loss: torch.Tensor) -> float | torch.Tensor:
     """The factor of a loss that makes the sum over all shares the mean over the global batch.
 
-    A stand-in for an empty share weighs nothing. A loss that is not finite makes the factor NaN, and with
-    it the whole gradient, for all ranks to see.
+    Where a share is empty, its batch is a stand-in and the factor is 0. A loss that is not finite makes the
+    factor NaN. The gradient then is NaN too, and after it is added up over the ranks, all of them see that.
     """
     weight = (batch.count > 0) / batch.total
     if loss.is_cpu:
         return weight if math.isfinite(loss.item()) else math.nan
-    return weight + loss * 0  # NaN = inf * 0: the device need not be waited for
+    # 0 for a finite loss; inf * 0 is NaN. This stays on the device, so the CPU need not wait for it.
+    return weight + loss * 0
 
 
 def summed_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float) -> torch.Tensor:
@@ -414,10 +422,11 @@ def _at_least_fp32(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _apply_gradient(training: Training, clip_norm: float | None) -> bool:
-    """Clips the gradient and lets the optimizer take its step; False, with nothing done, if not finite.
+    """Clips the gradient and lets the optimizer take its step.
 
-    With fp16 a gradient may overflow now and then: GradScaler leaves such a step out by itself, and lowers
-    its scale. That is no fault until the scale is very low.
+    Returns False, with no step taken, where the gradient is not finite. With fp16 a gradient may overflow
+    now and then: GradScaler leaves such a step out by itself, and lowers its scale. This counts as a fault,
+    and returns False, only once the scale is very low (_LEAST_SCALE).
     """
     scaler = training.scaler
     if not scaler.is_enabled():
@@ -447,22 +456,23 @@ def _is_finite(optimizer: torch.optim.Optimizer) -> bool:
         for parameter in group["params"]
         if parameter.grad is not None
     ]
-    # A sum is not finite where a number in it is not. It is the quickest look at all of a tensor.
+    # If one number is not finite, the sum is not finite either. A sum is the quickest check of a tensor.
     sums = [gradient.sum() for gradient in gradients]
-    # On a GPU it is waited for once, and not once for each sum.
+    # item() makes the CPU wait for a GPU. So on a GPU it is called once, and not once for each sum.
     total = sum(each.item() for each in sums) if sums[0].is_cpu else torch.stack(sums).sum().item()
     if math.isfinite(total):
         return True
-    # The sum of large finite numbers overflows: a second look, which takes longer.
+    # The sum of large finite numbers may overflow. So each number is checked, which takes longer.
     return all(bool(gradient.isfinite().all()) for gradient in gradients)
 
 
 def _tell_not_finite(
     training: Training, losses: Sequence[torch.Tensor], nonfinite: str, runtime: Runtime
 ) -> None:
-    """Names the ranks whose loss it was; raises UserError on all ranks unless such a step is to be skipped.
+    """Names the ranks whose loss is not finite, in a warning or in an error; all ranks call.
 
-    `losses`: this rank's, of each piece of its shares. All ranks call.
+    `losses`: the losses of this rank, one for each piece of its shares. Raises UserError on all ranks
+    where `nonfinite` is "stop"; otherwise rank 0 logs a warning.
     """
     step = training.step + 1
     epoch = training.epoch + 1

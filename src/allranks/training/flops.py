@@ -18,7 +18,7 @@ from allranks.runtime.runtime import Runtime
 
 # --- counting ------------------------------------------------------------------------------------------
 
-# Operators that compute much, and whose work their arguments' shapes do not tell.
+# Operators that compute much, and whose work does not follow from the shapes of their arguments.
 _UNKNOWN = {"_cudnn_rnn", "miopen_rnn", "_thnn_fused_lstm_cell"}
 
 
@@ -44,7 +44,7 @@ class Flops(TorchDispatchMode):
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> int:
-    """A multiplication and an addition for each number of a matrix, and each column of the other one."""
+    """The product a @ b: a multiplication and an addition for each number of `a` and each column of `b`."""
     return 2 * a.numel() * b.shape[-1]
 
 
@@ -65,7 +65,7 @@ def _convolution_backward(args: Sequence[Any], _: Any) -> int:
 
 
 def _attention(args: Sequence[Any], _: Any) -> int:
-    """Queries by keys, and the outcome by values: [batch, heads, length, features] each."""
+    """Two products: queries by keys, and the result by values; each is [batch, heads, length, features]."""
     queries, keys, values = args[:3]
     return 2 * prod(queries.shape[:3]) * keys.shape[2] * (queries.shape[3] + values.shape[3])
 
@@ -107,8 +107,9 @@ _COUNTED: dict[str, Callable[[Sequence[Any], Any], int]] = {
 class Peak(NamedTuple):
     """The most that one device can compute, in 10^12 floating-point operations per second.
 
-    These are dense products on matrix units, where the type has such: no sparsity. `tf32` is what products
-    of fp32 numbers may be computed in where PyTorch is told so.
+    The numbers are for products of dense matrices, on the device's matrix units where these support the
+    type. `tf32` is a shortened form of fp32: PyTorch computes products of fp32 numbers in it where the
+    user allows that.
     """
 
     fp64: float
@@ -118,8 +119,8 @@ class Peak(NamedTuple):
     fp16: float
 
 
-# By a part of the name that torch gives the device; the first that fits counts. A vendor that states a rate
-# with sparsity states twice these.
+# The key is a part of the name that torch gives the device; the first key that occurs in the name counts.
+# Vendors often state the rate for sparse matrices, which is twice the rate here.
 PEAKS = {
     # NVIDIA H200 datasheet; the chip is that of H100 SXM.
     "H200": Peak(fp64=67, fp32=67, tf32=494.7, bf16=989.4, fp16=989.4),

@@ -1,6 +1,6 @@
 """`profile=true`: where the time of a few steps goes, operation by operation.
 
-torch.profiler records steps 10 to 20 of each start: by then memory is laid out and code is compiled. Each
+torch.profiler records steps 10 to 20 of each start: by then memory is allocated and code is compiled. Each
 rank writes its trace, `profile/rank-N.json.gz`, for https://ui.perfetto.dev or chrome://tracing. Rank 0
 also writes a table of the operations that took longest: `profile/table.json` for programs, and
 `profile/table.md` to read.
@@ -22,16 +22,19 @@ from allranks.runtime.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
-FIRST, LAST = 10, 20  # the steps of a start that are recorded, counted from 1
-ROWS = 30  # of the table
+# The first and the last step of a start that are recorded, counted from 1.
+FIRST = 10
+LAST = 20
+ROWS = 30  # operations in the table
 # The parts of a step, as engine._named() calls them. They stand in the table beside torch's own operations.
 PARTS = ("forward", "backward", "optimizer")
 
 
 def recorded_steps(left: int) -> range:
-    """Which steps of a start are recorded where `left` steps are left of the run, counted from 1.
+    """Which steps of a start are recorded, counted from 1; the run has `left` steps left.
 
-    A short run is recorded from its second step on: the first one does more than all others.
+    A short run is recorded from its second step on: the first step takes longer than the others, because
+    memory is allocated in it.
     """
     if left >= LAST:
         return range(FIRST, LAST + 1)
@@ -45,15 +48,15 @@ class Profile:
         self._runtime = runtime
         self._folder = directory / "profile"
         self._steps = recorded_steps(left)
-        self._save_s = save_s  # that writing may take
+        self._save_s = save_s  # how long writing may take
         self._taken = 0  # steps of this start
         self._profiler: Any = None  # while steps are recorded
 
     def begin_step(self) -> None:
-        """A step begins."""
+        """A step begins: starts the profiler where this is the first step to be recorded."""
         self._taken += 1
         if self._taken == self._steps.start:
-            # What the profiler's library says of itself, and of GPUs that are not there, helps nobody.
+            # The profiler's library prints notes on itself and on GPUs that are missing. They help nobody.
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")
             activities = [torch.profiler.ProfilerActivity.CPU]
             if self._runtime.device.type in ("cuda", "xpu"):
@@ -92,8 +95,9 @@ class Profile:
 def table_of(averages: Sequence[Any], steps: range, device_type: str) -> dict[str, Any]:
     """Where the time went, for table.json: the parts of a step, and the operations that took longest.
 
-    `averages` are the profiler's key_averages(). `share` is that of all operations' own time, on the device
-    where it is no CPU.
+    `averages` are the profiler's key_averages(). An operation's own time leaves out the operations that it
+    calls. `share` is its part of the own time of all operations: time on the GPU, or on the CPU where there
+    is no GPU.
     """
     on_device = device_type != "cpu"
 
@@ -124,7 +128,7 @@ def table_of(averages: Sequence[Any], steps: range, device_type: str) -> dict[st
 
 
 def as_markdown(table: Mapping[str, Any]) -> str:
-    """The table of table_of() as a page to read."""
+    """The table that table_of() returns, as a page in Markdown."""
     first, last = table["steps"]
     lines = [
         f"# Where the time went: rank 0, steps {first} to {last}, on {table['device']}",

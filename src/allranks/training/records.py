@@ -1,7 +1,8 @@
 """What is recorded of a run besides its epochs' figures: single steps, memory, FLOP/s, a profile.
 
-Every rank has Records, because the figures of steps and of memory are brought together by all of them. Only
-rank 0 writes metrics-steps.jsonl, and hands figures to the trackers (allranks.trackers).
+Every rank has a Records object, because all ranks take part when the figures of steps and of memory are
+brought together. Only rank 0 writes metrics-steps.jsonl, and hands figures to the trackers
+(allranks.trackers).
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ OF_THE_RUN = (
     "throughput/share_of_peak",
 )
 STEPS = "metrics-steps.jsonl"
-# How long the trackers may take at the end for what they have not got yet: at a run's own end, and where it
-# is stopped, when its job may end within seconds (training.control.MARGIN_S).
-FINISH_S = 30.0
+# How long rank 0 waits at the end for the trackers to take the figures that they have not got yet.
+FINISH_S = 30.0  # after a run that has finished
+# After a run that was stopped: the batch system may end the job within seconds (training.control.MARGIN_S).
 STOP_S = 5.0
 
 
@@ -59,10 +60,10 @@ class Records:
         profile: bool,
         save_s: float,
     ) -> None:
-        """Makes the trackers on rank 0; all ranks call, and raise UserError where one cannot be made.
+        """Makes the trackers on rank 0. All ranks call; all raise UserError where a tracker cannot be made.
 
-        `tracker` is the configuration's section. `profile`: whether some steps are profiled. `save_s`:
-        seconds that writing a profile may take.
+        `tracker` is the configuration's section of that name. `profile`: whether some steps are profiled.
+        `save_s`: how many seconds the writing of a profile may take.
         """
         self._flops_per_example: float | None = None  # of a forward and a backward pass
         self._peak_flops_per_s: float | None = None  # of one device; None where it is not known
@@ -71,7 +72,7 @@ class Records:
         self._save_s = save_s
         self._runtime = runtime
         every = [trainer.log_every_steps]
-        self._trackers: Trackers | None = None  # where there is none, their module is not imported
+        self._trackers: Trackers | None = None  # without trackers their module is not imported
         if any(key != "every_steps" for key in tracker):
             from allranks.trackers.follower import Trackers
 
@@ -84,9 +85,10 @@ class Records:
         self._profile: Profile | None = None
 
     def measured_by(self, training: Training, flops_per_example: float | None) -> None:
-        """The trial before the training has counted a model's floating-point operations for an example.
+        """Notes what the trial before the training has measured.
 
-        They are None where they could not be counted.
+        `flops_per_example` is the number of floating-point operations of a forward and a backward pass for
+        one example; None where they could not be counted.
         """
         convolutions = any(isinstance(m, torch.nn.modules.conv._ConvNd) for m in training.model.modules())
         self._flops_per_example = flops_per_example
@@ -101,11 +103,12 @@ class Records:
         check: Callable[[], None],
         is_new: bool,
     ) -> None:
-        """The run directory is there, and `training` stands where the run begins or goes on.
+        """Opens the records in the run directory `path`, and starts the trackers.
 
-        `length` is the whole run's; `config` has every value of the configuration, by dotted key. `check`
-        raises UserError where another run has taken the directory. `is_new`: nothing of an earlier start
-        can be in it.
+        `training` stands where the run begins or goes on. `length` is the length of the whole run. `config`
+        has every value of the configuration, by dotted key. `check` raises UserError where another run has
+        taken the directory. `is_new`: this start made the directory, so no earlier start has left anything
+        in it.
         """
         directory = Path(path)
         left = length.steps - training.step
@@ -136,15 +139,15 @@ class Records:
 
     @contextmanager
     def of_step(self, training: Training) -> Iterator[Sums | None]:
-        """The block takes one step. Gives where to add up its figures; None where they are not recorded."""
+        """The block takes one step. Yields the Sums to add its figures to; None if it is not recorded."""
         if self._profile is not None:
             self._profile.begin_step()
         try:
             yield self._recorder.begin(training)
         except UserError as error:
             if error.said_by is not None or self._runtime.world_size == 1:
-                # All ranks raise this error here, as after a loss that is not finite. The steps that led to
-                # it explain it.
+                # All ranks raise this error here, for example after a loss that is not finite. So all of
+                # them can still write the figures of the steps before it, which help to explain it.
                 self.collect()
             raise
         if self._profile is not None:
@@ -160,16 +163,17 @@ class Records:
     # --- epochs --------------------------------------------------------------------------------------
 
     def of_epoch(self, samples_per_s: float) -> dict[str, float | int]:
-        """What is measured of an epoch besides its figures, for metrics.jsonl; all ranks call.
+        """The memory and the FLOP/s of an epoch, for its line in metrics.jsonl; all ranks call.
 
-        `samples_per_s`: training examples of all ranks.
+        `samples_per_s`: training examples per second, of all ranks together.
         """
         measured: dict[str, float | int] = {**peaks_of_ranks(self._runtime)}
         if self._flops_per_example:
             measured["throughput/model_flops_per_s"] = self._flops_per_example * samples_per_s
             if self._peak_flops_per_s:
-                of_all = self._peak_flops_per_s * self._runtime.world_size
-                measured["throughput/share_of_peak"] = measured["throughput/model_flops_per_s"] / of_all
+                peak_of_all_ranks = self._peak_flops_per_s * self._runtime.world_size
+                reached = measured["throughput/model_flops_per_s"]
+                measured["throughput/share_of_peak"] = reached / peak_of_all_ranks
         return measured
 
     def epoch_closed(self, history: Sequence[Mapping[str, Any]]) -> None:
@@ -193,21 +197,22 @@ class Records:
         self._close_trackers(STOP_S)
 
     def close(self, pictures: Sequence[Path] = ()) -> None:
-        """Hands the finished run's `pictures`, PNG files, to the trackers, and waits until they have all.
+        """Hands the finished run's `pictures`, PNG files, to the trackers, and waits until they are done.
 
-        No rank waits for another one here.
+        Only rank 0 waits, for FINISH_S at most. On other ranks this returns at once.
         """
         self._close_trackers(FINISH_S, pictures)
 
     def _close_trackers(self, limit_s: float, pictures: Sequence[Path] = ()) -> None:
         if self._trackers is None or not self._runtime.is_main:
             return
-        # The watchdog allows twice the time, as the limit is kept by the clock of another thread.
+        # The trackers keep to `limit_s` by themselves. The watchdog measures with a clock of its own, so it
+        # gets twice the time: it should only act where the limit itself does not work.
         with self._runtime.progress.phase("closing the trackers", 2 * limit_s):
             self._trackers.close(limit_s, pictures)
 
     def _wake(self, history: Sequence[Mapping[str, Any]] | None = None) -> None:
-        """Tells the trackers what there is for them."""
+        """Tells the trackers that there are new steps, or a new epoch where `history` is given."""
         if self._trackers is None:
             return
         written = self._file.written if self._file is not None else 0
@@ -215,19 +220,20 @@ class Records:
 
 
 def of_run(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What summary.json has of memory and operations: those of the last of these epochs."""
+    """The memory and the FLOP/s for summary.json: the values of the last epoch in `history`."""
     if not history:
         return {}
     return {key: history[-1][key] for key in OF_THE_RUN if key in history[-1]}
 
 
 class StepsFile:
-    """metrics-steps.jsonl, which rank 0 writes: no step twice, however often the run goes on."""
+    """metrics-steps.jsonl, which rank 0 writes. It has no step twice, also after restarts of the run."""
 
     def __init__(self, path: Path, step: int, wanted: bool) -> None:
-        """Keeps what an earlier start has written up to `step`, where this one goes on.
+        """Takes back what an earlier start has written beyond `step`, from which this start goes on.
 
-        Where nothing more is `wanted`, no file is made. Raises OSError.
+        `wanted`: whether this start records steps. If it does not, and there is no file, none is made.
+        Raises OSError.
         """
         self.written = 0  # bytes, in whole lines; read by the trackers' threads
         self._path = path
@@ -249,7 +255,8 @@ class StepsFile:
         try:
             if self._file is None:
                 self._file = self._path.open("r+b" if self._path.exists() else "w+b")
-                self._file.truncate(self.written)  # the half of a line, perhaps
+                # A write that failed may have left half a line behind.
+                self._file.truncate(self.written)
                 self._file.seek(0, os.SEEK_END)
             self._file.write(text)
             self._file.flush()

@@ -32,8 +32,9 @@ class _Checkpoint(NamedTuple):
 class Saver:
     """The checkpoints of one run. Every rank has a Saver; only rank 0's touches the run directory.
 
-    `identity` are the values that a checkpoint must agree on (config.identity). `keep` counts the newest
-    checkpoints that stay, and a save may take `save_s` seconds before the watchdog ends the run.
+    `identity` holds the values that must be the same in a checkpoint and in this run (config.identity).
+    `keep` is how many of the newest checkpoints stay. If a save takes longer than `save_s` seconds, the
+    watchdog ends the run.
     """
 
     def __init__(
@@ -44,10 +45,11 @@ class Saver:
         self.identity = identity
         self.keep = keep
         self.save_s = save_s
-        self.claim: Claim | None = None  # on the run directory; rank 0's, once resume() has taken it
-        self.longest_s = 0.0  # that a save has taken
-        self.saved_step: int | None = None  # the newest that was saved, or is being saved
-        self.failure: OSError | None = None  # of the newest save
+        # The claim on the run directory: on rank 0, once resume() has taken it; None on other ranks.
+        self.claim: Claim | None = None
+        self.longest_s = 0.0  # the longest time that a save has taken
+        self.saved_step: int | None = None  # the newest step that was saved, or is being saved
+        self.failure: OSError | None = None  # the error of the newest save, if it failed
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None  # the save under way
 
@@ -55,7 +57,8 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # After any other error the process ends at once: a save that hangs must not hold it up.
+        # After an error that is no UserError the process ends at once. It does not wait for the save under
+        # way, which may hang.
         if kind is None or issubclass(kind, UserError):
             self._writer.shutdown()
             if self.claim is not None:
@@ -82,7 +85,7 @@ class Saver:
             chosen = self._own_newest()
             if chosen is None and given not in ("auto", "never"):
                 chosen = self._given(given)
-            self.claim.check()  # reading takes time, in which another may have taken over
+            self.claim.check()  # reading takes time, and meanwhile another run may have taken the directory
             if chosen is None:
                 return None
             files.update(chosen.files)
@@ -97,7 +100,7 @@ class Saver:
         return path
 
     def _chosen(self, found: checkpoint.Found) -> _Checkpoint | None:
-        """What was found, after a warning for each checkpoint that was passed over."""
+        """The checkpoint that was found, or None; warns of each checkpoint that was passed over."""
         for passed_over in found.passed_over:
             log.warning("passing over the checkpoint %s", passed_over)
         return None if found.path is None else _Checkpoint(str(found.path), found.files)
@@ -105,12 +108,12 @@ class Saver:
     def _own_newest(self) -> _Checkpoint | None:
         """The newest checkpoint of the run directory itself; None where it has none at all.
 
-        Raises UserError where it has some, and none can be used: to begin again would train all epochs
-        anew, and write metrics.jsonl anew, though the checkpoints may only be out of reach for the moment.
+        Raises UserError where it has checkpoints, but none can be used. They may only be out of reach for
+        the moment, and to begin at step 0 would train all epochs again and overwrite metrics.jsonl.
         """
         there = checkpoint.folder(self.run_dir)
         try:
-            checkpoint.sweep_up(self.run_dir)  # what writers before this run have left
+            checkpoint.sweep_up(self.run_dir)  # unfinished folders that earlier writers have left
             found = checkpoint.newest_valid(self.run_dir, self.runtime.progress.worked)
         except OSError as error:
             raise UserError(
@@ -146,7 +149,10 @@ class Saver:
     # --- saving ---
 
     def save(self, training: Training) -> None:
-        """Copies the state and goes on; waits for the save before it, if that is still being written."""
+        """Copies the state and lets a thread write the copy; all ranks call.
+
+        Waits only for the save before this one, if it is still being written.
+        """
         sums = self.runtime.gather(training.sums.rows)
         is_saved = self.saved_step == training.step and self.failure is None
         if self.claim is None or is_saved:
@@ -216,14 +222,15 @@ class Saver:
 
 
 def _kept_steps(step: int, present: list[int], history: list[dict[str, Any]], keep: int) -> set[int]:
-    """The steps whose checkpoints stay after that of `step`: the `keep` newest, and the best by val/loss.
+    """The steps whose checkpoints stay, now that `step` is saved.
 
-    `present` are the steps that have a checkpoint, newest first.
+    These are the `keep` newest, and the one with the least val/loss. `present` are the steps that have a
+    checkpoint, newest first. `history` has the metrics of all epochs.
     """
     losses = {epoch["step"]: epoch["val/loss"] for epoch in history if math.isfinite(epoch["val/loss"])}
     measured = [each for each in present if each in losses]
     best = min(measured, key=lambda each: losses[each], default=step)
-    # A checkpoint newer than this one could not be read, or this run would have gone on from it. It stays,
-    # and does not count.
+    # If there is a checkpoint of a later step, this run could not read it: otherwise it would have gone on
+    # from it. It stays, and is not counted among the `keep`.
     count = present.index(step) + keep
     return {*present[:count], best}

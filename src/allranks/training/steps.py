@@ -1,9 +1,10 @@
 """The figures of single steps: loss, accuracy and learning rate of one step in so many, over all ranks.
 
-Which steps are recorded follows from their numbers alone, so all ranks know it without a word. A rank adds
-up its own shares of such a step on the device, and nothing is read from there. When the ranks meet anyway,
-between two batches or at the end of an epoch, they bring the sums of all recorded steps together in one
-message. Where no steps are recorded there is no message.
+Which steps are recorded follows from their numbers alone, so all ranks know it without sending a message.
+For such a step each rank adds up the figures of its own shares of the batch. The sums stay on the device:
+to read them at once would make the CPU wait for the GPU. From time to time, between two batches or at the
+end of an epoch, all ranks exchange messages anyway. Then they bring the sums of all recorded steps together
+in one message. Where no steps are recorded there is no message.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ class _Recorded(NamedTuple):
 
 
 class StepRecorder:
-    """One rank's part in recording the steps whose number one of the numbers in `every` divides."""
+    """One rank's part in recording steps.
+
+    A step is recorded if its number is a multiple of one of the numbers in `every`.
+    """
 
     def __init__(self, every: Sequence[int], runtime: Runtime) -> None:
         self._every = every
@@ -36,7 +40,7 @@ class StepRecorder:
         self._recorded: list[_Recorded] = []
 
     def begin(self, training: Training) -> Sums | None:
-        """Where the figures of the step that begins now are to be added up; None for nowhere."""
+        """The Sums to which the step that begins now adds its figures; None if it is not recorded."""
         step = training.step + 1
         if not any(step % every == 0 for every in self._every):
             return None
@@ -48,11 +52,12 @@ class StepRecorder:
     def collect(self) -> list[dict[str, Any]]:
         """The figures of the steps recorded since the last call, over all ranks; all ranks call.
 
-        The sums are added in the order of the shares: where the shares are the same, so are the bits.
+        The sums are added in the order of the shares. So the same shares give the same bits, on any number
+        of ranks.
         """
         recorded = self._recorded
         self._recorded = []
-        if not recorded:  # on all ranks alike
+        if not recorded:  # then no other rank has recorded a step either, and none waits in gather()
             return []
         mine = torch.stack([each.sums.rows for each in recorded], dim=1)  # [shares, steps, COLUMNS]
         totals = self._runtime.gather(mine.flatten(1)).sum(dim=0).view(mine.shape[1:])
