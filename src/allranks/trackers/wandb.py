@@ -102,9 +102,10 @@ class WandB:
     def abandon(self) -> None:
         """Ends W&B's own process, which otherwise holds up the end of ours until its server answers."""
         for pid in processes.children(os.getpid()):
-            command = Path(f"/proc/{pid}/cmdline").read_bytes()
-            if b"wandb-core" in command:
-                os.kill(pid, signal.SIGKILL)
+            with suppress(OSError):  # this child has ended meanwhile; the other children are still checked
+                command = Path(f"/proc/{pid}/cmdline").read_bytes()
+                if b"wandb-core" in command:
+                    os.kill(pid, signal.SIGKILL)
 
 
 def _mode() -> str:
