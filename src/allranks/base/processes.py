@@ -200,11 +200,15 @@ def descendants(of: int) -> set[int]:
 
 def children(pid: int) -> list[int]:
     """The ids of the processes that this process has started; empty where there is no /proc."""
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")  # noqa: PTH208
+    except OSError:  # the process has just ended
+        return []
     found: list[int] = []
-    with contextlib.suppress(OSError):  # the process, or one of its threads, has just ended
-        for thread in os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208
-            with open(f"/proc/{pid}/task/{thread}/children") as file:  # noqa: PTH123
-                found += map(int, file.read().split())
+    for thread in threads:
+        # A thread that has just ended hides its own children only, not those of the threads after it.
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{thread}/children") as file:  # noqa: PTH123
+            found += map(int, file.read().split())
     return found
 
 

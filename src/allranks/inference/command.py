@@ -324,9 +324,15 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def _finite_values(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {key: _finite(value) for key, value in values.items()}
+
+
 def _predict_part(options: argparse.Namespace) -> int:
     from allranks.inference import forward
 
+    if options.csv is not None and not options.force and options.csv.exists():
+        raise _is_there_already(options.csv)  # told before the data are read
     opened = _open(options)
     trained = opened.trained
     part = forward.open_part(trained, options.data, opened.given.data)
@@ -382,9 +388,13 @@ def _write_csv(path: Path, outputs: Outputs, force: bool) -> None:
     try:
         write_text(path, text.getvalue(), new=not force).close()
     except FileExistsError:
-        raise UserError(f"--csv {path} is there already: give another name, or --force.") from None
+        raise _is_there_already(path) from None
     except OSError as error:
         raise UserError(f"--csv {path} cannot be written ({error.strerror}).") from error
+
+
+def _is_there_already(path: Path) -> UserError:
+    return UserError(f"--csv {path} is there already: give another name, or --force.")
 
 
 def confusion_table(counts: torch.Tensor, names: Sequence[str]) -> str:
@@ -438,7 +448,7 @@ def evaluate(arguments: Sequence[str]) -> int:
             "device": trained.runtime.device.type,
             **{key: _finite(value) for key, value in measured.items()},
             "equals_summary": None if differences is None else not any(differences.values()),
-            "differences": differences,
+            "differences": None if differences is None else _finite_values(differences),
             "comparison": verdict,
         }
         print(json.dumps(about))
