@@ -19,7 +19,7 @@ import pytest
 
 from allranks.base.errors import UserError
 from allranks.report import compare_page, compare_pictures, compare_sweep, compare_tables
-from allranks.report.compare import compare, short_names
+from allranks.report.compare import compare, is_number, short_names
 from allranks.report.gather import RunFacts
 from browsing import SCREENS, assert_readable
 from helpers import PYTHON, SMALL, Run, execute
@@ -621,3 +621,10 @@ def test_a_launched_sweep_ends_with_its_comparison_whatever_its_cells_do(tmp_pat
     assert finished[:4] == ["0.1", "2", "finished", "1"]
     assert finished[4].split()[0] == f"{np.mean(accuracies):.2f}"
     assert failed == ["1e+30", "2", "failed (2)", "0", "-", "-", "-", "-", "-", "-", "2 3"]
+
+
+def test_only_finite_numbers_are_figures():
+    assert is_number(0)
+    assert is_number(1e300)
+    for value in (10**400, float("inf"), float("nan"), True, "1", None):
+        assert not is_number(value)

@@ -1,8 +1,8 @@
-"""Has the pages of finished runs made by a process that cannot harm the runs, at the end of rank 0.
+"""Makes the report pages of finished runs in a child process of rank 0, which cannot harm the runs.
 
-The process that makes the pages is a child of rank 0. It starts once summary.json is written and the ranks
-have taken leave of each other, has a low priority and a limited time, and ends with rank 0. Whatever
-becomes of it, the run stays as it is: its exit code and its records do not depend on the page.
+Rank 0 starts the child at its own end, when summary.json is written and the ranks no longer communicate.
+The child has a low priority and a limited time, and it is ended when rank 0 ends. If the child fails, the
+run is not affected: its exit code and its records do not depend on the page.
 """
 
 from __future__ import annotations
@@ -26,26 +26,27 @@ from allranks.job.identity import RankIdentity
 # A page of the shipped models takes 3 s on a laptop, and some 20 s where other programs keep its processors
 # busy. A model that passes over its test set for minutes gets a page without that part.
 LIMIT_S = 60.0
-FURTHER_S = 10.0  # for each further run of a sweep, whose pages one process makes
+FURTHER_S = 10.0  # added for each further run of a sweep: one child makes the pages of all its runs
 # srun may end the last task of a step some time after the first one has ended. Sites that set such a time
 # (WaitTime in slurm.conf) set 30 s and more.
 SRUN_LIMIT_S = 20.0
-# Beside a run that has ended others may be at work on the same host: they come first.
+# Other runs may still be computing on the same host. The child gives way to them: a niceness above 0 means
+# a lower priority.
 NICENESS = 10
-_LOOK_S = 0.05  # between two looks at the process: much less than a page takes
+_LOOK_S = 0.05  # how often rank 0 looks whether the child has ended: much less than a page takes
 
 PAGE = "report.html"  # in the run directory
-FOLDER = "report"  # beside it: the page's pictures
-# By the names of variables that make a process one of an MPI job's ranks. A model or data set that imports
-# MPI in the child would wait for ranks that are gone.
+FOLDER = "report"  # in the run directory, too: the page's pictures
+# How the names of the environment variables begin by which MPI recognises one of its ranks. The child must
+# not have them: a model or data set that imports MPI there would wait for ranks that have ended.
 _OF_MPI = ("PMI", "PALS_", "OMPI_", "MV2_", "MVP_", "MPI_LOCAL")
 
 
 class Made(NamedTuple):
-    """What has become of the pages."""
+    """Which pages were made, and what went wrong."""
 
-    pages: Sequence[str]  # the paths of those that were made
-    problem: str  # why one was not made, or lacks something: a sentence; empty where all is well
+    pages: Sequence[str]  # the paths of the pages that were made
+    problem: str  # a sentence that says why a page is missing or incomplete; empty if all went well
 
 
 def finish(
@@ -55,10 +56,10 @@ def finish(
     is_stopped: Callable[[], bool],
     is_quiet: bool,
 ) -> None:
-    """Has the pages of these runs made, and says where they are; rank 0 calls when its runs have ended.
+    """Makes the pages of these runs and prints their paths. Rank 0 calls this when its runs have ended.
 
-    `left_s`: seconds until the job's end. `is_stopped` says whether this process is to end. With `is_quiet`
-    only problems are told. Never raises for what happens to a page.
+    `left_s` is the time until the job's end, in seconds. `is_stopped` says whether this process has been
+    told to end. With `is_quiet` only problems are printed. A page that cannot be made raises no error.
     """
     from allranks.runtime import mpi
     from allranks.training import control, story
@@ -68,18 +69,21 @@ def finish(
     if left_s < most_s + control.MARGIN_S:
         show(f"the job ends too soon for a report; later: allranks report {names}")
         return
-    mpi.leave(0)  # the other ranks wait for that, and keep their processors busy
+    # Rank 0 leaves MPI before the pages are made. The other ranks wait until it has left, and a rank that
+    # waits in MPI keeps its processor busy.
+    mpi.leave(0)
     _free_device()
     made = make_pages(directories, most_s, is_stopped, os.environ)
-    for page in made.pages if not is_quiet else ():
-        print(story.pair("report", page), flush=True)
+    if not is_quiet:
+        for page in made.pages:
+            print(story.pair("report", page), flush=True)
     if made.problem:
         what = "the report lacks something" if made.pages else "no report was made"
         show(f"{what} ({made.problem.rstrip('.')}): allranks report {names}")
 
 
 def _free_device() -> None:
-    """Gives back the memory of a GPU that this process keeps for further use: the page may need some."""
+    """Gives unused GPU memory that torch keeps in this process back to the GPU: the child may need it."""
     import torch
 
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -88,12 +92,12 @@ def _free_device() -> None:
 
 
 def pictures_of(directory: str) -> list[Path]:
-    """The pictures of the page of the run in this directory, as PNG files; none where it has no page."""
+    """The paths of the PNG pictures in this run's report, sorted; an empty list if there is no report."""
     return sorted((Path(directory) / FOLDER).glob("*.png"))
 
 
 def limit_s(runs: int, identity: RankIdentity) -> float:
-    """How many seconds the pages of so many runs may take under this launcher."""
+    """How many seconds the pages of `runs` runs may take. Under srun it is less, as SRUN_LIMIT_S says."""
     if identity.launcher == "slurm" and not identity.alone:
         return SRUN_LIMIT_S
     return LIMIT_S + FURTHER_S * (runs - 1)
@@ -115,7 +119,7 @@ class ChildEnd(NamedTuple):
     """What a child process has said, and how it has ended."""
 
     out: str  # its stdout
-    problem: str  # why it did not come to its end, or what it lacks: a sentence; empty where all is well
+    problem: str  # a sentence that says what went wrong in the child; empty if all went well
 
 
 def in_child(
@@ -126,7 +130,8 @@ def in_child(
     The child is ended after `most_s` seconds, or as soon as `is_stopped` says that this process is to end.
     """
     command = [sys.executable, "-m", "allranks", *words]
-    # Files, not pipes: nobody would read a pipe while we wait, and a full one would hold the child up.
+    # The child writes into files and not into pipes: nothing reads a pipe while this process waits, and the
+    # child would block as soon as the pipe is full.
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         try:
             child = subprocess.Popen(
@@ -139,24 +144,27 @@ def in_child(
         said = [line for line in _text(err).splitlines() if line.strip()]
     if why_ended:
         return ChildEnd(told, why_ended)
-    # Libraries say things of their own on stderr: only where the child has failed the last of them counts.
+    # The last message of allranks on stderr is the problem. Libraries write there, too, also when all is
+    # well: their last line is taken only if the child has failed without a message of allranks.
     ours = [line for line in said if line.startswith("allranks: ")]
-    telling = ours or (said if child.returncode else [])
-    fallback = f"exit code {child.returncode}" if child.returncode else ""
-    return ChildEnd(told, telling[-1].removeprefix("allranks: ") if telling else fallback)
+    if ours:
+        return ChildEnd(told, ours[-1].removeprefix("allranks: "))
+    if child.returncode == 0:
+        return ChildEnd(told, "")
+    return ChildEnd(told, said[-1] if said else f"exit code {child.returncode}")
 
 
 def become_child(parent: int) -> None:
-    """Makes this process one that in_child() has started: it has a low priority, and ends with its parent.
+    """Gives this process a low priority, and has it killed when its parent ends.
 
-    `parent` is the process id of the one that has started it.
+    A process that in_child() has started calls this first. `parent` is the process id of its parent.
     """
     processes.die_with_parent(parent, signal.SIGKILL)
     os.nice(NICENESS)
 
 
 def _wait(child: subprocess.Popen[bytes], most_s: float, is_stopped: Callable[[], bool]) -> str:
-    """Waits for the child's end. Why it was ended by us; empty where it has ended by itself."""
+    """Waits for the child's end. Returns why this process killed it; empty if it ended by itself."""
     ends_at = time.monotonic() + most_s
     while child.poll() is None:
         if is_stopped():
@@ -170,7 +178,7 @@ def _wait(child: subprocess.Popen[bytes], most_s: float, is_stopped: Callable[[]
 
 
 def _kill(child: subprocess.Popen[bytes]) -> None:
-    """Ends the child and the processes that read data for it."""
+    """Kills the child and all processes that it has started, such as the workers that read its data."""
     for pid in processes.descendants(child.pid):
         with suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
@@ -179,10 +187,11 @@ def _kill(child: subprocess.Popen[bytes]) -> None:
 
 
 def _without_mpi(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment without the variables by which MPI recognises one of its ranks."""
     return {name: value for name, value in environ.items() if not name.startswith(_OF_MPI)}
 
 
 def _text(file: IO[bytes]) -> str:
-    """All that the file holds."""
+    """The whole content of the file, from its beginning."""
     file.seek(0)
     return file.read().decode(errors="replace")

@@ -1,9 +1,9 @@
 """`allranks report`: the page of a run, report.html, with its pictures as files beside it.
 
-The page is made in two steps. First from the run's records, which takes a second or two and works for any
-run. Then the trained model is loaded and passes over the test set, and the page is made again with what
-that has shown. Model and data may be a user's own code: whatever it does, the page of the first step is
-there.
+The page is made in two steps. The first step uses only the run's records: it takes a second or two and
+works for any run. The second step loads the trained model, applies it to the test set, and writes the page
+again with these results. Model and data may be a user's own code, which may fail or hang: then the page of
+the first step remains.
 """
 
 from __future__ import annotations
@@ -57,14 +57,19 @@ def main(arguments: Sequence[str]) -> int:
     for run, folder in _folders(options.run, options.to):
         path = report(run, folder, options.device, passes=not options.records_only)
         print(path, flush=True)
-    if len(options.run) > 1 and options.at_end_of is None:  # a sweep has its runs compared by itself
+    # At the end of a sweep there is nothing to compare here: the sweep makes its comparison itself.
+    if len(options.run) > 1 and options.at_end_of is None:
         comparison = compare(compare_command.found_at(options.run).runs)
         print(compare_command.page_of(comparison, Path(options.to or "."), options.run), flush=True)
     return 0
 
 
 def _folders(runs: Sequence[str], to: str | None) -> list[tuple[Path, Path]]:
-    """Each run's directory, and the folder for its page: with --to several runs have one each below it."""
+    """Each run's directory with the folder for its page.
+
+    Without --to the page goes into the run's directory. With --to a single run's page goes into that
+    folder, and each of several runs gets a folder of its own below it.
+    """
     if to is None:
         return [(Path(run), Path(run)) for run in runs]
     if len(runs) == 1:
@@ -73,11 +78,11 @@ def _folders(runs: Sequence[str], to: str | None) -> list[tuple[Path, Path]]:
 
 
 def report(run: Path, folder: Path, device: str | None = None, passes: bool = True) -> Path:
-    """Makes the page of the run in this folder, and returns its path; says on stderr what is missing.
+    """Makes the page of a run in `folder` and returns its path; says on stderr what the page lacks.
 
-    `device` is a value of the key `device` for the pass over the test set, None the run's own. Without
-    `passes` there is no such pass. Raises UserError where there is nothing of a run, or where the page
-    cannot be written.
+    `device` is what the model computes on during the pass over the test set, as in the key `device`; None
+    stands for the run's own. If `passes` is False, the model is not loaded and there is no such pass.
+    Raises UserError if `run` holds no run, or if the page cannot be written.
     """
     facts = gather(run)
     notes: list[str] = []
@@ -115,7 +120,10 @@ def _write(
     notes: Sequence[str],
     seen: Examined | None = None,
 ) -> Path:
-    """Writes the page and the pictures into the folder; returns the page's path. Raises UserError."""
+    """Writes the page and the pictures into the folder and returns the page's path.
+
+    Raises UserError if one of them cannot be written.
+    """
     path = folder / PAGE
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -129,6 +137,6 @@ def _write(
 
 
 def _say(notes: Sequence[str]) -> None:
-    """Says on stderr what the page lacks. The page has the same sentences."""
+    """Writes the sentences on what the page lacks to stderr. They stand in the page, too."""
     for note in notes:
         show(note)

@@ -1,16 +1,15 @@
-"""Compares runs: in what they differ, what each has come to, and which one is the best. No torch.
+"""Compares runs: in which settings they differ, their results, and which one is the best. No torch.
 
-The rules are here, without any file and any output: compare() takes what report/gather.py has read of each
-run, and gives a Comparison, from which tables, pictures and the page are made.
+This module has the rules only; it reads and writes no file. compare() takes what report/gather.py has read
+of each run, and returns a Comparison. Tables, pictures and the page are made from that.
 
-Runs that differ in nothing but their seed are one row: the mean over them says more than any of them, and
-the standard deviation tells which differences between rows mean nothing.
+Runs that differ only in their seed share one row of the table, which has the mean of their results and the
+standard deviation. A difference between two rows that is smaller than that may be chance.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,20 +20,23 @@ from allranks import config as configs
 from allranks.base.errors import UserError
 from allranks.base.text import did_you_mean
 from allranks.compose import GROUPS, as_override
-from allranks.report.gather import RunFacts
+from allranks.report.gather import RunFacts, as_number
 
 SEED = "seed"
-NOT_STARTED = "not started"  # as run/states.py calls it; also a cell of a sweep without a directory
-RANKS = "world_size"  # no key of the configuration, but what people compare runs over all the same
+# The state of a run that has not started, as run/states.py calls it. A cell of a sweep that has no
+# directory yet is in this state, too.
+NOT_STARTED = "not started"
+# The number of ranks is no key of the configuration, but runs are often compared by it.
+RANKS = "world_size"
 
 
 class Figure(NamedTuple):
-    """One number that a run has come to."""
+    """One result of a run that is a number."""
 
-    name: str  # as in the records of a run, where it stands there
-    heading: str  # of its column for people
+    name: str  # the same as in summary.json or metrics.jsonl, if the figure stands there
+    heading: str  # of its column in a table for people
     meaning: str
-    higher_is_better: bool | None  # None: neither is
+    higher_is_better: bool | None  # None: neither high nor low is better
 
 
 FIGURES = (
@@ -63,13 +65,13 @@ class Row:
     """One run, or several that differ in nothing but their seed."""
 
     runs: Sequence[RunFacts]
-    settings: Mapping[str, Any]  # of the keys in which the rows differ; a key that a run lacks is missing
+    settings: Mapping[str, Any]  # values of the keys in which the rows differ, as far as the runs have them
     values: Mapping[str, Value]  # by the name of the figure
     is_best: bool = False
 
     @property
     def states(self) -> dict[str, int]:
-        """How many of the runs have which state."""
+        """For each state, how many of the row's runs are in it."""
         found: dict[str, int] = {}
         for run in self.runs:
             state = state_of(run)
@@ -82,9 +84,9 @@ class Comparison:
     """Several runs side by side."""
 
     rows: Sequence[Row]  # sorted
-    keys: Sequence[str]  # in which the rows differ, those that decide what is computed first
+    keys: Sequence[str]  # in which the rows differ; keys that change the result come first
     sorted_by: str  # the name of a figure, or one of `keys`
-    best_by: str  # the figure by which the best row is marked; empty where none can be called the best
+    best_by: str  # the figure by which the best row is marked; empty if no row can be called the best
     notes: Sequence[str] = ()  # sentences: what cannot be compared, and which files could not be read
 
     @property
@@ -109,9 +111,9 @@ class Comparison:
 def compare(runs: Sequence[RunFacts], sort_by: str | None = None, each: bool = False) -> Comparison:
     """Compares runs, in a table sorted by a figure or by a key of the configuration.
 
-    Without `sort_by` that is test/accuracy, or val/accuracy where no run has been tested. With `each` runs
-    that differ only in their seed stay rows of their own. Raises UserError for a `sort_by` that is neither
-    a figure nor a key in which the runs differ.
+    Without `sort_by` the table is sorted by test/accuracy, or by val/accuracy if no run has been tested.
+    With `each` every run is a row of its own, also where runs differ only in their seed. Raises UserError
+    for a `sort_by` that is neither a figure nor a key in which the runs differ.
     """
     settings = [_settings(run) for run in runs]
     keys = _differing(runs, settings)
@@ -132,9 +134,9 @@ def compare(runs: Sequence[RunFacts], sort_by: str | None = None, each: bool = F
 
 
 def _settings(run: RunFacts) -> dict[str, Any]:
-    """What was chosen for a run, by key: each value of its configuration, the components, its ranks."""
+    """The settings of a run by key: its configuration, its chosen components, and its number of ranks."""
     overrides = overrides_by_key(run.overrides)
-    if not run.config:  # not started yet, or damaged: its command line is all that is known
+    if not run.config:  # the run has not started, or is damaged: only its command line is known
         return {key: _read(value) for key, value in overrides.items()}
     components = {key: value for key, value in overrides.items() if key in GROUPS}
     settings = {**components, **run.config}
@@ -144,7 +146,7 @@ def _settings(run: RunFacts) -> dict[str, Any]:
 
 
 def _read(value: str) -> Any:
-    """The value of an override, as far as JSON reads it as YAML would: numbers and lists of them."""
+    """The value of an override: a number or a list as such, anything that is not JSON as its text."""
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
@@ -152,7 +154,7 @@ def _read(value: str) -> Any:
 
 
 def overrides_by_key(overrides: Iterable[str]) -> dict[str, str]:
-    """Overrides such as `optimizer.lr=0.1` by their key; the last one of a key counts, as for Hydra."""
+    """Overrides such as `optimizer.lr=0.1` as values by key. The last one of a key wins, as in Hydra."""
     found: dict[str, str] = {}
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -162,7 +164,11 @@ def overrides_by_key(overrides: Iterable[str]) -> dict[str, str]:
 
 
 def _differing(runs: Sequence[RunFacts], settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys in which the runs differ, without those that follow from others of them."""
+    """The keys in which the runs differ, without keys whose values follow from the choice of components.
+
+    Runs with `model=cnn` and `model=mlp`, for example, differ also in keys such as `model.width`. Only
+    `model` is returned then, because it explains these other differences.
+    """
     # A run whose configuration cannot be read would differ from all others in every key.
     readable = [index for index, run in enumerate(runs) if run.config]
     known = [settings[index] for index in readable]
@@ -171,8 +177,8 @@ def _differing(runs: Sequence[RunFacts], settings: Sequence[Mapping[str, Any]]) 
     every_key = dict.fromkeys(key for each in known for key in each)
     differing = [key for key in every_key if len({_comparable(each, key) for each in known}) > 1]
 
-    # A component counts as one choice only where each run says which one it has: `model=cnn`. Else the
-    # values below it tell the difference.
+    # The choice of a component, such as `model=cnn`, is used only if every run names its choice on the
+    # command line. Otherwise the values of the component, such as `model.width`, show the difference.
     choices = [key for key in differing if key in GROUPS and all(key in each for each in known)]
     is_one_sweep = len({run.directory.parent for run in runs}) == 1 and all(overrides)
     named = {key for each in overrides for key in each}
@@ -182,11 +188,12 @@ def _differing(runs: Sequence[RunFacts], settings: Sequence[Mapping[str, Any]]) 
         if key in GROUPS:
             return key not in choices
         belongs = key == "name" or key.partition(".")[0] in choices
-        # In a sweep one command line has made all configurations: what it does not name has come with one
-        # of the choices, as the precision may come with a model.
+        # One command line has made all configurations of a sweep. A key that differs although the command
+        # line does not name it was set by a chosen component: a model may set the precision, for example.
         comes_along = is_one_sweep and key not in named and key != RANKS
         if not choices or not (belongs or comes_along):
             return False
+        # The key follows from the choices if runs with equal choices always have equal values of it.
         by_choice: dict[tuple[str, ...], set[str]] = {}
         for each in known:
             chosen = tuple(_comparable(each, choice) for choice in choices)
@@ -194,27 +201,30 @@ def _differing(runs: Sequence[RunFacts], settings: Sequence[Mapping[str, Any]]) 
         return all(len(values) == 1 for values in by_choice.values())
 
     left = [key for key in differing if not follows(key)]
-    # Those that decide come first. The sort is stable, so else they stay in the order of the file.
+    # Keys that change the result come first. Python's sort is stable: within both groups the order of
+    # config.yaml stays.
     return sorted(left, key=decides, reverse=True)
 
 
 def decides(key: str) -> bool:
-    """Whether this key decides what a run computes; others say where and how it runs."""
+    """Whether this key can change a run's result; other keys only say where and how the run computes."""
     return key in GROUPS or key == RANKS or configs.must_agree(key)
 
 
 def _comparable(settings: Mapping[str, Any], key: str) -> str:
-    """A setting's value as a text that is equal where the values are; a missing one is no other's equal."""
+    """The value of a setting as text: equal texts stand for equal values. A missing value gives `missing`,
+    which no value gives, because a text value stands in quotation marks.
+    """
     return json.dumps(settings[key], sort_keys=True, default=str) if key in settings else "missing"
 
 
 def shown(value: object) -> str:
-    """A setting's value as it is typed after `key=`."""
+    """The value of a setting as a user would type it on the command line after `key=`."""
     return as_override(value)
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """For each key the shortest ending that none of the others has: `lr` for `optimizer.lr`."""
+    """A short name for each key: its shortest ending that no other key has, as `lr` for `optimizer.lr`."""
     names: dict[str, str] = {}
     for key in keys:
         parts = key.split(".")
@@ -249,7 +259,9 @@ def _rows(
 
 
 def _row(runs: Sequence[RunFacts], settings: Mapping[str, Any]) -> Row:
-    # Half a training is no sample of whole ones: it counts only where no run of the row has finished.
+    """The row of these runs, with the mean of each figure over them."""
+    # A run that has not finished has trained for a shorter time, so its figures would distort the mean of
+    # finished runs. Such runs count only if no run of the row has finished.
     finished = [run for run in runs if run.is_finished]
     counted = [figures_of(run) for run in finished or runs]
     values = {figure.name: value_of(each[figure.name] for each in counted) for figure in FIGURES}
@@ -257,7 +269,7 @@ def _row(runs: Sequence[RunFacts], settings: Mapping[str, Any]) -> Row:
 
 
 def figures_of(run: RunFacts) -> dict[str, float | None]:
-    """Each of FIGURES of one run; None for one that is not known."""
+    """The value of each of FIGURES for one run, by its name; None if it is not known."""
     epoch_s = [(e.get("time/train_s") or 0.0) + (e.get("time/eval_s") or 0.0) for e in run.epochs]
     return {
         "test/accuracy": _number(run.summary.get("test/accuracy")),
@@ -281,16 +293,18 @@ def value_of(numbers: Iterable[float | None]) -> Value:
 
 
 def _best_of(column: Sequence[float | None], choose: Callable[[Sequence[float]], float]) -> float | None:
+    """What `choose`, such as max, takes from the known values of a column; None if no value is known."""
     known = [number for number in column if number is not None]
     return choose(known) if known else None
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether the value is a finite number; True and False are not numbers here."""
+    return as_number(value) is not None
 
 
 def _number(value: Any) -> float | None:
-    """A figure from a file, which may hold anything; None for what is no finite number."""
+    """A value from a file as a float; None if it is not a finite number."""
     return float(value) if is_number(value) else None
 
 
@@ -298,7 +312,7 @@ def _number(value: Any) -> float | None:
 
 
 def figure_named(name: str) -> Figure | None:
-    """The figure with this name, or with this heading; None for none."""
+    """The figure with this name or this heading; None if there is no such figure."""
     return next((figure for figure in FIGURES if name in (figure.name, figure.heading)), None)
 
 
@@ -321,7 +335,10 @@ def _sort_key(given: str | None, keys: Sequence[str], rows: Sequence[Row]) -> st
 
 
 def _sorted(rows: Sequence[Row], by: str) -> list[Row]:
-    """The rows, the best first by a figure, or rising by a key; rows without a value come last."""
+    """The rows sorted: by a figure with the best first, or by a key with the smallest value first.
+
+    Rows without a value come last.
+    """
     figure = figure_named(by)
     if figure is None:
         return sorted(rows, key=lambda row: by_setting(row.settings, by))
@@ -336,8 +353,10 @@ def _sorted(rows: Sequence[Row], by: str) -> list[Row]:
 
 
 def by_setting(settings: Mapping[str, Any], key: str) -> tuple[int, float, str]:
-    """A key for sorting rows by a setting: numbers by their size, then texts by their letters, and what is
-    missing last."""
+    """A key for sorted(), which sorts rows by a setting.
+
+    Numbers come first, by size; then texts, in alphabetical order; then rows without this setting.
+    """
     if key not in settings:
         return 2, 0.0, ""
     value = settings[key]
@@ -347,9 +366,11 @@ def by_setting(settings: Mapping[str, Any], key: str) -> tuple[int, float, str]:
 
 
 def _best_by(sorted_by: str, rows: Sequence[Row], is_same_test: bool) -> str:
-    """The figure by which one row is the best; empty where there is nothing to choose.
+    """The figure that decides which row is the best; empty if no row can be called the best.
 
-    That is the figure that the rows are sorted by. Sorted by a key, they are judged as without --sort.
+    It is the figure by which the rows are sorted. If they are sorted by a key, it is the figure by which
+    they would be sorted without --sort. No row is the best by the number of epochs, by figures of different
+    examples, or if fewer than two rows have the figure.
     """
     figure = figure_named(sorted_by)
     name = sorted_by if figure else _sort_key(None, (), rows)
@@ -360,21 +381,24 @@ def _best_by(sorted_by: str, rows: Sequence[Row], is_same_test: bool) -> str:
 
 
 def _with_best(rows: Sequence[Row], by: str) -> list[Row]:
+    """The rows, with `is_best` set where the mean of the figure `by` is the best of all."""
     figure = figure_named(by)
     assert figure is not None
-    means = [mean for row in rows if (mean := row.values[by].mean) is not None]
-    best = max(means) if figure.higher_is_better else min(means)
+    means = [row.values[by].mean for row in rows]
+    known = [mean for mean in means if mean is not None]
+    best = max(known) if figure.higher_is_better else min(known)
     return [Row(row.runs, row.settings, row.values, row.values[by].mean == best) for row in rows]
 
 
 # --- what has to be said ---------------------------------------------------------------------------------
 
+# How the keys begin that decide which examples a run is tested on, and which it is validated on.
 _TESTED_ON = ("data.test.", "data.classes", "data.input_shape")
 _VALIDATED_ON = ("data.train.", "data.split")
 
 
 def _differ(runs: Sequence[RunFacts], beginnings: tuple[str, ...]) -> list[str]:
-    """The keys that begin so, that decide what is computed, and in which the runs differ."""
+    """The keys with one of these beginnings in which the runs differ, and which can change a result."""
     known = [run.config for run in runs if run.config]
     keys = dict.fromkeys(key for each in known for key in each if key.startswith(beginnings))
     return [
@@ -391,7 +415,7 @@ def _about_count(runs: Sequence[RunFacts]) -> list[str]:
 
 
 def _about_data(runs: Sequence[RunFacts]) -> list[str]:
-    """What to say where figures of different runs are not of the same examples."""
+    """A sentence if the runs were tested or validated on different examples, else nothing."""
     tested = _differ(runs, _TESTED_ON)
     if tested:
         return [
@@ -412,14 +436,14 @@ def _about_problems(runs: Sequence[RunFacts]) -> list[str]:
 
 
 def state_of(run: RunFacts) -> str:
-    """The state of a run in a comparison: one whose configuration cannot be read is damaged."""
+    """The state of a run in a comparison: `damaged` if it has started and has no readable config.yaml."""
     if run.config or run.state == NOT_STARTED:
         return run.state
     return "damaged"
 
 
 def directory_names(runs: Sequence[RunFacts]) -> dict[Path, str]:
-    """For each run's directory a name that is short, and no other run's: its last folders."""
+    """A short name for each run's directory: as many of its last folders as make all names different."""
     paths = [run.directory for run in runs]
     for depth in range(1, max((len(path.parts) for path in paths), default=1) + 1):
         names = {path: "/".join(path.parts[-depth:]) for path in paths}

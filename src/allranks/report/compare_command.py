@@ -29,7 +29,11 @@ FORMATS: dict[str, Format] = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`allranks compare ARGUMENTS`; the exit code. Raises UserError where there is nothing to show."""
+    """Runs `allranks compare` with these arguments and returns its exit code.
+
+    Raises UserError if no run is found, if the options do not fit together, or if a file that --to or
+    --page asks for cannot be written.
+    """
     options = with_our_errors(_parser()).parse_args(arguments)
     if options.at_end_of is not None:
         at_end.become_child(options.at_end_of)
@@ -56,13 +60,17 @@ def main(arguments: Sequence[str]) -> int:
         except UserError as error:
             if options.page is not None:
                 raise
-            # Nobody has asked for this page: the sweep may be another user's.
+            # The user has not asked for this page with --page. That it cannot be written is no error: the
+            # sweep may belong to another user.
             print(f"Without a page: {error}", flush=True)
     return 0
 
 
 def page_of(comparison: Comparison, folder: Path, paths: Sequence[str]) -> Path:
-    """Writes the page of the runs at these paths into the folder; its path. Raises UserError."""
+    """Writes the page that compares the runs at these paths into the folder, and returns the page's path.
+
+    Raises UserError if the folder cannot be written.
+    """
     from allranks.report import compare_page  # needs numpy, and matplotlib where that is installed
 
     name = Path(paths[0]).absolute().name if len(paths) == 1 else f"{len(comparison.runs)} runs"
@@ -70,8 +78,10 @@ def page_of(comparison: Comparison, folder: Path, paths: Sequence[str]) -> Path:
 
 
 def _folder_of_page(options: argparse.Namespace) -> Path | None:
-    """Where the page goes: to the folder that --page names, else to the one folder that has all runs below
-    it; None where there is to be no page.
+    """The folder for the page; None if no page is to be made.
+
+    It is the folder that --page names. Without --page it is the directory on the command line, if there is
+    just one, it is not itself a run, and --no-page is not given.
     """
     if options.page is not None:
         return Path(options.page)
@@ -108,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         "runs there is no page)",
     )
     parser.add_argument("--no-page", action="store_true", help="the table only, also for a sweep")
-    # For the end of a sweep: how each of its cells that was started has ended, which no file tells.
+    # Given by the sweep: how each cell that was started has ended, in order. No file tells that.
     parser.add_argument("--end", action="append", default=[], help=argparse.SUPPRESS)
     # Given by the sweep, which is this process's parent (report/compare_sweep.py).
     parser.add_argument("--at-end-of", metavar="PID", type=int, help=argparse.SUPPRESS)
@@ -116,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _with_ends(runs: Sequence[RunFacts], ends: Sequence[str]) -> list[RunFacts]:
-    """The cells of a sweep, in order, the first of them in the states that `ends` tells."""
+    """The cells of a sweep in order. `ends` has the states of the first ones; the others keep theirs."""
     told = [replace(run, state=end) for run, end in zip(runs, ends, strict=False)]
     return [*told, *runs[len(told) :]]
 
@@ -139,12 +149,12 @@ class Place(NamedTuple):
 
 
 def found_at(paths: Sequence[str]) -> Found:
-    """The runs at the paths: each is a run's directory, a sweep's, or a folder with runs below it.
+    """The runs at the paths. Each path is a run's directory, a sweep's directory, or a folder above runs.
 
-    Raises UserError where there is not one run.
+    Raises UserError if there is no run at any of them.
     """
     notes: list[str] = []
-    places: dict[Path, Place] = {}  # a run that is named twice is one
+    places: dict[Path, Place] = {}  # by directory, so that a run that is named twice appears once
     for path in paths:
         try:
             for place in _places(path):
@@ -152,7 +162,8 @@ def found_at(paths: Sequence[str]) -> Found:
         except UserError as error:
             notes.append(str(error))
 
-    states = states_of(list(places), notes.append)  # of all at once, so that a scheduler is asked once
+    # The states of all runs are asked for in one call, so that the scheduler is asked once.
+    states = states_of(list(places), notes.append)
     runs = []
     for place in places.values():
         try:
@@ -165,7 +176,7 @@ def found_at(paths: Sequence[str]) -> Found:
 
 
 def _places(path: str) -> list[Place]:
-    """The runs at one path. Raises UserError where there can be none."""
+    """Where the runs at one path are. Raises UserError if the path is not a directory."""
     folder = Path(path).absolute()
     if (folder / CELLS).is_file():
         return [Place(folder / name, overrides) for name, overrides in cells_listed(folder)]
@@ -177,7 +188,10 @@ def _places(path: str) -> list[Place]:
 
 
 def _facts(place: Place, state: str) -> RunFacts:
-    """What is known of a run. Raises UserError where that is nothing, unless a sweep has it in its list."""
+    """Reads the run at this place. A cell of a sweep counts as a run even if its directory cannot be read.
+
+    Raises UserError if there is no run, and no sweep that lists it as a cell.
+    """
     try:
         return gather(place.directory, state)
     except UserError as error:
@@ -197,7 +211,7 @@ def terminal_width() -> int:
 
 
 def plus_minus() -> str:
-    """The sign between a mean and its standard deviation, in what the terminal can show."""
+    """The sign between a mean and its standard deviation: `±`, or `+-` if stdout cannot encode that."""
     try:
         "±".encode(sys.stdout.encoding or "ascii")
     except (UnicodeEncodeError, LookupError):
@@ -206,6 +220,7 @@ def plus_minus() -> str:
 
 
 def _write(path: Path, text: str) -> None:
+    """Writes the table into the file that --to names. Raises UserError if that fails."""
     try:
         files.write_text(path, text + "\n").close()
     except OSError as error:

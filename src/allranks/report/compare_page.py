@@ -1,4 +1,7 @@
-"""The page of a comparison, compare.html, in the style of a run's own report; its pictures as files."""
+"""Makes compare.html, the page that compares several runs, and its pictures as files in compare/.
+
+The page looks like the report of a single run (report/page.py) and uses the same template.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +26,10 @@ FOLDER = "compare"  # of the pictures
 
 
 def write(comparison: Comparison, folder: Path, name: str) -> Path:
-    """Writes compare.html into the folder, and the pictures into compare/ beside it; the page's path.
+    """Writes compare.html and the folder compare/ with its pictures into `folder`; returns the page's path.
 
-    `name` says what is compared, as in `sizes` for a sweep in runs/sizes. Raises UserError where the folder
-    cannot be written.
+    `name` is the title of the page, such as `sizes` for a sweep in runs/sizes. Raises UserError if the
+    folder cannot be written.
     """
     notes = list(comparison.notes)
     drawn: list[Picture] = []
@@ -49,7 +52,7 @@ def write(comparison: Comparison, folder: Path, name: str) -> Path:
 def page(
     comparison: Comparison, drawn: Sequence[Picture], notes: Sequence[str], name: str, folder: Path
 ) -> str:
-    """The whole page as HTML. `folder` is where it will be: from there it leads to the runs' own pages."""
+    """The whole page as HTML. Its links to the reports of the runs are relative to `folder`."""
     by_name = {picture.name: picture for picture in drawn}
     curves = [curve.name for curve in compare_pictures.CURVES]
     sections = [
@@ -80,7 +83,7 @@ def _header(comparison: Comparison, notes: Sequence[str], name: str, folder: Pat
 
 
 def _figures(comparison: Comparison) -> list[tuple[str, str, str]]:
-    """(what, value, words beside it) of what matters most: the best row, and how far it is ahead."""
+    """The large figures at the top, each as (what, value, words beside it): the best result and its run."""
     found: list[tuple[str, str, str]] = []
     figure = figure_named(comparison.best_by) if comparison.best_by else None
     best = [row for row in comparison.rows if row.is_best]
@@ -106,7 +109,10 @@ def _table(comparison: Comparison) -> Html:
 
 
 def _marked_table(columns: Sequence[Column], marks: Sequence[bool]) -> Html:
-    """The columns as a table that scrolls by itself; a marked row says `best` in words, too."""
+    """The columns as a table that scrolls within the page.
+
+    A marked row has another background, and the word `best` in its last cell: colour alone is not enough.
+    """
 
     def css(column: Column) -> str | None:
         if column.name == "run":
@@ -128,13 +134,13 @@ def _marked_table(columns: Sequence[Column], marks: Sequence[bool]) -> Html:
 
 
 def _pictures(comparison: Comparison, drawn: Mapping[str, Picture], names: Sequence[str]) -> Html:
-    """Those of the pictures that there are, each with its numbers to unfold."""
+    """The pictures with these names, as far as they were drawn, each with a table that can be unfolded."""
     cards = [chart(drawn[name], _numbers(comparison, name)) for name in names if name in drawn]
     return tag("div", *cards, class_="cards") if cards else NOTHING
 
 
 def _numbers(comparison: Comparison, name: str) -> Html:
-    """The numbers of a picture: a row for each row of the comparison."""
+    """The numbers that a picture shows, as a table with a row for each row of the comparison."""
     labels = [compare_pictures.label_of(row, comparison) for row in comparison.rows]
     curve = next((each for each in compare_pictures.CURVES if each.name == name), None)
     if curve is None:

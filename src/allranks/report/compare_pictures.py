@@ -1,6 +1,6 @@
-"""The pictures of a comparison: the runs' curves in one picture, and the result against what differs.
+"""Draws the pictures of a comparison: the curves of all runs, and the results against the settings.
 
-They are drawn in the style of a run's own report (report/pictures.py).
+They look like the pictures in the report of a single run (report/pictures.py).
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ from allranks.report.pictures import HEIGHT_IN, LIGHT, WIDTH_IN, Picture, as_pic
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Of more rows the best ones have a colour and a name each, and the others are thin and grey.
+# If there are more rows, the first ones have a colour and a name each, and the others are thin and grey.
 MOST_NAMED = 10
-MOST_ROWS = 24  # names below each other, of the picture with a line for each row
-MOST_TICKS = 8
-# Colour and dashes together tell ten curves apart, also in grey and with colour blindness.
+MOST_ROWS = 24  # in the picture that lists the rows: further rows are left out of it
+MOST_TICKS = 8  # numbers along the horizontal axis: more would overlap
+# Five colours, solid and dashed, make ten curves that can be told apart, even in grey and with colour
+# blindness.
 COLOURS = ("blue", "orange", "green", "ink", "muted")
 DASHES = ("solid", (0, (4, 2)))
 PALEST = 0.4  # opacity of the curve with the smallest value of a key, where the largest has 1
 LEGEND_LINE_IN = 0.165
-LEFT_IN = 0.85  # of the picture, for numbers such as 100,000 and the name of the axis
+LEFT_IN = 0.85  # left margin: room for numbers such as 100,000 and the name of the axis
 LETTER_IN = 0.085  # mean width of a letter
 LOG_FROM_RATIO = 10  # two values that differ by this factor are shown on a logarithmic axis
 
@@ -68,15 +69,15 @@ class Look(NamedTuple):
 
 
 class Point(NamedTuple):
-    """A row's result at a value of the key that it is shown against."""
+    """The result of one row, at a value of the key along the horizontal axis."""
 
-    x: float
-    mean: float
-    std: float | None
+    x: float  # the value of the key
+    mean: float  # of the figure over the row's runs
+    std: float | None  # sample standard deviation; None for fewer than two runs
 
 
 def of_comparison(comparison: Comparison) -> list[Picture]:
-    """The pictures of a comparison: those for which there is something to show."""
+    """The pictures of a comparison. A picture that would show nothing is left out."""
     drawn = [result(comparison, "result"), result(comparison, "speed")]
     drawn += [curves(comparison, curve) for curve in CURVES]
     return [picture for picture in drawn if picture is not None]
@@ -92,7 +93,10 @@ def figure_of(comparison: Comparison, name: str) -> Figure:
 
 
 def label_of(row: Row, comparison: Comparison) -> str:
-    """What the row is, in the keys in which it differs from others: `lr 0.1, batch_size 64`."""
+    """A name for the row made of the settings in which the rows differ, such as `lr 0.1, batch_size 64`.
+
+    Without such settings it consists of the names of the runs' directories.
+    """
     names = short_names(comparison.keys)
     words = [f"{names[key]} {shown(row.settings[key])}" for key in comparison.keys if key in row.settings]
     return ", ".join(words) or ", ".join(run.directory.name for run in row.runs[:3])
@@ -102,14 +106,15 @@ def label_of(row: Row, comparison: Comparison) -> str:
 
 
 def curves(comparison: Comparison, curve: Curve) -> Picture | None:
-    """A figure of each row over the epochs: of several seeds the mean, within a band of the spread.
+    """A picture of a figure over the epochs, with a curve for each row.
 
-    None where no run has this figure.
+    If a row has several runs, the curve is their mean, within a band of one standard deviation. Returns
+    None if no run has this figure.
     """
     rows = [row for row in comparison.rows if _epochs_of(row, curve.figure)]
     if not rows:
         return None
-    if len(rows) <= MOST_NAMED:  # all have a name: in the order of the key, where there is one
+    if len(rows) <= MOST_NAMED:  # all curves are named in the legend: it is sorted by the settings
         rows.sort(key=lambda row: [by_setting(row.settings, key) for key in comparison.keys])
     looks = _looks(comparison, rows)
     named = [look for look in looks if look.label]
@@ -120,7 +125,7 @@ def curves(comparison: Comparison, curve: Curve) -> Picture | None:
         from matplotlib.ticker import MaxNLocator
 
         picture, axes = new_figure(curve.title, height_in=HEIGHT_IN + legend_in)
-        # The named ones come last, and so lie above the grey ones.
+        # Curves with a name are drawn last, so that they lie above the grey ones.
         for row, look in sorted(zip(rows, looks, strict=True), key=lambda pair: bool(pair[1].label)):
             _draw_curve(axes, _epochs_of(row, curve.figure), look)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
@@ -154,13 +159,14 @@ def _epochs_of(row: Row, figure: str) -> dict[int, list[float]]:
 
 
 def _in_legend(row: Row, comparison: Comparison) -> str:
-    """The values of a row, below the names of their keys, which are the legend's heading."""
+    """The line of a row in the legend: the values of its settings. Their names are the legend's heading."""
     values = [shown(row.settings[key]) if key in row.settings else "-" for key in comparison.keys]
     label = ", ".join(values) or label_of(row, comparison)
     return f"{label} (best)" if row.is_best else label
 
 
 def _draw_curve(axes: Axes, by_epoch: dict[int, list[float]], look: Look) -> None:
+    """Draws the mean of the values after each epoch, and a band of one standard deviation around it."""
     epochs = list(by_epoch)
     means = [statistics.fmean(values) for values in by_epoch.values()]
     axes.plot(
@@ -175,7 +181,12 @@ def _draw_curve(axes: Axes, by_epoch: dict[int, list[float]], look: Look) -> Non
 
 
 def _looks(comparison: Comparison, rows: Sequence[Row]) -> list[Look]:
-    """How each row's curve is drawn: the best is thick; rows beyond MOST_NAMED are grey, without a name."""
+    """How the curve of each row is drawn.
+
+    The best row has a thick curve. Rows after the first MOST_NAMED are grey and have no name. If the rows
+    differ in one numeric key only, the strength of the colour shows its value. Otherwise each row has its
+    own colour.
+    """
     named = list(range(len(rows)))[:MOST_NAMED]
     keys = [key for key in comparison.keys if key != SEED]
     strengths = _strengths(rows, keys[0]) if len(keys) == 1 and comparison.numeric_keys() == keys else None
@@ -204,6 +215,7 @@ def _strengths(rows: Sequence[Row], key: str) -> list[float]:
 
 
 def _curve_in_words(row: Row, curve: Curve, comparison: Comparison) -> str:
+    """The last value of a row's curve in words, for readers who cannot see the picture."""
     means = means_by_epoch(row, curve.figure)
     last = max(means)
     return f"{label_of(row, comparison)}: {means[last]:.4g} {curve.unit} after epoch {last}"
@@ -213,11 +225,11 @@ def _curve_in_words(row: Row, curve: Curve, comparison: Comparison) -> str:
 
 
 def result(comparison: Comparison, name: str) -> Picture | None:
-    """The figure that figure_of() gives for `name`, of all rows, against the numeric key they differ in.
+    """The picture `result` or `speed`: a figure of all rows against a numeric key in which they differ.
 
-    There is a curve for each value of another key. With more keys than two, or without a numeric one, the
-    picture `result` has a line for each row, and there is no other. None where fewer than two rows have the
-    figure.
+    If the rows differ in a second key, there is a curve for each of its values. If they differ in more than
+    two keys, in their seed, or in no numeric key, `result` shows a list of all rows, and there is no
+    `speed`. Returns None if there is no picture, or if fewer than two rows have the figure.
     """
     figure = figure_of(comparison, name)
     rows = [row for row in comparison.rows if row.values[figure.name].mean is not None]
@@ -227,7 +239,7 @@ def result(comparison: Comparison, name: str) -> Picture | None:
     numeric = [key for key in comparison.numeric_keys() if len({row.settings[key] for row in rows}) > 1]
     if not numeric or len(keys) > 2 or SEED in comparison.keys:
         return _ranking(comparison, figure, rows) if name == "result" else None
-    # The key with more values lies along the axis.
+    # Of two numeric keys, the one with more values becomes the horizontal axis.
     along = max(numeric, key=lambda key: len({row.settings[key] for row in rows}))
     other = next((key for key in keys if key != along), None)
     return _against(comparison, name, figure, rows, along, other)
@@ -281,7 +293,7 @@ def _against(
 
 
 def _ranking(comparison: Comparison, figure: Figure, rows: Sequence[Row]) -> Picture:
-    """A line for each row: its name, and a dot at its figure, with the spread over seeds."""
+    """A list of the rows: for each its name, and a dot at its figure with the standard deviation."""
     is_cut = len(rows) > MOST_ROWS
     rows = rows[:MOST_ROWS]
     title = figure.heading + (f" of the first {MOST_ROWS}" if is_cut else "")
@@ -296,7 +308,7 @@ def _ranking(comparison: Comparison, figure: Figure, rows: Sequence[Row]) -> Pic
                 [value.mean], [-position], xerr=None if value.std is None else [value.std], fmt="o",
                 color=colour, capsize=3, elinewidth=1.2, markersize=5,
             )  # fmt: skip
-            # The name stands above its dot, at the left: beside it there is no room on a phone.
+            # The name stands above the line with the dot. A name beside it would leave no room on a phone.
             axes.annotate(
                 label, (0, -position), xycoords=("axes fraction", "data"), xytext=(0, 7),
                 textcoords="offset points", color=LIGHT["ink"],
@@ -315,6 +327,7 @@ def _ranking(comparison: Comparison, figure: Figure, rows: Sequence[Row]) -> Pic
 
 
 def _unit(figure: Figure) -> str:
+    """The unit of a figure, for the name of its axis."""
     if figure.name.endswith("accuracy"):
         return "%"
     if figure.name.endswith("loss"):
@@ -323,8 +336,10 @@ def _unit(figure: Figure) -> str:
 
 
 def is_even_in_logarithms(values: Sequence[float]) -> bool:
-    """Whether a logarithmic axis spaces these values, in rising order, more evenly than a linear one: it
-    does for powers such as 32, 64, 128, and for 0.01, 0.03, 0.1.
+    """Whether a logarithmic axis spaces these values more evenly than a linear axis.
+
+    `values` are in rising order and all different. It is True for powers such as 32, 64, 128, and for 0.01,
+    0.03, 0.1.
     """
     if len(values) < 2 or values[0] <= 0:
         return False

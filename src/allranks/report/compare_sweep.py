@@ -1,23 +1,25 @@
-"""A sweep's comparison, made by itself when the sweep has ended. No torch.
+"""Makes the comparison of a sweep automatically when the sweep has ended. No torch.
 
-Where one command trains all cells of a sweep, it calls made() at its end.
+If one command trains all cells of a sweep, it calls made() at its end.
 
-The jobs of an array end in any order, two perhaps at the same moment, on hosts that share nothing but the
-file system. Each of them calls after_cell() at its end, and one of them makes the comparison:
+If each cell is a job of a job array, the jobs end in any order, perhaps two at the same moment, on hosts
+that share only the file system. Each job calls after_cell() at its end, and exactly one of them makes the
+comparison:
 
-1. It writes the file `.ended-N` into the sweep's directory. The file says how the cell has ended, and holds
-   a random token, another one each time.
-2. It lists the directory. Where some cell has no such file, a later one will make the comparison. A network
-   file system may show a listing from its memory; but it drops that memory once this host has changed the
-   directory, as in step 1. So the last of several cells to do step 1 sees the files of all the others.
-3. Several cells may see all files. The name `.compared-X`, with X made of what all files hold, is the
-   same for all of them, and the file system lets only one of them create that file. That one makes the
-   comparison.
+1. The job writes the file `.ended-N` into the sweep's directory, where N is the name of its cell. The file
+   says how the cell has ended, and holds a random token that is new each time.
+2. The job lists the directory. If some cell has no such file yet, the job leaves the comparison to a cell
+   that ends later. A host may keep an old listing of a network file system in its cache, but it drops
+   that listing when it changes the directory itself, as in step 1. So the job that is the last to do step 1
+   sees the files of all other cells.
+3. Several jobs may see all files. Each of them computes the hash X of what all these files hold, which is
+   the same for each of them, and tries to create the file `.compared-X`. The file system lets only one job
+   create it, and this job makes the comparison.
 
-A cell that is started again later ends with another token, so the comparison is made anew.
+A cell that is started again later ends with another token. So X changes, and the comparison is made anew.
 
-The comparison is a child process with a limited time, as the pages of runs are (report/at_end.py): whatever
-becomes of it, the sweep's own end is what it would have been without it.
+The comparison is made in a child process with a limited time (report/at_end.py). If the child fails, the
+exit code and the records of the sweep stay the same.
 """
 
 from __future__ import annotations
@@ -36,29 +38,31 @@ from allranks.base import files
 from allranks.report import at_end
 from allranks.run.cells import cells_listed, is_finished
 
-LIMIT_S = 60.0  # some times what it takes for 100 runs; a file system that hangs takes for ever
-# Where the job has little time left, its script is still to queue the job that goes on.
+# Several times as long as the comparison of 100 runs takes. Without a limit a hanging file system would
+# block the end of the sweep.
+LIMIT_S = 60.0
+# The limit if the job ends soon: its script needs the rest of the time to queue the next job of the sweep.
 SHORT_LIMIT_S = 10.0
 _ENDED, _COMPARED = ".ended-", ".compared-"  # beginnings of names in a sweep's directory
 
 
 class Ended(NamedTuple):
-    """How the command that makes a sweep's comparison has come to its end, and what it may still take."""
+    """How the command that makes a sweep's comparison has ended, and how much time it has left."""
 
-    was_stopped: bool = False  # before the end of the sweep: another job goes on with it
+    was_stopped: bool = False  # it was stopped before the end of the sweep: another job goes on with it
     left_s: float = math.inf  # seconds until the job's end
-    is_told_to_end: Callable[[], bool] = lambda: False  # whether this process is to end at once
+    is_told_to_end: Callable[[], bool] = lambda: False  # whether this process must end at once
 
 
 AT_ITS_END = Ended()
 
 
 def made(sweep: str | Path, ends: Sequence[str] = (), page: bool = True, ended: Ended = AT_ITS_END) -> str:
-    """Makes the comparison of a sweep in a child process; what that says: the table, and where the page is.
+    """Makes the comparison of a sweep in a child process. Returns its text: the table and the page's path.
 
-    `ends` has a word for how each cell has ended that was started, in order, where the caller knows it.
-    Without `page`, and where the job has little time left, there is the table only. What went wrong is the
-    last line of the text.
+    `ends` has the state in which each started cell has ended, in the order of the cells, if the caller
+    knows them. If `page` is False, or if the job ends soon, only the table is made. If something went
+    wrong, the last line of the text says what.
     """
     left_s = min(ended.left_s, _seconds_to_deadline())
     in_haste = ended.was_stopped or left_s < LIMIT_S
@@ -75,21 +79,23 @@ def made(sweep: str | Path, ends: Sequence[str] = (), page: bool = True, ended: 
 
 
 def _seconds_to_deadline() -> float:
-    """Seconds until this job is to stop, as its script says; infinity where nobody says it."""
+    """Seconds until this job must stop, by the variable that its script sets; infinity without it."""
     deadline = os.environ.get("ALLRANKS_DEADLINE", "")
     return int(deadline) - time.time() if deadline.isdecimal() else math.inf
 
 
 def _not_made(sweep: str | Path, why: str) -> str:
+    """What is shown if the comparison could not be made, with the command that tries again."""
     return f"The comparison is not complete ({why.rstrip('.')}). `allranks compare {sweep}` tries again."
 
 
 def after_cell(cell: str | Path, end: str, page: bool = True, ended: Ended = AT_ITS_END) -> str:
-    """Notes that a cell of a sweep has ended; where all have, makes the comparison and gives its text.
+    """Records that a cell of a sweep has ended. If it was the last, makes the comparison; returns the text.
 
-    `end` says in a word how the cell has ended. The text is empty where other cells are still to end, where
-    another cell makes the comparison, and for a run of no sweep. Where the sweep's directory cannot be
-    written there is no comparison: the text says why. `page` and `ended` are those of made().
+    `end` is the state in which the cell has ended, in one word. The text is empty if other cells have not
+    ended yet, if another cell makes the comparison, or if the run belongs to no sweep. If the sweep's
+    directory cannot be written, the text says so. `page` says whether the page is made, too, and `ended`
+    how much time is left, as in made().
     """
     directory = Path(cell).absolute()
     sweep = directory.parent
@@ -109,13 +115,18 @@ def after_cell(cell: str | Path, end: str, page: bool = True, ended: Ended = AT_
 
 
 def _notes_of_all(sweep: Path, names: Sequence[str]) -> list[str] | None:
-    """The notes that all cells have left at their ends, in order; None where one has not ended: step 2."""
+    """The contents of the files `.ended-N` of all cells, in order; None if a cell has not ended.
+
+    This is step 2 of the protocol at the top of this module.
+    """
     there = set(os.listdir(sweep))  # noqa: PTH208
     notes: list[str] = []
     for name in names:
         if f"{_ENDED}{name}" in there:
             notes.append((sweep / f"{_ENDED}{name}").read_text())
-        elif is_finished(sweep / name):  # by a command that has trained all cells, and left no note
+        # A command that trains all cells of a sweep leaves no such files. A cell that has finished counts
+        # as ended all the same.
+        elif is_finished(sweep / name):
             notes.append("- finished")
         else:
             return None
@@ -123,7 +134,11 @@ def _notes_of_all(sweep: Path, names: Sequence[str]) -> list[str] | None:
 
 
 def _is_ours_to_make(sweep: Path, notes: Sequence[str]) -> bool:
-    """Whether no other process has set out to compare the cells that have left these notes: step 3."""
+    """Whether this process makes the comparison, because it was the first to create the file `.compared-X`.
+
+    This is step 3 of the protocol at the top of this module. X is a hash of `notes`, so equal notes are
+    compared once. The marks of earlier comparisons are removed.
+    """
     earlier = list(sweep.glob(f"{_COMPARED}*"))
     mark = f"{_COMPARED}{hashlib.sha256(repr(notes).encode()).hexdigest()[:16]}"
     try:

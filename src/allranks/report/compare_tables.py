@@ -1,8 +1,8 @@
 """A comparison as a table: for a terminal, as Markdown, as CSV and as JSON. No torch.
 
-People get rounded figures under short names, and no column that says the same in each row: the line above
-the table says it once. Programs get every figure with all its digits, under the names that the records of a
-run have.
+Tables for people (terminal, Markdown) have rounded figures and short names. What is the same for all runs
+has no column: the line above the table says it once. Tables for programs (CSV, JSON) have every figure with
+all its digits, under the names that summary.json and metrics.jsonl use.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from allranks.report.compare import (
     state_of,
 )
 
-WIDEST_SETTING = 32  # characters: a path or a list that is longer is cut in tables for people
-MOST_NAMES = 4  # directories that a row names before it counts the others
+WIDEST_SETTING = 32  # characters: a longer path or list is cut in tables for people
+MOST_NAMES = 4  # so many directories are named in a row; further ones are only counted
 
-# In the order of the columns; the total is for programs only, because people would take it for `time`.
+# In the order of the columns. time/total_s is missing: people would confuse it with time/epochs_s.
 SHOWN_TO_PEOPLE = (
     "test/accuracy",
     "test/loss",
@@ -40,14 +40,14 @@ SHOWN_TO_PEOPLE = (
     "throughput/samples_per_s",
     "time/epochs_s",
 )
-# What is left out first where a terminal is too narrow for all columns.
+# If a terminal is too narrow for all columns, these are left out one by one, in this order.
 DISPENSABLE = ("time/epochs_s", "val/loss", "test/loss", "throughput/samples_per_s", "run", "val/accuracy")
 
 
 class Column(NamedTuple):
     """One column of a table for people."""
 
-    name: str  # of the figure, the key of the setting, or what else it holds
+    name: str  # the name of a figure, the key of a setting, or a word such as `state`
     heading: str
     cells: Sequence[str]
     is_number: bool = False  # aligned to the right
@@ -57,7 +57,9 @@ class Column(NamedTuple):
 
 
 def columns(comparison: Comparison, plus_minus: str = "±") -> list[Column]:
-    """The columns of a table for people: only those in which some rows differ, and the figures.
+    """The columns of a table for people: the settings in which rows differ, the figures, the directories.
+
+    State and epochs have a column only if they are not the same for all runs.
 
     `plus_minus` stands between a mean and its standard deviation.
     """
@@ -161,7 +163,7 @@ def headline(comparison: Comparison) -> str:
 
 
 def legend(comparison: Comparison, mark: str = "*") -> list[str]:
-    """What is to be known of the table, a sentence each. `mark` says how the best row is marked."""
+    """Sentences that explain the table. `mark` says how the best row is marked, such as `*` or `bold`."""
     said = []
     if comparison.best_by:
         figure = figure_named(comparison.best_by)
@@ -176,7 +178,7 @@ def legend(comparison: Comparison, mark: str = "*") -> list[str]:
 
 
 def _common_state(comparison: Comparison) -> str | None:
-    """`all finished` where each run has; None where they differ."""
+    """The state of all runs, such as `all finished`; None if the runs are in different states."""
     states = {state_of(run) for run in comparison.runs}
     if len(states) != 1:
         return None
@@ -185,7 +187,7 @@ def _common_state(comparison: Comparison) -> str | None:
 
 
 def _common_epochs(comparison: Comparison) -> str | None:
-    """`5 epochs each` where each run has so many; None where they differ."""
+    """The completed epochs of all runs, such as `5 epochs each`; None if they are not the same for all."""
     numbers = {len(run.epochs) for run in comparison.runs}
     if len(numbers) != 1:
         return None
@@ -195,9 +197,9 @@ def _common_epochs(comparison: Comparison) -> str | None:
 
 
 def _figure_cells(name: str, values: Sequence[Value], plus_minus: str) -> list[str]:
-    """The values of a column, with the signs `±` under each other.
+    """The cells of a figure's column, padded so that the `±` of all rows are aligned.
 
-    Of speed and time the mean is enough: their spread says how busy the machine was.
+    Speed and time are shown without a standard deviation: it would only say how busy the machine was.
     """
     with_std = name.startswith(("test/", "val/"))
     means = [figure_text(name, value.mean) for value in values]
@@ -235,7 +237,7 @@ def duration(seconds: float) -> str:
 
 
 def _states(row: Row) -> str:
-    """`finished` where all runs of the row have, else `2 finished, 1 lost`."""
+    """The states of a row's runs: `finished` if it is the same for all, else `2 finished, 1 lost`."""
     states = row.states
     if len(states) == 1:
         return next(iter(states))
@@ -243,12 +245,14 @@ def _states(row: Row) -> str:
 
 
 def _cut(cell: str) -> str:
-    """A setting's value for a column; of a long one the end, where paths differ."""
+    """The value of a setting for a column. If it is too long, only its end is shown after `...`."""
     cell = printable(cell)
+    # Long values are mostly paths, which differ at their end.
     return cell if len(cell) <= WIDEST_SETTING else f"...{cell[3 - WIDEST_SETTING :]}"
 
 
 def _some(names: Sequence[str]) -> str:
+    """The first MOST_NAMES names, and how many more there are."""
     more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
     return " ".join(names[:MOST_NAMES]) + more
 
@@ -308,14 +312,14 @@ def _as_json(row: Row) -> dict[str, Any]:
 
 
 def _plain(name: str, mean: float | None) -> float | int | None:
-    """A mean for programs: epochs are whole numbers where all runs of a row have as many."""
+    """The mean of a figure for programs. A whole number of epochs becomes an int, others stay floats."""
     if name == "epochs" and mean is not None and mean.is_integer():
         return int(mean)
     return mean
 
 
 def _as_json_value(value: Any) -> Any:
-    """A setting's value as it is, or as its text where JSON has no such value, as for infinity."""
+    """The value of a setting for JSON. What JSON cannot express, such as infinity, becomes a text."""
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError):

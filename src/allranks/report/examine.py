@@ -1,4 +1,4 @@
-"""One pass of the trained model over the test set: what it takes for what, and examples of it.
+"""Applies the trained model to the test set once: its accuracy on each class, its mistakes, and examples.
 
 The weights are those of the run's newest checkpoint. Nothing is written, so a run that is still at work is
 not disturbed.
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from allranks.inference.load import Trained
 
 STRIP = 10  # examples in a strip, as many as the notebook shows
-MOST_CLASSES = 100  # of a model whose classes are shown one by one; ImageNet's thousand would fill pages
-MOST_PIXELS = 96  # of an image's side; a larger one is shown by every second, third, ... pixel
-MOST_WEIGHT_IMAGES = 20
+# With more classes there are no figures for each single class: ImageNet's thousand would fill pages.
+MOST_CLASSES = 100
+MOST_PIXELS = 96  # along an image's longer side; of a larger image only every second, third, ... is shown
+MOST_WEIGHT_IMAGES = 20  # two rows of ten; of a model with more classes no weights are shown
 
 
 @dataclass(frozen=True)
@@ -31,21 +32,21 @@ class ClassFigures:
     """How well one class is recognised. A ratio without a denominator is None."""
 
     name: str
-    precision: float | None  # percent of those taken for this class that are of it
-    recall: float | None  # percent of those of this class that are taken for it
-    f1: float | None  # the harmonic mean of both, in percent
+    precision: float | None  # percent: of the examples predicted as this class, how many belong to it
+    recall: float | None  # percent: of the examples of this class, how many are predicted as it
+    f1: float | None  # the harmonic mean of precision and recall, in percent
     count: int  # test examples of this class
-    mistaken_for: str  # the class for which it is mistaken most often; empty where it never is
+    mistaken_for: str  # the most frequent wrong prediction for this class; empty if there is none
 
 
 @dataclass(frozen=True)
 class Example:
     """One example of the data, and what the model says of it."""
 
-    position: int  # in its part of the data, from 0
+    position: int  # in the training set or the test set, from 0
     image: np.ndarray | None  # [channels, height, width] of 0..1; None where the examples are no images
     label: str
-    predicted: str = ""  # empty for a training example, of which the model is not asked
+    predicted: str = ""  # empty for a training example, for which no prediction is made
     probability: float | None = None  # of the predicted class, in percent
 
     @property
@@ -58,18 +59,18 @@ class Example:
 class Examined:
     """What one pass over the test set has shown."""
 
-    step: int  # optimizer steps that the weights have behind them
+    step: int  # optimizer steps after which the weights were saved
     epoch: int  # completed epochs
-    count: int
-    loss: float
+    count: int  # test examples
+    loss: float  # mean over the test set
     accuracy: float  # percent
     classes: Sequence[str]  # names
     confusion: np.ndarray  # int64 [true class, predicted class]; empty where there are too many classes
     per_class: Sequence[ClassFigures]
     training_digits: Sequence[Example]  # the first ones of the training set
     predictions: Sequence[Example]  # of the first test examples
-    misclassified: Sequence[Example]  # the first test examples that are taken for another class
-    most_certain_mistakes: Sequence[Example]  # the mistakes with the highest probability
+    misclassified: Sequence[Example]  # the first test examples with a wrong prediction
+    most_certain_mistakes: Sequence[Example]  # wrong predictions, those with the highest probability first
     weights: Sequence[np.ndarray]  # of a linear model: for each class [height, width], else empty
     remarks: Sequence[str]  # what the reader should know, a sentence each
 
@@ -80,10 +81,10 @@ class Examined:
 
 
 def examine(directory: Path, device: str | None = None) -> Examined:
-    """Loads the run's newest checkpoint and passes the test set through the model.
+    """Loads the run's newest checkpoint and applies the model to the test set.
 
-    `device` is a value of the key `device`; None stands for the run's own. Raises UserError where there is
-    no checkpoint, where it is of another version, or where model or data cannot be made here.
+    `device` is a value of the key `device`; None stands for the run's own. Raises UserError if there is no
+    checkpoint, if another version has written it, or if the model or the data cannot be built here.
     """
     from allranks.inference.forward import class_names, forward, open_part
     from allranks.inference.load import load
@@ -93,6 +94,7 @@ def examine(directory: Path, device: str | None = None) -> Examined:
     train = open_part(trained, "train")
     outputs = forward(trained, test)
     names = class_names(trained, test)
+    # A model may have more outputs than the data has class names: these classes get their number as name.
     names += [str(number) for number in range(len(names), outputs.logits.shape[1])]
 
     probabilities = outputs.probabilities
@@ -102,6 +104,7 @@ def examine(directory: Path, device: str | None = None) -> Examined:
     by_certainty = wrong[certainty[wrong].argsort(descending=True, stable=True)]
 
     def examples(positions: torch.Tensor) -> list[Example]:
+        """The first STRIP of the test examples at these positions, with their predictions."""
         chosen = positions[:STRIP].tolist()
         images = _images(trained, test, chosen)
         return [
@@ -191,19 +194,23 @@ def _images(trained: Trained, part: Part, positions: Sequence[int]) -> list[np.n
 
 
 def _every(shape: Sequence[int]) -> int:
-    """Every so many pixels of an image [channels, height, width] are shown, so that a page stays small."""
+    """The step between the pixels that are shown of an image [channels, height, width]; 1 shows them all.
+
+    Large images are shown coarsely, so that a page stays small.
+    """
     return -(-max(shape[1:]) // MOST_PIXELS)  # rounded up
 
 
 def is_image_shape(shape: Sequence[int]) -> bool:
-    """Whether [channels, height, width] is that of something to look at: one or three channels."""
+    """Whether this is the shape of an image: [channels, height, width] with one or three channels."""
     return len(shape) == 3 and shape[0] in (1, 3) and min(shape[1:]) > 1
 
 
 def _scaled(images: np.ndarray) -> np.ndarray:
-    """The images with numbers of 0..1. A Dataset of one's own may give normalised ones, below 0 or above 1.
+    """The images [examples, channels, height, width], scaled to values from 0 to 1 where they are not so.
 
-    Each channel is scaled by its own lowest and highest number over all images.
+    A user's data set may normalise its images, which gives values below 0 or above 1. Then each channel is
+    scaled by its own lowest and highest value over all images.
     """
     if images.min() >= 0 and images.max() <= 1:
         return images

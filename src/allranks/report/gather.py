@@ -1,8 +1,8 @@
-"""Reads a run's directory: all that can be told of the run without its weights or its data. No torch.
+"""Reads a run's directory: its configuration, figures and events, without its weights or data. No torch.
 
-A run may still be at work, may have been cut off, or may have been made by a later version of allranks. So
-every file may be missing, half written or strange. What can be read is given, and for each file that is
-there but cannot be read there is a sentence in `RunFacts.problems`.
+A run may still be training, may have been killed, or may have been made by a later version of allranks. So
+every file may be missing, half written or of unknown content. gather() returns whatever can be read. For
+each file that exists but cannot be read, `RunFacts.problems` has a sentence.
 """
 
 from __future__ import annotations
@@ -46,36 +46,38 @@ class Rank:
     number: int
     host: str
     device: str
-    cpus: str  # on which it may run, such as `0-7`; empty where nobody noted them
+    cpus: str  # the CPUs on which it may run, such as `0-7`; empty if they were not recorded
 
 
 @dataclass(frozen=True)
 class Event:
-    """The run was stopped, or went on from a checkpoint."""
+    """A line of events.jsonl: the run was stopped, or it went on from a checkpoint."""
 
     kind: str  # "stopped" or "resumed"
     time: str  # UTC, as ISO 8601 writes it
     step: int
     epoch: int  # completed epochs
     why: str  # of a stop: what asked for it; of a resume: the checkpoint's path
-    world_size: int | None = None  # how many ranks it had, or went on with
+    world_size: int | None = None  # the number of ranks before the stop, or after the resume
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a run's directory tells. What its file does not tell is empty."""
+    """What a run's directory tells about the run. A field is empty if its file is missing or unreadable."""
 
     directory: Path
-    state: str  # finished, running, stopped, ...: run/states.py
+    state: str  # finished, running, stopped, ...; run/states.py explains them
     config: Mapping[str, Any] = field(default_factory=dict)  # every value by its dotted key
-    overrides: Sequence[str] = ()  # of the command line, such as `optimizer.lr=0.1`
-    epochs: Sequence[Mapping[str, Any]] = ()  # in order; a figure that is not finite, or not there, is None
+    overrides: Sequence[str] = ()  # from the command line, such as `optimizer.lr=0.1`
+    epochs: Sequence[Mapping[str, Any]] = ()  # in order; a figure that is missing or not finite is None
     summary: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     ranks: Sequence[Rank] = ()
     events: Sequence[Event] = ()  # oldest first
-    profile: Mapping[str, Any] = field(default_factory=dict)  # of a run with profile=true: its table.json
-    problems: Sequence[str] = ()  # a sentence for each file that is there, and cannot be read
+    profile: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # profile/table.json of a run with profile=true
+    problems: Sequence[str] = ()  # a sentence for each file that exists but cannot be read
 
     @property
     def name(self) -> str:
@@ -107,10 +109,10 @@ class RunFacts:
 
 
 def gather(directory: str | Path, state: str | None = None) -> RunFacts:
-    """Reads what a run's directory tells, whether the run has finished, is at work or was cut off.
+    """Reads what a run's directory tells about the run. The run may still be training, or have been killed.
 
-    `state` is what has become of the run, where the caller knows it. Else the scheduler may be asked.
-    Raises UserError where the directory cannot be read, or where it holds nothing of a run.
+    `state` is the state of the run, if the caller knows it. Without it the scheduler may be asked. Raises
+    UserError if the directory cannot be read, or if it holds no file of a run.
     """
     # Not resolved: `runs/latest` may be a link, and its own name is what the user typed.
     path = Path(directory).absolute()
@@ -147,7 +149,7 @@ def _names(path: Path) -> set[str]:
 
 
 def _config(path: Path, problems: list[str]) -> dict[str, Any]:
-    """Every value of config.yaml by its dotted key, also of keys that this version does not know."""
+    """Every value of config.yaml by its dotted key, including keys that this version does not know."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError  # type: ignore[import-untyped,unused-ignore]
@@ -169,7 +171,10 @@ def _config(path: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def _overrides(path: Path, environment: Mapping[str, Any], problems: list[str]) -> list[str]:
-    """The overrides with which the run was started; empty where nobody noted them, or there were none."""
+    """The overrides with which the run was started; empty if there were none, or none were recorded.
+
+    The run's job has them, or else the command line in environment.json.
+    """
     try:
         noted = results.overrides_of(path)
     except (OSError, UserError) as error:
@@ -182,7 +187,9 @@ def _overrides(path: Path, environment: Mapping[str, Any], problems: list[str]) 
     if not isinstance(command, list):
         return []
     words = [str(word) for word in command[1:]]
-    if words[:1] == ["--frozen"]:  # --frozen DIRECTORY SHA256, then what `allranks launch` was given
+    # The ranks of `allranks launch` are started with `--frozen DIRECTORY SHA256`. The words after these
+    # three are the overrides that the user gave to `allranks launch`.
+    if words[:1] == ["--frozen"]:
         return words[3:]
     from allranks.compose import split_flags
 
@@ -257,7 +264,11 @@ def _json_file(path: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def _json_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """The JSON objects in a file of one a line. Lines that are none are passed over, and counted."""
+    """The JSON objects in a file that has one on each line.
+
+    A line that is not a JSON object is left out. One sentence in `problems` gives the numbers of all such
+    lines.
+    """
     lines = (_text(path, problems) or "").split("\n")
     # A run at work may have written half of its newest line. Only what ends in a line feed is a whole line.
     whole_lines = [line for line in lines[:-1] if line.strip()]
@@ -280,16 +291,17 @@ def _json_object(text: str) -> dict[str, Any] | None:
 
 
 def as_number(value: object) -> float | None:
-    """The value if it is a finite number, else None: a file may hold anything in a number's place."""
+    """The value if it is a finite number, else None: a damaged file may hold anything instead."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         number = float(value)
     except OverflowError:  # a whole number of more than 300 digits
         return None
+    # Infinity minus infinity is NaN, and so is NaN minus NaN: only for finite numbers this is 0.
     return value if number - number == 0.0 else None
 
 
 def as_whole(value: object) -> int | None:
-    """The value if it is a whole number from 0 on, else None."""
+    """The value if it is a whole number that is not negative, else None."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

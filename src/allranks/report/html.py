@@ -1,7 +1,8 @@
-"""HTML as text that cannot be mistaken for other text: whatever is put into an element is escaped.
+"""Builds HTML from elements, and escapes every plain text that is put into one.
 
-A report shows names, overrides and paths that may come from anywhere. So plain texts become part of a page
-only through tag(), which escapes them, and only what is of type Html stays as it is.
+A report shows names, overrides and paths, which may hold any characters. A plain `str` becomes part of a
+page only through tag() or joined(), which escape it, so that a browser shows it as text. A piece that is
+HTML already has the type Html and is not escaped again.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ class Html:
     text: str
 
 
-Inside = Html | str | int | None  # what an element may hold; None stands for nothing
+Inside = Html | str | int | None  # what an element may hold; None adds nothing to it
 NOTHING = Html("")
 
 
 def tag(name: str, *inside: Inside, **attributes: str | int | bool | None) -> Html:
-    """The element `name` with what is inside of it.
+    """The element `name` with these contents and attributes; plain texts are escaped.
 
     Attributes are written as Python's names: `class_` for class, `aria_label` for aria-label. One that is
     None or False is left out, and one that is True has no value.

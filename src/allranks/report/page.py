@@ -1,4 +1,4 @@
-"""The page of one run, report.html: one file that needs no network, no script and no other file."""
+"""Makes report.html, the page of one run: a single file that needs no network, script or other file."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from allranks.report.html import NOTHING, Html, Inside, joined, tag
 from allranks.report.pictures import Picture
 from allranks.report.png import as_pixels, data_uri
 
-# Of more ranks each host gets one row: a table of thousands of ranks would be most of the page.
+# If there are more ranks, the table has a row for each host instead of each rank: thousands of rows would
+# be most of the page.
 MOST_SINGLE_RANKS = 64
 
 
 class Section(NamedTuple):
     """A part of the page with a heading."""
 
-    anchor: str  # its id, to which the list of sections leads
+    anchor: str  # its id in the page, to which the links at the top lead
     title: str
     content: Html
 
@@ -32,8 +33,8 @@ class Section(NamedTuple):
 def page(facts: RunFacts, seen: Examined | None, drawn: Sequence[Picture], notes: Sequence[str]) -> str:
     """The whole page of a run as HTML.
 
-    `seen` is what a pass over the test set has shown, None where there was none. `drawn` are the pictures;
-    those that are missing are left out. `notes` are sentences on what cannot be shown.
+    `seen` has the results of the model on the test set; None if it was not applied to it. `drawn` has the
+    pictures; a picture that is missing is left out. `notes` are sentences on what cannot be shown.
     """
     by_name = {picture.name: picture for picture in drawn}
     sections = [
@@ -55,7 +56,7 @@ def page(facts: RunFacts, seen: Examined | None, drawn: Sequence[Picture], notes
 
 
 def document(title: str, header: Html, sections: Sequence[Section]) -> str:
-    """A page with this title in the browser's tab, this head, and these sections below a list of them."""
+    """A whole page: `title` for the browser's tab, the header, links to the sections, and the sections."""
     links = [tag("li", tag("a", section.title, href=f"#{section.anchor}")) for section in sections]
     whole = [
         tag(
@@ -83,7 +84,8 @@ def document(title: str, header: Html, sections: Sequence[Section]) -> str:
         "footer": joined([f"Made by allranks {allranks.__version__} on {now}."]).text,
     }
     template = Path(__file__).with_name("page.html.template").read_text(encoding="utf-8")
-    # In one pass, so that an @word@ within a value stays what it is.
+    # All words such as @title@ are replaced in one pass. With one pass for each word, an @nav@ in a run's
+    # name would be replaced, too.
     return re.sub(r"@(\w+)@", lambda found: values.get(found[1], found[0]), template)
 
 
@@ -105,7 +107,7 @@ def _header(facts: RunFacts, notes: Sequence[str]) -> Html:
 
 
 def _figures(facts: RunFacts) -> list[tuple[str, str, str]]:
-    """(what, value, words beside it) of the figures that matter most."""
+    """The large figures at the top of the page, each as (what, value, words beside it)."""
     found: list[tuple[str, str, str]] = []
     test = as_number(facts.summary.get("test/accuracy"))
     if test is not None:
@@ -153,13 +155,13 @@ def note(sentences: Sequence[str]) -> Html:
 # --- curves ----------------------------------------------------------------------------------------------
 
 
-# The columns of the tables behind the curves, by the name of the picture: (heading, figure, format).
+# For each picture the columns of the table that can be unfolded below it: (heading, figure, format).
 _COLUMNS: Mapping[str, Sequence[tuple[str, str, str]]] = {
     "loss": (("training", "train/loss", ".4f"), ("validation", "val/loss", ".4f")),
     "accuracy": (("training, %", "train/accuracy", ".2f"), ("validation, %", "val/accuracy", ".2f")),
     "learning-rate": (("rate", "lr", ".4g"),),
 }
-# Without matplotlib there are no curves, and one table has all of the figures.
+# Without matplotlib there are no curves. Then one table shows all of these figures.
 _ALL_COLUMNS = (
     ("training loss", "train/loss", ".4f"),
     ("validation loss", "val/loss", ".4f"),
@@ -183,7 +185,7 @@ def _curves(facts: RunFacts, drawn: Mapping[str, Picture]) -> Html:
 
 
 def _by_epoch(facts: RunFacts, columns: Sequence[tuple[str, str, str]], label: str) -> Html:
-    """A table with a row for each epoch; of very many epochs those that the curves show."""
+    """A table with a row for each epoch; of very many epochs, only for those that the curves show."""
     rows = []
     for position in pictures.thinned(len(facts.epochs)):
         epoch = facts.epochs[position]
@@ -192,7 +194,7 @@ def _by_epoch(facts: RunFacts, columns: Sequence[tuple[str, str, str]], label: s
 
 
 def chart(picture: Picture, behind: Html, wide: bool = False) -> Html:
-    """A picture with its heading, and the table of its numbers to unfold."""
+    """A picture with its heading. `behind` is the table of its numbers, which the reader can unfold."""
     return tag(
         "figure",
         tag("figcaption", tag("h3", picture.title)),
@@ -260,6 +262,7 @@ def _examples(seen: Examined | None) -> Html:
 
 
 def _strip(title: str, words: str, examples: Sequence[Example]) -> Html | None:
+    """Images side by side under a heading; None if no example has an image."""
     items = [_image_of(example) for example in examples if example.image is not None]
     if not items:
         return None
@@ -269,6 +272,7 @@ def _strip(title: str, words: str, examples: Sequence[Example]) -> Html | None:
 
 
 def _image_of(example: Example) -> Html:
+    """An item of a strip: the image, its title below, and the probability of a prediction."""
     assert example.image is not None
     pixels = as_pixels(example.image)
     if not example.predicted:
@@ -423,7 +427,8 @@ def _tables_of_values(facts: RunFacts) -> list[Html]:
     """A table for each section of the configuration; what was given on the command line is marked."""
     sections: dict[str, list[tuple[str, Any]]] = {}
     for key, value in facts.config.items():
-        if key == "run.dir":  # the file names no directory, so that the run can be repeated in another one
+        # config.yaml has no value for run.dir, so that the run can be repeated in another directory.
+        if key == "run.dir":
             continue
         section, dot, rest = key.partition(".")
         sections.setdefault(section if dot else "run", []).append((rest if dot else key, value))
@@ -489,9 +494,11 @@ def table(
     label: str,
     texts: set[int] | frozenset[int] = frozenset(),
 ) -> Html:
-    """A table in a region that scrolls by itself, and can be reached with the keyboard.
+    """A table that scrolls within the page, also with the keyboard.
 
-    The first cell of each row is its heading. Columns are numbers, at the right, but those in `texts`.
+    The first cell of each row is the row's heading. `texts` has the indices of the columns that hold text;
+    the other columns hold numbers, which are aligned to the right. Without `texts` only the first column
+    holds text.
     """
 
     def css(column: int) -> str | None:
@@ -517,11 +524,12 @@ def table(
 
 
 def _as(value: float | None, spec: str) -> str:
+    """The value in this format, such as `.2f`; `-` for None."""
     return "-" if value is None else format(value, spec)
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the unit in which a person would say them."""
+    """A duration in seconds, minutes or hours, so that the number stays below 100 up to four days."""
     if seconds < 100:
         return f"{seconds:.1f} s"
     minutes = seconds / 60
@@ -529,7 +537,7 @@ def duration(seconds: float) -> str:
 
 
 def _moment(text: str) -> str:
-    """A time of ISO 8601, to the second; a text that is none stays as it is."""
+    """A time in ISO 8601 format, shortened to the second. Any other text stays as it is."""
     try:
         return datetime.fromisoformat(text).strftime("%Y-%m-%d %H:%M:%S")
     except ValueError:

@@ -1,8 +1,9 @@
 """The pictures of a report, drawn by matplotlib: one function for each of them.
 
-Each picture is drawn once, in the colours of LIGHT, and kept as PNG and as SVG. inline() makes of the SVG
-what stands in a page: there each colour is a CSS variable, so that the page decides between light and dark.
-matplotlib is an extra (`pip install 'allranks[report]'`), and is imported when the first picture is drawn.
+Each picture is drawn once, in the colours of LIGHT, and saved as PNG and as SVG. inline() turns the SVG
+into an element of a page. There it replaces each colour by a CSS variable, so that the browser can show the
+page in light or in dark colours. matplotlib is an extra (`pip install 'allranks[report]'`), and is imported
+only when a picture is drawn.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ if TYPE_CHECKING:
 INSTALL = "pip install 'allranks[report]'"
 MISSING = f"The page has no pictures, because matplotlib is not installed: {INSTALL}"
 
-# The colours of the pictures by name. As files the pictures have the LIGHT ones. In a page the names are
-# CSS variables, which stand for the DARK ones where the reader's screen is dark. No two light ones are
-# equal, because inline() finds each by its value. Blue and orange can be told apart with every kind of
-# colour blindness.
+# The colours of the pictures by name. The PNG and SVG files have the colours of LIGHT. In a page each name
+# is a CSS variable, which has the value in DARK if the reader's browser prefers dark pages. All values of
+# LIGHT must be different, because inline() replaces a colour by its name wherever it finds the value. Blue
+# and orange can be told apart with every kind of colour blindness.
 LIGHT = {
     "paper": "#fffefe",
     "ink": "#1c2430",
@@ -44,7 +45,9 @@ LIGHT = {
     "orange": "#b45309",
     "green": "#2e7a58",
     "grey": "#8a93a0",
-    "ink-on-half": "#1c2431",  # letters on a colour of middle strength: dark ones in both schemes
+    # Letters on a colour of middle strength, which need to be dark on light pages and on dark ones. It
+    # differs from "ink" by 1 in the blue, only because all values must be different.
+    "ink-on-half": "#1c2431",
 }
 DARK = {
     "paper": "#191f26",
@@ -58,19 +61,22 @@ DARK = {
     "ink-on-half": "#191f26",
 }
 
-# A picture is so wide that its letters can be read on a phone, where it fills the screen.
+# A phone shrinks a picture to the width of its screen. In a picture of this width the letters stay
+# readable.
 WIDTH_IN = 4.6
 HEIGHT_IN = 2.9
 POINTS_PER_INCH = 72
-UNIT_IN = 0.26  # height of the line above the axes with their unit
-TITLE_PT = 24  # height of the line above a picture with its title; a page has a heading in its place
-PNG_DPI = 200
+UNIT_IN = 0.26  # height of the line above the axes that holds the unit
+# Height of the line above the axes that holds the title. inline() cuts it off: in a page the heading has
+# it.
+TITLE_PT = 24
+PNG_DPI = 200  # sharp on screens with twice the usual resolution
 
-MOST_POINTS = 400  # of a curve: more epochs are thinned out, so that a page stays small
-MARKED_POINTS = 30  # up to so many, each epoch has a dot
-MOST_COUNTED_CLASSES = 20  # up to so many, the confusion matrix shows its numbers
-LOG_RATIO = 50  # a learning rate that changes by more is shown on a logarithmic axis
-LABEL_PT = 11  # least distance of the names of two curves
+MOST_POINTS = 400  # of a curve with more epochs only so many are drawn, so that a page stays small
+MARKED_POINTS = 30  # a curve of at most so many epochs has a dot at each of them
+MOST_COUNTED_CLASSES = 20  # the confusion matrix of at most so many classes shows its numbers
+LOG_RATIO = 50  # a learning rate that changes by a larger factor is shown on a logarithmic axis
+LABEL_PT = 11  # least vertical distance between the names of two curves
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,10 @@ def is_available() -> bool:
 
 
 def write(folder: Path, drawn: Sequence[Picture]) -> None:
-    """Writes each picture as PNG and as SVG; those of an earlier page that are not drawn any more go."""
+    """Writes each picture as PNG and SVG into the folder, and removes other PNG and SVG files from it.
+
+    The others belong to an earlier version of the page. Raises OSError if a file cannot be written.
+    """
     contents: dict[str, bytes] = {}
     for picture in drawn:
         contents[f"{picture.name}.png"] = picture.png
@@ -121,13 +130,13 @@ def write(folder: Path, drawn: Sequence[Picture]) -> None:
 
 
 def of_run(facts: RunFacts) -> list[Picture]:
-    """The pictures that a run's records give: those for which there is something to show."""
+    """The pictures of a run's records. A picture that would show nothing is left out."""
     drawn = (loss(facts), accuracy(facts), learning_rate(facts), throughput(facts), phases(facts))
     return [picture for picture in drawn if picture is not None]
 
 
 def of_test(seen: Examined) -> list[Picture]:
-    """The pictures that a pass over the test set gives: those for which there is something to show."""
+    """The pictures of the model's test results. A picture that would show nothing is left out."""
     drawn = [confusion(seen)]
     strips = (
         ("training-examples", "The first training examples", seen.training_digits),
@@ -170,7 +179,7 @@ def learning_rate(facts: RunFacts) -> Picture | None:
 
 
 def throughput(facts: RunFacts) -> Picture | None:
-    """Training examples of each epoch by second, for each rank."""
+    """Training examples per second and rank, for each epoch."""
     ranks = facts.world_size or 1
     each = [None if value is None else value / ranks for value in facts.column("throughput/samples_per_s")]
     return _curves(
@@ -179,7 +188,7 @@ def throughput(facts: RunFacts) -> Picture | None:
 
 
 def phases(facts: RunFacts) -> Picture | None:
-    """How many seconds the start, training, evaluation and the rest have taken."""
+    """How many seconds start, training, evaluation and the rest took; None if no epoch has a time."""
     spent = phases_s(facts)
     if not spent:
         return None
@@ -202,7 +211,10 @@ def phases(facts: RunFacts) -> Picture | None:
 
 
 def phases_s(facts: RunFacts) -> dict[str, float]:
-    """Seconds by phase. Start and rest are known of a run that has finished in one go only."""
+    """The seconds that each phase of a run took, by the phase's name; empty if no epoch has a time.
+
+    Start and rest are included only if the run has finished without an interruption.
+    """
     train = [value for value in facts.column("time/train_s") if value is not None]
     evaluation = [value for value in facts.column("time/eval_s") if value is not None]
     if not train:
@@ -216,6 +228,7 @@ def phases_s(facts: RunFacts) -> dict[str, float]:
 
 
 def _seconds(facts: RunFacts, key: str) -> float | None:
+    """A duration in summary.json; None if it is not there, or is no such number."""
     value = facts.summary.get(key)
     return value if isinstance(value, float | int) and value >= 0 else None
 
@@ -231,7 +244,10 @@ def _curves(facts: RunFacts, name: str, title: str, unit: str, *series: Series) 
 def curves(
     name: str, title: str, unit: str, epochs: Sequence[int], series: Sequence[Series]
 ) -> Picture | None:
-    """The series over the epochs, each named at its end; None where no series has a value."""
+    """A picture of the series over the epochs, with each name at the end of its curve.
+
+    Returns None if no series has a value.
+    """
     series = [one for one in series if any(value is not None for value in one.values)]
     if not series:
         return None
@@ -266,7 +282,10 @@ def curves(
 
 
 def thinned(count: int) -> list[int]:
-    """Which of so many points are drawn: all, or MOST_POINTS of them with the first and the last."""
+    """The indices of the points of a curve that are drawn. `count` is how many points there are.
+
+    They are all points, or MOST_POINTS of them at equal distances, which include the first and the last.
+    """
     if count <= MOST_POINTS:
         return list(range(count))
     return sorted({round(k * (count - 1) / (MOST_POINTS - 1)) for k in range(MOST_POINTS)})
@@ -274,7 +293,9 @@ def thinned(count: int) -> list[int]:
 
 def _name_at_their_ends(axes: Axes, x: float, series: Sequence[Series]) -> None:
     """Writes the name of each curve behind its last point, and keeps the names apart."""
-    axes.get_ylim()  # settles the limits, on which the heights below depend
+    # matplotlib computes the limits of the axes only when they are asked for. The heights below depend on
+    # them.
+    axes.get_ylim()
     last = []
     for one in series:
         known = [value for value in one.values if value is not None]
@@ -282,6 +303,7 @@ def _name_at_their_ends(axes: Axes, x: float, series: Sequence[Series]) -> None:
         last.append((height, known[-1], one))
     last.sort(key=lambda each: each[0])
 
+    # From the lowest curve to the highest: a name that is too near to the one below it moves up.
     points_per_pixel = POINTS_PER_INCH / axes.figure.dpi
     lowest = -math.inf
     for height, value, one in last:
@@ -300,7 +322,7 @@ def _name_at_their_ends(axes: Axes, x: float, series: Sequence[Series]) -> None:
 
 
 def _in_words(title: str, unit: str, epochs: Sequence[int], series: Sequence[Series]) -> str:
-    """What the curves show, in a sentence for each."""
+    """The first and the last value of each curve in words, for readers who cannot see the picture."""
     said = []
     for one in series:
         known = [(epoch, v) for epoch, v in zip(epochs, one.values, strict=True) if v is not None]
@@ -319,7 +341,10 @@ def _or_nan(value: float | None) -> float:
 
 
 def confusion(seen: Examined) -> Picture | None:
-    """How many test examples of each class (row) were taken for each class (column)."""
+    """The confusion matrix: how many examples of each class (row) were predicted as each class (column).
+
+    Returns None for fewer than two classes.
+    """
     counts = seen.confusion
     classes = len(counts)
     if classes < 2:
@@ -335,7 +360,7 @@ def confusion(seen: Examined) -> Picture | None:
             for predicted in range(classes):
                 is_right = true == predicted
                 share = shares[true, predicted]
-                # The root lets rare mistakes be seen beside frequent ones.
+                # Right predictions are blue, mistakes orange. The square root makes rare mistakes visible.
                 strength = 0.9 * float(share if is_right else math.sqrt(share / most))
                 colour = "blue" if is_right else "orange"
                 cell = Rectangle((predicted - 0.47, true - 0.47), 0.94, 0.94, color=LIGHT[colour])
@@ -370,7 +395,11 @@ def confusion(seen: Examined) -> Picture | None:
 
 
 def _letters_on(colour: str, strength: float) -> str:
-    """Of which colour letters can be read on this one, laid over the paper with this strength of 0..1."""
+    """The name of a colour for letters on a cell of a confusion matrix, which must be readable.
+
+    The cell has the given colour with an opacity of `strength`, from 0 to 1, on the background "paper". The
+    letters must be readable on light pages and on dark ones.
+    """
     is_dark_on_light = _is_nearer_to_ink(LIGHT, colour, strength)
     is_light_on_dark = _is_nearer_to_ink(DARK, colour, strength)
     if is_dark_on_light and is_light_on_dark:
@@ -379,7 +408,10 @@ def _letters_on(colour: str, strength: float) -> str:
 
 
 def _is_nearer_to_ink(scheme: Mapping[str, str], colour: str, strength: float) -> bool:
-    """Whether ink has more contrast on the colour than paper has, as WCAG measures contrast."""
+    """Whether letters in the colour "ink" have more contrast here than letters in the colour "paper".
+
+    Contrast is measured as in the Web Content Accessibility Guidelines (WCAG).
+    """
     paper, full = (np.array(_rgb(scheme[name])) for name in ("paper", colour))
     ground = _luminance(paper + (full - paper) * strength)
     ink = _luminance(np.array(_rgb(scheme["ink"])))
@@ -387,18 +419,19 @@ def _is_nearer_to_ink(scheme: Mapping[str, str], colour: str, strength: float) -
 
 
 def _contrast(one: float, other: float) -> float:
+    """The contrast ratio of WCAG between two relative luminances: from 1 for equal ones to 21."""
     return (max(one, other) + 0.05) / (min(one, other) + 0.05)
 
 
 def _luminance(rgb: np.ndarray) -> float:
-    """The relative luminance of WCAG: 0 is black, 1 is white."""
+    """The relative luminance of WCAG for red, green and blue from 0 to 255: 0 is black, 1 is white."""
     share = rgb / 255
     linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
     return float(linear @ np.array([0.2126, 0.7152, 0.0722]))
 
 
 def strip(name: str, title: str, examples: Sequence[Example]) -> Picture | None:
-    """Images side by side, each below its title; None where there is no image to show."""
+    """Images side by side, each below its title; None if no example has an image."""
     shown = [example for example in examples if example.image is not None]
     if not shown:
         return None
@@ -408,7 +441,10 @@ def strip(name: str, title: str, examples: Sequence[Example]) -> Picture | None:
 
 
 def weights(seen: Examined) -> Picture | None:
-    """The weights of a linear model: for each class an image of what speaks for it, and what against it."""
+    """The weights of a linear model as an image for each class; None for other models.
+
+    A pixel is blue where a bright input speaks for the class, and orange where it speaks against it.
+    """
     if not seen.weights:
         return None
     images = weight_pixels(seen.weights)
@@ -418,7 +454,11 @@ def weights(seen: Examined) -> Picture | None:
 
 
 def weight_pixels(weights: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Weights as pixels, all on one scale: white is 0, blue speaks for the class, orange against it."""
+    """The weights of each class as uint8 pixels [height, width, 3].
+
+    0 is white, positive weights are blue, negative ones are orange. All classes have the same scale, so
+    that their images can be compared.
+    """
     most = max(float(np.abs(weight).max()) for weight in weights) or 1.0
     white, blue, orange = (np.array(_rgb(colour)) for colour in ("#ffffff", LIGHT["blue"], LIGHT["orange"]))
     drawn = []
@@ -458,7 +498,10 @@ def _row_of_images(
 
 @contextmanager
 def style() -> Iterator[None]:
-    """A block in which figures are drawn and saved in the report's style, not in a user's own."""
+    """Within this context figures are drawn and saved in the report's style.
+
+    A user's own style, such as a matplotlibrc file, has no effect there.
+    """
     import matplotlib
 
     style: dict[Any, Any] = {
@@ -488,7 +531,7 @@ def style() -> Iterator[None]:
         "lines.linewidth": 1.8,
         "lines.markersize": 3.6,
         "svg.fonttype": "none",  # text stays text, to be read aloud and searched for
-        "svg.hashsalt": "allranks",  # the same run gives the same file
+        "svg.hashsalt": "allranks",  # fixed ids in the SVG, so that the same run gives the same file
     }
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -497,7 +540,7 @@ def style() -> Iterator[None]:
 
 
 def new_figure(title: str, width_in: float = WIDTH_IN, height_in: float = HEIGHT_IN) -> tuple[Figure, Axes]:
-    """A figure of this size with its title and one empty pair of axes; the title's line comes on top."""
+    """A figure with a title and one empty pair of axes. The height of the title is added to `height_in`."""
     from matplotlib.figure import Figure
 
     title_in = TITLE_PT / POINTS_PER_INCH
@@ -516,7 +559,7 @@ def new_figure(title: str, width_in: float = WIDTH_IN, height_in: float = HEIGHT
 
 
 def as_picture(figure: Figure, name: str, title: str, description: str) -> Picture:
-    """The figure as a picture; its files have no date, so that the same run gives the same files."""
+    """The figure as PNG and SVG. Both have no date in them, so that the same run gives equal files."""
     as_svg, as_png = io.StringIO(), io.BytesIO()
     no_date = {"Date": None, "Creator": None, "Format": None, "Type": None}
     figure.savefig(as_svg, format="svg", metadata=no_date)
@@ -526,12 +569,13 @@ def as_picture(figure: Figure, name: str, title: str, description: str) -> Pictu
 
 # --- from a file to a page -------------------------------------------------------------------------------
 
+# What inline() changes in the SVG of matplotlib: (regular expression, replacement).
 _REPLACED: Sequence[tuple[str, str | Callable[[re.Match[str]], str]]] = (
     (r"<\?xml.*?\?>|<!DOCTYPE.*?>|<!--.*?-->", ""),
     (r"<metadata>.*?</metadata>", ""),
-    (r"<style.*?</style>", ""),  # it would hold for the whole page
-    (r'<g id="title">.*?</g>', ""),  # a page has a heading there
-    (r'<g id="patch_1">.*?</g>', ""),  # the figure's background: the page has its own
+    (r"<style.*?</style>", ""),  # it would change the style of the whole page
+    (r'<g id="title">.*?</g>', ""),  # the page has the title as a heading
+    (r'<g id="patch_1">.*?</g>', ""),  # the background of the figure: the page has its own
     (r' xmlns(:\w+)?="[^"]*"', ""),
     (r"xlink:href", "href"),
     (r"font-family: [^;\"]*", "font-family: var(--font)"),
@@ -541,9 +585,10 @@ _REPLACED: Sequence[tuple[str, str | Callable[[re.Match[str]], str]]] = (
 
 
 def inline(picture: Picture) -> str:
-    """The picture as an element `svg` for a page: with CSS variables for colours, and named for a reader.
+    """The picture as an `svg` element for a page, with CSS variables as colours.
 
-    Its ids begin with the picture's name, so that several pictures can stand in one page.
+    It has a title and a description, which screen readers read aloud. All its ids begin with the picture's
+    name, so that several pictures can be in one page.
     """
     svg = picture.svg
     for pattern, replacement in _REPLACED:

@@ -1,4 +1,4 @@
-"""PNG images from arrays of bytes: the small ones that stand in a page. Needs numpy only."""
+"""Makes PNG files from arrays of pixels, for the small images within a page. Needs numpy only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def png(pixels: np.ndarray) -> bytes:
     height, width = pixels.shape[:2]
     colour_type = 0 if pixels.ndim == 2 else 2  # as the PNG standard numbers them: grey, RGB
     header = struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0)
-    # Each row begins with the number of its filter; 0 is none.
+    # In a PNG file a byte before each row of pixels names the filter of the row; 0 means no filter.
     rows = pixels.reshape(height, -1)
     filtered = np.concatenate([np.zeros((height, 1), np.uint8), rows], axis=1).tobytes()
     chunks = [_chunk(b"IHDR", header), _chunk(b"IDAT", zlib.compress(filtered, 9)), _chunk(b"IEND", b"")]
@@ -23,16 +23,21 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def data_uri(pixels: np.ndarray) -> str:
-    """The pixels as an address that holds the whole image, for the `src` of an `img`."""
+    """The pixels as a `data:` URI, which contains the whole image; for the `src` of an `img` element."""
     return "data:image/png;base64," + base64.b64encode(png(pixels)).decode()
 
 
 def _chunk(kind: bytes, content: bytes) -> bytes:
+    """A chunk of a PNG file: length, kind, content and checksum."""
     checksum = zlib.crc32(kind + content)
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
 
 
 def as_pixels(image: np.ndarray) -> np.ndarray:
-    """An image [channels, height, width] of numbers 0..1 as uint8 pixels; of one or three channels."""
-    pixels = np.round(np.clip(np.nan_to_num(image), 0, 1) * 255).astype(np.uint8)
+    """An image [channels, height, width] with values from 0 to 1 as uint8 pixels from 0 to 255.
+
+    One channel gives [height, width], three channels give [height, width, 3]. NaN becomes 0.
+    """
+    in_range = np.clip(np.nan_to_num(image), 0, 1)
+    pixels = np.round(in_range * 255).astype(np.uint8)
     return pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, -1)
