@@ -339,6 +339,18 @@ def test_a_file_that_grows_is_truncated_and_is_replaced(tmp_path):
     tail.close()
 
 
+def test_a_file_that_was_closed_is_read_from_its_beginning_again(tmp_path):
+    path = tmp_path / "log"
+    path.write_text("one\ntw")
+    tail = Tail(path)
+    assert tail.new_lines() == ["one"]
+    tail.close()  # as after an error of the file system
+    with path.open("a") as file:
+        file.write("o\n")
+    assert tail.new_lines() == ["one", "two"]
+    tail.close()
+
+
 def test_what_only_the_jobs_log_says_stands_where_it_was_said(tmp_path):
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs/rank-0.log").write_text(

@@ -1,1 +1,1 @@
-"""`allranks watch` and `allranks logs`: runs looked at from outside, by their files alone. No torch."""
+"""`allranks watch` and `allranks logs`: show runs from outside, by reading their files only. No torch."""

@@ -21,7 +21,10 @@ COLOUR_OF = {"WARNING": terminal.YELLOW, "ERROR": terminal.RED, "CRITICAL": term
 
 
 def watch(arguments: Sequence[str]) -> int:
-    """`allranks watch [RUN...]`; the exit code. Raises UserError where there is nothing to show."""
+    """Runs `allranks watch` with these arguments and returns its exit code.
+
+    Raises UserError if there is no run to show.
+    """
     parser = argparse.ArgumentParser(
         prog="allranks watch",
         description="shows how far runs have come, by their files alone, until Ctrl-C or all have finished",
@@ -40,13 +43,17 @@ def watch(arguments: Sequence[str]) -> int:
     elif args.once or not terminal.obeys(1):
         print("\n".join(watching.picture(reader.views(), watching.look_of_stdout())))
     else:
-        with suppress(KeyboardInterrupt):  # typed while the files are read for the first time
+        # follow() itself ends at Ctrl-C. The first reading of the files may be interrupted before that.
+        with suppress(KeyboardInterrupt):
             watching.follow(reader)
     return 0
 
 
 def logs(arguments: Sequence[str]) -> int:
-    """`allranks logs RUN [--rank N] [-f]`; the exit code. Raises UserError where nothing can be shown."""
+    """Runs `allranks logs` with these arguments and returns its exit code.
+
+    Raises UserError if the run has no logs, or none of the rank that --rank names.
+    """
     parser = argparse.ArgumentParser(
         prog="allranks logs",
         description="shows what the ranks of a run have said, in the order of time, and its job",
@@ -59,13 +66,15 @@ def logs(arguments: Sequence[str]) -> int:
     found = Logs(Path(args.run), show, args.rank)
     found.check()
     has_colours = terminal.shows_colours(1)
-    with suppress(KeyboardInterrupt):  # how one ends -f
-        for lines in followed(found) if args.follows else [found.new_lines(is_over=True)]:
+    pieces = followed(found) if args.follows else [found.new_lines(is_over=True)]
+    with suppress(KeyboardInterrupt):  # Ctrl-C is the usual way to end -f
+        for lines in pieces:
             _print(lines, args.rank is None, has_colours)
     return 0
 
 
 def _print(lines: Sequence[Line], names_source: bool, has_colours: bool) -> None:
+    """Prints the lines. With `names_source` each one begins with its source, such as `[rank 3]`."""
     for line in lines:
         text = printable(line.text)
         if has_colours and line.level in COLOUR_OF:

@@ -1,29 +1,33 @@
-"""Curves and bars made of characters. Pure: numbers in, text out."""
+"""Draws curves and bars with characters. The functions turn numbers into text and print nothing."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-Figures = Sequence[float | None]  # None where a figure is not known, or is no number
+Figures = Sequence[float | None]  # None stands for a figure that is not known or not finite
 
 _STEPS = "▁▂▃▄▅▆▇█"
 _STEPS_IN_ASCII = "_.-=*#"
 
-# A character of braille has two columns of four dots. These are the dots' bits, from the top down.
+# A braille character has two columns of four dots. In Unicode its number is _BRAILLE plus a bit for each
+# dot: here are the bits of the left and of the right column, from the top down.
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 _BRAILLE = 0x2800
 
 
 def bar(share: float, columns: int, is_unicode: bool = True) -> str:
-    """A bar of so many columns, filled to `share`, which is between 0 and 1."""
+    """A bar that is `columns` characters wide, of which the part `share`, from 0 to 1, is filled."""
     full, empty = ("━", "─") if is_unicode else ("#", "-")
     filled = math.floor(columns * min(max(share, 0.0), 1.0))
     return full * filled + empty * (columns - filled)
 
 
 def sparkline(figures: Figures, columns: int, is_unicode: bool = True) -> str:
-    """The figures as a line of bars, at most so many columns wide; a blank for what is not known."""
+    """The figures as a line of small vertical bars, at most `columns` characters wide.
+
+    A figure that is not known leaves a blank. Without any known figure the text is empty.
+    """
     shown = resampled(figures, columns)
     known = [figure for figure in shown if figure is not None]
     if not known:
@@ -39,7 +43,7 @@ def sparkline(figures: Figures, columns: int, is_unicode: bool = True) -> str:
 
 
 def resampled(figures: Figures, count: int) -> list[float | None]:
-    """The figures, where they are more than `count`: the mean of each of `count` equal pieces."""
+    """At most `count` figures. More figures are cut into `count` equal pieces, and each gives its mean."""
     if len(figures) <= count:
         return list(figures)
     pieces = []
@@ -51,11 +55,11 @@ def resampled(figures: Figures, count: int) -> list[float | None]:
 
 
 def chart(curves: Sequence[Figures], columns: int, rows: int) -> list[list[tuple[str, int | None]]]:
-    """Curves over the same numbers, drawn with the dots of braille.
+    """Curves with common axes, drawn with braille characters.
 
-    Returns `rows` lines of `columns` cells: a character, and the number of the curve that it belongs to
-    (of two that meet there the later one; None for none). The first curve is a row of single dots, the
-    others are drawn through, so that they can be told apart without colours.
+    Returns `rows` lines of `columns` cells. A cell has a character and the index of the curve that passes
+    there, or None; where two curves meet it is the later one. Of several curves the first one is dotted and
+    the others are solid, so that they can be told apart without colours.
     """
     width, height = 2 * columns, 4 * rows
     shown = [stretched(curve, width) for curve in curves]
@@ -75,7 +79,7 @@ def chart(curves: Sequence[Figures], columns: int, rows: int) -> list[list[tuple
 
 
 def stretched(figures: Figures, count: int) -> list[float | None]:
-    """`count` figures from the first to the last of these: straight lines between neighbours."""
+    """`count` figures, by linear interpolation between the given ones; fewer than two stay as they are."""
     if len(figures) > count:
         return resampled(figures, count)
     if len(figures) < 2:
@@ -94,7 +98,10 @@ def stretched(figures: Figures, count: int) -> list[float | None]:
 
 
 def _points(curve: Figures, low: float, high: float, height: int, is_dotted: bool) -> list[tuple[int, int]]:
-    """The dots (x from the left, y from the top) of one curve."""
+    """The dots of one curve as (x, y): x counts from the left and y from the top.
+
+    `low` and `high` are the values at the lower and upper edge, and `height` is the number of dots between.
+    """
     span = (high - low) or 1.0
     points: list[tuple[int, int]] = []
     before: int | None = None
@@ -104,8 +111,13 @@ def _points(curve: Figures, low: float, high: float, height: int, is_dotted: boo
             continue
         y = round((high - figure) / span * (height - 1))
         if not is_dotted:
-            # Where the curve is steep the dots between two columns are drawn, too.
-            start = y if before is None else before + (1 if y > before else -1 if y < before else 0)
+            # Where the curve is steep, the dots between the last column and this one are drawn, too, so
+            # that the line has no gaps.
+            start = y
+            if before is not None and y > before:
+                start = before + 1
+            elif before is not None and y < before:
+                start = before - 1
             points += [(x, each) for each in range(min(start, y), max(start, y) + 1)]
         elif x % 2 == 0:
             points.append((x, y))

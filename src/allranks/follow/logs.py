@@ -1,8 +1,8 @@
-"""`allranks logs`: what the ranks of a run have said, merged in the order of time, and what they say next.
+"""`allranks logs`: merges the log files of a run's ranks in the order of time, and follows new lines.
 
-Each rank writes logs/rank-N.log, whose lines begin with the time. job.log, what a queued job has said on
-its console, has no times: there rank 0's lines stand between those of the launcher, and from them the
-others get their place.
+Each rank writes logs/rank-N.log, whose lines begin with the time. job.log has what a queued job has written
+to its console: lines of rank 0 and of the launcher, all without a time. A line of rank 0 there is also in
+rank 0's log, which has its time. A line of the launcher gets the time of the line of rank 0 before it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from allranks.base.errors import UserError
 from allranks.job.batch import JOB_LOG
 from allranks.run.directory import is_finished
 
-LOOK_EVERY_S = 1.0  # a network file system shows new lines every few seconds, whoever looks more often
-PIECE_BYTES = 1 << 20
-# A job's log may say the same as rank 0's log, of which so many lines are remembered.
+LOOK_EVERY_S = 1.0  # a network file system shows new lines only every few seconds: more often is useless
+PIECE_BYTES = 1 << 20  # bytes read at once
+# So many of rank 0's newest lines are kept in memory, to find them again in the job's log.
 REMEMBERED_LINES = 100_000
 
 _RANK_LOG = re.compile(r"rank-(\d+)\.log")
@@ -31,25 +31,25 @@ _TIMED = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) (\w+) [\w.]+: (.*)"
 
 
 class Line(NamedTuple):
-    """A line that somebody has logged."""
+    """A line of a log file."""
 
-    time: str  # as in the log; empty where nothing is known of it
+    time: str  # as in the log; empty if it is not known
     source: str  # "rank 3" or "job"
     text: str
     level: str = ""  # INFO, WARNING, ...; empty where the line has none
 
 
 class Tail:
-    """A file that grows: its whole lines, also after it was truncated or replaced by another one."""
+    """Reads the new lines of a growing file, also after the file was truncated or replaced."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.problem = ""  # why it cannot be read; empty where it can, or is not there yet
+        self.problem = ""  # why the file cannot be read; empty if it can, or does not exist yet
         self._file: BinaryIO | None = None
-        self._begun = b""  # the beginning of a line that is not whole yet
+        self._begun = b""  # the beginning of the last line, which has no line feed yet
 
     def new_lines(self) -> list[str]:
-        """The lines that have become whole since the last call; none where there is no file."""
+        """The lines that were completed since the last call; an empty list if there is no file."""
         found = self._read()
         if self._was_replaced():
             found += self._end_line()  # what the earlier file ended with
@@ -58,7 +58,7 @@ class Tail:
         return found
 
     def rest(self) -> list[str]:
-        """The last line, where it has no line feed."""
+        """The last line if it has no line feed, as a list of one line; else an empty list."""
         return self._end_line()
 
     def close(self) -> None:
@@ -68,16 +68,18 @@ class Tail:
         self._file = None
 
     def _read(self) -> list[str]:
+        """Reads the open file to its end, opening it if needed. Returns the lines that were completed."""
         try:
             if self._file is None:
                 self._file = self.path.open("rb")
+                self._begun = b""  # the file is read from its beginning
             if os.fstat(self._file.fileno()).st_size < self._file.tell():  # truncated: it begins anew
                 self._file.seek(0)
                 self._begun = b""
             data = b"".join(iter(lambda: self._file.read(PIECE_BYTES), b""))  # type: ignore[union-attr]
         except FileNotFoundError:  # not there yet
             return []
-        except OSError as error:  # it may be only for now: the next call tries again
+        except OSError as error:  # the error may pass: the next call tries again
             self.problem = f"{self.path} cannot be read ({error.strerror})."
             self.close()
             return []
@@ -86,7 +88,7 @@ class Tail:
         return [line.decode(errors="replace") for line in whole]
 
     def _was_replaced(self) -> bool:
-        """Whether the name leads to another file than the one that is open."""
+        """Whether there is another file at the path now than the one that is open."""
         if self._file is None:
             return False
         try:
@@ -97,6 +99,7 @@ class Tail:
         return (there.st_ino, there.st_dev) != (here.st_ino, here.st_dev)
 
     def _end_line(self) -> list[str]:
+        """The line that has no line feed, as if it were complete; an empty list if there is none."""
         line = self._begun.decode(errors="replace")
         self._begun = b""
         return [line] if line else []
@@ -104,14 +107,17 @@ class Tail:
 
 @dataclass
 class Source:
-    """One file of a run, and where its lines come to stand among all others."""
+    """One log file of a run, with the time by which its next lines are sorted."""
 
-    name: str
+    name: str  # "rank 3" or "job"
     tail: Tail
-    time: str = ""  # of its newest line that has one
+    time: str = ""  # of the newest line that has a time
 
     def new_lines(self, is_over: bool) -> list[Line]:
-        """The lines that have become whole. `is_over`: nothing more will come, so the last one is whole."""
+        """The lines that were completed since the last call.
+
+        With `is_over` nothing more will be written, so the last line counts even without a line feed.
+        """
         texts = self.tail.new_lines()
         if is_over:
             texts += self.tail.rest()
@@ -120,24 +126,26 @@ class Source:
             match = _TIMED.fullmatch(text)
             if match:
                 self.time = match[1]
-            # A line without a time, as of a traceback, belongs to the one before.
+            # A line without a time, as in a traceback, gets the time of the line before it.
             found.append(Line(self.time, self.name, text, match[2] if match else ""))
         return found
 
 
 @dataclass
 class Logs:
-    """The logs of one run: of all its ranks and of its job, or of one rank."""
+    """The log files of one run: of all its ranks and its job, or of a single rank."""
 
     directory: Path
     warn: Callable[[str], None]  # called once with a sentence for each file that cannot be read
     rank: int | None = None  # None: all ranks, and the job
-    _sources: dict[str, Source] = field(default_factory=dict)
-    _said: dict[str, str] = field(default_factory=dict)  # by rank 0: what, and when
-    _warned: set[str] = field(default_factory=set)
+    _sources: dict[str, Source] = field(default_factory=dict)  # by name
+    _said: dict[str, str] = field(
+        default_factory=dict
+    )  # the texts that rank 0 has logged, with their times
+    _warned: set[str] = field(default_factory=set)  # the sentences that `warn` was called with
 
     def check(self) -> None:
-        """Raises UserError where there is nothing to show, and nothing that could come."""
+        """Raises UserError if the directory has no logs and will get none, or none of the chosen rank."""
         path = self.directory
         if not path.is_dir():
             raise UserError(f"{path} is missing: give the directory of a run.")
@@ -148,12 +156,13 @@ class Logs:
             )
         if not known and not (path / JOB_LOG).exists() and not (path / "logs").is_dir():
             raise UserError(f"{path} has no logs: give the directory of a run.")
-        links.allow_connections(len(known))  # an open file for each of them
+        # Each log stays open. A run of many ranks needs more open files than a process may have by default.
+        links.allow_connections(len(known))
 
     def new_lines(self, is_over: bool) -> list[Line]:
         """All lines that are new since the last call, in the order of time.
 
-        `is_over`: nothing more will come, so a file's last line is whole even without a line feed.
+        With `is_over` nothing more will be written, so a file's last line counts even without a line feed.
         """
         lines: list[Line] = []
         for source in self._all_sources():
@@ -165,10 +174,12 @@ class Logs:
             if source.name == "rank 0":
                 self._remember(new)
             lines += self._placed(source, new) if source.name == "job" else new
-        # Python's sort keeps the order of lines with equal times: of one source they stay together.
+        # Python's sort is stable: lines with equal times keep their order, so those of a file stay
+        # together.
         return sorted(lines, key=lambda line: line.time)
 
     def _ranks(self) -> list[int]:
+        """The numbers of the ranks that have a log file."""
         try:
             names = os.listdir(self.directory / "logs")  # noqa: PTH208
         except OSError:
@@ -187,6 +198,7 @@ class Logs:
         return self._sources.setdefault(name, Source(name, Tail(self.directory / path)))
 
     def _remember(self, lines: Sequence[Line]) -> None:
+        """Keeps what rank 0 has logged, and when; forgets the oldest lines beyond REMEMBERED_LINES."""
         for line in lines:
             match = _TIMED.fullmatch(line.text)
             if match:
@@ -195,9 +207,9 @@ class Logs:
             del self._said[next(iter(self._said))]
 
     def _placed(self, job: Source, lines: Sequence[Line]) -> list[Line]:
-        """The lines of the job's log that are not rank 0's, each with the time of rank 0's line before it.
+        """The lines of the job's log that rank 0's log does not have, each with a time.
 
-        What the console shows of rank 0 is in rank 0's log, with a time.
+        It is the time of the last line before it that rank 0's log has, too.
         """
         own: list[Line] = []
         for line in lines:
@@ -214,9 +226,11 @@ def _some_ranks(ranks: Sequence[int]) -> str:
 
 
 def followed(logs: Logs) -> Iterator[list[Line]]:
-    """What is said, piece by piece, until the run has finished."""
+    """Yields the new lines every LOOK_EVERY_S seconds, until the run has finished."""
     while True:
-        is_over = is_finished(logs.directory)  # asked first: what it said last is there then
+        # This is asked before the logs are read: a run that has finished has written its last lines by
+        # then.
+        is_over = is_finished(logs.directory)
         yield logs.new_lines(is_over)
         if is_over:
             return

@@ -1,8 +1,8 @@
-"""How far runs have come, read from their files: on a login node, without touching the job.
+"""Reads from the files of runs how far they have come, on a login node and without disturbing the jobs.
 
 A run writes its figures after each epoch (metrics.jsonl) and, if asked to, after some steps
-(metrics-steps.jsonl). Nothing is written for us, so between two of these lines the time that has passed
-says how far the run should be. Any file may be missing or half written.
+(metrics-steps.jsonl). It writes nothing more often than that. So between two of these lines the progress is
+estimated from the time that has passed. Any file may be missing or half written.
 """
 
 from __future__ import annotations
@@ -23,27 +23,28 @@ from allranks.run.cells import JOB, runs_below
 from allranks.run.states import RunState, queue_states, states_of
 
 STEPS = "metrics-steps.jsonl"
-# A scheduler serves a whole machine: it is asked seldom, however often the files are read.
+# A scheduler serves all users of a machine. So it is asked less often than the files are read.
 ASK_EVERY_S = 30.0
-STEPS_BYTES = 1 << 18  # of metrics-steps.jsonl: some 2,000 steps, more than a terminal has columns
+# So much of the end of metrics-steps.jsonl is read: some 2,000 steps, more than a terminal has columns.
+STEPS_BYTES = 1 << 18
 RECENT_EPOCHS = 3  # whose times say how long the next ones will take
 
 
 @dataclass(frozen=True)
 class View:
-    """What can be seen of one run now. What is not known is None, or empty."""
+    """What is known of one run at this moment. A field that is not known is None or empty."""
 
     directory: str
     name: str
-    state: str  # finished, running, queued, stopped, ...: run/states.py
+    state: str  # finished, running, queued, stopped, ...; run/states.py explains them
     job_id: str | None = None
-    epoch: int = 0  # completed
+    epoch: int = 0  # completed epochs
     epochs: int | None = None  # of the whole run
-    step: int | None = None  # the newest of which a line was written
+    step: int | None = None  # the newest step that was recorded
     steps: int | None = None  # of the whole run
-    share: float | None = None  # of the run that is done, from 0 to 1
-    samples_per_s: float | None = None
-    left_s: float | None = None
+    share: float | None = None  # the part of the run that is done, from 0 to 1
+    samples_per_s: float | None = None  # over all ranks, in the newest epoch
+    left_s: float | None = None  # seconds until the last epoch is done
     train_losses: Sequence[float | None] = ()  # epoch after epoch
     val_losses: Sequence[float | None] = ()
     step_losses: Sequence[float | None] = ()  # of the steps that were recorded
@@ -57,7 +58,7 @@ class View:
 
     @property
     def is_running(self) -> bool:
-        """Whether ranks are at work, or the scheduler says so of the run's job."""
+        """Whether the run is training now, by its files or by what the scheduler says of its job."""
         return self.state.startswith("running")
 
     def to_json(self) -> dict[str, Any]:
@@ -83,13 +84,16 @@ class Reader:
         self.paths = paths
         self._warn = warn
         self._told: set[str] = set()
-        self._finished: dict[Path, View] = {}  # which change no more
+        self._finished: dict[Path, View] = {}  # finished runs change no more: they are read once
         self._asked_at: float | None = None
         self._asked_for: list[str] = []
         self._in_queue: dict[str, str] = {}
 
     def views(self) -> list[View]:
-        """Every run now, in the order of its directory. Raises UserError where there is nothing to show."""
+        """Reads every run and returns a view of each, sorted by directory within each path.
+
+        Raises UserError if no run can be read. A single run that cannot be read only causes a warning.
+        """
         directories: list[Path] = []
         problems: list[UserError] = []
         for path in self.paths:
@@ -127,7 +131,10 @@ class Reader:
             self._warn(sentence)
 
     def _ask(self, jobs: Sequence[dict[str, Any]], warn: Callable[[str], None]) -> dict[str, str]:
-        """The states of these jobs in their queues: as last told, unless that is long ago."""
+        """The states of these jobs in their queues.
+
+        The schedulers are asked again only after ASK_EVERY_S seconds, or if the jobs are other ones.
+        """
         ids = [job_id for job in jobs for job_id in job["job_ids"]]
         now = time.monotonic()
         is_old = self._asked_at is None or now - self._asked_at >= ASK_EVERY_S
@@ -139,7 +146,10 @@ class Reader:
 
 
 def runs_at(path: str) -> list[Path]:
-    """The runs at a path: the run itself, those of a sweep, or all in a folder. Raises UserError."""
+    """The directories of the runs at a path, which is a run, a sweep, or a folder with runs in it.
+
+    Raises UserError if there are none.
+    """
     place = Path(path)
     if not place.exists():
         raise UserError(f"{path} is missing: give the directory of a run, or a folder with runs in it.")
@@ -154,13 +164,13 @@ def runs_at(path: str) -> list[Path]:
 
 
 def view_of(directory: Path, state: RunState) -> View:
-    """What can be seen of the run in this directory. Raises UserError where nothing can be read there."""
+    """Reads the run in this directory. Raises UserError if nothing can be read there."""
     try:
         facts = gather(directory, state.words)
     except UserError:
         if not (directory / JOB).exists():
             raise
-        # A program of the user's own, or a training whose job has not started.
+        # Only job.json is there: the job has not started, or it runs a program of the user's own.
         return View(str(directory), directory.name, state.words, state.job_id)
 
     problems = list(facts.problems)
@@ -199,7 +209,7 @@ def view_of(directory: Path, state: RunState) -> View:
 
 
 def newest_steps(path: Path) -> list[dict[str, Any]]:
-    """The newest lines of metrics-steps.jsonl, as far as they are whole; none where there is no file."""
+    """The newest complete lines of metrics-steps.jsonl; an empty list if there is no such file."""
     try:
         with path.open("rb") as file:
             file.seek(0, os.SEEK_END)
@@ -208,7 +218,7 @@ def newest_steps(path: Path) -> list[dict[str, Any]]:
             content = file.read()
     except OSError:
         return []
-    # The newest line may be half written, and the first one is cut where the file is long.
+    # The last line may be half written. If the beginning of the file was skipped, the first line is cut.
     whole = content[: content.rfind(b"\n") + 1].splitlines()[1 if begins_at else 0 :]
     found = []
     for line in whole:
@@ -226,7 +236,7 @@ def _best_epoch(facts: RunFacts) -> int | None:
 
 
 def _steps_in_all(facts: RunFacts, done: int) -> int | None:
-    """The optimizer steps of the whole run; None where nothing tells it yet."""
+    """The number of optimizer steps of the whole run; None if it cannot be told yet."""
     limit = as_whole(facts.config.get("trainer.max_steps"))
     epochs = facts.epochs_planned
     of_epoch = None
@@ -241,7 +251,7 @@ def _steps_in_all(facts: RunFacts, done: int) -> int | None:
 
 
 def _steps_by_config(config: Mapping[str, Any], world_size: int | None) -> float | None:
-    """The steps of an epoch, by what is asked for; None where that does not tell it."""
+    """The number of steps of an epoch, computed from the configuration; None if it does not tell that."""
     split = config.get("data.split")
     per_rank = as_whole(config.get("trainer.per_rank_batch_size"))
     batch = as_whole(config.get("trainer.batch_size"))
@@ -254,7 +264,7 @@ def _steps_by_config(config: Mapping[str, Any], world_size: int | None) -> float
 
 
 def _seconds_of_an_epoch(facts: RunFacts) -> float | None:
-    """What an epoch takes, its evaluations included: the mean of the newest ones."""
+    """The mean time of the newest epochs, including their evaluations; None before the first epoch."""
     times = [
         epoch["time/train_s"] + (epoch["time/eval_s"] or 0.0)
         for epoch in facts.epochs[-RECENT_EPOCHS:]
@@ -266,14 +276,18 @@ def _seconds_of_an_epoch(facts: RunFacts) -> float | None:
 def _left_s(
     facts: RunFacts, state: RunState, done: int, epoch_s: float | None, directory: Path
 ) -> float | None:
-    """The seconds until the run's last epoch is done, if it goes on as it did; None where nobody knows."""
+    """The estimated seconds until the run's last epoch is done; None if the run is not running.
+
+    It assumes that each epoch takes `epoch_s` seconds. Without that it is None, too.
+    """
     epochs = facts.epochs_planned
     if epoch_s is None or epochs is None or not state.words.startswith("running"):
         return None
-    # By this host's clock and the file server's, which may differ by some seconds.
+    # The time since the last epoch was recorded. It compares the clock of this host with that of the file
+    # server, which may differ by some seconds.
     try:
         since_s = time.time() - (directory / METRICS).stat().st_mtime
-    except OSError:  # it is being written anew
+    except OSError:  # the file is gone, because the run is just replacing it
         return None
     into_epoch_s = min(max(since_s, 0.0), epoch_s)
     return max((epochs - done) * epoch_s - into_epoch_s, 0.0)
@@ -288,7 +302,10 @@ def _share(
     epoch_s: float | None,
     left_s: float | None,
 ) -> float | None:
-    """The share of the run that is done: by the clock where it runs, else by its newest record."""
+    """The part of the run that is done, from 0 to 1; None if the number of epochs is not known.
+
+    While the run is running it is estimated from the time that is left, else from the newest record.
+    """
     epochs = facts.epochs_planned
     if state.words == "finished":
         return 1.0

@@ -1,6 +1,7 @@
-"""`allranks watch`: one run in detail, or many in a table, drawn anew every two seconds.
+"""`allranks watch`: shows one run in detail, or many runs in a table, and draws it anew every two seconds.
 
-Everything is read from the runs' files, so it may be typed on a login node, and no job notices it.
+Everything is read from the files of the runs. So it can be used on a login node, and does not disturb the
+jobs.
 """
 
 from __future__ import annotations
@@ -19,29 +20,32 @@ from allranks.base.text import as_text, printable
 from allranks.follow import drawing
 from allranks.follow.reading import Reader, View
 
-# Often enough to look alive. A network file system asks its server anew only every few seconds, so that
-# more often would show nothing more.
+# A network file system shows new content of a file only every few seconds: drawing more often would show
+# nothing more.
 EVERY_S = 2
 LEAST_CHART_COLUMNS, MOST_CHART_COLUMNS = 20, 72
 CHART_ROWS = 8
 LABEL_COLUMNS = 14
 SPARK_COLUMNS = 12
 
-# The terminal's other screen, so that what was there before is there again afterwards; and the cursor.
+# Terminals have a second screen. _ENTER shows it and hides the cursor; _LEAVE goes back to the first
+# screen, which is unchanged, and shows the cursor.
 _ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
 _HOME, _END_LINE = "\x1b[H", "\x1b[K"
 
 
 class Look(NamedTuple):
-    """What the output takes."""
+    """What the output can show: its width, colours, and characters beyond ASCII."""
 
-    columns: int | None  # None: no terminal, and no limit
+    columns: (
+        int | None
+    )  # characters in a line; None if stdout is no terminal, and lines may have any length
     colours: bool = False
     is_unicode: bool = True
 
     @property
     def width(self) -> int:
-        """How many columns are used."""
+        """How many characters of a line are used: a wide window is not filled."""
         return min(self.columns or terminal.MOST_COLUMNS, terminal.MOST_COLUMNS)
 
     def paint(self, text: str, *codes: str) -> str:
@@ -50,7 +54,7 @@ class Look(NamedTuple):
 
 
 def look_of_stdout() -> Look:
-    """What this process's stdout takes now."""
+    """What the stdout of this process can show now; the window's size may change."""
     encoding = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "")
     return Look(terminal.columns_of(1), terminal.shows_colours(1), encoding == "utf8")
 
@@ -102,7 +106,7 @@ def _detail(view: View, look: Look) -> list[str]:
 
 
 def _progress_words(view: View) -> str:
-    """The share, epochs and steps that are done."""
+    """How much of the run is done, in percent, epochs and steps."""
     share = f"{100 * (view.share or 0.0):3.0f} %"
     steps = f", step {view.step:,}" if view.step else ""
     of = f" of {view.steps:,}" if view.step and view.steps else ""
@@ -118,7 +122,10 @@ def _newest(losses: Sequence[float | None]) -> str | None:
 
 
 def _curves(view: View, look: Look) -> list[str]:
-    """The losses as curves: of the epochs, or of the steps while there are fewer than two epochs."""
+    """The losses of the epochs as curves. While there are fewer than two epochs, the losses of the steps.
+
+    Empty if there are fewer than two losses, or if the window is too narrow.
+    """
     by_epoch = len(view.train_losses) > 1
     if by_epoch:
         curves = [view.train_losses, view.val_losses]
@@ -159,7 +166,8 @@ def _curves(view: View, look: Look) -> list[str]:
 class _Column(NamedTuple):
     title: str
     cells: list[str]
-    goes: int = 0  # where there is no room the column with the highest number goes first; 0: never
+    # If there is not enough room, the column with the highest number is left out first; 0: never.
+    goes: int = 0
     is_number: bool = True
 
 
@@ -184,7 +192,7 @@ def _table(views: Sequence[View], look: Look) -> list[str]:
             is_number=False,
         ),
     ]
-    # Columns of which nothing is known are left out, and those for which there is no room.
+    # A column is left out if none of its cells is known, or if there is no room for it.
     columns = [column for column in columns if any(cell not in ("-", "") for cell in column.cells)]
     while look.columns is not None and _width(columns) > look.columns:
         leaves = max(columns, key=lambda column: column.goes)
@@ -246,7 +254,10 @@ def _colour_of(view: View) -> str:
 
 
 def _fitting(text: str, look: Look, used: int = 0) -> str:
-    """The text, cut where a terminal's line ends: the picture must keep its lines."""
+    """The text, cut so that it fits into a line of the terminal beside `used` other characters.
+
+    A longer text would continue on the next line, and the lines below would be shifted.
+    """
     return text if look.columns is None else text[: max(look.columns - used - 1, 0)]
 
 
@@ -271,7 +282,7 @@ def follow(reader: Reader) -> None:
 
 
 def _draw(lines: Sequence[str]) -> None:
-    """Draws the lines over the picture before, as far as the window has room for them."""
+    """Draws the lines over the previous picture, as many as fit into the window."""
     try:
         rows = os.get_terminal_size(1).lines or len(lines)
     except OSError:
@@ -285,7 +296,11 @@ def _draw(lines: Sequence[str]) -> None:
 
 @contextmanager
 def _other_screen() -> Iterator[None]:
-    """The terminal's other screen, without a cursor; both are as they were afterwards."""
+    """Within this context the terminal shows its second screen, without a cursor.
+
+    Afterwards it shows the first screen and the cursor again, also if this process is told to end by
+    SIGTERM.
+    """
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.stdout.write(_ENTER)
     sys.stdout.flush()
@@ -299,7 +314,11 @@ def _other_screen() -> Iterator[None]:
 
 @contextmanager
 def _window_changes() -> Iterator[Callable[[float], object]]:
-    """Gives a function that waits for some seconds, or until the window's size has changed."""
+    """Provides a function that waits for some seconds, or until the size of the window changes.
+
+    SIGWINCH, which the terminal sends for a changed size, is blocked meanwhile, so that the wait receives
+    it.
+    """
     window = {signal.SIGWINCH}
     signal.pthread_sigmask(signal.SIG_BLOCK, window)
     try:
