@@ -1,7 +1,7 @@
-"""What a terminal takes: how wide it is, whether it shows colours, and text made to fit.
+"""What a terminal can show: its width, whether it shows colours, and functions that make text fit into it.
 
-A file or a pipe is no terminal. What is written there has neither colours nor other control sequences, and
-no line of it is wrapped: programs read it, and people search it.
+A file or a pipe is no terminal. Text that is written there has no colours or other control sequences, and
+its lines are not wrapped, so that programs can read it and people can search it.
 """
 
 from __future__ import annotations
@@ -12,49 +12,49 @@ from collections.abc import Mapping
 
 # Wider text is tiring to read, so a wide window is not filled.
 MOST_COLUMNS = 100
-# A window that says it has no columns at all, as a new pseudo-terminal does.
+# The width that is assumed for a terminal that reports a width of 0, as a new pseudo-terminal does.
 USUAL_COLUMNS = 80
-# Terminals that obey no control sequences call themselves so.
+# The values of TERM for terminals that do not understand control sequences.
 DUMB = ("dumb", "unknown")
 
 BOLD, DIM, RED, GREEN, YELLOW, CYAN = "1", "2", "31", "32", "33", "36"
 
-# Erases from the cursor to the end of the screen. What stands there, if anything, is the progress bar of a
-# rank: it is drawn below the cursor.
+# Erases from the cursor to the end of the screen. That removes the progress bar, if a rank has drawn one:
+# it is always below the cursor.
 ERASE_BELOW = "\x1b[J"
-RESTORE_CURSOR = "\x1b8"  # the last bytes of a progress bar
+RESTORE_CURSOR = "\x1b8"  # puts the cursor back to where it was saved; the end of each progress bar
 
 
 def columns_of(fd: int) -> int | None:
-    """How many characters a line of the terminal behind this descriptor has; None for no terminal."""
+    """The width in characters of the terminal at this file descriptor; None if it is no terminal."""
     try:
         if not os.isatty(fd):
             return None
         return os.get_terminal_size(fd).columns or USUAL_COLUMNS
-    except OSError:  # closed
+    except OSError:  # the descriptor is closed
         return None
 
 
 def obeys(fd: int, environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether a terminal is behind the descriptor that obeys control sequences, as TERM says."""
+    """Whether this file descriptor is a terminal that understands control sequences, according to TERM."""
     return columns_of(fd) is not None and environ.get("TERM", "").lower() not in DUMB
 
 
 def shows_colours(fd: int, environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether colours may be used: at a terminal that obeys, unless NO_COLOR is set (no-color.org)."""
+    """Whether to use colours: if obeys() is True, and NO_COLOR is not set (https://no-color.org)."""
     return obeys(fd, environ) and not environ.get("NO_COLOR")
 
 
 def painted(text: str, *codes: str) -> str:
-    """The text in these colours, such as painted("best", BOLD, GREEN)."""
+    """The text with the control sequences for these colours, as in painted("best", BOLD, GREEN)."""
     return f"\x1b[{';'.join(codes)}m{text}\x1b[0m" if text else ""
 
 
 def wrapped(text: str, columns: int, indent: str = "") -> str:
-    """The text in lines of at most so many columns, broken between words; each line of it for itself.
+    """The text with each line that is longer than `columns` characters broken between words.
 
-    Lines after a break begin with `indent`. A word that is longer, such as a path, is not broken: it is to
-    be copied whole.
+    A new line begins with `indent`. A word that is longer than a line, such as a path, is not broken, so
+    that it can be copied.
     """
     lines: list[str] = []
     for line in text.split("\n"):
@@ -74,9 +74,10 @@ def wrapped(text: str, columns: int, indent: str = "") -> str:
 
 
 def message(text: str, fd: int, environ: Mapping[str, str] = os.environ) -> str:
-    """A message of `allranks` for the terminal behind this descriptor, with its line feed.
+    """A message of `allranks`, made for the terminal at this file descriptor, with a line feed at its end.
 
-    The message begins with `allranks: `. Its lines are wrapped, and that first word is coloured.
+    `text` begins with `allranks: `. Its lines are wrapped, and the word `allranks` is coloured. A progress
+    bar below the cursor is erased first.
     """
     columns = min(columns_of(fd) or USUAL_COLUMNS, MOST_COLUMNS)
     name, _, rest = wrapped(text, columns, indent=" " * len("allranks: ")).partition(":")
@@ -87,7 +88,7 @@ def message(text: str, fd: int, environ: Mapping[str, str] = os.environ) -> str:
 
 
 def short_duration(seconds: float) -> str:
-    """A duration as a clock would count it down: 0:07, 12:40, 3:05:00, 4 d 03 h."""
+    """A duration in the form of a clock: 0:07, 12:40, 3:05:00; from two days on as in 4 d 03 h."""
     whole = max(0, round(seconds))
     minutes, s = divmod(whole, 60)
     hours, m = divmod(minutes, 60)

@@ -1,11 +1,12 @@
-"""Rank 0's console: whole lines, and at a terminal a progress bar below them.
+"""Writes lines to rank 0's console, and at a terminal draws a progress bar below them.
 
-The bar stands on the line below the cursor, and the cursor stays where the next line begins. So whatever
-else writes to the terminal (a print() in a user's model, a library) writes above the bar and not into it.
-Before a line of our own the bar is erased, and afterwards drawn anew.
+The bar is drawn on the line below the cursor. The cursor stays above it, at the beginning of the line where
+the next text goes. So if anything else writes to the terminal (a print() in a user's model, a library), its
+text appears above the bar and not within it. Display.write_line() erases the bar, writes its line, and
+draws the bar again.
 
-Nothing here needs to be undone: the cursor stays visible, and there is no thread. A rank may be killed at
-any moment, and the user's terminal must be as it was.
+A rank may be killed at any moment, and the terminal must stay usable then. So nothing here changes it in a
+way that would have to be undone: the cursor stays visible, and there is no thread.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from typing import NamedTuple, TextIO
 from allranks.base import terminal
 from allranks.base.terminal import ERASE_BELOW, RESTORE_CURSOR
 
-DRAW_EVERY_S = 0.1  # often enough to look alive, seldom enough to cost nothing
-WINDOW_S = 5.0  # the speed shown is that of so many seconds
+DRAW_EVERY_S = 0.1  # often enough to look smooth; drawing takes far less time than this
+WINDOW_S = 5.0  # the speed that is shown is the mean over so many seconds
 LEAST_BAR_COLUMNS, MOST_BAR_COLUMNS = 6, 40
 
-# Makes room for a line below the cursor, remembers where the cursor is, and goes down to the line's
-# beginning. "Index" moves down without going to the beginning of the line, and scrolls at the last line.
+# _BELOW prepares the line below the cursor for the bar, in five steps: erase what is below the cursor; go
+# down one line, which scrolls the screen if the cursor is in the last line (the control sequence "index");
+# go up again; save the position of the cursor; and go down to the beginning of the line for the bar.
 _INDEX, _UP, _SAVE_CURSOR, _DOWN_TO_BEGINNING = "\x1bD", "\x1b[A", "\x1b7", "\x1b[B\r"
 _BELOW = ERASE_BELOW + _INDEX + _UP + _SAVE_CURSOR + _DOWN_TO_BEGINNING
 
@@ -35,31 +37,31 @@ class Display:
         self.stream = stream
         try:
             self._fd = stream.fileno()
-        except (OSError, ValueError):  # as where a notebook or a test takes the place of stdout
+        except (OSError, ValueError):  # a notebook or a test may replace stdout by an object without a file
             self._fd = -1
         self.is_live = terminal.obeys(self._fd)
         self.shows_colours = terminal.shows_colours(self._fd)
-        self._bar = ""  # that is drawn now
+        self._bar = ""  # the bar that is shown now; empty if there is none
 
     @property
     def columns(self) -> int | None:
-        """The terminal's width now: its window may change; None for no terminal."""
+        """The width of the terminal now, in characters; the window may change. None for no terminal."""
         return terminal.columns_of(self._fd)
 
     @property
     def is_unicode(self) -> bool:
-        """Whether the stream takes the signs of the bar."""
+        """Whether the stream can encode the characters of the bar, which are not ASCII."""
         return (getattr(self.stream, "encoding", None) or "").lower().replace("-", "") == "utf8"
 
     def write_line(self, text: str) -> None:
-        """Writes a line, above the bar if there is one. Raises OSError."""
+        """Writes a line, above the bar if there is one. Raises OSError if the stream cannot be written."""
         if self._bar:
             self._write(f"{ERASE_BELOW}{text}\n{_BELOW}{self._bar}{RESTORE_CURSOR}")
         else:
             self._write(f"{text}\n")
 
     def draw(self, bar: str) -> None:
-        """Draws the bar, one line, in the place of an earlier one."""
+        """Draws the bar, which is a single line, in place of the previous one."""
         self._bar = bar
         with suppress(OSError):  # the terminal has gone: no reason to end a training
             self._write(f"{_BELOW}{bar}{RESTORE_CURSOR}")
@@ -72,7 +74,8 @@ class Display:
                 self._write(ERASE_BELOW)
 
     def _write(self, text: str) -> None:
-        self.stream.write(text)  # in one piece: another process may write to the same terminal
+        # All in one write: otherwise the text of another process could come between the control sequences.
+        self.stream.write(text)
         self.stream.flush()
 
 
@@ -82,19 +85,20 @@ class Display:
 class Moment(NamedTuple):
     """How far a run has come."""
 
-    epoch: int  # that is under way, from 1
-    epochs: int
-    step: int  # done in the epoch
-    steps: int  # of the epoch
-    samples_per_s: float | None = None  # None: not known yet
-    epoch_left_s: float | None = None
-    run_left_s: float | None = None
+    epoch: int  # the number of the current epoch, from 1
+    epochs: int  # of the whole run
+    step: int  # completed steps of the current epoch
+    steps: int  # of the whole epoch
+    samples_per_s: float | None = None  # over all ranks; None: not known yet
+    epoch_left_s: float | None = None  # seconds until the steps of the epoch are done; None: not known yet
+    run_left_s: float | None = None  # seconds until the last epoch is done; None: not known yet
 
 
 def bar_text(now: Moment, columns: int, is_unicode: bool, shows_colours: bool) -> str:
     """The progress bar as one line of less than `columns` characters.
 
-    The bar itself takes what the words leave. Where little is left, words are shortened or left out.
+    The bar itself takes the room that the words leave. If that is too little, the words after the bar are
+    shortened or left out.
     """
     # The last column stays free: some terminals begin a new line after a character there.
     room = min(columns - 1, terminal.MOST_COLUMNS)
@@ -112,7 +116,7 @@ def bar_text(now: Moment, columns: int, is_unicode: bool, shows_colours: bool) -
 
 
 def _words_after(now: Moment) -> Iterator[str]:
-    """What stands after the bar, the longest first."""
+    """Texts for the place after the bar, from the longest to the shortest: the first that fits is used."""
     share = f"  {100 * now.step // max(now.steps, 1):3d} %"
     if now.samples_per_s is None or now.epoch_left_s is None or now.run_left_s is None:
         yield share
@@ -126,20 +130,20 @@ def _words_after(now: Moment) -> Iterator[str]:
 
 
 class Pace:
-    """How fast steps are taken, over the last WINDOW_S seconds."""
+    """Measures how long a step takes, over the last WINDOW_S seconds."""
 
     def __init__(self, step: int, now_s: float) -> None:
-        """`step` is the step at which the clock, in seconds, shows `now_s`."""
+        """Starts at step `step` and at time `now_s`, in seconds of time.perf_counter()."""
         self._seen: deque[tuple[float, int]] = deque([(now_s, step)])
 
     def note(self, step: int, now_s: float) -> None:
-        """The training has come to this step."""
+        """Records that the training has completed `step` steps at time `now_s`, in seconds."""
         self._seen.append((now_s, step))
         while len(self._seen) > 2 and self._seen[1][0] < now_s - WINDOW_S:
             self._seen.popleft()
 
     @property
     def step_s(self) -> float | None:
-        """Seconds that a step takes; None where none was seen yet."""
+        """How many seconds a step takes; None if no step was completed yet."""
         (first_s, first), (last_s, last) = self._seen[0], self._seen[-1]
         return (last_s - first_s) / (last - first) if last > first else None

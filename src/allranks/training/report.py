@@ -1,8 +1,8 @@
-"""What a run tells: on the console, in the records of the run directory, and in each rank's log file.
+"""What a run reports: on the console, in the records of the run directory, and in each rank's log file.
 
-Every rank has a Reporter, so that nobody needs to ask which rank it is. Only rank 0's writes to the console
-and to the records; the others show warnings and errors. The words are in story.py, and display.py knows
-what a terminal takes.
+Every rank has a Reporter and calls it in the same way, so the training code need not ask which rank it is.
+Only the Reporter of rank 0 writes the story of the run to the console, and the records. Other ranks show
+only warnings and errors. story.py has the words, and display.py draws on the terminal.
 """
 
 from __future__ import annotations
@@ -36,41 +36,45 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("allranks")
 
-EARLY_RECORDS = 10_000  # log lines kept until there is a log file; a start makes a few dozen
+# So many log lines are kept in memory until the log file exists. A start makes a few dozen.
+EARLY_RECORDS = 10_000
 
 
 class Told(NamedTuple):
-    """What a run tells of its configuration."""
+    """What a run reports of its configuration."""
 
-    title: str  # what is trained on what, as story.title() puts it
+    title: str  # which model is trained on which data, made by story.title()
     precision: str  # of the model's arithmetic
     console: str  # "quiet", "normal" or "verbose"
 
 
 class Reporter:
-    """One rank's report of one run, between open() and close()."""
+    """Reports one run on one rank, between open() and close()."""
 
     def __init__(self, runtime: Runtime, told: Told) -> None:
         self.runtime = runtime
         self.told = told
-        self.directory: Path | None = None  # until the run directory is there
-        self._display = Display(sys.stdout)  # rank 0's
+        self.directory: Path | None = None  # None until opened() is called
+        self._display = Display(sys.stdout)  # only rank 0 writes to it
+        # The progress bar. If stdout goes to a file, the bar may still be shown on stderr.
         self._bar = self._display if self._display.is_live else Display(sys.stderr)
-        # From opened() on.
+        # opened() gives these their values.
         self._length = RunLength(epochs=0, steps=0, steps_per_epoch=0)
         self._table = story.Table(0)
-        self._header = ""  # the line above the table's columns as it was shown last
+        self._header = ""  # the line above the table's columns as it was last shown
         self._batch_size = 0  # examples of one step over all ranks
         self._check: Callable[[], None] = lambda: None
-        self._metrics: TextIO | None = None  # metrics.jsonl; rank 0's, while it can be written
+        # metrics.jsonl, open to append to. None on other ranks than 0, and while it cannot be written.
+        self._metrics: TextIO | None = None
         self._history: Sequence[Mapping[str, Any]] = ()
         self._best: Mapping[str, Any] | None = None  # the epoch with the lowest val/loss so far
-        # Log lines come before the run directory does: they are kept, and go to the log file then.
+        # The first log lines are written before the run directory exists. They are kept here until opened()
+        # can write them to the log file.
         self._early = logging.handlers.MemoryHandler(EARLY_RECORDS, flushLevel=logging.CRITICAL + 1)
         self._handlers: list[logging.Handler] = []
 
     def open(self) -> None:
-        """From now on this rank's log lines are shown, or kept for its log file."""
+        """Connects Python's logging with the console, and keeps all log lines for the log file."""
         is_verbose = self.told.console == "verbose"
         root = logging.getLogger()
         root.setLevel(logging.INFO)
@@ -89,7 +93,7 @@ class Reporter:
         self._add(self._early)
 
     def close(self) -> None:
-        """Closes records and logs, and takes them out of Python's logging. May be called twice."""
+        """Closes the records and log files, and disconnects Python's logging. May be called twice."""
         self._bar.clear()
         if self._metrics is not None:
             self._metrics.close()
@@ -101,11 +105,11 @@ class Reporter:
     # --- the story, from the beginning to one of its ends ---------------------------------------------
 
     def cell(self, place: str, overrides: Sequence[str], directory: str) -> None:
-        """This run is a cell of a sweep, such as `cell 3/12`."""
+        """Says which cell of a sweep this run is. `place` is its number, such as `cell 3/12`."""
         self._say(f"{place}: {printable(' '.join(overrides))} in {directory}")
 
     def started(self) -> None:
-        """The ranks have come up: says what is trained, how many ranks train where, and by what means."""
+        """Called when all ranks have started: says what is trained, and on how many ranks."""
         runtime = self.runtime
         hosts = len({facts.host_identity for facts in runtime.ranks})
         self._say(self.told.title, terminal.BOLD)
@@ -122,7 +126,7 @@ class Reporter:
         )  # fmt: skip
 
     def data(self, data: Data) -> None:
-        """The data is open: says how many examples there are, and of which shape."""
+        """Called when the data is open: says how many examples there are, and their shape."""
         sizes = story.examples(len(data.train), len(data.val), len(data.test), data.input_shape)
         self._pair("data", sizes)
         log.debug("the data is open after %.1f s", process_age_s())
@@ -136,11 +140,12 @@ class Reporter:
         resumed: str | None,
         check: Callable[[], None],
     ) -> None:
-        """The run directory is there: logs and records go to it from now on.
+        """Called when the run directory exists: logs and records are written there from now on.
 
-        `batch_size`: examples of one step over all ranks; `length`: of the whole run. `resumed` is the
-        checkpoint that the run goes on from. `check` raises UserError where another run has taken the
-        directory; it is called before a record is replaced.
+        `batch_size` is the number of examples of one step over all ranks. `length` says how long the whole
+        run is. `resumed` is the checkpoint from which the run continues, None for a new run. `check` is
+        called before a record is replaced; it raises UserError if another run has taken the directory.
+        Raises UserError if the directory cannot be written.
         """
         self.directory = Path(directory)
         self._check = check
@@ -157,7 +162,8 @@ class Reporter:
         self._early.flush()
         self._remove(self._early)
         self._add(file)
-        if not self.runtime.is_main:  # rank 0's log begins with its story
+        # The log of rank 0 begins with the story of the run. The logs of other ranks begin with this line.
+        if not self.runtime.is_main:
             log.info("%s, rank %d of %d", self._me(), self.runtime.rank, self.runtime.world_size)
         self._batch_size = batch_size
         self._length = length
@@ -177,7 +183,10 @@ class Reporter:
     def progress(
         self, batches: Iterable[list[Batch]], training: Training, steps: int
     ) -> Iterator[list[Batch]]:
-        """Gives the batches one by one, and shows a progress bar on rank 0's terminal."""
+        """Yields the batches one by one, and shows a progress bar on rank 0's terminal.
+
+        `steps` is the number of optimizer steps of the epoch.
+        """
         if not self._has_bar:
             return iter(batches)
         return self._with_bar(batches, training, steps)
@@ -203,14 +212,18 @@ class Reporter:
         self._bar.draw(f"  epoch {training.epoch + 1}/{self._length.epochs}  evaluating")
 
     def _moment(self, training: Training, steps: int, step_s: float | None) -> Moment:
-        """Where the training stands, for the bar. `step_s`: what a step takes now, if that is known."""
+        """How far the training has come, for the progress bar.
+
+        `step_s` is how many seconds a step takes now; None if that is not known yet.
+        """
         epochs = self._length.epochs
         done = training.epoch_steps
         moment = Moment(training.epoch + 1, epochs, done, steps)
         if step_s is None or step_s == 0:
             return moment
         epoch_left_s = (steps - done) * step_s
-        # An epoch takes as long as the last one, with its evaluations; the first only says what steps take.
+        # The next epochs are assumed to take as long as the last one, including its evaluations. During the
+        # first epoch only the time of its steps is known.
         last = training.history[-1] if training.history else None
         eval_s = last["time/eval_s"] if last else 0.0
         epoch_s = last["time/train_s"] + eval_s if last else steps * step_s
@@ -227,7 +240,10 @@ class Reporter:
         bar.draw(bar_text(moment, columns, bar.is_unicode, bar.shows_colours))
 
     def epoch(self, metrics: Mapping[str, float | int]) -> None:
-        """One more epoch is trained and evaluated: `metrics` is its line of metrics.jsonl."""
+        """Called when an epoch is trained and evaluated: records it, and shows it as a row of the table.
+
+        `metrics` is the epoch's line of metrics.jsonl.
+        """
         if self.runtime.is_main:
             try:
                 if self._metrics is None:
@@ -235,12 +251,14 @@ class Reporter:
                 else:
                     files.append_line(self._metrics, metrics)
             except OSError as error:
-                self._metrics = None  # all of it is written anew as soon as that is possible
+                # The next call writes the whole file anew, with the epochs that are missing in it.
+                self._metrics = None
                 log.warning("metrics.jsonl could not be written (%s); the training goes on", error)
         self._bar.clear()
         columns = self._display.columns
         header = self._table.header(columns)
-        if header != self._header:  # also where the window has become narrower
+        # The header is shown once, and again when the window's width changes the columns.
+        if header != self._header:
             self._header = header
             self._say(header, terminal.DIM, gap=True, is_row=True)
         self._best = story.best_of([metrics] if self._best is None else [self._best, metrics])
@@ -253,11 +271,14 @@ class Reporter:
     # --- how it ends ----------------------------------------------------------------------------------
 
     def finished_before(self, directory: str) -> None:
-        """An earlier start has finished this run: says that nothing is left to do."""
+        """Says that there is nothing to do, because an earlier start has finished this run."""
         self._close_story(f"{directory} holds this run, finished already: nothing to do")
 
     def interrupted(self) -> None:
-        """Ctrl-C has ended a lone process at once, without a save."""
+        """Called when Ctrl-C has ended a run of a single process at once: says where it would continue.
+
+        Nothing was saved at this moment.
+        """
         if self.directory is None:
             return
         if checkpoint.steps(self.directory):
@@ -266,13 +287,13 @@ class Reporter:
             log.warning("nothing had been saved: run.dir=%s begins again", self.directory)
 
     def failed(self, message: str) -> None:
-        """This rank alone has met an error, and all ranks end. Nothing is said where `message` is empty."""
+        """Called when this rank has an error, which ends all ranks. An empty `message` is not shown."""
         if message:
             # The console of the other ranks names them already.
             log.error(f"[{self._me()}] {message}" if self.runtime.is_main else message)
 
     def stopped(self, reason: str, training: Training) -> None:
-        """All ranks have agreed to stop, and the training is saved: says where, and how it goes on."""
+        """Called when all ranks have stopped and the training is saved: says where, and how to continue."""
         self._bar.clear()
         self._note_event("stopped", training, reason)
         epochs = self._length.epochs
@@ -286,7 +307,8 @@ class Reporter:
         command = story.going_on(
             str(self.directory), sys.argv, self.runtime.world_size, identity.launcher, was_launched
         )
-        from allranks.run.cells import JOB  # the start of a rank does without
+        # Imported here, so that the start of a rank does not take longer for it.
+        from allranks.run.cells import JOB
 
         assert self.directory is not None
         if self.runtime.is_main and (self.directory / JOB).exists():
@@ -294,7 +316,11 @@ class Reporter:
         self._pair("next", command, is_command=True)
 
     def finished(self, summary: Mapping[str, Any]) -> None:
-        """The run is trained and tested. Writes summary.json, and metrics.jsonl whole once more."""
+        """Called when the run is trained and tested: writes the records and says the result.
+
+        Writes summary.json, and writes the whole metrics.jsonl once more, because single lines may be
+        missing. Raises UserError if they cannot be written.
+        """
         if self.runtime.is_main:
             assert self.directory is not None
             with rundir.writing(str(self.directory)):
@@ -317,7 +343,7 @@ class Reporter:
     # --- tools ----------------------------------------------------------------------------------------
 
     def _note_event(self, event: str, training: Training, why: str) -> None:
-        """Appends a line to events.jsonl: the run was stopped, or goes on from a checkpoint."""
+        """Appends a line to events.jsonl. `event` is "stopped" or "resumed"."""
         if not self.runtime.is_main:
             return
         assert self.directory is not None
@@ -338,15 +364,15 @@ class Reporter:
     def _all_metrics(self) -> TextIO:
         """Writes metrics.jsonl anew, with all epochs so far; returns the file, open to append to."""
         assert self.directory is not None
-        self._check()  # what is there may be another run's by now
+        self._check()  # another run may have taken the directory: its records must not be replaced
         known = "".join(map(files.line, self._history))
         return files.write_text(self.directory / "metrics.jsonl", known)
 
     def _say(self, text: str, *colours: str, gap: bool = False, is_row: bool = False) -> None:
-        """A line of rank 0's story, in its log file as it is.
+        """Writes a line of the story to rank 0's log file and to its console. Other ranks do nothing.
 
-        On the console `colours` hold at a terminal, an empty line stands before it if there is a `gap`, and
-        long lines are wrapped at a terminal unless they are a row of a table.
+        On the console a `gap` puts an empty line before it. A terminal shows it in these `colours`, and
+        wraps it if it is too long, unless it is a row of a table.
         """
         if self.runtime.is_main:
             shown = _Shown(gap=gap, colours=colours, wraps=not is_row)
@@ -355,13 +381,13 @@ class Reporter:
     def _pair(
         self, label: str, value: str, *colours: str, gap: bool = False, is_command: bool = False
     ) -> None:
-        """A line `label  value` of the story; a command is not wrapped, so that it can be copied."""
+        """Writes a line `label  value` of the story. A command is not wrapped, so that it can be copied."""
         if self.runtime.is_main:
             shown = _Shown(gap=gap, label=label, colours=colours, wraps=not is_command)
             log.info("%s", story.pair(label, value), extra={"shown": shown})
 
     def _close_story(self, text: str) -> None:
-        """The one line that is shown of a run's end even with console=quiet."""
+        """Writes the line on the end of the run, which is shown even with console=quiet."""
         if self.runtime.is_main:
             log.info("%s", text, extra={"shown": _Shown(is_last=True)})
 
@@ -382,7 +408,7 @@ def _is_for_rank_0s_console(record: logging.LogRecord) -> bool:
 
 
 def _is_for_other_ranks_console(record: logging.LogRecord) -> bool:
-    # Python's own warnings come on every rank alike: rank 0 shows them.
+    # Warnings of Python's module `warnings` are the same on every rank: only rank 0 shows them.
     return record.name != "py.warnings" and (
         record.levelno >= logging.WARNING or record.name.startswith("allranks")
     )
@@ -391,24 +417,24 @@ def _is_for_other_ranks_console(record: logging.LogRecord) -> bool:
 class _Shown(NamedTuple):
     """How a line of the story looks on the console."""
 
-    gap: bool = False  # an empty line stands before it
-    label: str = ""  # with which it begins
-    colours: Sequence[str] = ()  # at a terminal
-    wraps: bool = True  # at a terminal
-    is_last: bool = False  # it is shown with console=quiet, too
+    gap: bool = False  # an empty line is shown before it
+    label: str = ""  # the word with which the line begins, such as `data`
+    colours: Sequence[str] = ()  # used only at a terminal
+    wraps: bool = True  # whether a terminal breaks it, if it is too long
+    is_last: bool = False  # it is shown even with console=quiet
 
 
 class _Console(logging.StreamHandler):
-    """A stream that may be closed or full while the training goes on."""
+    """A log handler for a stream that may be closed or full: the training goes on all the same."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """`| head` closes the console, a disk is full: no reason to complain, or to stop training."""
+        """Ignores an OSError, as when `| head` has closed the console or the disk is full."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
 
 
 class _DisplayHandler(_Console):
-    """Shows log lines on rank 0's console: the story, and what other modules have to say."""
+    """Shows log lines on rank 0's console: the story of the run, and the messages of other modules."""
 
     def __init__(self, display: Display, shows_story: bool) -> None:
         """Without `shows_story` only warnings, errors and the last line are shown."""
@@ -426,7 +452,7 @@ class _DisplayHandler(_Console):
             self.handleError(record)
 
     def _text(self, text: str, level: int, shown: _Shown) -> str:
-        """The line as the console shows it."""
+        """The line as the console shows it: wrapped, coloured, and with its empty line before it."""
         columns = self.display.columns
         if columns is not None and shown.wraps:
             indent = story.pair("", "") if shown.label else "  "
@@ -448,12 +474,12 @@ def _coloured(text: str, level: int, shown: _Shown) -> str:
 
 
 class _LogFile(_Console, logging.FileHandler):
-    """logs/rank-N.log, which somebody may remove, and whose disk may be full."""
+    """Writes logs/rank-N.log. The training goes on if the folder is removed or the disk is full."""
 
     def _open(self) -> TextIOWrapper:
         try:
             return super()._open()
-        except FileNotFoundError:  # somebody has tidied up
+        except FileNotFoundError:  # the folder logs/ was removed
             Path(self.baseFilename).parent.mkdir(exist_ok=True)
             return super()._open()
 
@@ -463,7 +489,10 @@ class _LogFile(_Console, logging.FileHandler):
 
 
 def process_age_s() -> float:
-    """Seconds since this process started, imports included."""
+    """Seconds since this process started, including the time of its imports.
+
+    Without /proc it is the time since this module was imported.
+    """
     stat = processes.process_stat(os.getpid())
     try:
         with open("/proc/uptime") as file:  # noqa: PTH123

@@ -1,7 +1,8 @@
-"""The words and columns of rank 0's story: pure text, from a training's name to the next command to type.
+"""The texts that rank 0 shows about a run, from its title to the command that the user may type next.
 
-A line of the story is `label  value`, or a row of the table of epochs. In a file all of it stands as it is.
-At a terminal values are wrapped, and columns for which there is no room are left out.
+Together these texts are called the story of the run. A line of the story is `label  value`, or a row of the
+table of epochs. A log file has all lines as they are. At a terminal long values are wrapped, and columns of
+the table for which there is no room are left out. The functions here only return text.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 INDENT = "  "
-LABEL_COLUMNS = 12  # of the longest label and its distance to the value
-VALUE_AT = len(INDENT) + LABEL_COLUMNS  # in a line
+LABEL_COLUMNS = 12  # characters of the longest label, with the blanks before the value
+VALUE_AT = len(INDENT) + LABEL_COLUMNS  # where the value begins in a line
 
-# What started the ranks, by its name in job.identity, as a person would say it.
+# Names for people of what has started the ranks, by the names that job/identity.py uses.
 LAUNCHERS = {
     "mpich": "mpiexec (MPICH)",
     "openmpi": "mpiexec (Open MPI)",
@@ -34,7 +35,7 @@ CARRIERS = {"mpi": "MPI", "nccl": "NCCL", "xccl": "XCCL"}
 
 
 def pair(label: str, value: str) -> str:
-    """A line of the header or of the closing block."""
+    """A line `label  value`, as at the beginning and at the end of the story."""
     return f"{INDENT}{label:{LABEL_COLUMNS}}{value}"
 
 
@@ -45,10 +46,10 @@ def title(
     max_steps: int | None = None,
     is_one_batch: bool = False,
 ) -> str:
-    """What is trained, on which data: `Training mlp on mnist for 5 epochs`.
+    """The title of a run, such as `Training mlp on mnist for 5 epochs`.
 
-    `model` and `data` are these sections of the configuration. `max_steps`: the run ends after so many
-    steps at the latest. `is_one_batch`: each step takes the same batch.
+    `model` and `data` are the sections of the configuration with these names. After `max_steps` steps the
+    run ends at the latest; None means no such limit. With `is_one_batch` each step takes the same batch.
     """
     examples = name_of(data.get("train", {}))
     if is_one_batch:
@@ -60,8 +61,8 @@ def title(
 def name_of(section: Mapping[str, Any]) -> str:
     """A short name for the component that a section of the configuration describes.
 
-    A model is called by its class or function. Data are called by their own name where the section gives
-    one, and the data sets that we ship by their module.
+    It is the value of the key `name`, if there is one. Otherwise it is the name of the class or function in
+    `_target_`. For data sets in allranks.data it is the name of the module, such as `mnist`.
     """
     given = section.get("name")
     if isinstance(given, str):
@@ -71,7 +72,7 @@ def name_of(section: Mapping[str, Any]) -> str:
 
 
 def who_trains(world_size: int, hosts: int, device_type: str, threads: int) -> str:
-    """How many ranks train, on how many hosts, and on which kind of device each."""
+    """How many ranks train, on how many hosts, and on which kind of device each of them computes."""
     device = (
         f"the CPU with {count(threads, 'thread')}" if device_type == "cpu" else f"a GPU ({device_type})"
     )
@@ -83,7 +84,7 @@ def who_trains(world_size: int, hosts: int, device_type: str, threads: int) -> s
 def how_they_work_together(launcher: str, kind: str, collectives: str) -> str:
     """What has started several ranks, what connects them, and what adds up their gradients.
 
-    `launcher` is a name of job.identity, `kind` and `collectives` are those of the Runtime.
+    `launcher` is a name that job/identity.py uses. `kind` and `collectives` are attributes of the Runtime.
     """
     starter = LAUNCHERS.get(launcher, launcher)
     connector = "ezpz" if kind == "ezpz" else "PyTorch"
@@ -92,13 +93,13 @@ def how_they_work_together(launcher: str, kind: str, collectives: str) -> str:
 
 
 def examples(train: int, val: int, test: int, input_shape: Sequence[int]) -> str:
-    """How many examples there are of each kind, and of which shape."""
-    shape = "x".join(map(str, input_shape))  # one word, which is not broken
+    """How many training, validation and test examples there are, and their shape."""
+    shape = "x".join(map(str, input_shape))  # without blanks, so that wrapping does not break it
     return f"{train:,} training, {val:,} validation and {test:,} test examples of {shape}"
 
 
 def count(number: int, noun: str) -> str:
-    """`1 rank`, `12 ranks`."""
+    """A number with its noun in singular or plural: `1 rank`, `12 ranks`."""
     return f"{number:,} {noun}" + ("s" if number != 1 else "")
 
 
@@ -107,29 +108,30 @@ def count(number: int, noun: str) -> str:
 
 class _Column(NamedTuple):
     title: str
-    columns: int  # its width
-    text: Callable[[Mapping[str, Any]], str]  # of an epoch's line of metrics.jsonl
-    # Where there is no room the column with the highest of these numbers goes first; 0: never.
+    columns: int  # its width in characters
+    text: Callable[[Mapping[str, Any]], str]  # makes a cell from an epoch's line of metrics.jsonl
+    # If there is not enough room, the column with the highest number is left out first; 0: never.
     goes: int = 0
 
 
 def _figure(key: str, form: str) -> Callable[[Mapping[str, Any]], str]:
+    """A function that shows the figure `key` of an epoch in this format, such as `.2f`."""
     return lambda metrics: format(metrics[key], form)
 
 
 def _loss(key: str) -> Callable[[Mapping[str, Any]], str]:
-    """Four decimals, as many as fit for a loss that is large."""
+    """A function that shows a loss with four decimals; from 10,000 on with three digits, as 1.23e+04."""
     return lambda metrics: format(metrics[key], ".4f" if abs(metrics[key]) < 10_000 else ".3g")
 
 
 def _rate(metrics: Mapping[str, Any]) -> str:
-    """The learning rate in at most seven characters."""
+    """The learning rate of an epoch in at most seven characters."""
     text = f"{metrics['lr']:.3g}"
     return text if len(text) <= 7 else f"{metrics['lr']:.1e}"
 
 
 def _seconds(metrics: Mapping[str, Any]) -> str:
-    """The time of an epoch and of its evaluations, in at most six characters up to a day."""
+    """The time of an epoch including its evaluations; up to a day it has at most six characters."""
     seconds = metrics["time/train_s"] + metrics["time/eval_s"]
     return f"{seconds:.1f} s" if seconds < 1000 else f"{seconds / 60:.0f} m"
 
@@ -143,31 +145,37 @@ _COLUMNS = (
     _Column("samples/s", 9, _figure("throughput/samples_per_s", ",.0f"), goes=2),
     _Column("time", 6, _seconds, goes=3),
 )
-_BEST = "best"  # above the column that marks the best epoch so far
+_BEST = "best"  # the title of the column that marks the best epoch so far with a star
 _GAP = "  "
 
 
 class Table:
-    """The table of a run's epochs: a line above the columns, and one for each epoch."""
+    """The table of a run's epochs: a line of titles, and a row for each epoch."""
 
     def __init__(self, epochs: int) -> None:
-        """`epochs` is how many the run has in all."""
+        """Sets the table up. `epochs` is the number of epochs of the whole run."""
         self.epochs = epochs
         self._first = max(len("epoch"), len(f"{epochs}/{epochs}"))  # width of the first column
 
     def header(self, columns: int | None) -> str:
-        """The line above the columns; `columns` is the terminal's width, None for no limit."""
+        """The line of titles. `columns` is the width of the terminal in characters; None for no limit."""
         titles = [f"{column.title:>{column.columns}}" for column in self._shown(columns)]
         return INDENT + _GAP.join([f"{'epoch':>{self._first}}", *titles, _BEST])
 
     def row(self, metrics: Mapping[str, Any], is_best: bool, columns: int | None) -> str:
-        """The line of an epoch: its line of metrics.jsonl. `is_best`: by val/loss, so far."""
+        """The row of an epoch. `metrics` is its line of metrics.jsonl.
+
+        `is_best` says whether its val/loss is the lowest so far. `columns` is the width of the terminal in
+        characters; None for no limit.
+        """
         cells = [f"{column.text(metrics):>{column.columns}}" for column in self._shown(columns)]
         epoch = f"{metrics['epoch']}/{self.epochs}"
-        return (INDENT + _GAP.join([f"{epoch:>{self._first}}", *cells, "*" if is_best else ""])).rstrip()
+        mark = "*" if is_best else ""
+        line = INDENT + _GAP.join([f"{epoch:>{self._first}}", *cells, mark])
+        return line.rstrip()
 
     def _shown(self, columns: int | None) -> list[_Column]:
-        """The columns for which there is room."""
+        """The columns for which a line of `columns` characters has room; all of them for None."""
         shown = list(_COLUMNS)
         while columns is not None and self._width(shown) > columns:
             leaves = max(shown, key=lambda column: column.goes)
@@ -177,14 +185,15 @@ class Table:
         return shown
 
     def _width(self, shown: Sequence[_Column]) -> int:
+        """How many characters a line with these columns has."""
         widths = [self._first, *(column.columns for column in shown), len(_BEST)]
         return len(INDENT) + sum(widths) + len(_GAP) * (len(widths) - 1)
 
 
 def best_of(history: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The epoch with the lowest val/loss, of equal ones the last; its checkpoint is kept.
+    """The line of the epoch with the lowest val/loss; of several with the same value the last one.
 
-    None where no epoch has a val/loss that is a number.
+    It is the epoch whose checkpoint is kept as the best. None if no epoch has a finite val/loss.
     """
     measured = [
         metrics
@@ -198,7 +207,7 @@ def best_of(history: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
 
 
 def test_figures(summary: Mapping[str, Any]) -> str:
-    """How well the model does on the test set."""
+    """The loss and the accuracy on the test set, from a run's summary."""
     return (
         f"loss {summary['test/loss']:.4f}, accuracy {summary['test/accuracy']:.2f} % "
         f"of {summary['test/count']:,} examples"
@@ -206,22 +215,22 @@ def test_figures(summary: Mapping[str, Any]) -> str:
 
 
 def best_figures(best: Mapping[str, Any]) -> str:
-    """Which epoch was the best, and how good."""
+    """The number of the best epoch, with its loss and accuracy on the validation examples."""
     return f"epoch {best['epoch']}: val loss {best['val/loss']:.4f}, val {best['val/accuracy']:.2f} %"
 
 
 def using(directory: str) -> str:
-    """What to type to try a trained model."""
+    """The command with which a user tries the trained model on an image."""
     return f"allranks predict {shlex.quote(directory)} image.png"
 
 
 def going_on(
     directory: str, argv: Sequence[str], world_size: int, launcher: str, was_launched: bool
 ) -> str:
-    """What to type so that a stopped run goes on.
+    """The command with which a user continues a stopped run, or a sentence that describes it.
 
-    `argv` is the command line of its rank 0. `was_launched`: whether `allranks launch` has started it; else
-    `launcher` is the name in job.identity of what has.
+    `argv` is the command line of the run's rank 0. `was_launched` says whether `allranks launch` has
+    started the run. Otherwise `launcher` says what has started it, by the name that job/identity.py uses.
     """
     where = shlex.quote(directory)
     if was_launched:
@@ -236,8 +245,9 @@ def going_on(
 
 
 def going_on_in_a_job(directory: str) -> str:
-    """What to type so that a stopped run goes on that `allranks submit` has queued.
+    """The command with which a user continues a stopped run that `allranks submit` has queued.
 
-    Where its job's time was over the job script queues the next job itself. After a signal it does not.
+    It is not needed if the run was stopped because the time of its job was over: then the job script queues
+    the next job itself. After a signal the script does not.
     """
     return f"allranks submit --cell {shlex.quote(directory)}   (unless its next job is queued by itself)"
