@@ -263,7 +263,8 @@ def _against(
         for index, (label, points) in enumerate(lines.items()):
             points.sort()
             colour = LIGHT[COLOURS[index % len(COLOURS)]]
-            x, y = [point.x for point in points], [point.mean for point in points]
+            x = [point.x for point in points]
+            y = [point.mean for point in points]
             dashes = DASHES[index // len(COLOURS) % 2]
             axes.plot(x, y, color=colour, marker="o", linestyle=dashes, label=label)
             whiskers = [point for point in points if point.std is not None]

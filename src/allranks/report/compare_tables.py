@@ -207,7 +207,8 @@ def _figure_cells(name: str, values: Sequence[Value], plus_minus: str) -> list[s
         f" {plus_minus} {figure_text(name, value.std)}" if with_std and value.std is not None else ""
         for value in values
     ]
-    widest_mean, widest_std = max(map(len, means)), max(map(len, stds))
+    widest_mean = max(map(len, means))
+    widest_std = max(map(len, stds))
     return [
         f"{mean.rjust(widest_mean)}{std.ljust(widest_std)}" for mean, std in zip(means, stds, strict=True)
     ]

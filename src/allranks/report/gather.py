@@ -210,6 +210,7 @@ def _epochs(path: Path, problems: list[str]) -> list[dict[str, Any]]:
 
 
 def _ranks(environment: Mapping[str, Any]) -> list[Rank]:
+    """The ranks that environment.json lists; none where it has no such list."""
     found = environment.get("ranks")
     return [
         Rank(

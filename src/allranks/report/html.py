@@ -53,11 +53,17 @@ def _attribute(name: str, value: str | int | bool | None) -> str:
     if value is None or value is False:
         return ""
     name = name.rstrip("_").replace("_", "-")
-    return f" {name}" if value is True else f' {name}="{html.escape(_shown(str(value)))}"'
+    if value is True:
+        return f" {name}"
+    return f' {name}="{html.escape(_shown(str(value)))}"'
 
 
 def _shown(text: str) -> str:
-    """The text without what no page may hold: control characters, and halves of characters."""
+    """The text with U+FFFD in place of characters that a page must not hold.
+
+    These are control characters other than line feeds, and lone surrogates, which stand for bytes that are
+    not UTF-8. Characters such as tabs, which are not printable either, are replaced, too.
+    """
     if text.isprintable():
         return text
     kept = (each if each.isprintable() or each == "\n" else "\N{REPLACEMENT CHARACTER}" for each in text)

@@ -69,13 +69,9 @@ def document(title: str, header: Html, sections: Sequence[Section]) -> str:
         for section in sections
     ]
     now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    light, dark = (
-        " ".join(f"--{name}: {colour};" for name, colour in scheme.items())
-        for scheme in (pictures.LIGHT, pictures.DARK)
-    )
     values = {
-        "light": light,
-        "dark": dark,
+        "light": _as_css(pictures.LIGHT),
+        "dark": _as_css(pictures.DARK),
         "version": allranks.__version__,
         "title": joined([title]).text,
         "header": header.text,
@@ -87,6 +83,11 @@ def document(title: str, header: Html, sections: Sequence[Section]) -> str:
     # All words such as @title@ are replaced in one pass. With one pass for each word, an @nav@ in a run's
     # name would be replaced, too.
     return re.sub(r"@(\w+)@", lambda found: values.get(found[1], found[0]), template)
+
+
+def _as_css(colours: Mapping[str, str]) -> str:
+    """The colours as CSS variables: `--ink: #1c2430; --grid: ...;`."""
+    return " ".join(f"--{name}: {colour};" for name, colour in colours.items())
 
 
 # --- the head of the page --------------------------------------------------------------------------------

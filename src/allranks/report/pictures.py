@@ -220,7 +220,8 @@ def phases_s(facts: RunFacts) -> dict[str, float]:
     if not train:
         return {}
     spent = {"Training": sum(train), "Evaluation": sum(evaluation)}
-    startup, total = (_seconds(facts, f"time/{name}_s") for name in ("startup", "total"))
+    startup = _seconds(facts, "time/startup_s")
+    total = _seconds(facts, "time/total_s")
     if startup is None or total is None or facts.events:
         return spent
     rest = total - startup - sum(spent.values())
@@ -326,7 +327,8 @@ def _in_words(title: str, unit: str, epochs: Sequence[int], series: Sequence[Ser
     said = []
     for one in series:
         known = [(epoch, v) for epoch, v in zip(epochs, one.values, strict=True) if v is not None]
-        (first, begin), (last, end) = known[0], known[-1]
+        first, begin = known[0]
+        last, end = known[-1]
         said.append(
             f"{one.name}: {begin:.4g} {unit} after epoch {first}, {end:.4g} {unit} after epoch {last}"
         )
@@ -560,7 +562,8 @@ def new_figure(title: str, width_in: float = WIDTH_IN, height_in: float = HEIGHT
 
 def as_picture(figure: Figure, name: str, title: str, description: str) -> Picture:
     """The figure as PNG and SVG. Both have no date in them, so that the same run gives equal files."""
-    as_svg, as_png = io.StringIO(), io.BytesIO()
+    as_svg = io.StringIO()
+    as_png = io.BytesIO()
     no_date = {"Date": None, "Creator": None, "Format": None, "Type": None}
     figure.savefig(as_svg, format="svg", metadata=no_date)
     figure.savefig(as_png, format="png", dpi=PNG_DPI, metadata={"Software": None})

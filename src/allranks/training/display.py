@@ -109,10 +109,14 @@ def bar_text(now: Moment, columns: int, is_unicode: bool, shows_colours: bool) -
     length = min(max(room - len(before) - len(after), 0), MOST_BAR_COLUMNS)
     filled = length * now.step // max(now.steps, 1)
     full, empty = ("━", "─") if is_unicode else ("#", "-")
-    done, left = full * filled, empty * (length - filled)
+    done = full * filled
+    left = empty * (length - filled)
     if shows_colours:
-        done, left = terminal.painted(done, terminal.CYAN), terminal.painted(left, terminal.DIM)
-    return f"{before}{done}{left}{after}"[: None if shows_colours else room]
+        done = terminal.painted(done, terminal.CYAN)
+        left = terminal.painted(left, terminal.DIM)
+        # Not cut: the control sequences for colours have a length, but take no room.
+        return f"{before}{done}{left}{after}"
+    return f"{before}{done}{left}{after}"[:room]
 
 
 def _words_after(now: Moment) -> Iterator[str]:
@@ -122,7 +126,8 @@ def _words_after(now: Moment) -> Iterator[str]:
         yield share
         return
     speed = f"{now.samples_per_s:,.0f}"
-    epoch_left, run_left = (terminal.short_duration(s) for s in (now.epoch_left_s, now.run_left_s))
+    epoch_left = terminal.short_duration(now.epoch_left_s)
+    run_left = terminal.short_duration(now.run_left_s)
     yield f"{share}  {speed} samples/s  left: epoch {epoch_left}, run {run_left}"
     yield f"{share}  {speed}/s  left: {epoch_left}, run {run_left}"
     yield f"{share}  {speed}/s  run {run_left}"
@@ -145,5 +150,8 @@ class Pace:
     @property
     def step_s(self) -> float | None:
         """How many seconds a step takes; None if no step was completed yet."""
-        (first_s, first), (last_s, last) = self._seen[0], self._seen[-1]
-        return (last_s - first_s) / (last - first) if last > first else None
+        first_s, first_step = self._seen[0]
+        last_s, last_step = self._seen[-1]
+        if last_step <= first_step:
+            return None
+        return (last_s - first_s) / (last_step - first_step)

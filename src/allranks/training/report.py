@@ -335,7 +335,8 @@ class Reporter:
         self._pair("test", story.test_figures(summary), terminal.BOLD, gap=True)
         if self._best is not None:
             self._pair("best", story.best_figures(self._best))
-        total, startup = (terminal.duration(summary[f"time/{key}_s"]) for key in ("total", "startup"))
+        total = terminal.duration(summary["time/total_s"])
+        startup = terminal.duration(summary["time/startup_s"])
         self._pair("time", f"{total} in all, {startup} until the first step")
         self._pair("directory", str(self.directory))
         self._pair("next", story.using(str(self.directory)), is_command=True)
