@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import shutil
 import threading
@@ -612,7 +613,8 @@ def test_a_job_with_little_time_left_has_the_table_only(sweep, tmp_path, monkeyp
 def test_a_launched_sweep_ends_with_its_comparison_whatever_its_cells_do(tmp_path):
     """With the larger rate two cells fail: their loss is not finite."""
     words = ["-n", "1", "--no-preflight", "-m", *SMALL, "trainer.epochs=1", "run.dir=sizes"]
-    done = execute([*ALLRANKS, "launch", *words, "optimizer.lr=0.1,1e30", "seed=0,1"], tmp_path)
+    wide = {**os.environ, "COLUMNS": "120"}  # room for all columns of the table
+    done = execute([*ALLRANKS, "launch", *words, "optimizer.lr=0.1,1e30", "seed=0,1"], tmp_path, wide)
     assert done.code == 2
     text = done.out[done.out.index("4 runs. They differ in optimizer.lr.") :]
     header, finished, failed = table_of(text)

@@ -178,6 +178,7 @@ STOPPING = [
 ]
 
 
+@pytest.mark.xdist_group("signals")  # in one worker, for which long_run is trained once
 @pytest.mark.parametrize("signum", STOPPING, ids=lambda s: s.name)
 def test_a_signal_to_any_rank_stops_all_with_a_checkpoint(tmp_path, train, long_run, signum):
     process = started(*LONG, cwd=tmp_path, under="mpiexec", ranks=2)

@@ -17,6 +17,7 @@ import yaml
 from allranks.base import files
 from allranks.run import directory as rundir
 from helpers import (
+    NO_REPORT,
     SMALL,
     TIMEOUT_S,
     TRAIN,
@@ -327,7 +328,7 @@ def test_a_run_that_diverges_still_leaves_valid_json(train_here):
 
 def test_the_command_is_recorded_as_typed(train, tmp_path):
     done = train(*SMALL, "trainer.epochs=0").ok()
-    assert done.run.environment["command"][1:] == [*SMALL, "trainer.epochs=0"]
+    assert done.run.environment["command"][1:] == [NO_REPORT, *SMALL, "trainer.epochs=0"]
     assert Path(done.run.environment["command"][0]).name == "train.py"
 
 

@@ -41,6 +41,11 @@ class RankIdentity(NamedTuple):
         return self.launcher in MPI_LAUNCHERS
 
     @property
+    def is_task_of_srun(self) -> bool:
+        """Whether srun has started this process, as one of several ranks."""
+        return self.launcher == "srun" and not self.alone
+
+    @property
     def alone(self) -> bool:
         """Whether this process is the only rank."""
         return self.world_size == 1

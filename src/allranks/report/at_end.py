@@ -98,7 +98,7 @@ def pictures_of(directory: str) -> list[Path]:
 
 def limit_s(runs: int, identity: RankIdentity) -> float:
     """How many seconds the pages of `runs` runs may take. Under srun it is less, as SRUN_LIMIT_S says."""
-    if identity.launcher == "slurm" and not identity.alone:
+    if identity.is_task_of_srun:
         return SRUN_LIMIT_S
     return LIMIT_S + FURTHER_S * (runs - 1)
 
