@@ -183,7 +183,7 @@ def test_a_signal_ends_the_making_of_a_page_at_once(copy):
 
 
 def test_under_srun_the_time_is_shorter():
-    alone, one_of_two = RankIdentity("slurm"), RankIdentity("slurm", rank=0, world_size=2)
+    alone, one_of_two = RankIdentity("srun"), RankIdentity("srun", rank=0, world_size=2)
     assert at_end.limit_s(1, alone) == at_end.LIMIT_S
     assert at_end.limit_s(1, one_of_two) == at_end.SRUN_LIMIT_S
     assert at_end.limit_s(3, RankIdentity("none")) == at_end.LIMIT_S + 2 * at_end.FURTHER_S
