@@ -20,6 +20,7 @@ import pytest
 from allranks.base import terminal
 from allranks.base.errors import as_line
 from allranks.launch.console import Console
+from allranks.run import checkpoint
 from allranks.training import story
 from allranks.training.display import Display, Moment, Pace, bar_text
 from helpers import PYTHON, SMALL, TRAIN, Run, clean_environment, execute, only_long
@@ -276,10 +277,10 @@ def test_rows_are_as_wide_as_their_header_and_fit(columns, epochs):
 def test_the_best_epoch_is_the_one_whose_checkpoint_is_kept():
     nan = float("nan")
     history = [metrics(1, nan), metrics(2, 0.4), metrics(3, 0.3), metrics(4, 0.3), metrics(5, 0.35)]
-    best = story.best_of(history)
+    best = checkpoint.best_of(history)
     assert best is not None and best["epoch"] == 4  # of equal ones the last
-    assert story.best_of(history[:1]) is None
-    assert story.best_of([]) is None
+    assert checkpoint.best_of(history[:1]) is None
+    assert checkpoint.best_of([]) is None
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def with_home(named: str, path: str) -> str:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Writes a JSON file under a temporary name and renames it: a reader sees all of it or nothing."""
-    write_text(path, json.dumps(_finite(values), indent=2, allow_nan=False) + "\n").close()
+    write_text(path, json.dumps(finite(values), indent=2, allow_nan=False) + "\n").close()
 
 
 def write_text(path: Path, text: str, new: bool = False) -> TextIO:
@@ -91,10 +91,10 @@ def append_line(file: TextIO, values: Mapping[str, Any]) -> None:
 
 def line(values: Mapping[str, Any]) -> str:
     """The values as one line of JSON, with its line feed."""
-    return json.dumps(_finite(values), allow_nan=False) + "\n"
+    return json.dumps(finite(values), allow_nan=False) + "\n"
 
 
-def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+def finite(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values, with None for NaN and infinity: JSON has neither, and writes None as null."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 

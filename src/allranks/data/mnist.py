@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+from allranks.base import files
 from allranks.base.errors import UserError
 from allranks.base.text import did_you_mean
 
@@ -278,12 +279,7 @@ def _fetch_one(path: Path, md5: str, mirrors: tuple[str, ...], name: str, root: 
         if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
             problems.append(f"{url}: what it sent is not the published file")
             continue
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        files.write_bytes(path, content)
         return
     near = _near_miss(_source(name), path.stem, root)
     raise UserError(

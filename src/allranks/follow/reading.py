@@ -19,6 +19,7 @@ from typing import Any
 
 from allranks.base.errors import UserError
 from allranks.report.gather import METRICS, RunFacts, as_number, as_whole, gather
+from allranks.run import checkpoint
 from allranks.run.cells import JOB, runs_below
 from allranks.run.states import RunState, queue_states, states_of
 
@@ -183,6 +184,7 @@ def view_of(directory: Path, state: RunState) -> View:
     )
     epoch_s = _seconds_of_an_epoch(facts)
     left_s = _left_s(facts, state, done, epoch_s, directory)
+    best = checkpoint.best_of(facts.epochs)
     return View(
         directory=str(directory),
         name=facts.name,
@@ -199,7 +201,7 @@ def view_of(directory: Path, state: RunState) -> View:
         val_losses=facts.column("val/loss"),
         step_losses=[as_number(line.get("step/loss")) for line in recorded],
         val_accuracy=facts.last("val/accuracy"),
-        best_epoch=_best_epoch(facts),
+        best_epoch=best["epoch"] if best else None,
         test_loss=as_number(facts.summary.get("test/loss")),
         test_accuracy=as_number(facts.summary.get("test/accuracy")),
         ranks=facts.world_size,
@@ -227,12 +229,6 @@ def newest_steps(path: Path) -> list[dict[str, Any]]:
             if isinstance(about, dict):
                 found.append(about)
     return found
-
-
-def _best_epoch(facts: RunFacts) -> int | None:
-    """The epoch with the lowest val/loss, of equal ones the last."""
-    measured = [epoch for epoch in facts.epochs if epoch["val/loss"] is not None]
-    return min(reversed(measured), key=lambda epoch: epoch["val/loss"], default={"epoch": None})["epoch"]
 
 
 def _steps_in_all(facts: RunFacts, done: int) -> int | None:

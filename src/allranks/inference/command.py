@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from allranks.base.arguments import with_our_errors
 from allranks.base.errors import UserError, show
-from allranks.base.files import write_text
+from allranks.base.files import finite, write_text
 from allranks.base.text import table
 
 if TYPE_CHECKING:
@@ -324,10 +324,6 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _finite_values(values: Mapping[str, float]) -> dict[str, float | None]:
-    return {key: _finite(value) for key, value in values.items()}
-
-
 def _predict_part(options: argparse.Namespace) -> int:
     from allranks.inference import forward
 
@@ -446,9 +442,9 @@ def evaluate(arguments: Sequence[str]) -> int:
             "step": trained.step,
             "epoch": trained.epoch,
             "device": trained.runtime.device.type,
-            **{key: _finite(value) for key, value in measured.items()},
+            **finite(measured),
             "equals_summary": None if differences is None else not any(differences.values()),
-            "differences": None if differences is None else _finite_values(differences),
+            "differences": None if differences is None else finite(differences),
             "comparison": verdict,
         }
         print(json.dumps(about))

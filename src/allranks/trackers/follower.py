@@ -226,12 +226,12 @@ class _Follower(threading.Thread):
         for metrics in epochs:
             if metrics["epoch"] > self._at.epoch:
                 self._deliver_steps(written, up_to=metrics["step"])
-                self._tracker.epoch(_finite(metrics))
+                self._tracker.epoch(files.finite(metrics))
                 self._at = Position(max(self._at.step, metrics["step"]), metrics["epoch"])
                 self._remember()
         self._deliver_steps(written)
         if summary is not None and not self._has_summary:
-            self._tracker.summary(_finite(summary))
+            self._tracker.summary(files.finite(summary))
             self._has_summary = True
 
     def _open(self) -> None:
@@ -304,9 +304,3 @@ class _Follower(threading.Thread):
             noted = Position(**json.loads(self._note.read_text()))
         resumed = self._run.resumed
         return Position(min(noted.step, resumed.step), min(noted.epoch, resumed.epoch))
-
-
-def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values, with None for NaN and infinity, as the files of the run directory have them."""
-    made: dict[str, Any] = json.loads(files.line(values))
-    return made

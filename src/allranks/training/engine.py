@@ -81,9 +81,22 @@ def fit_and_test(
 ) -> Figures | None:
     """Trains to the end, and then looks at the test set, once; all ranks call.
 
-    Returns the figures over the test set, or None where the ranks agreed to stop before the end.
+    `recipe` is what the training was built from. `control` decides when to save and when to stop. `report`
+    tells the user how far the run is. `records` keeps the figures of single steps and hands figures to the
+    trackers. Returns the figures over the test set, or None where the ranks agreed to stop before the end.
     """
-    if not fit(training, data, recipe, runtime, control, report, records):
+    around = _Surroundings(
+        data=data,
+        length=length_of(recipe, len(data.train)),
+        trainer=recipe.trainer,
+        seed=recipe.seed,
+        batch_size=recipe.batch_size,
+        runtime=runtime,
+        control=control,
+        report=report,
+        records=records,
+    )
+    if not _fit(training, around):
         return None
     try:
         return evaluate(training.model, data.test, recipe.trainer.precision, recipe.seed, runtime, control)
@@ -91,31 +104,16 @@ def fit_and_test(
         return None
 
 
-def fit(
-    training: Training,
-    data: Data,
-    recipe: Recipe,
-    runtime: Runtime,
-    control: Control,
-    report: Reporter,
-    records: Records,
-) -> bool:
-    """Trains to the end, from wherever `training` stands; all ranks call.
-
-    `recipe` is what the training was built from. `control` decides when to save and when to stop. `report`
-    tells the user how far the run is. `records` keeps the figures of single steps and hands figures to the
-    trackers. Returns False where the ranks agreed to stop before the end.
-    """
-    trainer = recipe.trainer
-    length = length_of(recipe, len(data.train))
-    around = _Surroundings(
-        data, length, trainer, recipe.seed, recipe.batch_size, runtime, control, report, records
-    )
+def _fit(training: Training, around: _Surroundings) -> bool:
+    """Trains to the end, from wherever `training` stands; False where the ranks agreed to stop before."""
+    runtime = around.runtime
+    control = around.control
+    records = around.records
     # The last batch of an epoch may be smaller: then torch.compile compiles the model once more, and the
     # watchdog has to allow the time for it.
-    runtime.progress.compiles = trainer.compile
+    runtime.progress.compiles = around.trainer.compile
     is_first = True
-    while training.epoch < length.epochs:
+    while training.epoch < around.length.epochs:
         started = time.perf_counter() - training.epoch_s
         step_before = training.step
         if not _train_epoch(training, around, is_first, started):
@@ -131,7 +129,7 @@ def fit(
         training.epoch += 1
         compare_ranks(runtime, training.model)
         _close_epoch(training, figures, records.of_epoch(figures.samples_per_s))
-        report.epoch(training.history[-1])
+        around.report.epoch(training.history[-1])
         records.epoch_closed(training.history)
         if control.agree_to_stop(training):
             return False

@@ -150,7 +150,7 @@ class Reporter:
         self.directory = Path(directory)
         self._check = check
         self._history = training.history
-        self._best = story.best_of(training.history)
+        self._best = checkpoint.best_of(training.history)
         with rundir.writing(directory):
             if self.runtime.is_main:
                 check()
@@ -261,7 +261,7 @@ class Reporter:
         if header != self._header:
             self._header = header
             self._say(header, terminal.DIM, gap=True, is_row=True)
-        self._best = story.best_of([metrics] if self._best is None else [self._best, metrics])
+        self._best = checkpoint.best_of([metrics] if self._best is None else [self._best, metrics])
         is_best = self._best is metrics
         style = (terminal.BOLD,) if is_best and self._display.shows_colours else ()
         self._say(self._table.row(metrics, is_best, columns), *style, is_row=True)

@@ -7,7 +7,6 @@ training goes on.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -227,10 +226,8 @@ def _kept_steps(step: int, present: list[int], history: list[dict[str, Any]], ke
     These are the `keep` newest, and the one with the least val/loss. `present` are the steps that have a
     checkpoint, newest first. `history` has the metrics of all epochs.
     """
-    losses = {epoch["step"]: epoch["val/loss"] for epoch in history if math.isfinite(epoch["val/loss"])}
-    measured = [each for each in present if each in losses]
-    best = min(measured, key=lambda each: losses[each], default=step)
+    best = checkpoint.best_of([epoch for epoch in history if epoch["step"] in present])
     # If there is a checkpoint of a later step, this run could not read it: otherwise it would have gone on
     # from it. It stays, and is not counted among the `keep`.
     count = present.index(step) + keep
-    return {*present[:count], best}
+    return {*present[:count], best["step"] if best else step}

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,19 +144,13 @@ def restore(
     `identity` says which training this is (config.identity). Raises UserError where the checkpoint is that
     of another training, or not one that allranks has made.
     """
-    try:
+    with _of_this_format(path):
         state = checkpoint.from_json(STATE, files[STATE])
         _check_counters(state)
         _check_that_it_fits(state, path, identity, runtime.world_size)
         _restore_components(training, state, files, path)
         _restore_counters(training, state)
         _restore_sums(training, state["sums"], runtime)
-    except (KeyError, TypeError, ValueError, AttributeError, checkpoint.Damaged) as error:
-        what = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(
-            f"{path} does not hold what this version saves ({what}): give a checkpoint that allranks "
-            "has made."
-        ) from error
 
 
 def restore_model(model: nn.Module, files: Mapping[str, bytes], path: str) -> dict[str, Any]:
@@ -164,18 +159,12 @@ def restore_model(model: nn.Module, files: Mapping[str, bytes], path: str) -> di
     `path` names the checkpoint in messages. Raises UserError where the checkpoint is of another model, or
     not one that allranks has made.
     """
-    try:
+    with _of_this_format(path):
         state = checkpoint.from_json(STATE, files[STATE])
         _check_counters(state)
         weights = _load(files[MODEL])
         saved = state.get("buffers", {"items": []})
         buffers = _put_together(saved, _load(files[OPTIMIZER])) if saved["items"] else {}
-    except (KeyError, TypeError, ValueError, AttributeError, checkpoint.Damaged) as error:
-        what = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(
-            f"{path} does not hold what this version saves ({what}): give a checkpoint that allranks "
-            "has made."
-        ) from error
     try:
         model.load_state_dict(weights)
         _restore_buffers(model, buffers)
@@ -186,6 +175,19 @@ def restore_model(model: nn.Module, files: Mapping[str, bytes], path: str) -> di
         ) from error
     assert isinstance(state, dict)
     return state
+
+
+@contextmanager
+def _of_this_format(path: str) -> Iterator[None]:
+    """Raises UserError where the block finds that the checkpoint `path` is not as allranks saves one."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, checkpoint.Damaged) as error:
+        what = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(
+            f"{path} does not hold what this version saves ({what}): give a checkpoint that allranks "
+            "has made."
+        ) from error
 
 
 def _check_counters(state: Mapping[str, Any]) -> None:

@@ -7,7 +7,6 @@ the table for which there is no room are left out. The functions here only retur
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -188,19 +187,6 @@ class Table:
         """How many characters a line with these columns has."""
         widths = [self._first, *(column.columns for column in shown), len(_BEST)]
         return len(INDENT) + sum(widths) + len(_GAP) * (len(widths) - 1)
-
-
-def best_of(history: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The line of the epoch with the lowest val/loss; of several with the same value the last one.
-
-    It is the epoch whose checkpoint is kept as the best. None if no epoch has a finite val/loss.
-    """
-    measured = [
-        metrics
-        for metrics in history
-        if metrics["val/loss"] is not None and math.isfinite(metrics["val/loss"])
-    ]
-    return min(reversed(measured), key=lambda metrics: metrics["val/loss"], default=None)
 
 
 # --- the end ------------------------------------------------------------------------------------------
