@@ -22,8 +22,9 @@ from allranks.run import checkpoint
 from allranks.runtime.bringup import open_runtime
 from allranks.runtime.runtime import Runtime
 from allranks.training import building, control
-from allranks.training.control import Control, EvaluationStopped, Pace, Signals, Wishes, end_of_job
+from allranks.training.control import Control, Pace, RunStopped, Signals, Wishes, end_of_job
 from allranks.training.saver import Saver
+from allranks.training.state import KeptTraining
 from allranks.training.training import Training
 from helpers import SMALL, TIMEOUT_S, clean_environment, execute, launcher, only_long, recipe_of
 
@@ -46,8 +47,9 @@ class Lab:
         self.config = config
         self.folder = folder
         self.training: Training = building.build_training(recipe_of(config), runtime, examples=1200)
-        self.saver = Saver(runtime, str(folder), identity(config), keep=config.checkpoint.keep, save_s=60)
-        self.saver.resume(self.training)
+        kept = KeptTraining(self.training, identity(config), runtime)
+        self.saver = Saver(runtime, str(folder), kept, keep=config.checkpoint.keep, save_s=60)
+        self.saver.resume()
         self.signals = Signals()
         self.clock = Clock()
         self.control = self.new_control()
@@ -59,8 +61,17 @@ class Lab:
         )
 
     def after_step(self, step: int) -> bool:
-        self.training.step = self.training.epoch_steps = step
-        return self.control.agree_to_stop(self.training)
+        """Whether the run stops after this step."""
+        self.training.position.step = self.training.position.epoch_steps = step
+        return self.stops()
+
+    def stops(self, evaluates_next: bool = False) -> bool:
+        """Whether the run stops where it stands now."""
+        try:
+            self.control.meet(evaluates_next)
+        except RunStopped:
+            return True
+        return False
 
     def saved(self) -> list[int]:
         """The steps of the checkpoints, once the save under way is done."""
@@ -144,19 +155,19 @@ def test_a_checkpoint_when_its_time_has_come_by_the_clock(lab):
 
 def test_before_an_evaluation_nothing_is_saved_unless_the_run_stops(lab):
     here = lab("checkpoint.every_steps=10")
-    here.training.step = here.training.epoch_steps = 10
-    assert here.control.agree_to_stop(here.training, evaluates_next=True) is False
+    here.training.position.step = here.training.position.epoch_steps = 10
+    assert here.stops(evaluates_next=True) is False
     assert here.saved() == []
     here.signals.counts[signal.SIGTERM] = 1
-    assert here.control.agree_to_stop(here.training, evaluates_next=True) is True
+    assert here.stops(evaluates_next=True) is True
     assert here.saved() == [10]
 
 
 def test_a_run_that_is_done_saves_and_is_not_stopped(lab):
     here = lab()
     here.signals.counts[signal.SIGTERM] = 1
-    here.training.step, here.training.epoch, here.training.epoch_steps = 20, 2, 0
-    assert here.control.agree_to_stop(here.training) is False
+    here.training.position.step, here.training.position.epoch, here.training.position.epoch_steps = 20, 2, 0
+    assert here.stops() is False
     assert here.saved() == [20]
 
 
@@ -203,10 +214,9 @@ def test_a_signal_stops_between_two_batches_of_an_evaluation(lab):
     here.control.begin_evaluation()
     here.control.check_evaluation(1)
     here.signals.counts[signal.SIGTERM] = 1
-    with pytest.raises(EvaluationStopped):
+    with pytest.raises(RunStopped):
         here.control.check_evaluation(2)
     assert here.control.reason == "SIGTERM"
-    here.control.save_before_evaluation(here.training)
     assert here.saved() == [10]
 
 
@@ -216,7 +226,7 @@ def test_the_jobs_end_lets_a_process_that_has_gained_nothing_end_its_evaluation(
     here.control.begin_evaluation()
     here.control.check_evaluation(1)
     here.after_step(10)
-    with pytest.raises(EvaluationStopped):
+    with pytest.raises(RunStopped):
         here.control.check_evaluation(2)
 
 

@@ -30,7 +30,7 @@ from allranks.job.identity import RankIdentity
 from allranks.run import directory as rundir
 from allranks.runtime import mpi
 from allranks.training import ending
-from allranks.training.control import FROM_TERMINAL, Control, Signals
+from allranks.training.control import FROM_TERMINAL, Control, RunStopped, Signals
 
 if TYPE_CHECKING:
     from allranks.data.loader import Data
@@ -192,7 +192,6 @@ def run(
             config.model, config.data, config.trainer.epochs, config.trainer.max_steps,
             is_one_batch=config.trainer.overfit_batch,
         ),
-        precision=config.trainer.precision,
         console=config.console,
     )  # fmt: skip
     with ending.of_run(runtime, Reporter(runtime, told)) as report:
@@ -277,37 +276,46 @@ def _train_in(
 
     `is_new`: the directory was made just now. `decisive`: the values that a checkpoint must agree on.
     """
-    from allranks.training import building, engine
+    from allranks.training import building, engine, story
+    from allranks.training.loop import Loop
     from allranks.training.records import of_run
     from allranks.training.report import process_age_s
     from allranks.training.saver import Saver
+    from allranks.training.state import KeptTraining
 
     training, data, recipe = ready.training, ready.data, ready.recipe
     runtime, report, records = ready.runtime, ready.report, ready.records
     length = building.length_of(recipe, len(data.train))
-    with Saver(
-        runtime, path, decisive, keep=config.checkpoint.keep, save_s=config.watchdog.save_s
-    ) as saver:
-        resumed = saver.resume(training, config.resume)
+    kept = KeptTraining(training, decisive, runtime)
+    with Saver(runtime, path, kept, keep=config.checkpoint.keep, save_s=config.watchdog.save_s) as saver:
+        resumed = saver.resume(config.resume)
         # From here on these signals are only counted, and the run saves before it ends. Until here there
         # was nothing to save, so they ended the process at once, also where it waited for other ranks, for
         # files or for a download.
         signals.count(signal.SIGTERM, *FROM_TERMINAL)
-        report.opened(path, training, recipe.batch_size, length, resumed, saver.check)
-        records.open(path, training, length, configs.leaves(config), saver.check, is_new)
+        position = training.position
+        facts = {
+            "model": f"{training.parameters:,} parameters, trained in {recipe.trainer.precision}",
+            "batch": story.batches(recipe.batch_size, length.steps_per_epoch),
+        }
+        report.opened(path, position, facts, length, resumed, saver.check, recipe.batch_size)
+        records.open(path, position, length, configs.leaves(config), saver.check, is_new)
         startup_s = process_age_s() - ready.began_s
 
         control = Control(runtime, saver, signals, config.checkpoint, length.epochs)
-        test = engine.fit_and_test(training, data, recipe, runtime, control, report, records)
-        saver.finish()
-        if test is None:
+        loop = Loop(runtime, position, control, report, records, models=[training.model])
+        try:
+            test = engine.fit_and_test(training, data, recipe, loop)
+        except RunStopped:
+            saver.finish()
             records.stopped()
-            report.stopped(control.reason, training)
+            report.stopped(control.reason, position)
             return End(finished=False)
+        saver.finish()
         summary = _summary(training, data, recipe, runtime.world_size, test)
         summary["time/total_s"] = process_age_s() - ready.began_s
         summary["time/startup_s"] = startup_s
-        summary.update(of_run(training.history))
+        summary.update(of_run(position.history))
         report.finished(summary)
         records.finished(summary)
     return End(True, path, reports=config.report and runtime.is_main, left_s=control.left_s)
@@ -369,7 +377,7 @@ def _summary(
 
     return {
         "state": "finished",
-        "epochs": training.epoch,
+        "epochs": training.position.epoch,
         "world_size": world_size,
         "global_batch_size": recipe.batch_size,
         "model/parameters": training.parameters,

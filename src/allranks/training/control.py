@@ -25,15 +25,15 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from allranks.base.errors import UserError
+from allranks.base.errors import EXIT_REQUEUE, UserError
 from allranks.base.processes import STOPPING
 from allranks.config import CheckpointConfig
 from allranks.job import scheduler
 
 if TYPE_CHECKING:
     from allranks.runtime.runtime import Runtime
+    from allranks.training.position import TrainingPosition
     from allranks.training.saver import Saver
-    from allranks.training.training import Training
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +51,15 @@ MOST_STEPS_BETWEEN_MEETINGS = 10_000
 MARGIN_S = 10.0
 
 
-class EvaluationStopped(Exception):
-    """All ranks have agreed to stop in the middle of an evaluation. It is done again after the resume."""
+class RunStopped(SystemExit):
+    """All ranks have agreed to stop. What was trained is saved, and another start goes on from there.
+
+    It is a SystemExit, so that no `except Exception` of a user's loop takes it for an error. Where nothing
+    catches it, the process ends with the exit code that asks for another start.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(EXIT_REQUEUE)
 
 
 # --- what may ask for a stop ----------------------------------------------------------------------------
@@ -212,8 +219,8 @@ class Pace:
 class Control:
     """The ranks' agreement on saving and stopping in one run; every rank has one.
 
-    `when` says when to save, `epochs` when the training has come to its end. `clock` gives seconds, from
-    any moment on.
+    `when` says when to save. `epochs` says when the training has come to its end; it is None where only the
+    training itself knows. `clock` gives seconds, from any moment on.
     """
 
     def __init__(
@@ -222,7 +229,7 @@ class Control:
         saver: Saver,
         signals: Signals,
         when: CheckpointConfig,
-        epochs: int,
+        epochs: int | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.runtime = runtime
@@ -245,6 +252,11 @@ class Control:
                 say_at_once(signals.names[0])
 
     @property
+    def position(self) -> TrainingPosition:
+        """Where the training stands."""
+        return self.saver.kept.position
+
+    @property
     def left_s(self) -> float:
         """Seconds until the job's end, as far as this rank knows; infinity where no end is known."""
         if self.job_end is None or self.job_end.at is None:
@@ -258,31 +270,34 @@ class Control:
         every = self.when.every_steps
         return self._steps.is_due(step) or bool(every and step % every == 0)
 
-    def agree_to_stop(self, training: Training, evaluates_next: bool = False) -> bool:
-        """Saves where it is time to; True where the run is to stop now, after a save. All ranks call.
+    def meet(self, evaluates_next: bool = False) -> None:
+        """Saves where it is time to, and where the run is to stop now; all ranks call.
 
+        Raises RunStopped, on all ranks, where it is to stop.
         A run that `evaluates_next` saves after that, unless it stops: then the checkpoint has the metrics.
         """
-        agreed = self._meet(self._steps, training.step)
-        if training.epoch_steps:
+        position = self.position
+        agreed = self._meet(self._steps, position.step)
+        if position.epoch_steps:
             self._has_gained = True
-        is_done = training.epoch_steps == 0 and training.epoch == self.epochs
+        is_done = position.epoch_steps == 0 and position.epoch == self.epochs
         stops = bool(agreed.reason) and not is_done
-        is_time = is_done or bool(agreed.overdue) or self._is_time_to_save(training)
+        is_time = is_done or bool(agreed.overdue) or self._is_time_to_save()
         if stops or (is_time and not evaluates_next):
-            self._save(training)
+            self._save()
         if stops:
             self.reason = agreed.reason
-        return stops
+            raise RunStopped
 
-    def _is_time_to_save(self, training: Training) -> bool:
+    def _is_time_to_save(self) -> bool:
         """Whether checkpoint.every_steps or checkpoint.every_epochs falls on this step."""
+        position = self.position
         every_steps = self.when.every_steps
-        if every_steps and training.step % every_steps == 0:
+        if every_steps and position.step % every_steps == 0:
             return True
         every_epochs = self.when.every_epochs
-        is_end_of_epoch = training.epoch_steps == 0
-        return bool(is_end_of_epoch and every_epochs and training.epoch % every_epochs == 0)
+        is_end_of_epoch = position.epoch_steps == 0
+        return bool(is_end_of_epoch and every_epochs and position.epoch % every_epochs == 0)
 
     # --- between two batches of an evaluation ---
 
@@ -291,21 +306,20 @@ class Control:
         self._batches = Pace()
 
     def check_evaluation(self, batch: int) -> None:
-        """Raises EvaluationStopped, on all ranks, where the run is to stop after this batch.
+        """Where the run is to stop after this batch, saves and raises RunStopped, on all ranks.
 
-        The job's end alone does not stop a process that has not taken a step: what it can gain in its time
-        is the end of this evaluation. All ranks call, after the same batches.
+        What is saved is the training as it was when the evaluation began, which does not change it. The
+        evaluation is done again after the resume. The job's end alone does not stop a process that has not
+        taken a step: what it can gain in its time is the end of this evaluation. All ranks call, after the
+        same batches.
         """
         if not self._batches.is_due(batch):
             return
         agreed = self._meet(self._batches, batch)
         if agreed.signal_names or (agreed.late and self._has_gained):
             self.reason = agreed.reason
-            raise EvaluationStopped
-
-    def save_before_evaluation(self, training: Training) -> None:
-        """Saves the training as it was when the evaluation began that was stopped. All ranks call."""
-        self._save(training)
+            self._save()
+            raise RunStopped
 
     # --- for both ---
 
@@ -337,6 +351,6 @@ class Control:
         every_s = self.when.every_s
         return every_s is not None and now - self._saved_at >= every_s
 
-    def _save(self, training: Training) -> None:
-        self.saver.save(training)
+    def _save(self) -> None:
+        self.saver.save()
         self._saved_at = self._clock()

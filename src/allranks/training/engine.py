@@ -1,14 +1,16 @@
-"""The training itself: an optimizer step, an epoch of them, an exact evaluation, the loop around all."""
+"""The shipped training itself: an optimizer step, an epoch of them, an exact evaluation.
+
+loop.py runs around its epochs and steps.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,14 +27,12 @@ from allranks.data.dealing import (
 from allranks.data.loader import Data
 from allranks.data.parts import Part
 from allranks.data.randomness import mixed, reseed
-from allranks.runtime.compare import compare_ranks
 from allranks.runtime.runtime import Runtime
 from allranks.training.building import Recipe, length_of
-from allranks.training.control import Control, EvaluationStopped
+from allranks.training.control import Control
 from allranks.training.length import RunLength
+from allranks.training.loop import Loop
 from allranks.training.metrics import Figures, Sums
-from allranks.training.records import Records
-from allranks.training.report import Reporter
 from allranks.training.training import Training
 
 log = logging.getLogger(__name__)
@@ -45,16 +45,6 @@ _LEAST_SCALE = 2.0**-14
 # --- the loop ------------------------------------------------------------------------------------------
 
 
-class _EpochFigures(NamedTuple):
-    """What is measured at the end of an epoch."""
-
-    train: Figures
-    val: Figures
-    train_s: float  # spent in the epoch's steps
-    eval_s: float  # spent in the evaluations after them
-    samples_per_s: float  # training examples of all ranks
-
-
 @dataclass(frozen=True)
 class _Surroundings:
     """What a training works with, and what stays the same from its first epoch to its last."""
@@ -65,25 +55,14 @@ class _Surroundings:
     seed: int
     batch_size: int  # examples of one optimizer step, over all ranks together
     runtime: Runtime
-    control: Control  # decides when to save and when to stop
-    report: Reporter  # tells the user how far the run is
-    records: Records  # keeps the figures of single steps, and hands figures to the trackers
+    loop: Loop
 
 
-def fit_and_test(
-    training: Training,
-    data: Data,
-    recipe: Recipe,
-    runtime: Runtime,
-    control: Control,
-    report: Reporter,
-    records: Records,
-) -> Figures | None:
+def fit_and_test(training: Training, data: Data, recipe: Recipe, loop: Loop) -> Figures:
     """Trains to the end, and then looks at the test set, once; all ranks call.
 
-    `recipe` is what the training was built from. `control` decides when to save and when to stop. `report`
-    tells the user how far the run is. `records` keeps the figures of single steps and hands figures to the
-    trackers. Returns the figures over the test set, or None where the ranks agreed to stop before the end.
+    `recipe` is what the training was built from, and `loop` runs around its steps. Returns the figures over
+    the test set. Raises RunStopped where the ranks agreed to stop before the end.
     """
     around = _Surroundings(
         data=data,
@@ -91,87 +70,41 @@ def fit_and_test(
         trainer=recipe.trainer,
         seed=recipe.seed,
         batch_size=recipe.batch_size,
-        runtime=runtime,
-        control=control,
-        report=report,
-        records=records,
+        runtime=loop.runtime,
+        loop=loop,
     )
-    if not _fit(training, around):
-        return None
-    try:
-        return evaluate(training.model, data.test, recipe.trainer.precision, recipe.seed, runtime, control)
-    except EvaluationStopped:
-        return None
-
-
-def _fit(training: Training, around: _Surroundings) -> bool:
-    """Trains to the end, from wherever `training` stands; False where the ranks agreed to stop before."""
-    runtime = around.runtime
-    control = around.control
-    records = around.records
     # The last batch of an epoch may be smaller: then torch.compile compiles the model once more, and the
     # watchdog has to allow the time for it.
-    runtime.progress.compiles = around.trainer.compile
-    is_first = True
-    while training.epoch < around.length.epochs:
-        started = time.perf_counter() - training.epoch_s
-        step_before = training.step
-        if not _train_epoch(training, around, is_first, started):
-            return False
-        # A run that was stopped in the evaluation after an epoch's last step goes on with that evaluation.
-        # Then this process has not taken its first step yet.
-        is_first = is_first and training.step == step_before
-        try:
-            figures = _evaluate_epoch(training, around, started)
-        except EvaluationStopped:
-            control.save_before_evaluation(training)
-            return False
-        training.epoch += 1
-        compare_ranks(runtime, training.model)
-        _close_epoch(training, figures, records.of_epoch(figures.samples_per_s))
-        around.report.epoch(training.history[-1])
-        records.epoch_closed(training.history)
-        if control.agree_to_stop(training):
-            return False
-    return True
+    around.runtime.progress.compiles = around.trainer.compile
+    for _ in loop.epochs(around.length.epochs):
+        _train_epoch(training, around)
+        _evaluate_epoch(training, around)
+    return _evaluate(training, data.test, around)
 
 
-def _train_epoch(training: Training, around: _Surroundings, is_first: bool, started: float) -> bool:
-    """Takes the steps that are left of the current epoch; False where the ranks agreed to stop in between.
-
-    `is_first`: whether this process has not taken a step yet. `started`: when the epoch's steps began, by
-    time.perf_counter(), as if nothing had interrupted them.
-    """
-    part = around.data.train
+def _train_epoch(training: Training, around: _Surroundings) -> None:
+    """Takes the steps that are left of the current epoch."""
     trainer = around.trainer
-    seed = around.seed
     runtime = around.runtime
-    steps = around.length.steps_in(training.epoch)
-    if training.epoch_steps == 0:
+    loop = around.loop
+    position = training.position
+    part = around.data.train
+    count = around.length.steps_in(position.epoch)
+    if position.epoch_steps == 0:
         training.epoch_lr = training.optimizer.param_groups[0]["lr"]
     batches = training_batches(
-        part, runtime, around.batch_size, training.epoch, seed,
-        first_step=training.epoch_steps, end_step=steps, shuffle=not trainer.overfit_batch,
+        part, runtime, around.batch_size, position.epoch, around.seed,
+        first_step=position.epoch_steps, end_step=count, shuffle=not trainer.overfit_batch,
     )  # fmt: skip
-    runtime.progress.completed(training.step)
+    examples = min(count * around.batch_size, len(part))
     training.trained.train()  # walks all modules, so it is not called in every step
     with part.explained(), _detecting(training.model, trainer.detect_anomaly):
-        for shares in around.report.progress(batches, training, steps):
-            if is_first:
+        for shares in loop.steps(batches, count, examples):
+            if not training.is_settled:
                 settle_buckets(training, shares[0], trainer.precision, runtime)
-                is_first = False
-            with around.records.of_step(training) as recorded:
-                train_step(training, shares, trainer, seed, runtime, recorded)
-            at_end = training.epoch_steps == steps
-            if around.control.is_due(training.step) or at_end:
-                training.epoch_s = time.perf_counter() - started
-                # The records are written before a checkpoint is saved, so that they hold every recorded
-                # step up to the checkpoint.
-                around.records.collect()
-                if around.control.agree_to_stop(training, evaluates_next=at_end):
-                    return False
-            runtime.progress.completed(training.step)
-    return True
+                training.is_settled = True
+            with loop.records.of_step(training) as recorded:
+                train_step(training, shares, trainer, around.seed, runtime, recorded)
 
 
 def _detecting(model: nn.Module, is_wanted: bool) -> AbstractContextManager[None]:
@@ -183,10 +116,10 @@ def _detecting(model: nn.Module, is_wanted: bool) -> AbstractContextManager[None
     return detecting(model)
 
 
-def _evaluate_epoch(training: Training, around: _Surroundings, started: float) -> _EpochFigures:
-    """The figures of an epoch whose steps, begun at `started`, are all taken.
+def _evaluate_epoch(training: Training, around: _Surroundings) -> None:
+    """Logs the figures of an epoch whose steps are all taken, and steps the schedule.
 
-    Raises EvaluationStopped where the ranks agreed to stop in between.
+    Raises RunStopped where the ranks agreed to stop in between.
     """
     runtime = around.runtime
     if runtime.world_size > 1:
@@ -194,48 +127,28 @@ def _evaluate_epoch(training: Training, around: _Surroundings, started: float) -
         # rank 0, which are evaluated and saved.
         for buffer in training.model.buffers():
             buffer.copy_(runtime.broadcast(buffer.contiguous()))
-    runtime.synchronize()
-    trained = time.perf_counter()
     runtime.progress.compiles = False
-
-    def figures(part: Part) -> Figures:
-        precision = around.trainer.precision
-        return evaluate(training.model, part, precision, around.seed, runtime, around.control)
-
     if around.trainer.train_metrics == "running":
         train = training.sums.total(runtime)
     else:
-        train = figures(around.data.train)
-    val = figures(around.data.val)
-    ended = time.perf_counter()
-    examples = min(training.epoch_steps * around.batch_size, len(around.data.train))
-    train_s = trained - started
-    return _EpochFigures(train, val, train_s, ended - trained, samples_per_s=examples / train_s)
-
-
-def _close_epoch(training: Training, figures: _EpochFigures, measured: Mapping[str, float | int]) -> None:
-    """Adds the epoch to the training's history, steps the schedule, and begins the next epoch's counts.
-
-    `measured`: what else is known of the epoch, such as memory, for its line in metrics.jsonl.
-    """
-    metrics: dict[str, float | int] = {
-        "epoch": training.epoch,
-        "step": training.step,
+        train = _evaluate(training, around.data.train, around)
+    val = _evaluate(training, around.data.val, around)
+    figures = {
         "lr": training.epoch_lr,
-        "train/loss": figures.train.loss,
-        "train/accuracy": figures.train.accuracy,
-        "val/loss": figures.val.loss,
-        "val/accuracy": figures.val.accuracy,
-        "time/train_s": figures.train_s,
-        "time/eval_s": figures.eval_s,
-        "throughput/samples_per_s": figures.samples_per_s,
-        **measured,
+        "train/loss": train.loss,
+        "train/accuracy": train.accuracy,
+        "val/loss": val.loss,
+        "val/accuracy": val.accuracy,
     }
-    training.schedule.after_epoch(metrics)
-    training.history.append(metrics)
-    training.epoch_steps = 0
-    training.epoch_s = 0.0
+    around.loop.log(figures)
+    training.schedule.after_epoch(figures)
     training.sums.rows.zero_()
+
+
+def _evaluate(training: Training, part: Part, around: _Surroundings) -> Figures:
+    """The figures of the training's model; raises RunStopped where the ranks agreed to stop in between."""
+    precision = around.trainer.precision
+    return evaluate(training.model, part, precision, around.seed, around.runtime, around.loop.control)
 
 
 # --- evaluation ----------------------------------------------------------------------------------------
@@ -253,7 +166,7 @@ def evaluate(
     """The model's figures on all examples of the part, each counted exactly once; all ranks call.
 
     Where a `control` is given, the ranks may agree to stop during the evaluation. Then all of them raise
-    EvaluationStopped.
+    RunStopped.
     """
     model.eval()
     sums = Sums(runtime)
@@ -304,7 +217,7 @@ def train_step(
     #    pass. A reproducible run adds up afterwards, in one fixed order.
     losses: list[torch.Tensor] = []
     for row, (share, batch) in enumerate(zip(runtime.shares, shares, strict=True)):
-        reseed(mixed(seed, training.step, share), runtime.device)
+        reseed(mixed(seed, training.position.step, share), runtime.device)
         losses += _backward(training, row, batch, trainer, runtime, sums)
         if training.ordered_sum is not None:
             training.ordered_sum.take(row)
@@ -319,11 +232,9 @@ def train_step(
         if sums_before is not None:
             training.sums.rows.copy_(sums_before)
 
-    # 3. On to the next step.
+    # 3. Ready for the next step.
     training.optimizer.zero_grad()
     training.schedule.after_step()
-    training.step += 1
-    training.epoch_steps += 1
 
 
 def settle_buckets(training: Training, batch: Batch, precision: str, runtime: Runtime) -> None:
@@ -472,8 +383,8 @@ def _tell_not_finite(
     `losses`: the losses of this rank, one for each piece of its shares. Raises UserError on all ranks
     where `nonfinite` is "stop"; otherwise rank 0 logs a warning.
     """
-    step = training.step + 1
-    epoch = training.epoch + 1
+    step = training.position.step + 1
+    epoch = training.position.epoch + 1
 
     def decide(bad_losses: list[str | None]) -> list[str]:
         ranks = [f"rank {rank} ({loss})" for rank, loss in enumerate(bad_losses) if loss]

@@ -26,6 +26,7 @@ from allranks.training.flops import peak_of_this_device
 from allranks.training.length import RunLength
 from allranks.training.memory import peaks_of_ranks
 from allranks.training.metrics import Sums
+from allranks.training.position import TrainingPosition
 from allranks.training.steps import StepRecorder
 from allranks.training.training import Training
 
@@ -97,7 +98,7 @@ class Records:
     def open(
         self,
         path: str,
-        training: Training,
+        position: TrainingPosition,
         length: RunLength,
         config: Mapping[str, Any],
         check: Callable[[], None],
@@ -105,13 +106,13 @@ class Records:
     ) -> None:
         """Opens the records in the run directory `path`, and starts the trackers.
 
-        `training` stands where the run begins or goes on. `length` is the length of the whole run. `config`
+        `position` says where the run begins or goes on. `length` is the length of the whole run. `config`
         has every value of the configuration, by dotted key. `check` raises UserError where another run has
         taken the directory. `is_new`: this start made the directory, so no earlier start has left anything
         in it.
         """
         directory = Path(path)
-        left = length.steps - training.step
+        left = length.steps - position.step
         if self._wants_profile and left:
             from allranks.training.profiling import Profile
 
@@ -121,7 +122,7 @@ class Records:
         with rundir.writing(path):
             if self._every or not is_new:
                 check()
-                self._file = StepsFile(directory / STEPS, training.step, bool(self._every))
+                self._file = StepsFile(directory / STEPS, position.step, bool(self._every))
             if self._trackers is not None:
                 from allranks.trackers.protocol import Position, TrackedRun
 
@@ -130,10 +131,10 @@ class Records:
                     name=str(config["name"]),
                     config=config,
                     environment=json.loads((directory / "environment.json").read_text()),
-                    resumed=Position(training.step, training.epoch),
+                    resumed=Position(position.step, position.epoch),
                 )
                 self._trackers.start(facts, directory / STEPS)
-                self._wake(training.history)
+                self._wake(position.history)
 
     # --- steps ---------------------------------------------------------------------------------------
 

@@ -17,11 +17,10 @@ from contextlib import suppress
 from datetime import datetime, timezone
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, TypeVar
 
 from allranks.base import files, processes, terminal
 from allranks.base.text import printable
-from allranks.data.dealing import Batch
 from allranks.data.loader import Data
 from allranks.job import variables
 from allranks.run import checkpoint
@@ -32,9 +31,10 @@ from allranks.training.display import DRAW_EVERY_S, Display, Moment, Pace, bar_t
 from allranks.training.length import RunLength
 
 if TYPE_CHECKING:
-    from allranks.training.training import Training
+    from allranks.training.position import TrainingPosition
 
 log = logging.getLogger("allranks")
+Batch = TypeVar("Batch")
 
 # So many log lines are kept in memory until the log file exists. A start makes a few dozen.
 EARLY_RECORDS = 10_000
@@ -44,7 +44,6 @@ class Told(NamedTuple):
     """What a run reports of its configuration."""
 
     title: str  # which model is trained on which data, made by story.title()
-    precision: str  # of the model's arithmetic
     console: str  # "quiet", "normal" or "verbose"
 
 
@@ -134,23 +133,25 @@ class Reporter:
     def opened(
         self,
         directory: str,
-        training: Training,
-        batch_size: int,
+        position: TrainingPosition,
+        facts: Mapping[str, str],
         length: RunLength,
         resumed: str | None,
         check: Callable[[], None],
+        batch_size: int = 0,
     ) -> None:
         """Called when the run directory exists: logs and records are written there from now on.
 
-        `batch_size` is the number of examples of one step over all ranks. `length` says how long the whole
-        run is. `resumed` is the checkpoint from which the run continues, None for a new run. `check` is
-        called before a record is replaced; it raises UserError if another run has taken the directory.
-        Raises UserError if the directory cannot be written.
+        `facts` are lines of the story that only the training knows, by their labels. `length` says how long
+        the whole run is, with 0 for what nobody knows yet. `batch_size` is the number of examples of one
+        step over all ranks, for the progress bar. `resumed` is the checkpoint from which the run continues,
+        None for a new run. `check` is called before a record is replaced; it raises UserError if another
+        run has taken the directory. Raises UserError if the directory cannot be written.
         """
         self.directory = Path(directory)
         self._check = check
-        self._history = training.history
-        self._best = checkpoint.best_of(training.history)
+        self._history = position.history
+        self._best = checkpoint.best_of(position.history)
         with rundir.writing(directory):
             if self.runtime.is_main:
                 check()
@@ -168,28 +169,26 @@ class Reporter:
         self._batch_size = batch_size
         self._length = length
         self._table = story.Table(length.epochs)
-        self._pair("model", f"{training.parameters:,} parameters, trained in {self.told.precision}")
-        self._pair(
-            "batch",
-            f"{batch_size:,} over all ranks, {story.count(length.steps_per_epoch, 'step')} an epoch",
-        )
+        for label, fact in facts.items():
+            self._pair(label, fact)
         self._pair("directory", directory)
         if resumed:
-            self._note_event("resumed", training, resumed)
-            where = f"step {training.step}, in epoch {training.epoch + 1}"
+            self._note_event("resumed", position, resumed)
+            where = f"step {position.step}, in epoch {position.epoch + 1}"
             self._pair("resumed", f"going on from {resumed}: {where}")
         log.debug("the model is ready after %.1f s", process_age_s())
 
     def progress(
-        self, batches: Iterable[list[Batch]], training: Training, steps: int
-    ) -> Iterator[list[Batch]]:
+        self, batches: Iterable[Batch], position: TrainingPosition, steps: int | None
+    ) -> Iterator[Batch]:
         """Yields the batches one by one, and shows a progress bar on rank 0's terminal.
 
-        `steps` is the number of optimizer steps of the epoch.
+        `position` says how far the training is. `steps` is the number of steps of the epoch; without it
+        there is no bar.
         """
-        if not self._has_bar:
+        if steps is None or not self._has_bar:
             return iter(batches)
-        return self._with_bar(batches, training, steps)
+        return self._with_bar(batches, position, steps)
 
     @property
     def _has_bar(self) -> bool:
@@ -197,37 +196,37 @@ class Reporter:
         return self.runtime.is_main and self._bar.is_live and self.told.console != "quiet"
 
     def _with_bar(
-        self, batches: Iterable[list[Batch]], training: Training, steps: int
-    ) -> Iterator[list[Batch]]:
+        self, batches: Iterable[Batch], position: TrainingPosition, steps: int
+    ) -> Iterator[Batch]:
         now_s = time.perf_counter()
-        pace = Pace(training.epoch_steps, now_s)
+        pace = Pace(position.epoch_steps, now_s)
         due_s = now_s
         for batch in batches:
             now_s = time.perf_counter()
             if now_s >= due_s:
-                pace.note(training.epoch_steps, now_s)
-                self._draw(self._moment(training, steps, pace.step_s))
+                pace.note(position.epoch_steps, now_s)
+                self._draw(self._moment(position, steps, pace.step_s))
                 due_s = now_s + DRAW_EVERY_S
             yield batch
-        self._bar.draw(f"  epoch {training.epoch + 1}/{self._length.epochs}  evaluating")
+        self._bar.draw(f"  epoch {position.epoch + 1}/{self._length.epochs}  evaluating")
 
-    def _moment(self, training: Training, steps: int, step_s: float | None) -> Moment:
+    def _moment(self, position: TrainingPosition, steps: int, step_s: float | None) -> Moment:
         """How far the training has come, for the progress bar.
 
         `step_s` is how many seconds a step takes now; None if that is not known yet.
         """
         epochs = self._length.epochs
-        done = training.epoch_steps
-        moment = Moment(training.epoch + 1, epochs, done, steps)
+        done = position.epoch_steps
+        moment = Moment(position.epoch + 1, epochs, done, steps)
         if step_s is None or step_s == 0:
             return moment
         epoch_left_s = (steps - done) * step_s
         # The next epochs are assumed to take as long as the last one, including its evaluations. During the
         # first epoch only the time of its steps is known.
-        last = training.history[-1] if training.history else None
+        last = position.history[-1] if position.history else None
         eval_s = last["time/eval_s"] if last else 0.0
         epoch_s = last["time/train_s"] + eval_s if last else steps * step_s
-        epochs_left = epochs - training.epoch - 1
+        epochs_left = epochs - position.epoch - 1
         return moment._replace(
             samples_per_s=self._batch_size / step_s,
             epoch_left_s=epoch_left_s,
@@ -292,14 +291,14 @@ class Reporter:
             # The console of the other ranks names them already.
             log.error(f"[{self._me()}] {message}" if self.runtime.is_main else message)
 
-    def stopped(self, reason: str, training: Training) -> None:
+    def stopped(self, reason: str, position: TrainingPosition) -> None:
         """Called when all ranks have stopped and the training is saved: says where, and how to continue."""
         self._bar.clear()
-        self._note_event("stopped", training, reason)
+        self._note_event("stopped", position, reason)
         epochs = self._length.epochs
-        where = f"in epoch {training.epoch + 1} of {epochs}" if training.epoch < epochs else "in the test"
+        where = f"in epoch {position.epoch + 1} of {epochs}" if position.epoch < epochs else "in the test"
         self._close_story(
-            f"stopped by {reason} after step {training.step}, {where}; it is saved: "
+            f"stopped by {reason} after step {position.step}, {where}; it is saved: "
             f"run.dir={self.directory} goes on from there"
         )
         identity = self.runtime.identity
@@ -343,7 +342,7 @@ class Reporter:
 
     # --- tools ----------------------------------------------------------------------------------------
 
-    def _note_event(self, event: str, training: Training, why: str) -> None:
+    def _note_event(self, event: str, position: TrainingPosition, why: str) -> None:
         """Appends a line to events.jsonl. `event` is "stopped" or "resumed"."""
         if not self.runtime.is_main:
             return
@@ -351,8 +350,8 @@ class Reporter:
         about = {
             "event": event,
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "step": training.step,
-            "epoch": training.epoch,
+            "step": position.step,
+            "epoch": position.epoch,
             "world_size": self.runtime.world_size,
             "why": why,
         }

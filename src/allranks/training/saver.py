@@ -11,16 +11,36 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from allranks.base.errors import UserError
 from allranks.run import checkpoint
 from allranks.run.claim import Claim
 from allranks.runtime.runtime import Runtime
-from allranks.training.state import Captured, capture, restore
-from allranks.training.training import Training
+from allranks.training.position import TrainingPosition
+from allranks.training.state import Captured
 
 log = logging.getLogger(__name__)
+
+
+class Kept(Protocol):
+    """What the checkpoints of a run hold. It says how to copy a state, and how to put it back."""
+
+    @property
+    def position(self) -> TrainingPosition:
+        """Where the training stands."""
+
+    def gather(self) -> Any:
+        """Brings to rank 0 what the other ranks have to add to a checkpoint; all ranks call."""
+
+    def capture(self, gathered: Any) -> Captured:
+        """A copy of the state, on rank 0. `gathered` is what gather() returned there. Raises UserError."""
+
+    def restore(self, files: Mapping[str, bytes], path: str) -> None:
+        """Puts back the state of a checkpoint, on every rank; `path` names the checkpoint in messages.
+
+        Raises UserError where the checkpoint is of another training, or not one that allranks has made.
+        """
 
 
 class _Checkpoint(NamedTuple):
@@ -31,17 +51,14 @@ class _Checkpoint(NamedTuple):
 class Saver:
     """The checkpoints of one run. Every rank has a Saver; only rank 0's touches the run directory.
 
-    `identity` holds the values that must be the same in a checkpoint and in this run (config.identity).
-    `keep` is how many of the newest checkpoints stay. If a save takes longer than `save_s` seconds, the
-    watchdog ends the run.
+    `kept` is what a checkpoint holds. `keep` is how many of the newest checkpoints stay. If a save takes
+    longer than `save_s` seconds, the watchdog ends the run.
     """
 
-    def __init__(
-        self, runtime: Runtime, run_dir: str, identity: Mapping[str, Any], *, keep: int, save_s: float
-    ) -> None:
+    def __init__(self, runtime: Runtime, run_dir: str, kept: Kept, *, keep: int, save_s: float) -> None:
         self.runtime = runtime
         self.run_dir = run_dir
-        self.identity = identity
+        self.kept = kept
         self.keep = keep
         self.save_s = save_s
         # The claim on the run directory: on rank 0, once resume() has taken it; None on other ranks.
@@ -70,8 +87,8 @@ class Saver:
 
     # --- going on ---
 
-    def resume(self, training: Training, given: str = "auto") -> str | None:
-        """Takes the run directory for this run, and brings `training` to its newest valid checkpoint.
+    def resume(self, given: str = "auto") -> str | None:
+        """Takes the run directory for this run, and brings the training to its newest valid checkpoint.
 
         Where the directory has none, a run begins from the checkpoint that is `given`, the value of the
         key `resume`, unless that is auto or never. Returns the checkpoint's path; None where the run begins
@@ -94,8 +111,8 @@ class Saver:
         if path is not None:
             shared = self.runtime.share_files(files)
             with self.runtime.all_or_none():
-                restore(training, shared, path, self.identity, self.runtime)
-            self.saved_step = training.step
+                self.kept.restore(shared, path)
+            self.saved_step = self.kept.position.step
         return path
 
     def _chosen(self, found: checkpoint.Found) -> _Checkpoint | None:
@@ -147,19 +164,20 @@ class Saver:
 
     # --- saving ---
 
-    def save(self, training: Training) -> None:
+    def save(self) -> None:
         """Copies the state and lets a thread write the copy; all ranks call.
 
         Waits only for the save before this one, if it is still being written.
         """
-        sums = self.runtime.gather(training.sums.rows)
-        is_saved = self.saved_step == training.step and self.failure is None
+        gathered = self.kept.gather()
+        step = self.kept.position.step
+        is_saved = self.saved_step == step and self.failure is None
         if self.claim is None or is_saved:
             return
         self.wait()
-        self.saved_step = training.step
-        captured = capture(training, sums, self.identity, self.runtime.world_size)
-        self._pending = self._writer.submit(self._write, training.step, captured)
+        self.saved_step = step
+        captured = self.kept.capture(gathered)
+        self._pending = self._writer.submit(self._write, step, captured)
 
     def wait(self) -> None:
         """Waits until the save under way is done; raises UserError where another run has the directory.

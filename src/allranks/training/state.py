@@ -24,6 +24,7 @@ from allranks.base.text import one_line
 from allranks.run import checkpoint
 from allranks.runtime.runtime import Runtime
 from allranks.training.metrics import COLUMNS
+from allranks.training.position import TrainingPosition
 from allranks.training.training import Training
 
 MODEL = "model.safetensors"
@@ -47,6 +48,35 @@ class Captured:
         return files
 
 
+@dataclass(frozen=True)
+class KeptTraining:
+    """A training as what the checkpoints of a run hold (saver.Kept).
+
+    `identity` holds the values that must be the same in a checkpoint and in this run (config.identity).
+    """
+
+    training: Training
+    identity: Mapping[str, Any]
+    runtime: Runtime
+
+    @property
+    def position(self) -> TrainingPosition:
+        """Where the training stands."""
+        return self.training.position
+
+    def gather(self) -> torch.Tensor:
+        """The running sums of all ranks; all ranks call."""
+        return self.runtime.gather(self.training.sums.rows)
+
+    def capture(self, gathered: torch.Tensor) -> Captured:
+        """A copy of the training's state; `gathered` are the running sums of all ranks."""
+        return capture(self.training, gathered, self.identity, self.runtime.world_size)
+
+    def restore(self, files: Mapping[str, bytes], path: str) -> None:
+        """Puts the training where the training of the checkpoint `path` was; raises UserError."""
+        restore(self.training, files, path, self.identity, self.runtime)
+
+
 # --- to bytes ------------------------------------------------------------------------------------------
 
 
@@ -61,12 +91,12 @@ def capture(
     schedule = training.schedule.scheduler
     beside_the_model: dict[str, torch.Tensor] = {}  # the tensors of optimizer, scheduler and scaler
     state = {
-        "epoch": training.epoch,
-        "step": training.step,
-        "steps_in_epoch_done": training.epoch_steps,
-        "epoch_s": training.epoch_s,
+        "epoch": training.position.epoch,
+        "step": training.position.step,
+        "steps_in_epoch_done": training.position.epoch_steps,
+        "epoch_s": training.position.epoch_s,
         "epoch_lr": training.epoch_lr,
-        "history": list(training.history),
+        "history": list(training.position.history),
         "sums": sums.tolist(),
         "world_size": world_size,
         "identity": identity,
@@ -294,12 +324,12 @@ def _restore_buffers(model: nn.Module, saved: Mapping[str, torch.Tensor]) -> Non
 
 
 def _restore_counters(training: Training, state: Mapping[str, Any]) -> None:
-    training.epoch = state["epoch"]
-    training.step = state["step"]
-    training.epoch_steps = state["steps_in_epoch_done"]
-    training.epoch_s = state["epoch_s"]
+    training.position.epoch = state["epoch"]
+    training.position.step = state["step"]
+    training.position.epoch_steps = state["steps_in_epoch_done"]
+    training.position.epoch_s = state["epoch_s"]
     training.epoch_lr = state["epoch_lr"]
-    training.history = state["history"]
+    training.position.history = state["history"]
 
 
 def _restore_sums(training: Training, rows: Any, runtime: Runtime) -> None:

@@ -41,12 +41,12 @@ class StepRecorder:
 
     def begin(self, training: Training) -> Sums | None:
         """The Sums to which the step that begins now adds its figures; None if it is not recorded."""
-        step = training.step + 1
+        step = training.position.step + 1
         if not any(step % every == 0 for every in self._every):
             return None
         lr = float(training.optimizer.param_groups[0]["lr"])
         sums = Sums(self._runtime)
-        self._recorded.append(_Recorded(step, training.epoch + 1, lr, sums))
+        self._recorded.append(_Recorded(step, training.position.epoch + 1, lr, sums))
         return sums
 
     def collect(self) -> list[dict[str, Any]]:

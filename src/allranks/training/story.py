@@ -97,6 +97,11 @@ def examples(train: int, val: int, test: int, input_shape: Sequence[int]) -> str
     return f"{train:,} training, {val:,} validation and {test:,} test examples of {shape}"
 
 
+def batches(batch_size: int, steps_per_epoch: int) -> str:
+    """How many examples a step takes over all ranks, and how many steps an epoch has."""
+    return f"{batch_size:,} over all ranks, {count(steps_per_epoch, 'step')} an epoch"
+
+
 def count(number: int, noun: str) -> str:
     """A number with its noun in singular or plural: `1 rank`, `12 ranks`."""
     return f"{number:,} {noun}" + ("s" if number != 1 else "")

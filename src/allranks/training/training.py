@@ -17,6 +17,7 @@ from allranks.base.errors import UserError
 from allranks.base.text import one_line
 from allranks.runtime.gradients import OrderedSum
 from allranks.training.metrics import Sums
+from allranks.training.position import TrainingPosition
 
 
 @dataclass
@@ -62,12 +63,9 @@ class Training:
     ordered_sum: OrderedSum | None = None  # in a reproducible run
     # The buffers that the model's state_dict leaves out, as its constructor has made them.
     first_buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    epoch: int = 0  # completed
-    step: int = 0  # optimizer steps, skipped ones included
-    epoch_steps: int = 0  # steps taken in the epoch that is under way
-    epoch_s: float = 0.0  # seconds that these steps took
-    epoch_lr: float = 0.0  # the learning rate at the beginning of that epoch
-    history: list[dict[str, Any]] = field(default_factory=list)  # the metrics of each completed epoch
+    position: TrainingPosition = field(default_factory=TrainingPosition)
+    is_settled: bool = False  # whether this process has settled DDP's buckets (engine.settle_buckets)
+    epoch_lr: float = 0.0  # the learning rate at the beginning of the epoch that is under way
 
     @property
     def parameters(self) -> int:

@@ -1,0 +1,125 @@
+"""The loop around a training: epochs of steps, with all that happens between two of them.
+
+    for epoch in loop.epochs():
+        for batch in loop.steps(batches):
+            ...                        # one optimizer step
+        loop.log({"val/loss": ...})    # the epoch's figures
+
+The shipped training (engine.py) and a user's own loop (allranks.open) both run in this one. Between two
+steps it shows the progress, tells the watchdog that this rank is well, and lets the ranks agree on a save
+or a stop. At the end of an epoch it keeps the figures, and compares the ranks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from torch import nn
+
+from allranks.runtime.compare import compare_ranks
+from allranks.runtime.runtime import Runtime
+from allranks.training.control import Control
+from allranks.training.position import TrainingPosition
+from allranks.training.records import Records
+from allranks.training.report import Reporter
+
+Batch = TypeVar("Batch")
+
+
+@dataclass
+class Loop:
+    """One rank's way through a run. All ranks take it together: they take the same steps."""
+
+    runtime: Runtime
+    position: TrainingPosition
+    control: Control  # decides when to save and when to stop
+    report: Reporter  # tells the user how far the run is
+    records: Records  # keeps the figures of single steps, and hands figures to the trackers
+    models: Sequence[nn.Module] = ()  # their weights are the same on all ranks, which is looked at
+    _figures: dict[str, float | int] = field(default_factory=dict)  # of the epoch that is under way
+    _started: float = 0.0  # when its steps began, as if nothing had interrupted them
+    _trained: float = 0.0  # when its last step was done; both by time.perf_counter()
+    _examples: int | None = None  # that its steps take, over all ranks
+
+    def epochs(self, count: int) -> Iterator[int]:
+        """The number of each epoch that is left, from 0. Closes each one when the loop's body is done.
+
+        Raises RunStopped, on all ranks, where they have agreed to stop.
+        """
+        while self.position.epoch < count:
+            self._started = time.perf_counter() - self.position.epoch_s
+            self._trained = self._started
+            self._figures = {}
+            yield self.position.epoch
+            self._close_epoch()
+
+    def steps(
+        self,
+        batches: Iterable[Batch],
+        count: int | None,
+        examples: int | None = None,
+        steps_per_save: int = 1,
+    ) -> Iterator[Batch]:
+        """Each batch that is left of the epoch. The loop's body takes one step on it.
+
+        `count` is the number of steps of the whole epoch, and `examples` that of the examples which they
+        take over all ranks; None where nobody knows it. A checkpoint is saved only after steps that are a
+        multiple of `steps_per_save` in the epoch, or its last one. Raises RunStopped, on all ranks, where
+        they have agreed to stop.
+        """
+        position = self.position
+        progress = self.runtime.progress
+        self._examples = examples
+        is_due = False
+        progress.completed(position.step)
+        for batch in self.report.progress(batches, position, count):
+            yield batch
+            position.step += 1
+            position.epoch_steps += 1
+            is_last = position.epoch_steps == count
+            is_due |= self.control.is_due(position.step)
+            if is_last or (is_due and position.epoch_steps % steps_per_save == 0):
+                is_due = False
+                self._meet(evaluates_next=is_last)
+            progress.completed(position.step)
+        self.runtime.synchronize()
+        self._trained = time.perf_counter()
+
+    def _meet(self, evaluates_next: bool) -> None:
+        self.position.epoch_s = time.perf_counter() - self._started
+        # The records are written before a checkpoint is saved, so that they hold every recorded step up to
+        # the checkpoint.
+        self.records.collect()
+        self.control.meet(evaluates_next)
+
+    def log(self, figures: Mapping[str, float | int]) -> None:
+        """Adds figures to the epoch that is under way; they are the same on all ranks."""
+        self._figures.update(figures)
+
+    def _close_epoch(self) -> None:
+        """Keeps the figures of the epoch, and begins the counts of the next one."""
+        position = self.position
+        position.epoch += 1
+        for model in self.models:
+            compare_ranks(self.runtime, model)
+        train_s = self._trained - self._started
+        samples_per_s = (self._examples or 0) / max(train_s, 1e-9)
+        metrics: dict[str, float | int] = {
+            "epoch": position.epoch,
+            "step": position.step,
+            **self._figures,
+            "time/train_s": train_s,
+            "time/eval_s": time.perf_counter() - self._trained,
+        }
+        if self._examples is not None:
+            metrics["throughput/samples_per_s"] = samples_per_s
+        metrics |= self.records.of_epoch(samples_per_s)
+        position.history.append(metrics)
+        position.epoch_steps = 0
+        position.epoch_s = 0.0
+        self.report.epoch(metrics)
+        self.records.epoch_closed(position.history)
+        self.control.meet()
