@@ -20,7 +20,6 @@ import pytest
 from allranks.base import terminal
 from allranks.base.errors import as_line
 from allranks.launch.console import Console
-from allranks.run import checkpoint
 from allranks.training import story
 from allranks.training.display import Display, Moment, Pace, bar_text
 from helpers import PYTHON, SMALL, TRAIN, Run, clean_environment, execute, only_long
@@ -266,21 +265,13 @@ def metrics(epoch: int, val_loss: float, lr: float = 0.05) -> dict[str, float | 
 @pytest.mark.parametrize("columns", [None, 40, 60, 80, 100, 200])
 @pytest.mark.parametrize("epochs", [1, 20, 300, 4000])
 def test_rows_are_as_wide_as_their_header_and_fit(columns, epochs):
-    table = story.Table(epochs)
+    table = story.Table(epochs, "val/loss")
+    table.add(metrics(1, 0.5))
     header = table.header(columns)
     for values in (metrics(epochs, 0.5), metrics(1, 1234567.0, lr=1.23456e-5), metrics(1, float("nan"))):
         assert len(table.row(values, False, columns)) <= len(header)
     assert columns is None or len(header) <= max(columns, 52 + 2 * len(str(epochs)))
     assert header.split()[0] == "epoch" and "val loss" in header
-
-
-def test_the_best_epoch_is_the_one_whose_checkpoint_is_kept():
-    nan = float("nan")
-    history = [metrics(1, nan), metrics(2, 0.4), metrics(3, 0.3), metrics(4, 0.3), metrics(5, 0.35)]
-    best = checkpoint.best_of(history)
-    assert best is not None and best["epoch"] == 4  # of equal ones the last
-    assert checkpoint.best_of(history[:1]) is None
-    assert checkpoint.best_of([]) is None
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -36,6 +37,10 @@ from allranks.base.text import did_you_mean
 
 MONITORED = ("train/loss", "train/accuracy", "val/loss", "val/accuracy")
 
+# What `checkpoint.best` may be: the name of a metric, and which of its values is the best.
+BEST = re.compile(r"\S+ (min|max)")
+BEST_BY_DEFAULT = "val/loss min"
+
 # --- rules of more than one key, or longer than a line -----------------------------------------------
 
 _POWERS = [1 << n for n in range(17)]  # 2^16 ranks: more than any machine that we know of has devices
@@ -47,6 +52,10 @@ _POWER_OF_TWO = Rule(lambda v: v in _POWERS, f"a power of two: 1, 2, 4, 8, ... {
 _ACTIVATION = Rule(
     lambda v: isinstance(v, str) or (isinstance(v, list) and all(isinstance(each, str) for each in v)),
     "the name of an activation of torch.nn, or a list of such names",
+)
+_BEST = Rule(
+    lambda v: isinstance(v, str) and BEST.fullmatch(v) is not None,
+    "a metric and min or max, such as 'val/loss min' or 'val/accuracy max'",
 )
 _FOLDER_NAME = Rule(
     lambda v: isinstance(v, str) and v not in ("", ".", "..") and "/" not in v and v.isprintable(),
@@ -141,7 +150,12 @@ class CheckpointConfig:
     every_steps: int | None = setting(None, "save after so many steps; null: never for that", whole(1))
     every_epochs: int | None = setting(1, "save after so many epochs; null: never for that", whole(1))
     every_s: float | None = setting(None, "save after so many seconds; null: never for that", _POSITIVE)
-    keep: int = setting(2, "checkpoints that stay: the newest, and the best by val/loss besides", whole(1))
+    keep: int = setting(2, "checkpoints that stay: the newest, and the best besides", whole(1))
+    best: str = setting(
+        BEST_BY_DEFAULT,
+        "which epoch is the best: the one with the lowest (min) or the highest (max) value of a metric",
+        _BEST,
+    )
 
 
 @dataclass

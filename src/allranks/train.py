@@ -28,6 +28,7 @@ from allranks.base.errors import EXIT_REQUEUE, UserError
 from allranks.config import Config
 from allranks.job.identity import RankIdentity
 from allranks.run import directory as rundir
+from allranks.run.best import rule_of as best_rule
 from allranks.runtime import mpi
 from allranks.training import ending
 from allranks.training.control import FROM_TERMINAL, Control, RunStopped, Signals
@@ -193,6 +194,7 @@ def run(
             is_one_batch=config.trainer.overfit_batch,
         ),
         console=config.console,
+        best=best_rule(config.checkpoint.best),
     )  # fmt: skip
     with ending.of_run(runtime, Reporter(runtime, told)) as report:
         # If a rank ended at once with this error, the other ranks, which may still be connecting to the

@@ -23,7 +23,8 @@ from allranks.base import files, processes, terminal
 from allranks.base.text import printable
 from allranks.data.loader import Data
 from allranks.job import variables
-from allranks.run import checkpoint
+from allranks.run import best as the_best
+from allranks.run import checkpoint, metric_names
 from allranks.run import directory as rundir
 from allranks.runtime.runtime import Runtime
 from allranks.training import story
@@ -45,6 +46,7 @@ class Told(NamedTuple):
 
     title: str  # which model is trained on which data, made by story.title()
     console: str  # "quiet", "normal" or "verbose"
+    best: the_best.Rule  # which epoch is the best
 
 
 class Reporter:
@@ -59,14 +61,14 @@ class Reporter:
         self._bar = self._display if self._display.is_live else Display(sys.stderr)
         # opened() gives these their values.
         self._length = RunLength(epochs=0, steps=0, steps_per_epoch=0)
-        self._table = story.Table(0)
+        self._table = story.Table(0, told.best.metric)
         self._header = ""  # the line above the table's columns as it was last shown
         self._batch_size = 0  # examples of one step over all ranks
         self._check: Callable[[], None] = lambda: None
         # metrics.jsonl, open to append to. None on other ranks than 0, and while it cannot be written.
         self._metrics: TextIO | None = None
         self._history: Sequence[Mapping[str, Any]] = ()
-        self._best: Mapping[str, Any] | None = None  # the epoch with the lowest val/loss so far
+        self._best: Mapping[str, Any] | None = None  # the line of the best epoch so far
         # The first log lines are written before the run directory exists. They are kept here until opened()
         # can write them to the log file.
         self._early = logging.handlers.MemoryHandler(EARLY_RECORDS, flushLevel=logging.CRITICAL + 1)
@@ -151,7 +153,7 @@ class Reporter:
         self.directory = Path(directory)
         self._check = check
         self._history = position.history
-        self._best = checkpoint.best_of(position.history)
+        self._best = the_best.best_of(position.history, self.told.best)
         with rundir.writing(directory):
             if self.runtime.is_main:
                 check()
@@ -168,7 +170,7 @@ class Reporter:
             log.info("%s, rank %d of %d", self._me(), self.runtime.rank, self.runtime.world_size)
         self._batch_size = batch_size
         self._length = length
-        self._table = story.Table(length.epochs)
+        self._table = story.Table(length.epochs, self.told.best.metric, position.history)
         for label, fact in facts.items():
             self._pair(label, fact)
         self._pair("directory", directory)
@@ -224,8 +226,8 @@ class Reporter:
         # The next epochs are assumed to take as long as the last one, including its evaluations. During the
         # first epoch only the time of its steps is known.
         last = position.history[-1] if position.history else None
-        eval_s = last["time/eval_s"] if last else 0.0
-        epoch_s = last["time/train_s"] + eval_s if last else steps * step_s
+        eval_s = last.get("time/eval_s", 0.0) if last else 0.0
+        epoch_s = last["time/train_s"] + eval_s if last and "time/train_s" in last else steps * step_s
         epochs_left = epochs - position.epoch - 1
         return moment._replace(
             samples_per_s=self._batch_size / step_s,
@@ -255,17 +257,40 @@ class Reporter:
                 log.warning("metrics.jsonl could not be written (%s); the training goes on", error)
         self._bar.clear()
         columns = self._display.columns
+        self._table.add(metrics)
         header = self._table.header(columns)
-        # The header is shown once, and again when the window's width changes the columns.
+        # The header is shown once, and again when the window's width or a new metric changes the columns.
         if header != self._header:
+            is_first = not self._header
             self._header = header
             self._say(header, terminal.DIM, gap=True, is_row=True)
-        self._best = checkpoint.best_of([metrics] if self._best is None else [self._best, metrics])
+            if is_first:
+                self._warn_of_missing_metric(metrics)
+        self._best = the_best.best_of(
+            [metrics] if self._best is None else [self._best, metrics], self.told.best
+        )
         is_best = self._best is metrics
         style = (terminal.BOLD,) if is_best and self._display.shows_colours else ()
         self._say(self._table.row(metrics, is_best, columns), *style, is_row=True)
-        if metrics["epoch"] == self._length.epochs and self._has_bar:
+        if metrics.get("epoch") == self._length.epochs and self._has_bar:
             self._bar.draw("  evaluating on the test set")
+
+    def _warn_of_missing_metric(self, metrics: Mapping[str, Any]) -> None:
+        """Warns if `checkpoint.best` names a metric that the first line of this start does not have.
+
+        It is no error: a loop may evaluate every fifth epoch. Without a val/loss the default has no effect,
+        and nobody has asked for it.
+        """
+        rule = self.told.best
+        is_missing = self._best is None and rule.metric not in metrics
+        if self.runtime.is_main and is_missing and rule != the_best.rule_of(None):
+            what = the_best.missing(rule, metric_names.metrics_in([metrics]))
+            log.warning(
+                "%s=%s: %s No checkpoint is kept as the best before it comes.",
+                the_best.KEY,
+                rule.text,
+                what,
+            )
 
     # --- how it ends ----------------------------------------------------------------------------------
 
@@ -328,17 +353,19 @@ class Reporter:
                 self._metrics = self._all_metrics()
                 files.write_json(self.directory / "summary.json", summary)
         self._bar.clear()
+        tested = story.test_figures(summary)
         if self.told.console == "quiet":
-            self._close_story(f"test {story.test_figures(summary)}; in {self.directory}")
+            self._close_story(f"test {tested}; in {self.directory}" if tested else f"in {self.directory}")
             return
-        self._pair("test", story.test_figures(summary), terminal.BOLD, gap=True)
+        if tested:
+            self._pair("test", tested, terminal.BOLD, gap=True)
         if self._best is not None:
-            self._pair("best", story.best_figures(self._best))
+            self._pair("best", story.best_figures(self._best), gap=not tested)
         total = terminal.duration(summary["time/total_s"])
         startup = terminal.duration(summary["time/startup_s"])
         self._pair("time", f"{total} in all, {startup} until the first step")
         self._pair("directory", str(self.directory))
-        self._pair("next", story.using(str(self.directory)), is_command=True)
+        self._pair("next", story.using(str(self.directory), summary), is_command=True)
 
     # --- tools ----------------------------------------------------------------------------------------
 

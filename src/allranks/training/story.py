@@ -11,6 +11,8 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from allranks.run import metric_names
+
 INDENT = "  "
 LABEL_COLUMNS = 12  # characters of the longest label, with the blanks before the value
 VALUE_AT = len(INDENT) + LABEL_COLUMNS  # where the value begins in a line
@@ -113,106 +115,180 @@ def count(number: int, noun: str) -> str:
 class _Column(NamedTuple):
     title: str
     columns: int  # its width in characters
-    text: Callable[[Mapping[str, Any]], str]  # makes a cell from an epoch's line of metrics.jsonl
+    text: Callable[[Mapping[str, Any]], str]  # makes a cell from a line of metrics.jsonl
     # If there is not enough room, the column with the highest number is left out first; 0: never.
     goes: int = 0
 
 
-def _figure(key: str, form: str) -> Callable[[Mapping[str, Any]], str]:
-    """A function that shows the figure `key` of an epoch in this format, such as `.2f`."""
-    return lambda metrics: format(metrics[key], form)
+# The numbers of the columns that are no metrics: they leave before any metric does.
+_LR_GOES, _SPEED_GOES, _TIME_GOES = 1001, 1002, 1003
+# So many quantities are always shown, with those of training and validation. In a classification these are
+# the loss and the accuracy.
+_KEPT_QUANTITIES = 2
+# Of more metrics the others stand in metrics.jsonl only: also in a file a longer line is hard to read.
+_MOST_METRICS = 12
+_LEAST_METRIC_COLUMNS = 8  # room for a number such as 12.3456 or 1.23e-05
+_LEAST_PERCENT_COLUMNS = 6  # room for 100.00
 
 
-def _loss(key: str) -> Callable[[Mapping[str, Any]], str]:
-    """A function that shows a loss with four decimals; from 10,000 on with three digits, as 1.23e+04."""
-    return lambda metrics: format(metrics[key], ".4f" if abs(metrics[key]) < 10_000 else ".3g")
-
-
-def _rate(metrics: Mapping[str, Any]) -> str:
+def _rate(line: Mapping[str, Any]) -> str:
     """The learning rate of an epoch in at most seven characters."""
-    text = f"{metrics['lr']:.3g}"
-    return text if len(text) <= 7 else f"{metrics['lr']:.1e}"
+    text = f"{line['lr']:.3g}"
+    return text if len(text) <= 7 else f"{line['lr']:.1e}"
 
 
-def _seconds(metrics: Mapping[str, Any]) -> str:
+def _speed(line: Mapping[str, Any]) -> str:
+    """Training examples per second."""
+    return f"{line['throughput/samples_per_s']:,.0f}"
+
+
+def _seconds(line: Mapping[str, Any]) -> str:
     """The time of an epoch including its evaluations; up to a day it has at most six characters."""
-    seconds = metrics["time/train_s"] + metrics["time/eval_s"]
+    seconds = line["time/train_s"] + line.get("time/eval_s", 0.0)
     return f"{seconds:.1f} s" if seconds < 1000 else f"{seconds / 60:.0f} m"
 
 
-_COLUMNS = (
-    _Column("lr", 7, _rate, goes=1),
-    _Column("train loss", 10, _loss("train/loss")),
-    _Column("train %", 7, _figure("train/accuracy", ".2f")),
-    _Column("val loss", 8, _loss("val/loss")),
-    _Column("val %", 6, _figure("val/accuracy", ".2f")),
-    _Column("samples/s", 9, _figure("throughput/samples_per_s", ",.0f"), goes=2),
-    _Column("time", 6, _seconds, goes=3),
-)
+def _metric_column(name: str, goes: int) -> _Column:
+    """The column of a metric. The one of an accuracy is called `val %`, after its unit."""
+    is_percent = metric_names.quantity_of(name) == "accuracy"
+    title = metric_names.words_of(name)
+    if is_percent:
+        title = f"{metric_names.part_of(name)} %".lstrip()
+    least = _LEAST_PERCENT_COLUMNS if is_percent else _LEAST_METRIC_COLUMNS
+    return _Column(title, max(len(title), least), lambda line: metric_names.number(name, line[name]), goes)
+
+
 _BEST = "best"  # the title of the column that marks the best epoch so far with a star
 _GAP = "  "
 
 
 class Table:
-    """The table of a run's epochs: a line of titles, and a row for each epoch."""
+    """The table of a run's epochs: a line of titles, and a row for each line of metrics.jsonl.
 
-    def __init__(self, epochs: int) -> None:
-        """Sets the table up. `epochs` is the number of epochs of the whole run."""
+    Which columns there are depends on the lines: a training may keep any metrics. A loop that counts no
+    epochs has a row for each step at which it has logged something.
+    """
+
+    def __init__(self, epochs: int, metric: str, history: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Sets the table up.
+
+        `epochs` is the number of epochs of the whole run; 0 where it is not known. `metric` is the one that
+        decides which epoch is the best: its column is never left out. `history` has the lines before the
+        table's first row.
+        """
         self.epochs = epochs
-        self._first = max(len("epoch"), len(f"{epochs}/{epochs}"))  # width of the first column
+        self._metric = metric
+        self._keys: dict[str, None] = {}  # of all lines so far, in the order in which they have come
+        for line in history:
+            self.add(line)
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Takes note of what a line holds: what is new in it gets a column. Called before its row()."""
+        self._keys.update(dict.fromkeys(line))
 
     def header(self, columns: int | None) -> str:
         """The line of titles. `columns` is the width of the terminal in characters; None for no limit."""
-        titles = [f"{column.title:>{column.columns}}" for column in self._shown(columns)]
-        return INDENT + _GAP.join([f"{'epoch':>{self._first}}", *titles, _BEST])
+        return INDENT + _GAP.join([f"{c.title:>{c.columns}}" for c in self._shown(columns)] + [_BEST])
 
-    def row(self, metrics: Mapping[str, Any], is_best: bool, columns: int | None) -> str:
-        """The row of an epoch. `metrics` is its line of metrics.jsonl.
+    def row(self, line: Mapping[str, Any], is_best: bool, columns: int | None) -> str:
+        """The row of a line of metrics.jsonl.
 
-        `is_best` says whether its val/loss is the lowest so far. `columns` is the width of the terminal in
-        characters; None for no limit.
+        `is_best` says whether it is the best so far. `columns` is the width of the terminal in characters;
+        None for no limit.
         """
-        cells = [f"{column.text(metrics):>{column.columns}}" for column in self._shown(columns)]
-        epoch = f"{metrics['epoch']}/{self.epochs}"
+        cells = []
+        for column in self._shown(columns):
+            try:
+                text = column.text(line)
+            except KeyError:  # this line does not have what others have
+                text = "-"
+            cells.append(f"{text:>{column.columns}}")
         mark = "*" if is_best else ""
-        line = INDENT + _GAP.join([f"{epoch:>{self._first}}", *cells, mark])
-        return line.rstrip()
+        return (INDENT + _GAP.join([*cells, mark])).rstrip()
 
     def _shown(self, columns: int | None) -> list[_Column]:
         """The columns for which a line of `columns` characters has room; all of them for None."""
-        shown = list(_COLUMNS)
-        while columns is not None and self._width(shown) > columns:
-            leaves = max(shown, key=lambda column: column.goes)
-            if not leaves.goes:
+        place = self._place()
+        before = [_Column("lr", 7, _rate, _LR_GOES)] if "lr" in self._keys else []
+        after = []
+        if "throughput/samples_per_s" in self._keys:
+            after.append(_Column("samples/s", 9, _speed, _SPEED_GOES))
+        if "time/train_s" in self._keys:
+            after.append(_Column("time", 6, _seconds, _TIME_GOES))
+        shown = [*before, *self._metrics(), *after]
+        while columns is not None and _width([place, *shown]) > columns:
+            leaves = max(shown, key=lambda column: column.goes, default=None)
+            if leaves is None or not leaves.goes:
                 break
             shown.remove(leaves)
-        return shown
+        return [place, *shown]
 
-    def _width(self, shown: Sequence[_Column]) -> int:
-        """How many characters a line with these columns has."""
-        widths = [self._first, *(column.columns for column in shown), len(_BEST)]
-        return len(INDENT) + sum(widths) + len(_GAP) * (len(widths) - 1)
+    def _place(self) -> _Column:
+        """The first column: the number of the epoch, or of the step in a loop that counts no epochs."""
+        if "epoch" in self._keys or "step" not in self._keys:
+            last = f"/{self.epochs}" if self.epochs else ""
+            widest = len(f"{self.epochs}{last}") if self.epochs else 0
+            return _Column("epoch", max(len("epoch"), widest), lambda line: f"{line['epoch']}{last}")
+        return _Column("step", 9, lambda line: f"{line['step']:,}")
+
+    def _metrics(self) -> list[_Column]:
+        """The columns of the metrics: first those of the training examples, and then all others."""
+        quantities = metric_names.by_quantity(filter(metric_names.is_metric, self._keys))
+        columns: dict[str, _Column] = {}
+        for place, names in enumerate(quantities.values()):
+            for name in names:
+                is_kept = place < _KEPT_QUANTITIES or name == self._metric
+                # Of a quantity that is left out, the figure of the training examples goes first.
+                is_of_training = metric_names.part_of(name) == "train"
+                columns[name] = _metric_column(name, 0 if is_kept else 2 * place + is_of_training)
+        while len(columns) > _MOST_METRICS:
+            del columns[max(columns, key=lambda name: columns[name].goes)]
+        names = [
+            name
+            for part in (*metric_names.PARTS, "")
+            for name in columns
+            if metric_names.part_of(name) == part
+        ]
+        return [columns[name] for name in names]
+
+
+def _width(shown: Sequence[_Column]) -> int:
+    """How many characters a line with these columns has."""
+    widths = [*(column.columns for column in shown), len(_BEST)]
+    return len(INDENT) + sum(widths) + len(_GAP) * (len(widths) - 1)
 
 
 # --- the end ------------------------------------------------------------------------------------------
 
 
 def test_figures(summary: Mapping[str, Any]) -> str:
-    """The loss and the accuracy on the test set, from a run's summary."""
-    return (
-        f"loss {summary['test/loss']:.4f}, accuracy {summary['test/accuracy']:.2f} % "
-        f"of {summary['test/count']:,} examples"
-    )
+    """The figures over the test set from a run's summary; empty if it was not tested."""
+    figures = metric_names.in_a_sentence(metric_names.tests_in(summary))
+    count = summary.get("test/count")
+    return f"{figures} of {count:,} examples" if figures and count is not None else figures
 
 
 def best_figures(best: Mapping[str, Any]) -> str:
-    """The number of the best epoch, with its loss and accuracy on the validation examples."""
-    return f"epoch {best['epoch']}: val loss {best['val/loss']:.4f}, val {best['val/accuracy']:.2f} %"
+    """The number of the best epoch, with its metrics on the validation examples; all, if it has no such."""
+    names = metric_names.metrics_in([best])
+    shown = metric_names.of_parts(names, "val") or names
+    figures = [_with_words(name, best[name]) for name in shown[:_MOST_METRICS]]
+    place = f"epoch {best['epoch']}" if "epoch" in best else f"step {best['step']:,}"
+    return f"{place}: {', '.join(figures)}"
 
 
-def using(directory: str) -> str:
-    """The command with which a user tries the trained model on an image."""
-    return f"allranks predict {shlex.quote(directory)} image.png"
+def _with_words(name: str, value: float) -> str:
+    """A metric in a sentence: `val loss 0.3135`, `val 90.53 %`."""
+    is_percent = metric_names.quantity_of(name) == "accuracy"
+    words = metric_names.part_of(name) if is_percent else metric_names.words_of(name)
+    return f"{words} {metric_names.with_unit(name, value)}".lstrip()
+
+
+def using(directory: str, summary: Mapping[str, Any]) -> str:
+    """The command with which a user looks further: tries a classifier on an image, or reads the report."""
+    if "test/accuracy" in summary:
+        return f"allranks predict {shlex.quote(directory)} image.png"
+    return f"allranks report {shlex.quote(directory)}"
 
 
 def going_on(

@@ -1,0 +1,63 @@
+"""`checkpoint.best`: one rule for the best epoch, and everything that names one follows it."""
+
+from __future__ import annotations
+
+import pytest
+
+from allranks.base.errors import UserError
+from allranks.run.best import Rule, best_of, check, rule_of
+from helpers import SMALL, TRAIN, execute
+
+LEAST_LOSS = Rule("val/loss", lower_is_better=True)
+MOST_RIGHT = Rule("val/accuracy", lower_is_better=False)
+
+
+def line(epoch: int, loss: float | None, accuracy: float = 50.0) -> dict[str, float | int | None]:
+    return {"epoch": epoch, "step": 10 * epoch, "val/loss": loss, "val/accuracy": accuracy}
+
+
+def best_epoch(history: list[dict[str, float | int | None]], rule: Rule) -> float | None:
+    found = best_of(history, rule)
+    return None if found is None else found["epoch"]
+
+
+def test_the_lowest_or_the_highest_value_is_the_best_and_of_equal_ones_the_last():
+    nan = float("nan")
+    history = [line(1, nan), line(2, 0.4, 70.0), line(3, 0.3), line(4, 0.3), line(5, None), line(6, 0.35)]
+    assert best_epoch(history, LEAST_LOSS) == 4
+    assert best_epoch(history, MOST_RIGHT) == 2
+    assert best_epoch(history[:1], LEAST_LOSS) is None
+    assert best_epoch([], LEAST_LOSS) is None
+    assert best_epoch(history, Rule("val/auroc", lower_is_better=False)) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("val/accuracy max", MOST_RIGHT),
+        ("energy min", Rule("energy", lower_is_better=True)),
+        (None, LEAST_LOSS),  # the configuration of an earlier version
+        ("val/accuracy", LEAST_LOSS),  # a damaged one
+        (7, LEAST_LOSS),
+    ],
+)
+def test_the_rule_by_the_configuration(text, rule):
+    assert rule_of(text) == rule
+    assert rule_of(rule.text) == rule
+
+
+def test_a_metric_that_a_training_does_not_keep_is_told_with_those_that_it_keeps():
+    check(LEAST_LOSS, ["train/loss", "val/loss"])
+    with pytest.raises(UserError) as refused:
+        check(Rule("val/acuracy", lower_is_better=False), ["val/loss", "val/accuracy"])
+    assert str(refused.value) == (
+        "checkpoint.best=val/acuracy max: this training has no metric val/acuracy. Its metrics are: "
+        "val/loss, val/accuracy. Did you mean val/accuracy?"
+    )
+
+
+@pytest.mark.parametrize("value", ["val/loss", "min val/loss", "val/loss least", "7"])
+def test_a_value_that_is_no_rule_is_refused(value, tmp_path):
+    told = execute([*TRAIN, *SMALL, f"checkpoint.best={value}"], tmp_path)
+    assert told.code == 2
+    assert "give a metric and min or max, such as 'val/loss min' or 'val/accuracy max'." in told.message
