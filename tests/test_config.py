@@ -405,6 +405,7 @@ def test_what_a_resume_must_agree_on_is_marked_at_the_keys():
         "data.root", "data.train.root", "data.test.root", "data.workers",
         "data.fetch", "data.train.fetch", "data.test.fetch",
         "checkpoint.every_steps", "checkpoint.every_epochs", "checkpoint.every_s", "checkpoint.keep",
+        "checkpoint.best",
         "watchdog.start_s", "watchdog.first_step_s", "watchdog.step_s", "watchdog.save_s",
         "console", "report", "profile", "trainer.log_every_steps", "trainer.detect_anomaly",
         "tracker.every_steps",
