@@ -174,7 +174,7 @@ def test_a_traceback_of_the_users_own_stays(own):
 def test_the_bits_are_those_of_a_training_without_a_trial(train_here, monkeypatch, kind):
     words = (*SMALL, *kind, "trainer.epochs=1", "trainer.batch_size=100")
     tried = train_here(*words)
-    monkeypatch.setattr(trial, "try_first_batch", lambda *_: None)
+    monkeypatch.setattr(trial, "try_first_batch", lambda *_: trial.Tried(None, []))
     untried = train_here(*words)
     assert tried.summary["model/sha256"] == untried.summary["model/sha256"]
     assert tried.losses == untried.losses
@@ -182,10 +182,10 @@ def test_the_bits_are_those_of_a_training_without_a_trial(train_here, monkeypatc
 
 def test_two_ranks_say_it_once(tmp_path):
     (tmp_path / "tryout.py").write_text(PACKAGE)
-    words = [*launcher("mpiexec", 2), "-m", "allranks.train", *LINEAR, "model._target_=tryout.Spare"]
+    words = [*launcher("mpiexec", 2), "-m", "allranks.train", *LINEAR, "model._target_=tryout.Detached"]
     done = execute(words, tmp_path, env={"PYTHONPATH": str(tmp_path)})
     assert done.code == 2
-    assert "spare.weight, spare.bias took no part in the output, and several ranks wait" in done.message
+    assert "its output has no gradient that reaches its parameters" in done.message
     assert not (tmp_path / "runs").exists()
 
 

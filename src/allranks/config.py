@@ -118,6 +118,13 @@ class TrainerConfig:
         "pieces into which a batch is cut with reproducible=true, whatever the number of ranks",
         _POWER_OF_TWO,
     )
+    unused_parameters: str = setting(
+        "auto",
+        "when DDP looks for parameters that take no part in a step: only where some took none in the first "
+        "batch (auto), or always, for a model whose steps or ranks use different ones",
+        one_of("auto", "always"),
+        resume_must_agree=False,
+    )
     max_steps: int | None = setting(
         None,
         "optimizer steps after which the run is over, before the end of its epochs; null: all epochs",

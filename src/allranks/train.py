@@ -237,7 +237,9 @@ def run(
         )
         with runtime.all_or_none():
             training = building.build_training(recipe, runtime, examples=len(data.train))
-        records.measured_by(training, trial.try_first_batch(training, data, recipe, runtime))
+        tried = trial.try_first_batch(training, data, recipe, runtime)
+        records.measured_by(training, tried.flops_per_example)
+        building.distribute(training, runtime, config.trainer, tried.unused)
 
         if standing == rundir.Standing.NEW:
             is_given = sweep is not None or config.run.dir is not None

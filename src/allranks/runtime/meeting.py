@@ -108,6 +108,10 @@ class Meeting:
 
         return self.settle(None, decide)
 
+    def is_first(self, what: str) -> bool:
+        """Whether no rank has asked for `what` before; others than the ranks that find it do not call."""
+        return self.store is None or self.store.add(f"first/{what}", 1) == 1
+
     def leave(self) -> None:
         """Ends the meeting. Rank 0 serves the store and goes last, so that nobody is cut off."""
         if self.store is None:

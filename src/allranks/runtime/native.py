@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from allranks.runtime.meeting import Meeting
 
@@ -37,14 +38,16 @@ def backends() -> list[str]:
     return [name for name in ("gloo", "nccl", "mpi") if getattr(dist, f"is_{name}_available")()]
 
 
-def wrap(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+def wrap(model: torch.nn.Module, device: torch.device, has_unused: bool) -> DistributedDataParallel:
     """The model in DistributedDataParallel (DDP), on this rank's device.
 
     Gradients are views of DDP's buckets: for small models the copies between them would take a good part of
-    a step.
+    a step. `has_unused`: DDP goes through the operations of each forward pass to find the parameters that
+    took no part in it, which takes time in each step (docs/performance.md).
     """
-    return torch.nn.parallel.DistributedDataParallel(
+    return DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type in ("cuda", "xpu") else None,
         gradient_as_bucket_view=True,
+        find_unused_parameters=has_unused,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -24,6 +25,8 @@ from allranks.runtime.watch.progress import Progress
 from allranks.runtime.watch.thread import Watchdog
 
 log = logging.getLogger(__name__)
+
+ENDED_BY_ANOTHER_S = 20.0  # a rank that waits to be ended by another one ends by itself after so long
 
 
 @dataclass(frozen=True)
@@ -110,23 +113,41 @@ class Runtime:
             return "none"
         return "mpi" if self.comm is not None else dist.get_backend()
 
-    def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
+    def wrap(self, model: torch.nn.Module, has_unused: bool = False) -> torch.nn.Module:
         """The model in DDP, whose gradient is the *sum* over the ranks: the engine weights each example.
 
         DDP's own mean would be right only for equal shares, which 128 examples over 12 ranks are not. A
         lone rank needs no DDP, and a reproducible run adds up in an order of its own
-        (gradients.OrderedSum).
+        (gradients.OrderedSum). `has_unused`: some parameters may take no part in a step, on some ranks or
+        on all. DDP then looks for them in each step. A parameter that no rank has used keeps no gradient.
         """
         if self.world_size == 1 or self.virtual_ranks:
             return model
         self.progress.arrive()  # DDP compares the ranks' parameters
-        wrapped = native.wrap(model, self.device)
+        wrapped = native.wrap(model, self.device, has_unused)
         if next(model.buffers(), None) is not None:
             # DDP sends rank 0's buffers to all ranks before each forward pass: a collective.
             wrapped.register_forward_pre_hook(lambda *_: self.progress.arrive(in_step=False))
-        hook = gradients.sum_by_torch if self.comm is None else gradients.sum_by_mpi
-        wrapped.register_comm_hook(self, hook)  # type: ignore[operator]
+        gradients.add_up_over_ranks(wrapped, self.progress, self.comm)
         return wrapped
+
+    def check_summed(self, model: torch.nn.Module) -> None:
+        """Raises UserError, on this rank, where a parameter took no part in the backward pass just made.
+
+        `model` is what wrap() has returned. The engine calls this after each backward pass whose gradients
+        are added up over the ranks.
+        """
+        names = gradients.left_out(model)
+        if not names:
+            return
+        # Several ranks may find that in the same step. The first one speaks, and ends all ranks.
+        if not self.meeting.is_first("parameters left out"):
+            time.sleep(ENDED_BY_ANOTHER_S)
+        raise UserError(
+            f"{names} took no part in a step on rank {self.rank}, though all parameters did in the first "
+            "batch, and the other ranks wait for their gradients: start the run again with "
+            "trainer.unused_parameters=always, which goes on from the newest checkpoint."
+        )
 
     def without_sync(self, model: torch.nn.Module) -> AbstractContextManager[None]:
         """A context in which backward() adds up gradients on this rank only."""

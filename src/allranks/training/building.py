@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,8 +66,8 @@ def build_training(recipe: Recipe, runtime: Runtime, examples: int) -> Training:
     """The training that the recipe describes, at its beginning.
 
     `examples` is the number of training examples, from which the length of the schedule follows.
-    The first weights follow from the seed, so they are the same on all ranks. Raises UserError where a
-    component cannot be built, or where components do not go together.
+    The first weights follow from the seed, so they are the same on all ranks. distribute() then connects
+    the ranks. Raises UserError where a component cannot be built, or where components do not go together.
     """
     trainer = recipe.trainer
     model = build_model(recipe, runtime.device)
@@ -80,7 +80,7 @@ def build_training(recipe: Recipe, runtime: Runtime, examples: int) -> Training:
     compiled: nn.Module = torch.compile(model) if trainer.compile else model  # type: ignore[assignment]
     return Training(
         model=model,
-        trained=runtime.wrap(compiled),
+        trained=compiled,
         optimizer=optimizer,
         schedule=schedule,
         scaler=torch.amp.GradScaler(runtime.device.type, enabled=trainer.precision == "fp16"),
@@ -88,6 +88,15 @@ def build_training(recipe: Recipe, runtime: Runtime, examples: int) -> Training:
         ordered_sum=OrderedSum(parameters, len(runtime.shares)) if trainer.reproducible else None,
         first_buffers={name: buffer.clone() for name, buffer in buffers_left_out(model).items()},
     )
+
+
+def distribute(training: Training, runtime: Runtime, trainer: TrainerConfig, unused: Sequence[str]) -> None:
+    """Has the gradients of the training added up over the ranks; all ranks call, once, before a step.
+
+    `unused` are the parameters that took no part in the first batch.
+    """
+    has_unused = bool(unused) or trainer.unused_parameters == "always"
+    training.trained = runtime.wrap(training.trained, has_unused)
 
 
 def build_model(recipe: Recipe, device: torch.device) -> nn.Module:

@@ -251,6 +251,7 @@ def settle_buckets(training: Training, batch: Batch, precision: str, runtime: Ru
     with runtime.autocast(precision):
         logits = training.trained(batch.images)
     (logits.sum() * 0).backward()
+    runtime.check_summed(training.trained)
     training.optimizer.zero_grad()
     for buffer, before in zip(training.model.buffers(), buffers, strict=True):
         buffer.copy_(before)
@@ -286,6 +287,8 @@ def _backward(
             with _named("backward"):
                 # The weight is a factor and not an argument of backward(), which would import sympy.
                 training.scaler.scale(loss * _weight(batch, known)).backward()
+            if is_last:
+                runtime.check_summed(training.trained)
         losses.append(known)
         if batch.count:
             for each in sums:

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,18 +40,25 @@ _MISFITS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, As
 _SHOWN_LETTERS = 300  # of a library's message; some list every name of a model
 
 
-def try_first_batch(training: Training, data: Data, recipe: Recipe, runtime: Runtime) -> float | None:
+class Tried(NamedTuple):
+    """What the trial of a first batch has found."""
+
+    # Floating-point operations of a forward and a backward pass for one example; None where they could not
+    # be counted.
+    flops_per_example: float | None
+    unused: list[str]  # the parameters that took no part
+
+
+def try_first_batch(training: Training, data: Data, recipe: Recipe, runtime: Runtime) -> Tried:
     """Tries one step on rank 0, on the first training examples; all ranks call.
 
-    `recipe` is what the training was built from. Returns the floating-point operations of a forward and a
-    backward pass for one example, or None where they could not be counted. Raises UserError, on all ranks,
-    where data, model, loss and optimizer do not go together.
+    `recipe` is what the training was built from. Raises UserError, on all ranks, where data, model, loss
+    and optimizer do not go together.
     """
-    flops: float | None = runtime.meeting.from_rank_0(lambda: _try(training, data, recipe, runtime))
-    return flops
+    return Tried(*runtime.meeting.from_rank_0(lambda: _try(training, data, recipe, runtime)))
 
 
-def _try(training: Training, data: Data, recipe: Recipe, runtime: Runtime) -> float | None:
+def _try(training: Training, data: Data, recipe: Recipe, runtime: Runtime) -> Tried:
     trainer = recipe.trainer
     model_is = f"model._target_={recipe.model['_target_']}"
     optimizer_is = f"optimizer._target_={recipe.optimizer['_target_']}"
@@ -59,7 +66,7 @@ def _try(training: Training, data: Data, recipe: Recipe, runtime: Runtime) -> fl
         examples = data.train.first(min(2, len(data.train)), recipe.seed)
         _check_shape(examples, data.input_shape)
         if any(isinstance(module, nn.SyncBatchNorm) for module in training.model.modules()):
-            return None  # it would wait for the other ranks
+            return Tried(None, [])  # it would wait for the other ranks
         model = _copy_of(training.model, recipe, runtime)
         model.train()
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -77,10 +84,11 @@ def _try(training: Training, data: Data, recipe: Recipe, runtime: Runtime) -> fl
             )
         with _told(f"{model_is}: its output has no gradient that reaches its parameters"), flops:
             summed_loss(logits, examples.labels, trainer.label_smoothing).backward()
-        _check_gradients(model, model_is, runtime)
+        unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
         _step(model, optimizer_is, recipe.optimizer)
         _try_one_example(model, model_is, examples, len(data.train), recipe, runtime.share_count)
-        return flops.count / len(examples.labels) if flops.count else None
+        per_example = flops.count / len(examples.labels) if flops.count else None
+        return Tried(per_example, unused)
 
 
 @contextmanager
@@ -180,18 +188,6 @@ def _changed(before: Mapping[str, torch.Tensor], model: nn.Module) -> list[str]:
     return [
         name for name, buffer in now.items() if name not in before or not torch.equal(buffer, before[name])
     ]
-
-
-def _check_gradients(model: nn.Module, model_is: str, runtime: Runtime) -> None:
-    """Raises UserError where DDP would wait for the gradient of a parameter that gets none."""
-    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    has_ddp = runtime.world_size > 1 and runtime.virtual_ranks is None
-    if without and has_ddp:
-        raise UserError(
-            f"{model_is}: {some(without)} took no part in the output, and several ranks wait for the "
-            "gradient of every parameter: leave such layers out, or set requires_grad=False on their "
-            "parameters."
-        )
 
 
 def _step(model: nn.Module, optimizer_is: str, section: Mapping[str, Any]) -> None:
