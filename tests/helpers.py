@@ -317,6 +317,7 @@ def recipe_of(config: Config) -> Recipe:
     from allranks.training import building  # with torch, which most tests here do without
 
     return building.Recipe(
+        task=config.task,
         model=config.model,
         optimizer=config.optimizer,
         scheduler=config.scheduler,

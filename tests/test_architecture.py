@@ -34,7 +34,7 @@ FLOORS = (
     "run",
     "job",
     "compose",
-    "components config models schedulers",
+    "components config models schedulers tasks",
     "base",
     "__init__",
 )
@@ -58,6 +58,7 @@ WITHOUT_TORCH = (
     "config",
     "training.control",
     "training.ending",
+    "data.arrays",
     "data.early",
     "data.mnist",
     "data.synthetic",

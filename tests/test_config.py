@@ -23,7 +23,12 @@ from allranks.config import Config, identity, typed
 from helpers import ROOT, SMALL, Run, tree
 
 GROUPS = (ROOT / "conf" / group for group in compose.GROUPS)  # a machine is no part of a training
-CHOICES = sorted(f"{folder.name}={path.stem}" for folder in GROUPS for path in folder.glob("*.yaml"))
+CHOICES = sorted(
+    f"{folder.name}={path.stem}"
+    for folder in GROUPS
+    for path in folder.glob("*.yaml")
+    if (folder.name, path.stem) != ("task", "own")  # what it stands for has to be named
+)
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +48,7 @@ def test_there_is_every_promised_choice():
     promised = {
         "data": "fashion_mnist mnist synthetic",
         "model": "cnn linear mlp resnet18 vit",
+        "task": "autoencoder classification language_model regression segmentation",
         "optimizer": "adagrad adam adamw rmsprop sgd",
         "scheduler": "cosine exponential none onecycle plateau step warmup_cosine",
         "experiment": "cnn tutorial_linear tutorial_mlp tutorial_step",
@@ -56,6 +62,21 @@ def test_every_shipped_choice_composes(choice, tmp_path):
     config = one(choice)
     assert config.trainer.epochs >= 1
     assert tree(tmp_path) == []  # composing writes nothing
+
+
+def test_an_own_task_has_to_be_named():
+    with pytest.raises(UserError, match=r"task\._target_ is missing: name the class or function"):
+        one("task=own")
+    assert one("task=own", "task._target_=mylab.Mine").task == {"_target_": "mylab.Mine"}
+
+
+def test_a_configuration_from_before_there_were_tasks_is_a_classification(tmp_path):
+    config = one()
+    before = OmegaConf.create(configs.freeze(config))
+    del before["task"]
+    assert configs.typed(before).task == config.task == {"_target_": "allranks.tasks.Classification"}
+    identity_before = {k: v for k, v in identity(config).items() if not k.startswith("task.")}
+    assert configs.with_new_keys(identity_before) == identity(config)
 
 
 def test_the_defaults():

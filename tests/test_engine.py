@@ -314,8 +314,8 @@ def test_a_step_does_little_besides_what_any_loop_does():
     batches = training_batches(part, runtime, batch_size=128, epoch=0, seed=0)
     shares = next(batches)
     with Operators() as plain:
-        logits = training.model(shares[0].images)
-        nn.functional.cross_entropy(logits, shares[0].labels).backward()
+        [(images, labels)] = [piece.examples for piece in shares[0].pieces]
+        nn.functional.cross_entropy(training.model(images), labels).backward()
         training.optimizer.step()
         training.optimizer.zero_grad()
     with Operators() as ours:

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from allranks.base.errors import UserError
-from allranks.data.loader import _check_labels, _image_shape
-from allranks.data.parts import Mapped
+from allranks.data.loader import _check_labels, _check_pair, _image_shape
+from allranks.data.parts import Form, Mapped
 from helpers import NO_REPORT, PYTHON, Done, execute
 
 
@@ -32,7 +32,7 @@ class Items(torch.utils.data.Dataset):
 
 
 def batch_of(item: Any, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
-    part = Mapped(Items(item), [0, 1], 0, torch.device("cpu"), dtype, "data.train", classes=10)
+    part = Mapped(Items(item), [0, 1], 0, Form(torch.device("cpu"), dtype, "data.train", classes=10))
     [examples] = part.batches([[0, 1]], seed=0)
     assert torch.equal(part.first(2, seed=0).images, examples.images)
     return examples
@@ -113,9 +113,15 @@ def test_arrays_have_the_shape_that_the_configuration_says(shape, input_shape, f
 def test_arrays_that_are_no_pair_are_refused():
     array = np.zeros(3, np.uint8)
     with pytest.raises(UserError, match="gives 3 arrays: two are expected"):
-        _image_shape("data.train", (array, array, array), [1])
+        _check_pair("data.train", (array, array, array))
     with pytest.raises(UserError, match=r"labels of shape \[3, 1\]"):
-        _image_shape("data.train", (array, array[:, None]), [1])
+        _check_pair("data.train", (array, array[:, None]))
+    with pytest.raises(UserError, match="has 3 images but 2 labels"):
+        _check_pair("data.train", (array, array[:2]))
+    with pytest.raises(UserError, match="labels of type float64, but a label is the number of a class"):
+        _check_pair("data.train", (array, array.astype(np.float64)))
+    with pytest.raises(UserError, match=r"gives a dict \(x: uint8 \[3\]\): a tuple of two arrays"):
+        _check_pair("data.train", {"x": array})
 
 
 def test_labels_of_arrays_are_those_of_so_many_classes():

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DistributedSampler
 
-from allranks.data.dealing import ShareSampler, evaluation_batches, steps_per_epoch, training_batches
+from allranks.data.dealing import Batch, ShareSampler, evaluation_batches, steps_per_epoch, training_batches
 from allranks.data.parts import InMemory
 
 SIZES = {"examples": st.integers(1, 300), "ranks": st.integers(1, 13), "batch_size": st.integers(1, 310)}
@@ -102,16 +102,35 @@ def test_batches_count_what_counts(examples, ranks, batch_size, epoch):
         total = min(batch_size, examples - step * batch_size)
         assert {b.total for b in batches} == {total}
         assert sum(b.count for b in batches) == total
-        assert [len(b.labels) for b in batches] == [max(1, b.count) for b in batches]
         for b in batches:
-            seen += numbers_in(b.images, b.labels)[: b.count]
+            [(pair, length)] = b.pieces
+            assert len(pair.labels) == length == max(1, b.count)
+            seen += numbers_in(*pair)[: b.count]
     assert sorted(seen) == list(range(examples))
+
+
+def labels_of(batch: Batch) -> list[int]:
+    return [label for piece in batch.pieces for label in piece.examples.labels.tolist()]
+
+
+@given(**SIZES, accumulate=st.integers(1, 9))
+@settings(max_examples=40)
+def test_a_share_is_read_in_pieces_as_torch_cuts_a_tensor(examples, ranks, batch_size, accumulate):
+    """The pieces of a share have the sizes that torch.chunk gives, and its examples in their order."""
+    part, runtime = numbered(examples), rank_of(0, ranks)
+    whole = [b for (b,) in training_batches(part, runtime, batch_size, 0, 0)]
+    cut = [b for (b,) in training_batches(part, runtime, batch_size, 0, 0, accumulate=accumulate)]
+    for one, other in zip(whole, cut, strict=True):
+        labels = one.pieces[0].examples.labels
+        sizes = [len(piece) for piece in labels.chunk(min(accumulate, len(labels)))]
+        assert [piece.length for piece in other.pieces] == sizes
+        assert labels_of(other) == labels.tolist()
 
 
 def test_an_epoch_can_be_entered_in_the_middle():
     part, runtime = numbered(50), rank_of(1, 3)
-    whole = [b.labels.tolist() for (b,) in training_batches(part, runtime, 8, 2, 0)]
-    rest = [b.labels.tolist() for (b,) in training_batches(part, runtime, 8, 2, 0, first_step=4)]
+    whole = [labels_of(b) for (b,) in training_batches(part, runtime, 8, 2, 0)]
+    rest = [labels_of(b) for (b,) in training_batches(part, runtime, 8, 2, 0, first_step=4)]
     assert rest == whole[4:]
     assert len(rest) == 3
 
@@ -122,10 +141,10 @@ def test_evaluation_sees_every_example_once(examples, ranks):
     part = numbered(examples)
     seen = []
     for rank in range(ranks):
-        for row, (images, labels) in evaluation_batches(part, rank_of(rank, ranks), seed=0):
+        for row, (pair, length) in evaluation_batches(part, rank_of(rank, ranks), seed=0):
             assert row == 0
-            assert len(labels) > 0
-            seen += numbers_in(images, labels)
+            assert len(pair.labels) == length > 0
+            seen += numbers_in(*pair)
     assert sorted(seen) == list(range(examples))
 
 

@@ -14,6 +14,7 @@ from allranks.base.errors import UserError
 from allranks.data.dealing import training_batches
 from allranks.data.parts import InMemory
 from allranks.training import trial
+from allranks.training.metrics import Column
 from allranks.training.trial import smallest_piece
 from helpers import SMALL, execute, launcher, tree
 
@@ -174,7 +175,8 @@ def test_a_traceback_of_the_users_own_stays(own):
 def test_the_bits_are_those_of_a_training_without_a_trial(train_here, monkeypatch, kind):
     words = (*SMALL, *kind, "trainer.epochs=1", "trainer.batch_size=100")
     tried = train_here(*words)
-    monkeypatch.setattr(trial, "try_first_batch", lambda *_: trial.Tried(None, []))
+    columns = [Column("accuracy", has_weight=False, shown="percent")]
+    monkeypatch.setattr(trial, "_try", lambda *_: (None, [], columns))
     untried = train_here(*words)
     assert tried.summary["model/sha256"] == untried.summary["model/sha256"]
     assert tried.losses == untried.losses
@@ -201,9 +203,9 @@ def test_the_smallest_piece_is_the_smallest_that_comes(length, batch_size, share
     labels = torch.zeros(length, dtype=torch.uint8)
     part = InMemory(labels[:, None], labels, torch.arange(length), torch.float32)
     pieces = [
-        len(piece)
-        for batches in training_batches(part, runtime, batch_size, epoch=0, seed=0)
+        len(piece.examples.labels)
+        for batches in training_batches(part, runtime, batch_size, 0, seed=0, accumulate=accumulate)
         for batch in batches
-        for piece in batch.labels.chunk(min(accumulate, len(batch.labels)))
+        for piece in batch.pieces
     ]
     assert smallest_piece(length, batch_size, shares, accumulate) == min(pieces)

@@ -28,7 +28,7 @@ from allranks.config import Config, below, conf_dir, first_line, leaves, setting
 CONSOLE_FLAGS = {"-q": "quiet", "-v": "verbose"}
 
 # The groups of YAML files of which one is chosen each: `model=cnn`.
-GROUPS = ("data", "model", "optimizer", "scheduler", "trainer", "tracker", "experiment")
+GROUPS = ("task", "data", "model", "optimizer", "scheduler", "trainer", "tracker", "experiment")
 SEVERAL = ("tracker",)  # of these a list may be chosen: `tracker=[csv,mlflow]`
 
 
@@ -118,7 +118,7 @@ def _with_whole_paths(config: Config) -> Config:
         config.resume = with_home("resume", config.resume)
     sections = (
         ("data", config.data),
-        *((f"data.{part}", config.data.get(part)) for part in ("train", "test")),
+        *((f"data.{part}", config.data.get(part)) for part in ("train", "val", "test")),
     )
     for key, section in sections:
         if isinstance(section, dict) and isinstance(section.get("root"), str):

@@ -35,7 +35,7 @@ from allranks.base.schema import (
 )
 from allranks.base.text import did_you_mean
 
-MONITORED = ("train/loss", "train/accuracy", "val/loss", "val/accuracy")
+CLASSIFICATION = "allranks.tasks.Classification"
 
 # What `checkpoint.best` may be: the name of a metric, and which of its values is the best.
 BEST = re.compile(r"\S+ (min|max)")
@@ -56,6 +56,11 @@ _ACTIVATION = Rule(
 _BEST = Rule(
     lambda v: isinstance(v, str) and BEST.fullmatch(v) is not None,
     "a metric and min or max, such as 'val/loss min' or 'val/accuracy max'",
+)
+_METRIC = Rule(
+    lambda v: isinstance(v, str) and v.startswith(("train/", "val/")),
+    "a metric of the training or validation examples, such as train/loss, val/loss or val/accuracy",
+    ("train/loss", "train/accuracy", "val/loss", "val/accuracy"),
 )
 _FOLDER_NAME = Rule(
     lambda v: isinstance(v, str) and v not in ("", ".", "..") and "/" not in v and v.isprintable(),
@@ -227,6 +232,11 @@ class Config:
     tracker: dict[str, Any] = setting(
         dict, "where figures are sent besides the run directory", resume_must_agree=False
     )
+    task: dict[str, Any] = setting(
+        lambda: {"_target_": CLASSIFICATION},
+        "what a batch is, what the loss is, and what is measured",
+        resume_must_agree=True,
+    )
     data: dict[str, Any] = setting(dict, "what is trained on", resume_must_agree=True)
     model: dict[str, Any] = setting(dict, "what is trained", resume_must_agree=True)
     optimizer: dict[str, Any] = setting(dict, "what changes the weights", resume_must_agree=True)
@@ -246,6 +256,11 @@ _FETCH = "whether rank 0 fetches files that are missing"
 
 # These mean the same whatever `_target_` a section has.
 SECTION_KEYS: dict[str, Setting] = {
+    "task._target_": _free(_TARGET),
+    "task.loss._target_": _free(
+        "dotted name of a loss, such as torch.nn.HuberLoss, in place of the task's own; its values stand "
+        "beside it"
+    ),
     "data.input_shape": _free("channels, height and width of an image", list_of(whole(1))),
     "data.classes": _free("number of classes", whole(1)),
     "data.class_names": _free(
@@ -256,12 +271,18 @@ SECTION_KEYS: dict[str, Setting] = {
     "data.split": _free(
         "training and validation examples, drawn from `data.train` by seed", list_of(whole(1), 2)
     ),
+    "data.collate._target_": _free(
+        "dotted name of what makes a batch of a list of a Dataset's examples, in place of torch's own way"
+    ),
     "data.root": _free(_ROOT, TEXT, resume_must_agree=False),
     "data.fetch": _free(_FETCH, FLAG, resume_must_agree=False),
     "data.workers": _free(
         "processes of each rank's DataLoader; 0: none besides the rank", whole(0), resume_must_agree=False
     ),
     "data.train._target_": _free(_TARGET),
+    "data.val._target_": _free(
+        _TARGET + "; without data.val the validation examples are split off data.train"
+    ),
     "data.test._target_": _free(_TARGET),
     "data.train.root": _free(_ROOT, resume_must_agree=False),
     "data.test.root": _free(_ROOT, resume_must_agree=False),
@@ -283,7 +304,7 @@ SECTION_KEYS: dict[str, Setting] = {
     "optimizer._target_": _free(_TARGET),
     "scheduler._target_": _free(_TARGET + "; null: the learning rate stays as it is"),
     "scheduler.interval": _free("how often the schedule is stepped", one_of("epoch", "step")),
-    "scheduler.monitor": _free("the metric that the schedule looks at", one_of(*MONITORED)),
+    "scheduler.monitor": _free("the metric that the schedule looks at", _METRIC),
 }
 
 # These hold where the component is ours or torch's: a user's own class may mean something else by a name.
@@ -370,7 +391,8 @@ def _check(config: Config) -> None:
         if not rule.valid(value):
             guess = did_you_mean(str(value), rule.names) if rule.names else ""
             raise UserError(f"{key}={value} is not valid: give {rule.remedy}.{guess}")
-    for group in ("model", "optimizer", "data.train", "data.test"):
+    parts = ["data.val"] if config.data.get("val") else []
+    for group in ("task", "model", "optimizer", "data.train", *parts, "data.test"):
         if f"{group}._partial_" in values:
             raise UserError(f"{group}._partial_ is not valid: give all values that _target_ takes.")
         if not isinstance(values.get(f"{group}._target_"), str):
@@ -526,7 +548,7 @@ def must_agree(key: str) -> bool:
 def with_new_keys(there: Mapping[str, Any]) -> dict[str, Any]:
     """An identity that an earlier version has saved, with the defaults of the keys that it did not know."""
     here = identity(Config())
-    return {**{key: here[key] for key in here if key.startswith("trainer.")}, **there}
+    return {**{key: here[key] for key in here if key.startswith(("trainer.", "task."))}, **there}
 
 
 def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:

@@ -215,7 +215,12 @@ def run(
 
         with runtime.all_or_none():  # a name that does not exist is told before the data are read
             components.locate_targets(
-                {"model": config.model, "optimizer": config.optimizer, "scheduler": config.scheduler}
+                {
+                    "task": config.task,
+                    "model": config.model,
+                    "optimizer": config.optimizer,
+                    "scheduler": config.scheduler,
+                }
             )
         # A tracker that is not installed is told before the data are read, too.
         records = Records(
@@ -225,9 +230,11 @@ def run(
             config.data, runtime, config.seed, building.dtype_of(config.trainer.precision), reading,
             limit_train=config.trainer.limit_train,
             repeated_batch=batch_size if config.trainer.overfit_batch else None,
+            is_labelled=building.needs_labels(config.task),
         )  # fmt: skip
         report.data(data)
         recipe = building.Recipe(
+            task=config.task,
             model=config.model,
             optimizer=config.optimizer,
             scheduler=config.scheduler,
@@ -386,8 +393,7 @@ def _summary(
         "global_batch_size": recipe.batch_size,
         "model/parameters": training.parameters,
         "model/sha256": weights_sha256(training.model),
-        "test/loss": test.loss,
-        "test/accuracy": test.accuracy,
+        **test.named("test"),
         "test/count": test.examples,
         "val/count": len(data.val),
     }

@@ -10,31 +10,38 @@ the number of shares is fixed instead, and a rank takes several (Runtime.shares)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DistributedSampler
 
-from allranks.data.parts import Examples, Part
+from allranks.data.parts import Part, Streamed
 from allranks.data.randomness import mixed
 from allranks.runtime.runtime import Runtime
 
 EVAL_BATCH = {"cpu": 512, "cuda": 8192, "xpu": 8192, "mps": 2048}  # examples per forward pass, by device
 
 
+class Piece(NamedTuple):
+    """Some examples that go through the model together."""
+
+    examples: Any  # a nest of tensors on the device; for classification Examples
+    length: int  # how many examples they are
+
+
 @dataclass(frozen=True)
 class Batch:
-    """A share of one global batch, on the device.
+    """A share of one global batch, on the device, cut into pieces that fit into memory.
 
-    images [n, C, H, W] scaled to 0..1 (or what a user's Dataset gives), labels int64 [n].
-    `count` of the n examples count. It is n, or 0 for an empty share: that one carries one example as a
-    stand-in, so that its rank still joins every collective. `total` is the sum of `count` over all shares.
+    `count` of its examples count. It is all of them, or 0 for an empty share: that one carries one example
+    as a stand-in, so that its rank still joins every collective. `total` is the sum of `count` over all
+    shares.
     """
 
-    images: torch.Tensor
-    labels: torch.Tensor
+    pieces: Sequence[Piece]
     count: int
     total: int
 
@@ -83,13 +90,19 @@ def training_batches(
     first_step: int = 0,
     end_step: int | None = None,
     shuffle: bool = True,
+    accumulate: int = 1,
 ) -> Iterator[list[Batch]]:
     """This rank's shares of each of the epoch's global batches, from step `first_step` on.
 
     `epoch` and `first_step` count from 0. The last step is the one before `end_step`, by default the
-    epoch's last one. Without `shuffle` each epoch has the part's own order. Each list has one Batch for
-    each share in runtime.shares.
+    epoch's last one. Without `shuffle` each epoch has the part's own order; a stream always has its own.
+    Each share is read in `accumulate` pieces, or fewer where it has fewer examples. Each list has one Batch
+    for each share in runtime.shares.
     """
+    if isinstance(part, Streamed):
+        part.set_epoch(epoch)
+        shuffle = False
+
     # 1. The order of each share's examples in this epoch.
     samplers = []
     orders = []
@@ -100,37 +113,44 @@ def training_batches(
         samplers.append(sampler)
         orders.append(torch.tensor(list(sampler), dtype=torch.int64))
 
-    # 2. Which examples each share has in each step. A stand-in fills an empty share.
+    # 2. Which examples each share has in each step, piece by piece. A stand-in fills an empty share. The
+    #    positions are cut, and not the batch, because only the part knows what its batches consist of.
     stand_in = orders[0][:1] if len(orders[0]) else torch.zeros(1, dtype=torch.int64)
     in_epoch = steps_per_epoch(len(part), batch_size)
     steps = range(first_step, in_epoch if end_step is None else end_step)
-    counts = []
-    rows = []
+    counts = []  # of each share of each step: its examples
+    cuts = []  # of each share of each step: the positions of the examples of its pieces
     for step in steps:
         for sampler, order in zip(samplers, orders, strict=True):
             row = order[sampler.share(step, batch_size)]
             counts.append(len(row))
-            rows.append(row if len(row) else stand_in)
+            cuts.append((row if len(row) else stand_in).chunk(accumulate))
 
     # 3. The examples themselves, read one after the other, put together again by steps.
-    read = zip(counts, part.batches(rows, mixed(seed, epoch)), strict=True)
+    read = part.batches([positions for cut in cuts for positions in cut], mixed(seed, epoch))
+    shares = zip(counts, cuts, strict=True)
     for step in steps:
         total = min(batch_size, len(part) - step * batch_size)
-        shares = islice(read, len(samplers))
-        yield [Batch(examples.images, examples.labels, count, total) for count, examples in shares]
+        batches = []
+        for count, cut in islice(shares, len(samplers)):
+            pieces = [Piece(next(read), len(positions)) for positions in cut]
+            batches.append(Batch(pieces, count, total))
+        yield batches
     assert next(read, None) is None
 
 
-def evaluation_batches(part: Part, runtime: Runtime, seed: int) -> Iterator[tuple[int, Examples]]:
-    """(row, examples): this rank's examples of the part, each exactly once over all ranks.
+def evaluation_batches(part: Part, runtime: Runtime, seed: int) -> Iterator[tuple[int, Piece]]:
+    """(row, piece): this rank's examples of the part, each exactly once over all ranks.
 
     `row` counts this rank's shares from 0.
     """
+    if isinstance(part, Streamed):
+        part.set_epoch(0)
     for row, share in enumerate(runtime.shares):
         mine = torch.arange(min(share, len(part)), len(part), runtime.share_count)
         pieces = mine.split(EVAL_BATCH[runtime.device.type]) if len(mine) else []
-        for examples in part.batches(pieces, seed):
-            yield row, examples
+        for positions, examples in zip(pieces, part.batches(pieces, seed), strict=True):
+            yield row, Piece(examples, len(positions))
 
 
 def fewest_evaluation_batches(part: Part, runtime: Runtime) -> int:

@@ -16,21 +16,20 @@ from typing import Any
 from allranks.base.threads import in_thread
 from allranks.components import build
 
-PARTS = ("train", "test")
-
 
 def start_reading(section: Mapping[str, Any]) -> Future[dict[str, Any]] | None:
-    """Begins to make what the configuration's section `data` describes, under the keys "train" and "test".
+    """Begins to make what the configuration's section `data` describes, under the keys of its parts.
 
-    Returns None where one of them is a user's own: our own data sets are arrays and need no torch, a user's
-    class may need it, and is made later.
+    These are "train", "test", and "val" where there is one. Returns None where one of them is a user's own:
+    our own data sets need no torch, a user's class may need it, and is made later.
     """
-    targets = [str(section[part].get("_target_")) for part in PARTS]
+    parts = [part for part in ("train", "val", "test") if section.get(part)]
+    targets = [str(section[part].get("_target_")) for part in parts]
     if not all(target.startswith("allranks.data.") for target in targets):
         return None
-    return in_thread(lambda: {part: make(section, part) for part in PARTS}, "data")
+    return in_thread(lambda: {part: make(section, part) for part in parts}, "data")
 
 
 def make(section: Mapping[str, Any], part: str) -> Any:
-    """What the section's `part` makes: arrays (images, labels), or a map-style Dataset."""
+    """What the section's `part` makes: arrays, such as (images, labels), or a Dataset."""
     return build(f"data.{part}", section[part])

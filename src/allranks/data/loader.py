@@ -1,21 +1,27 @@
 """The data of a run: opened on rank 0 or on every rank, checked, and split into three parts.
 
 Arrays are read by rank 0 alone, and sent to the other ranks. A user's own Dataset is made on every rank.
+Where the task is classification, the examples are pairs of an image and a label, which are checked here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import IterableDataset
 
 from allranks.base.errors import UserError
+from allranks.components import build, locate
+from allranks.data import nests
 from allranks.data.early import make
-from allranks.data.parts import InMemory, Mapped, Part, too_high
+from allranks.data.parts import Form, InMemory, Mapped, Part, Streamed, Table, too_high
+from allranks.data.randomness import reseed
 from allranks.runtime.runtime import Runtime
 
 FETCH_S = 1800  # rank 0 may have to download the data, while the other ranks wait
@@ -28,19 +34,53 @@ class Data:
     train: Part
     val: Part
     test: Part
-    input_shape: tuple[int, ...]  # of an image, as data.input_shape says: [C, H, W]
+    input_shape: tuple[int, ...]  # as data.input_shape says, [C, H, W] of an image; () where it does not
     classes: int | None  # as data.classes says; None where it does not
 
 
 @dataclass(frozen=True)
-class _Arrays:
-    """A set of examples in memory, on the device."""
+class Opening:
+    """How the data of one run are opened, for the functions below."""
+
+    section: Mapping[str, Any]  # `data` of the configuration
+    runtime: Runtime
+    seed: int  # decides which of the training examples become validation examples
+    dtype: torch.dtype  # of the weights
+    is_labelled: bool = True  # whether the examples are images with labels, as classification needs them
+    reading: Future[dict[str, Any]] | None = None  # what rank 0 reads while torch is imported (data.early)
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Images of type uint8 and their labels in memory, on the device."""
 
     images: torch.Tensor  # uint8 [N, C, H, W]
     labels: torch.Tensor  # uint8 [N]
 
     def __len__(self) -> int:
         return len(self.labels)
+
+
+@dataclass(frozen=True)
+class _Arrays:
+    """Arrays of any types in memory, on the device."""
+
+    nest: Any  # of tensors [N, ...]
+    count: int  # N
+
+    def __len__(self) -> int:
+        return self.count
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """A user's IterableDataset, and how many examples a pass over it gives."""
+
+    dataset: IterableDataset[Any]
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
 
 
 def open_data(
@@ -51,67 +91,88 @@ def open_data(
     reading: Future[dict[str, Any]] | None = None,
     limit_train: int | None = None,
     repeated_batch: int | None = None,
+    is_labelled: bool = True,
 ) -> Data:
     """The three parts of the data that the configuration's section `data` describes; all ranks call.
 
-    Images will be of `dtype`. `seed` decides which of the training examples become validation examples.
-    `reading` holds what rank 0 has read while torch was imported (data.early). `limit_train` and
-    `repeated_batch` say which of the training examples are used (used_for_training()). Raises UserError
-    where the data cannot be opened, or does not fit the section.
+    Floating-point numbers, and the images of a classification, will be of `dtype`. `seed` decides which of
+    the training examples become validation examples. `reading` holds what rank 0 has read while torch was
+    imported (data.early). `limit_train` and `repeated_batch` say which of the training examples are used
+    (used_for_training()). `is_labelled`: the examples are images with labels. Raises UserError where the
+    data cannot be opened, or does not fit the section.
     """
-    whole_train = _open_set("train", section, runtime, reading)
-    whole_test = _open_set("test", section, runtime, reading)
-    train, val = _split(whole_train, section, runtime, seed, dtype, limit_train, repeated_batch)
+    opening = Opening(section, runtime, seed, dtype, is_labelled, reading)
+    whole_train = _open_set("train", opening)
+    whole_val = _open_set("val", opening) if section.get("val") else None
+    whole_test = _open_set("test", opening)
+    train, val = _split(whole_train, whole_val, opening, limit_train, repeated_batch)
     return Data(
         train=train,
         val=val,
-        test=_test(whole_test, section, runtime, dtype),
-        input_shape=tuple(section["input_shape"]),
+        test=_all_of("test", whole_test, opening),
+        input_shape=tuple(section.get("input_shape") or ()),
         classes=section.get("classes"),
     )
 
 
 def open_part(
-    name: str, section: Mapping[str, Any], runtime: Runtime, seed: int, dtype: torch.dtype
+    name: str,
+    section: Mapping[str, Any],
+    runtime: Runtime,
+    seed: int,
+    dtype: torch.dtype,
+    is_labelled: bool = True,
 ) -> Part:
     """One part of the data alone: "train", "val" or "test", the same examples as open_data() gives it.
 
     "train" are all training examples, also those that a run with trainer.limit_train leaves out. Only the
     files of this part are read. Raises UserError as open_data() does.
     """
-    if name == "test":
-        return _test(_open_set("test", section, runtime, None), section, runtime, dtype)
-    train, val = _split(_open_set("train", section, runtime, None), section, runtime, seed, dtype)
+    opening = Opening(section, runtime, seed, dtype, is_labelled)
+    if name == "test" or section.get(name if name == "val" else ""):
+        return _all_of(name, _open_set(name, opening), opening)
+    whole_train = _open_set("train", opening)
+    if section.get("val"):
+        return _all_of("train", whole_train, opening)
+    train, val = _split(whole_train, None, opening)
     return {"train": train, "val": val}[name]
 
 
 def _split(
     whole: Any,
-    section: Mapping[str, Any],
-    runtime: Runtime,
-    seed: int,
-    dtype: torch.dtype,
+    whole_val: Any,
+    opening: Opening,
     limit_train: int | None = None,
     repeated_batch: int | None = None,
 ) -> tuple[Part, Part]:
-    """The examples to train on and those to watch, drawn by seed from what `data.train` has made."""
-    split = section["split"]
+    """The examples to train on and those to watch.
+
+    Where the section has data.val, that makes those to watch. Otherwise they are drawn by seed from what
+    data.train has made; of a stream they are its last examples.
+    """
+    if whole_val is not None:
+        used = used_for_training(torch.arange(len(whole)), limit_train, repeated_batch)
+        return _part("data.train", whole, used, opening), _all_of("val", whole_val, opening)
+    split = opening.section["split"]
     if sum(split) != len(whole):
         raise UserError(
             f"data.split={list(split)} sums to {sum(split):,}, but there are {len(whole):,} training "
             f"examples: give two numbers that sum to {len(whole):,}.",
             said_by=0,
         )
-    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
+    if isinstance(whole, _Stream):
+        order = torch.arange(len(whole))
+    else:
+        order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(opening.seed))
     used = used_for_training(order[: split[0]], limit_train, repeated_batch)
-    train = _part("data.train", whole, used, section, runtime, dtype)
-    val = _part("data.train", whole, order[split[0] :], section, runtime, dtype)
+    train = _part("data.train", whole, used, opening)
+    val = _part("data.train", whole, order[split[0] :], opening)
     return train, val
 
 
-def _test(whole: Any, section: Mapping[str, Any], runtime: Runtime, dtype: torch.dtype) -> Part:
-    """All examples that `data.test` has made."""
-    return _part("data.test", whole, torch.arange(len(whole)), section, runtime, dtype)
+def _all_of(name: str, whole: Any, opening: Opening) -> Part:
+    """All examples that the section's part of this name has made."""
+    return _part(f"data.{name}", whole, torch.arange(len(whole)), opening)
 
 
 def used_for_training(
@@ -136,98 +197,262 @@ def used_for_training(
     return used[:repeated_batch].repeat(max(1, len(used) // repeated_batch))
 
 
-def _part(
-    key: str,
-    whole: Any,
-    indices: torch.Tensor,
-    section: Mapping[str, Any],
-    runtime: Runtime,
-    dtype: torch.dtype,
-) -> Part:
+def _part(key: str, whole: Any, indices: torch.Tensor, opening: Opening) -> Part:
+    """The examples at these indices of what the section's part `key` has made."""
+    device = opening.runtime.device
+    if isinstance(whole, _Images):
+        return InMemory(whole.images, whole.labels, indices.to(device), opening.dtype)
     if isinstance(whole, _Arrays):
-        return InMemory(whole.images, whole.labels, indices.to(runtime.device), dtype)
-    workers, classes = section.get("workers", 0), section.get("classes")
-    return Mapped(whole, indices.tolist(), workers, runtime.device, dtype, key, classes)
+        return Table(whole.nest, indices.to(device), opening.is_labelled)
+    section = opening.section
+    form = Form(
+        device=device,
+        dtype=opening.dtype,
+        key=key,
+        classes=section.get("classes"),
+        is_labelled=opening.is_labelled,
+        collate=_collate(section),
+    )
+    workers = section.get("workers", 0)
+    if isinstance(whole, _Stream):
+        return Streamed(whole.dataset, indices.tolist(), workers, form)
+    return Mapped(whole, indices.tolist(), workers, form)
 
 
-def _open_set(
-    part: str, section: Mapping[str, Any], runtime: Runtime, reading: Future[dict[str, Any]] | None
-) -> Any:
-    """What the section's `part` ("train" or "test") makes, on every rank: _Arrays or a user's Dataset."""
+def _collate(section: Mapping[str, Any]) -> Callable[[list[Any]], Any] | None:
+    """What makes a batch of a list of examples, by `data.collate`; None for torch's own way.
+
+    A function is called with the list, and with the values of its section; a class is made with these
+    values, and the object called with the list.
+    """
+    chosen = section.get("collate")
+    if chosen is None:
+        return None
+    target = locate("data.collate", chosen.get("_target_"))
+    if isinstance(target, type):
+        made: Callable[[list[Any]], Any] = build("data.collate", chosen)
+        return made
+    return partial(target, **{key: value for key, value in chosen.items() if key != "_target_"})
+
+
+# --- making a set of examples ----------------------------------------------------------------------------
+
+
+def _open_set(part: str, opening: Opening) -> Any:
+    """What the section's `part` ("train", "val" or "test") makes, on every rank.
+
+    It is _Images, _Arrays, a _Stream, or a user's map-style Dataset.
+    """
+    section, runtime, reading = opening.section, opening.runtime, opening.reading
+    key = f"data.{part}"
     made: Any = None  # on rank 0
 
     def describe() -> dict[str, Any]:
         nonlocal made
         made = reading.result()[part] if reading else make(section, part)
-        if _is_arrays(made):
-            shape = _image_shape(f"data.{part}", made, section["input_shape"])
-            _check_labels(f"data.{part}", made[1], section.get("classes"))
-            return {"shape": shape}
+        if is_arrays(made):
+            if not opening.is_labelled:
+                return {"arrays": _array_count(key, made)}
+            _check_pair(key, made)
+            shape = _image_shape(key, made, section["input_shape"])
+            _check_labels(key, made[1], section.get("classes"))
+            is_bytes = made[0].dtype == made[1].dtype == np.uint8
+            return {"images": shape} if is_bytes else {"arrays": shape[0], "shape": shape}
+        if isinstance(made, IterableDataset):
+            return {"stream": _stream_count(made, part, section)}
         if not (hasattr(made, "__len__") and hasattr(made, "__getitem__")):
             raise UserError(
-                f"data.{part} made a {type(made).__name__}: it must be a map-style Dataset, with a length "
-                "and items (image, label)."
+                f"{key} made {nests.described(made)}: it must be arrays of numpy, a map-style Dataset, "
+                "with a length and items, or an IterableDataset."
             )
-        return {"shape": None}
+        return {}
 
     limit_s = max(FETCH_S, runtime.progress.limits.start_s)
     with runtime.progress.phase("fetching the data (watchdog.start_s allows more)", limit_s):
         # 1. Rank 0 makes the set, and tells the others which kind it is.
-        shape = runtime.meeting.from_rank_0(describe)["shape"]
+        kind = runtime.meeting.from_rank_0(describe)
 
         # 2. A user's Dataset is made by the other ranks, too.
-        if shape is None:
-            problem = None
+        if "images" not in kind and "arrays" not in kind:
             dataset = made
-            if not runtime.is_main:
-                try:
+            with runtime.all_or_none():
+                if not runtime.is_main:
                     dataset = make(section, part)
-                except UserError as error:
-                    problem = error
-            runtime.meeting.agree(problem)
-            return dataset
+            return _Stream(dataset, kind["stream"]) if "stream" in kind else dataset
 
     # 3. Arrays are sent by rank 0.
-    if runtime.is_main:
-        images, labels = (torch.from_numpy(np.array(array)) for array in made)  # copies that can be written
-        images = images.view(shape)
-    else:
-        images = torch.empty(shape, dtype=torch.uint8)
-        labels = torch.empty(shape[0], dtype=torch.uint8)
-    images = runtime.broadcast(images.to(runtime.device))
-    labels = runtime.broadcast(labels.to(runtime.device))
-    return _Arrays(images, labels)
+    if "images" in kind:
+        return _Images(*_sent(made, [torch.uint8] * 2, [kind["images"], kind["images"][:1]], runtime))
+    return _Arrays(_sent_nest(made, kind, opening), kind["arrays"])
 
 
-def _is_arrays(made: Any) -> bool:
-    return isinstance(made, tuple) and all(isinstance(array, np.ndarray) for array in made)
+def is_arrays(made: Any) -> bool:
+    """Whether this is an array of numpy, or a tuple or dict of nothing but such arrays.
+
+    A list is not: it may be a map-style Dataset, a list of examples.
+    """
+    if not isinstance(made, np.ndarray | tuple | dict) or not len(made):
+        return False
+    return all(isinstance(each, np.ndarray) for each in nests.leaves(made))
 
 
-def _check_labels(key: str, labels: np.ndarray, classes: int | None) -> None:
-    """Raises UserError where labels are none of so many classes. On a GPU nobody would be told which."""
-    highest = int(labels.max(initial=0))
-    if classes is not None and highest >= classes:
-        raise UserError(f"{key} {too_high(highest, classes)}")
+def _array_count(key: str, made: Any) -> int:
+    """The number of examples in arrays that must all have the same; raises UserError."""
+    lengths = {len(array) if array.ndim else None for array in nests.leaves(made)}
+    if len(lengths) != 1 or None in lengths:
+        raise UserError(
+            f"{key} gives {nests.described(made)}: each array must have one entry for each example, and so "
+            "all the same length."
+        )
+    for array in nests.leaves(made):
+        _as_tensor(key, array[:0])
+    [count] = lengths
+    assert count is not None
+    return count
 
 
-def _image_shape(key: str, arrays: Sequence[np.ndarray], input_shape: Sequence[int]) -> list[int]:
-    """[N, *input_shape] of (images, labels); raises UserError where they do not fit together."""
-    if len(arrays) != 2:
-        raise UserError(f"{key} gives {len(arrays)} arrays: two are expected, images and labels.")
-    images, labels = arrays
+def _as_tensor(key: str, array: np.ndarray) -> torch.Tensor:
+    """A copy of the array as a tensor; raises UserError for a type that torch does not have."""
+    native = array.astype(array.dtype.newbyteorder("="), copy=True)  # torch has no other order of bytes
+    try:
+        return torch.from_numpy(np.ascontiguousarray(native).reshape(array.shape))
+    except TypeError as error:
+        raise UserError(
+            f"{key} has an array of type {array.dtype}, which torch does not take: give numbers of one of "
+            "numpy's types."
+        ) from error
+
+
+def _stream_count(dataset: IterableDataset[Any], part: str, section: Mapping[str, Any]) -> int:
+    """How many examples a pass over the stream gives: by data.split, by its length, or counted."""
+    if part == "train" and not section.get("val"):
+        if "split" not in section:
+            raise UserError(
+                "data.train is an IterableDataset: give data.split, of which the first number is how many "
+                "of its examples are trained on and the second how many of those after them are for "
+                "validation, or give data.val."
+            )
+        return int(sum(section["split"]))
+    if hasattr(dataset, "__len__"):
+        return len(dataset)
+    reseed(0)
+    return sum(1 for _ in dataset)
+
+
+_MOST_BYTES_AT_ONCE = 1 << 30  # MPI counts the elements of a message in 32 bits
+
+
+def _sent(
+    arrays: Sequence[np.ndarray] | None, types: Sequence[torch.dtype], shapes: Any, runtime: Runtime
+) -> list[torch.Tensor]:
+    """Rank 0's arrays on the device of every rank; the others know their types and shapes alone."""
+    sent = []
+    for number, (dtype, shape) in enumerate(zip(types, shapes, strict=True)):
+        if arrays is not None:
+            tensor = _as_tensor("data", arrays[number]).view(shape)
+        else:
+            tensor = torch.empty(shape, dtype=dtype)
+        sent.append(_broadcast(tensor.to(runtime.device), runtime))
+    return sent
+
+
+def _broadcast(tensor: torch.Tensor, runtime: Runtime) -> torch.Tensor:
+    """Rank 0's tensor on every rank, in place: as bytes, because MPI does not know all of torch's types."""
+    if tensor.numel():
+        as_bytes = tensor.contiguous().view(-1).view(torch.uint8)
+        for piece in as_bytes.split(_MOST_BYTES_AT_ONCE):
+            runtime.broadcast(piece)
+    return tensor
+
+
+def _sent_nest(made: Any, kind: Mapping[str, Any], opening: Opening) -> Any:
+    """Rank 0's nest of arrays as tensors on every rank's device; floating-point ones get the run's type."""
+    runtime = opening.runtime
+    leaves = list(nests.leaves(made)) if runtime.is_main else None
+
+    def outline() -> dict[str, Any]:
+        assert leaves is not None
+        numbered = iter(range(len(leaves)))
+        shapes = [list(array.shape) for array in leaves]
+        if "shape" in kind:  # the one channel of a grey image may be left out
+            shapes[0] = kind["shape"]
+        return {
+            "nest": _outline(made, numbered),
+            "types": [str(_as_tensor("data", array[:0]).dtype).removeprefix("torch.") for array in leaves],
+            "shapes": shapes,
+        }
+
+    told = runtime.meeting.from_rank_0(outline)
+    types = [getattr(torch, name) for name in told["types"]]
+    tensors = _sent(leaves, types, told["shapes"], runtime)
+    tensors = [tensor.to(opening.dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
+    if opening.is_labelled and tensors[0].dtype == torch.uint8:
+        tensors[0] = tensors[0].to(opening.dtype) / 255
+    return _filled(told["nest"], tensors)
+
+
+def _outline(nest: Any, numbered: Any) -> Any:
+    """JSON for a nest of arrays, with the number of each array in its place."""
+    if isinstance(nest, dict):
+        return {"dict": {str(key): _outline(value, numbered) for key, value in nest.items()}}
+    if isinstance(nest, list | tuple):
+        return {"list" if isinstance(nest, list) else "tuple": [_outline(each, numbered) for each in nest]}
+    return next(numbered)
+
+
+def _filled(outline: Any, tensors: Sequence[torch.Tensor]) -> Any:
+    """The nest of which _outline() has made JSON, with the tensors in their places."""
+    if isinstance(outline, int):
+        return tensors[outline]
+    [(kind, values)] = outline.items()
+    if kind == "dict":
+        return {key: _filled(value, tensors) for key, value in values.items()}
+    filled = [_filled(value, tensors) for value in values]
+    return filled if kind == "list" else tuple(filled)
+
+
+# --- checks of images with labels ----------------------------------------------------------------------
+
+
+def _check_pair(key: str, made: Any) -> None:
+    """Raises UserError unless these are two arrays, of images and of labels that are whole numbers."""
+    if not isinstance(made, list | tuple) or any(not isinstance(each, np.ndarray) for each in made):
+        raise UserError(
+            f"{key} gives {nests.described(made)}: a tuple of two arrays is expected, images and labels. "
+            "For other examples take another task, such as task=regression."
+        )
+    if len(made) != 2:
+        raise UserError(f"{key} gives {len(made)} arrays: two are expected, images and labels.")
+    images, labels = made
     if len(images) != len(labels):
         raise UserError(
             f"{key} has {len(images):,} images but {len(labels):,} labels: they must be equal in number."
-        )
-    if images.dtype != np.uint8 or labels.dtype != np.uint8:
-        raise UserError(
-            f"{key} gives {images.dtype} images and {labels.dtype} labels: arrays of uint8 are expected. "
-            "Other types go through a Dataset."
         )
     if labels.ndim != 1:
         raise UserError(
             f"{key} gives labels of shape {list(labels.shape)}: one number an image is expected."
         )
+    if labels.dtype.kind not in "iu":
+        raise UserError(
+            f"{key} gives labels of type {labels.dtype}, but a label is the number of a class, a whole "
+            "number that counts from 0: take task=regression where they are measured."
+        )
+    for array in made:
+        _as_tensor(key, array[:0])
+
+
+def _check_labels(key: str, labels: np.ndarray, classes: int | None) -> None:
+    """Raises UserError where labels are none of so many classes. On a GPU nobody would be told which."""
+    lowest, highest = int(labels.min(initial=0)), int(labels.max(initial=0))
+    if lowest < 0:
+        raise UserError(f"{key} has a label {lowest}, but labels count from 0.")
+    if classes is not None and highest >= classes:
+        raise UserError(f"{key} {too_high(highest, classes)}")
+
+
+def _image_shape(key: str, arrays: Sequence[np.ndarray], input_shape: Sequence[int]) -> list[int]:
+    """[N, *input_shape] of (images, labels); raises UserError where the images have another shape."""
+    images = arrays[0]
     # The one channel of a grey image may be left out, as in the files of MNIST.
     wanted = list(input_shape)
     without_channel = wanted[1:] if wanted[0] == 1 and len(wanted) == 3 else wanted

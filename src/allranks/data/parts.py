@@ -1,26 +1,37 @@
 """One part of the data (training, validation or test) as batches on the device, from memory or a Dataset.
 
-Both kinds of part have a length and a method `batches`, which the rest of allranks uses alike.
+    InMemory   images of type uint8 and their labels
+    Table      arrays of any types
+    Mapped     a user's map-style Dataset
+    Streamed   a user's IterableDataset
+
+All kinds of part have a length and a method `batches`, which the rest of allranks uses alike. A batch is a
+nest of tensors (nests.py). Where the task is classification, it is a pair of images and labels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from allranks.base.errors import UserError
 from allranks.base.text import some
+from allranks.data import nests
 from allranks.data.randomness import mixed, reseed
 from allranks.data.workers import Workers
 
+# The positions of the examples of each batch, in a part of the data.
+Rows = Sequence[Sequence[int] | torch.Tensor]
+
 
 class Examples(NamedTuple):
-    """Some examples on the device."""
+    """Some images with their labels, on the device."""
 
     images: torch.Tensor  # [n, C, H, W] scaled to 0..1, or what a user's Dataset gives
     labels: torch.Tensor  # int64 [n]
@@ -68,44 +79,101 @@ class InMemory:
         return nullcontext()
 
 
-class Mapped:
-    """A user's own map-style Dataset of (image, label), read by a standard DataLoader.
+class Table:
+    """Arrays of any types held on the device: a batch is one gather from each of them.
 
-    indices: which examples of the Dataset belong to this part; workers: processes that read for this rank;
-    key: where the Dataset stands in the configuration, for messages; classes: how many classes there are,
-    None where nobody says it.
+    arrays: a nest of tensors [N, ...], all of the set; indices: int64 [n], which of the N examples belong
+    to this part. Where the part `is_labelled`, the nest is a pair of images and labels.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset[Any],
-        indices: Sequence[int],
-        workers: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        key: str,
-        classes: int | None = None,
-    ) -> None:
-        self.dataset = dataset
+    def __init__(self, arrays: Any, indices: torch.Tensor, is_labelled: bool = False) -> None:
+        self.arrays = arrays
         self.indices = indices
-        self.workers = Workers(workers)
-        self.device = device
-        self.dtype = dtype
-        self.key = key
-        self.classes = classes
+        self.is_labelled = is_labelled
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def batches(self, shares: Sequence[Sequence[int] | torch.Tensor], seed: int) -> Iterator[Examples]:
-        """The examples of each share in turn. A share is a sequence of positions in this part.
+    def batches(self, rows: Rows, seed: int) -> Iterator[Any]:
+        """The examples of each row in turn. A row is a sequence of positions in this part."""
+        for row in rows:
+            positions = torch.as_tensor(row, dtype=torch.int64, device=self.indices.device)
+            chosen = self.indices.index_select(0, positions)
+            yield self._at(chosen)
+
+    def _at(self, chosen: torch.Tensor) -> Any:
+        batch = nests.mapped(self.arrays, lambda array: array.index_select(0, chosen))
+        return Examples(batch[0], batch[1].long()) if self.is_labelled else batch
+
+    def first(self, count: int, seed: int) -> Any:
+        """The first `count` examples of the part."""
+        [examples] = self.batches([range(count)], seed)
+        return examples
+
+    def explained(self) -> AbstractContextManager[None]:
+        """Nothing is read while batches are made, so nothing needs to be explained."""
+        return nullcontext()
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the batches of a user's Dataset become before the model gets them.
+
+    key: where the Dataset stands in the configuration, for messages; classes: how many classes there are,
+    None where nobody says it; is_labelled: whether a batch must be a pair of images and labels; collate:
+    makes a batch of a list of examples, None for torch's own way.
+    """
+
+    device: torch.device
+    dtype: torch.dtype  # of the weights
+    key: str
+    classes: int | None = None
+    is_labelled: bool = True
+    collate: Callable[[list[Any]], Any] | None = None
+
+    def on_device(self, batch: Any) -> Any:
+        """What the DataLoader gives, as the model takes it.
+
+        Floating-point numbers get the type of the weights. All other types, such as the whole numbers of a
+        text, stay as they are. Only images with labels are looked at more closely: images of type uint8
+        become numbers of 0..1, and labels whole numbers. Raises UserError where they are no such pair.
+        """
+        if not self.is_labelled:
+            return nests.on_device(batch, self.device, self.dtype)
+        images, labels = _checked(batch, self.key, self.classes)
+        images = images.to(self.device, non_blocking=True)
+        if images.dtype == torch.uint8:
+            images = images.to(self.dtype) / 255
+        elif images.is_floating_point():
+            images = images.to(self.dtype)
+        return Examples(images, labels.to(self.device, non_blocking=True).long())
+
+
+class Mapped:
+    """A user's own map-style Dataset, read by a standard DataLoader.
+
+    indices: which examples of the Dataset belong to this part; workers: processes that read for this rank;
+    form: what its batches become.
+    """
+
+    def __init__(self, dataset: Dataset[Any], indices: Sequence[int], workers: int, form: Form) -> None:
+        self.dataset = dataset
+        self.indices = indices
+        self.workers = Workers(workers)
+        self.form = form
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def batches(self, rows: Rows, seed: int) -> Iterator[Any]:
+        """The examples of each row in turn. A row is a sequence of positions in this part.
 
         `seed` decides what the Dataset's own random transforms draw. Raises UserError where the Dataset
-        gives something else than (image, label).
+        gives something else than the task needs.
         """
-        yield from self._read(shares, seed, self.workers.count)
+        yield from self._read(rows, seed, self.workers.count)
 
-    def first(self, count: int, seed: int) -> Examples:
+    def first(self, count: int, seed: int) -> Any:
         """The first `count` examples of the part.
 
         Where workers are to read the Dataset, one reads these as well. A Dataset may open a file when it is
@@ -119,38 +187,97 @@ class Mapped:
         """A block for all that runs while this part is read: it says what ended a worker process."""
         return self.workers.explained()
 
-    def _read(
-        self, shares: Sequence[Sequence[int] | torch.Tensor], seed: int, workers: int
-    ) -> Iterator[Examples]:
-        loader = DataLoader(
+    def _read(self, rows: Rows, seed: int, workers: int) -> Iterator[Any]:
+        loader: DataLoader[Any] = DataLoader(
             _Seeded(self.dataset, self.indices, seed),
-            batch_sampler=[[int(position) for position in share] for share in shares],
+            batch_sampler=[[int(position) for position in row] for row in rows],
             num_workers=workers,
-            pin_memory=self.device.type == "cuda",
+            collate_fn=self.form.collate,
+            pin_memory=self.form.device.type == "cuda",
             worker_init_fn=self.workers.begin() if workers else None,
         )
-        with self.workers.starting():
-            batches = iter(loader)
-        self.workers.started = getattr(batches, "_workers", ())
-        for batch in batches:
-            yield self._on_device(batch)
+        for batch in _from_loader(loader, self.workers):
+            yield self.form.on_device(batch)
 
-    def _on_device(self, batch: Any) -> Examples:
-        """What the DataLoader gives, checked, as the model takes it.
 
-        Images of type uint8 become numbers of 0..1, floating-point ones get the type of the weights. All
-        other types, such as the whole numbers of a text, stay as they are.
+class Streamed:
+    """A user's own IterableDataset: its examples come one after another, in an order of its own.
+
+    indices: which examples of the stream belong to this part, counted from 0. Every rank, and every worker
+    process of a rank, reads the stream from its beginning and keeps the examples that it needs. So each
+    example is used exactly once, whatever the number of ranks and workers, and a run goes on in the middle
+    of an epoch by reading forward to its place. A Dataset must not share its examples out to workers or
+    ranks by itself.
+    """
+
+    def __init__(
+        self, dataset: IterableDataset[Any], indices: Sequence[int], workers: int, form: Form
+    ) -> None:
+        self.dataset = dataset
+        self.indices = indices
+        self.workers = Workers(workers)
+        self.form = form
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tells the Dataset which epoch begins, from 0, if it has a method set_epoch."""
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+    def batches(self, rows: Rows, seed: int) -> Iterator[Any]:
+        """The examples of each row in turn. A row is a sequence of positions in this part.
+
+        `seed` decides what the Dataset draws at random while it gives its examples. Raises UserError where
+        the stream ends too early, or gives something else than the task needs.
         """
-        images, labels = _checked(batch, self.key, self.classes)
-        images = images.to(self.device, non_blocking=True)
-        if images.dtype == torch.uint8:
-            images = images.to(self.dtype) / 255
-        elif images.is_floating_point():
-            images = images.to(self.dtype)
-        return Examples(images, labels.to(self.device, non_blocking=True).long())
+        yield from self._read(rows, seed, self.workers.count)
+
+    def first(self, count: int, seed: int) -> Any:
+        """The first `count` examples of the part, read by a worker where workers are to read it."""
+        with self.explained():
+            [examples] = self._read([range(count)], seed, min(self.workers.count, 1))
+        return examples
+
+    def explained(self) -> AbstractContextManager[None]:
+        """A block for all that runs while this part is read: it says what ended a worker process."""
+        return self.workers.explained()
+
+    def _read(self, rows: Rows, seed: int, workers: int) -> Iterator[Any]:
+        wanted = [[self.indices[int(position)] for position in row] for row in rows]
+        loader: DataLoader[Any] = DataLoader(
+            _Picked(self.dataset, wanted, seed, self.form.collate or default_collate),
+            batch_size=None,  # _Picked gives whole batches
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            pin_memory=self.form.device.type == "cuda",
+            worker_init_fn=self.workers.begin() if workers else None,
+        )
+        for batch in _from_loader(loader, self.workers):
+            if isinstance(batch, _Ended):
+                raise UserError(
+                    f"{self.form.key} ended after {batch.examples:,} examples, but example number "
+                    f"{batch.wanted + 1:,} is needed: each pass over it must give as many as data.split "
+                    "says, or as the pass gave in which they were counted. It must not share them out to "
+                    "ranks or worker processes by itself."
+                )
+            yield self.form.on_device(batch)
 
 
-Part = InMemory | Mapped
+def _from_loader(loader: DataLoader[Any], workers: Workers) -> Iterator[Any]:
+    """The batches of the loader; what starts its processes, and what ends them, is explained."""
+    with workers.starting():
+        batches = iter(loader)
+    workers.started = getattr(batches, "_workers", ())
+    yield from batches
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+Part = InMemory | Table | Mapped | Streamed
 
 
 @dataclass(frozen=True)
@@ -167,6 +294,55 @@ class _Seeded(Dataset[Any]):
 
     def __len__(self) -> int:
         return len(self.indices)
+
+
+class _Ended(NamedTuple):
+    """What stands in the place of a batch where a stream has ended before it."""
+
+    examples: int  # that the stream gave
+    wanted: int  # the position of the example that is missing
+
+
+@dataclass(frozen=True)
+class _Picked(IterableDataset[Any]):
+    """The batches of some examples of a stream, whose positions in it are `rows`.
+
+    A worker process makes one batch in so many: the first one makes the batches 0, W, 2W, ... of W workers,
+    and the DataLoader asks the workers in turn, so that the batches come in their order. What the Dataset
+    draws at random for an example depends on its position alone, and is the same on any rank or worker.
+    """
+
+    dataset: IterableDataset[Any]
+    rows: Sequence[Sequence[int]]
+    seed: int
+    collate: Callable[[list[Any]], Any]
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = torch.utils.data.get_worker_info()
+        mine = self.rows if worker is None else self.rows[worker.id :: worker.num_workers]
+        # How often each example is still needed: an empty share carries one as a stand-in, again and again.
+        needed = Counter(position for row in mine for position in row)
+        kept: dict[int, Any] = {}
+        reseed(mixed(self.seed))
+        stream = iter(self.dataset)
+        read = 0
+        for row in mine:
+            while read <= max(row):
+                reseed(mixed(self.seed, read))
+                try:
+                    example = next(stream)
+                except StopIteration:
+                    yield _Ended(examples=read, wanted=read)
+                    return
+                if needed[read]:
+                    kept[read] = example
+                read += 1
+            examples = [kept[position] for position in row]
+            for position in row:
+                needed[position] -= 1
+                if not needed[position]:
+                    del kept[position]
+            yield self.collate(examples)
 
 
 def _checked(batch: Any, key: str, classes: int | None) -> Examples:
@@ -198,8 +374,8 @@ def _checked(batch: Any, key: str, classes: int | None) -> Examples:
     if labels.is_floating_point() or labels.is_complex():
         raise UserError(
             f"{key}: the labels of the Dataset are of type {labels.dtype}, but a label is the number of a "
-            "class, a whole number that counts from 0: return int(label) where they are whole, or train a "
-            "regression with a loop of your own."
+            "class, a whole number that counts from 0: return int(label) where they are whole, or take "
+            "task=regression where they are measured."
         )
     lowest, highest = map(int, torch.aminmax(labels.long()))  # still on the CPU: nothing is waited for
     if lowest < 0:

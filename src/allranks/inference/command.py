@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from allranks.inference.images import Plan, Prepared
     from allranks.inference.load import Trained
     from allranks.inference.overrides import Given
+    from allranks.training.metrics import Figures
 
 MOST_COLUMNS = 20  # up to so many classes the whole confusion table is shown: it fits 120 characters a line
 CONFUSED = 10  # with more classes only this number of the commonest mistakes is shown
@@ -217,6 +218,7 @@ def _predict_images(options: argparse.Namespace) -> int:
 
     opened = _open(options)
     trained = opened.trained
+    forward.need_classes(trained)
     section = trained.config.data if opened.given.data is None else opened.given.data
     part = _dataset_with_transform(opened, section)
     plan = images.plan(
@@ -331,6 +333,7 @@ def _predict_part(options: argparse.Namespace) -> int:
         raise _is_there_already(options.csv)  # told before the data are read
     opened = _open(options)
     trained = opened.trained
+    forward.need_classes(trained)
     part = forward.open_part(trained, options.data, opened.given.data)
     outputs = forward.forward(trained, part)
     names = forward.class_names(trained, part)
@@ -340,16 +343,7 @@ def _predict_part(options: argparse.Namespace) -> int:
         _print_examples(outputs, names)
         return 0
     print(_title(trained))
-    figures = outputs.figures
-    print(
-        table(
-            [
-                (f"{options.data}/loss", repr(figures.loss)),
-                (f"{options.data}/accuracy", f"{figures.accuracy:.2f} %"),
-                (f"{options.data}/count", f"{figures.examples:,}"),
-            ]
-        )
-    )
+    print(_figures_as_table(options.data, outputs.figures))
     print(confusion_table(outputs.confusion(), names))
     if options.csv is not None:
         print(f"{len(outputs.labels):,} lines are in {options.csv}")
@@ -428,12 +422,8 @@ def evaluate(arguments: Sequence[str]) -> int:
     opened = _open(options)
     trained = opened.trained
     part = forward.open_part(trained, "test", opened.given.data)
-    figures = forward.forward(trained, part).figures
-    measured = {
-        "test/loss": figures.loss,
-        "test/accuracy": figures.accuracy,
-        "test/count": figures.examples,
-    }
+    figures = forward.measure(trained, part)
+    measured = {**figures.named("test"), "test/count": figures.examples}
     verdict, differences = _compared_with_summary(opened, measured)
     if options.json:
         about = {
@@ -450,14 +440,18 @@ def evaluate(arguments: Sequence[str]) -> int:
         print(json.dumps(about))
         return 0
     print(_title(trained))
-    rows = [
-        ("test/loss", repr(figures.loss)),
-        ("test/accuracy", f"{figures.accuracy:.2f} %"),
-        ("test/count", f"{figures.examples:,}"),
-    ]
-    print(table(rows))
+    print(_figures_as_table("test", figures))
     print(verdict)
     return 0
+
+
+def _figures_as_table(part: str, figures: Figures) -> str:
+    """The figures on a part of the data: a line for each."""
+    rows = []
+    for name, value in figures.named(part).items():
+        is_percent = name.endswith("/accuracy")
+        rows.append((name, f"{value:.2f} %" if is_percent else repr(value)))
+    return table([*rows, (f"{part}/count", f"{figures.examples:,}")])
 
 
 def _compared_with_summary(
@@ -504,6 +498,7 @@ def export(arguments: Sequence[str]) -> int:
     overrides.refuse_others(overrides.split(options.words)[0])
     exporting.check_place(options.to, options.force)  # before the data are read
     opened = _open(options)
+    forward.need_classes(opened.trained)
     part = forward.open_part(opened.trained, "test", opened.given.data)
     agreement = exporting.export(opened.trained, part, options.to, options.force)
     size = options.to.stat().st_size

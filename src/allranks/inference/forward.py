@@ -1,4 +1,7 @@
-"""A trained model over a data set: the logits of all examples in the order of the data, and the figures."""
+"""A trained model over a data set: its figures, and what it says of each example, in the order of the data.
+
+measure() works for every task. All else here is for classification, whose model makes logits of images.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from allranks.base.errors import UserError
 from allranks.data import loader
 from allranks.data.dealing import EVAL_BATCH, evaluation_batches
 from allranks.data.parts import Mapped, Part
 from allranks.inference.load import Trained
+from allranks.tasks import Classification, at_least_fp32, metrics_of, outputs_of
 from allranks.training.building import dtype_of
-from allranks.training.metrics import Figures, Sums
+from allranks.training.engine import evaluate
+from allranks.training.metrics import Figures, Sums, columns_of, objects_of
 
 PARTS = ("test", "val", "train")
 
@@ -54,21 +58,62 @@ def open_part(trained: Trained, name: str = "test", section: Mapping[str, Any] |
     """
     own = trained.config.data
     section = own if section is None else section
-    wanted = list(own["input_shape"])
-    given = list(section["input_shape"])
-    if wanted != given:
+    wanted = list(own.get("input_shape") or ())
+    given = list(section.get("input_shape") or ())
+    if wanted and given and wanted != given:
         raise UserError(
             f"data.input_shape={given}: the model of {trained.directory} takes {wanted}. Give data with "
             "images of that shape."
         )
-    if section["classes"] > own["classes"]:
+    if is_classification(trained) and section["classes"] > own["classes"]:
         raise UserError(
             f"data.classes={section['classes']}: the model of {trained.directory} knows "
             f"{own['classes']} classes. Give data with as many at most."
         )
     return loader.open_part(
-        name, section, trained.runtime, trained.config.seed, dtype_of(trained.precision)
-    )
+        name, section, trained.runtime, trained.config.seed, dtype_of(trained.precision),
+        is_labelled=is_classification(trained),
+    )  # fmt: skip
+
+
+def is_classification(trained: Trained) -> bool:
+    """Whether the model gives logits of classes for images, so that there are predictions to be shown."""
+    return isinstance(trained.task, Classification)
+
+
+@torch.no_grad()
+def measure(trained: Trained, part: Part) -> Figures:
+    """The figures of the trained model on all examples of the part, for every task.
+
+    They are computed as the run computes them, and are the same to the last digit if this host is of the
+    same kind as the run's. Raises UserError where the part is empty, or does not fit the model.
+    """
+    if not len(part):
+        raise _empty(trained)
+    if is_classification(trained):
+        return forward(trained, part).figures
+    task, runtime = trained.task, trained.runtime
+    trained.model.eval()
+    with part.explained():
+        first = part.first(1, trained.config.seed)
+        with runtime.autocast(trained.precision):
+            outputs = outputs_of(task, trained.model, first)
+    columns = columns_of(task, metrics_of(task, outputs, first))
+    return evaluate(trained.model, task, columns, part, trained.precision, trained.config.seed, runtime)
+
+
+def _empty(trained: Trained) -> UserError:
+    return UserError(f"There is no example in this part of the data of {trained.directory}.")
+
+
+def need_classes(trained: Trained) -> None:
+    """Raises UserError where the run is no classification."""
+    if not is_classification(trained):
+        raise UserError(
+            f"{trained.directory} is a run of task._target_={trained.config.task['_target_']}: its model "
+            "does not tell classes apart, so there is nothing to predict or export here. `allranks "
+            "evaluate` measures it, and allranks.inference.load gives the model to a program of your own."
+        )
 
 
 @torch.no_grad()
@@ -79,22 +124,25 @@ def forward(trained: Trained, part: Part) -> Outputs:
     digit if this host is of the same kind as the run's. Raises UserError where labels or images do not fit
     the model.
     """
-    runtime = trained.runtime
+    need_classes(trained)
+    runtime, task = trained.runtime, trained.task
     trained.model.eval()
-    sums = Sums(runtime)
+    sums: Sums | None = None
     logits: list[torch.Tensor] = []
     labels: list[torch.Tensor] = []
     with part.explained():
-        for row, (images, its_labels) in evaluation_batches(part, runtime, trained.config.seed):
-            its_logits = logits_of(trained, images)
-            _check_labels(its_labels, its_logits.shape[1])
-            loss_sum = cross_entropy(_at_least_fp32(its_logits), its_labels, reduction="sum")
-            sums.add(row, loss_sum, its_logits, its_labels)
+        for row, (examples, length) in evaluation_batches(part, runtime, trained.config.seed):
+            its_logits = logits_of(trained, examples.images)
+            _check_labels(examples.labels, its_logits.shape[1])
+            measured = metrics_of(task, its_logits, examples)
+            if sums is None:
+                sums = Sums(runtime, columns_of(task, measured), objects_of(task))
+            sums.add(row, task.loss(its_logits, examples), length, measured)
             runtime.progress.evaluated_batch()
-            logits.append(_at_least_fp32(its_logits).cpu())
-            labels.append(its_labels.cpu())
-    if not logits:
-        raise UserError(f"There is no example in this part of the data of {trained.directory}.")
+            logits.append(at_least_fp32(its_logits).cpu())
+            labels.append(examples.labels.cpu())
+    if sums is None:
+        raise _empty(trained)
 
     # The examples came share by share. Share s has the examples s, s + share_count, s + 2 * share_count and
     # so on. They are put back into the order of the part.
@@ -113,6 +161,7 @@ def logits_of(trained: Trained, images: torch.Tensor) -> torch.Tensor:
 
     The images [n, ...] are prepared as in training. Raises UserError where the model does not take them.
     """
+    need_classes(trained)
     images = images.to(trained.runtime.device)
     try:
         with trained.runtime.autocast(trained.precision):
@@ -132,7 +181,7 @@ def logits_of(trained: Trained, images: torch.Tensor) -> torch.Tensor:
 
 def probabilities_of(logits: torch.Tensor) -> torch.Tensor:
     """[n, classes]: the softmax of the logits, at least in fp32; each row sums to 1."""
-    return _at_least_fp32(logits).softmax(dim=1)
+    return at_least_fp32(logits).softmax(dim=1)
 
 
 @torch.no_grad()
@@ -165,7 +214,3 @@ def _check_labels(labels: torch.Tensor, outputs: int) -> None:
             f"The data have a label {highest}, but the model has {outputs} outputs, and labels count from "
             "0: give data with the classes that the model was trained on."
         )
-
-
-def _at_least_fp32(logits: torch.Tensor) -> torch.Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()

@@ -31,7 +31,7 @@ from allranks.run.cells import CELLS
 from allranks.run.directory import CONFIG
 from allranks.runtime.bringup import is_available, open_runtime
 from allranks.runtime.runtime import Runtime
-from allranks.training.building import Recipe, build_model
+from allranks.training.building import Recipe, build_model, build_task
 from allranks.training.state import STATE, restore_model
 
 NEWEST = "newest"  # the default: summary.json was measured with the newest checkpoint of a finished run
@@ -52,6 +52,7 @@ class Trained:
     directory: Path  # of the run
     config: Config  # as the run has frozen it
     model: nn.Module  # on runtime.device, in evaluation mode
+    task: Any  # says what a batch is, and what is measured (allranks.tasks)
     runtime: Runtime  # of this process alone; it has as many shares as the run had ranks
     precision: str  # the number format of the arithmetic here: that of the run, if this device supports it
     checkpoint: Path  # the checkpoint that the weights are from
@@ -114,6 +115,7 @@ def load(
         directory=directory,
         config=config,
         model=model,
+        task=build_task(recipe_of(here), runtime.device),
         runtime=runtime,
         precision=precision,
         checkpoint=chosen.path,
@@ -126,6 +128,7 @@ def load(
 def recipe_of(config: Config) -> Recipe:
     """What the model is built from. The batch size has no meaning here, where no step is taken."""
     return Recipe(
+        task=config.task,
         model=config.model,
         optimizer=config.optimizer,
         scheduler=config.scheduler,
@@ -189,7 +192,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _look_for_the_code(config: Config) -> None:
     """Raises UserError, with what to do, where the code of the model is not found here."""
     try:
-        components.locate_targets({"model": config.model})
+        components.locate_targets({"task": config.task, "model": config.model})
     except UserError as error:
         raise UserError(
             f"{error} The run was trained with code of your own: type the command in the folder where the "

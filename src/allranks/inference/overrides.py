@@ -90,17 +90,19 @@ def _changed(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def _with_parts(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """The section `data`, with a new `root` or `fetch` passed on to its parts `train` and `test`.
+    """The section `data`, with a new `root` or `fetch` passed on to its parts, such as `train`.
 
     In the YAML file a part says `root: ${data.root}`. The run's config.yaml has the value in place of that
     reference, so a part would keep the old value. A part that has a value of its own keeps it.
     """
     parts = {}
-    for part in ("train", "test"):
+    for part in ("train", "val", "test"):
+        if not after.get(part):
+            continue
         values = dict(after[part])
         for key in ("root", "fetch"):
             has_moved = key in before and before[key] != after[key]
-            if has_moved and before[part].get(key) == before[key]:
+            if has_moved and (before.get(part) or {}).get(key) == before[key]:
                 values[key] = after[key]
         parts[part] = values
     return {**after, **parts}

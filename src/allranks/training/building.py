@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from allranks.base.errors import UserError
-from allranks.components import build
+from allranks.components import build, locate
 from allranks.config import TrainerConfig
 from allranks.data.dealing import steps_per_epoch
 from allranks.runtime.gradients import OrderedSum
 from allranks.runtime.runtime import Runtime
+from allranks.tasks import Classification
 from allranks.training.length import RunLength, run_length
-from allranks.training.metrics import Sums
+from allranks.training.metrics import Sums, objects_of
 from allranks.training.state import buffers_left_out, can_be_saved
 from allranks.training.training import Schedule, Training
 
@@ -28,6 +29,7 @@ class Recipe:
     The sections are those of the configuration. Their `_target_` says what makes the component.
     """
 
+    task: Mapping[str, Any]
     model: Mapping[str, Any]
     optimizer: Mapping[str, Any]
     scheduler: Mapping[str, Any]
@@ -83,8 +85,9 @@ def build_training(recipe: Recipe, runtime: Runtime, examples: int) -> Training:
         trained=compiled,
         optimizer=optimizer,
         schedule=schedule,
+        task=build_task(recipe, runtime.device),
         scaler=torch.amp.GradScaler(runtime.device.type, enabled=trainer.precision == "fp16"),
-        sums=Sums(runtime),
+        sums=Sums(runtime, columns=()),  # the trial of the first batch finds out what the task measures
         ordered_sum=OrderedSum(parameters, len(runtime.shares)) if trainer.reproducible else None,
         first_buffers={name: buffer.clone() for name, buffer in buffers_left_out(model).items()},
     )
@@ -97,6 +100,36 @@ def distribute(training: Training, runtime: Runtime, trainer: TrainerConfig, unu
     """
     has_unused = bool(unused) or trainer.unused_parameters == "always"
     training.trained = runtime.wrap(training.trained, has_unused)
+
+
+def needs_labels(section: Mapping[str, Any]) -> bool:
+    """Whether the task of this section of the configuration is a classification: of images with labels."""
+    target = locate("task", section["_target_"])
+    return isinstance(target, type) and issubclass(target, Classification)
+
+
+def build_task(recipe: Recipe, device: torch.device) -> Any:
+    """The task that the recipe describes; raises UserError where it cannot be built."""
+    smoothing = recipe.trainer.label_smoothing
+    task_is = f"task._target_={recipe.task['_target_']}"
+    if needs_labels(recipe.task):
+        task = build("task", recipe.task, label_smoothing=smoothing)
+    elif smoothing:
+        raise UserError(
+            f"trainer.label_smoothing={smoothing} is for task=classification, and {task_is} is none: leave "
+            "it out, or give task.loss._target_=torch.nn.CrossEntropyLoss +task.loss.label_smoothing."
+        )
+    else:
+        task = build("task", recipe.task)
+    if not callable(getattr(task, "loss", None)):
+        raise UserError(
+            f"{task_is} has no method loss(outputs, batch), which gives the loss summed over the examples."
+        )
+    objects_of(task)
+    for part in vars(task).values() if hasattr(task, "__dict__") else ():
+        if isinstance(part, nn.Module):  # a loss may have weights of its own, which do not change
+            part.to(device)
+    return task
 
 
 def build_model(recipe: Recipe, device: torch.device) -> nn.Module:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from allranks.base.errors import UserError
 from allranks.config import TrainerConfig
@@ -28,11 +27,12 @@ from allranks.data.loader import Data
 from allranks.data.parts import Part
 from allranks.data.randomness import mixed, reseed
 from allranks.runtime.runtime import Runtime
+from allranks.tasks import metrics_of, outputs_of
 from allranks.training.building import Recipe, length_of
 from allranks.training.control import Control
 from allranks.training.length import RunLength
 from allranks.training.loop import Loop
-from allranks.training.metrics import Figures, Sums
+from allranks.training.metrics import Column, Figures, Sums, objects_of
 from allranks.training.training import Training
 
 log = logging.getLogger(__name__)
@@ -95,6 +95,7 @@ def _train_epoch(training: Training, around: _Surroundings) -> None:
     batches = training_batches(
         part, runtime, around.batch_size, position.epoch, around.seed,
         first_step=position.epoch_steps, end_step=count, shuffle=not trainer.overfit_batch,
+        accumulate=trainer.accumulate,
     )  # fmt: skip
     examples = min(count * around.batch_size, len(part))
     training.trained.train()  # walks all modules, so it is not called in every step
@@ -133,13 +134,7 @@ def _evaluate_epoch(training: Training, around: _Surroundings) -> None:
     else:
         train = _evaluate(training, around.data.train, around)
     val = _evaluate(training, around.data.val, around)
-    figures = {
-        "lr": training.epoch_lr,
-        "train/loss": train.loss,
-        "train/accuracy": train.accuracy,
-        "val/loss": val.loss,
-        "val/accuracy": val.accuracy,
-    }
+    figures = {"lr": training.epoch_lr, **train.named("train"), **val.named("val")}
     around.loop.log(figures)
     training.schedule.after_epoch(figures)
     training.sums.rows.zero_()
@@ -148,7 +143,10 @@ def _evaluate_epoch(training: Training, around: _Surroundings) -> None:
 def _evaluate(training: Training, part: Part, around: _Surroundings) -> Figures:
     """The figures of the training's model; raises RunStopped where the ranks agreed to stop in between."""
     precision = around.trainer.precision
-    return evaluate(training.model, part, precision, around.seed, around.runtime, around.loop.control)
+    return evaluate(
+        training.model, training.task, training.columns, part, precision, around.seed, around.runtime,
+        around.loop.control,
+    )  # fmt: skip
 
 
 # --- evaluation ----------------------------------------------------------------------------------------
@@ -157,6 +155,8 @@ def _evaluate(training: Training, part: Part, around: _Surroundings) -> Figures:
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
+    task: Any,
+    columns: Sequence[Column],
     part: Part,
     precision: str,
     seed: int,
@@ -165,22 +165,22 @@ def evaluate(
 ) -> Figures:
     """The model's figures on all examples of the part, each counted exactly once; all ranks call.
 
-    Where a `control` is given, the ranks may agree to stop during the evaluation. Then all of them raise
-    RunStopped.
+    `task` says what is measured (allranks.tasks), and `columns` which of that are sums. Where a `control`
+    is given, the ranks may agree to stop during the evaluation. Then all of them raise RunStopped.
     """
     model.eval()
-    sums = Sums(runtime)
+    sums = Sums(runtime, columns, objects_of(task))
     if control is not None:
         control.begin_evaluation()
     # One rank may have a batch more than another. check_evaluation() needs all ranks, so it is called only
     # up to the last batch that every rank has.
     last_common = fewest_evaluation_batches(part, runtime)
     with part.explained():
-        for number, (row, (images, labels)) in enumerate(evaluation_batches(part, runtime, seed), start=1):
+        for number, (row, piece) in enumerate(evaluation_batches(part, runtime, seed), start=1):
             with runtime.autocast(precision):
-                logits = model(images)
-            loss_sum = cross_entropy(_at_least_fp32(logits), labels, reduction="sum")
-            sums.add(row, loss_sum, logits, labels)
+                outputs = outputs_of(task, model, piece.examples)
+            loss_sum = task.loss(outputs, piece.examples)
+            sums.add(row, loss_sum, piece.length, metrics_of(task, outputs, piece.examples))
             runtime.progress.evaluated_batch()
             if control is not None and number <= last_common:
                 control.check_evaluation(number)
@@ -248,9 +248,10 @@ def settle_buckets(training: Training, batch: Batch, precision: str, runtime: Ru
     if training.trained is training.model:  # no DDP
         return
     buffers = [buffer.clone() for buffer in training.model.buffers()]
+    examples = batch.pieces[0].examples
     with runtime.autocast(precision):
-        logits = training.trained(batch.images)
-    (logits.sum() * 0).backward()
+        outputs = outputs_of(training.task, training.trained, examples)
+    (training.task.loss(outputs, examples) * 0).backward()
     runtime.check_summed(training.trained)
     training.optimizer.zero_grad()
     for buffer, before in zip(training.model.buffers(), buffers, strict=True):
@@ -265,24 +266,21 @@ def _backward(
     runtime: Runtime,
     sums: Sequence[Sums],
 ) -> list[torch.Tensor]:
-    """Adds the gradient of one share to the model's, in `trainer.accumulate` pieces one after the other.
+    """Adds the gradient of one share to the model's, one of its pieces after the other.
 
     `row` is the share's number on this rank. The share's figures are added to all of `sums`. Returns the
     loss of each piece, a scalar, summed over its examples.
     """
-    pieces = min(trainer.accumulate, len(batch.labels))
-    parts = [(batch.images, batch.labels)]
-    if pieces > 1:
-        parts = list(zip(batch.images.chunk(pieces), batch.labels.chunk(pieces), strict=True))
+    task = training.task
     losses = []
-    for number, (images, labels) in enumerate(parts, start=1):
-        is_last = number == len(parts)
+    for number, piece in enumerate(batch.pieces, start=1):
+        is_last = number == len(batch.pieces)
         # DDP adds up over the ranks once, in the backward pass of the last piece.
         with nullcontext() if is_last else runtime.without_sync(training.trained):
             with _named("forward"):
                 with runtime.autocast(trainer.precision):
-                    logits = training.trained(images)
-                loss = summed_loss(logits, labels, trainer.label_smoothing)
+                    outputs = outputs_of(task, training.trained, piece.examples)
+                loss = task.loss(outputs, piece.examples)
             known = loss.detach()
             with _named("backward"):
                 # The weight is a factor and not an argument of backward(), which would import sympy.
@@ -290,9 +288,11 @@ def _backward(
             if is_last:
                 runtime.check_summed(training.trained)
         losses.append(known)
-        if batch.count:
+        if batch.count and sums:
+            with torch.no_grad():
+                measured = metrics_of(task, outputs, piece.examples)
             for each in sums:
-                each.add(row, known, logits.detach(), labels)
+                each.add(row, known, piece.length, measured)
     return losses
 
 
@@ -314,23 +314,6 @@ def _weight(batch: Batch, loss: torch.Tensor) -> float | torch.Tensor:
         return weight if math.isfinite(loss.item()) else math.nan
     # 0 for a finite loss; inf * 0 is NaN. This stays on the device, so the CPU need not wait for it.
     return weight + loss * 0
-
-
-def summed_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float) -> torch.Tensor:
-    """The cross entropy, summed over the examples; raises UserError where a label is no class."""
-    try:
-        return cross_entropy(
-            _at_least_fp32(logits), labels, reduction="sum", label_smoothing=label_smoothing
-        )
-    except IndexError as error:
-        raise UserError(
-            f"Label {int(labels.max())} does not fit the model's {logits.shape[1]} outputs: labels "
-            "count from 0; give data.classes and model.classes as the data has them."
-        ) from error
-
-
-def _at_least_fp32(logits: torch.Tensor) -> torch.Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _apply_gradient(training: Training, clip_norm: float | None) -> bool:

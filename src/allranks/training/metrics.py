@@ -1,56 +1,318 @@
-"""Loss and accuracy, added up on the device, and over the ranks only when they are asked for.
+"""Loss and metrics, added up on the device, and over the ranks only when they are asked for.
 
 Reading a number from a GPU makes the processor wait for it. So nothing is read after each step: the sums
 stay on the device until the end of an epoch, and then cross the ranks in one message.
+
+What is no mean, such as an AUROC, is measured by objects of torchmetrics. Each rank's object keeps a state
+of its own. At the end of an evaluation all ranks send each other these states, and every rank computes the
+metric from all of them, as if one object had seen all examples. torchmetrics itself is not imported here.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import copy
+import json
+import math
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 
+from allranks.base.errors import UserError
+from allranks.base.text import one_line
 from allranks.runtime.runtime import Runtime
+from allranks.tasks import Mean
 
-COLUMNS = 3  # the numbers of a row: summed loss, correct answers, examples. Checkpoints hold these rows.
+
+class Column(NamedTuple):
+    """A metric of a task that is a sum."""
+
+    name: str
+    has_weight: bool  # whether it comes with the number that it is divided by
+    shown: str  # "mean", "percent" or "exp"
 
 
 class Figures(NamedTuple):
     """How well a model does on some examples of all ranks."""
 
-    loss: float  # mean over the examples
-    accuracy: float  # in percent
+    values: Mapping[str, float]  # `loss`, the mean over the examples, and the task's metrics by name
     examples: int  # how many they are
+
+    @property
+    def loss(self) -> float:
+        """The mean loss over the examples."""
+        return self.values["loss"]
+
+    def named(self, part: str) -> dict[str, float]:
+        """The values under the names that records have them by: `val/loss` for the part `val`."""
+        return {f"{part}/{name}": value for name, value in self.values.items()}
+
+
+def columns_of(task: Any, measured: Mapping[str, Any]) -> list[Column]:
+    """Which sums there are among what a task's metrics() gave for some examples.
+
+    Raises UserError where it is not as allranks.tasks describes it.
+    """
+    objects = objects_of(task)
+    columns = []
+    for name, value in measured.items():
+        if name == "loss":
+            raise UserError("metrics() of the task gives `loss`, which is recorded already: rename it.")
+        if name in objects:
+            if not isinstance(value, tuple):
+                raise UserError(
+                    f"metrics() of the task gives {name} as a {type(value).__name__}, but "
+                    "task.torchmetrics has an object of this name: give the arguments of its update() as a "
+                    "tuple."
+                )
+            continue
+        mean = value if isinstance(value, Mean) else Mean(value)
+        if not _is_one_number(mean.total) or not (mean.weight is None or _is_one_number(mean.weight)):
+            raise UserError(
+                f"metrics() of the task gives {name} as {_told(value)}, but a metric is one number, the "
+                "sum over the examples of the batch, or an allranks.tasks.Mean."
+            )
+        columns.append(Column(name, mean.weight is not None, mean.shown))
+    if missing := sorted(set(objects) - set(measured)):
+        raise UserError(
+            f"metrics() of the task does not give {', '.join(missing)}, of which task.torchmetrics has an "
+            "object: give the arguments of its update() as a tuple."
+        )
+    return columns
+
+
+def objects_of(task: Any) -> Mapping[str, Any]:
+    """The torchmetrics objects of a task, by name."""
+    objects = getattr(task, "torchmetrics", None) or {}
+    for name, metric in objects.items():
+        if not all(hasattr(metric, each) for each in ("update", "compute", "reset", "_reductions")):
+            raise UserError(
+                f"task.torchmetrics.{name} is a {type(metric).__name__}: give the _target_ of a metric of "
+                "torchmetrics, or of a class derived from torchmetrics.Metric."
+            )
+        # Such an object's own state says nothing of what it has seen.
+        if not metric._reductions or any(hasattr(inner, "_reductions") for inner in metric.children()):
+            raise UserError(
+                f"task.torchmetrics.{name} is a {type(metric).__name__}, which holds other metrics: give "
+                "each of these by itself."
+            )
+    return dict(objects)
+
+
+def _is_one_number(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1
+    return isinstance(value, int | float)
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    return f"a {type(value).__name__}"
 
 
 class Sums:
-    """Sums of loss, correct answers and examples, in float64, on the device.
+    """Sums of the loss, of a task's metrics and of the examples, in float64, on the device.
 
-    `rows` [shares of this rank, COLUMNS] has a row for each share that this rank takes of a batch. They are
-    kept apart so that total() can add them in the order of the shares, whichever rank had which share.
+    `rows` [shares of this rank, columns] has a row for each share that this rank takes of a batch: the
+    summed loss, one or two numbers for each metric, and the number of examples. Checkpoints hold these
+    rows. They are kept apart so that total() can add them in the order of the shares, whichever rank had
+    which share.
+
+    columns: the task's metrics that are sums; objects: torchmetrics objects by name, which are copied.
     """
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(
+        self, runtime: Runtime, columns: Sequence[Column], objects: Mapping[str, Any] | None = None
+    ) -> None:
         # Apple's GPUs have no float64.
         dtype = torch.float32 if runtime.device.type == "mps" else torch.float64
-        self.rows = torch.zeros(len(runtime.shares), COLUMNS, dtype=dtype, device=runtime.device)
+        self.columns = tuple(columns)
+        width = 2 + sum(1 + column.has_weight for column in columns)
+        self.rows = torch.zeros(len(runtime.shares), width, dtype=dtype, device=runtime.device)
+        self.objects = {name: _anew(metric, runtime.device) for name, metric in (objects or {}).items()}
 
-    def add(self, row: int, loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
+    @torch.no_grad()
+    def add(self, row: int, loss_sum: torch.Tensor, length: int, measured: Mapping[str, Any]) -> None:
         """Adds some examples of this rank's share number `row`.
 
-        loss_sum: a scalar, the sum over the examples; logits [n, classes]; labels [n].
+        loss_sum: a scalar, the sum over the `length` examples; measured: what the task's metrics() gave.
         """
         sums = self.rows[row]
         sums[0] += loss_sum
-        sums[1] += (logits.argmax(dim=1) == labels).sum()
-        sums[2] += len(labels)
+        at = 1
+        for column in self.columns:
+            value = measured[column.name]
+            mean = value if isinstance(value, Mean) else Mean(value)
+            sums[at] += mean.total
+            at += 1
+            if column.has_weight:
+                assert mean.weight is not None
+                sums[at] += mean.weight
+                at += 1
+        sums[at] += length
+        for name, metric in self.objects.items():
+            metric.update(*measured[name])
 
     def total(self, runtime: Runtime) -> Figures:
-        """Figures over all ranks' examples; all ranks call. Of no examples the loss and accuracy are 0.
+        """Figures over all ranks' examples; all ranks call. Of no examples all figures are 0.
 
         All rows are brought together before they are added, so that the order of the additions is that of
         the shares.
         """
-        loss, correct, count = runtime.gather(self.rows).sum(dim=0).tolist()
-        divisor = max(count, 1)
-        return Figures(loss / divisor, 100 * correct / divisor, round(count))
+        figures = figures_of(runtime.gather(self.rows).sum(dim=0).tolist(), self.columns)
+        values = dict(figures.values)
+        for name, metric in self.objects.items():
+            values |= _computed(name, merged(metric, runtime)) if figures.examples else {name: 0.0}
+        return Figures(values, figures.examples)
+
+
+def figures_of(total: Sequence[float], columns: Sequence[Column]) -> Figures:
+    """The figures that a row of Sums stands for: loss, metrics, examples."""
+    examples = total[-1]
+    divisor = max(examples, 1)
+    values = {"loss": total[0] / divisor}
+    at = 1
+    for column in columns:
+        value = total[at]
+        at += 1
+        count = divisor
+        if column.has_weight:
+            count = max(total[at], 1)
+            at += 1
+        values[column.name] = _shown(value, count, column.shown)
+    return Figures(values, round(examples))
+
+
+def _shown(total: float, count: float, shown: str) -> float:
+    if shown == "percent":
+        return 100 * total / count
+    if shown == "exp":
+        mean = total / count
+        return math.exp(mean) if mean < 700 else math.inf  # math.exp raises an error beyond 709
+    return total / count
+
+
+# --- metrics that are no means ---------------------------------------------------------------------------
+
+
+def _anew(metric: Any, device: torch.device) -> Any:
+    """A copy of the object that has seen nothing yet, on the device."""
+    made = copy.deepcopy(metric).to(device)
+    made.reset()
+    return made
+
+
+State = dict[str, list[torch.Tensor]]  # of a metric: a tensor, or several where it is a list, by name
+
+
+def merged(metric: Any, runtime: Runtime) -> Any:
+    """A copy of the object as if it had seen the examples of all ranks; all ranks call.
+
+    A rank that has seen no example takes no part: its state is as reset() leaves it, and torchmetrics would
+    count it like the others. Raises UserError where the object's states cannot be put together.
+    """
+    states = [state for state in _states_of_all_ranks(metric, runtime) if state]
+    whole = copy.copy(metric)
+    for name, reduction in metric._reductions.items():
+        if getattr(reduction, "__name__", "") == "dim_zero_mean" and runtime.world_size > 1:
+            raise UserError(
+                f"{type(metric).__name__} keeps {name} as a mean, and the mean of the ranks' means is not "
+                "that of all examples, because shares differ: take a metric that keeps sums.",
+                said_by=0,
+            )
+        tensors = [tensor for state in states for tensor in state[name]]
+        if isinstance(metric._defaults[name], list):
+            value = reduction(tensors) if tensors and reduction else tensors
+        else:
+            stacked = torch.stack(tensors)
+            value = stacked if reduction is None else reduction(stacked)
+        setattr(whole, name, value)
+    whole._update_count = max(1, metric._update_count)  # else compute() warns where this rank saw nothing
+    whole._computed = None
+    return whole
+
+
+def _states_of_all_ranks(metric: Any, runtime: Runtime) -> list[State]:
+    """The states of this object on all ranks, in the order of the ranks; empty for one that saw nothing.
+
+    What each rank sends is its state as bytes, after a description of it in JSON. All ranks send as many
+    bytes as the one that has the most.
+    """
+    mine: State = {}
+    for name in metric._reductions if metric._update_count else ():
+        state = getattr(metric, name)
+        mine[name] = [each.detach() for each in (state if isinstance(state, list) else [state])]
+    if runtime.world_size == 1:
+        return [mine]
+    content = _as_bytes(mine).to(runtime.device)
+    lengths = runtime.gather(torch.tensor([[len(content)]], device=runtime.device)).flatten().tolist()
+    row = torch.zeros(1, max(lengths), dtype=torch.uint8, device=runtime.device)
+    row[0, : len(content)] = content
+    return [_from_bytes(everyones) for everyones in runtime.gather(row)]
+
+
+_HEAD_BYTES = 8  # they hold the length of the JSON text that follows
+
+
+def _as_bytes(state: State) -> torch.Tensor:
+    """The state as a tensor of bytes: the length of a JSON text, the text, and the numbers."""
+    outline = {
+        name: [[_name_of(t.dtype), list(t.shape)] for t in tensors] for name, tensors in state.items()
+    }
+    text = json.dumps(outline).encode()
+    head = bytearray(len(text).to_bytes(_HEAD_BYTES, "little") + text)
+    numbers = [
+        tensor.cpu().contiguous().view(-1).view(torch.uint8)
+        for tensors in state.values()
+        for tensor in tensors
+        if tensor.numel()
+    ]
+    return torch.cat([torch.frombuffer(head, dtype=torch.uint8), *numbers])
+
+
+def _from_bytes(row: torch.Tensor) -> State:
+    """The state of which _as_bytes() has made these bytes, on their device."""
+    length = int.from_bytes(row[:_HEAD_BYTES].cpu().numpy().tobytes(), "little")
+    at = _HEAD_BYTES + length
+    outline = json.loads(row[_HEAD_BYTES:at].cpu().numpy().tobytes())
+    state: State = {}
+    for name, tensors in outline.items():
+        state[name] = []
+        for kind, shape in tensors:
+            dtype = getattr(torch, kind)
+            size = dtype.itemsize * prod(shape)
+            # A copy, because the numbers of a type must stand at addresses that are multiples of its size.
+            state[name].append(row[at : at + size].clone().view(dtype).view(shape))
+            at += size
+    return state
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _computed(name: str, metric: Any) -> dict[str, float]:
+    """The metric's value: one number, or several in a dict, each under its own name."""
+    try:
+        value = metric.compute()
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise UserError(
+            f"task.torchmetrics.{name} cannot be computed ({one_line(error)}): look at its values, and at "
+            "what the task gives it.",
+            said_by=0,
+        ) from error
+    values = {name: value}
+    if isinstance(value, Mapping):
+        values = {f"{name}_{key}": each for key, each in value.items()}
+    found = {}
+    for key, each in values.items():
+        if not _is_one_number(each):
+            raise UserError(
+                f"task.torchmetrics.{name} gives {_told(each)}, but a metric is one number: ask it for an "
+                "average, as by `average: macro`.",
+                said_by=0,
+            )
+        found[key] = float(each)
+    return found

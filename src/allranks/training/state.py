@@ -23,7 +23,6 @@ from allranks.base.errors import UserError
 from allranks.base.text import one_line
 from allranks.run import checkpoint
 from allranks.runtime.runtime import Runtime
-from allranks.training.metrics import COLUMNS
 from allranks.training.position import TrainingPosition
 from allranks.training.training import Training
 
@@ -85,7 +84,7 @@ def capture(
 ) -> Captured:
     """A copy of all that changes while a run trains.
 
-    `sums` [share_count, 3] are the running sums of all ranks. `identity` says which training it is
+    `sums` [share_count, columns] are the running sums of all ranks. `identity` says which training it is
     (config.identity). Raises UserError where the optimizer's or scheduler's state cannot be saved.
     """
     schedule = training.schedule.scheduler
@@ -234,9 +233,8 @@ def _check_counters(state: Mapping[str, Any]) -> None:
     for epoch in history:
         if type(epoch["step"]) is not int or type(epoch["val/loss"]) not in (int, float):
             raise ValueError("an epoch of history has no step or no val/loss")
-    for row in state["sums"]:
-        if len(row) != COLUMNS:
-            raise ValueError(f"a row of sums does not have {COLUMNS} numbers")
+    if len({len(row) for row in state["sums"]}) != 1:
+        raise ValueError("the rows of sums do not have the same number of columns")
 
 
 def _check_that_it_fits(
@@ -333,8 +331,17 @@ def _restore_counters(training: Training, state: Mapping[str, Any]) -> None:
 
 
 def _restore_sums(training: Training, rows: Any, runtime: Runtime) -> None:
-    """The running sums of this rank's shares, from those of all shares, [share_count, 3]."""
+    """The running sums of this rank's shares, from those of all shares, [share_count, columns].
+
+    Raises UserError where the task has measured another number of metrics then.
+    """
     sums = torch.tensor(rows, dtype=training.sums.rows.dtype)
+    columns = training.sums.rows.shape[1]
+    if sums.shape[1] != columns:
+        raise UserError(
+            f"The checkpoint holds {sums.shape[1]} sums for each share, and the task makes {columns} of "
+            "its loss, its metrics and their counts: its code has changed since. Use the code of then."
+        )
     if len(sums) == runtime.share_count:
         mine = sums[runtime.shares.start : runtime.shares.stop]
     else:  # saved by another number of ranks: rank 0 goes on from the total, the others from nothing

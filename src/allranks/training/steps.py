@@ -1,4 +1,4 @@
-"""The figures of single steps: loss, accuracy and learning rate of one step in so many, over all ranks.
+"""The figures of single steps: loss, metrics and learning rate of one step in so many, over all ranks.
 
 Which steps are recorded follows from their numbers alone, so all ranks know it without sending a message.
 For such a step each rank adds up the figures of its own shares of the batch. The sums stay on the device:
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from allranks.runtime.runtime import Runtime
-from allranks.training.metrics import Sums
+from allranks.training.metrics import Sums, figures_of
 from allranks.training.training import Training
 
 
@@ -45,7 +45,7 @@ class StepRecorder:
         if not any(step % every == 0 for every in self._every):
             return None
         lr = float(training.optimizer.param_groups[0]["lr"])
-        sums = Sums(self._runtime)
+        sums = Sums(self._runtime, training.columns)
         self._recorded.append(_Recorded(step, training.position.epoch + 1, lr, sums))
         return sums
 
@@ -59,16 +59,11 @@ class StepRecorder:
         self._recorded = []
         if not recorded:  # then no other rank has recorded a step either, and none waits in gather()
             return []
-        mine = torch.stack([each.sums.rows for each in recorded], dim=1)  # [shares, steps, COLUMNS]
+        mine = torch.stack([each.sums.rows for each in recorded], dim=1)  # [shares, steps, columns]
         totals = self._runtime.gather(mine.flatten(1)).sum(dim=0).view(mine.shape[1:])
         records = []
-        for each, (loss, correct, count) in zip(recorded, totals.tolist(), strict=True):
-            record = {
-                "step": each.step,
-                "epoch": each.epoch,
-                "step/lr": each.lr,
-                "step/loss": loss / max(count, 1),
-                "step/accuracy": 100 * correct / max(count, 1),
-            }
+        for each, total in zip(recorded, totals.tolist(), strict=True):
+            figures = figures_of(total, each.sums.columns)
+            record = {"step": each.step, "epoch": each.epoch, "step/lr": each.lr, **figures.named("step")}
             records.append(record)
         return records

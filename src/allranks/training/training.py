@@ -6,7 +6,7 @@ a module of its own so that these three need not know each other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import nn
 from allranks.base.errors import UserError
 from allranks.base.text import one_line
 from allranks.runtime.gradients import OrderedSum
-from allranks.training.metrics import Sums
+from allranks.training.metrics import Column, Sums
 from allranks.training.position import TrainingPosition
 
 
@@ -59,6 +59,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     scaler: torch.amp.GradScaler
+    task: Any  # says what the loss is, and what is measured (allranks.tasks)
     sums: Sums  # of the running epoch, where trainer.train_metrics=running
     ordered_sum: OrderedSum | None = None  # in a reproducible run
     # The buffers that the model's state_dict leaves out, as its constructor has made them.
@@ -66,6 +67,11 @@ class Training:
     position: TrainingPosition = field(default_factory=TrainingPosition)
     is_settled: bool = False  # whether this process has settled DDP's buckets (engine.settle_buckets)
     epoch_lr: float = 0.0  # the learning rate at the beginning of the epoch that is under way
+
+    @property
+    def columns(self) -> Sequence[Column]:
+        """The metrics of the task that are sums."""
+        return self.sums.columns
 
     @property
     def parameters(self) -> int:

@@ -1,6 +1,6 @@
 """One batch tried on rank 0 before a training begins, so that what does not fit is said in one sentence.
 
-Model, data, loss and optimizer are often a user's own, and written for another program: a model that
+Model, data, task and optimizer are often a user's own, and written for another program: a model that
 returns a dict, a Dataset whose images have another shape, an optimizer that needs a closure. Without this
 trial the first step would end in a traceback, on all ranks at once, with a run directory made already.
 
@@ -24,14 +24,16 @@ from torch import nn
 
 import allranks
 from allranks.base.errors import UserError
-from allranks.base.text import one_line, some
+from allranks.base.text import did_you_mean, one_line, some
 from allranks.components import build
 from allranks.data.loader import Data
+from allranks.data.nests import described, leaves
 from allranks.data.parts import Examples
 from allranks.runtime.runtime import Runtime
+from allranks.tasks import Classification, metrics_of, outputs_of
 from allranks.training.building import Recipe, build_model
-from allranks.training.engine import summed_loss
 from allranks.training.flops import Flops
+from allranks.training.metrics import Column, Sums, columns_of, objects_of
 from allranks.training.training import Training
 
 # What libraries raise where values, types or shapes do not go together. Any other error of a user's own
@@ -47,48 +49,73 @@ class Tried(NamedTuple):
     # be counted.
     flops_per_example: float | None
     unused: list[str]  # the parameters that took no part
+    columns: Sequence[Column]  # the task's metrics that are sums
 
 
 def try_first_batch(training: Training, data: Data, recipe: Recipe, runtime: Runtime) -> Tried:
     """Tries one step on rank 0, on the first training examples; all ranks call.
 
-    `recipe` is what the training was built from. Raises UserError, on all ranks, where data, model, loss
-    and optimizer do not go together.
+    `recipe` is what the training was built from. Afterwards the training knows which metrics of its task
+    are sums. Raises UserError, on all ranks, where data, model, task and optimizer do not go together.
     """
-    return Tried(*runtime.meeting.from_rank_0(lambda: _try(training, data, recipe, runtime)))
+    tried = Tried(*runtime.meeting.from_rank_0(lambda: _try(training, data, recipe, runtime)))
+    training.sums = Sums(runtime, [Column(*column) for column in tried.columns])
+    return tried
 
 
 def _try(training: Training, data: Data, recipe: Recipe, runtime: Runtime) -> Tried:
+    is_classification = isinstance(training.task, Classification)
+    names = _Names(
+        model=f"model._target_={recipe.model['_target_']}",
+        optimizer=f"optimizer._target_={recipe.optimizer['_target_']}",
+        task=f"task._target_={recipe.task['_target_']}",
+    )
     trainer = recipe.trainer
-    model_is = f"model._target_={recipe.model['_target_']}"
-    optimizer_is = f"optimizer._target_={recipe.optimizer['_target_']}"
     with _random_numbers_kept(runtime.device):
-        examples = data.train.first(min(2, len(data.train)), recipe.seed)
-        _check_shape(examples, data.input_shape)
-        if any(isinstance(module, nn.SyncBatchNorm) for module in training.model.modules()):
-            return Tried(None, [])  # it would wait for the other ranks
+        count = min(2, len(data.train))
+        examples = data.train.first(count, recipe.seed)
+        if is_classification:
+            _check_shape(examples, data.input_shape)
+        is_alone = not any(isinstance(module, nn.SyncBatchNorm) for module in training.model.modules())
         model = _copy_of(training.model, recipe, runtime)
-        model.train()
+        # SyncBatchNorm would wait for the other ranks in training, but not in an evaluation.
+        model.train(is_alone)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
 
         flops = Flops()
         with flops:
-            logits = _forward(model, model_is, examples, trainer.precision, runtime)
-        _check_logits(logits, model_is, examples, data.classes)
+            outputs = _forward(training.task, model, names, examples, trainer.precision, runtime)
+        if is_classification:
+            _check_logits(outputs, names.model, examples, data.classes)
         changed = _changed(buffers, model)
         if trainer.reproducible and changed:
             raise UserError(
-                f"trainer.reproducible=true does not go with {model_is}, which changes its buffer "
+                f"trainer.reproducible=true does not go with {names.model}, which changes its buffer "
                 f"{some(changed)} in training: that depends on how a batch is cut into shares. Take a "
                 "layer without such a buffer (GroupNorm, LayerNorm), or trainer.reproducible=false."
             )
-        with _told(f"{model_is}: its output has no gradient that reaches its parameters"), flops:
-            summed_loss(logits, examples.labels, trainer.label_smoothing).backward()
+        with flops:
+            loss = _loss(training.task, names, outputs, examples)
+        columns = _columns(training.task, names, outputs, examples)
+        _check_monitor(recipe.scheduler, columns, training.task)
+        if not is_alone:
+            return Tried(None, [], columns)
+        with _told(f"{names.model}: its output has no gradient that reaches its parameters"), flops:
+            loss.backward()
         unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-        _step(model, optimizer_is, recipe.optimizer)
-        _try_one_example(model, model_is, examples, len(data.train), recipe, runtime.share_count)
-        per_example = flops.count / len(examples.labels) if flops.count else None
-        return Tried(per_example, unused)
+        _step(model, names.optimizer, recipe.optimizer)
+        if not is_classification:
+            _check_that_losses_add_up(training.task, model, names, data, recipe, runtime)
+        _try_one_example(training.task, model, names, examples, data, recipe, runtime)
+        return Tried(flops.count / count if flops.count else None, unused, columns)
+
+
+class _Names(NamedTuple):
+    """What the components are called in messages: each `key=value`."""
+
+    model: str
+    optimizer: str
+    task: str
 
 
 @contextmanager
@@ -150,12 +177,98 @@ def _check_shape(examples: Examples, input_shape: Sequence[int]) -> None:
 
 
 def _forward(
-    model: nn.Module, model_is: str, examples: Examples, precision: str, runtime: Runtime
-) -> torch.Tensor:
-    images = examples.images
-    taken = f"{model_is} cannot take images of shape {list(images.shape)} and type {images.dtype}"
+    task: Any, model: nn.Module, names: _Names, examples: Any, precision: str, runtime: Runtime
+) -> Any:
+    if isinstance(examples, Examples):
+        images = examples.images
+        taken = f"{names.model} cannot take images of shape {list(images.shape)} and type {images.dtype}"
+    else:
+        taken = f"{names.model}, called by {names.task}, cannot take a batch that is {described(examples)}"
     with _told(taken), runtime.autocast(precision):
-        return model(images)
+        return outputs_of(task, model, examples)
+
+
+def _loss(task: Any, names: _Names, outputs: Any, examples: Any) -> torch.Tensor:
+    """The task's loss; raises UserError unless it is a tensor of one number."""
+    what = (
+        f"{names.task} has no loss of outputs that are {described(outputs)} and a batch that is "
+        f"{described(examples)}"
+    )
+    with _told(what):
+        loss = task.loss(outputs, examples)
+    if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
+        raise UserError(
+            f"{names.task}: its loss is {described(loss)}, but it must be a tensor of one number: the sum "
+            "of the examples' losses."
+        )
+    return loss
+
+
+def _columns(task: Any, names: _Names, outputs: Any, examples: Any) -> list[Column]:
+    """Which of the task's metrics are sums; raises UserError where its metrics cannot be measured."""
+    what = (
+        f"{names.task} cannot measure outputs that are {described(outputs)} and a batch that is "
+        f"{described(examples)}"
+    )
+    with torch.no_grad():
+        with _told(what):
+            measured = metrics_of(task, outputs, examples)
+        columns = columns_of(task, measured)
+        for name, metric in objects_of(task).items():
+            tried = copy.deepcopy(metric).to(next(leaf.device for leaf in _tensors(outputs)))
+            with _told(f"task.torchmetrics.{name} cannot take {described(measured[name])}"):
+                tried.update(*measured[name])
+    return columns
+
+
+def _tensors(nest: Any) -> Iterator[torch.Tensor]:
+    return (leaf for leaf in leaves(nest) if isinstance(leaf, torch.Tensor))
+
+
+def _check_monitor(scheduler: Mapping[str, Any], columns: Sequence[Column], task: Any) -> None:
+    """Raises UserError where the schedule looks at a metric that the task does not measure."""
+    monitor = scheduler.get("monitor")
+    if monitor is None:
+        return
+    names = ["loss", *(column.name for column in columns), *objects_of(task)]
+    known = [f"{part}/{name}" for part in ("train", "val") for name in names]
+    if monitor not in known:
+        raise UserError(
+            f"scheduler.monitor={monitor} is not measured: give one of {', '.join(known)}."
+            f"{did_you_mean(str(monitor), known)}"
+        )
+
+
+def _check_that_losses_add_up(
+    task: Any, model: nn.Module, names: _Names, data: Data, recipe: Recipe, runtime: Runtime
+) -> None:
+    """Raises UserError where the loss is clearly a mean over the examples, in place of their sum.
+
+    A mean would make each gradient smaller by the number of examples in a piece of a batch, and so the
+    training's figures would depend on the number of ranks. The loss of two examples must be the sum of the
+    losses of each. Where it is neither the sum nor the mean, as with a loss that draws at random, nothing
+    is said.
+    """
+    if len(data.train) < 2:
+        return
+    model.eval()
+    losses = []
+    with torch.no_grad():
+        for examples in data.train.batches([[0, 1], [0], [1]], recipe.seed):
+            with runtime.autocast(recipe.trainer.precision):
+                outputs = outputs_of(task, model, examples)
+            losses.append(float(task.loss(outputs, examples)))
+    model.train()
+    both, one, other = losses
+    scale = max(abs(one), abs(other))
+    is_sum = abs(both - (one + other)) <= 0.01 * scale
+    is_mean = abs(both - (one + other) / 2) <= 1e-4 * scale
+    if is_mean and not is_sum:
+        raise UserError(
+            f"{names.task}: its loss of two examples ({both:.6g}) is the mean of the losses of each "
+            f"({one:.6g} and {other:.6g}), but it must be their sum: multiply it by the number of "
+            'examples, or give torch\'s losses reduction="sum".'
+        )
 
 
 def _check_logits(logits: Any, model_is: str, examples: Examples, classes: int | None) -> None:
@@ -205,26 +318,37 @@ def _step(model: nn.Module, optimizer_is: str, section: Mapping[str, Any]) -> No
 
 
 def _try_one_example(
-    model: nn.Module, model_is: str, examples: Examples, length: int, recipe: Recipe, shares: int
+    task: Any,
+    model: nn.Module,
+    names: _Names,
+    examples: Any,
+    data: Data,
+    recipe: Recipe,
+    runtime: Runtime,
 ) -> None:
     """Raises UserError where the model takes no single example, as with BatchNorm, and one will come.
 
-    One comes where the training examples, which are `length`, do not divide evenly into batches, each
-    batch into `shares`, and each share into the pieces that gradients are added up from.
+    One comes where the training examples do not divide evenly into batches, each batch into shares, and
+    each share into the pieces that gradients are added up from.
     """
+    length = len(data.train)
+    shares = runtime.share_count
     batch_size = recipe.batch_size
     accumulate = recipe.trainer.accumulate
     if smallest_piece(length, batch_size, shares, accumulate) > 1:
         return
-    one = Examples(examples.images[:1], examples.labels[:1])
+    if isinstance(examples, Examples):
+        one: Any = Examples(examples.images[:1], examples.labels[:1])
+    else:
+        one = data.train.first(1, recipe.seed)  # nobody but the data knows how to cut such a batch
     what = (
-        f"{model_is} takes 2 examples in training, but not 1, and 1 is what is left of {length:,} training "
-        f"examples in batches of {batch_size}, each cut into shares={shares} and "
+        f"{names.model} takes 2 examples in training, but not 1, and 1 is what is left of {length:,} "
+        f"training examples in batches of {batch_size}, each cut into shares={shares} and "
         f"trainer.accumulate={accumulate} pieces"
     )
     remedy = " Give a trainer.batch_size that leaves more, or take GroupNorm in place of BatchNorm."
     with _told(what, remedy):
-        model(one.images)
+        outputs_of(task, model, one)
 
 
 def smallest_piece(length: int, batch_size: int, shares: int, accumulate: int) -> int:

@@ -1,0 +1,91 @@
+"""Batches of any form: a tensor, or tensors in dicts, lists, tuples, NamedTuples, dataclasses, objects.
+
+Such a batch is called a nest here. An object that is none of these, such as a batch of graphs, is taken
+whole: it needs a method `to(device)` if it holds tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def mapped(nest: Any, change: Callable[[Any], Any]) -> Any:
+    """The same nest with `change` applied to everything in it that is no dict, list, tuple or dataclass."""
+    if isinstance(nest, dict):
+        return {key: mapped(value, change) for key, value in nest.items()}
+    if isinstance(nest, tuple) and hasattr(nest, "_fields"):  # a NamedTuple
+        return type(nest)(*(mapped(value, change) for value in nest))
+    if isinstance(nest, list | tuple):
+        return type(nest)(mapped(value, change) for value in nest)
+    if _is_dataclass(nest):
+        names = [field.name for field in dataclasses.fields(nest) if field.init]
+        return dataclasses.replace(nest, **{name: mapped(getattr(nest, name), change) for name in names})
+    return change(nest)
+
+
+def leaves(nest: Any) -> Iterator[Any]:
+    """Everything in the nest that is no dict, list, tuple or dataclass, in the order of the nest."""
+    if isinstance(nest, dict):
+        nest = nest.values()
+    elif _is_dataclass(nest):
+        nest = [getattr(nest, field.name) for field in dataclasses.fields(nest) if field.init]
+    elif not isinstance(nest, list | tuple):
+        yield nest
+        return
+    for value in nest:
+        yield from leaves(value)
+
+
+def _is_dataclass(nest: Any) -> bool:
+    """Whether this is an object of a dataclass; one with a method `to` of its own counts as any object."""
+    return dataclasses.is_dataclass(nest) and not isinstance(nest, type) and not hasattr(nest, "to")
+
+
+def on_device(nest: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """The nest on the device, with its floating-point tensors in `dtype`, the type of the weights.
+
+    An object with a method `to` is moved by it, and keeps the types of its tensors. What has no such
+    method, such as a text, stays as it is.
+    """
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            value = value.to(device, non_blocking=True)
+            return value.to(dtype) if value.is_floating_point() else value
+        return value.to(device) if hasattr(value, "to") else value
+
+    return mapped(nest, moved)
+
+
+def described(nest: Any) -> str:
+    """What a nest is, for messages: `a tuple of (float32 [2, 8], int64 [2])`."""
+    kind = type(nest).__name__
+    article = "an" if kind[:1].lower() in "aeiou" else "a"
+    if isinstance(nest, torch.Tensor | np.ndarray):
+        return _inner(nest)
+    if isinstance(nest, Mapping | list | tuple) or _is_dataclass(nest):
+        return f"{article} {kind} {_inner(nest)}"
+    return f"{article} {kind}"
+
+
+_MOST_SHOWN = 6  # parts of a nest in a message
+
+
+def _inner(nest: Any) -> str:
+    if isinstance(nest, torch.Tensor | np.ndarray):
+        return f"{str(nest.dtype).removeprefix('torch.')} {list(nest.shape)}"
+    if isinstance(nest, Mapping):
+        parts = [f"{key}: {_inner(value)}" for key, value in nest.items()]
+    elif _is_dataclass(nest):
+        parts = [f"{field.name}: {_inner(getattr(nest, field.name))}" for field in dataclasses.fields(nest)]
+    elif isinstance(nest, list | tuple):
+        parts = [_inner(value) for value in nest]
+    else:
+        return type(nest).__name__
+    shown = parts[:_MOST_SHOWN] + ["..."] * (len(parts) > _MOST_SHOWN)
+    return f"({', '.join(shown)})"
