@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
+import numpy as np
 import pytest
 
 from allranks.base.errors import UserError
+from allranks.follow.reading import Reader
+from allranks.inference import load
+from allranks.report.compare import compare
+from allranks.report.gather import gather
+from allranks.run import checkpoint
 from allranks.run.best import Rule, best_of, check, rule_of
 from helpers import SMALL, TRAIN, execute
 
@@ -61,3 +69,27 @@ def test_a_value_that_is_no_rule_is_refused(value, tmp_path):
     told = execute([*TRAIN, *SMALL, f"checkpoint.best={value}"], tmp_path)
     assert told.code == 2
     assert "give a metric and min or max, such as 'val/loss min' or 'val/accuracy max'." in told.message
+
+
+def test_all_that_names_a_best_epoch_follows_the_rule(train):
+    """The worst one by the validation loss, which is another one than the default would take."""
+    words = ["model=linear", "trainer.epochs=3", "checkpoint.keep=1", "checkpoint.best=val/loss max"]
+    done = train(*SMALL, *words).ok()
+    losses = done.run.column("val/loss")
+    worst = int(np.argmax(losses))
+    assert worst < 2, losses  # the newest is kept in any case
+    step = done.run.metrics[worst]["step"]
+
+    run = done.run.path
+    assert checkpoint.steps(run) == [done.run.metrics[-1]["step"], step]
+    assert checkpoint.step_of(load.choose(run, "best").path) == step
+    rows = [line for line in done.out.splitlines() if re.match(r" +[123]/3 ", line)]
+    stars = [row.endswith("*") for row in rows]
+    assert stars == [loss == max(losses[: place + 1]) for place, loss in enumerate(losses)]
+    assert f"epoch {worst + 1}: val loss {max(losses):.4f}" in done.out
+
+    facts = gather(run)
+    assert facts.best is not None and facts.best["step"] == step
+    assert compare([facts]).rows[0].values["val/loss"].mean == max(losses)
+    [view] = Reader([str(run)], print).views()
+    assert (view.best_epoch, view.best_by) == (worst + 1, "highest val/loss")

@@ -368,7 +368,7 @@ def test_the_page_is_for_every_reader(browser, tmp_path, width, scheme):
 
 
 def test_without_matplotlib_the_page_has_its_tables(tmp_path, monkeypatch):
-    monkeypatch.setattr("allranks.report.pictures.is_available", lambda: False)
+    monkeypatch.setattr("allranks.report.drawing.is_available", lambda: False)
     html = compare_page.write(compare(six_runs()), tmp_path, "sizes").read_text()
     assert "matplotlib is not installed" in html
     assert "94.50 ± 0.71" in html

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import re
@@ -12,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from allranks.base.errors import UserError
@@ -71,14 +74,20 @@ def test_a_finished_run_in_detail(finished):
     )
     assert value_of(lines, "val loss").startswith(f"{last['val/loss']:.4f}, ")
     assert value_of(lines, "val accuracy").startswith(f"{last['val/accuracy']:.2f} %")
+    assert value_of(lines, "best epoch") == f"{lowest_val_loss(finished)} (lowest val/loss)"
     assert value_of(lines, "test") == (
-        f"accuracy {finished.summary['test/accuracy']:.2f} %, loss {finished.summary['test/loss']:.4f}"
+        f"loss {finished.summary['test/loss']:.4f}, accuracy {finished.summary['test/accuracy']:.2f} %"
     )
     assert value_of(lines, "ranks") == "2 on 1 host"
     losses = [loss for line in finished.metrics for loss in (line["train/loss"], line["val/loss"])]
     assert [line.split()[0] for line in lines if re.match(r" +\d\.\d+  ", line)] == [
         f"{max(losses):.4g}", f"{min(losses):.4g}",
     ]  # fmt: skip
+
+
+def lowest_val_loss(run: Run) -> int:
+    """The number of the epoch with the lowest validation loss."""
+    return 1 + int(np.argmin(run.column("val/loss")))
 
 
 def test_watch_without_a_terminal_ends_at_once_and_json_has_the_records_numbers(finished):
@@ -164,8 +173,12 @@ def test_a_table_fits_into_its_window(columns):
             epochs=300,
             left_s=7000.0 * number,
             samples_per_s=123456.7,
-            val_losses=[1.0 / (epoch + 1) for epoch in range(number)],
-            val_accuracy=90.0,
+            metrics={
+                "train/loss": [1.0 / (epoch + 2) for epoch in range(number)],
+                "val/loss": [1.0 / (epoch + 1) for epoch in range(number)],
+                "train/accuracy": [90.0] * number,
+                "val/accuracy": [90.0] * number,
+            },
         )
         for number in range(10, 14)
     ]
@@ -339,16 +352,46 @@ def test_a_file_that_grows_is_truncated_and_is_replaced(tmp_path):
     tail.close()
 
 
-def test_a_file_that_was_closed_is_read_from_its_beginning_again(tmp_path):
+def test_after_an_error_of_the_file_system_no_line_is_shown_twice(tmp_path):
+    """A network file system may fail in the middle of a file, and give it again a moment later."""
     path = tmp_path / "log"
     path.write_text("one\ntw")
     tail = Tail(path)
     assert tail.new_lines() == ["one"]
-    tail.close()  # as after an error of the file system
     with path.open("a") as file:
-        file.write("o\n")
+        file.write("o\nthree\n")
+    assert tail._file is not None
+    tail._file.close()
+    tail._file = Stale(path)
+    assert tail.new_lines() == []
+    assert "Stale file handle" in tail.problem
+    assert tail.new_lines() == ["two", "three"]
+    assert tail.problem == ""
+
+
+class Stale(io.FileIO):
+    """A file of a server that is away for a moment: it gives some bytes, and then an error."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.has_given = False
+
+    def read(self, size: int | None = -1) -> bytes:
+        if self.has_given:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        self.has_given = True
+        return super().read(1)
+
+
+def test_a_file_that_was_replaced_while_it_was_closed_is_read_from_its_beginning(tmp_path):
+    path = tmp_path / "log"
+    path.write_text("one\ntwo\n")
+    tail = Tail(path)
     assert tail.new_lines() == ["one", "two"]
     tail.close()
+    (tmp_path / "new").write_text("of another file\n")
+    (tmp_path / "new").replace(path)
+    assert tail.new_lines() == ["of another file"]
 
 
 def test_what_only_the_jobs_log_says_stands_where_it_was_said(tmp_path):

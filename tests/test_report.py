@@ -21,7 +21,7 @@ import pytest
 from allranks.base.errors import UserError
 from allranks.base.processes import cpu_ranges
 from allranks.job.identity import RankIdentity
-from allranks.report import at_end, examine, pictures
+from allranks.report import at_end, curves, examine
 from allranks.report.command import report
 from allranks.report.gather import gather
 from allranks.report.html import Html, tag
@@ -224,7 +224,7 @@ def test_the_page_shows_the_figures_of_the_records(run, page, text):
 
 
 def test_the_phases_add_up_to_the_whole_run(run):
-    spent = pictures.phases_s(gather(run.path))
+    spent = curves.phases_s(gather(run.path))
     assert list(spent) == ["Start", "Training", "Evaluation", "Saving, test and the rest"]
     assert sum(spent.values()) == pytest.approx(run.summary["time/total_s"])
     assert spent["Training"] == pytest.approx(sum(run.column("time/train_s")))
@@ -508,10 +508,10 @@ def test_cpus_in_short(cpus, shown):
 
 
 def test_a_long_curve_is_thinned_out_and_keeps_its_ends():
-    kept = pictures.thinned(10_000)
-    assert len(kept) == pictures.MOST_POINTS
+    kept = curves.thinned(10_000)
+    assert len(kept) == curves.MOST_POINTS
     assert (kept[0], kept[-1]) == (0, 9_999)
-    assert pictures.thinned(3) == [0, 1, 2]
+    assert curves.thinned(3) == [0, 1, 2]
 
 
 def test_nothing_is_made_of_nothing(tmp_path):

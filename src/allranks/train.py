@@ -298,7 +298,10 @@ def _train_in(
     runtime, report, records = ready.runtime, ready.report, ready.records
     length = building.length_of(recipe, len(data.train))
     kept = KeptTraining(training, decisive, runtime)
-    with Saver(runtime, path, kept, keep=config.checkpoint.keep, save_s=config.watchdog.save_s) as saver:
+    with Saver(
+        runtime, path, kept,
+        keep=config.checkpoint.keep, save_s=config.watchdog.save_s, best=report.told.best,
+    ) as saver:  # fmt: skip
         resumed = saver.resume(config.resume)
         # From here on these signals are only counted, and the run saves before it ends. Until here there
         # was nothing to save, so they ended the process at once, also where it waited for other ranks, for

@@ -46,6 +46,8 @@ class Tail:
         self.path = path
         self.problem = ""  # why the file cannot be read; empty if it can, or does not exist yet
         self._file: BinaryIO | None = None
+        self._inode: tuple[int, int] | None = None  # which file was read last, as _inode_of() says
+        self._at = 0  # so many bytes of it have been read
         self._begun = b""  # the beginning of the last line, which has no line feed yet
 
     def new_lines(self) -> list[str]:
@@ -54,6 +56,7 @@ class Tail:
         if self._was_replaced():
             found += self._end_line()  # what the earlier file ended with
             self.close()
+            self._inode = None
             found += self._read()
         return found
 
@@ -62,30 +65,44 @@ class Tail:
         return self._end_line()
 
     def close(self) -> None:
-        """Closes the file; the next call opens it again from its beginning."""
+        """Closes the file; the next call of new_lines() opens it again, and goes on where this one was."""
         if self._file is not None:
             self._file.close()
         self._file = None
 
     def _read(self) -> list[str]:
-        """Reads the open file to its end, opening it if needed. Returns the lines that were completed."""
+        """Reads the file to its end, opening it if needed. Returns the lines that were completed."""
         try:
-            if self._file is None:
-                self._file = self.path.open("rb")
-                self._begun = b""  # the file is read from its beginning
-            if os.fstat(self._file.fileno()).st_size < self._file.tell():  # truncated: it begins anew
-                self._file.seek(0)
+            file = self._file or self._opened()
+            if os.fstat(file.fileno()).st_size < self._at:  # truncated: it begins anew
+                file.seek(0)
+                self._at = 0
                 self._begun = b""
-            data = b"".join(iter(lambda: self._file.read(PIECE_BYTES), b""))  # type: ignore[union-attr]
+            data = b"".join(iter(lambda: file.read(PIECE_BYTES), b""))
         except FileNotFoundError:  # not there yet
             return []
-        except OSError as error:  # the error may pass: the next call tries again
+        except OSError as error:
+            # A network file system may fail for a moment (EIO, ESTALE). The next call opens the file again,
+            # and goes on after the lines that were read.
             self.problem = f"{self.path} cannot be read ({error.strerror})."
             self.close()
             return []
         self.problem = ""
+        self._at += len(data)
         *whole, self._begun = (self._begun + data).split(b"\n")
         return [line.decode(errors="replace") for line in whole]
+
+    def _opened(self) -> BinaryIO:
+        """Opens the file: at its beginning, or where it was read up to, if it is still the same file."""
+        self._file = self.path.open("rb")
+        about = os.fstat(self._file.fileno())
+        if _inode_of(about) == self._inode and about.st_size >= self._at:
+            self._file.seek(self._at)
+        else:
+            self._inode = _inode_of(about)
+            self._at = 0
+            self._begun = b""
+        return self._file
 
     def _was_replaced(self) -> bool:
         """Whether there is another file at the path now than the one that is open."""
@@ -95,14 +112,18 @@ class Tail:
             there = self.path.stat()
         except OSError:
             return False
-        here = os.fstat(self._file.fileno())
-        return (there.st_ino, there.st_dev) != (here.st_ino, here.st_dev)
+        return _inode_of(there) != _inode_of(os.fstat(self._file.fileno()))
 
     def _end_line(self) -> list[str]:
         """The line that has no line feed, as if it were complete; an empty list if there is none."""
         line = self._begun.decode(errors="replace")
         self._begun = b""
         return [line] if line else []
+
+
+def _inode_of(about: os.stat_result) -> tuple[int, int]:
+    """What tells a file from every other file of this host."""
+    return about.st_ino, about.st_dev
 
 
 @dataclass

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from allranks.base.errors import UserError
-from allranks.report.gather import METRICS, RunFacts, as_number, as_whole, gather
-from allranks.run import checkpoint
+from allranks.report.gather import EPOCH, METRICS, RunFacts, as_number, as_whole, gather
 from allranks.run.cells import JOB, runs_below
 from allranks.run.states import RunState, queue_states, states_of
 
@@ -46,13 +45,14 @@ class View:
     share: float | None = None  # the part of the run that is done, from 0 to 1
     samples_per_s: float | None = None  # over all ranks, in the newest epoch
     left_s: float | None = None  # seconds until the last epoch is done
-    train_losses: Sequence[float | None] = ()  # epoch after epoch
-    val_losses: Sequence[float | None] = ()
+    # The metrics of the training, in the order for people: each as it was measured, epoch after epoch. None
+    # stands for a value that is not finite.
+    metrics: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
     step_losses: Sequence[float | None] = ()  # of the steps that were recorded
-    val_accuracy: float | None = None  # in percent, after the newest epoch
-    best_epoch: int | None = None  # by val/loss
-    test_loss: float | None = None
-    test_accuracy: float | None = None  # in percent
+    best_epoch: int | None = None
+    best_by: str = ""  # how it is chosen, such as `lowest val/loss`; empty without a best epoch
+    tests: Mapping[str, float] = field(default_factory=dict)  # the figures over the test set
+    counts: str = "epoch"  # what a line of metrics.jsonl stands for; `step` in a loop without epochs
     ranks: int | None = None
     hosts: int | None = None
     problems: Sequence[str] = field(default=())  # a sentence for each file that cannot be read
@@ -62,14 +62,24 @@ class View:
         """Whether the run is training now, by its files or by what the scheduler says of its job."""
         return self.state.startswith("running")
 
+    def newest(self, metric: str) -> float | None:
+        """The value of a metric that was measured last; None where it is not finite, or there is none."""
+        values = self.metrics.get(metric)
+        return values[-1] if values else None
+
     def to_json(self) -> dict[str, Any]:
         """The view for programs, without the curves: metrics.jsonl has them."""
-        curves = ("train_losses", "val_losses", "step_losses")
-        values = {key: value for key, value in asdict(self).items() if key not in curves}
+        left_out = ("metrics", "step_losses", "tests", "best_by", "counts")
+        values = {key: value for key, value in asdict(self).items() if key not in left_out}
+        newest = {name: values[-1] for name, values in self.metrics.items()}
         return {
             **values,
-            "train_loss": self.train_losses[-1] if self.train_losses else None,
-            "val_loss": self.val_losses[-1] if self.val_losses else None,
+            "train_loss": newest.get("train/loss"),
+            "val_loss": newest.get("val/loss"),
+            "val_accuracy": newest.get("val/accuracy"),
+            "test_loss": self.tests.get("test/loss"),
+            "test_accuracy": self.tests.get("test/accuracy"),
+            "metrics": {**newest, **self.tests},
             "problems": list(self.problems),
         }
 
@@ -95,13 +105,14 @@ class Reader:
 
         Raises UserError if no run can be read. A single run that cannot be read only causes a warning.
         """
-        directories: list[Path] = []
+        found: list[Path] = []
         problems: list[UserError] = []
         for path in self.paths:
             try:
-                directories += runs_at(path)
+                found += runs_at(path)
             except UserError as error:
                 problems.append(error)
+        directories = _each_once(found)
         if not directories and problems:
             raise problems[0]
         for problem in problems:
@@ -146,6 +157,14 @@ class Reader:
         return self._in_queue
 
 
+def _each_once(directories: Sequence[Path]) -> list[Path]:
+    """The directories without those that are there under another name already: a link, another spelling."""
+    by_place: dict[Path, Path] = {}
+    for directory in directories:
+        by_place.setdefault(directory.resolve(), directory)
+    return list(by_place.values())
+
+
 def runs_at(path: str) -> list[Path]:
     """The directories of the runs at a path, which is a run, a sweep, or a folder with runs in it.
 
@@ -177,14 +196,14 @@ def view_of(directory: Path, state: RunState) -> View:
     problems = list(facts.problems)
     recorded = newest_steps(directory / STEPS)
     epochs = facts.epochs_planned
-    done = as_whole(facts.epochs[-1]["epoch"]) or 0 if facts.epochs else 0
+    done = facts.places[-1] if facts.epochs and facts.axis == EPOCH else 0
     steps = _steps_in_all(facts, done)
     step = max(
         (as_whole(line.get("step")) or 0 for line in [*facts.epochs[-1:], *recorded[-1:]]), default=None
     )
     epoch_s = _seconds_of_an_epoch(facts)
     left_s = _left_s(facts, state, done, epoch_s, directory)
-    best = checkpoint.best_of(facts.epochs)
+    best = facts.best
     return View(
         directory=str(directory),
         name=facts.name,
@@ -197,17 +216,24 @@ def view_of(directory: Path, state: RunState) -> View:
         share=_share(facts, state, done, step, steps, epoch_s, left_s),
         samples_per_s=facts.last("throughput/samples_per_s"),
         left_s=left_s,
-        train_losses=facts.column("train/loss"),
-        val_losses=facts.column("val/loss"),
+        metrics={name: _measured(facts, name) for name in facts.metrics},
         step_losses=[as_number(line.get("step/loss")) for line in recorded],
-        val_accuracy=facts.last("val/accuracy"),
-        best_epoch=best["epoch"] if best else None,
-        test_loss=as_number(facts.summary.get("test/loss")),
-        test_accuracy=as_number(facts.summary.get("test/accuracy")),
+        best_epoch=as_whole(best.get(EPOCH)) if best else None,
+        best_by=facts.rule.words if best else "",
+        tests=facts.tests,
+        counts=facts.axis,
         ranks=facts.world_size,
         hosts=len({rank.host for rank in facts.ranks}) or None,
         problems=problems,
     )
+
+
+def _measured(facts: RunFacts, metric: str) -> list[float | None]:
+    """The values of a metric in the lines that have it; None where it is not finite.
+
+    A loop may measure it after every fifth epoch only.
+    """
+    return [line[metric] for line in facts.epochs if metric in line]
 
 
 def newest_steps(path: Path) -> list[dict[str, Any]]:
@@ -236,7 +262,7 @@ def _steps_in_all(facts: RunFacts, done: int) -> int | None:
     limit = as_whole(facts.config.get("trainer.max_steps"))
     epochs = facts.epochs_planned
     of_epoch = None
-    if done and facts.epochs[-1]["step"]:
+    if done and facts.epochs[-1].get("step"):
         of_epoch = facts.epochs[-1]["step"] / done
     else:
         of_epoch = _steps_by_config(facts.config, facts.world_size)
@@ -262,9 +288,9 @@ def _steps_by_config(config: Mapping[str, Any], world_size: int | None) -> float
 def _seconds_of_an_epoch(facts: RunFacts) -> float | None:
     """The mean time of the newest epochs, including their evaluations; None before the first epoch."""
     times = [
-        epoch["time/train_s"] + (epoch["time/eval_s"] or 0.0)
+        epoch["time/train_s"] + (epoch.get("time/eval_s") or 0.0)
         for epoch in facts.epochs[-RECENT_EPOCHS:]
-        if epoch["time/train_s"] is not None
+        if epoch.get("time/train_s") is not None
     ]
     return sum(times) / len(times) if times else None
 

@@ -19,14 +19,18 @@ from allranks.base.terminal import BOLD, CYAN, DIM, GREEN, RED, YELLOW, painted
 from allranks.base.text import as_text, printable
 from allranks.follow import drawing
 from allranks.follow.reading import Reader, View
+from allranks.run import metric_names
 
 # A network file system shows new content of a file only every few seconds: drawing more often would show
 # nothing more.
 EVERY_S = 2
 LEAST_CHART_COLUMNS, MOST_CHART_COLUMNS = 20, 72
 CHART_ROWS = 8
+LEAST_SCALE_COLUMNS = 8  # room for the numbers beside a chart, such as 0.08123
 LABEL_COLUMNS = 14
 SPARK_COLUMNS = 12
+MOST_METRICS = 12  # have a line each in the picture of one run; of further ones the names are given
+MOST_CURVES = 3  # in one picture: those of the training, validation and test examples
 
 # Terminals have a second screen. _ENTER shows it and hides the cursor; _LEAVE goes back to the first
 # screen, which is unchanged, and shows the cursor.
@@ -75,7 +79,7 @@ def _detail(view: View, look: Look) -> list[str]:
             head = look.paint(f"  {label:{LABEL_COLUMNS}}", DIM)
             lines.append(head + _fitting(value, look, LABEL_COLUMNS + 2))
 
-    if view.epochs:
+    if view.epochs and view.counts == "epoch":
         words = _progress_words(view)
         room = look.width - LABEL_COLUMNS - 4 - len(words)
         length = min(max(room, 0), 40)
@@ -83,6 +87,8 @@ def _detail(view: View, look: Look) -> list[str]:
         lines.append(
             look.paint(f"  {'progress':{LABEL_COLUMNS}}", DIM) + look.paint(bar, CYAN) + f"  {words}"
         )
+    elif view.step:
+        add("progress", f"step {view.step:,}")
     if view.left_s is not None:
         add("time left", terminal.short_duration(view.left_s))
     if view.samples_per_s is not None:
@@ -91,14 +97,14 @@ def _detail(view: View, look: Look) -> list[str]:
         hosts = f" on {view.hosts} host{'s' if view.hosts != 1 else ''}" if view.hosts else ""
         add("ranks", f"{view.ranks:,}{hosts}")
     add("job", view.job_id)
-    add("train loss", _newest(view.train_losses))
-    add("val loss", _newest(view.val_losses))
-    if view.val_accuracy is not None:
-        best = f"; the best epoch is {view.best_epoch}" if view.best_epoch else ""
-        add("val accuracy", f"{view.val_accuracy:.2f} %{best}")
-    if view.test_accuracy is not None:
-        loss = f", loss {view.test_loss:.4f}" if view.test_loss is not None else ""
-        add("test", f"accuracy {view.test_accuracy:.2f} %{loss}")
+    metrics = list(view.metrics)
+    for name in metrics[:MOST_METRICS]:
+        add(metric_names.words_of(name), _newest(name, view))
+    if len(metrics) > MOST_METRICS:
+        add("and", ", ".join(metrics[MOST_METRICS:]))
+    if view.best_epoch:
+        add("best epoch", f"{view.best_epoch} ({view.best_by})")
+    add("test", metric_names.in_a_sentence(view.tests))
     add("directory", as_text(view.directory))
     for problem in view.problems:
         add("problem", printable(problem))
@@ -113,24 +119,29 @@ def _progress_words(view: View) -> str:
     return f"{share}  epoch {view.epoch} of {view.epochs}{steps}{of}"
 
 
-def _newest(losses: Sequence[float | None]) -> str | None:
-    """The newest loss, and the first one."""
-    if not losses:
+def _newest(name: str, view: View) -> str | None:
+    """The newest value of a metric, and the first one; `nan` for one that is not finite."""
+    values = view.metrics[name]
+    if not values:
         return None
-    shown = ["nan" if loss is None else f"{loss:.4f}" for loss in (losses[-1], losses[0])]
-    return shown[0] if len(losses) == 1 else f"{shown[0]}, {shown[1]} after the first epoch"
+    shown = [
+        "nan" if value is None else metric_names.with_unit(name, value) for value in (values[-1], values[0])
+    ]
+    return shown[0] if len(values) == 1 else f"{shown[0]}, {shown[1]} after the first {view.counts}"
 
 
 def _curves(view: View, look: Look) -> list[str]:
-    """The losses of the epochs as curves. While there are fewer than two epochs, the losses of the steps.
+    """The curves of the quantity that comes first, the loss. Before two epochs, the losses of the steps.
 
-    Empty if there are fewer than two losses, or if the window is too narrow.
+    Empty if there are fewer than two values, or if the window is too narrow.
     """
-    by_epoch = len(view.train_losses) > 1
-    if by_epoch:
-        curves = [view.train_losses, view.val_losses]
-        names = ["train loss", "val loss"]
-        axis = f"epoch 1 to {view.epoch}"
+    of_quantities = list(metric_names.by_quantity(view.metrics).values())
+    names = of_quantities[0][:MOST_CURVES] if of_quantities else []
+    if names and len(view.metrics[names[0]]) > 1:
+        curves = [view.metrics[name] for name in names]
+        names = [metric_names.words_of(name) for name in names]
+        last = f"{view.step:,}" if view.counts == "step" else str(len(curves[0]))
+        axis = f"up to step {last}" if view.counts == "step" else f"{view.counts} 1 to {last}"
     elif len(view.step_losses) > 1:
         curves = [view.step_losses]
         names = ["loss of a step"]
@@ -138,11 +149,16 @@ def _curves(view: View, look: Look) -> list[str]:
     else:
         return []
     known = [loss for curve in curves for loss in curve if loss is not None]
-    columns = min(look.width - 12, MOST_CHART_COLUMNS)
-    if not known or columns < LEAST_CHART_COLUMNS:
+    if not known:
         return []
-    colours = [YELLOW, CYAN] if by_epoch else [CYAN]
-    signs = ["dots", "line"] if by_epoch else ["line"]
+    top, bottom = f"{max(known):.4g}", f"{min(known):.4g}"
+    scale_columns = max(len(top), len(bottom), LEAST_SCALE_COLUMNS)
+    columns = min(look.width - scale_columns - 4, MOST_CHART_COLUMNS)
+    if columns < LEAST_CHART_COLUMNS:
+        return []
+    # Of several curves the first one is dotted.
+    colours = [YELLOW, CYAN, GREEN][: len(curves)] if len(curves) > 1 else [CYAN]
+    signs = ["dots", "line", "line"][: len(curves)] if len(curves) > 1 else ["line"]
     legend = "  ".join(
         look.paint(f"{name} ({sign})", colour)
         for name, sign, colour in zip(names, signs, colours, strict=True)
@@ -154,13 +170,12 @@ def _curves(view: View, look: Look) -> list[str]:
         ]
         return ["", *lines]
     rows = drawing.chart(curves, columns, CHART_ROWS)
-    lines = ["", f"  {'':8}  {legend}"]
+    lines = ["", f"  {'':{scale_columns}}  {legend}"]
     for number, cells in enumerate(rows):
-        height = {0: max(known), CHART_ROWS - 1: min(known)}.get(number)
-        scale = "" if height is None else f"{height:.4g}"
+        scale = {0: top, CHART_ROWS - 1: bottom}.get(number, "")
         drawn = "".join(sign if who is None else look.paint(sign, colours[who]) for sign, who in cells)
-        lines.append(look.paint(f"  {scale:>8}  ", DIM) + drawn.rstrip())
-    return [*lines, look.paint(f"  {'':8}  {axis}", DIM)]
+        lines.append(look.paint(f"  {scale:>{scale_columns}}  ", DIM) + drawn.rstrip())
+    return [*lines, look.paint(f"  {'':{scale_columns}}  {axis}", DIM)]
 
 
 class _Column(NamedTuple):
@@ -182,15 +197,7 @@ def _table(views: Sequence[View], look: Look) -> list[str]:
         _Column("epoch", [_epoch(view) for view in views]),
         _Column("left", [_or_dash(view.left_s, terminal.short_duration) for view in views], goes=1),
         _Column("samples/s", [_or_dash(view.samples_per_s, "{:,.0f}".format) for view in views], goes=5),
-        _Column("val loss", [_or_dash(_last(view.val_losses), "{:.4f}".format) for view in views], goes=4),
-        _Column("val %", [_or_dash(view.val_accuracy, "{:.2f}".format) for view in views], goes=2),
-        _Column("test %", [_or_dash(view.test_accuracy, "{:.2f}".format) for view in views], goes=3),
-        _Column(
-            "val loss so far",
-            [drawing.sparkline(view.val_losses, SPARK_COLUMNS, look.is_unicode) for view in views],
-            goes=6,
-            is_number=False,
-        ),
+        *_columns_of_metrics(views, look),
     ]
     # A column is left out if none of its cells is known, or if there is no room for it.
     columns = [column for column in columns if any(cell not in ("-", "") for cell in column.cells)]
@@ -208,6 +215,46 @@ def _table(views: Sequence[View], look: Look) -> list[str]:
     problems = [problem for view in views for problem in view.problems]
     lines += [look.paint(_fitting(f"  {printable(problem)}", look), YELLOW) for problem in problems[:5]]
     return [_count(views), "", *lines]
+
+
+def _columns_of_metrics(views: Sequence[View], look: Look) -> list[_Column]:
+    """The columns of what most of the runs are about: loss and main metric, test figure, the loss so far.
+
+    Metrics of validation examples are taken, where there are such.
+    """
+    every = dict.fromkeys(name for view in views for name in view.metrics)
+    quantities = metric_names.by_quantity(every)
+    if not quantities:
+        return []
+    main = metric_names.main_quantity(every)
+    first = next(iter(quantities))
+    names = [
+        (metric_names.of_parts(quantities[each], "val") or quantities[each])[0] for each in (first, main)
+    ]
+    columns = []
+    # In a narrow window the loss goes before the main metric.
+    for name, goes in dict(zip(names, (4, 2), strict=True)).items():
+        cells = [_number(name, view.newest(name)) for view in views]
+        columns.append(_Column(_title(name), cells, goes=goes))
+    test = f"test/{main}"
+    columns.append(_Column(_title(test), [_number(test, view.tests.get(test)) for view in views], goes=3))
+    curve = names[0]
+    sparks = [
+        drawing.sparkline(view.metrics.get(curve, ()), SPARK_COLUMNS, look.is_unicode) for view in views
+    ]
+    columns.append(_Column(f"{_title(curve)} so far", sparks, goes=6, is_number=False))
+    return columns
+
+
+def _title(name: str) -> str:
+    """The title of a metric's column: `val loss`, or `val %` for an accuracy."""
+    if metric_names.quantity_of(name) == "accuracy":
+        return f"{metric_names.part_of(name)} %".lstrip()
+    return metric_names.words_of(name)
+
+
+def _number(name: str, value: float | None) -> str:
+    return metric_names.number(name, value)
 
 
 def _count(views: Sequence[View]) -> str:
@@ -234,11 +281,10 @@ def _width(columns: Sequence[_Column]) -> int:
 
 
 def _epoch(view: View) -> str:
+    """How many epochs are done, of how many; the newest step of a loop that counts none."""
+    if view.counts != "epoch":
+        return f"step {view.step:,}" if view.step else "-"
     return f"{view.epoch}/{view.epochs}" if view.epochs else "-"
-
-
-def _last(figures: Sequence[float | None]) -> float | None:
-    return figures[-1] if figures else None
 
 
 def _or_dash(value: float | None, text: Callable[[float], str]) -> str:

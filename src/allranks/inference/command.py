@@ -33,8 +33,8 @@ CONFUSED = 10  # with more classes only this number of the commonest mistakes is
 SOME_FAILED = 1  # exit code where some images were predicted, and others could not be read
 
 CHECKPOINT_HELP = (
-    "which checkpoint: newest (the default: summary.json was measured with it), best (the least val/loss "
-    "of those that are still there), a step such as 750, or the path of one"
+    "which checkpoint: newest (the default: summary.json was measured with it), best (by "
+    "the run's checkpoint.best, of those that are still there), a step such as 750, or the path of one"
 )
 OVERRIDES_HELP = (
     "what is not to be as in the run: data=NAME, data.KEY=VALUE (data.root=/shared/data), device=cpu, "

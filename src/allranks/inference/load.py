@@ -11,8 +11,7 @@ the run to the last digit.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ from allranks.base.processes import usable_cpus
 from allranks.config import Config, WatchdogConfig
 from allranks.job.identity import RankIdentity
 from allranks.run import checkpoint
+from allranks.run.best import KEY, rule_of, value_of
 from allranks.run.cells import CELLS
 from allranks.run.directory import CONFIG
 from allranks.runtime.bringup import is_available, open_runtime
@@ -35,7 +35,7 @@ from allranks.training.building import Recipe, build_model, build_task
 from allranks.training.state import STATE, restore_model
 
 NEWEST = "newest"  # the default: summary.json was measured with the newest checkpoint of a finished run
-BEST = "best"  # the one with the least val/loss of those that are still there
+BEST = "best"  # of those that are still there the best one, by the run's own checkpoint.best
 
 # No other rank waits for a process that only uses a model. So the watchdog need not end it, however slow it
 # is: 1e9 s are 30 years.
@@ -224,15 +224,15 @@ def _world_size(chosen: Chosen) -> int:
 def choose(directory: str | Path, which: str = NEWEST) -> Chosen:
     """The checkpoint that `which` asks for, read and verified.
 
-    `newest` is the one with the most steps. `best` is the one with the least val/loss among those that were
-    saved at the end of an epoch and are still there. A number is a step. Anything else is the path of a
-    checkpoint. For `newest` and `best` a damaged checkpoint is passed over, and the next one is tried.
-    Raises UserError where no checkpoint can be read.
+    `newest` is the one with the most steps. `best` is the best one by the run's `checkpoint.best`, among
+    those that were saved at the end of an epoch and are still there. A number is a step. Anything else is
+    the path of a checkpoint. For `newest` and `best` a damaged checkpoint is passed over, and the next one
+    is tried. Raises UserError where no checkpoint can be read.
     """
     if which == NEWEST:
-        return _first_valid(directory, by_loss=False)
+        return _first_valid(directory, best_first=False)
     if which == BEST:
-        return _first_valid(directory, by_loss=True)
+        return _first_valid(directory, best_first=True)
     if which.isdecimal():
         path = checkpoint.path_of(directory, int(which))
         there = checkpoint.steps(directory)
@@ -256,12 +256,12 @@ def _read_one(path: Path, given: str) -> Chosen:
         raise UserError(f"--checkpoint {given}: {path} cannot be read ({error.strerror}).") from error
 
 
-def _first_valid(directory: str | Path, by_loss: bool) -> Chosen:
-    """The first checkpoint that is valid, beginning with the newest or with that of the least val/loss."""
+def _first_valid(directory: str | Path, best_first: bool) -> Chosen:
+    """The first checkpoint that is valid, beginning with the best or with the newest."""
     for _ in range(_TRIES):
         passed_over: list[str] = []
         has_moved = False
-        for path in _in_order(directory, by_loss):
+        for path in _in_order(directory, best_first):
             try:
                 return Chosen(path, checkpoint.read(path), passed_over)
             except checkpoint.Damaged as damaged:
@@ -280,7 +280,7 @@ def _first_valid(directory: str | Path, by_loss: bool) -> Chosen:
     )
 
 
-def _in_order(directory: str | Path, by_loss: bool) -> Sequence[Path]:
+def _in_order(directory: str | Path, best_first: bool) -> Sequence[Path]:
     """The checkpoints of a run, whether valid or not, in the order in which they are to be tried."""
     try:
         steps = checkpoint.steps(directory)
@@ -288,23 +288,38 @@ def _in_order(directory: str | Path, by_loss: bool) -> Sequence[Path]:
         raise UserError(
             f"{checkpoint.folder(directory)} cannot be read ({error.strerror}): look whether it is there."
         ) from error
-    if by_loss:
-        losses = _losses(directory, steps)
-        steps = sorted(steps, key=lambda step: losses.get(step, math.inf))  # the newest first of equal ones
+    if best_first:
+        steps = _best_first(directory, steps)
     return [checkpoint.path_of(directory, step) for step in steps]
 
 
-def _losses(directory: str | Path, steps: Sequence[int]) -> dict[int, float]:
-    """val/loss by step, from the history in the newest checkpoint that is valid."""
+def _best_first(directory: str | Path, steps: Sequence[int]) -> list[int]:
+    """These steps, which are sorted from the newest to the oldest, with the best ones first.
+
+    Steps whose value is not known come last: those in the middle of an epoch, for example. Of equal ones
+    the newest comes first.
+    """
+    rule = rule_of(configs.leaves(read_config(Path(directory)))[KEY])
+    values: dict[int, float] = {}
+    for line in _history(directory, steps):
+        value = value_of(line, rule)
+        if value is not None:
+            values[line["step"]] = value
+    known = [step for step in steps if step in values]
+    others = [step for step in steps if step not in values]
+    return [*sorted(known, key=values.__getitem__, reverse=not rule.lower_is_better), *others]
+
+
+def _history(directory: str | Path, steps: Sequence[int]) -> list[Mapping[str, Any]]:
+    """The metrics of all epochs, from the newest of these checkpoints that is valid; empty without one."""
     for step in steps:
         try:
             files = checkpoint.read(checkpoint.path_of(directory, step))
             history = checkpoint.from_json(STATE, files[STATE])["history"]
-            losses = {epoch["step"]: float(epoch["val/loss"]) for epoch in history}
-        except (checkpoint.Damaged, OSError, KeyError, TypeError, ValueError):
+            return [line for line in history if isinstance(line["step"], int)]
+        except (checkpoint.Damaged, OSError, KeyError, TypeError):
             continue  # the user hears of this checkpoint when _first_valid() tries to read it
-        return {step: loss for step, loss in losses.items() if math.isfinite(loss)}
-    return {}
+    return []
 
 
 # --- the device ----------------------------------------------------------------------------------------

@@ -15,13 +15,14 @@ from pathlib import Path
 from allranks.base import files
 from allranks.base.arguments import with_our_errors
 from allranks.base.errors import UserError, show
-from allranks.report import at_end, compare_command, pictures
+from allranks.report import at_end, compare_command, drawing, pictures
 from allranks.report.at_end import FOLDER, PAGE
 from allranks.report.compare import compare
+from allranks.report.drawing import Picture
 from allranks.report.examine import Examined
 from allranks.report.gather import RunFacts, gather
 from allranks.report.page import page
-from allranks.report.pictures import Picture
+from allranks.run import metric_names
 
 PASS_NOT_ENDED = "The test set's part is missing: the pass of the model over it has not come to its end."
 
@@ -81,18 +82,19 @@ def report(run: Path, folder: Path, device: str | None = None, passes: bool = Tr
     """Makes the page of a run in `folder` and returns its path; says on stderr what the page lacks.
 
     `device` is what the model computes on during the pass over the test set, as in the key `device`; None
-    stands for the run's own. If `passes` is False, the model is not loaded and there is no such pass.
+    stands for the run's own. If `passes` is False, or if the run is no classification, the model is not
+    loaded and there is no such pass.
     Raises UserError if `run` holds no run, or if the page cannot be written.
     """
     facts = gather(run)
     notes: list[str] = []
     drawn: list[Picture] = []
-    has_pictures = pictures.is_available()
+    has_pictures = drawing.is_available()
     if has_pictures:
         drawn = pictures.of_run(facts)
     else:
-        notes.append(pictures.MISSING)
-    if not passes:
+        notes.append(drawing.MISSING)
+    if not (passes and _can_be_examined(facts)):
         path = _write(folder, facts, drawn, notes)
         _say(notes)
         return path
@@ -113,6 +115,19 @@ def report(run: Path, folder: Path, device: str | None = None, passes: bool = Tr
     return path
 
 
+def _can_be_examined(facts: RunFacts) -> bool:
+    """Whether a pass of the model over the test set can be shown: the run is a classification.
+
+    Its confusion matrix and its mistakes are shown. Other trainings have none. A run that has recorded
+    nothing yet counts as a classification, unless no model stands in its configuration: then a program of
+    the user's own makes the model.
+    """
+    if "model._target_" not in facts.config and facts.config:
+        return False
+    known = [*facts.metrics, *facts.tests]
+    return not known or any(metric_names.quantity_of(name) == "accuracy" for name in known)
+
+
 def _write(
     folder: Path,
     facts: RunFacts,
@@ -127,7 +142,7 @@ def _write(
     path = folder / PAGE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        pictures.write(folder / FOLDER, drawn)
+        drawing.write(folder / FOLDER, drawn)
         files.write_text(path, page(facts, seen, drawn, notes)).close()
     except OSError as error:
         raise UserError(

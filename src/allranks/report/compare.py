@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,8 @@ from allranks.base.errors import UserError
 from allranks.base.text import did_you_mean
 from allranks.compose import GROUPS, as_override
 from allranks.report.gather import RunFacts, as_number
+from allranks.run import metric_names
+from allranks.run.best import BY_DEFAULT
 
 SEED = "seed"
 # The state of a run that has not started, as run/states.py calls it. A cell of a sweep that has no
@@ -35,21 +37,19 @@ class Figure(NamedTuple):
 
     name: str  # the same as in summary.json or metrics.jsonl, if the figure stands there
     heading: str  # of its column in a table for people
-    meaning: str
-    higher_is_better: bool | None  # None: neither high nor low is better
+    higher_is_better: bool | None  # None: neither is known to be better
 
 
-FIGURES = (
-    Figure("test/accuracy", "test/accuracy", "percent of the test set, of finished runs", True),
-    Figure("test/loss", "test/loss", "mean over the test set, of finished runs", False),
-    Figure("val/accuracy", "val/accuracy", "percent of the validation examples, of the best epoch", True),
-    Figure("val/loss", "val/loss", "mean over the validation examples, of the best epoch", False),
-    Figure("throughput/samples_per_s", "samples/s", "training examples per second, median of epochs", True),
-    Figure("time/epochs_s", "time", "seconds of training and evaluation, all epochs together", False),
-    Figure("time/total_s", "total", "seconds from the start of rank 0's process to the end", False),
-    Figure("epochs", "epochs", "completed epochs", None),
+# The figures that every run has. Before them stand the metrics of the runs; figures_for() lists them all.
+SPEED = "throughput/samples_per_s"
+OF_COMPUTING = (
+    Figure(SPEED, "samples/s", True),  # training examples per second, median of epochs
+    Figure("time/epochs_s", "time", False),  # seconds of training and evaluation, all epochs together
+    Figure("time/total_s", "total", False),  # seconds from the start of rank 0's process to the end
+    Figure("epochs", "epochs", None),  # completed
 )
-BY_DEFAULT = "test/accuracy"
+# What runs are assumed to be about that have no metrics yet.
+_USUAL_QUANTITIES = ("accuracy", "loss")
 
 
 class Value(NamedTuple):
@@ -84,6 +84,7 @@ class Comparison:
     """Several runs side by side."""
 
     rows: Sequence[Row]  # sorted
+    figures: Sequence[Figure]  # that the runs have, in the order of their columns
     keys: Sequence[str]  # in which the rows differ; keys that change the result come first
     sorted_by: str  # the name of a figure, or one of `keys`
     best_by: str  # the figure by which the best row is marked; empty if no row can be called the best
@@ -93,6 +94,10 @@ class Comparison:
     def runs(self) -> list[RunFacts]:
         """All runs, in the order of the rows."""
         return [run for row in self.rows for run in row.runs]
+
+    def figure_named(self, name: str) -> Figure | None:
+        """The figure with this name or this heading; None if there is no such figure."""
+        return _figure_named(name, self.figures)
 
     @property
     def has_groups(self) -> bool:
@@ -111,23 +116,25 @@ class Comparison:
 def compare(runs: Sequence[RunFacts], sort_by: str | None = None, each: bool = False) -> Comparison:
     """Compares runs, in a table sorted by a figure or by a key of the configuration.
 
-    Without `sort_by` the table is sorted by test/accuracy, or by val/accuracy if no run has been tested.
-    With `each` every run is a row of its own, also where runs differ only in their seed. Raises UserError
-    for a `sort_by` that is neither a figure nor a key in which the runs differ.
+    Without `sort_by` the table is sorted by the first figure over the test set, such as test/accuracy, or
+    by the first one over the validation examples if no run has been tested. With `each` every run is a row
+    of its own, also where runs differ only in their seed. Raises UserError for a `sort_by` that is neither
+    a figure nor a key in which the runs differ.
     """
     settings = [_settings(run) for run in runs]
     keys = _differing(runs, settings)
     if not each:
         keys = [key for key in keys if key != SEED]
-    rows = _rows(runs, settings, keys, each)
+    figures = figures_for(runs)
+    rows = _rows(runs, figures, settings, keys, each)
 
-    by = _sort_key(sort_by, keys, rows)
-    rows = _sorted(rows, by)
+    by = _sort_key(sort_by, figures, keys, rows)
+    rows = _sorted(rows, by, figures)
     notes = [*_about_count(runs), *_about_data(runs), *_about_problems(runs)]
-    best_by = _best_by(by, rows, is_same_test=not _differ(runs, _TESTED_ON))
+    best_by = _best_by(by, figures, rows, is_same_test=not _differ(runs, _TESTED_ON))
     if best_by:
-        rows = _with_best(rows, best_by)
-    return Comparison(rows, keys, by, best_by, notes)
+        rows = _with_best(rows, best_by, figures)
+    return Comparison(rows, figures, keys, by, best_by, notes)
 
 
 # --- in what runs differ ---------------------------------------------------------------------------------
@@ -241,7 +248,11 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 
 
 def _rows(
-    runs: Sequence[RunFacts], settings: Sequence[Mapping[str, Any]], keys: Sequence[str], each: bool
+    runs: Sequence[RunFacts],
+    figures: Sequence[Figure],
+    settings: Sequence[Mapping[str, Any]],
+    keys: Sequence[str],
+    each: bool,
 ) -> list[Row]:
     """A row for each run, or for all runs that differ only in their seed."""
     groups: dict[object, list[int]] = {}
@@ -254,33 +265,84 @@ def _rows(
     for members in groups.values():
         first = settings[members[0]]
         own = {key: first[key] for key in keys if key in first}
-        rows.append(_row([runs[index] for index in members], own))
+        rows.append(_row([runs[index] for index in members], figures, own))
     return rows
 
 
-def _row(runs: Sequence[RunFacts], settings: Mapping[str, Any]) -> Row:
+def _row(runs: Sequence[RunFacts], figures: Sequence[Figure], settings: Mapping[str, Any]) -> Row:
     """The row of these runs, with the mean of each figure over them."""
     # A run that has not finished has trained for a shorter time, so its figures would distort the mean of
     # finished runs. Such runs count only if no run of the row has finished.
     finished = [run for run in runs if run.is_finished]
-    counted = [figures_of(run) for run in finished or runs]
-    values = {figure.name: value_of(each[figure.name] for each in counted) for figure in FIGURES}
+    counted = [_figures_of(run) for run in finished or runs]
+    values = {figure.name: value_of(each.get(figure.name) for each in counted) for figure in figures}
     return Row(runs, settings, values)
 
 
-def figures_of(run: RunFacts) -> dict[str, float | None]:
-    """The value of each of FIGURES for one run, by its name; None if it is not known."""
+def figures_for(runs: Sequence[RunFacts]) -> list[Figure]:
+    """The figures that these runs have: those over the test set, those of the best epoch, speed and time.
+
+    The quantity comes first that says most: the accuracy, or what `checkpoint.best` names. Every quantity
+    that was measured on validation examples has a figure over the test set too, which runs get at their
+    end.
+    """
+    known: dict[str, None] = {}
+    for run in runs:
+        known.update(dict.fromkeys([*run.metrics, *run.tests]))
+    measured = metric_names.of_parts(list(known), "val", "test")
+    quantities = list(metric_names.by_quantity(measured)) if known else list(_USUAL_QUANTITIES)
+    main = _main_quantity(runs, quantities)
+    quantities.sort(key=lambda quantity: quantity != main)  # stable: the others keep their order
+    names = [f"{part}/{quantity}" for part in ("test", "val") for quantity in quantities]
+    # A quantity that is measured neither there nor there is shown as the training has it.
+    names += [name for name in known if metric_names.quantity_of(name) not in quantities]
+    rules = {run.rule.metric: not run.rule.lower_is_better for run in runs if run.config}
+    return [*(Figure(name, name, _is_higher_better(name, rules)) for name in names), *OF_COMPUTING]
+
+
+def _main_quantity(runs: Sequence[RunFacts], quantities: Sequence[str]) -> str:
+    """The quantity that decides without --sort: the one that all runs have in `checkpoint.best`.
+
+    While that has its default, or if the runs differ in it, it is the accuracy, or else the first one.
+    """
+    given = {run.rule for run in runs}
+    if len(given) == 1:
+        [rule] = given
+        if rule != BY_DEFAULT and metric_names.quantity_of(rule.metric) in quantities:
+            return metric_names.quantity_of(rule.metric)
+    return metric_names.main_quantity(quantities)
+
+
+def _is_higher_better(name: str, rules: Mapping[str, bool]) -> bool | None:
+    """Whether a high value of this metric is better, by its name, or else by what the runs call the best.
+
+    `rules` has the metrics that are named in `checkpoint.best`, and whether their highest value is meant.
+    """
+    by_name = metric_names.higher_is_better(name)
+    if by_name is not None:
+        return by_name
+    quantity = metric_names.quantity_of(name)
+    return next((high for each, high in rules.items() if metric_names.quantity_of(each) == quantity), None)
+
+
+def _figures_of(run: RunFacts) -> dict[str, float | None]:
+    """The figures of one run by name.
+
+    Its metrics are those of the best epoch, or of the newest one if none can be called the best.
+    """
+    figures: dict[str, float | None] = {}
+    line = run.best or (run.epochs[-1] if run.epochs else {})
+    for name in run.metrics:
+        figures[name] = _number(line.get(name))
+    for name, value in run.tests.items():
+        figures[name] = float(value)
     epoch_s = [(e.get("time/train_s") or 0.0) + (e.get("time/eval_s") or 0.0) for e in run.epochs]
-    return {
-        "test/accuracy": _number(run.summary.get("test/accuracy")),
-        "test/loss": _number(run.summary.get("test/loss")),
-        "val/accuracy": _best_of(run.column("val/accuracy"), max),
-        "val/loss": _best_of(run.column("val/loss"), min),
-        "throughput/samples_per_s": _best_of(run.column("throughput/samples_per_s"), statistics.median),
-        "time/epochs_s": sum(epoch_s) if epoch_s else None,
-        "time/total_s": _number(run.summary.get("time/total_s")),
-        "epochs": float(len(run.epochs)),
-    }
+    speeds = [speed for speed in run.column(SPEED) if speed is not None]
+    figures[SPEED] = statistics.median(speeds) if speeds else None
+    figures["time/epochs_s"] = sum(epoch_s) if any(epoch_s) else None
+    figures["time/total_s"] = _number(run.summary.get("time/total_s"))
+    figures["epochs"] = None if run.epochs_done is None else float(run.epochs_done)
+    return figures
 
 
 def value_of(numbers: Iterable[float | None]) -> Value:
@@ -290,12 +352,6 @@ def value_of(numbers: Iterable[float | None]) -> Value:
         return Value(None)
     std = statistics.stdev(known) if len(known) > 1 else None
     return Value(statistics.fmean(known), std, len(known))
-
-
-def _best_of(column: Sequence[float | None], choose: Callable[[Sequence[float]], float]) -> float | None:
-    """What `choose`, such as max, takes from the known values of a column; None if no value is known."""
-    known = [number for number in column if number is not None]
-    return choose(known) if known else None
 
 
 def is_number(value: object) -> bool:
@@ -311,17 +367,18 @@ def _number(value: Any) -> float | None:
 # --- the order, and the best -----------------------------------------------------------------------------
 
 
-def figure_named(name: str) -> Figure | None:
+def _figure_named(name: str, figures: Sequence[Figure]) -> Figure | None:
     """The figure with this name or this heading; None if there is no such figure."""
-    return next((figure for figure in FIGURES if name in (figure.name, figure.heading)), None)
+    return next((figure for figure in figures if name in (figure.name, figure.heading)), None)
 
 
-def _sort_key(given: str | None, keys: Sequence[str], rows: Sequence[Row]) -> str:
+def _sort_key(
+    given: str | None, figures: Sequence[Figure], keys: Sequence[str], rows: Sequence[Row]
+) -> str:
     """The name of a figure, or one of `keys`, by which the rows are sorted."""
     if given is None:
-        has_tests = any(row.values[BY_DEFAULT].mean is not None for row in rows)
-        return BY_DEFAULT if has_tests else "val/accuracy"
-    figure = figure_named(given)
+        return _first_known(figures, rows)
+    figure = _figure_named(given, figures)
     if figure is not None:
         return figure.name
     shorts = {short: key for key, short in short_names(keys).items()}
@@ -329,17 +386,31 @@ def _sort_key(given: str | None, keys: Sequence[str], rows: Sequence[Row]) -> st
         return given
     if given in shorts:
         return shorts[given]
-    known = [*(figure.heading for figure in FIGURES), *keys]
+    known = [*(figure.heading for figure in figures), *keys]
     guess = did_you_mean(given, known) or f" Give one of {', '.join(known)}."
     raise UserError(f"--sort {given} is neither a figure nor a key in which these runs differ.{guess}")
 
 
-def _sorted(rows: Sequence[Row], by: str) -> list[Row]:
+def _first_known(figures: Sequence[Figure], rows: Sequence[Row]) -> str:
+    """The first figure over the test set if some row has it, else the first metric that some row has."""
+    metrics = [figure for figure in figures if figure not in OF_COMPUTING]
+    first_of_parts = [
+        next((figure.name for figure in metrics if metric_names.part_of(figure.name) == part), None)
+        for part in ("test", "val")
+    ]
+    for name in (*first_of_parts, *(figure.name for figure in metrics)):
+        if name is not None and any(row.values[name].mean is not None for row in rows):
+            return name
+    # No row has any: by the figure that they would have first.
+    return first_of_parts[1] or SPEED
+
+
+def _sorted(rows: Sequence[Row], by: str, figures: Sequence[Figure]) -> list[Row]:
     """The rows sorted: by a figure with the best first, or by a key with the smallest value first.
 
     Rows without a value come last.
     """
-    figure = figure_named(by)
+    figure = _figure_named(by, figures)
     if figure is None:
         return sorted(rows, key=lambda row: by_setting(row.settings, by))
 
@@ -365,24 +436,24 @@ def by_setting(settings: Mapping[str, Any], key: str) -> tuple[int, float, str]:
     return 1, 0.0, shown(value)
 
 
-def _best_by(sorted_by: str, rows: Sequence[Row], is_same_test: bool) -> str:
+def _best_by(sorted_by: str, figures: Sequence[Figure], rows: Sequence[Row], is_same_test: bool) -> str:
     """The figure that decides which row is the best; empty if no row can be called the best.
 
     It is the figure by which the rows are sorted. If they are sorted by a key, it is the figure by which
-    they would be sorted without --sort. No row is the best by the number of epochs, by figures of different
-    examples, or if fewer than two rows have the figure.
+    they would be sorted without --sort. No row is the best by a figure of which it is not known whether
+    high or low is better, by figures of different examples, or if fewer than two rows have the figure.
     """
-    figure = figure_named(sorted_by)
-    name = sorted_by if figure else _sort_key(None, (), rows)
-    if name == "epochs" or (name.startswith(("test/", "val/")) and not is_same_test):
+    figure = _figure_named(sorted_by, figures) or _figure_named(_first_known(figures, rows), figures)
+    assert figure is not None
+    if figure.higher_is_better is None or (figure not in OF_COMPUTING and not is_same_test):
         return ""
-    known = [row for row in rows if row.values[name].mean is not None]
-    return name if len(known) > 1 else ""
+    known = [row for row in rows if row.values[figure.name].mean is not None]
+    return figure.name if len(known) > 1 else ""
 
 
-def _with_best(rows: Sequence[Row], by: str) -> list[Row]:
+def _with_best(rows: Sequence[Row], by: str, figures: Sequence[Figure]) -> list[Row]:
     """The rows, with `is_best` set where the mean of the figure `by` is the best of all."""
-    figure = figure_named(by)
+    figure = _figure_named(by, figures)
     assert figure is not None
     means = [row.values[by].mean for row in rows]
     known = [mean for mean in means if mean is not None]

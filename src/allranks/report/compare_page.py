@@ -13,13 +13,15 @@ from typing import Any
 from allranks.base import files
 from allranks.base.errors import UserError
 from allranks.base.text import as_text
-from allranks.report import compare_pictures, compare_tables, pictures
+from allranks.report import compare_pictures, compare_tables, drawing
 from allranks.report.at_end import PAGE as PAGE_OF_RUN
-from allranks.report.compare import Comparison, figure_named, shown, state_of
+from allranks.report.compare import Comparison, shown, state_of
 from allranks.report.compare_tables import Column
+from allranks.report.curves import thinned
+from allranks.report.document import Section, chart, document, headline, note, table
+from allranks.report.drawing import Picture
 from allranks.report.html import NOTHING, Html, joined, tag
-from allranks.report.page import Section, chart, document, headline, note, table
-from allranks.report.pictures import Picture
+from allranks.run import metric_names
 
 PAGE = "compare.html"
 FOLDER = "compare"  # of the pictures
@@ -33,14 +35,14 @@ def write(comparison: Comparison, folder: Path, name: str) -> Path:
     """
     notes = list(comparison.notes)
     drawn: list[Picture] = []
-    if pictures.is_available():
+    if drawing.is_available():
         drawn = compare_pictures.of_comparison(comparison)
     else:
-        notes.append(pictures.MISSING)
+        notes.append(drawing.MISSING)
     path = folder / PAGE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        pictures.write(folder / FOLDER, drawn)
+        drawing.write(folder / FOLDER, drawn)
         files.write_text(path, page(comparison, drawn, notes, name, folder)).close()
     except OSError as error:
         raise UserError(
@@ -54,7 +56,7 @@ def page(
 ) -> str:
     """The whole page as HTML. Its links to the reports of the runs are relative to `folder`."""
     by_name = {picture.name: picture for picture in drawn}
-    curves = [curve.name for curve in compare_pictures.CURVES]
+    curves = [curve.name for curve in compare_pictures.curves_of(comparison)]
     sections = [
         Section("table", "All together", _table(comparison)),
         Section("result", "Results", _pictures(comparison, by_name, ("result", "speed"))),
@@ -85,13 +87,13 @@ def _header(comparison: Comparison, notes: Sequence[str], name: str, folder: Pat
 def _figures(comparison: Comparison) -> list[tuple[str, str, str]]:
     """The large figures at the top, each as (what, value, words beside it): the best result and its run."""
     found: list[tuple[str, str, str]] = []
-    figure = figure_named(comparison.best_by) if comparison.best_by else None
+    figure = comparison.figure_named(comparison.best_by) if comparison.best_by else None
     best = [row for row in comparison.rows if row.is_best]
     if figure is not None and best:
         mean, std, _ = best[0].values[figure.name]
         spread = "" if std is None else f"± {compare_tables.figure_text(figure.name, std)}"
         value = compare_tables.figure_text(figure.name, mean)
-        unit = " %" if figure.name.endswith("accuracy") else ""
+        unit = " %" if metric_names.quantity_of(figure.name) == "accuracy" else ""
         found.append((f"best {figure.heading}", f"{value}{unit}", spread))
         label = compare_pictures.label_of(best[0], comparison)
         found.append(("of the run" if len(best[0].runs) == 1 else "of the runs", label, ""))
@@ -142,7 +144,8 @@ def _pictures(comparison: Comparison, drawn: Mapping[str, Picture], names: Seque
 def _numbers(comparison: Comparison, name: str) -> Html:
     """The numbers that a picture shows, as a table with a row for each row of the comparison."""
     labels = [compare_pictures.label_of(row, comparison) for row in comparison.rows]
-    curve = next((each for each in compare_pictures.CURVES if each.name == name), None)
+    every = compare_pictures.curves_of(comparison)
+    curve = next((each for each in every if each.name == name), None)
     if curve is None:
         figure = compare_pictures.figure_of(comparison, name)
         values = [row.values[figure.name] for row in comparison.rows]
@@ -156,15 +159,16 @@ def _numbers(comparison: Comparison, name: str) -> Html:
         ]
         heads = ["", figure.heading, "standard deviation"]
         return table(heads, rows, label=figure.heading, texts={0})
-    by_epoch = [compare_pictures.means_by_epoch(row, curve.figure) for row in comparison.rows]
-    epochs = sorted({epoch for means in by_epoch for epoch in means})
-    kept = [epochs[position] for position in pictures.thinned(len(epochs))]
+    axis = compare_pictures.axis_of(comparison)
+    by_place = [compare_pictures.means_of(row, curve.figure, axis) for row in comparison.rows]
+    places = sorted({place for means in by_place for place in means})
+    kept = [places[position] for position in thinned(len(places))]
     rows = [
-        [label, *(compare_tables.figure_text(curve.figure, means.get(epoch)) for epoch in kept)]
-        for label, means in zip(labels, by_epoch, strict=True)
+        [label, *(compare_tables.figure_text(curve.figure, means.get(place)) for place in kept)]
+        for label, means in zip(labels, by_place, strict=True)
     ]
-    heads = ["", *(f"epoch {epoch}" for epoch in kept)]
-    return table(heads, rows, label=f"{curve.title} by epoch", texts={0})
+    heads = ["", *(f"{axis} {place}" for place in kept)]
+    return table(heads, rows, label=f"{curve.title} by {axis}", texts={0})
 
 
 def _runs(comparison: Comparison, folder: Path) -> Html:

@@ -7,23 +7,27 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from allranks.report.compare import (
-    BY_DEFAULT,
+    OF_COMPUTING,
     SEED,
+    SPEED,
     Comparison,
     Figure,
     Row,
     by_setting,
-    figure_named,
     short_names,
     shown,
 )
 from allranks.report.compare_tables import figure_text
-from allranks.report.pictures import HEIGHT_IN, LIGHT, WIDTH_IN, Picture, as_picture, new_figure, style
+from allranks.report.curves import thinned
+from allranks.report.drawing import HEIGHT_IN, LIGHT, WIDTH_IN, Picture, as_picture, new_figure, style
+from allranks.report.gather import EPOCH, STEP, RunFacts
+from allranks.run import metric_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,10 +56,7 @@ class Curve(NamedTuple):
     unit: str
 
 
-CURVES = (
-    Curve("val-loss", "Validation loss", "val/loss", "nats"),
-    Curve("val-accuracy", "Validation accuracy", "val/accuracy", "%"),
-)
+MOST_CURVES = 8  # pictures of metrics; further ones can be seen in the pages of the runs
 
 
 class Look(NamedTuple):
@@ -79,16 +80,41 @@ class Point(NamedTuple):
 def of_comparison(comparison: Comparison) -> list[Picture]:
     """The pictures of a comparison. A picture that would show nothing is left out."""
     drawn = [result(comparison, "result"), result(comparison, "speed")]
-    drawn += [curves(comparison, curve) for curve in CURVES]
+    drawn += [curves(comparison, curve) for curve in curves_of(comparison)]
     return [picture for picture in drawn if picture is not None]
+
+
+def curves_of(comparison: Comparison) -> list[Curve]:
+    """The metrics whose curves are drawn: those of the validation examples, the loss first.
+
+    Of a quantity that is measured on no validation examples, the metric of the training.
+    """
+    metrics = [figure.name for figure in comparison.figures if figure not in OF_COMPUTING]
+    found: list[Curve] = []
+    for quantity, names in metric_names.by_quantity(metrics).items():
+        [first, *_] = metric_names.of_parts(names, "val") or names
+        part = metric_names.part_of(first)
+        if part == "test":  # it is measured once, at the end: no curve
+            continue
+        what = f"{metric_names.NAMES_OF_PARTS[part]} {quantity}" if part else quantity
+        title = what[:1].upper() + what[1:] if part else metric_names.title_of(quantity)
+        name = re.sub(r"[^a-z0-9]+", "-", first.lower()).strip("-")[:40]
+        if name in ("result", "speed", "") or name in (each.name for each in found):
+            name = f"metric-{len(found)}-{name}"
+        found.append(Curve(name, title, first, metric_names.unit_of(first, metrics)))
+    return found[:MOST_CURVES]
+
+
+def axis_of(comparison: Comparison) -> str:
+    """What the curves have along the horizontal axis: EPOCH, or STEP if some runs count no epochs."""
+    return EPOCH if all(run.axis == EPOCH for run in comparison.runs) else STEP
 
 
 def figure_of(comparison: Comparison, name: str) -> Figure:
     """The figure that the picture `result` or `speed` shows."""
-    figure = figure_named("throughput/samples_per_s" if name == "speed" else comparison.best_by)
+    figure = comparison.figure_named(SPEED if name == "speed" else comparison.best_by)
     # Where no row can be called the best, the rows are still shown side by side.
-    figure = figure or figure_named(comparison.sorted_by) or figure_named(BY_DEFAULT)
-    assert figure is not None
+    figure = figure or comparison.figure_named(comparison.sorted_by) or comparison.figures[0]
     return figure
 
 
@@ -111,7 +137,8 @@ def curves(comparison: Comparison, curve: Curve) -> Picture | None:
     If a row has several runs, the curve is their mean, within a band of one standard deviation. Returns
     None if no run has this figure.
     """
-    rows = [row for row in comparison.rows if _epochs_of(row, curve.figure)]
+    axis = axis_of(comparison)
+    rows = [row for row in comparison.rows if _values_of(row, curve.figure, axis)]
     if not rows:
         return None
     if len(rows) <= MOST_NAMED:  # all curves are named in the legend: it is sorted by the settings
@@ -127,9 +154,9 @@ def curves(comparison: Comparison, curve: Curve) -> Picture | None:
         picture, axes = new_figure(curve.title, height_in=HEIGHT_IN + legend_in)
         # Curves with a name are drawn last, so that they lie above the grey ones.
         for row, look in sorted(zip(rows, looks, strict=True), key=lambda pair: bool(pair[1].label)):
-            _draw_curve(axes, _epochs_of(row, curve.figure), look)
+            _draw_curve(axes, _values_of(row, curve.figure, axis), look)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-        axes.set_xlabel("epoch")
+        axes.set_xlabel(axis)
         axes.set_ylabel(curve.unit)
         whole_in = picture.get_figheight()
         picture.subplots_adjust(right=1 - 0.15 / WIDTH_IN, bottom=(0.6 + legend_in) / whole_in)
@@ -138,24 +165,31 @@ def curves(comparison: Comparison, curve: Curve) -> Picture | None:
             handlelength=2.4, columnspacing=1.2, borderaxespad=0.1, labelspacing=0.25,
             title=heading or None, title_fontsize=9, alignment="left",
         )  # fmt: skip
-        words = "; ".join(_curve_in_words(row, curve, comparison) for row in rows[:MOST_NAMED])
-        return as_picture(picture, curve.name, curve.title, f"{curve.title} over the epochs. {words}.")
+        words = "; ".join(_curve_in_words(row, curve, comparison, axis) for row in rows[:MOST_NAMED])
+        return as_picture(picture, curve.name, curve.title, f"{curve.title} over the {axis}s. {words}.")
 
 
-def means_by_epoch(row: Row, figure: str) -> dict[int, float]:
-    """The mean over a row's runs of a figure after each epoch."""
-    return {epoch: statistics.fmean(values) for epoch, values in _epochs_of(row, figure).items()}
+def means_of(row: Row, figure: str, axis: str) -> dict[int, float]:
+    """The mean over a row's runs of a figure, by the number of the epoch or step."""
+    return {place: statistics.fmean(values) for place, values in _values_of(row, figure, axis).items()}
 
 
-def _epochs_of(row: Row, figure: str) -> dict[int, list[float]]:
-    """The values of a figure after each epoch, of all runs of the row that have it."""
-    by_epoch: dict[int, list[float]] = {}
+def _values_of(row: Row, figure: str, axis: str) -> dict[int, list[float]]:
+    """The values of a figure of all runs of the row that have it, by the number of the epoch or step."""
+    found: dict[int, list[float]] = {}
     for run in row.runs:
-        for epoch in run.epochs:
-            value = epoch.get(figure)
-            if value is not None:
-                by_epoch.setdefault(int(epoch["epoch"]), []).append(value)
-    return dict(sorted(by_epoch.items()))
+        for place, value in _measured(run, figure, axis):
+            found.setdefault(place, []).append(value)
+    return dict(sorted(found.items()))
+
+
+def _measured(run: RunFacts, figure: str, axis: str) -> list[tuple[int, float]]:
+    """Where a run has measured the figure, and its values, thinned as in the run's own curves."""
+    # A run whose lines have no steps either is shown by the numbers of its lines.
+    places = [line.get(axis, place) for line, place in zip(run.epochs, run.places, strict=True)]
+    values = run.column(figure)
+    known = [(place, value) for place, value in zip(places, values, strict=True) if value is not None]
+    return [known[position] for position in thinned(len(known))]
 
 
 def _in_legend(row: Row, comparison: Comparison) -> str:
@@ -214,11 +248,12 @@ def _strengths(rows: Sequence[Row], key: str) -> list[float]:
     return [PALEST + (1 - PALEST) * order.index(value) / steps for value in values]
 
 
-def _curve_in_words(row: Row, curve: Curve, comparison: Comparison) -> str:
+def _curve_in_words(row: Row, curve: Curve, comparison: Comparison, axis: str) -> str:
     """The last value of a row's curve in words, for readers who cannot see the picture."""
-    means = means_by_epoch(row, curve.figure)
+    means = means_of(row, curve.figure, axis)
     last = max(means)
-    return f"{label_of(row, comparison)}: {means[last]:.4g} {curve.unit} after epoch {last}"
+    value = f"{means[last]:.4g} {curve.unit}".rstrip()
+    return f"{label_of(row, comparison)}: {value} after {axis} {last}"
 
 
 # --- the result against what differs ---------------------------------------------------------------------
@@ -279,7 +314,7 @@ def _against(
         every = -(-len(ticks) // MOST_TICKS)
         axes.set_xticks(ticks[::every], [shown(tick) for tick in ticks[::every]])
         axes.set_xlabel("ranks" if along == "world_size" else along)
-        axes.set_ylabel(_unit(figure))
+        axes.set_ylabel(_unit(figure, comparison))
         if figure.name.startswith("throughput/"):
             axes.set_ylim(bottom=0)
             axes.yaxis.set_major_formatter(lambda number, _: f"{number:,.0f}")
@@ -317,7 +352,7 @@ def _ranking(comparison: Comparison, figure: Figure, rows: Sequence[Row]) -> Pic
         axes.set_ylim(-len(rows) + 0.4, 0.9)
         axes.set_yticks([])
         axes.grid(True, axis="x")
-        axes.set_xlabel(_unit(figure))
+        axes.set_xlabel(_unit(figure, comparison))
         whole_in = picture.get_figheight()
         picture.subplots_adjust(left=0.03, right=0.97, bottom=0.5 / whole_in)
         words = "; ".join(
@@ -327,13 +362,12 @@ def _ranking(comparison: Comparison, figure: Figure, rows: Sequence[Row]) -> Pic
         return as_picture(picture, "result", title, f"{title}. {words}.")
 
 
-def _unit(figure: Figure) -> str:
-    """The unit of a figure, for the name of its axis."""
-    if figure.name.endswith("accuracy"):
-        return "%"
-    if figure.name.endswith("loss"):
-        return "nats"
-    return "s" if figure.name.startswith("time/") else figure.heading
+def _unit(figure: Figure, comparison: Comparison) -> str:
+    """The unit of a figure, for the name of its axis; its own name where it has none."""
+    if figure.name.startswith("time/"):
+        return "s"
+    names = [each.name for each in comparison.figures]
+    return metric_names.unit_of(figure.name, names) or figure.heading
 
 
 def is_even_in_logarithms(values: Sequence[float]) -> bool:

@@ -14,34 +14,28 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from allranks.base.terminal import duration
 from allranks.base.text import as_text, printable, table
 from allranks.report.compare import (
-    FIGURES,
+    OF_COMPUTING,
+    SPEED,
     Comparison,
+    Figure,
     Row,
     Value,
     decides,
     directory_names,
-    figure_named,
     short_names,
     shown,
     state_of,
 )
+from allranks.run import metric_names
 
 WIDEST_SETTING = 32  # characters: a longer path or list is cut in tables for people
 MOST_NAMES = 4  # so many directories are named in a row; further ones are only counted
 
-# In the order of the columns. time/total_s is missing: people would confuse it with time/epochs_s.
-SHOWN_TO_PEOPLE = (
-    "test/accuracy",
-    "test/loss",
-    "val/accuracy",
-    "val/loss",
-    "throughput/samples_per_s",
-    "time/epochs_s",
-)
-# If a terminal is too narrow for all columns, these are left out one by one, in this order.
-DISPENSABLE = ("time/epochs_s", "val/loss", "test/loss", "throughput/samples_per_s", "run", "val/accuracy")
+# time/total_s has no column: people would confuse it with time/epochs_s.
+NOT_SHOWN = ("time/total_s", "epochs")
 
 
 class Column(NamedTuple):
@@ -79,12 +73,11 @@ def columns(comparison: Comparison, plus_minus: str = "±") -> list[Column]:
     if _common_epochs(comparison) is None:
         epochs = [row.values["epochs"].mean or 0.0 for row in rows]
         found.append(Column("epochs", "epochs", [f"{mean:g}" for mean in epochs], is_number=True))
-    for name in SHOWN_TO_PEOPLE:
-        values = [row.values[name] for row in rows]
-        if any(value.mean is not None for value in values):
-            figure = figure_named(name)
-            assert figure is not None
-            found.append(Column(name, figure.heading, _figure_cells(name, values, plus_minus), True))
+    for figure in comparison.figures:
+        values = [row.values[figure.name] for row in rows]
+        if figure.name not in NOT_SHOWN and any(value.mean is not None for value in values):
+            cells = _figure_cells(figure.name, values, plus_minus)
+            found.append(Column(figure.name, figure.heading, cells, True))
     directories = directory_names(comparison.runs)
     places = [[printable(as_text(directories[run.directory])) for run in row.runs] for row in rows]
     return [*found, Column("run", "run", [_some(each) for each in places])]
@@ -95,7 +88,7 @@ def text(comparison: Comparison, width: int, plus_minus: str = "±") -> str:
     every = columns(comparison, plus_minus)
     kept = list(every)
     minor_settings = [key for key in comparison.keys if not decides(key)]
-    for name in (*minor_settings, *DISPENSABLE):
+    for name in (*minor_settings, *_dispensable(comparison)):
         if max(map(len, _lines(kept))) <= width:
             break
         if name != comparison.sorted_by:
@@ -109,6 +102,19 @@ def text(comparison: Comparison, width: int, plus_minus: str = "±") -> str:
     lines = [textwrap.fill(headline(comparison), width), "", *_lines(kept), ""]
     lines += [textwrap.fill(printable(each), width, break_long_words=False) for each in paragraphs]
     return "\n".join(lines).rstrip("\n")
+
+
+def _dispensable(comparison: Comparison) -> list[str]:
+    """The columns that are left out one by one, in this order, if a terminal is too narrow for all.
+
+    Of the metrics the last ones go first, and those of the validation examples before those of the test
+    set. The first one stays.
+    """
+    metrics = [figure.name for figure in comparison.figures if figure not in OF_COMPUTING]
+    main = metric_names.quantity_of(metrics[0]) if metrics else ""
+    details = [name for name in reversed(metrics) if metric_names.quantity_of(name) != main]
+    mains = [name for name in reversed(metrics[1:]) if metric_names.quantity_of(name) == main]
+    return ["time/epochs_s", *details, SPEED, "run", *mains]
 
 
 def _lines(kept: Sequence[Column]) -> list[str]:
@@ -166,15 +172,26 @@ def legend(comparison: Comparison, mark: str = "*") -> list[str]:
     """Sentences that explain the table. `mark` says how the best row is marked, such as `*` or `bold`."""
     said = []
     if comparison.best_by:
-        figure = figure_named(comparison.best_by)
+        figure = comparison.figure_named(comparison.best_by)
         assert figure is not None
         extreme = "highest" if figure.higher_is_better else "lowest"
         said.append(f"The best row ({mark}) has the {extreme} {figure.heading}.")
     if comparison.has_groups:
         said.append("A row of n runs has the mean over their seeds, with the sample standard deviation.")
-    if any(row.values["val/accuracy"].mean is not None for row in comparison.rows):
-        said.append("Figures of val/ are those of the best epoch.")
+    has_best = any(run.best is not None for run in comparison.runs)
+    if has_best and any(
+        metric_names.part_of(name) == "val" and value.mean is not None
+        for row in comparison.rows
+        for name, value in row.values.items()
+    ):
+        said.append(f"Figures of val/ are those of the best epoch{_by_rule(comparison)}.")
     return said
+
+
+def _by_rule(comparison: Comparison) -> str:
+    """` (lowest val/loss)`: how the best epoch is chosen; empty if the runs choose it in different ways."""
+    rules = {run.rule for run in comparison.runs}
+    return f" ({next(iter(rules)).words})" if len(rules) == 1 else ""
 
 
 def _common_state(comparison: Comparison) -> str | None:
@@ -187,11 +204,16 @@ def _common_state(comparison: Comparison) -> str | None:
 
 
 def _common_epochs(comparison: Comparison) -> str | None:
-    """The completed epochs of all runs, such as `5 epochs each`; None if they are not the same for all."""
-    numbers = {len(run.epochs) for run in comparison.runs}
+    """The completed epochs of all runs, such as `5 epochs each`; None if they are not the same for all.
+
+    Empty if none of the runs counts epochs.
+    """
+    numbers = {run.epochs_done for run in comparison.runs}
     if len(numbers) != 1:
         return None
     [number] = numbers
+    if number is None:
+        return ""
     what = "1 epoch" if number == 1 else f"{number} epochs"
     return what if len(comparison.runs) == 1 else f"{what} each"
 
@@ -201,7 +223,7 @@ def _figure_cells(name: str, values: Sequence[Value], plus_minus: str) -> list[s
 
     Speed and time are shown without a standard deviation: it would only say how busy the machine was.
     """
-    with_std = name.startswith(("test/", "val/"))
+    with_std = metric_names.is_metric(name) and name != "epochs"
     means = [figure_text(name, value.mean) for value in values]
     stds = [
         f" {plus_minus} {figure_text(name, value.std)}" if with_std and value.std is not None else ""
@@ -218,23 +240,11 @@ def figure_text(name: str, value: float | None) -> str:
     """A figure for people, rounded to what matters; `-` for one that is not known."""
     if value is None:
         return "-"
-    if name.endswith("accuracy"):
-        return f"{value:.2f}"
-    if name.endswith("loss"):
-        return f"{value:.4f}"
     if name == "epochs":
         return f"{value:g}"
     if name.startswith("time/"):
         return duration(value)
-    return f"{value:,.0f}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: `12.3 s` below ten minutes, `1:02:33` above."""
-    if seconds < 600:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+    return f"{value:,.0f}" if name == SPEED else metric_names.number(name, value)
 
 
 def _states(row: Row) -> str:
@@ -268,7 +278,7 @@ def as_csv(comparison: Comparison) -> str:
     """
     out = io.StringIO()
     heads = [*comparison.keys, "n", "state", "best"]
-    for figure in FIGURES:
+    for figure in comparison.figures:
         heads += [figure.name, f"{figure.name}/std"]
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*heads, "directories"])
@@ -277,7 +287,7 @@ def as_csv(comparison: Comparison) -> str:
             shown(row.settings[key]) if key in row.settings else "" for key in comparison.keys
         ]
         cells += [len(row.runs), _states(row), "true" if row.is_best else "false"]
-        for figure in FIGURES:
+        for figure in comparison.figures:
             value = row.values[figure.name]
             cells += [_plain(figure.name, value.mean), value.std]
         writer.writerow([*cells, " ".join(as_text(str(run.directory)) for run in row.runs)])
@@ -291,14 +301,14 @@ def as_json(comparison: Comparison) -> str:
         "sorted_by": comparison.sorted_by,
         "best_by": comparison.best_by or None,
         "notes": list(comparison.notes),
-        "rows": [_as_json(row) for row in comparison.rows],
+        "rows": [_as_json(row, comparison.figures) for row in comparison.rows],
     }
     return json.dumps(about, indent=2, allow_nan=False)
 
 
-def _as_json(row: Row) -> dict[str, Any]:
+def _as_json(row: Row, of_runs: Sequence[Figure]) -> dict[str, Any]:
     figures: dict[str, Any] = {}
-    for figure in FIGURES:
+    for figure in of_runs:
         value = row.values[figure.name]
         figures[figure.name] = _plain(figure.name, value.mean)
         figures[f"{figure.name}/std"] = value.std

@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from allranks.base.errors import UserError
 from allranks.base.text import one_line
-from allranks.run import results
+from allranks.run import metric_names, results
+from allranks.run.best import KEY, Rule, best_of, rule_of
 from allranks.run.directory import CONFIG
 from allranks.run.states import states_of
 
@@ -25,18 +27,9 @@ ENVIRONMENT = "environment.json"
 EVENTS = "events.jsonl"
 PROFILE = "profile/table.json"
 
-# What an epoch's line of metrics.jsonl holds besides its number; docs/run-directory.md has the units.
-FIGURES = (
-    "step",
-    "lr",
-    "train/loss",
-    "train/accuracy",
-    "val/loss",
-    "val/accuracy",
-    "time/train_s",
-    "time/eval_s",
-    "throughput/samples_per_s",
-)
+# By which number the lines of metrics.jsonl are ordered, the first of these that they have. The last one is
+# their own number in the file: a loop may log figures alone.
+EPOCH, STEP, LINE = "epoch", "step", "line"
 
 
 @dataclass(frozen=True)
@@ -69,7 +62,8 @@ class RunFacts:
     state: str  # finished, running, stopped, ...; run/states.py explains them
     config: Mapping[str, Any] = field(default_factory=dict)  # every value by its dotted key
     overrides: Sequence[str] = ()  # from the command line, such as `optimizer.lr=0.1`
-    epochs: Sequence[Mapping[str, Any]] = ()  # in order; a figure that is missing or not finite is None
+    # The lines of metrics.jsonl in order, mostly one for each epoch. A figure that is not finite is None.
+    epochs: Sequence[Mapping[str, Any]] = ()
     summary: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     ranks: Sequence[Rank] = ()
@@ -99,12 +93,49 @@ class RunFacts:
         """The number of ranks; None where that is not known."""
         return as_whole(self.summary.get("world_size", self.environment.get("world_size")))
 
+    @cached_property
+    def axis(self) -> str:
+        """By which number the lines are ordered: EPOCH, STEP, or LINE."""
+        return _axis(self.epochs)
+
+    @cached_property
+    def places(self) -> list[int]:
+        """The number of each line on the axis."""
+        if self.axis == LINE:
+            return list(range(1, len(self.epochs) + 1))
+        return [int(line[self.axis]) for line in self.epochs]
+
+    @property
+    def epochs_done(self) -> int | None:
+        """The number of completed epochs; None in a loop that counts none."""
+        return len(self.epochs) if self.axis == EPOCH else None
+
+    @cached_property
+    def metrics(self) -> list[str]:
+        """The names of the metrics that the training keeps, in the order for people."""
+        return metric_names.metrics_in(self.epochs)
+
+    @property
+    def rule(self) -> Rule:
+        """Which epoch of the run is the best."""
+        return rule_of(self.config.get(KEY))
+
+    @property
+    def best(self) -> Mapping[str, Any] | None:
+        """The line of the best epoch; None if no line has the metric by which it is chosen."""
+        return best_of(self.epochs, self.rule)
+
+    @property
+    def tests(self) -> dict[str, float]:
+        """The figures over the test set, by name; empty if the run was not tested."""
+        return metric_names.tests_in(self.summary)
+
     def column(self, figure: str) -> list[float | None]:
-        """One figure of FIGURES, epoch after epoch."""
-        return [epoch.get(figure) for epoch in self.epochs]
+        """One figure, such as `val/loss`, in each line; None where it is missing or not finite."""
+        return [line.get(figure) for line in self.epochs]
 
     def last(self, figure: str) -> float | None:
-        """One figure of FIGURES after the newest epoch; None where there is none."""
+        """One figure in the newest line; None where there is none."""
         return self.epochs[-1].get(figure) if self.epochs else None
 
 
@@ -200,13 +231,38 @@ def _overrides(path: Path, environment: Mapping[str, Any], problems: list[str]) 
 
 
 def _epochs(path: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl that can be read, one for each epoch, in the order of the epochs."""
-    by_number: dict[int, dict[str, Any]] = {}
+    """The lines of metrics.jsonl that can be read, in the order of the epochs, or else of the steps.
+
+    Several lines of the same epoch become one. Lines without a number are left out where others have one.
+    """
+    lines = []
     for about in _json_lines(path, problems):
-        number = as_whole(about.get("epoch"))
-        if number is not None:
-            by_number[number] = {"epoch": number} | {name: as_number(about.get(name)) for name in FIGURES}
+        line: dict[str, Any] = {
+            name: as_number(value) for name, value in about.items() if name not in (EPOCH, STEP)
+        }
+        for name in (EPOCH, STEP):
+            number = as_whole(about.get(name))
+            if number is not None:
+                line[name] = number
+        lines.append(line)
+    axis = _axis(lines)
+    if axis == LINE:
+        return lines
+    by_number: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        if axis in line:
+            by_number.setdefault(line[axis], {}).update(line)
+    left_out = sum(axis not in line for line in lines)
+    if left_out:
+        problems.append(f"{path.name} has {left_out} lines without a number of their {axis}.")
     return [by_number[number] for number in sorted(by_number)]
+
+
+def _axis(lines: Sequence[Mapping[str, Any]]) -> str:
+    """By which number these lines are ordered: EPOCH, STEP, or LINE."""
+    return next(
+        (name for name in (EPOCH, STEP) if any(name in line for line in lines)), LINE if lines else EPOCH
+    )
 
 
 def _ranks(environment: Mapping[str, Any]) -> list[Rank]:

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
-from pathlib import Path
-from typing import Any, NamedTuple
+from datetime import datetime
+from typing import Any
 
-import allranks
+from allranks.base.terminal import duration
 from allranks.base.text import some
-from allranks.report import pictures
+from allranks.report import curves, pictures
+from allranks.report.curves import Column, Curves
+from allranks.report.document import Section, cell, chart, document, headline, note, table
+from allranks.report.drawing import Picture
 from allranks.report.examine import ClassFigures, Examined, Example
 from allranks.report.gather import Event, RunFacts, as_number
 from allranks.report.html import NOTHING, Html, Inside, joined, tag
-from allranks.report.pictures import Picture
 from allranks.report.png import as_pixels, data_uri
+from allranks.run import metric_names
 
 # If there are more ranks, the table has a row for each host instead of each rank: thousands of rows would
 # be most of the page.
 MOST_SINGLE_RANKS = 64
-
-
-class Section(NamedTuple):
-    """A part of the page with a heading."""
-
-    anchor: str  # its id in the page, to which the links at the top lead
-    title: str
-    content: Html
+_MOST_BESIDE = 3  # figures over the test set beside the large one; more would not fit on a phone
 
 
 def page(facts: RunFacts, seen: Examined | None, drawn: Sequence[Picture], notes: Sequence[str]) -> str:
@@ -55,41 +49,6 @@ def page(facts: RunFacts, seen: Examined | None, drawn: Sequence[Picture], notes
     )
 
 
-def document(title: str, header: Html, sections: Sequence[Section]) -> str:
-    """A whole page: `title` for the browser's tab, the header, links to the sections, and the sections."""
-    links = [tag("li", tag("a", section.title, href=f"#{section.anchor}")) for section in sections]
-    whole = [
-        tag(
-            "section",
-            tag("h2", section.title, id=f"{section.anchor}-heading"),
-            section.content,
-            id=section.anchor,
-            aria_labelledby=f"{section.anchor}-heading",
-        )
-        for section in sections
-    ]
-    now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    values = {
-        "light": _as_css(pictures.LIGHT),
-        "dark": _as_css(pictures.DARK),
-        "version": allranks.__version__,
-        "title": joined([title]).text,
-        "header": header.text,
-        "nav": tag("nav", tag("ul", *links), aria_label="Sections").text if len(links) > 1 else "",
-        "main": "\n".join(section.text for section in whole),
-        "footer": joined([f"Made by allranks {allranks.__version__} on {now}."]).text,
-    }
-    template = Path(__file__).with_name("page.html.template").read_text(encoding="utf-8")
-    # All words such as @title@ are replaced in one pass. With one pass for each word, an @nav@ in a run's
-    # name would be replaced, too.
-    return re.sub(r"@(\w+)@", lambda found: values.get(found[1], found[0]), template)
-
-
-def _as_css(colours: Mapping[str, str]) -> str:
-    """The colours as CSS variables: `--ink: #1c2430; --grid: ...;`."""
-    return " ".join(f"--{name}: {colour};" for name, colour in colours.items())
-
-
 # --- the head of the page --------------------------------------------------------------------------------
 
 
@@ -109,18 +68,11 @@ def _header(facts: RunFacts, notes: Sequence[str]) -> Html:
 
 def _figures(facts: RunFacts) -> list[tuple[str, str, str]]:
     """The large figures at the top of the page, each as (what, value, words beside it)."""
-    found: list[tuple[str, str, str]] = []
-    test = as_number(facts.summary.get("test/accuracy"))
-    if test is not None:
-        loss = as_number(facts.summary.get("test/loss"))
-        found.append(("test accuracy", f"{test:.2f} %", "" if loss is None else f"loss {loss:.4f}"))
-    known = [epoch for epoch in facts.epochs if epoch["val/accuracy"] is not None]
-    if known:
-        best = max(known, key=lambda epoch: epoch["val/accuracy"])
-        beside = f"epoch {best['epoch']}"
-        found.append(("best validation accuracy", f"{best['val/accuracy']:.2f} %", beside))
-    done, planned = len(facts.epochs), facts.epochs_planned
-    if planned is not None:
+    found = [*_test_figure(facts.tests), *_figure_of_the_best_epoch(facts)]
+    done, planned = facts.epochs_done, facts.epochs_planned
+    if done is None:
+        found.append((f"{facts.axis}s", f"{facts.places[-1]:,}", ""))
+    elif planned is not None:
         found.append(("epochs", str(done), f"of {planned}" if planned != done else ""))
     parameters = as_number(facts.summary.get("model/parameters"))
     if parameters is not None:
@@ -135,74 +87,91 @@ def _figures(facts: RunFacts) -> list[tuple[str, str, str]]:
     return found
 
 
-def headline(figures: Sequence[tuple[str, str, str]]) -> Html:
-    """The large figures below the title: (what, value, words beside the value)."""
-    if not figures:
-        return NOTHING
-    cells = [
-        tag("div", tag("dt", what), tag("dd", value, tag("small", beside) if beside else None))
-        for what, value, beside in figures
-    ]
-    return tag("dl", *cells, class_="headline")
+def _test_figure(tests: Mapping[str, float]) -> list[tuple[str, str, str]]:
+    """The figure over the test set that says most, with the others beside it; nothing without a test."""
+    if not tests:
+        return []
+    name = f"test/{metric_names.main_quantity(tests)}"
+    others = {other: value for other, value in tests.items() if other != name}
+    beside = metric_names.in_a_sentence(dict(list(others.items())[:_MOST_BESIDE]))
+    return [(metric_names.words_of(name), metric_names.with_unit(name, tests[name]), beside)]
 
 
-def note(sentences: Sequence[str]) -> Html:
-    """A box with sentences on what cannot be shown; nothing where there is none."""
-    if not sentences:
-        return NOTHING
-    return tag("div", *(tag("p", sentence) for sentence in sentences), class_="note")
+def _figure_of_the_best_epoch(facts: RunFacts) -> list[tuple[str, str, str]]:
+    """What the best epoch has come to, or the newest one, where none can be called the best."""
+    best = facts.best
+    line = best or (facts.epochs[-1] if facts.epochs else {})
+    there = [name for name in facts.metrics if line.get(name) is not None]
+    shown = metric_names.of_parts(there, "val") or there
+    if not shown:
+        return []
+    quantity = metric_names.main_quantity(shown)
+    name = next(each for each in shown if metric_names.quantity_of(each) == quantity)
+    part = metric_names.part_of(name)
+    what = f"{metric_names.NAMES_OF_PARTS[part]} {quantity}" if part else quantity
+    where = f"{'best' if best else 'newest'} {facts.axis}"
+    number = line.get(facts.axis)
+    beside = where if number is None else f"{where}: {number:,}"
+    return [(what, metric_names.with_unit(name, line[name]), beside)]
 
 
 # --- curves ----------------------------------------------------------------------------------------------
 
 
-# For each picture the columns of the table that can be unfolded below it: (heading, figure, format).
-_COLUMNS: Mapping[str, Sequence[tuple[str, str, str]]] = {
-    "loss": (("training", "train/loss", ".4f"), ("validation", "val/loss", ".4f")),
-    "accuracy": (("training, %", "train/accuracy", ".2f"), ("validation, %", "val/accuracy", ".2f")),
-    "learning-rate": (("rate", "lr", ".4g"),),
-}
-# Without matplotlib there are no curves. Then one table shows all of these figures.
-_ALL_COLUMNS = (
-    ("training loss", "train/loss", ".4f"),
-    ("validation loss", "val/loss", ".4f"),
-    ("training accuracy, %", "train/accuracy", ".2f"),
-    ("validation accuracy, %", "val/accuracy", ".2f"),
-    ("rate", "lr", ".4g"),
-)
-
-
 def _curves(facts: RunFacts, drawn: Mapping[str, Picture]) -> Html:
-    if not facts.epochs:
-        return NOTHING
+    """The curves, each with its table; one table of all figures where no picture could be drawn."""
+    every = curves.curves_of(facts)
     cards = [
-        chart(drawn[name], _by_epoch(facts, columns, f"{drawn[name].title} by epoch"))
-        for name, columns in _COLUMNS.items()
-        if name in drawn
+        chart(drawn[each.name], _by_epoch(facts, each.columns, f"{each.title} by {facts.axis}"))
+        for each in every
+        if each.name in drawn
     ]
     if not cards:
-        cards = [tag("div", _by_epoch(facts, _ALL_COLUMNS, "Figures by epoch"), class_="card wide")]
-    return tag("div", *cards, class_="cards")
+        columns = [
+            column._replace(heading=_heading(each, column)) for each in every for column in each.columns
+        ]
+        if not columns:
+            return NOTHING
+        content = _by_epoch(facts, columns, f"Figures by {facts.axis}")
+        cards = [tag("div", content, class_="card wide")]
+    return joined([tag("div", *cards, class_="cards"), _not_drawn(facts)])
 
 
-def _by_epoch(facts: RunFacts, columns: Sequence[tuple[str, str, str]], label: str) -> Html:
-    """A table with a row for each epoch; of very many epochs, only for those that the curves show."""
+def _heading(each: Curves, column: Column) -> str:
+    """The heading of a column in the table of all figures: `training loss`, `rate`, `energy`."""
+    if each.name == curves.LEARNING_RATE:
+        return column.heading
+    part = metric_names.NAMES_OF_PARTS.get(metric_names.part_of(column.key), "")
+    percent = ", %" if each.unit == "%" else ""
+    return f"{part} {metric_names.quantity_of(column.key)}{percent}".lstrip()
+
+
+def _not_drawn(facts: RunFacts) -> Html | None:
+    """A sentence that names the quantities for which the page has no room; None where there are none."""
+    others = list(metric_names.by_quantity(facts.metrics))[curves.MOST_QUANTITIES :]
+    return tag("p", f"Only in metrics.jsonl: {some(others)}.") if others else None
+
+
+def _by_epoch(facts: RunFacts, columns: Sequence[Column], label: str) -> Html:
+    """A table with a row for each line that has one of the figures.
+
+    Of very many lines it has as many as a curve has points.
+    """
+    measured = [
+        (place, line)
+        for place, line in zip(facts.places, facts.epochs, strict=True)
+        if any(column.key in line for column in columns)
+    ]
     rows = []
-    for position in pictures.thinned(len(facts.epochs)):
-        epoch = facts.epochs[position]
-        rows.append([str(epoch["epoch"]), *(_as(epoch[key], spec) for _, key, spec in columns)])
-    return table(["epoch", *(heading for heading, _, _ in columns)], rows, label)
+    for position in curves.thinned(len(measured)):
+        place, line = measured[position]
+        rows.append([str(place), *(_figure(column.key, line.get(column.key)) for column in columns)])
+    return table([facts.axis, *(column.heading for column in columns)], rows, label)
 
 
-def chart(picture: Picture, behind: Html, wide: bool = False) -> Html:
-    """A picture with its heading. `behind` is the table of its numbers, which the reader can unfold."""
-    return tag(
-        "figure",
-        tag("figcaption", tag("h3", picture.title)),
-        Html(pictures.inline(picture)),
-        tag("details", tag("summary", f"{picture.title} as a table"), behind),
-        class_="card wide" if wide else "card",
-    )
+def _figure(key: str, value: float | None) -> str:
+    """A figure in a table; `-` where it is not known."""
+    return cell(value, ".4g") if key == "lr" else metric_names.number(key, value)
 
 
 # --- the test set ----------------------------------------------------------------------------------------
@@ -232,9 +201,9 @@ def _table_of_classes(classes: Sequence[ClassFigures]) -> Html:
     rows = [
         [
             one.name,
-            _as(one.precision, ".1f"),
-            _as(one.recall, ".1f"),
-            _as(one.f1, ".1f"),
+            cell(one.precision, ".1f"),
+            cell(one.recall, ".1f"),
+            cell(one.f1, ".1f"),
             f"{one.count:,}",
             one.mistaken_for or "-",
         ]
@@ -311,29 +280,29 @@ def _weights(seen: Examined | None) -> Html:
 
 
 def _time(facts: RunFacts, drawn: Mapping[str, Picture]) -> Html:
-    spent = pictures.phases_s(facts)
+    spent = curves.phases_s(facts)
     if not spent:
         return NOTHING
     phases = table(["phase", "s"], [[n, f"{s:,.1f}"] for n, s in spent.items()], label="Time by phase")
     ranks = facts.world_size or 1
     rows = []
-    for position in pictures.thinned(len(facts.epochs)):
-        epoch = facts.epochs[position]
-        together = epoch["throughput/samples_per_s"]
-        each = None if together is None else together / ranks
-        times = (epoch["time/train_s"], epoch["time/eval_s"])
+    for position in curves.thinned(len(facts.epochs)):
+        line = facts.epochs[position]
+        together = line.get("throughput/samples_per_s")
+        mean = None if together is None else together / ranks
         rows.append(
-            [str(epoch["epoch"]), *(_as(value, ",.2f") for value in times), _as(together, ",.0f"),
-             _as(each, ",.0f")]
-        )  # fmt: skip
-    heads = ["epoch", "training, s", "evaluation, s", "examples/s", "of each rank"]
-    by_epoch = table(heads, rows, label="Time and throughput by epoch")
-    cards = [
-        chart(drawn["phases"], phases) if "phases" in drawn else tag("div", phases, class_="card"),
-        chart(drawn["throughput"], by_epoch)
-        if "throughput" in drawn
-        else tag("div", by_epoch, class_="card"),
-    ]
+            [
+                str(facts.places[position]),
+                cell(line.get("time/train_s"), ",.2f"),
+                cell(line.get("time/eval_s"), ",.2f"),
+                cell(together, ",.0f"),
+                cell(mean, ",.0f"),
+            ]
+        )
+    heads = [facts.axis, "training, s", "evaluation, s", "examples/s", "mean of the ranks"]
+    by_epoch = table(heads, rows, label=f"Time and throughput by {facts.axis}")
+    cards = [_chart_or_table(drawn.get("phases"), phases)]
+    cards.append(_chart_or_table(drawn.get(curves.THROUGHPUT), by_epoch))
     operations = _table_of_operations(facts.profile)
     if operations is not None:
         words = "Operations of the steps that were profiled, on rank 0."
@@ -341,6 +310,11 @@ def _time(facts: RunFacts, drawn: Mapping[str, Picture]) -> Html:
             tag("div", tag("h3", "Where the time goes"), tag("p", words), operations, class_="card wide")
         )
     return tag("div", *cards, class_="cards")
+
+
+def _chart_or_table(picture: Picture | None, numbers: Html) -> Html:
+    """The picture with the table of its numbers; the table alone where the picture was not drawn."""
+    return tag("div", numbers, class_="card") if picture is None else chart(picture, numbers)
 
 
 def _table_of_operations(profile: Mapping[str, Any]) -> Html | None:
@@ -357,8 +331,8 @@ def _table_of_operations(profile: Mapping[str, Any]) -> Html | None:
         cells.append(
             [
                 str(row.get("name", "")),
-                _as(as_number(row.get("calls")), ",.0f"),
-                _as(as_number(row.get(key)), ",.2f"),
+                cell(as_number(row.get("calls")), ",.0f"),
+                cell(as_number(row.get(key)), ",.2f"),
                 "-" if share is None else f"{100 * share:.1f}",
             ]
         )
@@ -484,57 +458,6 @@ def _environment(facts: RunFacts) -> Html:
         if rows:
             cards.append(tag("div", content, class_="card"))
     return tag("div", *cards, class_="cards") if cards else NOTHING
-
-
-# --- tools -----------------------------------------------------------------------------------------------
-
-
-def table(
-    heads: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    label: str,
-    texts: set[int] | frozenset[int] = frozenset(),
-) -> Html:
-    """A table that scrolls within the page, also with the keyboard.
-
-    The first cell of each row is the row's heading. `texts` has the indices of the columns that hold text;
-    the other columns hold numbers, which are aligned to the right. Without `texts` only the first column
-    holds text.
-    """
-
-    def css(column: int) -> str | None:
-        return None if column in texts or (column == 0 and not texts) else "number"
-
-    head = tag(
-        "tr",
-        *(
-            tag("th", text, scope="col", class_=css(i)) if text else tag("td")
-            for i, text in enumerate(heads)
-        ),
-    )
-    body = [
-        tag(
-            "tr",
-            tag("th", row[0], scope="row", class_=css(0)),
-            *(tag("td", cell, class_=css(column)) for column, cell in enumerate(row[1:], start=1)),
-        )
-        for row in rows
-    ]
-    whole = tag("table", tag("thead", head), tag("tbody", *body))
-    return tag("div", whole, class_="scroll", role="region", aria_label=label, tabindex=0)
-
-
-def _as(value: float | None, spec: str) -> str:
-    """The value in this format, such as `.2f`; `-` for None."""
-    return "-" if value is None else format(value, spec)
-
-
-def duration(seconds: float) -> str:
-    """A duration in seconds, minutes or hours, so that the number stays below 100 up to four days."""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes = seconds / 60
-    return f"{minutes:.1f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
 
 
 def _moment(text: str) -> str:

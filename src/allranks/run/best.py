@@ -47,6 +47,9 @@ def rule_of(text: object) -> Rule:
     return Rule(metric, lower_is_better=extreme == "min")
 
 
+BY_DEFAULT = rule_of(BEST_BY_DEFAULT)
+
+
 def best_of(history: Sequence[Mapping[str, Any]], rule: Rule) -> Mapping[str, Any] | None:
     """The best line of a history; of several lines with the same value the last one.
 

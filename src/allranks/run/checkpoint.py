@@ -17,13 +17,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
 import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -394,19 +393,3 @@ def tensors(name: str, content: bytes) -> dict[str, Tensor]:
         raise Damaged(f"{name}: {ascii(str(error))[1:-1][:200]}") from error
     found = {key: Tensor(about["dtype"], about["shape"], len(about["data"])) for key, about in read}
     return dict(sorted(found.items()))
-
-
-# --- the best ------------------------------------------------------------------------------------------
-
-
-def best_of(history: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The line of the epoch with the lowest val/loss; of several with the same value the last one.
-
-    It is the epoch whose checkpoint is kept as the best. None if no epoch has a finite val/loss.
-    """
-    measured = [
-        metrics
-        for metrics in history
-        if metrics["val/loss"] is not None and math.isfinite(metrics["val/loss"])
-    ]
-    return min(reversed(measured), key=lambda metrics: metrics["val/loss"], default=None)

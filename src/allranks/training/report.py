@@ -283,7 +283,7 @@ class Reporter:
         """
         rule = self.told.best
         is_missing = self._best is None and rule.metric not in metrics
-        if self.runtime.is_main and is_missing and rule != the_best.rule_of(None):
+        if self.runtime.is_main and is_missing and rule != the_best.BY_DEFAULT:
             what = the_best.missing(rule, metric_names.metrics_in([metrics]))
             log.warning(
                 "%s=%s: %s No checkpoint is kept as the best before it comes.",

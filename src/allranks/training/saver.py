@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 from allranks.base.errors import UserError
 from allranks.run import checkpoint
+from allranks.run.best import BY_DEFAULT, Rule, best_of
 from allranks.run.claim import Claim
 from allranks.runtime.runtime import Runtime
 from allranks.training.position import TrainingPosition
@@ -51,15 +52,25 @@ class _Checkpoint(NamedTuple):
 class Saver:
     """The checkpoints of one run. Every rank has a Saver; only rank 0's touches the run directory.
 
-    `kept` is what a checkpoint holds. `keep` is how many of the newest checkpoints stay. If a save takes
-    longer than `save_s` seconds, the watchdog ends the run.
+    `kept` is what a checkpoint holds. `keep` is how many of the newest checkpoints stay, and `best` says
+    which one stays besides. If a save takes longer than `save_s` seconds, the watchdog ends the run.
     """
 
-    def __init__(self, runtime: Runtime, run_dir: str, kept: Kept, *, keep: int, save_s: float) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        run_dir: str,
+        kept: Kept,
+        *,
+        keep: int,
+        save_s: float,
+        best: Rule = BY_DEFAULT,
+    ) -> None:
         self.runtime = runtime
         self.run_dir = run_dir
         self.kept = kept
         self.keep = keep
+        self.best = best
         self.save_s = save_s
         # The claim on the run directory: on rank 0, once resume() has taken it; None on other ranks.
         self.claim: Claim | None = None
@@ -228,7 +239,7 @@ class Saver:
         self.claim.check()
         checkpoint.write(self.run_dir, step, captured.to_files(), self.claim.token, self.claim.check)
         present = checkpoint.steps(self.run_dir)
-        keep = _kept_steps(step, present, captured.state["history"], self.keep)
+        keep = _kept_steps(step, present, captured.state["history"], self.keep, self.best)
         try:
             checkpoint.remove(self.run_dir, keep, self.claim.check)
         except OSError as error:
@@ -238,13 +249,15 @@ class Saver:
         log.debug("checkpoint of step %d saved in %.2f s", step, took_s)
 
 
-def _kept_steps(step: int, present: list[int], history: list[dict[str, Any]], keep: int) -> set[int]:
+def _kept_steps(
+    step: int, present: list[int], history: list[dict[str, Any]], keep: int, rule: Rule
+) -> set[int]:
     """The steps whose checkpoints stay, now that `step` is saved.
 
-    These are the `keep` newest, and the one with the least val/loss. `present` are the steps that have a
-    checkpoint, newest first. `history` has the metrics of all epochs.
+    These are the `keep` newest, and the best one by the rule, if the epochs have its metric. `present` are
+    the steps that have a checkpoint, newest first. `history` has the metrics of all epochs.
     """
-    best = checkpoint.best_of([epoch for epoch in history if epoch["step"] in present])
+    best = best_of([epoch for epoch in history if epoch["step"] in present], rule)
     # If there is a checkpoint of a later step, this run could not read it: otherwise it would have gone on
     # from it. It stays, and is not counted among the `keep`.
     count = present.index(step) + keep
