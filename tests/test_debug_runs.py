@@ -304,9 +304,16 @@ def test_a_full_disk_delays_the_lines_of_steps_and_loses_none(mounted, caplog):
     assert caplog.text.count("could not be written") == 1
     ballast.unlink()
     file.append([{"step": 1002}])
+    # Once more, and now the disk has room again only when the run ends.
+    with pytest.raises(OSError), ballast.open("wb", buffering=0) as filler:
+        while True:
+            filler.write(b"0" * 4096)
+    for step in range(1003, 1503):
+        file.append([{"step": step, "text": "x" * 20}])
+    ballast.unlink()
     file.close()
     steps = [json.loads(line)["step"] for line in (folder / "steps").read_text().splitlines()]
-    assert steps == list(range(1, 1003))
+    assert steps == list(range(1, 1503))
     assert file.written == (folder / "steps").stat().st_size
 
 

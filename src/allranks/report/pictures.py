@@ -183,21 +183,44 @@ def _rgb(colour: str) -> tuple[int, int, int]:
     return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
 
 
+# The places of images in a strip, in inches: a cell for each, with its title above it.
+_CELL_WIDTH_IN, _CELL_HEIGHT_IN = 0.95, 1.15
+_IMAGE_IN = 0.86  # the longer side of an image
+_LETTERS_IN = 0.2  # height of the line with an image's title
+
+
 def _row_of_images(
     name: str, title: str, images: Sequence[np.ndarray], titles: Sequence[str], words: str
 ) -> Picture:
+    """Images side by side, ten in a row, each with its title above it."""
     columns = min(10, len(images))
     rows = -(-len(images) // columns)
+    width_in = _CELL_WIDTH_IN * columns
+    grid_in = _CELL_HEIGHT_IN * rows
+    title_in = TITLE_PT / POINTS_PER_INCH
     with style():
         from matplotlib.figure import Figure
 
-        height_in = 1.15 * rows + TITLE_PT / POINTS_PER_INCH
-        figure = Figure(figsize=(0.95 * columns, height_in))
-        figure.text(0.01, 1 - 6 / POINTS_PER_INCH / height_in, title, va="top", weight="bold", gid="title")
+        whole_in = grid_in + title_in
+        figure = Figure(figsize=(width_in, whole_in))
+        at_top = 1 - 6 / POINTS_PER_INCH / whole_in
+        figure.text(0.01, at_top, title, va="top", weight="bold", gid="title")
+        # All images are in one pair of axes, whose unit is an inch. With axes of its own, each image would
+        # take as long as a curve.
+        axes = figure.add_axes((0, 0, 1, grid_in / whole_in))
         for number, (image, above) in enumerate(zip(images, titles, strict=True)):
-            axes = figure.add_subplot(rows, columns, number + 1)
-            axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            axes.set_title(above, fontsize=9)
-            axes.set_axis_off()
-        figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=1 - 0.6 / height_in, wspace=0.08)
+            row, column = divmod(number, columns)
+            middle = (column + 0.5) * _CELL_WIDTH_IN
+            top = row * _CELL_HEIGHT_IN + _LETTERS_IN
+            height, width = image.shape[:2]
+            half_width = 0.5 * _IMAGE_IN * width / max(height, width)
+            bottom = top + _IMAGE_IN * height / max(height, width)
+            axes.imshow(
+                image, cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto",
+                extent=(middle - half_width, middle + half_width, bottom, top),
+            )  # fmt: skip
+            axes.text(middle, top - 0.04, above, ha="center", va="bottom", fontsize=9)
+        axes.set_xlim(0, width_in)
+        axes.set_ylim(grid_in, 0)
+        axes.set_axis_off()
         return as_picture(figure, name, title, f"{title}: {words}.")

@@ -1,21 +1,23 @@
 """Keeping torch's compiler out of processes that compile nothing.
 
 Optimizers and DDP import torch._dynamo, and with it the whole compiler, only to say that they must not be
-compiled. That costs 1.2 s and some 15,000 file-system calls on every rank (benchmarks/startup.py). Here
-small modules stand in for the compiler's. They answer the few questions that training without compilation
-asks. If anything else is asked of them, the real compiler is imported after all.
+compiled. That costs 1.2 s and some 15,000 file-system calls on every rank (benchmarks/startup.py). The
+profiler imports torch._inductor, to ask for one setting. Here small modules stand in for the compiler's.
+They answer the few questions that training without compilation asks. If anything else is asked of them,
+the real compiler is imported after all.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 
 NAME = "torch._dynamo"
+INDUCTOR = "torch._inductor"
 
 
 class _Understudy(ModuleType):
@@ -48,14 +50,27 @@ def keep_compiler_out() -> None:
         "utils": utils,
         "trace_rules": rules,
     }
-    sys.modules[NAME] = dynamo
+    settings = _Understudy(f"{INDUCTOR}.config")  # asked by the profiler: without compiled code, no graphs
+    settings.answers = {"triton": SimpleNamespace(cudagraphs=False)}
+    inductor = _Understudy(INDUCTOR)
+    inductor.answers = {"config": settings}
+    for module in (dynamo, inductor, settings):
+        sys.modules[module.__name__] = module
     torch._dynamo = dynamo
+    torch._inductor = inductor
 
 
 def _real(name: str) -> ModuleType:
-    """The compiler's own module of this name, which takes the place of what stood in for it."""
-    if isinstance(sys.modules.get(NAME), _Understudy):
-        del sys.modules[NAME]
+    """The compiler's own module of this name.
+
+    All of the compiler's own modules take the place of those that stood in for them: they import each
+    other, and must not find one that stands in.
+    """
+    standing_in = [module for module in sys.modules.values() if isinstance(module, _Understudy)]
+    if standing_in:
+        for module in standing_in:
+            del sys.modules[module.__name__]
         del torch._dynamo
+        del torch._inductor
         importlib.import_module(NAME)
     return importlib.import_module(name)

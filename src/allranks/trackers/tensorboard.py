@@ -13,6 +13,7 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,12 @@ class TensorBoard:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         if self._writer is not None:  # the tracker was open before, and has failed
-            self._writer.close()
+            before = self._writer
+            self._writer = None
+            # This may fail for the same reason again, such as a full disk. The new file does not depend on
+            # it.
+            with suppress(OSError):
+                before.close()
         folder = run.folder / "tensorboard"
         self._writer = EventFileWriter(str(folder))
         self._last_step = run.delivered.step

@@ -252,6 +252,19 @@ class StepsFile:
         Where that fails, as on a full disk, the lines are kept and tried again the next time.
         """
         self._waiting += map(files.line, records)
+        self._write()
+
+    def close(self) -> None:
+        """Closes the file, after a last try to write the lines that could not be written before.
+
+        append() would open it again.
+        """
+        if self._waiting:
+            self._write()
+        self._shut()
+
+    def _write(self) -> None:
+        """Writes the waiting lines; they stay where that fails, and the first failure is told."""
         text = "".join(self._waiting).encode()
         try:
             if self._file is None:
@@ -265,14 +278,13 @@ class StepsFile:
             if not self._fails:
                 log.warning("%s could not be written (%s); the training goes on", STEPS, error.strerror)
             self._fails = True
-            self.close()
+            self._shut()
             return
         self._fails = False
         self.written += len(text)
         self._waiting.clear()
 
-    def close(self) -> None:
-        """Closes the file; append() would open it again."""
+    def _shut(self) -> None:
         file = self._file
         self._file = None
         if file is not None:
