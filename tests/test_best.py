@@ -71,6 +71,16 @@ def test_a_value_that_is_no_rule_is_refused(value, tmp_path):
     assert "give a metric and min or max, such as 'val/loss min' or 'val/accuracy max'." in told.message
 
 
+def test_a_metric_that_the_task_does_not_measure_is_refused_before_the_run_begins(train, tmp_path):
+    told = train(*SMALL, "model=linear", "checkpoint.best=val/auroc max", "run.dir=run")
+    assert told.code == 2
+    assert told.message.endswith(
+        "this training has no metric val/auroc. Its metrics are: train/loss, train/accuracy, val/loss, "
+        "val/accuracy."
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_all_that_names_a_best_epoch_follows_the_rule(train):
     """The worst one by the validation loss, which is another one than the default would take."""
     words = ["model=linear", "trainer.epochs=3", "checkpoint.keep=1", "checkpoint.best=val/loss max"]

@@ -244,7 +244,7 @@ def run(
         )
         with runtime.all_or_none():
             training = building.build_training(recipe, runtime, examples=len(data.train))
-        tried = trial.try_first_batch(training, data, recipe, runtime)
+        tried = trial.try_first_batch(training, data, recipe, runtime, told.best)
         records.measured_by(training, tried.flops_per_example)
         building.distribute(training, runtime, config.trainer, tried.unused)
 

@@ -22,8 +22,8 @@ from allranks.report.drawing import Picture
 from allranks.report.examine import Examined
 from allranks.report.gather import RunFacts, gather
 from allranks.report.page import page
-from allranks.run import metric_names
 
+CLASSIFICATION = "allranks.tasks.Classification"
 PASS_NOT_ENDED = "The test set's part is missing: the pass of the model over it has not come to its end."
 
 
@@ -118,14 +118,14 @@ def report(run: Path, folder: Path, device: str | None = None, passes: bool = Tr
 def _can_be_examined(facts: RunFacts) -> bool:
     """Whether a pass of the model over the test set can be shown: the run is a classification.
 
-    Its confusion matrix and its mistakes are shown. Other trainings have none. A run that has recorded
-    nothing yet counts as a classification, unless no model stands in its configuration: then a program of
-    the user's own makes the model.
+    Its confusion matrix and its mistakes are shown, and other tasks have none. A configuration without a
+    model is that of a program of the user's own. One that cannot be read says nothing: that is told when it
+    is tried.
     """
-    if "model._target_" not in facts.config and facts.config:
-        return False
-    known = [*facts.metrics, *facts.tests]
-    return not known or any(metric_names.quantity_of(name) == "accuracy" for name in known)
+    if not facts.config:
+        return True
+    task = facts.config.get("task._target_", CLASSIFICATION)  # earlier versions had no other task
+    return "model._target_" in facts.config and task == CLASSIFICATION
 
 
 def _write(

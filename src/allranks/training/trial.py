@@ -29,6 +29,7 @@ from allranks.components import build
 from allranks.data.loader import Data
 from allranks.data.nests import described, leaves
 from allranks.data.parts import Examples
+from allranks.run.best import BY_DEFAULT, Rule, check
 from allranks.runtime.runtime import Runtime
 from allranks.tasks import Classification, metrics_of, outputs_of
 from allranks.training.building import Recipe, build_model
@@ -52,18 +53,21 @@ class Tried(NamedTuple):
     columns: Sequence[Column]  # the task's metrics that are sums
 
 
-def try_first_batch(training: Training, data: Data, recipe: Recipe, runtime: Runtime) -> Tried:
+def try_first_batch(
+    training: Training, data: Data, recipe: Recipe, runtime: Runtime, best: Rule = BY_DEFAULT
+) -> Tried:
     """Tries one step on rank 0, on the first training examples; all ranks call.
 
-    `recipe` is what the training was built from. Afterwards the training knows which metrics of its task
-    are sums. Raises UserError, on all ranks, where data, model, task and optimizer do not go together.
+    `recipe` is what the training was built from. `best` says which epoch will be the best. Afterwards the
+    training knows which metrics of its task are sums. Raises UserError, on all ranks, where data, model,
+    task and optimizer do not go together, or where the task does not measure what `best` names.
     """
-    tried = Tried(*runtime.meeting.from_rank_0(lambda: _try(training, data, recipe, runtime)))
+    tried = Tried(*runtime.meeting.from_rank_0(lambda: _try(training, data, recipe, runtime, best)))
     training.sums = Sums(runtime, [Column(*column) for column in tried.columns])
     return tried
 
 
-def _try(training: Training, data: Data, recipe: Recipe, runtime: Runtime) -> Tried:
+def _try(training: Training, data: Data, recipe: Recipe, runtime: Runtime, best: Rule) -> Tried:
     is_classification = isinstance(training.task, Classification)
     names = _Names(
         model=f"model._target_={recipe.model['_target_']}",
@@ -97,7 +101,9 @@ def _try(training: Training, data: Data, recipe: Recipe, runtime: Runtime) -> Tr
         with flops:
             loss = _loss(training.task, names, outputs, examples)
         columns = _columns(training.task, names, outputs, examples)
-        _check_monitor(recipe.scheduler, columns, training.task)
+        known = _known_metrics(columns, training.task, best.metric)
+        _check_monitor(recipe.scheduler, known)
+        check(best, known)
         if not is_alone:
             return Tried(None, [], columns)
         with _told(f"{names.model}: its output has no gradient that reaches its parameters"), flops:
@@ -225,13 +231,23 @@ def _tensors(nest: Any) -> Iterator[torch.Tensor]:
     return (leaf for leaf in leaves(nest) if isinstance(leaf, torch.Tensor))
 
 
-def _check_monitor(scheduler: Mapping[str, Any], columns: Sequence[Column], task: Any) -> None:
+def _known_metrics(columns: Sequence[Column], task: Any, wanted: str) -> list[str]:
+    """The metrics that the task measures.
+
+    An object of torchmetrics may give several numbers, whose names begin with its own and are not known
+    before the first epoch. If `wanted` may be one of these, it counts as known.
+    """
+    names = ["loss", *(column.name for column in columns), *objects_of(task)]
+    known = [f"{part}/{name}" for part in ("train", "val") for name in names]
+    beginnings = tuple(f"{part}/{name}_" for part in ("train", "val") for name in objects_of(task))
+    return [*known, wanted] if beginnings and wanted.startswith(beginnings) else known
+
+
+def _check_monitor(scheduler: Mapping[str, Any], known: Sequence[str]) -> None:
     """Raises UserError where the schedule looks at a metric that the task does not measure."""
     monitor = scheduler.get("monitor")
     if monitor is None:
         return
-    names = ["loss", *(column.name for column in columns), *objects_of(task)]
-    known = [f"{part}/{name}" for part in ("train", "val") for name in names]
     if monitor not in known:
         raise UserError(
             f"scheduler.monitor={monitor} is not measured: give one of {', '.join(known)}."
