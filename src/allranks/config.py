@@ -241,6 +241,10 @@ class Config:
     model: dict[str, Any] = setting(dict, "what is trained", resume_must_agree=True)
     optimizer: dict[str, Any] = setting(dict, "what changes the weights", resume_must_agree=True)
     scheduler: dict[str, Any] = setting(dict, "what changes the learning rate", resume_must_agree=True)
+    own: dict[str, Any] | None = setting(
+        None, "the values of a loop of one's own (allranks.open); null for any other training",
+        resume_must_agree=True,
+    )  # fmt: skip
 
 
 # --- keys of the free sections -----------------------------------------------------------------------
@@ -392,7 +396,9 @@ def _check(config: Config) -> None:
             guess = did_you_mean(str(value), rule.names) if rule.names else ""
             raise UserError(f"{key}={value} is not valid: give {rule.remedy}.{guess}")
     parts = ["data.val"] if config.data.get("val") else []
-    for group in ("task", "model", "optimizer", "data.train", *parts, "data.test"):
+    components = ["task", "model", "optimizer", "data.train", *parts, "data.test"]
+    # A loop of one's own makes these itself.
+    for group in components if config.own is None else ():
         if f"{group}._partial_" in values:
             raise UserError(f"{group}._partial_ is not valid: give all values that _target_ takes.")
         if not isinstance(values.get(f"{group}._target_"), str):

@@ -34,6 +34,7 @@ from allranks.training.length import RunLength
 from allranks.training.loop import Loop
 from allranks.training.metrics import Column, Figures, Sums, objects_of
 from allranks.training.training import Training
+from allranks.training.weight import share_weight
 
 log = logging.getLogger(__name__)
 
@@ -284,7 +285,7 @@ def _backward(
             known = loss.detach()
             with _named("backward"):
                 # The weight is a factor and not an argument of backward(), which would import sympy.
-                training.scaler.scale(loss * _weight(batch, known)).backward()
+                training.scaler.scale(loss * share_weight(batch.count > 0, batch.total, known)).backward()
             if is_last:
                 runtime.check_summed(training.trained)
         losses.append(known)
@@ -303,17 +304,6 @@ def _named(part: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _weight(batch: Batch, loss: torch.Tensor) -> float | torch.Tensor:
-    """The factor of a loss that makes the sum over all shares the mean over the global batch.
-
-    Where a share is empty, its batch is a stand-in and the factor is 0. A loss that is not finite makes the
-    factor NaN. The gradient then is NaN too, and after it is added up over the ranks, all of them see that.
-    """
-    weight = (batch.count > 0) / batch.total
-    if loss.is_cpu:
-        return weight if math.isfinite(loss.item()) else math.nan
-    # 0 for a finite loss; inf * 0 is NaN. This stays on the device, so the CPU need not wait for it.
-    return weight + loss * 0
 
 
 def _apply_gradient(training: Training, clip_norm: float | None) -> bool:

@@ -100,13 +100,13 @@ def capture(
         "world_size": world_size,
         "identity": identity,
         "versions": {"allranks": allranks.__version__, "torch": torch.__version__},
-        "optimizer": _taken_apart(training.optimizer.state_dict(), "optimizer", beside_the_model),
-        "scheduler": _taken_apart(schedule.state_dict() if schedule else {}, "scheduler", beside_the_model),
-        "scaler": _taken_apart(training.scaler.state_dict(), "scaler", beside_the_model),
+        "optimizer": taken_apart(training.optimizer.state_dict(), "optimizer", beside_the_model),
+        "scheduler": taken_apart(schedule.state_dict() if schedule else {}, "scheduler", beside_the_model),
+        "scaler": taken_apart(training.scaler.state_dict(), "scaler", beside_the_model),
     }
     buffers = _changed_buffers(training)
     if buffers:  # most models have none
-        state["buffers"] = _taken_apart(buffers, "buffer", beside_the_model)
+        state["buffers"] = taken_apart(buffers, "buffer", beside_the_model)
     model = {name: _copied(tensor) for name, tensor in training.model.state_dict().items()}
     return Captured({MODEL: model, OPTIMIZER: beside_the_model}, state)
 
@@ -139,7 +139,7 @@ def _copied(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _taken_apart(node: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+def taken_apart(node: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     """JSON for what a state_dict holds; its tensors go to `tensors`, under names to which the JSON refers.
 
     `name` says where in the state_dict the node stands.
@@ -149,14 +149,17 @@ def _taken_apart(node: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(node, torch.Tensor):
         if not can_be_saved(node):
             raise UserError(f"{name} is a tensor of {node.dtype}, a type that a checkpoint cannot hold.")
+        if name in tensors:
+            raise UserError(f"The state has two tensors named {name}: rename one of them.")
         tensors[name] = _copied(node)
         return {"tensor": name}
     if isinstance(node, list | tuple):
-        items = [_taken_apart(item, f"{name}.{i}", tensors) for i, item in enumerate(node)]
+        items = [taken_apart(item, f"{name}.{i}", tensors) for i, item in enumerate(node)]
         return {"tuple": items} if isinstance(node, tuple) else items
     if isinstance(node, Mapping):
         # As pairs: JSON would turn keys that are numbers into texts.
-        return {"items": [[k, _taken_apart(v, f"{name}.{k}", tensors)] for k, v in node.items()]}
+        prefix = f"{name}." if name else ""
+        return {"items": [[k, taken_apart(v, f"{prefix}{k}", tensors)] for k, v in node.items()]}
     raise UserError(
         f"{name} is a {type(node).__name__}, but a checkpoint holds only numbers, texts and tensors."
     )
@@ -173,12 +176,13 @@ def restore(
     `identity` says which training this is (config.identity). Raises UserError where the checkpoint is that
     of another training, or not one that allranks has made.
     """
-    with _of_this_format(path):
+    with of_this_format(path):
         state = checkpoint.from_json(STATE, files[STATE])
-        _check_counters(state)
+        check_counters(state)
         _check_that_it_fits(state, path, identity, runtime.world_size)
         _restore_components(training, state, files, path)
-        _restore_counters(training, state)
+        restore_position(training.position, state)
+        training.epoch_lr = state["epoch_lr"]
         _restore_sums(training, state["sums"], runtime)
 
 
@@ -188,15 +192,15 @@ def restore_model(model: nn.Module, files: Mapping[str, bytes], path: str) -> di
     `path` names the checkpoint in messages. Raises UserError where the checkpoint is of another model, or
     not one that allranks has made.
     """
-    with _of_this_format(path):
+    with of_this_format(path):
         state = checkpoint.from_json(STATE, files[STATE])
-        _check_counters(state)
-        weights = _load(files[MODEL])
+        check_counters(state)
+        weights = load(files[MODEL])
         saved = state.get("buffers", {"items": []})
-        buffers = _put_together(saved, _load(files[OPTIMIZER])) if saved["items"] else {}
+        buffers = put_together(saved, load(files[OPTIMIZER])) if saved["items"] else {}
     try:
         model.load_state_dict(weights)
-        _restore_buffers(model, buffers)
+        restore_buffers(model, buffers)
     except (RuntimeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(
             f"{path} does not fit the model that the run's config.yaml describes ({one_line(error)}): "
@@ -207,7 +211,7 @@ def restore_model(model: nn.Module, files: Mapping[str, bytes], path: str) -> di
 
 
 @contextmanager
-def _of_this_format(path: str) -> Iterator[None]:
+def of_this_format(path: str) -> Iterator[None]:
     """Raises UserError where the block finds that the checkpoint `path` is not as allranks saves one."""
     try:
         yield
@@ -219,7 +223,7 @@ def _of_this_format(path: str) -> Iterator[None]:
         ) from error
 
 
-def _check_counters(state: Mapping[str, Any]) -> None:
+def check_counters(state: Mapping[str, Any]) -> None:
     """Raises KeyError, TypeError or ValueError where the state's numbers make no sense as a training's."""
     for name in ("epoch", "step", "steps_in_epoch_done", "world_size"):
         if type(state[name]) is not int or state[name] < 0:
@@ -264,20 +268,20 @@ def _restore_components(
     training: Training, state: Mapping[str, Any], files: Mapping[str, bytes], path: str
 ) -> None:
     """Model, optimizer, scheduler and scaler."""
-    tensors = _load(files[OPTIMIZER])
+    tensors = load(files[OPTIMIZER])
     try:
-        training.model.load_state_dict(_load(files[MODEL]))
-        _restore_optimizer(training.optimizer, _put_together(state["optimizer"], tensors))
-        _restore_buffers(training.model, _put_together(state.get("buffers", {"items": []}), tensors))
+        training.model.load_state_dict(load(files[MODEL]))
+        restore_optimizer(training.optimizer, put_together(state["optimizer"], tensors))
+        restore_buffers(training.model, put_together(state.get("buffers", {"items": []}), tensors))
     except (RuntimeError, ValueError, KeyError) as error:
         what = f"{path} does not fit the model and optimizer of this run"
         raise UserError(f"{what}: {one_line(error)}") from error
     if training.schedule.scheduler is not None:
-        training.schedule.scheduler.load_state_dict(_put_together(state["scheduler"], tensors))
-    training.scaler.load_state_dict(_put_together(state["scaler"], tensors))
+        training.schedule.scheduler.load_state_dict(put_together(state["scheduler"], tensors))
+    training.scaler.load_state_dict(put_together(state["scaler"], tensors))
 
 
-def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
     """load_state_dict() that leaves every tensor of the state in the type in which it was saved.
 
     torch's own casts them to the type of their parameter. NAdam, for one, keeps a float32 number for each
@@ -310,7 +314,7 @@ def _as_saved(loaded: Any, saved: Any, parameter: torch.Tensor) -> Any:
     return loaded
 
 
-def _restore_buffers(model: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
+def restore_buffers(model: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
     """Puts back the buffers that the model's state_dict leaves out."""
     device = next(model.parameters()).device
     for name, tensor in saved.items():
@@ -321,13 +325,13 @@ def _restore_buffers(model: nn.Module, saved: Mapping[str, torch.Tensor]) -> Non
         setattr(module, leaf, tensor.to(device))
 
 
-def _restore_counters(training: Training, state: Mapping[str, Any]) -> None:
-    training.position.epoch = state["epoch"]
-    training.position.step = state["step"]
-    training.position.epoch_steps = state["steps_in_epoch_done"]
-    training.position.epoch_s = state["epoch_s"]
-    training.epoch_lr = state["epoch_lr"]
-    training.position.history = state["history"]
+def restore_position(position: TrainingPosition, state: Mapping[str, Any]) -> None:
+    """Puts back where a training stands, from what state.json holds."""
+    position.epoch = state["epoch"]
+    position.step = state["step"]
+    position.epoch_steps = state["steps_in_epoch_done"]
+    position.epoch_s = state["epoch_s"]
+    position.history = state["history"]
 
 
 def _restore_sums(training: Training, rows: Any, runtime: Runtime) -> None:
@@ -350,7 +354,7 @@ def _restore_sums(training: Training, rows: Any, runtime: Runtime) -> None:
     training.sums.rows.copy_(mine)
 
 
-def _load(content: bytes) -> dict[str, torch.Tensor]:
+def load(content: bytes) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -360,17 +364,17 @@ def _load(content: bytes) -> dict[str, torch.Tensor]:
         raise KeyError(error) from error
 
 
-def _put_together(node: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """The state_dict that _taken_apart() has turned into JSON and tensors."""
+def put_together(node: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """The state_dict that taken_apart() has turned into JSON and tensors."""
     if isinstance(node, list):
-        return [_put_together(item, tensors) for item in node]
+        return [put_together(item, tensors) for item in node]
     if not isinstance(node, dict):
         return node
     if "tensor" in node:
         return tensors[node["tensor"]]
     if "tuple" in node:
-        return tuple(_put_together(item, tensors) for item in node["tuple"])
-    return {key: _put_together(value, tensors) for key, value in node["items"]}
+        return tuple(put_together(item, tensors) for item in node["tuple"])
+    return {key: put_together(value, tensors) for key, value in node["items"]}
 
 
 # --- one number for all weights ------------------------------------------------------------------------

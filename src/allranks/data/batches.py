@@ -1,0 +1,342 @@
+"""Batches for a user's own loop: a Dataset, a DataLoader or any stream of batches, dealt out to the ranks.
+
+What a source gives is a *global* batch. Each rank takes its share of it: the examples at the positions
+rank, rank + world_size, rank + 2 * world_size, ... of the batch. So a step sees the same examples on any
+number of ranks. A share may be empty; then it carries one example as a stand-in, which does not count.
+
+The order of the examples, and what a Dataset draws at random for one of them, follow from the seed, the
+epoch and the example. So a run that goes on in the middle of an epoch sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+
+from allranks.base.errors import UserError
+from allranks.data.nests import described, mapped
+from allranks.data.randomness import mixed, reseed
+from allranks.data.workers import Workers
+from allranks.runtime.runtime import Runtime
+
+
+class Dealt(NamedTuple):
+    """This rank's share of a global batch, on the device."""
+
+    batch: Any
+    counted: int  # examples of the share that count: all of them, or 0 where it is a stand-in
+    total: int  # examples of the global batch
+
+
+class Batches:
+    """A source of global batches, and this rank's shares of them.
+
+    source: a map-style Dataset, a DataLoader, or an iterable of batches that can be gone through once for
+    each epoch. A Dataset needs `batch_size`, the examples of a global batch; a DataLoader has its own.
+    Raises UserError for a source that cannot be dealt out.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        runtime: Runtime,
+        seed: int,
+        *,
+        batch_size: int | None = None,
+        shuffle: bool | None = None,
+        workers: int | None = None,
+        collate: Callable[[list[Any]], Any] | None = None,
+    ) -> None:
+        self._runtime = runtime
+        self._seed = seed
+        self._given: dict[str, Any] = {
+            "batch_size": batch_size,
+            "shuffle": shuffle,
+            "workers": workers,
+            "collate": collate,
+        }
+        self.source = source
+        self._loader = self._loader_of(source)
+        self._workers = Workers(self._loader.num_workers if self._is_indexed else 0)
+        if self._is_indexed:
+            self._check_sampler()
+        self._check_batch_size()
+
+    # --- what the source is --------------------------------------------------------------------------
+
+    def _loader_of(self, source: Any) -> Any:
+        """The DataLoader that the source is, or that reads it; the source itself where it is a stream."""
+        is_dataset = hasattr(source, "__len__") and hasattr(source, "__getitem__")
+        is_loader = hasattr(source, "dataset") and hasattr(source, "batch_sampler")
+        if is_loader or not is_dataset or isinstance(source, IterableDataset):
+            what = type(source).__name__
+            for option, value in self._given.items():
+                if value is not None:
+                    raise UserError(
+                        f"{option}={value} was given for a {what}, which makes its batches itself: give it "
+                        "to the DataLoader, or hand over a map-style Dataset.",
+                        said_by=0,
+                    )
+            if not hasattr(source, "__iter__"):
+                raise UserError(
+                    f"A {what} cannot be dealt out to the ranks: give a map-style Dataset, a DataLoader, "
+                    "or an iterable of batches.",
+                    said_by=0,
+                )
+            return source
+        batch_size = self._given["batch_size"]
+        if batch_size is None:
+            raise UserError(
+                f"A {type(source).__name__} is dealt out in batches: give batch_size, the examples of one "
+                "step over all ranks.",
+                said_by=0,
+            )
+        shuffle = self._given["shuffle"]
+        return DataLoader(
+            source,
+            batch_size=batch_size,
+            shuffle=True if shuffle is None else shuffle,
+            num_workers=self._given["workers"] or 0,
+            collate_fn=self._given["collate"],
+            pin_memory=self._runtime.device.type == "cuda",
+        )
+
+    @property
+    def _is_indexed(self) -> bool:
+        """Whether each batch is a list of examples by number, of which a rank reads only its own."""
+        loader = self._loader
+        return (
+            getattr(loader, "batch_sampler", None) is not None
+            and hasattr(loader, "dataset")
+            and not isinstance(loader.dataset, IterableDataset)
+        )
+
+    def _check_sampler(self) -> None:
+        for sampler in (self._loader.batch_sampler, getattr(self._loader, "sampler", None)):
+            inner = getattr(sampler, "sampler", sampler)
+            if isinstance(inner, DistributedSampler):
+                raise UserError(
+                    "The DataLoader has a DistributedSampler, which deals the examples out already: leave "
+                    "it out (shuffle=True in its place), and give the batch size over all ranks.",
+                    said_by=0,
+                )
+
+    def _check_batch_size(self) -> None:
+        batch_size = self.batch_size
+        ranks = self._runtime.world_size
+        if batch_size is not None and batch_size < ranks:
+            raise UserError(
+                f"batch_size={batch_size} is smaller than the {ranks} ranks: it counts the examples of all "
+                f"ranks together. Give at least {ranks}, or start at most {batch_size} ranks.",
+                said_by=0,
+            )
+
+    @property
+    def batch_size(self) -> int | None:
+        """Examples of a global batch; None where the source does not say it."""
+        size = getattr(self._loader, "batch_size", None)
+        return size if isinstance(size, int) else None
+
+    @property
+    def count(self) -> int | None:
+        """Global batches of an epoch; None where the source does not say it."""
+        try:
+            return len(self._loader.batch_sampler if self._is_indexed else self._loader)
+        except (TypeError, NotImplementedError):
+            return None
+
+    @property
+    def examples(self) -> int | None:
+        """Examples of an epoch; None where the source does not say it."""
+        if not self._is_indexed:
+            return None
+        if self.batch_size is not None and getattr(self._loader, "drop_last", False):
+            return self.batch_size * (self.count or 0)
+        try:
+            return len(self._loader.sampler)
+        except (TypeError, NotImplementedError, AttributeError):
+            return None
+
+    def described(self) -> dict[str, int | None]:
+        """What a run that goes on in the middle of an epoch must find again."""
+        return {"batch_size": self.batch_size, "steps": self.count, "examples": self.examples}
+
+    # --- the batches of an epoch -----------------------------------------------------------------------
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Dealt]:
+        """This rank's share of each global batch of the epoch from `first_step` on; both count from 0."""
+        sampler: Any = getattr(self._loader, "sampler", None)
+        for each in (sampler, getattr(self._loader, "batch_sampler", None), self._loader):
+            set_epoch = getattr(each, "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(epoch)
+        reseed(mixed(self._seed, epoch))  # a sampler draws the order of the epoch now
+        if self._is_indexed:
+            yield from self._indexed(epoch, first_step)
+        else:
+            yield from self._streamed(first_step)
+
+    def explained(self) -> AbstractContextManager[None]:
+        """A block for all that runs while the batches are read: it says what ended a worker process."""
+        return self._workers.explained()
+
+    def _indexed(self, epoch: int, first_step: int) -> Iterator[Dealt]:
+        """Each batch is known by the numbers of its examples, of which this rank reads its own."""
+        runtime = self._runtime
+        loader = self._loader
+        counts: list[tuple[int, int]] = []  # (count, total) of the shares that are being read
+
+        def shares() -> Iterator[list[Any]]:
+            for batch in islice(iter(loader.batch_sampler), first_step, None):
+                numbers = list(batch)
+                mine = numbers[runtime.rank :: runtime.world_size]
+                counts.append((len(mine), len(numbers)))
+                yield mine or numbers[:1]
+
+        reader: DataLoader[Any] = DataLoader(
+            _Seeded(loader.dataset, mixed(self._seed, epoch)),
+            batch_sampler=_Drawn(shares()),  # type: ignore[arg-type]
+            num_workers=loader.num_workers,
+            collate_fn=loader.collate_fn,
+            pin_memory=loader.pin_memory,
+            worker_init_fn=partial(_begin_both, self._workers.begin(), loader.worker_init_fn)
+            if loader.num_workers
+            else None,
+            multiprocessing_context=getattr(loader, "multiprocessing_context", None)
+            if loader.num_workers
+            else None,
+        )
+        with self._workers.starting():
+            batches = iter(reader)
+        self._workers.started = getattr(batches, "_workers", ())
+        for step, batch in enumerate(batches):
+            yield Dealt(_moved(batch, runtime.device), *counts[step])
+
+    def _streamed(self, first_step: int) -> Iterator[Dealt]:
+        """Each batch comes whole, on every rank, which then keeps its share of it."""
+        runtime = self._runtime
+        for batch in islice(iter(self._loader), first_step, None):
+            total = length_of(batch)
+            count = len(range(runtime.rank, total, runtime.world_size))
+            rows = slice(runtime.rank, None, runtime.world_size) if count else slice(0, 1)
+            share = batch if runtime.world_size == 1 else taken(batch, rows, total)
+            yield Dealt(_moved(share, runtime.device), count, total)
+
+
+class _Drawn(NamedTuple):
+    """A batch sampler that has been drawn from already."""
+
+    shares: Iterator[list[Any]]
+
+    def __iter__(self) -> Iterator[list[Any]]:  # type: ignore[override]
+        return self.shares
+
+
+class _Seeded(Dataset[Any]):
+    """A Dataset whose random transforms draw the same for an example on any rank and in any worker."""
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, int):
+            reseed(mixed(self.seed, number))
+        return self.dataset[number]
+
+
+def _begin_both(ours: Callable[[int], None], theirs: Callable[[int], None] | None, worker: int) -> None:
+    """Prepares a worker process: what allranks does in each, and what the user's DataLoader asks for."""
+    ours(worker)
+    if theirs is not None:
+        theirs(worker)
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    """The batch on the device. What has no method `to`, such as a text, stays as it is."""
+    if device.type == "cpu":
+        return batch
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to(device, non_blocking=True)
+        return value.to(device) if hasattr(value, "to") else value
+
+    return mapped(batch, moved)
+
+
+# --- pieces of batches ---------------------------------------------------------------------------------
+
+
+def length_of(batch: Any) -> int:
+    """The examples in a batch: the length of its first tensor, array or list of texts. Raises UserError."""
+    length = _length(batch)
+    if length is None:
+        raise UserError(
+            f"How many examples a batch has cannot be told from {described(batch)}: allranks takes the "
+            "length of its first tensor. Put its tensors into a tuple, a list or a dict.",
+            said_by=0,
+        )
+    return length
+
+
+def _length(batch: Any) -> int | None:
+    if isinstance(batch, torch.Tensor | np.ndarray):
+        return len(batch) if batch.ndim else None
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    elif hasattr(batch, "__dataclass_fields__"):
+        batch = list(vars(batch).values())
+    if not isinstance(batch, list | tuple):
+        return None
+    for part in batch:
+        length = _length(part)
+        if length is not None:
+            return length
+    is_plain = batch and not any(isinstance(part, Mapping | list | tuple) for part in batch)
+    return len(batch) if is_plain else None
+
+
+def taken(batch: Any, rows: slice, length: int) -> Any:
+    """Some examples of a batch that has `length` of them.
+
+    Single numbers and texts belong to all examples. Raises UserError where the examples cannot be told
+    apart.
+    """
+    if batch is None or isinstance(batch, bool | int | float | str) or getattr(batch, "ndim", None) == 0:
+        return batch
+    if isinstance(batch, torch.Tensor | np.ndarray):
+        if len(batch) == length:
+            return batch[rows]
+    elif isinstance(batch, Mapping):
+        return {key: taken(value, rows, length) for key, value in batch.items()}
+    elif isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(taken(part, rows, length) for part in batch))
+    elif isinstance(batch, list | tuple):
+        if any(_length(part) is not None for part in batch):
+            return type(batch)(taken(part, rows, length) for part in batch)
+        if len(batch) == length:
+            return batch[rows]
+    raise UserError(
+        f"A part of the batch, {described(batch)}, does not have one row for each of the {length} "
+        "examples, so the batch cannot be cut into shares: give a map-style Dataset, whose examples are "
+        "dealt out before they become a batch.",
+        said_by=0,
+    )
+
+
+def pieces_of(batch: Any, pieces: int) -> list[tuple[Any, int]]:
+    """(piece, its examples) for at most so many pieces of a batch, in order, of nearly equal length."""
+    length = length_of(batch)
+    size = -(-length // min(pieces, length))  # rounded up
+    starts = range(0, length, size)
+    return [
+        (taken(batch, slice(start, start + size), length), min(size, length - start)) for start in starts
+    ]

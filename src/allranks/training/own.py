@@ -1,0 +1,669 @@
+"""`allranks.open`: ranks, checkpoints, records and a watchdog for a training loop of the user's own.
+
+    run = allranks.open("heat", seed=1)
+    model = run.wrap(Net())
+    optimizer = torch.optim.AdamW(model.parameters())
+    run.keep(model=model, optimizer=optimizer)
+    for epoch in run.epochs(10):
+        for inputs, targets in run.steps(train_loader):
+            loss = mse_loss(model(inputs), targets)
+            run.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    run.finish()
+
+docs/your-own-loop.md explains each piece. All ranks run the same program and make the same calls.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import nn
+
+from allranks import config as configs
+from allranks.base.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError, show
+from allranks.config import Config, TrainerConfig
+from allranks.data.batches import Batches, Dealt, pieces_of
+from allranks.data.nests import described
+from allranks.data.randomness import mixed, reseed
+from allranks.run import directory as rundir
+from allranks.runtime import mpi
+from allranks.runtime.bringup import open_runtime
+from allranks.training import ending
+from allranks.training.control import FROM_TERMINAL, Control, RunStopped, Signals
+from allranks.training.length import RunLength
+from allranks.training.loop import Loop
+from allranks.training.own_state import KeptObjects
+from allranks.training.records import Records
+from allranks.training.report import Reporter, Told, process_age_s
+from allranks.training.saver import Saver
+from allranks.training.state import weights_sha256
+from allranks.training.weight import share_weight
+
+log = logging.getLogger("allranks")
+
+# Keys of the configuration that have no meaning for a loop of one's own: it makes these parts itself.
+_NOT_HERE = ("trainer", "data", "model", "optimizer", "scheduler", "run", "own", "name", "seed", "profile")
+
+
+class Run:
+    """One run of a user's own loop, on one rank. allranks.open() makes it."""
+
+    def __init__(self, config: Config, directory: str, exits: ExitStack) -> None:
+        """Brings the ranks up, takes the run directory, and finds where the run goes on.
+
+        `exits` is closed when the run ends, in whatever way. Raises UserError.
+        """
+        self._exits = exits
+        self._config = config
+        self._is_open = True
+        self._epoch_of_steps: int | None = None  # the epoch in which steps() was called last
+        self._in_epochs = False
+        self._in_hand: Dealt | None = None  # what the loop has got last of a source
+        self._is_stepping = False  # whether the loop is in a body of steps()
+        self._wrapped: list[nn.Module] = []
+        self._figures: dict[str, float] = {}  # logged after the last epoch
+        self._began_s = (
+            process_age_s() if _opened else 0.0
+        )  # a first run's time includes the import of torch
+
+        identity = exits.enter_context(ending.of_process(os.environ))
+        self._signals = Signals()
+        # A batch system may send these two as a warning. Without a handler they would end the process.
+        self._signals.count(signal.SIGUSR1, signal.SIGUSR2)
+        runtime = open_runtime(identity, configs.runtime_settings(config), run=len(_opened))
+        self._runtime = runtime
+        told = Told(title=f"Run {config.name}", console=config.console)
+        self._report = exits.enter_context(ending.of_run(runtime, Reporter(runtime, told)))
+        decisive = configs.identity(config)
+        path, standing = runtime.meeting.from_rank_0(
+            lambda: rundir.find(directory, config.name, decisive, config.resume)
+        )
+        self._report.started()
+        if standing == rundir.Standing.FINISHED:
+            self._report.finished_before(path)
+            self._close()
+            mpi.leave(0)
+            sys.exit(0)
+        self._is_new = standing == rundir.Standing.NEW
+        if self._is_new:
+            path = runtime.meeting.from_rank_0(lambda: rundir.create(path, configs.freeze(config)))
+        self._path = path
+        self._kept = KeptObjects(runtime, decisive)
+        save_s = config.watchdog.save_s
+        saver = Saver(runtime, path, self._kept, keep=config.checkpoint.keep, save_s=save_s)
+        self._saver = exits.enter_context(saver)
+        self._resumed = self._saver.resume(config.resume)
+        self._records = Records(runtime, TrainerConfig(), config.tracker, profile=False, save_s=save_s)
+        # These three are there from the first epoch or step on.
+        self._loop: Loop | None = None
+        self._control: Control
+        self._startup_s = 0.0
+        reseed(mixed(config.seed), runtime.device)
+
+    # --- what the program may ask --------------------------------------------------------------------
+
+    @property
+    def rank(self) -> int:
+        """This rank's number, from 0."""
+        return self._runtime.rank
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks."""
+        return self._runtime.world_size
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
+        return self._runtime.is_main
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return self._runtime.device
+
+    @property
+    def directory(self) -> Path:
+        """The run directory, the same on all ranks."""
+        return Path(self._path)
+
+    @property
+    def step(self) -> int:
+        """The steps that are completed, those of earlier starts included."""
+        return self._kept.position.step
+
+    @property
+    def epoch(self) -> int:
+        """The epochs that are completed, those of earlier starts included."""
+        return self._kept.position.epoch
+
+    @property
+    def examples(self) -> int:
+        """How many examples of the batch in hand count: 0 where it is a stand-in for an empty share."""
+        return self._dealt("run.examples").counted
+
+    # --- before the loop -----------------------------------------------------------------------------
+
+    def wrap(self, model: nn.Module, *, unused_parameters: bool = False) -> nn.Module:
+        """The model on this rank's device. On several ranks it is in DDP, which adds up the gradients.
+
+        `unused_parameters`: whether a step may leave out some of its parameters. Raises UserError for a
+        model that cannot be trained.
+        """
+        self._check_open("run.wrap()")
+        if not isinstance(model, nn.Module):
+            raise UserError(
+                f"run.wrap() takes a torch.nn.Module, not {described(model)}: other objects need no "
+                "wrapping.",
+                said_by=0,
+            )
+        model.to(self._runtime.device)
+        wrapped = self._runtime.wrap(model)
+        self._wrapped.append(wrapped)
+        return wrapped
+
+    def keep(self, **objects: Any) -> None:
+        """Says what a checkpoint holds, by name, and restores it where the run goes on from one.
+
+        Each object needs state_dict() and load_state_dict(). Call it before the loop begins. Raises
+        UserError for an object without these, and for a checkpoint that does not fit.
+        """
+        self._check_open("run.keep()")
+        if self._loop is not None:
+            raise UserError("run.keep() comes before run.epochs() and run.steps().", said_by=0)
+        for name, given in objects.items():
+            for method in ("state_dict", "load_state_dict"):
+                if not callable(getattr(given, method, None)):
+                    raise UserError(
+                        f"run.keep({name}=...) got {described(given)}, which has no {method}(): give a "
+                        "model, an optimizer, or an object with state_dict() and load_state_dict().",
+                        said_by=0,
+                    )
+            with self._runtime.all_or_none():
+                self._kept.keep(name, inner(given) if isinstance(given, nn.Module) else given)
+
+    def batches(
+        self,
+        source: Any,
+        *,
+        batch_size: int | None = None,
+        shuffle: bool | None = None,
+        workers: int | None = None,
+        collate: Callable[[list[Any]], Any] | None = None,
+    ) -> OwnBatches:
+        """The source's batches, dealt out to the ranks: for run.steps(), or to go through once.
+
+        source: a map-style Dataset, a DataLoader, or an iterable of batches. Each batch of it is a global
+        one, of which every rank gets its share. A Dataset needs `batch_size`, and is shuffled unless
+        shuffle=False; `workers` processes read it, and `collate` makes a batch of a list of its examples.
+        """
+        self._check_open("run.batches()")
+        if isinstance(source, OwnBatches):
+            return source
+        made = Batches(
+            source,
+            self._runtime,
+            self._config.seed,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            workers=workers,
+            collate=collate,
+        )
+        return OwnBatches(self, made)
+
+    # --- the loop ------------------------------------------------------------------------------------
+
+    def epochs(self, count: int) -> Iterator[int]:
+        """The number of each epoch that is left, from 0. `count` is the number of epochs of the whole run.
+
+        After each epoch its figures are kept, the ranks are compared, and a checkpoint is saved. Where the
+        ranks have agreed to stop, the program ends here with exit code 85.
+        """
+        if self._in_epochs:
+            raise UserError("run.epochs() is called within run.epochs(): a run has one.", said_by=0)
+        loop = self._begin(count)
+        self._in_epochs = True
+        try:
+            with self._stopping():
+                for epoch in loop.epochs(count):
+                    reseed(mixed(self._config.seed, epoch), self._runtime.device)
+                    yield epoch
+                    self._in_hand = None
+                    loop.log(self._kept.means.take())
+                    self._kept.source = None
+        finally:
+            self._in_epochs = False
+
+    def steps(self, batches: Any, *, steps_per_save: int = 1) -> Iterator[Any]:
+        """The batches of the epoch that are left; the loop's body takes one step on each.
+
+        `batches` is what run.batches() takes or gives. Where gradients are added up over several steps,
+        `steps_per_save` is their number: a checkpoint then falls between two of such groups only. Where
+        the ranks have agreed to stop, the program ends here with exit code 85. Outside of run.epochs() all
+        steps are one epoch.
+        """
+        if not self._in_epochs:
+            for _ in self.epochs(1):
+                yield from self.steps(batches, steps_per_save=steps_per_save)
+            return
+        loop = self._begin(None)
+        if self._epoch_of_steps == self.epoch:
+            raise UserError(
+                f"run.steps() is called twice in epoch {self.epoch}: an epoch has one loop over its steps, "
+                "so that a run can go on in the middle of it. Use run.batches() for evaluations.",
+                said_by=0,
+            )
+        self._epoch_of_steps = self.epoch
+        dealt = self.batches(batches).dealt
+        self._check_source(dealt)
+        position = self._kept.position
+        first_step = position.epoch_steps
+        self._kept.loader = dealt.source if hasattr(dealt.source, "load_state_dict") else None
+        saved = self._kept.loader_state()
+        if saved is not None and self._kept.loader is not None:
+            self._kept.loader.load_state_dict(saved)
+            first_step = 0
+        shares = dealt.epoch(position.epoch, first_step)
+        with dealt.explained(), self._stopping():
+            for share in loop.steps(shares, dealt.count, dealt.examples, steps_per_save):
+                self._in_hand = share
+                self._is_stepping = True
+                reseed(mixed(self._config.seed, self.step, self.rank), self.device)
+                yield share.batch
+                self._is_stepping = False
+        self._in_hand = None
+
+    def _check_source(self, dealt: Batches) -> None:
+        """Raises UserError where the epoch was begun with another source, and goes on in its middle."""
+        here = dealt.described()
+        there = self._kept.source
+        if self._kept.position.epoch_steps and there is not None and there != here:
+            differing = configs.differing(there, here)
+            raise UserError(
+                f"{self._resumed} stands in the middle of an epoch of other batches: {differing}. Give the "
+                "same batches, or another name for the run.",
+                said_by=0,
+            )
+        self._kept.source = here
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """loss.backward(), weighted so that every example of the global batch counts the same.
+
+        loss: a scalar, the mean over the examples of this rank's share, as torch's losses give it. Call it
+        within run.steps(). Raises UserError where the loss is no scalar, or has no gradient.
+        """
+        share = self._dealt("run.backward()")
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            raise UserError(
+                f"run.backward() takes a scalar loss, not {described(loss)}: take the mean over the "
+                "examples.",
+                said_by=0,
+            )
+        if not loss.requires_grad:
+            raise UserError(
+                "run.backward() got a loss without a gradient: it does not depend on any parameter, or was "
+                "computed under torch.no_grad().",
+                said_by=0,
+            )
+        weight = share_weight(share.counted, share.total, loss.detach())
+        (loss * weight).backward()
+
+    def pieces(self, batch: Any, count: int) -> Iterator[Any]:
+        """The batch in hand in at most `count` pieces, to save memory: their gradients are added up.
+
+        Within the loop over them, run.backward() weighs each piece by its examples. The ranks exchange
+        gradients only in the last one.
+        """
+        share = self._dealt("run.pieces()")
+        parts = pieces_of(batch, count)
+        try:
+            for number, (piece, length) in enumerate(parts, start=1):
+                counts = length if share.counted else 0
+                self._in_hand = Dealt(piece, counts, share.total)
+                with ExitStack() as without_sync:
+                    if number < len(parts):
+                        for model in self._wrapped:
+                            without_sync.enter_context(self._runtime.without_sync(model))
+                    yield piece
+        finally:
+            self._in_hand = share
+
+    def log(self, figures: Mapping[str, Any]) -> None:
+        """Records figures, by name.
+
+        Within run.steps(): each is a mean over this rank's share, a number or a scalar tensor. The epoch
+        gets the mean over all of its examples and all ranks. After run.steps(): each is a figure of the
+        epoch as it is, the same on all ranks, such as one of run.mean(). After run.epochs(): a figure of
+        the whole run, for summary.json. Raises UserError for what is no number.
+        """
+        self._check_open("run.log()")
+        for name, value in figures.items():
+            if not _is_scalar(value):
+                raise UserError(
+                    f"run.log() got {described(value)} as {name}: give a number or a scalar tensor.",
+                    said_by=0,
+                )
+            if self._is_stepping and self._in_hand is not None:
+                self._kept.means.add(name, value, self._in_hand.counted)
+            elif self._in_epochs and self._loop is not None:
+                self._loop.log({name: float(value)})
+            else:
+                self._figures[name] = float(value)
+
+    def mean(self, values: Iterable[Any]) -> float:
+        """The mean over all examples of all ranks, equal on any number of ranks but for rounding.
+
+        values: for each batch of run.batches() the mean over the examples of this rank's share, a number or
+        a scalar tensor, as in `run.mean(loss(x, y) for x, y in run.batches(val_set, ...))`. All ranks call.
+        Raises UserError for what is no number, and where there are no examples.
+        """
+        self._check_open("run.mean()")
+        before = self._in_hand
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        sums = torch.zeros(2, dtype=dtype, device=self.device)
+        for value in values:
+            if not _is_scalar(value):
+                raise UserError(
+                    f"run.mean() got {described(value)}: give a number or a scalar tensor for each batch.",
+                    said_by=0,
+                )
+            share = self._dealt("run.mean()")
+            if share.counted:
+                number = value.detach().to(dtype) if isinstance(value, torch.Tensor) else float(value)
+                sums[0] += number * share.counted
+                sums[1] += share.counted
+        self._in_hand = before
+        total, count = self._runtime.gather(sums[None]).sum(dim=0).tolist()
+        if not count:
+            raise UserError("run.mean() got no values: there is no mean of nothing.", said_by=0)
+        return float(total / count)
+
+    def heartbeat(self) -> None:
+        """Tells the watchdog that this rank is well. Only work of minutes without a step needs it."""
+        self._runtime.progress.worked()
+
+    # --- how it ends ---------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """The run has come to its end: saves, writes summary.json and the report. The last call of a run.
+
+        Started again, the program then ends at once in allranks.open().
+        """
+        self._check_open("run.finish()")
+        self._begin(None)
+        self._saver.save()
+        self._saver.finish()
+        summary = self._summary()
+        self._report.finished(summary)
+        self._records.finished(summary)
+        self._is_open = False
+        self._exits.close()
+        if self.is_main and self._config.report:
+            from allranks.report import at_end
+
+            is_quiet = self._config.console == "quiet"
+            left_s = self._control.left_s
+            at_end.finish(
+                [self._path], self._runtime.identity, left_s, lambda: bool(self._signals.names), is_quiet
+            )
+            self._records.close(at_end.pictures_of(self._path))
+        else:
+            self._records.close()
+        mpi.leave(0)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, raised: BaseException | None, where: TracebackType | None
+    ) -> None:
+        if raised is None:
+            if self._is_open:
+                self.finish()
+        elif self._is_open:
+            self._fail(kind, raised, where)
+
+    def _summary(self) -> dict[str, Any]:
+        models = [each for each in self._kept.objects.values() if isinstance(each, nn.Module)]
+        summary: dict[str, Any] = {
+            "state": "finished",
+            "epochs": self.epoch,
+            "steps": self.step,
+            "world_size": self.world_size,
+        }
+        if models:
+            summary["model/parameters"] = sum(p.numel() for model in models for p in model.parameters())
+            summary["model/sha256"] = weights_sha256(
+                nn.ModuleList(models) if len(models) > 1 else models[0]
+            )
+        summary |= self._figures
+        summary["time/total_s"] = process_age_s() - self._began_s
+        summary["time/startup_s"] = self._startup_s
+        return summary
+
+    def _begin(self, epochs: int | None) -> Loop:
+        """The loop; where it has not begun, it begins here, with everything that the program keeps."""
+        self._check_open("the loop")
+        if self._loop is not None:
+            if epochs is not None:
+                self._control.epochs = epochs
+            return self._loop
+        runtime = self._runtime
+        with runtime.all_or_none():
+            self._kept.check_all_kept()
+        # From here on these signals are only counted, and the run saves before it ends.
+        self._signals.count(signal.SIGTERM, *FROM_TERMINAL)
+        models = [inner(model) for model in self._wrapped]
+        parameters = sum(p.numel() for model in models for p in model.parameters())
+        facts = {"model": f"{parameters:,} parameters"} if models else {}
+        length = RunLength(epochs or 1, 0, 0)
+        position = self._kept.position
+        self._report.opened(self._path, position, facts, length, self._resumed, self._saver.check)
+        self._records.open(
+            self._path, position, length, configs.leaves(self._config), self._saver.check, self._is_new
+        )
+        self._startup_s = process_age_s() - self._began_s
+        self._control = Control(runtime, self._saver, self._signals, self._config.checkpoint, epochs)
+        self._loop = Loop(runtime, position, self._control, self._report, self._records, models)
+        return self._loop
+
+    @contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """Where the ranks have agreed to stop in the block, closes the run in order."""
+        try:
+            yield
+        except RunStopped:
+            if self._is_open:
+                self._saver.finish()
+                self._records.stopped()
+                self._report.stopped(self._control.reason, self._kept.position)
+                self._close()
+                mpi.leave(EXIT_REQUEUE)
+            raise
+
+    def _fail(
+        self, kind: type[BaseException] | None, raised: BaseException, where: TracebackType | None
+    ) -> None:
+        """Ends the run after an error of the program: the others are ended too, and this rank is named."""
+        if isinstance(raised, SystemExit):
+            code = raised.code if isinstance(raised.code, int) else 1
+            problem = UserError(
+                f"The program has ended by itself before run.finish(), with exit code {code}: the run in "
+                f"{self._path} is not marked as finished, and goes on from its newest checkpoint."
+            )
+            problem.code = code or EXIT_USER_ERROR
+            kind, raised, where = UserError, problem, None
+        self._is_open = False
+        self._exits.__exit__(kind, raised, where)
+
+    def _close(self) -> None:
+        self._is_open = False
+        self._exits.close()
+
+    def _check_open(self, what: str) -> None:
+        if not self._is_open:
+            raise UserError(f"{what} is called after the run has ended: run.finish() is the last call.")
+
+    def _dealt(self, what: str) -> Dealt:
+        if self._in_hand is None:
+            raise UserError(
+                f"{what} belongs into a loop over run.steps() or run.batches(): it needs to know how many "
+                "examples this rank has in hand.",
+                said_by=0,
+            )
+        return self._in_hand
+
+
+class OwnBatches:
+    """Batches dealt out to the ranks, for one run. Going through them yields this rank's shares."""
+
+    def __init__(self, run: Run, dealt: Batches) -> None:
+        self._run = run
+        self.dealt = dealt
+
+    def __len__(self) -> int:
+        """The global batches of an epoch; raises TypeError where the source does not say it."""
+        count = self.dealt.count
+        if count is None:
+            raise TypeError(f"{type(self.dealt.source).__name__} does not say how many batches it has")
+        return count
+
+    def __iter__(self) -> Iterator[Any]:
+        run = self._run
+        is_stepping = run._is_stepping
+        with self.dealt.explained():
+            for share in self.dealt.epoch(0):
+                run._in_hand = share
+                run._is_stepping = False
+                yield share.batch
+                run._runtime.progress.evaluated_batch()
+        run._in_hand = None
+        run._is_stepping = is_stepping
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """The user's own module, without DDP and torch.compile around it."""
+    bare: Any = model
+    while isinstance(bare, nn.parallel.DistributedDataParallel) or hasattr(bare, "_orig_mod"):
+        bare = bare.module if isinstance(bare, nn.parallel.DistributedDataParallel) else bare._orig_mod
+    assert isinstance(bare, nn.Module)
+    return bare
+
+
+def _is_scalar(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, int | float) or hasattr(value, "__float__")
+
+
+# --- opening -------------------------------------------------------------------------------------------
+
+_opened: list[Run] = []  # the runs of this process
+
+
+def open_run(
+    name: str,
+    *,
+    seed: int = 0,
+    dir: str | os.PathLike[str] | None = None,
+    config: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Run:
+    """Opens the run of this name: a new one, or where it was left off; all ranks call.
+
+    name: of the run, whose directory is runs/NAME, or `dir`. seed: of all random numbers; torch, NumPy and
+    random are seeded with it. config: values of the program that decide what it computes, such as
+    {"lr": 3e-4}; a run that goes on must have the same. settings: keys of allranks' own configuration, such
+    as device="cpu" or checkpoint={"every_s": 600} (docs/configuration.md).
+
+    A run that has finished ends the program, with exit code 0. An error in what is given here, and an error
+    of the program later on, ends all ranks, with one message.
+    """
+    exits = ExitStack()
+    try:
+        composed = _composed(name, seed, config, settings)
+        run = Run(composed, str(dir or Path("runs") / composed.name), exits)
+    except BaseException as raised:
+        if not exits.__exit__(type(raised), raised, raised.__traceback__):
+            _show_alone(raised)
+            raise
+        raise AssertionError("an error was swallowed") from raised
+    _opened.append(run)
+    if len(_opened) == 1:
+        _watch_the_end()
+    return run
+
+
+def _show_alone(raised: BaseException) -> None:
+    """Ends the process for a UserError that came before the ranks could speak with each other."""
+    if isinstance(raised, UserError):
+        show(raised)
+        sys.exit(raised.code)
+
+
+def _composed(
+    name: str, seed: int, config: Mapping[str, Any] | None, settings: Mapping[str, Any]
+) -> Config:
+    """allranks' own configuration for the run; raises UserError for a key or value that it lacks."""
+    for key in settings:
+        if key in _NOT_HERE or key not in Config.__dataclass_fields__:
+            raise UserError(configs.unknown_key(key, [each for each in _keys() if each not in _NOT_HERE]))
+    try:
+        tree = OmegaConf.create({"name": name, "seed": seed, **settings, "own": dict(config or {})})
+    except OmegaConfBaseException as error:
+        raise UserError(
+            f"allranks.open() got a value that a file cannot hold ({configs.first_line(error)}): give "
+            "numbers, texts, lists and dicts."
+        ) from error
+    return configs.typed(tree)
+
+
+def _keys() -> list[str]:
+    return list(Config.__dataclass_fields__)
+
+
+def _watch_the_end() -> None:
+    """From now on an error that nothing catches, and an end without run.finish(), end the run in order."""
+    usual = sys.excepthook
+
+    def hook(kind: type[BaseException], raised: BaseException, where: TracebackType | None) -> None:
+        run = _opened[-1]
+        if not run._is_open:
+            usual(kind, raised, where)
+            return
+        try:
+            run._fail(kind, raised, where)
+        except SystemExit as exit_:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(exit_.code if isinstance(exit_.code, int) else 1)
+        except BaseException as left:  # noqa: BLE001 (what is left for Python itself to show)
+            usual(type(left), left, left.__traceback__)
+
+    def at_exit() -> None:
+        run = _opened[-1]
+        if run._is_open:
+            left_early = SystemExit(0)
+            try:
+                run._fail(SystemExit, left_early, None)
+            except SystemExit as exit_:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(exit_.code if isinstance(exit_.code, int) else 1)
+
+    sys.excepthook = hook
+    atexit.register(at_exit)

@@ -1,0 +1,280 @@
+"""What the checkpoints of a user's own loop hold: the objects that it keeps, and where it stands.
+
+Any object with state_dict() and load_state_dict() can be kept: a model, an optimizer, a schedule, a
+GradScaler, an average of weights, a class of the user's own. The tensors in its state go to a safetensors
+file of its name, and all else to state.json.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+import allranks
+from allranks import config as configs
+from allranks.base.errors import UserError
+from allranks.base.text import one_line, some
+from allranks.run import checkpoint
+from allranks.runtime.runtime import Runtime
+from allranks.training import state as states
+from allranks.training.position import TrainingPosition
+from allranks.training.state import STATE, Captured
+
+_MOST_KEYS_SHOWN = 6  # of a state that does not fit
+
+
+class Means:
+    """Means over the examples of an epoch, added up on the device while its steps are taken.
+
+    Each name has two numbers: the sum of value * examples, and the number of examples, in float64.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        # Apple's GPUs have no float64.
+        self._dtype = torch.float32 if runtime.device.type == "mps" else torch.float64
+        self._sums: dict[str, torch.Tensor] = {}
+
+    def add(self, name: str, value: torch.Tensor | float, count: int) -> None:
+        """Adds a value that is the mean over `count` examples of this rank."""
+        sums = self._sums.get(name)
+        if sums is None:
+            sums = torch.zeros(2, dtype=self._dtype, device=self._runtime.device)
+            self._sums[name] = sums
+        if count:
+            detached = value.detach().to(self._dtype) if isinstance(value, torch.Tensor) else value
+            sums[0] += detached * count
+            sums[1] += count
+
+    def gather(self) -> dict[str, list[list[float]]]:
+        """By name the two numbers of each rank; all ranks call.
+
+        Raises UserError where the ranks have other names.
+        """
+        names = sorted(self._sums)
+        digest = float(zlib.crc32("\n".join(names).encode()))  # of 32 bits, which float64 holds exactly
+        mine = [[digest, float(len(names))]]
+        heads = self._runtime.gather(
+            torch.tensor(mine, dtype=torch.float64, device=self._head_device)
+        ).tolist()
+        if any(head != heads[0] for head in heads):
+            raise UserError(
+                f"run.log() within run.steps() has got other names on other ranks (here {some(names)}): "
+                "log the same names on all ranks.",
+                said_by=0,
+            )
+        if not names:
+            return {}
+        rows = self._runtime.gather(torch.stack([self._sums[name] for name in names]).flatten()[None])
+        by_rank = rows.view(-1, len(names), 2).tolist()
+        return {name: [of_rank[i] for of_rank in by_rank] for i, name in enumerate(names)}
+
+    @property
+    def _head_device(self) -> torch.device:
+        return torch.device("cpu") if self._runtime.comm is not None else self._runtime.device
+
+    def take(self) -> dict[str, float]:
+        """The mean of each name over all ranks, and begins anew; all ranks call."""
+        totals = {}
+        for name, rows in self.gather().items():
+            total, count = (sum(column) for column in zip(*rows, strict=True))
+            totals[name] = total / count if count else float("nan")
+        self._sums = {}
+        return totals
+
+    def restore(self, saved: Mapping[str, list[list[float]]]) -> None:
+        """Puts back what gather() returned when the checkpoint was made.
+
+        Where the number of ranks is another one now, rank 0 goes on from the total.
+        """
+        self._sums = {}
+        for name, rows in saved.items():
+            if len(rows) == self._runtime.world_size:
+                mine = rows[self._runtime.rank]
+            else:
+                total = [sum(column) for column in zip(*rows, strict=True)]
+                mine = total if self._runtime.is_main else [0.0, 0.0]
+            self._sums[name] = torch.tensor(mine, dtype=self._dtype, device=self._runtime.device)
+
+
+class KeptObjects:
+    """The objects that a loop keeps, as what the checkpoints of its run hold (saver.Kept).
+
+    `identity` holds the values that must be the same in a checkpoint and in this run (config.identity).
+    """
+
+    def __init__(self, runtime: Runtime, identity: Mapping[str, Any]) -> None:
+        self.runtime = runtime
+        self.identity = identity
+        self.objects: dict[str, Any] = {}
+        self.means = Means(runtime)
+        self.source: dict[str, Any] | None = None  # what the epoch's steps go through (Batches.described)
+        self.loader: Any = None  # where that has a state of its own
+        self._position = TrainingPosition()
+        self._first_buffers: dict[str, dict[str, torch.Tensor]] = {}  # by object, then by name
+        # The checkpoint from which the run goes on, until its objects are all put back.
+        self._path = ""
+        self._saved: dict[str, Any] = {}
+        self._files: dict[str, bytes] = {}
+        self._saved_loader: Any = None
+
+    @property
+    def position(self) -> TrainingPosition:
+        """Where the training stands."""
+        return self._position
+
+    # --- to bytes ------------------------------------------------------------------------------------
+
+    def gather(self) -> dict[str, list[list[float]]]:
+        """The epoch's means of all ranks; all ranks call."""
+        return self.means.gather()
+
+    def capture(self, gathered: dict[str, list[list[float]]]) -> Captured:
+        """A copy of the state of all objects; raises UserError where one cannot be saved."""
+        position = self._position
+        files: dict[str, dict[str, torch.Tensor]] = {}
+        kept = {}
+        for name, each in self.objects.items():
+            tensors: dict[str, torch.Tensor] = {}
+            is_model = isinstance(each, nn.Module)
+            # A model's tensors keep the names of its state_dict, by which other programs know them.
+            state = states.taken_apart(each.state_dict(), "" if is_model else name, tensors)
+            buffers = self._changed_buffers(name, each) if is_model else {}
+            kept[name] = {"state": state, "buffers": states.taken_apart(buffers, "(buffer)", tensors)}
+            files[f"{name}.safetensors"] = tensors
+        loader: dict[str, torch.Tensor] = {}
+        state = {
+            "epoch": position.epoch,
+            "step": position.step,
+            "steps_in_epoch_done": position.epoch_steps,
+            "epoch_s": position.epoch_s,
+            "epoch_lr": 0.0,
+            "history": list(position.history),
+            "sums": [],
+            "means": gathered,
+            "world_size": self.runtime.world_size,
+            "identity": self.identity,
+            "versions": {"allranks": allranks.__version__, "torch": torch.__version__},
+            "kept": kept,
+            "source": self.source,
+        }
+        if self.loader is not None and position.epoch_steps:
+            state["loader"] = states.taken_apart(self.loader.state_dict(), "loader", loader)
+            files["loader.safetensors"] = loader
+        return Captured(files, state)
+
+    def _changed_buffers(self, name: str, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Buffers that the state_dict leaves out, and that are no longer as the constructor made them."""
+        first = self._first_buffers[name]
+        return {
+            key: buffer
+            for key, buffer in states.buffers_left_out(model).items()
+            if key not in first or not torch.equal(buffer, first[key])
+        }
+
+    # --- and back ------------------------------------------------------------------------------------
+
+    def restore(self, files: Mapping[str, bytes], path: str) -> None:
+        """Takes over where the checkpoint stands. keep() puts its objects back, one by one."""
+        with states.of_this_format(path):
+            state = checkpoint.from_json(STATE, files[STATE])
+            states.check_counters(state)
+            if "kept" not in state:
+                raise UserError(
+                    f"{path} is a checkpoint of the training that comes with allranks, not of a loop of "
+                    "one's own: give another name, or another directory."
+                )
+            differing = configs.differing(configs.with_new_keys(state["identity"]), self.identity)
+            if differing:
+                raise UserError(f"{path} is a checkpoint of another run: {differing}.")
+            self._saved = dict(state["kept"])
+            self._files = {name: content for name, content in files.items() if name != STATE}
+            self._path = path
+            self.source = state["source"]
+            if "loader" in state:
+                tensors = states.load(files["loader.safetensors"])
+                self._saved_loader = states.put_together(state["loader"], tensors)
+            self.means.restore(state["means"])
+            states.restore_position(self._position, state)
+
+    def keep(self, name: str, kept: Any) -> None:
+        """Adds an object, and puts back its state where there is a checkpoint. Raises UserError."""
+        if name in self.objects:
+            raise UserError(f"run.keep({name}=...) was called before: give each object once.", said_by=0)
+        if name == "loader" or f"{name}.safetensors" == STATE or name.startswith("_"):
+            raise UserError(f"run.keep({name}=...): this name is taken, give another one.", said_by=0)
+        self.objects[name] = kept
+        if isinstance(kept, nn.Module):
+            left_out = states.buffers_left_out(kept)
+            self._first_buffers[name] = {key: buffer.clone() for key, buffer in left_out.items()}
+        if not self._path:
+            return
+        if name not in self._saved:
+            raise UserError(
+                f"{self._path} holds {some(list(self._saved)) or 'nothing'}, and no {name}: the program "
+                "keeps other objects than when it was made. Take the program of that time, or another name "
+                "for the run.",
+                said_by=0,
+            )
+        with states.of_this_format(self._path):
+            tensors = states.load(self._files.pop(f"{name}.safetensors"))
+            parts = self._saved.pop(name)
+            saved = {part: states.put_together(parts[part], tensors) for part in ("state", "buffers")}
+        self._put_back(name, kept, saved)
+
+    def _put_back(self, name: str, kept: Any, saved: Mapping[str, Any]) -> None:
+        try:
+            if isinstance(kept, torch.optim.Optimizer):
+                states.restore_optimizer(kept, saved["state"])
+            elif isinstance(kept, nn.Module):
+                _check_keys(kept.state_dict(), saved["state"])
+                kept.load_state_dict(saved["state"])
+                states.restore_buffers(kept, saved["buffers"])
+            else:
+                kept.load_state_dict(saved["state"])
+        except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
+            said = error.args[0] if isinstance(error, KeyError) and error.args else error
+            raise UserError(
+                f"The {name} in {self._path} does not fit this program's {name}: {one_line(said)}. Take "
+                "the program that made it, or another name for the run.",
+                said_by=0,
+            ) from error
+
+    def loader_state(self) -> Any:
+        """The state of the epoch's loader in the checkpoint, once; None where there is none."""
+        saved = self._saved_loader
+        self._saved_loader = None
+        return saved
+
+    def check_all_kept(self) -> None:
+        """Raises UserError where the checkpoint has an object that the program does not keep."""
+        if self._saved:
+            raise UserError(
+                f"{self._path} holds {some(list(self._saved))}, which this program does not keep: give it "
+                "to run.keep() before the loop begins, or take another name for the run.",
+                said_by=0,
+            )
+
+
+def _shape(value: Any) -> str:
+    return str(list(value.shape)) if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+
+
+def _check_keys(here: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Raises ValueError where a model's tensors differ from those of its checkpoint, key by key."""
+    problems = []
+    for key in sorted({*here, *saved}):
+        if key not in saved:
+            problems.append(f"{key} is not in the checkpoint")
+        elif key not in here:
+            problems.append(f"{key} is in the checkpoint only")
+        elif (theirs := _shape(saved[key])) != (ours := _shape(here[key])):
+            problems.append(f"{key} is {theirs} in the checkpoint, {ours} here")
+    if problems:
+        more = len(problems) - _MOST_KEYS_SHOWN
+        shown = "; ".join(problems[:_MOST_KEYS_SHOWN])
+        raise ValueError(shown + (f"; and {more} more" if more > 0 else ""))
