@@ -6,8 +6,8 @@ run = allranks.open("name", seed=1)     # for a training loop of one's own: docs
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from allranks.training.opening import open_run as open
     from allranks.training.own import Run
-    from allranks.training.own import open_run as open
 
 __version__ = "0.1.0"
 __all__ = ["Run", "__version__", "open"]
@@ -16,7 +16,7 @@ __all__ = ["Run", "__version__", "open"]
 # when it is asked for.
 _PLACES = {
     "Run": ("allranks.training.own", "Run"),
-    "open": ("allranks.training.own", "open_run"),
+    "open": ("allranks.training.opening", "open_run"),
 }
 
 

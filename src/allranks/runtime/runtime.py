@@ -21,6 +21,7 @@ from allranks.base.errors import UserError
 from allranks.job.identity import RankIdentity
 from allranks.runtime import gradients, mpi, native
 from allranks.runtime.meeting import Meeting
+from allranks.runtime.settling import settle_at_first_batch
 from allranks.runtime.watch.progress import Progress
 from allranks.runtime.watch.thread import Watchdog
 
@@ -125,17 +126,21 @@ class Runtime:
             return model
         self.progress.arrive()  # DDP compares the ranks' parameters
         wrapped = native.wrap(model, self.device, has_unused)
+        if not has_unused:  # otherwise DDP packs its buckets only once
+            settle_at_first_batch(wrapped, self.device, lambda: self.check_summed(wrapped))
         if next(model.buffers(), None) is not None:
             # DDP sends rank 0's buffers to all ranks before each forward pass: a collective.
             wrapped.register_forward_pre_hook(lambda *_: self.progress.arrive(in_step=False))
         gradients.add_up_over_ranks(wrapped, self.progress, self.comm)
         return wrapped
 
-    def check_summed(self, model: torch.nn.Module) -> None:
+    def check_summed(
+        self, model: torch.nn.Module, remedy: str = "trainer.unused_parameters=always"
+    ) -> None:
         """Raises UserError, on this rank, where a parameter took no part in the backward pass just made.
 
-        `model` is what wrap() has returned. The engine calls this after each backward pass whose gradients
-        are added up over the ranks.
+        `model` is what wrap() has returned. This is called after each backward pass whose gradients are
+        added up over the ranks. `remedy` is what lets parameters take no part.
         """
         names = gradients.left_out(model)
         if not names:
@@ -146,7 +151,7 @@ class Runtime:
         raise UserError(
             f"{names} took no part in a step on rank {self.rank}, though all parameters did in the first "
             "batch, and the other ranks wait for their gradients: start the run again with "
-            "trainer.unused_parameters=always, which goes on from the newest checkpoint."
+            f"{remedy}, which goes on from the newest checkpoint."
         )
 
     def without_sync(self, model: torch.nn.Module) -> AbstractContextManager[None]:

@@ -102,9 +102,6 @@ def _train_epoch(training: Training, around: _Surroundings) -> None:
     training.trained.train()  # walks all modules, so it is not called in every step
     with part.explained(), _detecting(training.model, trainer.detect_anomaly):
         for shares in loop.steps(batches, count, examples):
-            if not training.is_settled:
-                settle_buckets(training, shares[0], trainer.precision, runtime)
-                training.is_settled = True
             with loop.records.of_step(training) as recorded:
                 train_step(training, shares, trainer, around.seed, runtime, recorded)
 
@@ -236,27 +233,6 @@ def train_step(
     # 3. Ready for the next step.
     training.optimizer.zero_grad()
     training.schedule.after_step()
-
-
-def settle_buckets(training: Training, batch: Batch, precision: str, runtime: Runtime) -> None:
-    """Passes a batch forward and backward before the first step of a process, and discards the gradient.
-
-    DDP packs gradients into buckets. After its first backward pass it packs them anew, in the order in
-    which the gradients were ready. A ring all-reduce adds up in an order that depends on the buckets, so
-    the last bits of the sums depend on them too. A run that goes on from a checkpoint must therefore use
-    the same buckets as a run that was never stopped.
-    """
-    if training.trained is training.model:  # no DDP
-        return
-    buffers = [buffer.clone() for buffer in training.model.buffers()]
-    examples = batch.pieces[0].examples
-    with runtime.autocast(precision):
-        outputs = outputs_of(training.task, training.trained, examples)
-    (training.task.loss(outputs, examples) * 0).backward()
-    runtime.check_summed(training.trained)
-    training.optimizer.zero_grad()
-    for buffer, before in zip(training.model.buffers(), buffers, strict=True):
-        buffer.copy_(before)
 
 
 def _backward(

@@ -17,28 +17,26 @@ docs/your-own-loop.md explains each piece. All ranks run the same program and ma
 
 from __future__ import annotations
 
-import atexit
 import logging
-import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from allranks import config as configs
-from allranks.base.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError, show
+from allranks.base.errors import EXIT_REQUEUE, UserError
 from allranks.config import Config, TrainerConfig
 from allranks.data.batches import Batches, Dealt, pieces_of
 from allranks.data.nests import described
 from allranks.data.randomness import mixed, reseed
+from allranks.job.identity import RankIdentity
+from allranks.run import best as the_best
 from allranks.run import directory as rundir
 from allranks.runtime import mpi
 from allranks.runtime.bringup import open_runtime
@@ -50,43 +48,46 @@ from allranks.training.own_state import KeptObjects
 from allranks.training.records import Records
 from allranks.training.report import Reporter, Told, process_age_s
 from allranks.training.saver import Saver
+from allranks.training.sharing import Sharing
 from allranks.training.state import weights_sha256
 from allranks.training.weight import share_weight
 
 log = logging.getLogger("allranks")
 
-# Keys of the configuration that have no meaning for a loop of one's own: it makes these parts itself.
-_NOT_HERE = ("trainer", "data", "model", "optimizer", "scheduler", "run", "own", "name", "seed", "profile")
-
 
 class Run:
     """One run of a user's own loop, on one rank. allranks.open() makes it."""
 
-    def __init__(self, config: Config, directory: str, exits: ExitStack) -> None:
+    def __init__(
+        self, config: Config, directory: str, identity: RankIdentity, exits: ExitStack, number: int
+    ) -> None:
         """Brings the ranks up, takes the run directory, and finds where the run goes on.
 
-        `exits` is closed when the run ends, in whatever way. Raises UserError.
+        `exits` is closed when the run ends, in whatever way. `number` counts the runs of this process.
+        Raises UserError.
         """
         self._exits = exits
         self._config = config
-        self._is_open = True
+        self.is_open = True
         self._epoch_of_steps: int | None = None  # the epoch in which steps() was called last
         self._in_epochs = False
         self._in_hand: Dealt | None = None  # what the loop has got last of a source
         self._is_stepping = False  # whether the loop is in a body of steps()
         self._wrapped: list[nn.Module] = []
+        self._has_summed = False  # whether gradients have been added up over the ranks
+        self._is_in_pieces = False
         self._figures: dict[str, float] = {}  # logged after the last epoch
         self._began_s = (
-            process_age_s() if _opened else 0.0
+            process_age_s() if number else 0.0
         )  # a first run's time includes the import of torch
 
-        identity = exits.enter_context(ending.of_process(os.environ))
         self._signals = Signals()
         # A batch system may send these two as a warning. Without a handler they would end the process.
         self._signals.count(signal.SIGUSR1, signal.SIGUSR2)
-        runtime = open_runtime(identity, configs.runtime_settings(config), run=len(_opened))
+        runtime = open_runtime(identity, configs.runtime_settings(config), run=number)
         self._runtime = runtime
-        told = Told(title=f"Run {config.name}", console=config.console)
+        best = the_best.rule_of(config.checkpoint.best)
+        told = Told(title=f"Run {config.name}", console=config.console, best=best)
         self._report = exits.enter_context(ending.of_run(runtime, Reporter(runtime, told)))
         decisive = configs.identity(config)
         path, standing = runtime.meeting.from_rank_0(
@@ -320,7 +321,25 @@ class Run:
                 said_by=0,
             )
         weight = share_weight(share.counted, share.total, loss.detach())
+        aside = [] if self._is_in_pieces else self._put_sums_aside()
         (loss * weight).backward()
+        _add_back(aside)
+        self._has_summed = not self._is_in_pieces
+
+    def _put_sums_aside(self) -> list[tuple[nn.Parameter, torch.Tensor]]:
+        """Takes gradients out of the parameters that are sums over the ranks already.
+
+        DDP adds up over the ranks whatever it finds in a gradient after the backward pass. What is a sum
+        already, as where a program adds up gradients over several steps, would be added up once more.
+        """
+        aside = []
+        for model in self._wrapped if self._has_summed and self.world_size > 1 else ():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    # A copy, because the gradient is a view into a bucket, which DDP writes to.
+                    aside.append((parameter, parameter.grad.clone()))
+                    parameter.grad = None
+        return aside
 
     def pieces(self, batch: Any, count: int) -> Iterator[Any]:
         """The batch in hand in at most `count` pieces, to save memory: their gradients are added up.
@@ -330,6 +349,8 @@ class Run:
         """
         share = self._dealt("run.pieces()")
         parts = pieces_of(batch, count)
+        aside = self._put_sums_aside()
+        self._is_in_pieces = True
         try:
             for number, (piece, length) in enumerate(parts, start=1):
                 counts = length if share.counted else 0
@@ -339,7 +360,10 @@ class Run:
                         for model in self._wrapped:
                             without_sync.enter_context(self._runtime.without_sync(model))
                     yield piece
+            _add_back(aside)
+            self._has_summed = True
         finally:
+            self._is_in_pieces = False
             self._in_hand = share
 
     def log(self, figures: Mapping[str, Any]) -> None:
@@ -392,6 +416,21 @@ class Run:
             raise UserError("run.mean() got no values: there is no mean of nothing.", said_by=0)
         return float(total / count)
 
+    def share(self, items: Sequence[Any], work: Callable[[Any], Any], name: str = "items") -> list[Any]:
+        """work(item) for each item, each on one rank; the results in the order of the items, on all ranks.
+
+        Each result is kept in the run directory as soon as it is there: numbers, texts, tensors, arrays, in
+        lists, tuples and dicts. A run that goes on works on what is left. Random numbers of an item are the
+        same on any rank. `name` tells several such works of one run apart. Raises UserError for a result
+        that cannot be kept. Where the ranks have agreed to stop, the program ends here with exit code 85.
+        """
+        self._begin(None)
+        sharing = Sharing(
+            self._runtime, self._control, self.directory / "share" / name, self._config.watchdog.step_s
+        )
+        with self._stopping():
+            return sharing.results(items, work, self._config.seed)
+
     def heartbeat(self) -> None:
         """Tells the watchdog that this rank is well. Only work of minutes without a step needs it."""
         self._runtime.progress.worked()
@@ -410,7 +449,7 @@ class Run:
         summary = self._summary()
         self._report.finished(summary)
         self._records.finished(summary)
-        self._is_open = False
+        self.is_open = False
         self._exits.close()
         if self.is_main and self._config.report:
             from allranks.report import at_end
@@ -432,10 +471,16 @@ class Run:
         self, kind: type[BaseException] | None, raised: BaseException | None, where: TracebackType | None
     ) -> None:
         if raised is None:
-            if self._is_open:
+            if self.is_open:
                 self.finish()
-        elif self._is_open:
-            self._fail(kind, raised, where)
+        elif self.is_open:
+            if isinstance(raised, SystemExit):
+                missed = UserError(
+                    f"The program has ended by itself before the end of the run {self._path}."
+                )
+                missed.code = raised.code if isinstance(raised.code, int) and raised.code else 1
+                raised = missed
+            self.fail(raised)
 
     def _summary(self) -> dict[str, Any]:
         models = [each for each in self._kept.objects.values() if isinstance(each, nn.Module)]
@@ -487,35 +532,25 @@ class Run:
         try:
             yield
         except RunStopped:
-            if self._is_open:
+            if self.is_open:
                 self._saver.finish()
                 self._records.stopped()
-                self._report.stopped(self._control.reason, self._kept.position)
+                self._report.stopped(self._control.reason, self._kept.position, "the same command again")
                 self._close()
                 mpi.leave(EXIT_REQUEUE)
             raise
 
-    def _fail(
-        self, kind: type[BaseException] | None, raised: BaseException, where: TracebackType | None
-    ) -> None:
-        """Ends the run after an error of the program: the others are ended too, and this rank is named."""
-        if isinstance(raised, SystemExit):
-            code = raised.code if isinstance(raised.code, int) else 1
-            problem = UserError(
-                f"The program has ended by itself before run.finish(), with exit code {code}: the run in "
-                f"{self._path} is not marked as finished, and goes on from its newest checkpoint."
-            )
-            problem.code = code or EXIT_USER_ERROR
-            kind, raised, where = UserError, problem, None
-        self._is_open = False
-        self._exits.__exit__(kind, raised, where)
+    def fail(self, raised: BaseException) -> None:
+        """Ends the run after an error of the program, which is told; the other ranks are ended too."""
+        self.is_open = False
+        self._exits.__exit__(type(raised), raised, raised.__traceback__)
 
     def _close(self) -> None:
-        self._is_open = False
+        self.is_open = False
         self._exits.close()
 
     def _check_open(self, what: str) -> None:
-        if not self._is_open:
+        if not self.is_open:
             raise UserError(f"{what} is called after the run has ended: run.finish() is the last call.")
 
     def _dealt(self, what: str) -> Dealt:
@@ -564,106 +599,12 @@ def inner(model: nn.Module) -> nn.Module:
     return bare
 
 
+def _add_back(aside: list[tuple[nn.Parameter, torch.Tensor]]) -> None:
+    for parameter, gradient in aside:
+        parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+
+
 def _is_scalar(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return value.numel() == 1 and not value.is_complex()
     return isinstance(value, int | float) or hasattr(value, "__float__")
-
-
-# --- opening -------------------------------------------------------------------------------------------
-
-_opened: list[Run] = []  # the runs of this process
-
-
-def open_run(
-    name: str,
-    *,
-    seed: int = 0,
-    dir: str | os.PathLike[str] | None = None,
-    config: Mapping[str, Any] | None = None,
-    **settings: Any,
-) -> Run:
-    """Opens the run of this name: a new one, or where it was left off; all ranks call.
-
-    name: of the run, whose directory is runs/NAME, or `dir`. seed: of all random numbers; torch, NumPy and
-    random are seeded with it. config: values of the program that decide what it computes, such as
-    {"lr": 3e-4}; a run that goes on must have the same. settings: keys of allranks' own configuration, such
-    as device="cpu" or checkpoint={"every_s": 600} (docs/configuration.md).
-
-    A run that has finished ends the program, with exit code 0. An error in what is given here, and an error
-    of the program later on, ends all ranks, with one message.
-    """
-    exits = ExitStack()
-    try:
-        composed = _composed(name, seed, config, settings)
-        run = Run(composed, str(dir or Path("runs") / composed.name), exits)
-    except BaseException as raised:
-        if not exits.__exit__(type(raised), raised, raised.__traceback__):
-            _show_alone(raised)
-            raise
-        raise AssertionError("an error was swallowed") from raised
-    _opened.append(run)
-    if len(_opened) == 1:
-        _watch_the_end()
-    return run
-
-
-def _show_alone(raised: BaseException) -> None:
-    """Ends the process for a UserError that came before the ranks could speak with each other."""
-    if isinstance(raised, UserError):
-        show(raised)
-        sys.exit(raised.code)
-
-
-def _composed(
-    name: str, seed: int, config: Mapping[str, Any] | None, settings: Mapping[str, Any]
-) -> Config:
-    """allranks' own configuration for the run; raises UserError for a key or value that it lacks."""
-    for key in settings:
-        if key in _NOT_HERE or key not in Config.__dataclass_fields__:
-            raise UserError(configs.unknown_key(key, [each for each in _keys() if each not in _NOT_HERE]))
-    try:
-        tree = OmegaConf.create({"name": name, "seed": seed, **settings, "own": dict(config or {})})
-    except OmegaConfBaseException as error:
-        raise UserError(
-            f"allranks.open() got a value that a file cannot hold ({configs.first_line(error)}): give "
-            "numbers, texts, lists and dicts."
-        ) from error
-    return configs.typed(tree)
-
-
-def _keys() -> list[str]:
-    return list(Config.__dataclass_fields__)
-
-
-def _watch_the_end() -> None:
-    """From now on an error that nothing catches, and an end without run.finish(), end the run in order."""
-    usual = sys.excepthook
-
-    def hook(kind: type[BaseException], raised: BaseException, where: TracebackType | None) -> None:
-        run = _opened[-1]
-        if not run._is_open:
-            usual(kind, raised, where)
-            return
-        try:
-            run._fail(kind, raised, where)
-        except SystemExit as exit_:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(exit_.code if isinstance(exit_.code, int) else 1)
-        except BaseException as left:  # noqa: BLE001 (what is left for Python itself to show)
-            usual(type(left), left, left.__traceback__)
-
-    def at_exit() -> None:
-        run = _opened[-1]
-        if run._is_open:
-            left_early = SystemExit(0)
-            try:
-                run._fail(SystemExit, left_early, None)
-            except SystemExit as exit_:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(exit_.code if isinstance(exit_.code, int) else 1)
-
-    sys.excepthook = hook
-    atexit.register(at_exit)

@@ -316,8 +316,11 @@ class Reporter:
             # The console of the other ranks names them already.
             log.error(f"[{self._me()}] {message}" if self.runtime.is_main else message)
 
-    def stopped(self, reason: str, position: TrainingPosition) -> None:
-        """Called when all ranks have stopped and the training is saved: says where, and how to continue."""
+    def stopped(self, reason: str, position: TrainingPosition, command: str | None = None) -> None:
+        """Called when all ranks have stopped and the training is saved: says where, and how to continue.
+
+        `command` is how, in words; without it that is worked out for `allranks train` and its like.
+        """
         self._bar.clear()
         self._note_event("stopped", position, reason)
         epochs = self._length.epochs
@@ -326,6 +329,12 @@ class Reporter:
             f"stopped by {reason} after step {position.step}, {where}; it is saved: "
             f"run.dir={self.directory} goes on from there"
         )
+        if command is None:
+            command = self._command_to_go_on()
+        self._pair("next", command, is_command=True)
+
+    def _command_to_go_on(self) -> str:
+        """How the user goes on with a stopped run of the shipped training."""
         identity = self.runtime.identity
         was_launched = bool(os.environ.get(variables.LAUNCH_ID))
         command = story.going_on(
@@ -337,7 +346,7 @@ class Reporter:
         assert self.directory is not None
         if self.runtime.is_main and (self.directory / JOB).exists():
             command = story.going_on_in_a_job(str(self.directory))
-        self._pair("next", command, is_command=True)
+        return command
 
     def finished(self, summary: Mapping[str, Any]) -> None:
         """Called when the run is trained and tested: writes the records and says the result.

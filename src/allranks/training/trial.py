@@ -11,14 +11,12 @@ drawn afterwards as if there had been no trial.
 from __future__ import annotations
 
 import copy
-import random
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -31,6 +29,7 @@ from allranks.data.nests import described, leaves
 from allranks.data.parts import Examples
 from allranks.run.best import BY_DEFAULT, Rule, check
 from allranks.runtime.runtime import Runtime
+from allranks.runtime.settling import random_numbers_kept
 from allranks.tasks import Classification, metrics_of, outputs_of
 from allranks.training.building import Recipe, build_model
 from allranks.training.flops import Flops
@@ -75,7 +74,7 @@ def _try(training: Training, data: Data, recipe: Recipe, runtime: Runtime, best:
         task=f"task._target_={recipe.task['_target_']}",
     )
     trainer = recipe.trainer
-    with _random_numbers_kept(runtime.device):
+    with random_numbers_kept(runtime.device):
         count = min(2, len(data.train))
         examples = data.train.first(count, recipe.seed)
         if is_classification:
@@ -122,21 +121,6 @@ class _Names(NamedTuple):
     model: str
     optimizer: str
     task: str
-
-
-@contextmanager
-def _random_numbers_kept(device: torch.device) -> Iterator[None]:
-    """Afterwards all generators are as they were before."""
-    python = random.getstate()
-    numpy = np.random.get_state()
-    on_device = device.type in ("cuda", "xpu")
-    kind = {"device_type": device.type} if on_device else {}
-    with torch.random.fork_rng([device.index] if on_device else [], **kind):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 @contextmanager

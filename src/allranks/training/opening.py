@@ -1,0 +1,125 @@
+"""`allranks.open()`: opens a run, and sees to it that every end of the program ends the run in order."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from allranks import config as configs
+from allranks.base.errors import UserError
+from allranks.config import Config
+from allranks.runtime.bringup import refuse_together
+from allranks.training import ending
+from allranks.training.own import Run
+
+# Keys of the configuration that have no meaning for a loop of one's own: it makes these parts itself.
+_NOT_HERE = ("trainer", "data", "model", "optimizer", "scheduler", "run", "own", "name", "seed", "profile")
+
+_opened: list[Run] = []  # the runs of this process
+
+
+def open_run(
+    name: str,
+    *,
+    seed: int = 0,
+    dir: str | os.PathLike[str] | None = None,
+    config: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Run:
+    """Opens the run of this name: a new one, or where it was left off; all ranks call.
+
+    name: of the run, whose directory is runs/NAME, or `dir`. seed: of all random numbers; torch, NumPy and
+    random are seeded with it. config: values of the program that decide what it computes, such as
+    {"lr": 3e-4}; a run that goes on must have the same. settings: keys of allranks' own configuration, such
+    as device="cpu" or checkpoint={"every_s": 600} (docs/configuration.md).
+
+    A run that has finished ends the program, with exit code 0. An error in what is given here, and an error
+    of the program later on, ends all ranks, with one message.
+    """
+    exits = ExitStack()
+    try:
+        identity = exits.enter_context(ending.of_process(os.environ))
+        if _opened and _opened[-1].is_open:
+            raise UserError(
+                f"allranks.open({name!r}): the run {_opened[-1].directory} is still open. Call its "
+                "finish() before another run begins."
+            )
+        try:
+            composed = _composed(name, seed, config, settings)
+        except UserError as error:
+            if not identity.alone:
+                refuse_together(identity, error)
+            raise
+        directory = str(dir or Path("runs") / composed.name)
+        run = Run(composed, directory, identity, exits, number=len(_opened))
+    except BaseException as raised:
+        exits.__exit__(type(raised), raised, raised.__traceback__)
+        raise
+    _opened.append(run)
+    if len(_opened) == 1:
+        sys.excepthook = _ending_the_run(sys.excepthook)
+        atexit.register(_at_exit)
+    return run
+
+
+def _composed(
+    name: str, seed: int, config: Mapping[str, Any] | None, settings: Mapping[str, Any]
+) -> Config:
+    """allranks' own configuration for the run; raises UserError for a key or value that it lacks."""
+    known = [key for key in Config.__dataclass_fields__ if key not in _NOT_HERE]
+    for key in settings:
+        if key not in known:
+            raise UserError(configs.unknown_key(key, known))
+    try:
+        tree = OmegaConf.create({"name": name, "seed": seed, **settings, "own": dict(config or {})})
+    except OmegaConfBaseException as error:
+        raise UserError(
+            f"allranks.open() got a value that a file cannot hold ({configs.first_line(error)}): give "
+            "numbers, texts, lists and dicts."
+        ) from error
+    return configs.typed(tree)
+
+
+# --- the end of the program ----------------------------------------------------------------------------
+
+
+def _ending_the_run(usual: Any) -> Any:
+    """A sys.excepthook: an error that nothing has caught ends the run, and with it the other ranks."""
+
+    def hook(kind: type[BaseException], raised: BaseException, where: TracebackType | None) -> None:
+        run = _opened[-1]
+        if run.is_open:
+            _exiting(lambda: run.fail(raised))
+        usual(kind, raised, where)
+
+    return hook
+
+
+def _at_exit() -> None:
+    """Python calls this at the end of the program: a run that is still open has missed run.finish()."""
+    run = _opened[-1]
+    if run.is_open:
+        missed = UserError(
+            f"The program has ended without run.finish(): the run in {run.directory} is not marked as "
+            "finished, and goes on from its newest checkpoint."
+        )
+        _exiting(lambda: run.fail(missed))
+
+
+def _exiting(end: Any) -> None:
+    """Calls `end`. Where that ends the process by sys.exit(), it ends here: nobody else hears it now."""
+    try:
+        end()
+    except SystemExit as exit_:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_.code if isinstance(exit_.code, int) else 1)
