@@ -28,6 +28,7 @@ from allranks.runtime.watch.thread import Watchdog
 log = logging.getLogger(__name__)
 
 ENDED_BY_ANOTHER_S = 20.0  # a rank that waits to be ended by another one ends by itself after so long
+UNUSED_IN_TRAINER = "trainer.unused_parameters=always"  # what allows parameters that take no part
 
 
 @dataclass(frozen=True)
@@ -114,29 +115,30 @@ class Runtime:
             return "none"
         return "mpi" if self.comm is not None else dist.get_backend()
 
-    def wrap(self, model: torch.nn.Module, has_unused: bool = False) -> torch.nn.Module:
+    def wrap(
+        self, model: torch.nn.Module, has_unused: bool = False, remedy: str = UNUSED_IN_TRAINER
+    ) -> torch.nn.Module:
         """The model in DDP, whose gradient is the *sum* over the ranks: the engine weights each example.
 
         DDP's own mean would be right only for equal shares, which 128 examples over 12 ranks are not. A
         lone rank needs no DDP, and a reproducible run adds up in an order of its own
         (gradients.OrderedSum). `has_unused`: some parameters may take no part in a step, on some ranks or
         on all. DDP then looks for them in each step. A parameter that no rank has used keeps no gradient.
+        Where they take no part unexpectedly, a UserError names `remedy`, which is what allows it.
         """
         if self.world_size == 1 or self.virtual_ranks:
             return model
         self.progress.arrive()  # DDP compares the ranks' parameters
         wrapped = native.wrap(model, self.device, has_unused)
         if not has_unused:  # otherwise DDP packs its buckets only once
-            settle_at_first_batch(wrapped, self.device, lambda: self.check_summed(wrapped))
+            settle_at_first_batch(wrapped, self.device, lambda: self.check_summed(wrapped, remedy))
         if next(model.buffers(), None) is not None:
             # DDP sends rank 0's buffers to all ranks before each forward pass: a collective.
             wrapped.register_forward_pre_hook(lambda *_: self.progress.arrive(in_step=False))
         gradients.add_up_over_ranks(wrapped, self.progress, self.comm)
         return wrapped
 
-    def check_summed(
-        self, model: torch.nn.Module, remedy: str = "trainer.unused_parameters=always"
-    ) -> None:
+    def check_summed(self, model: torch.nn.Module, remedy: str = UNUSED_IN_TRAINER) -> None:
         """Raises UserError, on this rank, where a parameter took no part in the backward pass just made.
 
         `model` is what wrap() has returned. This is called after each backward pass whose gradients are

@@ -55,6 +55,9 @@ from allranks.training.weight import share_weight
 log = logging.getLogger("allranks")
 
 
+_UNUSED = "run.wrap(model, unused_parameters=True)"
+
+
 class Run:
     """One run of a user's own loop, on one rank. allranks.open() makes it."""
 
@@ -75,7 +78,7 @@ class Run:
         self._is_stepping = False  # whether the loop is in a body of steps()
         self._wrapped: list[nn.Module] = []
         self._has_summed = False  # whether gradients have been added up over the ranks
-        self._is_in_pieces = False
+        self._pieces_left = 0  # of a batch that is cut into pieces, with the one in hand
         self._figures: dict[str, float] = {}  # logged after the last epoch
         self._began_s = (
             process_age_s() if number else 0.0
@@ -173,7 +176,7 @@ class Run:
                 said_by=0,
             )
         model.to(self._runtime.device)
-        wrapped = self._runtime.wrap(model)
+        wrapped = self._runtime.wrap(model, unused_parameters, _UNUSED)
         self._wrapped.append(wrapped)
         return wrapped
 
@@ -321,10 +324,13 @@ class Run:
                 said_by=0,
             )
         weight = share_weight(share.counted, share.total, loss.detach())
-        aside = [] if self._is_in_pieces else self._put_sums_aside()
+        aside = [] if self._pieces_left else self._put_sums_aside()
         (loss * weight).backward()
+        if self._pieces_left <= 1:
+            for model in self._wrapped:
+                self._runtime.check_summed(model, _UNUSED)
+            self._has_summed = True
         _add_back(aside)
-        self._has_summed = not self._is_in_pieces
 
     def _put_sums_aside(self) -> list[tuple[nn.Parameter, torch.Tensor]]:
         """Takes gradients out of the parameters that are sums over the ranks already.
@@ -350,20 +356,19 @@ class Run:
         share = self._dealt("run.pieces()")
         parts = pieces_of(batch, count)
         aside = self._put_sums_aside()
-        self._is_in_pieces = True
         try:
-            for number, (piece, length) in enumerate(parts, start=1):
+            for number, (piece, length) in enumerate(parts):
+                self._pieces_left = len(parts) - number
                 counts = length if share.counted else 0
                 self._in_hand = Dealt(piece, counts, share.total)
                 with ExitStack() as without_sync:
-                    if number < len(parts):
+                    if self._pieces_left > 1:
                         for model in self._wrapped:
                             without_sync.enter_context(self._runtime.without_sync(model))
                     yield piece
             _add_back(aside)
-            self._has_summed = True
         finally:
-            self._is_in_pieces = False
+            self._pieces_left = 0
             self._in_hand = share
 
     def log(self, figures: Mapping[str, Any]) -> None:
