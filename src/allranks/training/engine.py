@@ -280,8 +280,6 @@ def _named(part: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-
-
 def _apply_gradient(training: Training, clip_norm: float | None) -> bool:
     """Clips the gradient and lets the optimizer take its step.
 
