@@ -138,10 +138,14 @@ def room_of(module: str) -> str:
 
 
 def imports_among_ours() -> dict[str, set[str]]:
-    """For each module those of ours that it imports; an import of a package is one of its __init__."""
+    """For each module those of ours that it imports; an import of a package is one of its __init__.
+
+    `import allranks` itself imports none of them: it names the public ones to type checkers, and finds them
+    when they are asked for (test_own_loop.py).
+    """
     dotted = {f"allranks.{name.removesuffix('.__init__')}": name for name in modules()}
     return {
-        module: {dotted[name] for name in imported(source) if name in dotted}
+        module: {dotted[name] for name in imported(source) if name in dotted and module != "__init__"}
         for module, source in modules().items()
     }
 
