@@ -24,6 +24,7 @@ FLOORS = (
     "follow",
     "submit",
     "launch",
+    "own",
     "report",
     "inference",
     "training",

@@ -6,8 +6,8 @@ run = allranks.open("name", seed=1)     # for a training loop of one's own: docs
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from allranks.training.opening import open_run as open
-    from allranks.training.own import Run
+    from allranks.own.opening import open_run as open
+    from allranks.own.run import Run
 
 __version__ = "0.1.0"
 __all__ = ["Run", "__version__", "open"]
@@ -15,8 +15,8 @@ __all__ = ["Run", "__version__", "open"]
 # Where each public name is found. They need torch, which most commands do without: so a name is imported
 # when it is asked for.
 _PLACES = {
-    "Run": ("allranks.training.own", "Run"),
-    "open": ("allranks.training.opening", "open_run"),
+    "Run": ("allranks.own.run", "Run"),
+    "open": ("allranks.own.opening", "open_run"),
 }
 
 

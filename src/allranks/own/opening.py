@@ -17,9 +17,9 @@ from omegaconf.errors import OmegaConfBaseException
 from allranks import config as configs
 from allranks.base.errors import UserError
 from allranks.config import Config
+from allranks.own.run import Run
 from allranks.runtime.bringup import refuse_together
 from allranks.training import ending
-from allranks.training.own import Run
 
 # Keys of the configuration that have no meaning for a loop of one's own: it makes these parts itself.
 _NOT_HERE = ("trainer", "data", "model", "optimizer", "scheduler", "run", "own", "name", "seed", "profile")

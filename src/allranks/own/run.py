@@ -36,6 +36,8 @@ from allranks.data.batches import Batches, Dealt, pieces_of
 from allranks.data.nests import described
 from allranks.data.randomness import mixed, reseed
 from allranks.job.identity import RankIdentity
+from allranks.own.sharing import Sharing
+from allranks.own.state import KeptObjects
 from allranks.run import best as the_best
 from allranks.run import directory as rundir
 from allranks.runtime import mpi
@@ -44,11 +46,9 @@ from allranks.training import ending
 from allranks.training.control import FROM_TERMINAL, Control, RunStopped, Signals
 from allranks.training.length import RunLength
 from allranks.training.loop import Loop
-from allranks.training.own_state import KeptObjects
 from allranks.training.records import Records
 from allranks.training.report import Reporter, Told, process_age_s
 from allranks.training.saver import Saver
-from allranks.training.sharing import Sharing
 from allranks.training.state import weights_sha256
 from allranks.training.weight import share_weight
 

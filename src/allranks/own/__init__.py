@@ -1,0 +1,1 @@
+"""A training loop of the user's own, with everything that the shipped training has: `allranks.open()`."""
