@@ -4,7 +4,8 @@ plan      which command starts which ranks where
 preflight is every host fit for it? With --min-ranks, hosts that cannot be reached are left out
 attempt   the ranks run, and the supervisor watches over them until all have ended
 decide    done, or a restart, or no more restarts because none of the last ones gained a step
-restart   without the hosts that are gone, if enough ranks are left; back to `attempt`
+restart   spares take the place of hosts that are gone or have failed twice; without spares the run goes
+          on without those hosts, if enough ranks are left; back to `attempt`
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,16 +30,17 @@ from allranks.base.errors import EXIT_REQUEUE, EXIT_STUCK, EXIT_USER_ERROR, User
 from allranks.base.text import some
 from allranks.config import Config
 from allranks.job import scheduler, variables
-from allranks.job.hosts import Allocation, Host
+from allranks.job.hosts import Allocation, Host, short
 from allranks.job.machine import Machine
 from allranks.launch import launchers, preflight, supervisor
 from allranks.launch.console import note, say
 from allranks.launch.outcome import Outcome
-from allranks.launch.plan import Plan, Request, make_plan
+from allranks.launch.plan import Plan, Request, make_plan, room_on
 from allranks.run import checkpoint
 from allranks.run import directory as rundir
 
 MOST_WITHOUT_GAIN = 3  # crashes in a row at one step: the next start would crash there too
+MOST_FAILURES_OF_A_HOST = 2  # one may be bad luck; a host with more is left out, if the run can do without
 # Hosts are tried in so many groups at a time. 16 find one bad host of 4,096 in three rounds, and 16
 # launchers at once are no load for the host that they start from.
 GROUPS = 16
@@ -98,12 +101,44 @@ class Launch:
         watchdog = self.config.watchdog
         return (watchdog.step_s or watchdog.first_step_s) + watchdog.save_s
 
+    @property
+    def may_replace(self) -> bool:
+        """Whether a host that is not used may take the place of one that is gone.
+
+        The user has to have said that the run may go on in some other way than it was started.
+        """
+        return bool(self.max_restarts or self.request.spares or self.min_ranks is not None)
+
+    def room_on(self, name: str) -> int | None:
+        """The most ranks that a host of the allocation takes; None where nobody says."""
+        [host] = [host for host in self.allocation.hosts if host.name == name]
+        return room_on(host, self.machine, self.allocation)
+
     def has_enough(self, hosts: Sequence[Host]) -> bool:
         """Whether `hosts` have as many ranks as --min-ranks asks for. Without it nothing is enough."""
         return self.min_ranks is not None and sum(host.slots for host in hosts) >= self.min_ranks
 
 
 # --- one attempt after another -------------------------------------------------------------------
+
+
+@dataclass
+class HostRecord:
+    """What one launch has learned about the hosts, from one attempt to the next."""
+
+    out: set[str] = field(default_factory=set)  # no rank is started on these any more
+    failures: Counter[str] = field(default_factory=Counter)  # by host, how often its rank failed first
+
+    def note_failure(self, plan: Plan, outcome: Outcome) -> list[str]:
+        """Counts the failure of a host. Returns that host if this was the second time, else nothing.
+
+        A rank says its host's own name, which may be longer or shorter than the allocation's.
+        """
+        if not outcome.failed_host:
+            return []
+        failed = [host.name for host in plan.hosts if short(host.name) == short(outcome.failed_host)]
+        self.failures.update(failed)
+        return [name for name in failed if self.failures[name] >= MOST_FAILURES_OF_A_HOST]
 
 
 class Next(enum.Enum):
@@ -151,8 +186,9 @@ def run(launch: Launch, check: bool) -> int:
     started at all.
     """
     plan = launch.plan()
+    record = HostRecord()
     if check:
-        plan = _checked(launch, plan)
+        plan = _checked(launch, plan, record)
     progress = TrainingProgress(newest_step(launch)) if launch.config else None
 
     for attempt in itertools.count(1):
@@ -172,13 +208,14 @@ def run(launch: Launch, check: bool) -> int:
             )
             return EXIT_STUCK
 
-        gone = _gone_for_good(launch, plan, outcome)
-        if gone:
-            left = _without(plan.hosts, gone)
-            if not launch.has_enough(left):
-                break
-            plan = launch.plan(left)
-        say(_about_restart(outcome, gone, progress, attempt, launch.max_restarts))
+        gone = _gone_for_good(launch, plan, outcome, record)
+        failed_twice = [name for name in record.note_failure(plan, outcome) if name not in gone]
+        change = _change(launch, plan, gone, failed_twice, record)
+        if change.left_over and launch.min_ranks is not None:
+            break  # hosts are gone, and the ranks of those that are left are too few
+        if change.hosts != plan.hosts:
+            plan = launch.plan(change.hosts)
+        say(_about_restart(outcome, change, progress, attempt, launch.max_restarts))
 
     _say_last(launch, outcome)
     return outcome.code
@@ -217,12 +254,10 @@ def _attempt(launch: Launch, plan: Plan) -> Outcome:
 
 
 def _about_restart(
-    outcome: Outcome, gone: Sequence[str], progress: TrainingProgress | None, number: int, of: int
+    outcome: Outcome, change: Change, progress: TrainingProgress | None, number: int, of: int
 ) -> str:
     """One line that says why the ranks are started again, on what, and from which step."""
-    parts = [outcome.failure]
-    if gone:
-        parts.append(f"Going on without {some(gone)}.")
+    parts = [outcome.failure, *change.sentences()]
     if progress is not None:
         parts.append(f"From step {progress.step}:")
     parts.append(f"restart {number} of {of}.")
@@ -239,10 +274,11 @@ def newest_step(launch: Launch) -> int:
 # --- hosts that are not there --------------------------------------------------------------------
 
 
-def _checked(launch: Launch, plan: Plan) -> Plan:
-    """The plan after the preflight, without the hosts that are not there if enough ranks are left.
+def _checked(launch: Launch, plan: Plan, record: HostRecord) -> Plan:
+    """The plan after the preflight.
 
-    Raises UserError with what is wrong where the preflight finds something else, or where too few are left.
+    Spares take the place of hosts that are not there or not fit. Without spares the run goes on without
+    hosts that are not there, if enough ranks are left. Raises UserError with what is wrong otherwise.
     """
     try:
         line = preflight.check(
@@ -257,16 +293,23 @@ def _checked(launch: Launch, plan: Plan) -> Plan:
         gone = _to_blame(launch, plan, error.gone)
         if not gone:
             raise
-        left = _without(plan.hosts, gone)
-        if not left and error.said:
+        if len(gone) == len(plan.hosts) and error.said:
             raise UserError(_refusal(launch, plan, error.said)) from error
-        if not launch.has_enough(left):
+        change = _change(launch, plan, gone, (), record)
+        if change.left_over:
             raise UserError(
-                f"preflight: {some(gone)} cannot be reached: nothing can be started there. Take "
-                f"it out of the job, or allow fewer ranks with --min-ranks.\n{error}{_hint(launch, plan)}"
+                f"preflight: {some(gone)} cannot be reached: nothing can be started there. Take it out of "
+                "the job, allow fewer ranks with --min-ranks, or keep more nodes aside with --spares."
+                f"\n{error}{_hint(launch, plan)}"
             ) from error
-        say(f"{some(gone)} cannot be reached: going on without.")
-        return _checked(launch, launch.plan(left))
+        say(" ".join([f"{some(gone)} cannot be reached.", *change.sentences()]))
+        return _checked(launch, launch.plan(change.hosts), record)
+    except preflight.HostsUnfit as error:
+        change = _change(launch, plan, (), error.hosts, record)
+        if set(error.hosts) - change.replaced.keys():
+            raise
+        say(" ".join([f"{error}\n", *change.sentences(why="is not fit")]))
+        return _checked(launch, launch.plan(change.hosts), record)
     if not launch.is_quiet:
         note(line)
     return plan
@@ -292,15 +335,130 @@ def _hint(launch: Launch, plan: Plan) -> str:
     )
 
 
-def _gone_for_good(launch: Launch, plan: Plan, outcome: Outcome) -> Sequence[str]:
-    """The hosts that the next attempt is to do without: none without --min-ranks."""
-    if launch.min_ranks is None or not outcome.gone:
+def _gone_for_good(launch: Launch, plan: Plan, outcome: Outcome, record: HostRecord) -> Sequence[str]:
+    """The hosts that the next attempt is to do without.
+
+    None where there is neither a spare nor --min-ranks: then the ranks are started where they were.
+    """
+    if not outcome.gone or (launch.min_ranks is None and not _spares(launch, plan, record)):
         return ()
     return _to_blame(launch, plan, outcome.gone)
 
 
-def _without(hosts: Sequence[Host], gone: Sequence[str]) -> tuple[Host, ...]:
-    return tuple(host for host in hosts if host.name not in gone)
+@dataclass(frozen=True)
+class Change:
+    """The hosts of the next attempt, and in what they differ from those of the one before."""
+
+    hosts: tuple[Host, ...]
+    replaced: Mapping[str, str]  # by a host that is out, the spare that takes its place
+    dropped: Sequence[str]  # hosts that are out, and whose ranks there are no more
+    left_over: Sequence[str]  # hosts that are gone, and that the run cannot do without
+    failed_twice: Sequence[str] = ()  # those of the above that are not gone
+
+    def sentences(self, why: str = "has failed twice") -> list[str]:
+        """What has changed, in sentences; `why` says what was wrong with the hosts that are not gone."""
+        found = [f"{name} {why}." for name in self.failed_twice]
+        for name, spare in self.replaced.items():
+            found.append(f"{spare} takes the place of {name}.")
+        if self.dropped:
+            found.append(f"Going on without {some(self.dropped)}.")
+        return found
+
+
+def _change(
+    launch: Launch, plan: Plan, gone: Sequence[str], failed_twice: Sequence[str], record: HostRecord
+) -> Change:
+    """The hosts for the next attempt, where some are `gone` and others have failed too often.
+
+    First each of them is replaced by a spare, if there is one on which something can be started. Where
+    there are too few spares, the run shrinks if --min-ranks allows it. A host that has failed twice, and
+    that the run cannot do without, is used again: it may be well, and the program at fault.
+    """
+    record.out.update(gone)
+    spares = _spares(launch, plan, record)
+    replaced = replacements(plan.hosts, [*gone, *failed_twice], spares)
+    while replaced:
+        # A spare has been idle since the job began, and may itself be down.
+        dead = unreachable(list(replaced.values()), partial(_try_groups, launch, plan))
+        if not dead:
+            break
+        record.out.update(dead)
+        spares = [host for host in spares if host.name not in dead]
+        replaced = replacements(plan.hosts, [*gone, *failed_twice], spares)
+
+    not_replaced = [name for name in (*gone, *failed_twice) if name not in replaced]
+    dropped = _dropped(launch, plan, not_replaced, gone)
+    left_over = [name for name in gone if name not in replaced and name not in dropped]
+    record.out.update(replaced, dropped)
+    order = [host.name for host in launch.allocation.hosts]
+    return Change(
+        hosts=placed_anew(launch.room_on, order, plan.hosts, replaced, dropped),
+        replaced=replaced,
+        dropped=dropped,
+        left_over=left_over,
+        failed_twice=[name for name in failed_twice if name in replaced or name in dropped],
+    )
+
+
+def _dropped(launch: Launch, plan: Plan, not_replaced: Sequence[str], gone: Sequence[str]) -> Sequence[str]:
+    """The hosts without which the run goes on: all that were not replaced, or only those that are gone.
+
+    None where too few ranks would be left.
+    """
+    must = [name for name in not_replaced if name in gone]
+    for dropped in (not_replaced, must):
+        if launch.has_enough([host for host in plan.hosts if host.name not in dropped]):
+            return dropped
+    return ()
+
+
+def _spares(launch: Launch, plan: Plan, record: HostRecord) -> list[Host]:
+    """The hosts that may take the place of others, each with the most ranks that it takes as its slots."""
+    if not launch.may_replace:
+        return []
+    most = max(host.slots for host in plan.hosts)
+    found = []
+    for host in plan.spares:
+        if host.name not in record.out:
+            room = launch.room_on(host.name)
+            found.append(Host(host.name, most if room is None else room))
+    return found
+
+
+def replacements(hosts: Sequence[Host], bad: Sequence[str], spares: Sequence[Host]) -> dict[str, str]:
+    """For each of the `bad` hosts the first spare left that has room for its ranks, if there is one."""
+    left = list(spares)
+    found: dict[str, str] = {}
+    for host in hosts:
+        fitting = [spare for spare in left if spare.slots >= host.slots]
+        if host.name in bad and fitting:
+            found[host.name] = fitting[0].name
+            left.remove(fitting[0])
+    return found
+
+
+def placed_anew(
+    room_on: Callable[[str], int | None],
+    order: Sequence[str],
+    hosts: Sequence[Host],
+    replaced: Mapping[str, str],
+    dropped: Sequence[str],
+) -> tuple[Host, ...]:
+    """The hosts with the `replaced` ones exchanged and the `dropped` ones left out.
+
+    They stand in the allocation's order, `order`: srun numbers the ranks in that order whatever it is told,
+    and rank 0 has to be on the first of them. The numbers of ranks stay in their own order where each host
+    has room for its new number, because some launchers take fewer ranks on the last host only. `room_on`
+    gives the most ranks that a host takes, or None where nobody says.
+    """
+    kept = [host for host in hosts if host.name not in dropped]
+    moved = [Host(replaced.get(host.name, host.name), host.slots) for host in kept]
+    in_order = sorted(moved, key=lambda host: order.index(host.name))
+    again = tuple(Host(new.name, old.slots) for new, old in zip(in_order, kept, strict=True))
+    rooms = [room_on(host.name) for host in again]
+    if all(room is None or host.slots <= room for host, room in zip(again, rooms, strict=True)):
+        return again
+    return tuple(in_order)
 
 
 def _to_blame(launch: Launch, plan: Plan, silent: Sequence[str]) -> Sequence[str]:

@@ -74,6 +74,7 @@ def _launch(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str,
         args.ranks,
         args.nodes,
         args.ppn,
+        args.spares or 0,
         args.launcher or "auto",
         installed_here=allocation.exists,
     )

@@ -9,12 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from allranks.base.text import table
-from allranks.job.hosts import Host
+from allranks.job.hosts import Host, compress
 from allranks.launch.plan import Plan, RankPlace
 
 # A table of ranks should fit a screen.
 ROWS_PER_HOST = 16  # of a host with more ranks the first ones and the last are shown
 MOST_ROWS = 32  # with more ranks, hosts that look alike are folded into one row
+LONGEST_NAMES = 80  # characters of a list of hosts
 LINES_OF_A_FILE = 8  # of a longer file the first lines and the last are shown
 SET_PER_RANK = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT"
 
@@ -30,7 +31,7 @@ def text(plan: Plan, source: str) -> str:
     """The whole dry run as text; `source` says where the hosts come from."""
     return "\n\n".join(
         [
-            f"{_summary(plan)}\nhosts: {source}",
+            "\n".join([_summary(plan), f"hosts: {source}", *_spares(plan)]),
             f"Command:\n{command_line(plan)}",
             *(f"File {path}:\n{_folded(content)}" for path, content in plan.files),
             _variables(plan),
@@ -48,6 +49,16 @@ def _summary(plan: Plan) -> str:
         f"{plan.world_size} rank{'s' * (plan.world_size != 1)} on {nodes} node{'s' * (nodes != 1)} "
         f"of {plan.machine.name}, started by {plan.launcher}{dialect}"
     )
+
+
+def _spares(plan: Plan) -> list[str]:
+    """One line that names the hosts that are not used; none where all are."""
+    if not plan.spares:
+        return []
+    names = compress(host.name for host in plan.spares)
+    if len(names) > LONGEST_NAMES:
+        names = names[: LONGEST_NAMES - 4] + " ..."
+    return [f"spares: {names}; one of them takes the place of a host that is gone (--max-restarts)"]
 
 
 def _variables(plan: Plan) -> str:
@@ -76,6 +87,7 @@ def as_json(plan: Plan, source: str) -> str:
         "hosts_from": source,
         "world_size": plan.world_size,
         "nodes": len(plan.hosts),
+        "spares": [host.name for host in plan.spares],
         "argv": plan.argv,
         "command": command_line(plan),
         "files": dict(plan.files),

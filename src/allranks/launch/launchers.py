@@ -362,8 +362,8 @@ def _hosts_with_slots(job: Job, option: str, file_option: str, line: str) -> Com
     if not job.machine.options.name_hosts:
         if not job.takes_all_hosts:
             raise UserError(
-                f"mpiexec of {job.machine.name} uses all nodes of a job: leave --nodes and --hosts out, or "
-                "take --launcher srun."
+                f"mpiexec of {job.machine.name} uses all nodes of a job: leave --nodes, --spares and "
+                "--hosts out, or take --launcher srun."
             )
         return CommandLine(())
     text = ",".join(f"{host.name}:{host.slots}" for host in job.hosts)

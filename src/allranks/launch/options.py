@@ -106,6 +106,11 @@ OPTIONS = (
         submit="in the job: as for allranks launch",
     ),
     Option(
+        "--spares", "spares", "S", kind=int, least=0, in_job=True, in_sweep=True,
+        launch="keep S of the nodes aside: one of them replaces a node that is gone",
+        submit="keep S of the --nodes aside in the job: as for allranks launch",
+    ),
+    Option(
         "--grace", "grace", "SECONDS", kind=int, least=0,
         launch="from Ctrl-C or SIGTERM to SIGKILL; default: 10, and for a training what a save may take",
     ),

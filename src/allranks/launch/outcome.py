@@ -75,6 +75,7 @@ class Outcome:
     hosts: Mapping[int, str]  # by rank, of the ranks that came
     gone: tuple[str, ...] = ()  # hosts of which nothing is heard: no rank came, or all are lost
     stopped: bool = False  # by a signal to `allranks launch`
+    failed_host: str = ""  # of the first rank that failed; empty where no single host is to blame
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,21 @@ def hosts_gone(hosts: Sequence[str], ranks: Sequence[Rank]) -> tuple[str, ...]:
     return tuple(host for host in dict.fromkeys(hosts) if short(host) not in heard_of)
 
 
+def host_to_blame(known: Evidence) -> str:
+    """The host of the first rank that has failed, by its own name.
+
+    Empty where none has failed, and where all ranks of several have failed alike: that is the program's
+    fault, and no host's. A launch that a signal has stopped blames no host either.
+    """
+    failed = [r for r in known.ranks if r.has_failed]
+    if not failed or known.stopped_by or known.problem is not None:
+        return ""
+    first = _first_to_fail(failed)
+    if known.world_size > 1 and len(_failed_alike(failed, first)) == known.world_size:
+        return ""
+    return first.host
+
+
 def _stopped(signum: int, failed: Sequence[Rank]) -> Conclusion:
     """The conclusion on a launch that a signal has ended before all ranks had ended in order."""
     code = EXIT_REQUEUE if signum in END_THE_JOB else 128 + signum
@@ -132,13 +148,19 @@ def _first_failure(failed: Sequence[Rank], world_size: int) -> Conclusion:
     first = _first_to_fail(failed)
     assert first.code is not None
     sentence = f"rank {first.rank} on {first.host} {first.how_it_ended()}"
-    # Of ranks that were killed or lost nobody knows whether they would have failed alike.
-    alike = [r for r in failed if r.code == first.code and not r.signal and r.loss is None]
-    if world_size > 1 and len(alike) == world_size:
+    if world_size > 1 and len(_failed_alike(failed, first)) == world_size:
         sentence += f", and so did all {world_size} ranks"
     elif world_size > 1:
         sentence += f", the first of {world_size} ranks to fail; the others have been ended"
     return Conclusion(first.code, sentence)
+
+
+def _failed_alike(failed: Sequence[Rank], first: Rank) -> list[Rank]:
+    """The ranks that have ended with the same exit code as `first`, by themselves.
+
+    Of ranks that were killed or lost nobody knows whether they would have failed alike.
+    """
+    return [r for r in failed if r.code == first.code and not r.signal and r.loss is None]
 
 
 def _first_to_fail(failed: Sequence[Rank]) -> Rank:

@@ -48,6 +48,7 @@ class Request:
     ranks: int | None = None
     nodes: int | None = None
     ppn: int | None = None  # ranks per node
+    spares: int = 0  # of the nodes, the last ones get no ranks: they replace others that are gone
     launcher: str = "auto"
     hosts_path: str = "allranks-hosts"  # for a list of hosts too long for an argument
     placed: tuple[Host, ...] = ()  # just these ranks on these hosts, whatever the above say
@@ -88,6 +89,7 @@ class Plan:
     cpus: tuple[str, ...] = ()  # of local rank 0, 1, ...; empty where nothing is bound
     devices: tuple[str, ...] = ()  # of local rank 0, 1, ...; empty where none is known
     files: tuple[launchers.TextFile, ...] = ()  # to be written before the command starts
+    spares: tuple[Host, ...] = ()  # hosts of the allocation that are not used; their slots are its own
 
     @cached_property
     def world_size(self) -> int:
@@ -160,6 +162,7 @@ def make_plan(
         cpus=binding.cpus,
         devices=devices,
         files=files,
+        spares=_not_used(allocation, hosts),
     )
 
 
@@ -206,7 +209,11 @@ def place(request: Request, machine: Machine, allocation: Allocation) -> tuple[H
         if request.nodes > len(hosts):
             raise _too_many(f"--nodes {request.nodes}", allocation, f"--nodes {len(hosts)}")
         hosts = hosts[: request.nodes]
-    room = [_room(host, machine, allocation) for host in hosts]
+    if request.spares:
+        if request.spares >= len(hosts):
+            raise _too_many_spares(request, allocation, len(hosts))
+        hosts = hosts[: -request.spares]
+    room = [room_on(host, machine, allocation) for host in hosts]
     counts = _counts(request, machine, allocation, hosts, room)
 
     # There may be fewer counts than hosts: the last hosts are then not needed.
@@ -230,18 +237,20 @@ def _counts(
     room: Sequence[int | None],
 ) -> list[int]:
     """Ranks per host, for as many of `hosts` as are needed. `room` is the most that each takes."""
-    ranks, nodes, ppn = request.ranks, request.nodes, request.ppn
+    ranks, ppn = request.ranks, request.ppn
+    nodes = len(hosts) if request.nodes else None
+    aside = f" --spares {request.spares}" if request.spares else ""
     usual = [ppn or _default(host, machine, allocation) for host in hosts]
     if ranks is None:
         return usual
     if nodes and ppn and ranks != nodes * ppn:
         raise UserError(
-            f"-n {ranks} contradicts --nodes {nodes} --ppn {ppn}, which is {nodes * ppn} ranks: "
-            "leave one of them out."
+            f"-n {ranks} contradicts --nodes {request.nodes}{aside} --ppn {ppn}, which is {nodes * ppn} "
+            "ranks: leave one of them out."
         )
     if nodes and not ppn:
         if ranks < nodes:
-            raise UserError(f"-n {ranks} is fewer than --nodes {nodes}: give fewer nodes.")
+            raise UserError(f"-n {ranks} is fewer than --nodes {request.nodes}{aside}: give fewer nodes.")
         return _spread(ranks, nodes)
 
     if ranks > sum(usual) and not ppn:
@@ -288,7 +297,7 @@ def _default(host: Host, machine: Machine, allocation: Allocation) -> int:
     return _per_node(machine, allocation) or host.slots
 
 
-def _room(host: Host, machine: Machine, allocation: Allocation) -> int | None:
+def room_on(host: Host, machine: Machine, allocation: Allocation) -> int | None:
     """The most ranks that a host takes; None where nobody says (this host, a bare host name)."""
     per_node = _per_node(machine, allocation)
     if allocation.scheduler == "local":
@@ -297,6 +306,12 @@ def _room(host: Host, machine: Machine, allocation: Allocation) -> int | None:
         return host.slots if allocation.slots_given else per_node
     cpus = 0 if allocation.slots_given else allocation.cpus_per_node or 0
     return max(host.slots, per_node or 0, cpus)
+
+
+def _not_used(allocation: Allocation, hosts: Sequence[Host]) -> tuple[Host, ...]:
+    """The hosts of the allocation, in its order, that are not among `hosts`."""
+    used = {host.name for host in hosts}
+    return tuple(host for host in allocation.hosts if host.name not in used)
 
 
 def _what_there_is(allocation: Allocation) -> str:
@@ -310,6 +325,15 @@ def _what_there_is(allocation: Allocation) -> str:
     if allocation.slots_given:
         text += f" with {slots} slot{'s' * (slots != 1)}"
     return f"{text}, {names}"
+
+
+def _too_many_spares(request: Request, allocation: Allocation, nodes: int) -> UserError:
+    """`nodes` are those that there are without --spares."""
+    most = f"at most --spares {nodes - 1}" if nodes > 1 else "no --spares"
+    return UserError(
+        f"--spares {request.spares} leaves no host for the ranks ({_what_there_is(allocation)}): give "
+        f"{most}, or ask the scheduler for more hosts."
+    )
 
 
 def _too_many(asked: str, allocation: Allocation, most: str) -> UserError:

@@ -29,6 +29,7 @@ from allranks.base.agreement import majority
 from allranks.base.errors import EXIT_TIMED_OUT, EXIT_USER_ERROR, UserError
 from allranks.base.text import some
 from allranks.job import variables
+from allranks.job.hosts import short
 from allranks.job.identity import discover
 from allranks.launch import supervisor
 from allranks.launch.console import Console
@@ -68,6 +69,14 @@ class HostsUnreached(UserError):
         super().__init__(message)
         self.gone = gone
         self.said = said
+
+
+class HostsUnfit(UserError):
+    """Something is wrong on the hosts `hosts`, and nothing was found wrong on the others."""
+
+    def __init__(self, message: str, hosts: Sequence[str]) -> None:
+        super().__init__(message)
+        self.hosts = hosts
 
 
 class Stopped(UserError):
@@ -120,9 +129,12 @@ def check(
                 files.within(LATE_S, token.unlink)
     if outcome.stopped:
         raise Stopped(outcome.failure or "stopped", outcome.code or 128 + signal.SIGTERM)
-    problems = judge(heard.words(), outcome.hosts, outcome.code == EXIT_TIMED_OUT)
-    if problems:
-        raise UserError("\n".join(f"preflight: {problem}" for problem in problems))
+    found = complaints(heard.words(), outcome.hosts, outcome.code == EXIT_TIMED_OUT)
+    if found:
+        text = "\n".join(f"preflight: {problem}" for problem in _a_line_for_each_text(found))
+        bad = {short(complaint.host) for complaint in found}
+        unfit = [host for host in dict.fromkeys(hosts) if short(host) in bad]
+        raise HostsUnfit(text, unfit) if len(bad) < len(set(hosts)) else UserError(text)
     if outcome.code:
         said = heard.said.decode(errors="replace").rstrip()
         text = f"preflight: {outcome.failure}\n{said}".rstrip()
@@ -185,13 +197,20 @@ def judge(words: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str], time
     `words` is what each rank has said, `hosts` where each rank is. `timed_out` says that not all ranks have
     ended in time.
     """
-    complaints = _problems_that_ranks_found(words, hosts)
-    complaints += _facts_that_differ(words, hosts)
+    return _a_line_for_each_text(complaints(words, hosts, timed_out))
+
+
+def complaints(
+    words: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str], timed_out: bool
+) -> list[Complaint]:
+    """What is wrong on which host, from what `judge` takes as well."""
+    found = _problems_that_ranks_found(words, hosts)
+    found += _facts_that_differ(words, hosts)
     if timed_out:
-        complaints += _ranks_that_hang(words, hosts)
-    if not complaints:  # whatever else is wrong may well be why the ranks do not come together
-        complaints = _sums_that_failed(words, hosts, timed_out)
-    return _a_line_for_each_text(complaints)
+        found += _ranks_that_hang(words, hosts)
+    if not found:  # whatever else is wrong may well be why the ranks do not come together
+        found = _sums_that_failed(words, hosts, timed_out)
+    return found
 
 
 def _problems_that_ranks_found(
@@ -243,10 +262,10 @@ def _sums_that_failed(
     return found
 
 
-def _a_line_for_each_text(complaints: Sequence[Complaint]) -> list[str]:
+def _a_line_for_each_text(found: Sequence[Complaint]) -> list[str]:
     """Hosts with the same problem share a line."""
     hosts_of: dict[str, list[str]] = {}
-    for host, text in complaints:
+    for host, text in found:
         hosts_here = hosts_of.setdefault(text, [])
         if host not in hosts_here:
             hosts_here.append(host)

@@ -236,7 +236,8 @@ class Supervision:
             await self._reap_launcher()
 
         ranks = [known.rank for known in self.guarded.values()]
-        conclusion = outcome.conclusion(self._evidence(Path(argv[0]).name, ranks))
+        evidence = self._evidence(Path(argv[0]).name, ranks)
+        conclusion = outcome.conclusion(evidence)
         self._show_last(conclusion)
         await self._until_written()
         return Outcome(
@@ -245,6 +246,7 @@ class Supervision:
             hosts={r.rank: r.host for r in ranks},
             gone=outcome.hosts_gone(self.hosts, ranks),
             stopped=bool(self.stopped_by),
+            failed_host=outcome.host_to_blame(evidence),
         )
 
     async def _open_door(self) -> str:

@@ -25,6 +25,7 @@ class Order:
     launcher: str = "auto"
     max_restarts: int = 0
     min_ranks: int | None = None
+    spares: int | None = None  # of the nodes, those that get no ranks until another one is gone
     chain: int | None = None  # jobs at most; None for a training: as many as it takes
     preflight: bool = True
     config_dir: str | None = None

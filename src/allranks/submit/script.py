@@ -77,7 +77,8 @@ def render(
 def request(order: Order, machine: Machine, directory: str, cells: int = 0) -> JobRequest:
     """What the scheduler is asked for."""
     queue = machine.queues.get(order.queue or "")
-    evenly = math.ceil(order.ranks / order.nodes) if order.ranks else None
+    used = order.nodes - (order.spares or 0)
+    evenly = math.ceil(order.ranks / used) if order.ranks else None
     return JobRequest(
         name=order.name,
         nodes=order.nodes,
@@ -96,7 +97,7 @@ def request(order: Order, machine: Machine, directory: str, cells: int = 0) -> J
         storage=machine.storage,
         options=(*machine.submit.options, *(queue.options if queue else ())),
         array_jobs=cells,
-        survives_nodes=order.min_ranks is not None,
+        survives_nodes=order.min_ranks is not None or bool(order.spares),
         on_own_hosts=has_own_hosts(order, machine),
     )
 

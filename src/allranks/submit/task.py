@@ -291,11 +291,15 @@ def _plan(order: Order, known: Machine, program: Sequence[str]) -> Plan:
         hosts = replace(hosts, hosts=(Host("node1", slots),), slots_given=True, queue=order.queue)
     _check_program(program, known)
     spread = order.nodes if order.ranks and not order.ppn else None
-    request = Request(tuple(program), order.ranks, spread, order.ppn, order.launcher, installed_here=False)
+    spares = order.spares or 0
+    request = Request(
+        tuple(program), order.ranks, spread, order.ppn, spares, order.launcher, installed_here=False
+    )
     plan = make_plan(request, known, hosts)
-    if order.ranks and len(plan.hosts) < len(hosts.hosts):
+    if order.ranks and len(plan.hosts) < len(hosts.hosts) - spares:
+        aside = f" --spares {spares}" if spares else ""
         raise UserError(
-            f"-n {order.ranks} fills {len(plan.hosts)} of --nodes {order.nodes}: give fewer nodes."
+            f"-n {order.ranks} fills {len(plan.hosts)} of --nodes {order.nodes}{aside}: give fewer nodes."
         )
     return plan
 
@@ -311,7 +315,7 @@ def _check_program(program: Sequence[str], known: Machine) -> None:
 
 def _check_shared(task: Task) -> None:
     """Raises UserError where only this node would see the run directory."""
-    if len(task.plan.hosts) == 1:
+    if len(task.plan.hosts) + len(task.plan.spares) == 1:
         return
     path = Path(task.directory).resolve()
     local = next((place for place in NODE_LOCAL if path.is_relative_to(place)), None)
