@@ -345,8 +345,10 @@ def test_a_launch_that_the_documents_show_can_be_planned(line, tmp_path, monkeyp
     if "--config-dir" in line:
         pytest.skip("needs files that the page lets its reader make: run with --long")
     monkeypatch.chdir(tmp_path)
-    for name in ASSUMED:
-        (tmp_path / name).touch()
+    shown_files = [block.file for page in NAMES for block in blocks(page) if block.language == "python"]
+    for name in [*ASSUMED, *filter(None, shown_files)]:
+        if "/" not in name:
+            (tmp_path / name).touch()
     (tmp_path / "hosts.txt").write_text("node1:16\n")
     planned(line)
     assert "-m allranks.launch.guard" in capsys.readouterr().out

@@ -16,6 +16,10 @@ from typing import NamedTuple
 # The signals that stop a run. It saves a checkpoint first.
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2), linux/prctl.h
+_PR_SET_PTRACER = 0x59616D61  # the same; of the security module Yama
+# A process writes down its Python stack on this signal. It is a real-time signal, which programs hardly
+# use, and not one of the first or last few, which the C library and some MPIs take. Linux only.
+DUMP_SIGNAL = getattr(signal, "SIGRTMAX", 0) - 5
 
 
 # --- which process is meant, and what has become of it ------------------------------------------------
@@ -27,6 +31,7 @@ class ProcessStat(NamedTuple):
     state: str  # a letter: R running, S asleep, T stopped, Z ended and not yet waited for, ...
     started_ticks: int  # when it was started, in clock ticks since the host's own start
     wait_status: int  # how it ended, as from waitpid(); 0 while it runs, and for another user's process
+    cpu_ticks: int = 0  # the CPU time of it and of its children that have ended, in clock ticks
 
 
 def process_stat(pid: int) -> ProcessStat | None:
@@ -41,7 +46,8 @@ def process_stat(pid: int) -> ProcessStat | None:
     fields = content.rpartition(b")")[2].split()
     if len(fields) < 50:  # the process ended between open() and read()
         return None
-    return ProcessStat(fields[0].decode("ascii"), int(fields[19]), int(fields[49]))
+    cpu_ticks = sum(map(int, fields[11:15]))  # utime, stime, cutime, cstime
+    return ProcessStat(fields[0].decode("ascii"), int(fields[19]), int(fields[49]), cpu_ticks)
 
 
 class ProcessIdentity(NamedTuple):
@@ -162,6 +168,14 @@ def die_with_parent(parent: int, signum: int) -> None:
         os.kill(os.getpid(), signum)
 
 
+def let_look(process: int) -> None:
+    """Allows a process and its descendants to look into the memory of this one (py-spy); Linux only.
+
+    Many systems allow that to the parents of a process only (Yama). To be called right after fork.
+    """
+    _prctl(_PR_SET_PTRACER, process)
+
+
 @contextlib.contextmanager
 def blocked(signals: Iterable[int]) -> Iterator[None]:
     """Holds these signals back from this thread until the block ends.
@@ -210,6 +224,17 @@ def children(pid: int) -> list[int]:
         with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{thread}/children") as file:  # noqa: PTH123
             found += map(int, file.read().split())
     return found
+
+
+def cpu_ticks_of_children() -> int:
+    """The CPU time of all that this process has started, in clock ticks; of what has ended, too.
+
+    The number may fall, when a process has ended whose parent does not ask about it.
+    """
+    own = os.times()
+    ended = round((own.children_user + own.children_system) * os.sysconf("SC_CLK_TCK"))
+    stats = [process_stat(pid) for pid in descendants(os.getpid())]
+    return ended + sum(stat.cpu_ticks for stat in stats if stat is not None)
 
 
 def kill_descendants(spare: Set[int] = frozenset(), limit_s: float = 2.0) -> None:

@@ -34,6 +34,26 @@ PRIVATE = (SUPERVISOR, SECRET, TERMINAL, OUTPUT)
 # Drawn by the supervisor for each start of the ranks: a process that connects to a rank must show it.
 RANKS_SECRET = "ALLRANKS_RANKS_SECRET"
 
+# --- the page that a rank shares with its guard --------------------------------------------------
+
+# Under `allranks launch -- PROGRAM` each rank and its guard share some memory, which the guard has made:
+# whole numbers of 8 bytes, and below them room for a stack. job/pulse.py tells what they say to each other.
+PULSE = "ALLRANKS_PULSE"  # the path of that memory: /proc/PID/fd/N, of the guard
+PAGE_BYTES = 4096
+STACK_AT, STACK_BYTES = PAGE_BYTES, 1 << 16  # where a program writes down its Python stack
+
+# The place of each number. The program writes these:
+BEATS = 0  # how often it has called heartbeat()
+WITHIN_MS = 1  # the next heartbeat comes within so long; 0: not said; -1: no limit
+STACK_PID = 2  # the process that writes down its stack when it is asked for; 0: none does
+CALLS = 3  # how often should_stop() has been called
+WAITS = 4  # 1 while the latest of these calls waits for the launch
+WISH = 5  # why this rank asks for a stop: a signal's number, or WISH_JOB_END
+WISH_JOB_END = 1000  # no signal has this number
+# The guard writes these:
+HOLD = 6  # 1: wait at the next call of should_stop() until STOP_AT is there
+STOP_AT = 7  # the first call of should_stop() that returns True; 0: not known
+
 # --- ports -----------------------------------------------------------------------------------------
 
 PORTS = range(20000, 30000)  # below the ports that systems hand out for outgoing connections

@@ -36,7 +36,7 @@ from allranks.launch import launchers, preflight, supervisor
 from allranks.launch.console import note, say
 from allranks.launch.outcome import Outcome
 from allranks.launch.plan import Plan, Request, make_plan, room_on
-from allranks.run import checkpoint
+from allranks.run import checkpoint, program_progress
 from allranks.run import directory as rundir
 
 MOST_WITHOUT_GAIN = 3  # crashes in a row at one step: the next start would crash there too
@@ -61,6 +61,7 @@ class Launch:
     max_restarts: int = 0
     min_ranks: int | None = None  # None: every host is needed
     grace_s: float | None = None  # from a signal to SIGKILL; None: what the program is known to need
+    idle_s: float | None = None  # after which a program that does nothing is ended; None: not looked at
     is_quiet: bool = False  # whether only warnings, errors and the last line are shown
     # One for all attempts: a restarted training may take over the run directory of the one before at once.
     id: str = field(default_factory=partial(secrets.token_hex, 8))
@@ -193,6 +194,8 @@ def run(launch: Launch, check: bool) -> int:
 
     for attempt in itertools.count(1):
         outcome = _attempt(launch, plan)
+        if launch.config is None and launch.directory is not None:
+            _note_progress(launch.directory, outcome.progress)
         if progress is not None and is_crash(outcome):
             progress = progress.after_crash(newest_step(launch))
 
@@ -219,6 +222,14 @@ def run(launch: Launch, check: bool) -> int:
 
     _say_last(launch, outcome)
     return outcome.code
+
+
+def _note_progress(directory: str, calls: int) -> None:
+    """Keeps how often a program has called heartbeat() and should_stop(): its next job depends on it."""
+    try:
+        program_progress.add(directory, calls)
+    except OSError as error:
+        say(f"{directory} cannot be written ({error.strerror}): no other job will go on with this one.")
 
 
 def _say_last(launch: Launch, outcome: Outcome) -> None:
@@ -249,6 +260,8 @@ def _attempt(launch: Launch, plan: Plan) -> Outcome:
         # A training stops on either signal in the same way. But while it still starts, Python would answer
         # a SIGINT with a traceback of every rank.
         interrupts=launch.config is None,
+        idle_s=launch.idle_s,
+        watches=launch.config is None,  # a training has a watchdog of its own, and agrees on its end itself
         ask_scheduler=partial(scheduler.is_suspended, launch.environ),
     )
 

@@ -60,6 +60,7 @@ def _launch(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str,
     if args.json and not args.dry_run:
         raise UserError("--json is for a dry run: add --dry-run.")
     overrides, machine_overrides, program = options.split(rest)
+    options.check_idle(args.idle, program)
     wanted = Wanted(program) if program else _trainings(args, overrides)
     if wanted is None:
         return 0
@@ -101,6 +102,7 @@ def _launch(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str,
         max_restarts=args.max_restarts or 0,
         min_ranks=args.min_ranks,
         grace_s=args.grace,
+        idle_s=args.idle,
         is_quiet=console == "quiet",
     )
     checks_first = args.preflight is not False

@@ -40,6 +40,8 @@ DRAIN_S = 1.0  # for output that is still on its way when the program has ended
 TICK_MS = 100  # how often the clock is looked at while something has a deadline
 # Output that the supervisor or a file has not taken yet. With more, the program waits with its next output.
 MOST_WAITING_BYTES = 1 << 20
+SETTLE_S = 0.02  # some thousand times as long as a call of should_stop() takes to come to its wait
+LOOK = "allranks.launch.look"  # the module that looks where a program is
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -98,6 +100,10 @@ class Guard:
         self.stdin: int | None = None  # to write to the program's stdin, where the supervisor sends it
         self.typed = bytearray()  # for the program's stdin, which has not taken it yet
         self.typed_all = False  # no more will come
+        self.page: int | None = None  # the memory that the program shares with this process (job/pulse.py)
+        self.counts_cpu = False  # whether the supervisor wants to know the program's CPU time
+        self.written_bytes = 0  # by the program, to both of its streams
+        self.wish = 0  # the program's reason to stop, as the supervisor knows it
         self.kill_at: float | None = None  # when the program gets SIGKILL, by time.monotonic()
         self.drained_by: float | None = None  # how long to wait for output; set when the program has ended
         folder = environ.get(variables.OUTPUT) if identity.rank else None
@@ -111,6 +117,9 @@ class Guard:
         if "env" not in told:  # the supervisor has given up, and has said why
             return int(told["code"])
 
+        if "watch" in told:
+            self.page = _page()
+            self.counts_cpu = told["watch"] == "idle"
         try:
             environ = self._environment(told["env"])
         except UserError as error:
@@ -119,7 +128,8 @@ class Guard:
         else:
             code, signum = how_it_ended(self._run(program, environ, told))
 
-        self._say(code=code, signal=signum, time=time.time(), last=True)
+        last_pulse = {} if self.page is None else {"pulse": self._pulse()}
+        self._say(code=code, signal=signum, time=time.time(), last=True, **last_pulse)
         while not self.is_let_go and not self.is_alone:
             self._next_events()
         return code
@@ -158,6 +168,7 @@ class Guard:
             variables.MASTER_ADDR: str(place["master_addr"]),
             variables.MASTER_PORT: str(place["master_port"]),
             variables.RANKS_SECRET: str(place["secret"]),
+            **({} if self.page is None else {variables.PULSE: f"/proc/{os.getpid()}/fd/{self.page}"}),
         }
 
     # --- the program ----------------------------------------------------------------------------
@@ -209,6 +220,8 @@ class Guard:
                 signal.set_wakeup_fd(-1)
                 processes.restore_signals()
                 processes.die_with_parent(parent, signal.SIGKILL)
+                if self.page is not None:  # the launch may want to see where the program is
+                    processes.let_look(parent)
                 execute(program, environ)
             except UserError as error:
                 os.write(2, as_line(error).encode())
@@ -293,8 +306,12 @@ class Guard:
             data = b""
         if not data:
             os.close(fd)
-            del self.pipes[fd]
-        elif self.pipes[fd] == "out" and self.file is not None:
+            if self.pipes.pop(fd) == "look":
+                self._say(looked=True)
+            return
+        if self.pipes[fd] != "look":
+            self.written_bytes += len(data)
+        if self.pipes[fd] == "out" and self.file is not None:
             self.file.add(data, self._wake)
         else:
             self._say(**{self.pipes[fd]: data})
@@ -344,6 +361,7 @@ class Guard:
         for signum in numbers:
             if signum == signal.SIGCHLD:
                 self._reap()
+                self._pass_wish_on()
             elif signum:  # 0 is from _wake
                 self._forward(signum)
 
@@ -364,6 +382,58 @@ class Guard:
         # Processes that the program has left behind would keep its pipes open.
         processes.kill_descendants()
         self.drained_by = time.monotonic() + DRAIN_S
+
+    # --- what the program tells through the page that it shares with this process ---------------
+
+    def _pass_wish_on(self) -> None:
+        """Tells the supervisor once that the program has a reason to stop."""
+        if self.page is None or self.wish:
+            return
+        self.wish = self._read(variables.WISH)
+        if self.wish:
+            self._say(wish=self.wish)
+
+    def _pulse(self) -> list[int]:
+        """How the program does: the numbers of launch/idle.py's Pulse, in its order."""
+        beats, within_ms, calls = map(self._read, (variables.BEATS, variables.WITHIN_MS, variables.CALLS))
+        ticks = processes.cpu_ticks_of_children() if self.counts_cpu else 0
+        return [beats, within_ms, calls, ticks, self.written_bytes]
+
+    def _hold(self) -> None:
+        """Has the program wait at its next question whether to stop; says how many it has had answered."""
+        self._write(variables.HOLD, 1)
+        # A call that was under way when the hold was set is over, or waits, after this time.
+        time.sleep(SETTLE_S)
+        self._say(answered=self._read(variables.CALLS) - self._read(variables.WAITS))
+
+    def _read(self, place: int) -> int:
+        assert self.page is not None
+        return int.from_bytes(os.pread(self.page, 8, 8 * place), sys.byteorder, signed=True)
+
+    def _write(self, place: int, value: int) -> None:
+        assert self.page is not None
+        os.pwrite(self.page, value.to_bytes(8, sys.byteorder, signed=True), 8 * place)
+
+    def _look(self) -> None:
+        """Starts a process that looks where the program is; what it prints goes to the supervisor.
+
+        It runs beside this one, because what it looks at may hang.
+        """
+        outer, inner = os.pipe()
+        page = "" if self.page is None else f"/proc/{os.getpid()}/fd/{self.page}"
+        looker = os.fork()
+        if looker == 0:
+            try:
+                os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+                os.dup2(inner, 1)
+                os.dup2(inner, 2)
+                signal.set_wakeup_fd(-1)
+                processes.restore_signals()
+                os.execv(sys.executable, [sys.executable, "-m", LOOK, str(self.child), page])
+            finally:
+                os._exit(EXIT_CANNOT_START)
+        os.close(inner)
+        self.pipes[outer] = "look"
 
     def _forward(self, signum: int) -> None:
         """Sends a signal to the program, if it runs."""
@@ -422,7 +492,16 @@ class Guard:
                 case {"size": [rows, columns]}:
                     self._resize(rows, columns)
                 case {"here": True}:  # the supervisor wants to know whether this process still works
-                    self._say(here=True)
+                    if self.page is None:
+                        self._say(here=True)
+                    else:
+                        self._say(here=True, pulse=self._pulse())
+                case {"hold": True}:
+                    self._hold()
+                case {"stop_at": call}:
+                    self._write(variables.STOP_AT, int(call))
+                case {"look": True}:
+                    self._look()
                 case {"bye": True}:
                     self.is_let_go = True
 
@@ -435,6 +514,15 @@ class Guard:
         if self.child:
             self._forward(signal.SIGTERM)
             self.kill_at = time.monotonic() + END_S
+
+
+def _page() -> int | None:
+    """Memory to share with the program, as a file without a name; None where there is no such thing."""
+    if sys.platform != "linux":
+        return None
+    descriptor = os.memfd_create("allranks-pulse")
+    os.ftruncate(descriptor, variables.STACK_AT + variables.STACK_BYTES)
+    return descriptor
 
 
 class OutputFile:

@@ -111,6 +111,11 @@ OPTIONS = (
         submit="keep S of the --nodes aside in the job: as for allranks launch",
     ),
     Option(
+        "--idle", "idle", "SECONDS", kind=int, least=1, in_job=True, in_sweep=True,
+        launch="end a program whose ranks neither write nor compute for so long, and say where they are",
+        submit="in the job: as for allranks launch",
+    ),
+    Option(
         "--grace", "grace", "SECONDS", kind=int, least=0,
         launch="from Ctrl-C or SIGTERM to SIGKILL; default: 10, and for a training what a save may take",
     ),
@@ -214,6 +219,15 @@ def parse(made: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argp
         if value is not None and option.least is not None and value < option.least:
             raise UserError(f"{option.flag} {value} is not valid: give a whole number >= {option.least}.")
     return args, [*rest, *arguments[end:]]
+
+
+def check_idle(idle: int | None, program: Sequence[str] | None) -> None:
+    """Raises UserError where --idle is given for a training, which has a watchdog of its own."""
+    if idle is not None and program is None:
+        raise UserError(
+            f"--idle {idle} is for a program after `--`: a training has a watchdog of its own, with "
+            "watchdog.step_s=SECONDS and other limits."
+        )
 
 
 def console_words(console: str | None) -> list[str]:

@@ -64,6 +64,7 @@ class Conclusion(NamedTuple):
     code: int  # the exit code of `allranks launch`
     sentence: str  # without its full stop; empty where nothing has failed
     remark: str = ""  # what else the user should know
+    host: str = ""  # that is to blame, where no rank's end tells it
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Outcome:
     hosts: Mapping[int, str]  # by rank, of the ranks that came
     gone: tuple[str, ...] = ()  # hosts of which nothing is heard: no rank came, or all are lost
     stopped: bool = False  # by a signal to `allranks launch`
+    progress: int = 0  # of a program that calls allranks.heartbeat() or should_stop(): how often
     failed_host: str = ""  # of the first rank that failed; empty where no single host is to blame
 
 
@@ -126,7 +128,9 @@ def host_to_blame(known: Evidence) -> str:
     fault, and no host's. A launch that a signal has stopped blames no host either.
     """
     failed = [r for r in known.ranks if r.has_failed]
-    if not failed or known.stopped_by or known.problem is not None:
+    if known.problem is not None and not known.stopped_by:
+        return known.problem.host
+    if not failed or known.stopped_by:
         return ""
     first = _first_to_fail(failed)
     if known.world_size > 1 and len(_failed_alike(failed, first)) == known.world_size:

@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from allranks.base.errors import EXIT_REQUEUE, EXIT_TIMED_OUT, UserError, as_lin
 from allranks.base.text import some
 from allranks.job import variables
 from allranks.job.hosts import address_for
-from allranks.launch import outcome
+from allranks.launch import idle, outcome
 from allranks.launch.console import HOLD_S, STDERR, Console, Writer, terminal_size, terminals
 from allranks.launch.keyboard import Keyboard
 from allranks.launch.outcome import LOST_CODE, NEAR_S, Conclusion, Evidence, Loss, Outcome, Rank
@@ -48,10 +48,14 @@ LEAVE_S = 5.0  # for guards to say that a killed rank has ended, and for the lau
 REAP_S = 5.0  # for a launcher that was killed: after that it is stuck in the kernel, and left behind
 HELLO_S = 10.0  # for somebody who connects to show the secret
 ASK_S = 10.0  # how often a guard is asked whether it is there
+LEAST_ASK_S = 0.25  # and where a limit of the user's is shorter than that
 SILENT_S = 60.0  # a guard that has said nothing for so long is stopped, or its host is down
 # The event loop itself comes late where this process was stopped. By so much it does not on a busy host.
 SUSPENDED_S = 5.0
 ASK_SCHEDULER_S = 60.0  # how often it is asked at most whether it has suspended the job: all users share it
+LOOK_S = 8.0  # for the guards to see where their programs are: a process with py-spy takes 2 s to start
+MOST_LOOKS = 64  # ranks that are looked at, and shown if they are among the first few to blame
+MOST_SHOWN = 4
 UNREAD_S = 2.0  # after a signal, for a console that takes nothing any more
 # What each rank may still say while the console is full. Its last words and how it ended are then known.
 LAST_WORDS_BYTES = 1 << 14
@@ -84,6 +88,40 @@ class Guarded:
     beyond_bytes: int = 0  # of output that it has sent although the console was full
 
 
+@dataclass
+class IdleWatch:
+    """What is known of the ranks' progress, and of where those are that make none."""
+
+    ranks: dict[int, idle.RankWatch] = field(default_factory=dict)  # by rank, of all that have begun
+    looks: dict[int, bytes] = field(default_factory=dict)  # by rank, what its guard has seen
+    have_looked: set[int] = field(default_factory=set)
+    naming: asyncio.Task[None] | None = None  # ranks are looked at, to be named
+
+    @property
+    def progress(self) -> int:
+        """How often the rank that did so most often has called heartbeat() and should_stop()."""
+        return max((watch.pulse.beats + watch.pulse.answered for watch in self.ranks.values()), default=0)
+
+    def forgive(self, now: float) -> None:
+        """The ranks could do nothing until now."""
+        for watch in self.ranks.values():
+            watch.forgive(now)
+
+    def pause_s(self, idle_s: float | None) -> float:
+        """How long to wait before the guards are asked again: less where a limit is short."""
+        limits_s = [watch.limit_s(idle_s) or 4 * ASK_S for watch in self.ranks.values()]
+        return max(LEAST_ASK_S, min([ASK_S, (idle_s or 4 * ASK_S) / 4, *(limit / 4 for limit in limits_s)]))
+
+
+@dataclass
+class StopRound:
+    """How the ranks agree on the call of allranks.should_stop() at which they stop."""
+
+    reason: str = ""  # why the first rank asked for it; empty: none has
+    answered: dict[int, int] = field(default_factory=dict)  # by rank, how many calls had their answer
+    at: int = 0  # the first call that returns True; 0: not agreed on
+
+
 @dataclass(frozen=True)
 class Limits:
     """How long things may take, in seconds."""
@@ -91,6 +129,7 @@ class Limits:
     start_s: float = START_S
     grace_s: float = GRACE_S
     run_s: float | None = None  # for all of it, counted from when all ranks have started
+    idle_s: float | None = None  # in which no rank does anything
 
 
 def run(
@@ -103,20 +142,23 @@ def run(
     start_s: float = START_S,
     grace_s: float = GRACE_S,
     run_s: float | None = None,
+    idle_s: float | None = None,
     interrupts: bool = True,
+    watches: bool = False,
     ask_scheduler: Callable[[], bool] | None = None,
 ) -> Outcome:
     """Runs the launcher `argv`, which starts allranks.launch.guard on every rank; says how it went.
 
     `env` is the launcher's whole environment. `hosts` are the hosts that the ranks will be on, so that one
     that does not come can be named. This process's stdin goes to rank 0. Other ranks' stdout than rank 0's
-    goes to RUN_DIR/output/rank-N.out; without `run_dir` it is shown in whole lines. `start_s`, `grace_s`
-    and `run_s` are the fields of Limits; without `interrupts` Ctrl-C reaches the ranks as SIGTERM.
+    goes to RUN_DIR/output/rank-N.out; without `run_dir` it is shown in whole lines. `start_s`,
+    `grace_s`, `run_s` and `idle_s` are the fields of Limits; without `interrupts` Ctrl-C reaches the ranks
+    as SIGTERM. `watches` says whether the ranks are watched for progress: a training has its own watchdog.
     `ask_scheduler` says whether the scheduler has suspended the job. To be called from the main thread.
     Raises UserError where the launcher cannot be started or a host is not known.
     """
     writer = Writer()
-    limits = Limits(start_s, grace_s, run_s)
+    limits = Limits(start_s, grace_s, run_s, idle_s)
     supervision = Supervision(
         world_size,
         hosts,
@@ -125,6 +167,7 @@ def run(
         writer=writer,
         interrupts=interrupts,
         reads_stdin=True,
+        watches=watches,
         ask_scheduler=ask_scheduler,
     )
     return supervision.run(argv, {**env, variables.TERMINAL: terminals()}, run_dir)
@@ -151,6 +194,7 @@ class Supervision:
         passes_on: bool = True,
         interrupts: bool = True,
         reads_stdin: bool = False,
+        watches: bool = False,
         ask_scheduler: Callable[[], bool] | None = None,
     ) -> None:
         """`hosts` are those that the ranks will be on, for messages.
@@ -159,7 +203,9 @@ class Supervision:
         waits. `on_output` takes what the ranks write, instead of the console. `passes_on` says whether
         SIGUSR1 and SIGUSR2 are for the ranks; else they end the launch. `reads_stdin` says whether this
         process's stdin is for rank 0. `interrupts` says whether Ctrl-C reaches the ranks as SIGINT; else it
-        reaches them as SIGTERM. `ask_scheduler` says whether the job is suspended, and may take a minute.
+        reaches them as SIGTERM. `watches` says whether the ranks share a page with their guards, by which
+        they are watched and agree on a stop (job/pulse.py). `ask_scheduler` says whether the job is
+        suspended, and may take a minute.
         """
         self.world_size = world_size
         self.hosts = hosts
@@ -175,6 +221,9 @@ class Supervision:
         self._writer = writer
         self._on_output = on_output
         self._reads_stdin = reads_stdin
+        self._watches = watches
+        self._idle = IdleWatch()
+        self._stop = StopRound()
         self._has_begun = False  # all ranks have come, and were told to begin
         self._ask_scheduler = ask_scheduler
         self._scheduler_asked_at = -ASK_SCHEDULER_S
@@ -247,6 +296,7 @@ class Supervision:
             gone=outcome.hosts_gone(self.hosts, ranks),
             stopped=bool(self.stopped_by),
             failed_host=outcome.host_to_blame(evidence),
+            progress=self._idle.progress,
         )
 
     async def _open_door(self) -> str:
@@ -387,11 +437,16 @@ class Supervision:
             for local_rank, known in enumerate(here):
                 place = {"local_rank": local_rank, "local_world_size": len(here), **self._place}
                 is_rank_0 = known.rank.rank == 0
+                watch = (
+                    {"watch": "beats" if self.limits.idle_s is None else "idle"} if self._watches else {}
+                )
+                self._idle.ranks[known.rank.rank] = idle.RankWatch(self._loop.time())
                 self._tell(
                     known,
                     env=place,
                     stdin=self._reads_stdin and is_rank_0,
                     size=terminal_size() if is_rank_0 else None,
+                    **watch,
                 )
         if self._reads_stdin:
             self._keyboard.read_on()
@@ -399,6 +454,8 @@ class Supervision:
     def _hear(self, known: Guarded, word: Mapping[str, Any]) -> None:
         """One message of a guard: how its program has ended, that it is there, or output."""
         known.heard_at = self._loop.time()
+        if "pulse" in word:
+            self._idle.ranks[known.rank.rank].note(idle.Pulse(*word["pulse"]), known.heard_at)
         if "code" in word:
             known.rank.code = int(word["code"])
             known.rank.signal = int(word["signal"])
@@ -407,6 +464,16 @@ class Supervision:
                 self._on_end(known)
         elif "took" in word:  # rank 0's program has all of its stdin that was read so far
             self._keyboard.read_on()
+        elif "wish" in word:
+            self._begin_stop(known, int(word["wish"]))
+        elif "answered" in word:
+            self._stop.answered[known.rank.rank] = int(word["answered"])
+            self._settle_stop()
+        elif "look" in word:
+            seen = self._idle.looks.get(known.rank.rank, b"")
+            self._idle.looks[known.rank.rank] = seen + links.output(word["look"])
+        elif "looked" in word:
+            self._idle.have_looked.add(known.rank.rank)
         elif "here" not in word:
             for kind, text in word.items():
                 self._show(known, kind, links.output(text))
@@ -430,6 +497,7 @@ class Supervision:
     def _on_end(self, known: Guarded) -> None:
         """A rank has ended, and all of its output has arrived."""
         known.rank.has_ended = True
+        self._settle_stop()  # it was perhaps the last one whose answer was waited for
         self.console.end_lines_of(known.rank.rank, known.rank.host)
         if known.rank.has_failed and self.phase is not Phase.ENDING:
             self._enter_ending()
@@ -456,13 +524,15 @@ class Supervision:
         """Asks each guard now and then whether it is there, and gives up those that do not answer."""
         while True:
             asked_at = self._loop.time()
-            await asyncio.sleep(ASK_S)
+            pause_s = self._idle.pause_s(self.limits.idle_s)
+            await asyncio.sleep(pause_s)
             now = self._loop.time()
-            if now > asked_at + ASK_S + SUSPENDED_S:
+            if now > asked_at + pause_s + SUSPENDED_S:
                 # We were stopped ourselves, as a scheduler stops a whole job: their answers lie here
                 # unread.
                 for known in self.guarded.values():
                     known.heard_at = now
+                self._idle.forgive(now)
             if not self._has_begun:
                 continue
             asked = [g for g in self._connected() if not (g.rank.has_ended or g.awaits_room)]
@@ -475,8 +545,10 @@ class Supervision:
                 # They go on one after another, and some have not answered yet.
                 for known in self.guarded.values():
                     known.heard_at = self._loop.time()
+                self._idle.forgive(self._loop.time())
             elif not self._is_suspended:
                 self._give_up_silent(silent)
+            self._check_progress()
 
     def _give_up_silent(self, silent: Sequence[Guarded]) -> None:
         """Takes the guards that have not answered for too long as lost."""
@@ -515,6 +587,68 @@ class Supervision:
         if is_suspended:
             words = "the job is suspended: all ranks are stopped. Waiting until they go on"
         self.console.line(f"allranks: {words}.\n".encode())
+
+    # --- ranks that make no progress ------------------------------------------------------------
+
+    def _check_progress(self) -> None:
+        """Notices ranks that do nothing, or do not call allranks.heartbeat() any more."""
+        if not self._watches or self.phase is not Phase.RUNNING or self._idle.naming is not None:
+            return
+        now = self._loop.time()
+        if self._is_suspended or self._is_full():  # the ranks wait for the scheduler, or for the console
+            self._idle.forgive(now)
+            return
+        running = {known.rank.rank for known in self._connected() if known.rank.code is None}
+        watched = {rank: watch for rank, watch in self._idle.ranks.items() if rank in running}
+        finding = idle.notice(watched, self.limits.idle_s, now)
+        if finding is not None:
+            self._idle.naming = asyncio.create_task(self._name(finding, watched))
+
+    async def _name(self, finding: idle.Finding, watched: Mapping[int, idle.RankWatch]) -> None:
+        """Has the guards look where their programs are, names the rank that stands out, and ends all."""
+        others = [rank for rank in watched if rank not in finding.ranks]
+        looking = [*finding.ranks, *others][:MOST_LOOKS]
+        for rank in looking:
+            self._tell(self.guarded[rank], look=True)
+        give_up_at = self._loop.time() + LOOK_S
+        while not self._idle.have_looked.issuperset(looking) and self._loop.time() < give_up_at:
+            await asyncio.sleep(0.05)
+
+        looks = {rank: text.decode(errors="replace") for rank, text in self._idle.looks.items()}
+        blamed = idle.to_blame(finding, watched, looks)
+        for rank in blamed[:MOST_SHOWN]:
+            seen = looks.get(rank, "").rstrip() or "its guard does not see where it is"
+            words = f"rank {rank} on {self.guarded[rank].rank.host}: {seen}"
+            self.console.line(as_line(words, STDERR).encode())
+        names = [f"{rank} on {self.guarded[rank].rank.host}" for rank in blamed]
+        sentence = idle.sentence(finding, names, watched[blamed[0]].pulse.beats)
+        host = self.guarded[blamed[0]].rank.host if len(blamed) < self.world_size else ""
+        self._fail(Conclusion(1, sentence, host=host))
+
+    # --- a stop that all ranks agree on ---------------------------------------------------------
+
+    def _begin_stop(self, known: Guarded, wish: int) -> None:
+        """A rank has a reason to stop: all are held at their next call of allranks.should_stop()."""
+        if self._stop.reason:
+            return
+        self._stop.reason = "the job's end" if wish == variables.WISH_JOB_END else signal.Signals(wish).name
+        self._tell_all(hold=True)
+
+    def _settle_stop(self) -> None:
+        """Tells all ranks when to stop, once each has said how many of its calls have had their answer.
+
+        A rank that has ended says nothing. No rank's next call has been answered yet, so the one after the
+        largest of these numbers is still ahead of all of them, or waits.
+        """
+        if not self._stop.reason or self._stop.at:
+            return
+        awaited = {known.rank.rank for known in self._connected() if known.rank.code is None}
+        if awaited - self._stop.answered.keys():
+            return
+        self._stop.at = max(self._stop.answered.values(), default=0) + 1
+        self._tell_all(stop_at=self._stop.at)
+        words = f"{self._stop.reason}: all ranks stop at call {self._stop.at} of allranks.should_stop()"
+        self.console.line(as_line(words, STDERR).encode())
 
     # --- ending ---------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ class Order:
     max_restarts: int = 0
     min_ranks: int | None = None
     spares: int | None = None  # of the nodes, those that get no ranks until another one is gone
+    idle: int | None = None  # seconds in which a program may do nothing
     chain: int | None = None  # jobs at most; None for a training: as many as it takes
     preflight: bool = True
     config_dir: str | None = None

@@ -17,7 +17,7 @@ from allranks.base.errors import EXIT_REQUEUE, EXIT_STUCK, UserError, show
 from allranks.job import scheduler
 from allranks.job.scheduler import NoAnswer, Scheduler, ServerUnreached, ThisJob
 from allranks.report import compare_sweep
-from allranks.run import checkpoint
+from allranks.run import checkpoint, program_progress
 from allranks.run.cells import JOB, is_finished, read_job
 from allranks.submit.queue import queue_again
 from allranks.submit.script import END_S
@@ -58,7 +58,7 @@ def go_on(directory: str) -> int:
     if waiting:
         print(f"{directory} is not finished: job {next(iter(waiting))} goes on", flush=True)
         return EXIT_REQUEUE
-    if _is_last(job):
+    if _is_last(job, directory):
         print(f"{directory} is not finished: this was the last job of it", flush=True)
         about_sweep = compare_sweep.after_cell(
             directory, "stopped", ended=compare_sweep.Ended(was_stopped=True)
@@ -77,13 +77,19 @@ def go_on(directory: str) -> int:
     return EXIT_REQUEUE
 
 
-def _is_last(job: dict[str, Any]) -> bool:
+def _is_last(job: dict[str, Any], directory: str) -> bool:
     """Whether no other job is to be queued after those that there are.
 
-    A chain has as many jobs as the user has asked for. And of a program that is no training of ours nobody
-    can tell whether it has gained anything, so it gets no further job either.
+    A chain has as many jobs as the user has asked for. And of a program that calls neither heartbeat() nor
+    should_stop() nobody can tell whether it has gained anything, so it gets no further job either.
     """
-    return bool(job["program"] or job["order"].get("chain"))
+    is_mute = bool(job["program"]) and program_progress.read(directory) == 0
+    return is_mute or bool(job["order"].get("chain"))
+
+
+def _step(directory: str) -> int:
+    """How far the run has come: the step of its newest checkpoint, or the number of a program's calls."""
+    return max(checkpoint.steps(directory), default=0) or program_progress.read(directory)
 
 
 def _cancel_rest_of_chain(kind: Scheduler, later: list[str]) -> None:
@@ -128,7 +134,7 @@ def _mark_this_start(directory: str, me: ThisJob) -> Path | None:
     the marks of those before it.
     """
     before = max((int(path.read_text() or 0) for path in Path(directory).glob(".next-*")), default=-1)
-    step = max(checkpoint.steps(directory), default=0)
+    step = _step(directory)
     mark = Path(directory) / f".next-{me.id}-{me.restarts}"
     try:
         with mark.open("x") as file:
@@ -151,7 +157,7 @@ def _mark_this_start(directory: str, me: ThisJob) -> Path | None:
 
 def _queue_successor(kind: Scheduler, directory: str, me: ThisJob) -> None:
     """Queues this job once more, where its owner may ask for that; else another job, after this one."""
-    step = max(checkpoint.steps(directory), default=0)
+    step = _step(directory)
     if kind.owner_may_requeue:
         # Said before it is done, because the scheduler ends this process with the job.
         print(f"{directory} goes on from step {step}: job {me.id} is queued again", flush=True)

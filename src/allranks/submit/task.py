@@ -106,6 +106,7 @@ def new_task(given: Mapping[str, Any], rest: Sequence[str]) -> Task | None:
     UserError for what cannot be had.
     """
     overrides, machine_overrides, program = options.split(rest)
+    options.check_idle(given.get("idle"), program)
     config_dir = given.get("config_dir")
     cells: list[Cell] = []
     directory = ""

@@ -16,14 +16,11 @@ import time
 import traceback
 
 from allranks.base import processes
-from allranks.base.processes import ProcessIdentity, ProcessStat
+from allranks.base.processes import DUMP_SIGNAL, ProcessIdentity, ProcessStat
 from allranks.runtime.watch.verdict import FROM_AFAR, Known, Peer
 
 LOOK_S = 1.0  # for a process to write down its stack
 STACK_FRAMES = 12  # the innermost ones: where the program is, and how it came there
-# A rank of several writes down its stack on this signal. It is a real-time signal, which programs hardly
-# use, and not one of the first or last few, which the C library and some MPIs take. Linux only.
-DUMP_SIGNAL = getattr(signal, "SIGRTMAX", 0) - 5
 
 
 # --- this process makes itself visible ----------------------------------------------------------------

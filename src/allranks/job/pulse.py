@@ -1,0 +1,243 @@
+"""`allranks.heartbeat()` and `allranks.should_stop()`: for a program that keeps its own everything.
+
+Such a program is started by `allranks launch -- PROGRAM`, and calls these two functions. They need neither
+torch nor MPI: each rank shares a page of memory with its guard (launch/guard.py), and the guard talks to
+`allranks launch`. job/variables.py has the places in that page.
+
+    heartbeat()     the rank tells that it makes progress. If it then makes none for too long, the launch
+                    names it, shows where it is, and ends
+    should_stop()   whether the program is to save and to end now, because of a signal or because its job's
+                    time is nearly over: the same answer on all ranks
+
+How the ranks agree: a rank that has a reason to stop says so in its page. `allranks launch` has all guards
+hold their ranks at their next call of should_stop(), learns how many calls each rank has completed, and
+says from which call on the answer is True. No rank has come as far as that yet, so all ranks stop after the
+same call.
+
+Without `allranks launch` heartbeat() does nothing, and should_stop() is what this one process knows.
+"""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import math
+import mmap
+import os
+import signal
+import threading
+import time
+from array import array
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from types import FrameType
+
+from allranks.base.errors import UserError, show
+from allranks.base.processes import DUMP_SIGNAL, STOPPING
+from allranks.job import scheduler
+from allranks.job.variables import (
+    BEATS,
+    CALLS,
+    HOLD,
+    PAGE_BYTES,
+    PULSE,
+    STACK_AT,
+    STACK_PID,
+    STOP_AT,
+    WAITS,
+    WISH,
+    WISH_JOB_END,
+    WITHIN_MS,
+)
+
+NO_LIMIT = -1  # in the page: the next heartbeat may take as long as it likes
+RESERVE_S = 60.0  # kept free before the job's end, unless the program says how long its save takes
+AGREE_S = 30.0  # for the launch to tell when to stop; asked again at the next call if it takes longer
+LOOK_S = 0.001  # how often a rank that is held looks into its page
+# A terminal sends Ctrl-C to all processes in it, and the launcher passes it on: the second of two that come
+# within this time is the same Ctrl-C. One that comes later is a person who does not want to wait.
+TWICE_S = 1.0
+
+
+@dataclass(frozen=True)
+class Page:
+    """Numbers that this process writes, and its guard reads."""
+
+    numbers: memoryview[int]
+    guard_pid: int | None  # None: there is no guard, and nobody reads the numbers
+
+
+@cache
+def _page() -> Page:
+    """The page that this rank shares with its guard. The first call opens it.
+
+    From then on this process writes down its stack into the page when the guard asks for it.
+    """
+    path = os.environ.get(PULSE, "")  # /proc/PID/fd/N
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:  # no guard, or one that this process cannot see from its container
+        return Page(memoryview(array("q", bytes(PAGE_BYTES))), guard_pid=None)
+
+    numbers = memoryview(mmap.mmap(descriptor, PAGE_BYTES)).cast("q")
+    os.lseek(descriptor, STACK_AT, os.SEEK_SET)
+    # faulthandler's handler is written in C: it works where the main thread keeps Python's lock. The
+    # descriptor stays open for it.
+    faulthandler.register(DUMP_SIGNAL, file=descriptor, all_threads=False)
+    numbers[STACK_PID] = os.getpid()
+    return Page(numbers, guard_pid=int(path.split("/")[2]))
+
+
+# --- the watchdog -----------------------------------------------------------------------------------------
+
+
+def heartbeat(within_s: float | None = None) -> None:
+    """Tells the watchdog of `allranks launch` that this rank makes progress. Takes less than 1 us.
+
+    Call it in each step of the loop. From the first call on the next one has to come within the limit:
+    `within_s` seconds if given, else those of `allranks launch --idle`, else 600. math.inf stands for no
+    limit: give it at the end of the loop, or before work that takes as long as it likes. A rank that misses
+    its limit is named with its stack, and the launch ends. Does nothing without `allranks launch`.
+    """
+    numbers = _page().numbers
+    if within_s is None:
+        numbers[WITHIN_MS] = 0
+    else:
+        numbers[WITHIN_MS] = NO_LIMIT if within_s == math.inf else max(1, int(within_s * 1000))
+    numbers[BEATS] += 1
+
+
+# --- the end of the job -----------------------------------------------------------------------------------
+
+
+def should_stop(reserve_s: float = RESERVE_S) -> bool:
+    """Whether the program is to save now, and to end with exit code 85 (`allranks.EXIT_REQUEUE`).
+
+    True once a signal has come that asks for it (SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2), or once the
+    job ends in less than `reserve_s` seconds and the longest time between two calls so far. `reserve_s` is
+    what a save and the end of the program take. Once True, it stays True.
+
+    Call it once in each step, on all ranks equally often: under `allranks launch` all ranks then get True
+    at the same call. The first call catches the signals, so make it early, and from the main thread. Under
+    another launcher each rank answers by what it knows itself.
+    """
+    return _stop().ask(reserve_s)
+
+
+@cache
+def _stop() -> Stop:
+    """What this rank knows of reasons to stop. The first call begins to find out."""
+    return Stop(_page(), os.environ)
+
+
+class Stop:
+    """What this rank knows of reasons to stop."""
+
+    def __init__(self, page: Page, environ: Mapping[str, str]) -> None:
+        self.page = page
+        self.signal = 0  # the first one that has come
+        self.job_ends_at: float | None = None  # by time.monotonic(); None: not known
+        self._interrupted_at: float | None = None  # when the first Ctrl-C came
+        self._asked_at: float | None = None
+        self._longest_s = 0.0  # between two calls
+        if threading.current_thread() is threading.main_thread():
+            self._catch_signals()
+        # One rank asks for all where the ranks agree. Else each rank takes what it is told, as a scheduler
+        # would be asked by thousands of ranks at once.
+        is_first = environ.get("RANK", "0") == "0"
+        if is_first or page.guard_pid is None:
+            is_alone = environ.get("WORLD_SIZE", "1") == "1"
+            asks_scheduler = is_first and (is_alone or page.guard_pid is not None)
+            threading.Thread(
+                target=self._find_end, args=(dict(environ), asks_scheduler), daemon=True
+            ).start()
+
+    def ask(self, reserve_s: float) -> bool:
+        """Whether to stop at this call."""
+        numbers = self.page.numbers
+        # The order matters: first the call is counted, then the hold is looked for. A guard that has set
+        # the hold then sees each call that did not wait for it.
+        numbers[CALLS] += 1
+        if numbers[HOLD] and not numbers[STOP_AT]:
+            self._wait()
+        if numbers[STOP_AT]:
+            return numbers[CALLS] >= numbers[STOP_AT]
+
+        wish = self._wish(reserve_s)
+        if not wish or self.page.guard_pid is None:
+            return bool(wish)
+        numbers[WISH] = wish
+        with suppress(OSError):  # the guard has ended, and so will this process
+            os.kill(self.page.guard_pid, signal.SIGCHLD)  # it looks into the page at each SIGCHLD
+        self._wait()
+        return 0 < numbers[STOP_AT] <= numbers[CALLS]
+
+    def _wish(self, reserve_s: float) -> int:
+        """The signal that has come, WISH_JOB_END where the job ends soon, else 0."""
+        now = time.monotonic()
+        if self._asked_at is not None:
+            self._longest_s = max(self._longest_s, now - self._asked_at)
+        self._asked_at = now
+        if self.signal:
+            return self.signal
+        is_late = self.job_ends_at is not None and now + reserve_s + self._longest_s > self.job_ends_at
+        return WISH_JOB_END if is_late else 0
+
+    def _wait(self) -> None:
+        """Waits until the launch has said from which call on to stop."""
+        numbers = self.page.numbers
+        numbers[WAITS] = 1
+        give_up_at = time.monotonic() + AGREE_S
+        while not numbers[STOP_AT] and time.monotonic() < give_up_at:
+            time.sleep(LOOK_S)
+        numbers[WAITS] = 0
+
+    def _catch_signals(self) -> None:
+        """From now on the signals that ask for a stop are noted, and no longer end the process."""
+        for number in STOPPING:
+            if number in (signal.SIGINT, signal.SIGHUP) and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # started by nohup, or in the background by a script: it stays ignored
+            signal.signal(number, self._note)
+            # Python ends its handlers before it ends itself. A signal in that moment would kill the
+            # process, and change the exit code of a program that has ended.
+            atexit.register(signal.signal, number, signal.SIG_IGN)
+        # A child made by fork, such as a worker that reads data, ends by SIGTERM as its parent expects.
+        os.register_at_fork(after_in_child=self._let_signals_end)
+
+    def _let_signals_end(self) -> None:
+        for number in STOPPING:
+            if signal.getsignal(number) == self._note:
+                is_ctrl_c = number == signal.SIGINT
+                signal.signal(number, signal.default_int_handler if is_ctrl_c else signal.SIG_DFL)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.signal = self.signal or number
+        if number != signal.SIGINT:
+            return
+        now = time.monotonic()
+        if self._interrupted_at is None:
+            self._interrupted_at = now
+        elif now > self._interrupted_at + TWICE_S:
+            raise KeyboardInterrupt
+
+    def _find_end(self, environ: Mapping[str, str], asks_scheduler: bool) -> None:
+        """Finds out when the job ends. A scheduler may take its time to answer, so this is a thread."""
+        try:
+            ends_at = _end_of_job(environ, asks_scheduler)
+        except UserError as error:
+            show(f"when this job ends is not known: {error}")
+            return
+        if ends_at is not None:
+            self.job_ends_at = time.monotonic() + ends_at - time.time()
+
+
+def _end_of_job(environ: Mapping[str, str], asks_scheduler: bool) -> int | None:
+    """The job's end, in seconds since 1970: ALLRANKS_DEADLINE, or what the scheduler says; else None."""
+    text = environ.get("ALLRANKS_DEADLINE", "")
+    if text.isascii() and text.isdecimal():
+        return int(text)
+    if text:
+        raise UserError(f"ALLRANKS_DEADLINE={text} is not a time in seconds since 1970.")
+    return scheduler.ends_at(environ) if asks_scheduler else None
