@@ -1,4 +1,4 @@
-"""Looks where a rank's program is: its state, what it waits for, its Python stack. Prints it as text.
+"""Looks where a rank's program is: its state, what it waits for, its Python stack. Says it as text.
 
     python -m allranks.launch.look PID PAGE
 
@@ -43,7 +43,8 @@ def main() -> None:
     pid, page = int(sys.argv[1]), sys.argv[2]
     for part in (about(pid), stack(pid, page)):
         if part:
-            print(part, flush=True)
+            sys.stdout.write(f"{part}\n")
+            sys.stdout.flush()  # what comes next may hang
 
 
 def about(pid: int) -> str:
