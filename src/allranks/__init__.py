@@ -2,7 +2,7 @@
 
 run = allranks.open("name", seed=1)     # for a training loop of one's own: docs/your-own-loop.md
 
-heartbeat(), should_stop(), EXIT_REQUEUE     # for a program that keeps its own everything: docs/own-program.md
+heartbeat(), should_stop(), EXIT_REQUEUE    # for a program that keeps its own loop: docs/own-program.md
 """
 
 from typing import TYPE_CHECKING, Any
