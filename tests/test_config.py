@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -42,6 +43,35 @@ def one(*overrides: str) -> Config:
 
 
 # --- composing -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "times"),
+    [(["model=linear"], 1), (["-m", "seed=0,1,2"], 4)],  # a sweep once as a whole, and once for each cell
+    ids=["one", "a sweep of three"],
+)
+def test_nothing_is_composed_twice(monkeypatch, words, times):
+    """Composing is most of what a command of allranks takes: every rank of a job composes."""
+    real, composed = ConfigLoaderImpl.load_configuration, []
+
+    def noted(self, *words, **options):
+        composed.append(words)
+        return real(self, *words, **options)
+
+    monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", noted)
+    from_command_line(words)
+    assert len(composed) == times
+
+
+def test_a_file_of_the_users_own_may_ask_for_a_sweep(tmp_path):
+    """As Hydra allows: it sets `hydra.mode`, and says what is swept."""
+    (tmp_path / "conf/experiment").mkdir(parents=True)
+    (tmp_path / "conf/experiment/seeds.yaml").write_text(
+        "# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      seed: 3,4\n"
+    )
+    found = from_command_line(["--config-dir", "conf", "experiment=seeds"])
+    assert [config.seed for config in found] == [3, 4]
+    assert [config.seed for config in from_command_line(["hydra.mode=MULTIRUN", "seed=5,6"])] == [5, 6]
 
 
 def test_there_is_every_promised_choice():

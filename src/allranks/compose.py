@@ -83,7 +83,11 @@ def cells_from_command_line(arguments: Sequence[str]) -> list[tuple[Config, list
             continue
         if group in GROUPS and re.match(r"[\[{]|[-+]?[0-9.]+$", choice):
             raise UserError(f"{override} is not valid: {group} takes the name of one choice.")
-    with _hydra_that_leaves_no_trace([*flags, *overrides]), _empty_is_unset("ALLRANKS_DATA"):
+    with (
+        _hydra_that_leaves_no_trace([*flags, *overrides]),
+        _hydra_that_composes_once(_may_set_mode(flags, overrides)),
+        _empty_is_unset("ALLRANKS_DATA"),
+    ):
         try:
             app()
         except (HydraException, ValueError) as error:
@@ -225,6 +229,36 @@ def _hydra_that_leaves_no_trace(arguments: Sequence[str]) -> Iterator[None]:
             del os.environ["HYDRA_FULL_ERROR"]
             if full_error is not None:
                 os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+def _may_set_mode(flags: Sequence[str], overrides: Sequence[str]) -> bool:
+    """Whether `hydra.mode` may be set by something else than -m: by a word, or by a file of a user's own."""
+    folders = {"-cp", "-cn", "-cd", "--config-path", "--config-name", "--config-dir"}
+    return any(flag.partition("=")[0] in folders for flag in flags) or any(
+        override.lstrip("+~").startswith("hydra") for override in overrides
+    )
+
+
+@contextlib.contextmanager
+def _hydra_that_composes_once(may_set_mode: bool) -> Iterator[None]:
+    """In the block, Hydra composes each configuration once; by itself it composes each of them twice.
+
+    The first time it looks whether the configuration sets `hydra.mode`, and so says whether this is a sweep;
+    where nothing can (`may_set_mode` is False), -m alone says so. And before it starts the first cell of a
+    sweep it composes all of them, to find a mistake in the last cell before the first one is trained. Here
+    nothing is trained before all cells are composed.
+    """
+    from hydra._internal.hydra import Hydra
+    from hydra.plugins.sweeper import Sweeper
+
+    get_mode, validate = Hydra.get_mode, Sweeper.validate_batch_is_legal
+    if not may_set_mode:
+        Hydra.get_mode = lambda *_, **__: None
+    Sweeper.validate_batch_is_legal = lambda *_: None
+    try:
+        yield
+    finally:
+        Hydra.get_mode, Sweeper.validate_batch_is_legal = get_mode, validate
 
 
 @contextlib.contextmanager

@@ -26,7 +26,10 @@ def without_path_lookups() -> Iterator[None]:
     if not isinstance(known, dict):
         yield
         return
-    files = {name: getattr(module, "__file__", None) for name, module in sys.modules.copy().items()}
+    # Read from the module's own names: some modules import others when they are asked for a name they lack.
+    files = {
+        name: getattr(module, "__dict__", {}).get("__file__") for name, module in sys.modules.copy().items()
+    }
     added = {name: file for name, file in files.items() if isinstance(file, str) and name not in known}
     known.update(added)
     try:
