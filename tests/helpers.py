@@ -6,19 +6,22 @@ and `allowed_s` gives a bound on seconds that grows with what else the machine h
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,6 +29,7 @@ import pytest
 
 from allranks.config import Config
 from allranks.run import checkpoint
+from forkserver import Answer, Request
 
 if TYPE_CHECKING:
     from allranks.training.building import Recipe
@@ -166,6 +170,55 @@ def execute(
         with suppress(AssertionError):
             started.gone(within_s=5)
         return Done(code, out, err, cwd, list(marked(started.mark).values()))
+
+
+@cache
+def _forkserver() -> subprocess.Popen[str]:
+    """The server of this process's forked trainings (tests/forkserver.py), which ends with this process."""
+    server = subprocess.Popen(
+        [PYTHON, str(ROOT / "tests/forkserver.py")], env=clean_environment(), text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    atexit.register(server.communicate)  # its stdin is closed, and it is waited for
+    return server
+
+
+def execute_forked(
+    words: Sequence[str],
+    ranks: int,
+    cwd: Path,
+    env: Mapping[str, str] | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> Done:
+    """A training as `python -m allranks.train WORDS` on each rank, in processes that need not import torch.
+
+    Several ranks are told apart by RANK and its like; no launcher starts them.
+    """
+    environments = []
+    meet = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for rank in range(ranks):
+        who = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks), **meet}
+        environments.append(clean_environment(**(who if ranks > 1 else {}), **(env or {})))
+    server = _forkserver()
+    assert server.stdin is not None and server.stdout is not None
+    with tempfile.TemporaryDirectory() as output:
+        request = Request(list(words), environments, str(cwd), output, timeout_s)
+        server.stdin.write(json.dumps(request._asdict()) + "\n")
+        server.stdin.flush()
+        answer = Answer(**json.loads(server.stdout.readline()))
+        out, err = (
+            "".join(Path(output, f"{rank}.{name}").read_text() for rank in range(ranks))
+            for name in ("out", "err")
+        )
+    if answer.is_late:
+        pytest.fail(f"still running after {timeout_s} s: {words}\n{out}\n{err}")
+    return Done(answer.code, out, err, cwd, answer.left)
+
+
+def free_port() -> int:
+    """A port that no process of this host listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 class Started:
