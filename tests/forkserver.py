@@ -2,11 +2,10 @@
 
 To import torch takes a process longer than all the rest of a small training. This one has imported what
 every training imports, and has done nothing else; each rank is a fork of it, with arguments, environment,
-directory, output and session of its own, and runs `allranks.train` as Python's `-m` does. Several ranks
-meet by the variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+directory, output and session of its own, and runs a module or a text as `python -m` or `python -c` does.
 
-It serves one training at a time: it reads a line of JSON from its stdin (`Request`), and answers it by a
-line on its stdout when all processes of that training are over. Its end is the end of its stdin.
+It serves one program at a time: it reads a line of JSON from its stdin (`Request`), and answers it by a
+line on its stdout when all processes of that program are over. Its end is the end of its stdin.
 `helpers.execute_forked` is its client.
 """
 
@@ -26,22 +25,21 @@ import time
 import traceback
 from typing import NamedTuple
 
-PROGRAM = "allranks.train"
 OTHERS_S = 30.0  # how long the other ranks may take to end after the first one that failed
 LEFT_S = 5.0  # how long the ranks' own processes may take to end after the ranks
 # What each training imports, by itself or by what it calls first.
 IMPORTED = (
-    "hydra.main", "allranks.compose", "allranks.components", "allranks.data.loader", "allranks.data.synthetic",
-    "allranks.runtime.bringup", "allranks.runtime.native", "allranks.training.engine",
+    "hydra.main", "allranks.compose", "allranks.components", "allranks.data.loader",
+    "allranks.data.synthetic", "allranks.runtime.bringup", "allranks.runtime.native", "allranks.training.engine",
     "allranks.training.records", "allranks.training.report", "allranks.training.saver",
     "allranks.training.story", "allranks.training.trial",
 )  # fmt: skip
 
 
 class Request(NamedTuple):
-    """A training: a process for each environment. Rank N writes the files N.out and N.err in `output`."""
+    """A program: a process for each environment. Rank N writes the files N.out and N.err in `output`."""
 
-    words: list[str]
+    words: list[str]  # what would follow `python`: -m MODULE or -c TEXT, and the arguments
     environments: list[dict[str, str]]
     cwd: str
     output: str
@@ -57,7 +55,7 @@ class Answer(NamedTuple):
 
 
 def import_all() -> None:
-    """Imports what the trainings need, as they do it themselves: without torch's compiler."""
+    """Imports what trainings need, as they do it themselves: without torch's compiler."""
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     gc.disable()
     from allranks.runtime import lean
@@ -69,8 +67,8 @@ def import_all() -> None:
     gc.enable()
 
 
-def train(request: Request, rank: int) -> int:
-    """What a fork does: the training of one rank. Returns the exit code."""
+def run(request: Request, rank: int) -> int:
+    """What a fork does: the program of one rank. Returns the exit code."""
     os.setsid()
     os.environ.clear()
     os.environ.update(request.environments[rank])
@@ -86,14 +84,18 @@ def train(request: Request, rank: int) -> int:
         os.close(opened)
     more = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
     sys.path[:1] = [request.cwd, *more]
-    sys.argv = [PROGRAM, *request.words]
-    sys.orig_argv = [sys.executable, "-m", PROGRAM, *request.words]
+    how, what, *arguments = request.words
+    sys.argv = [how if how == "-c" else what, *arguments]
+    sys.orig_argv = [sys.executable, *request.words]
     code: object = 0
     try:
-        runpy.run_module(PROGRAM, run_name="__main__", alter_sys=True)
+        if how == "-m":
+            runpy.run_module(what, run_name="__main__", alter_sys=True)
+        else:
+            exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
     except SystemExit as ended:
         code = ended.code
-    except BaseException:  # as Python itself does it
+    except BaseException:  # noqa: BLE001  as Python itself does it
         traceback.print_exc()
         code = 1
     threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as Python does at its end
@@ -104,14 +106,14 @@ def train(request: Request, rank: int) -> int:
 
 
 def serve(request: Request) -> Answer:
-    """Forks the ranks of a training, and waits for their end."""
+    """Forks the ranks of a program, and waits for their end."""
     ranks = set()
     for rank in range(len(request.environments)):
         pid = os.fork()
         if pid == 0:
             code = 1
             try:
-                code = train(request, rank)
+                code = run(request, rank)
             finally:
                 os._exit(code)
         ranks.add(pid)

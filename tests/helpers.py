@@ -137,8 +137,8 @@ def clean_environment(**more: str) -> dict[str, str]:
 
 
 def launcher(kind: str | None, ranks: int) -> list[str]:
-    """The words before `-m allranks.train`; kind is None, "mpiexec" or "torchrun"."""
-    if kind is None:
+    """The words before `-m allranks.train`; kind is None or "python" (alone), "mpiexec" or "torchrun"."""
+    if kind in (None, "python"):
         return [PYTHON]
     if kind == "torchrun":
         return [PYTHON, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
@@ -190,15 +190,16 @@ def execute_forked(
     env: Mapping[str, str] | None = None,
     timeout_s: float = TIMEOUT_S,
 ) -> Done:
-    """A training as `python -m allranks.train WORDS` on each rank, in processes that need not import torch.
+    """Runs `python WORDS` on each rank to its end, in processes that need not import torch.
 
-    Several ranks are told apart by RANK and its like; no launcher starts them.
+    The words begin with -m MODULE or -c TEXT. No launcher starts the ranks: the variables RANK, WORLD_SIZE,
+    MASTER_ADDR and MASTER_PORT tell several of them who they are and where they meet.
     """
     environments = []
     meet = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for rank in range(ranks):
         who = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks), **meet}
-        environments.append(clean_environment(**(who if ranks > 1 else {}), **(env or {})))
+        environments.append(clean_environment(**{**(who if ranks > 1 else {}), **(env or {})}))
     server = _forkserver()
     assert server.stdin is not None and server.stdout is not None
     with tempfile.TemporaryDirectory() as output:

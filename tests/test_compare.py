@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from allranks.runtime.compare import SLOW_S, SLOW_STEPS, slow_ranks
-from helpers import execute, launcher
+from helpers import execute_forked
 
 
 @pytest.mark.parametrize(
@@ -60,11 +60,10 @@ runtime.close()
 
 
 def compared(folder, *odd: str, ranks: int = 3) -> list[str]:
-    done = execute([*launcher("mpiexec", ranks), "-c", RANKS, *odd], folder).ok()
+    done = execute_forked(["-c", RANKS, *odd], ranks, folder).ok()
     return sorted(done.out.splitlines())
 
 
-@pytest.mark.long  # all trainings with several ranks go on so
 def test_ranks_with_the_same_weights_go_on(tmp_path):
     assert compared(tmp_path) == ["rank 0: the same", "rank 1: the same", "rank 2: the same"]
 

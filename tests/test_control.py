@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,7 +26,7 @@ from allranks.training.control import Control, Pace, RunStopped, Signals, Wishes
 from allranks.training.saver import Saver
 from allranks.training.state import KeptTraining
 from allranks.training.training import Training
-from helpers import SMALL, TIMEOUT_S, clean_environment, execute, launcher, only_long, recipe_of
+from helpers import SMALL, TIMEOUT_S, Done, only_long, recipe_of, until
 
 
 class Clock:
@@ -286,37 +286,39 @@ HELD_RUN = (
 )  # fmt: skip
 
 
-def stop_while_held(folder: Path, command: Sequence[str], evaluation: int, ranks: int) -> str:
-    """Starts the run, sends SIGTERM to its ranks in this evaluation of theirs; returns what it said."""
+def stop_while_held(folder: Path, train: Callable[..., Done], evaluation: int, ranks: int) -> str:
+    """Has the run trained, and sends SIGTERM to its ranks in this evaluation; returns what it said."""
     for file in (*folder.glob("held-*"), folder / "go"):
         file.unlink(missing_ok=True)
-    environ = clean_environment(PYTHONPATH=str(folder), HOLD=str(evaluation))
-    with subprocess.Popen(
-        command, cwd=folder, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        deadline = time.monotonic() + TIMEOUT_S
-        while len(held := list(folder.glob("held-*"))) < ranks:
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.02)
+    with ThreadPoolExecutor(1) as thread:
+        training = thread.submit(train, HOLD=str(evaluation))
+        held = until(
+            lambda: training.done() or (len(found := list(folder.glob("held-*"))) == ranks and found),
+            within_s=TIMEOUT_S,
+        )
+        assert held is not True, training.result()  # it has ended too early
         for file in held:
             os.kill(int(file.name.removeprefix("held-")), signal.SIGTERM)
         (folder / "go").touch()
-        out, err = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == 85, err
-    return out
+        done = training.result()
+    assert done.code == 85, done.err
+    return done.out
 
 
-@pytest.mark.parametrize("ranks", [only_long(1), 2])
-def test_a_run_stopped_in_its_evaluations_has_the_bits_of_one_that_was_not(tmp_path, ranks):
-    command = [*launcher("mpiexec" if ranks > 1 else None, ranks), "-m", "allranks.train", *HELD_RUN]
+@pytest.mark.parametrize(("under", "ranks"), [only_long("python", 1), (None, 2), only_long("mpiexec", 2)])
+def test_a_run_stopped_in_its_evaluations_has_the_bits_of_one_that_was_not(train, tmp_path, under, ranks):
+    def held(name: str, **environ: str) -> Done:
+        environ = {"PYTHONPATH": str(tmp_path / name), **environ}
+        return train(*HELD_RUN, under=under, ranks=ranks, cwd=tmp_path / name, env=environ)
+
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "held.py").write_text(HELD)
-    whole = execute(command, tmp_path / "whole", {"PYTHONPATH": str(tmp_path / "whole")}).ok().run
+    whole = held("whole").ok().run
 
     # An epoch ends with evaluations on its training and its validation set; last comes the test. What was
     # stopped is evaluated again.
-    folder = tmp_path / "stopped"
+    folder, command = tmp_path / "stopped", partial(held, "stopped")
     out = stop_while_held(folder, command, evaluation=1, ranks=ranks)
     assert "SIGTERM: stopping after this batch" in out
     assert "stopped by SIGTERM after step 12, in epoch 1 of 2; it is saved" in out
@@ -326,7 +328,7 @@ def test_a_run_stopped_in_its_evaluations_has_the_bits_of_one_that_was_not(tmp_p
     out = stop_while_held(folder, command, evaluation=3, ranks=ranks)
     assert "stopped by SIGTERM after step 24, in the test; it is saved" in out
 
-    gone_on = execute(command, folder, {"PYTHONPATH": str(folder)}).ok().run
+    gone_on = command().ok().run
     assert gone_on.summary["model/sha256"] == whole.summary["model/sha256"]
     assert gone_on.losses == whole.losses
     assert gone_on.column("epoch") == [1, 2]

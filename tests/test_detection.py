@@ -22,8 +22,10 @@ from helpers import (
     PYTHON,
     SMALL,
     TIMEOUT_S,
+    Done,
     Started,
     execute,
+    execute_forked,
     launcher,
     mpiexec,
     only_long,
@@ -129,9 +131,8 @@ STRIPES = "_target_: lab.Stripes\n  count: "
 
 
 @pytest.fixture
-def start(tmp_path: Path):
-    """start("mpiexec", 3, "model.fault=kill"): a training in tmp_path; ends whatever is left of it."""
-    started: list[Started] = []
+def words(tmp_path: Path):
+    """words("model.fault=kill"): the overrides of a training in tmp_path, where the user's files are."""
     (tmp_path / "lab.py").write_text(PACKAGE)
     for name, text in {
         "model/lab": "_target_: lab.Net\n" + MODEL,
@@ -145,6 +146,21 @@ def start(tmp_path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
 
+    def words(*overrides: str) -> list[str]:
+        return [
+            "data=stripes", "model=lab", "device=cpu", "threads=1", "trainer.epochs=1000",
+            "trainer.batch_size=96", f"watchdog.step_s={STEP_S}", "run.dir=run",
+            "checkpoint.every_epochs=null", *overrides, "--config-dir=conf",
+        ]  # fmt: skip
+
+    return words
+
+
+@pytest.fixture
+def start(words, tmp_path: Path):
+    """start("mpiexec", 3, "model.fault=kill"): a training in tmp_path; ends whatever is left of it."""
+    started: list[Started] = []
+
     def start(under: str | None, ranks: int, *overrides: str) -> Started:
         if under == "launch":
             command = [PYTHON, "-m", "allranks", "launch", "-n", str(ranks)]
@@ -154,14 +170,9 @@ def start(tmp_path: Path):
             command = [PYTHON, "-c", TWO_CONTAINERS, PYTHON, "-m", "allranks.train"]
         else:
             command = [*launcher(under, ranks), "-m", "allranks.train"]
-        overrides = (
-            "data=stripes", "model=lab", "device=cpu", "threads=1", "trainer.epochs=1000",
-            "trainer.batch_size=96", f"watchdog.step_s={STEP_S}", "run.dir=run",
-            "checkpoint.every_epochs=null", *overrides, "--config-dir=conf",
-        )  # fmt: skip
         path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
         more = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-        started.append(Started([*command, *overrides], cwd=tmp_path, **more))
+        started.append(Started([*command, *words(*overrides)], cwd=tmp_path, **more))
         return started[-1]
 
     yield start
@@ -329,7 +340,7 @@ ABSENT = {
 }
 
 
-@pytest.mark.parametrize("how", ABSENT)
+@pytest.mark.parametrize("how", [only_long("dies"), "hangs", only_long("is stopped")])
 def test_a_rank_that_never_comes_to_mpi_does_not_keep_the_others(tmp_path, how):
     """MPI_Init keeps Python's lock until all ranks have come to it."""
     train = [PYTHON, "-m", "allranks.train", *SMALL, f"watchdog.start_s={START_S}"]
@@ -502,19 +513,23 @@ def test_on_several_hosts_a_neighbour_looks(start, tmp_path, fault, who, host, s
 # --- ranks that drift apart, or lag behind -------------------------------------------------------------
 
 
-def test_ranks_whose_weights_differ_are_named(start, tmp_path):
-    started = start("mpiexec", 3, "optimizer=drifting", "trainer.epochs=2")
-    code, _, err = started.finish(within_s=60)
+def trained(words: list[str], ranks: int, folder: Path) -> Done:
+    environ = {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    return execute_forked(["-m", "allranks.train", *words], ranks, folder, environ)
+
+
+def test_ranks_whose_weights_differ_are_named(words, tmp_path):
+    done = trained(words("optimizer=drifting", "trainer.epochs=2"), 3, tmp_path)
+    code, err = done.code, done.err
     assert code == 1
     assert f"allranks: After step 10 the ranks' weights differ (rank 1 on {HOST} from the others')" in err
     assert "Traceback" not in err
     assert not (tmp_path / "run/checkpoints/step-000010").exists()
 
 
-def test_a_straggler_is_reported(start):
-    started = start("torchrun", 2, "model=straggler", "trainer.epochs=1", "trainer.batch_size=32")
-    code, out, err = started.finish(within_s=60)
-    assert code == 0, err
+def test_a_straggler_is_reported(words, tmp_path):
+    overrides = words("model=straggler", "trainer.epochs=1", "trainer.batch_size=32")
+    out = trained(overrides, 2, tmp_path).ok().out
     assert re.search(rf"^rank 1 on {HOST} works longer on a step than the others: [\d.]+ times", out, re.M)
 
 

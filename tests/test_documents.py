@@ -32,7 +32,7 @@ from documents import (
     prepare,
     write_file,
 )
-from helpers import PYTHON, ROOT, SMALL, TRAIN, execute, only_long
+from helpers import PYTHON, ROOT, SMALL, execute, execute_forked, only_long
 
 
 class Unrun(NamedTuple):
@@ -270,7 +270,7 @@ def test_the_readmes_own_model_trains(tmp_path):
         subprocess.run(["bash", "-e", "-c", command.text], cwd=tmp_path, check=True)
     small = [word for word in SMALL if not word.startswith("model=")]
     words = ["--config-dir", "mine", "model=wide", *small, "trainer.epochs=1"]
-    done = execute([*TRAIN, *words], tmp_path).ok()
+    done = execute_forked(["-m", "allranks.train", *words], 1, tmp_path).ok()
     parameters = 784 * 512 + 512 + 512 * 512 + 512 + 512 * 10 + 10
     assert done.run.summary["model/parameters"] == parameters
 

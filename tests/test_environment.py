@@ -16,7 +16,7 @@ import pytest
 from allranks.base.errors import UserError
 from allranks.job.hosts import first_host
 from allranks.job.identity import RankIdentity, discover, launcher_rank
-from helpers import SMALL, TIMEOUT_S, TRAIN, Run, clean_environment, execute
+from helpers import SMALL, TIMEOUT_S, TRAIN, execute, execute_forked
 
 TORCHRUN = {
     "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1",
@@ -210,7 +210,8 @@ def test_ranks_of_an_mpiexec_that_sets_bare_pmi_only(train, tmp_path):
 def test_a_master_that_leads_each_host_to_itself_is_refused_at_once(tmp_path, rank):
     """Rank 1 on another host would wait for itself."""
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "23456"}
-    ours = execute([*TRAIN, *SMALL], tmp_path, {"RANK": str(rank), "MASTER_ADDR": "localhost", **shared})
+    mine = {"RANK": str(rank), "MASTER_ADDR": "localhost", **shared}
+    ours = execute_forked(["-m", "allranks.train", *SMALL], 1, tmp_path, mine)
     assert ours.code == 2
     assert "MASTER_ADDR=localhost" in ours.err
     assert ("is the loopback of rank 0's host" if rank == 0 else "leads back to the host that") in ours.err
@@ -224,16 +225,9 @@ def test_ranks_meet_at_an_ipv6_address(tmp_path):
         except OSError:
             pytest.skip("no IPv6 here")
         port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "::1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
-    argv = [*TRAIN, *SMALL, "model=linear", "trainer.epochs=1", "run.dir=run"]
-    ranks = [
-        subprocess.Popen(
-            argv, cwd=tmp_path, env=clean_environment(RANK=str(r), LOCAL_RANK=str(r), **shared)
-        )
-        for r in range(2)
-    ]
-    assert [rank.wait(timeout=TIMEOUT_S) for rank in ranks] == [0, 0]
-    assert Run(tmp_path / "run").summary["world_size"] == 2
+    words = ["-m", "allranks.train", *SMALL, "model=linear", "trainer.epochs=1"]
+    there = {"MASTER_ADDR": "::1", "MASTER_PORT": str(port)}
+    assert execute_forked(words, 2, tmp_path, there).ok().run.summary["world_size"] == 2
 
 
 def test_a_step_in_a_heterogeneous_job_is_refused_by_name():

@@ -24,7 +24,7 @@ from allranks.inference import command, forward, images, load
 from allranks.inference import export as exporting
 from allranks.job.identity import RankIdentity
 from allranks.run import checkpoint
-from helpers import PYTHON, SMALL, Run, only_long, real_data, tree
+from helpers import PYTHON, SMALL, Run, execute_forked, only_long, real_data, tree
 
 QUICK = [*SMALL, "report=false"]
 WORDS = [*QUICK, "model=mlp", "model.widths=[32]", "trainer.epochs=3", "checkpoint.keep=3"]
@@ -142,7 +142,7 @@ def test_the_figures_are_the_runs_own_to_the_last_digit(drawn):
 
 @pytest.mark.parametrize("ranks", [3])
 def test_the_figures_of_a_run_on_several_ranks_are_repeated_by_one_process(train, ranks):
-    run = train(*WORDS, "run.dir=run", under="mpiexec", ranks=ranks).ok().run
+    run = train(*WORDS, "run.dir=run", ranks=ranks).ok().run
     trained = load.load(run.path)
     assert trained.runtime.share_count == ranks
     outputs = forward.forward(trained, forward.open_part(trained))
@@ -708,10 +708,11 @@ def test_the_three_commands_as_typed(drawn, command):
     shown = command(*ALLRANKS, "evaluate", str(drawn)).ok()
     assert "These are the figures in summary.json, to the last digit." in shown.out
     Image.new("L", (40, 40), 255).save(shown.cwd / "blank.png")
-    refused = command(*ALLRANKS, "predict", str(drawn), "blank.png")
+    refused = execute_forked(["-m", "allranks", "predict", str(drawn), "blank.png"], 1, shown.cwd)
     assert refused.code == 2
     assert "blank.png has nothing on it" in refused.message
-    exported = command(*ALLRANKS, "export", str(drawn), "--to", "digits.safetensors").ok()
+    words = ["-m", "allranks", "export", str(drawn), "--to", "digits.safetensors"]
+    exported = execute_forked(words, 1, shown.cwd).ok()
     assert "400 test examples" in exported.out
     assert tree(exported.cwd) == ["blank.png", "digits.safetensors"]
 

@@ -291,7 +291,7 @@ def test_a_dataset_that_takes_long_to_make_is_waited_for(lab, tmp_path):
 def test_what_is_evaluated_with_batch_norm_is_what_is_saved(lab):
     """Its figures are each rank's own: rank 0's are taken."""
     words = [*MINE, "model._target_=mylab.normed", "trainer.batch_size=16"]
-    done = lab(*words, under="mpiexec", ranks=2).ok()
+    done = lab(*words, ranks=2).ok()
     sys.path.insert(0, str(lab.home))
     try:
         import mylab
@@ -368,9 +368,8 @@ def test_what_does_not_fit_gets_one_message(lab, train_here, monkeypatch, overri
         train_here("--config-dir", lab.conf, *MINE, override)
 
 
-@pytest.mark.long
 def test_a_wrong_target_on_two_ranks_gets_one_message(lab):
-    done = lab(*MINE, "data.train._target_=mylab.Dots", under="mpiexec", ranks=2)
+    done = lab(*MINE, "data.train._target_=mylab.Dots", ranks=2)
     assert "data.train._target_=mylab.Dots cannot be loaded" in done.message
     assert (done.code, done.left_running) == (2, [])
 

@@ -25,6 +25,7 @@ from helpers import (
     Run,
     clean_environment,
     execute,
+    execute_forked,
     launcher,
     only_long,
     tree,
@@ -53,8 +54,11 @@ def checkpoints(*steps: int) -> list[str]:
 def training(
     cwd: Path, home: Path, *overrides: str, under: str | None = None, ranks: int = 1, **env: str
 ) -> Done:
-    words = [*launcher(under, ranks), "-m", "allranks.train", *SMALL, *overrides]
-    return execute(words, cwd, env={"HOME": str(home), **env})
+    words = ["-m", "allranks.train", *SMALL, *overrides]
+    environ = {"HOME": str(home), **env}
+    if under is None:
+        return execute_forked(words, ranks, cwd, environ)
+    return execute([*launcher(under, ranks), *words], cwd, environ)
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +304,10 @@ def test_a_jobs_id_is_in_the_name(train_here, monkeypatch, job, ending):
 def test_runs_started_in_the_same_second_get_a_directory_each(places, tmp_path, job):
     _, home = places
     with ThreadPoolExecutor(3) as pool:
-        starts = [pool.submit(training, tmp_path, home, "trainer.epochs=0", **job) for _ in range(3)]
+        starts = [
+            pool.submit(training, tmp_path, home, "trainer.epochs=0", under="python", **job)
+            for _ in range(3)
+        ]
     for start in starts:
         start.result().ok()
     made = sorted(tmp_path.glob("runs/mlp/*"))

@@ -280,7 +280,7 @@ def test_the_tracker_of_the_documents_works_as_shown(train, tmp_path):
     book = tmp_path / "book.jsonl"
     (tmp_path / "conf/tracker/labbook.yaml").write_text(section.replace("book.jsonl", str(book)))
     words = ["--config-dir", "conf", "tracker=[labbook,csv]", "tracker.every_steps=6"]
-    run = train(*words, *RUN, env={"PYTHONPATH": str(tmp_path)}, under="mpiexec", ranks=2).ok().run
+    run = train(*words, *RUN, env={"PYTHONPATH": str(tmp_path)}, ranks=2).ok().run
     lines = [json.loads(line) for line in book.read_text().splitlines()]
     assert {line["run"] for line in lines} == {run.path.name}
     assert lines[0]["config"]["optimizer.lr"] == 0.05
@@ -414,7 +414,7 @@ from allranks.trackers.files import Csv as Own
 
 def test_only_rank_0_imports_a_tracker(train, own, tmp_path):
     words = own(ONLY_RANK_0, section())
-    train(*words, *RUN, "tracker=own", env={"PYTHONPATH": str(tmp_path)}, under="mpiexec", ranks=2).ok()
+    train(*words, *RUN, "tracker=own", env={"PYTHONPATH": str(tmp_path)}, ranks=2).ok()
     assert sorted(path.name for path in tmp_path.glob("imported-by-*")) == ["imported-by-0"]
 
 

@@ -232,7 +232,7 @@ def _hydra_that_leaves_no_trace(arguments: Sequence[str]) -> Iterator[None]:
 
 
 def _may_set_mode(flags: Sequence[str], overrides: Sequence[str]) -> bool:
-    """Whether `hydra.mode` may be set by something else than -m: by a word, or by a file of a user's own."""
+    """Whether `hydra.mode` may be set by something else than -m: a word, or a file of the user's own."""
     folders = {"-cp", "-cn", "-cd", "--config-path", "--config-name", "--config-dir"}
     return any(flag.partition("=")[0] in folders for flag in flags) or any(
         override.lstrip("+~").startswith("hydra") for override in overrides
@@ -243,10 +243,10 @@ def _may_set_mode(flags: Sequence[str], overrides: Sequence[str]) -> bool:
 def _hydra_that_composes_once(may_set_mode: bool) -> Iterator[None]:
     """In the block, Hydra composes each configuration once; by itself it composes each of them twice.
 
-    The first time it looks whether the configuration sets `hydra.mode`, and so says whether this is a sweep;
-    where nothing can (`may_set_mode` is False), -m alone says so. And before it starts the first cell of a
-    sweep it composes all of them, to find a mistake in the last cell before the first one is trained. Here
-    nothing is trained before all cells are composed.
+    The first time it looks whether the configuration sets `hydra.mode`, and thereby asks for a sweep. Where
+    nothing can set it (`may_set_mode` is False), that is left out, and -m alone asks for one. And before
+    Hydra starts the first cell of a sweep it composes all of them, so that a mistake in the last cell is
+    found before the first one is trained. Here nothing is trained before all cells are composed.
     """
     from hydra._internal.hydra import Hydra
     from hydra.plugins.sweeper import Sweeper
