@@ -30,9 +30,9 @@ LEFT_S = 5.0  # how long the ranks' own processes may take to end after the rank
 # What each training imports, by itself or by what it calls first.
 IMPORTED = (
     "hydra.main", "allranks.compose", "allranks.components", "allranks.data.loader",
-    "allranks.data.synthetic", "allranks.runtime.bringup", "allranks.runtime.native", "allranks.training.engine",
-    "allranks.training.records", "allranks.training.report", "allranks.training.saver",
-    "allranks.training.story", "allranks.training.trial",
+    "allranks.data.synthetic", "allranks.runtime.bringup", "allranks.runtime.native",
+    "allranks.training.engine", "allranks.training.records", "allranks.training.report",
+    "allranks.training.saver", "allranks.training.story", "allranks.training.trial",
 )  # fmt: skip
 
 

@@ -251,14 +251,17 @@ def _hydra_that_composes_once(may_set_mode: bool) -> Iterator[None]:
     from hydra._internal.hydra import Hydra
     from hydra.plugins.sweeper import Sweeper
 
-    get_mode, validate = Hydra.get_mode, Sweeper.validate_batch_is_legal
+    left_out: list[tuple[type, str]] = [(Sweeper, "validate_batch_is_legal")]
     if not may_set_mode:
-        Hydra.get_mode = lambda *_, **__: None
-    Sweeper.validate_batch_is_legal = lambda *_: None
+        left_out.append((Hydra, "get_mode"))
+    methods = [getattr(owner, name) for owner, name in left_out]
+    for owner, name in left_out:
+        setattr(owner, name, lambda *_, **__: None)
     try:
         yield
     finally:
-        Hydra.get_mode, Sweeper.validate_batch_is_legal = get_mode, validate
+        for (owner, name), method in zip(left_out, methods, strict=True):
+            setattr(owner, name, method)
 
 
 @contextlib.contextmanager
