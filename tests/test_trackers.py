@@ -407,7 +407,7 @@ def test_a_full_disk_of_a_tracker_does_not_stop_a_run(train_here, mounted, caplo
 ONLY_RANK_0 = """
 import os
 from pathlib import Path
-Path(f"imported-by-{os.environ['PMI_RANK']}").touch()
+Path(f"imported-by-{os.environ['RANK']}").touch()
 from allranks.trackers.files import Csv as Own
 """
 
