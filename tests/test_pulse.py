@@ -170,8 +170,11 @@ def test_a_second_ctrl_c_interrupts_and_a_child_by_fork_ends_by_sigterm():
     code = (
         "import allranks, os, signal, sys, time\n"
         "assert not allranks.should_stop()\n"
+        "ready, here = os.pipe()\n"
         "child = os.fork()\n"
-        "if child == 0: time.sleep(60)\n"
+        "if child == 0:\n"
+        "    os.write(here, b'.'); time.sleep(60); os._exit(1)\n"
+        "os.read(ready, 1)\n"
         "os.kill(child, signal.SIGTERM)\n"
         "assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM\n"
         "os.kill(os.getpid(), signal.SIGINT)\n"

@@ -53,12 +53,13 @@ def on_login(code: str) -> Started:
     return Started(["unshare", "--uts", "sh", "-c", script, "sh", login, *python(code)])
 
 
-def supervised(program: list[str]) -> Started:
+def supervised(program: list[str], more: str = "") -> Started:
+    """A launch on two nodes; `more` are further arguments of the supervisor."""
     argv = ["srun", "-N2", "--ntasks-per-node=2", "-w", ",".join(NODES[:2]), *GUARD, *program]
     return on_login(
         "import os, sys\nfrom allranks.launch import supervisor\n"
         f"outcome = supervisor.run({argv!r}, dict(os.environ), None, world_size=4, "
-        f"hosts={NODES[:2]!r}, start_s=20)\n" + TOLD
+        f"hosts={NODES[:2]!r}, start_s=20{more})\n" + TOLD
     )
 
 
@@ -86,6 +87,22 @@ def test_the_first_rank_that_fails_is_named_with_its_node():
     assert got == 23
     assert err.splitlines()[-1].startswith(f"allranks: rank 3 on {NODES[1]} ended with exit code 23")
     assert "srun: error" not in err
+
+
+def test_a_rank_that_does_nothing_is_named_with_its_node_and_its_place():
+    code = (
+        "import os, time\n"
+        "def elsewhere(): time.sleep(60)\n"
+        "if os.environ['RANK'] == '2': elsewhere()\n"
+        "time.sleep(60)"
+    )
+    with supervised(python(code), ", watches=True, idle_s=3") as started:
+        got, _, err = started.finish()
+        started.gone(within_s=5)
+    assert got == 1
+    assert f"allranks: rank 2 on {NODES[1]}: process" in err
+    assert f"see above where rank 2 on {NODES[1]} is" in err
+    assert "elsewhere (" in err  # py-spy's line of the stack
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])

@@ -21,6 +21,8 @@ from allranks.launch import dryrun
 from allranks.launch.attempts import HostRecord, placed_anew, replacements
 from allranks.launch.outcome import Evidence, Loss, Outcome, Rank, host_to_blame
 from allranks.launch.plan import Plan, Request, make_plan
+from allranks.submit import script
+from allranks.submit.order import Order
 from helpers import PYTHON, ROOT, SMALL, Done, Run, execute, only_long, serial
 from launching import can_make_hosts
 
@@ -112,6 +114,14 @@ def test_a_dry_run_names_the_spares():
     )
     assert json.loads(dryrun.as_json(plan, "a job"))["spares"] == ["n3", "n4"]
     assert "spares" not in dryrun.text(plan_of(4), "a job")
+
+
+def test_a_job_asks_for_all_nodes_and_its_launch_keeps_some_aside():
+    order = Order("generic_slurm", nodes=3, ranks=4, max_restarts=1, spares=1, idle=600)
+    text = script.render(order, machine.load("generic_slurm"), "/run", ("true",), environ={})
+    assert "#SBATCH --nodes=3" in text and "#SBATCH --ntasks-per-node=2" in text
+    assert "#SBATCH --no-kill" in text  # of the whole job, when a node is lost
+    assert "--nodes 3 -n 4 --job-nodes 3 --max-restarts 1 --spares 1 --idle 600 --run" in text
 
 
 # --- which host is to blame ------------------------------------------------------------------------------

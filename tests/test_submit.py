@@ -36,6 +36,7 @@ from helpers import (
     serial,
     took_at_most,
     tree,
+    until,
     until_step,
 )
 from test_resume import figures
@@ -260,6 +261,48 @@ def test_a_run_that_stops_before_its_walltime_queues_one_successor(pbs):
     stuck = pbs.allranks("submit", "--next", str(run), PBS_JOBID="99.pbs")
     assert stuck.code == 86
     assert "this job has not gained a step" in stuck.message
+
+
+# Sixty steps of a tenth of a second, of which one job has time for some.
+OWN_PROGRAM = """
+import os, pathlib, sys, time, allranks
+state = pathlib.Path("step")
+step = int(state.read_text()) if state.exists() else 0
+while step < 60:
+    time.sleep(0.1)
+    step += 1
+    allranks.heartbeat()
+    if allranks.should_stop(reserve_s=5):
+        if os.environ["RANK"] == "0":
+            state.write_text(str(step))
+        sys.exit(allranks.EXIT_REQUEUE)
+state.write_text(str(step))
+"""
+
+
+@needs_launch
+@pytest.mark.long
+def test_a_program_that_stops_before_its_walltime_goes_on_in_another_job(pbs):
+    """Walltime 30 s: 20 s are the script's, and 5 s the program's own."""
+    (pbs.folder / "own.py").write_text(OWN_PROGRAM)
+    words = ("--ppn", "2", "--no-preflight", "--", PYTHON, "own.py")
+    run = Path(pbs.submit("--machine", "generic_pbs", "--walltime", "00:00:30", *words)["directory"])
+    code = run / "exit_code"
+    until(lambda: code.exists() and code.read_text() == "0\n", TIMEOUT_S)
+    log = (run / "job.log").read_text()
+    jobs = json.loads((run / "job.json").read_text())["job_ids"]
+    assert len(jobs) >= 2 and log.count("goes on from step") == len(jobs) - 1, log
+    assert "the job's end: all ranks stop at call" in log
+    assert (pbs.folder / "step").read_text() == "60"
+
+
+@needs_launch
+def test_a_program_of_whose_steps_nothing_is_known_has_no_job_after_it(pbs):
+    program = (PYTHON, "-c", "raise SystemExit(85)")
+    run = Path(pbs.submit(*PBS, "--ppn", "1", "--no-preflight", "--", *program)["directory"])
+    log = run / "job.log"
+    until(lambda: log.exists() and "this was the last job of it" in log.read_text(), TIMEOUT_S)
+    assert json.loads((run / "job.json").read_text())["job_ids"] == ["1.pbs"]
 
 
 def test_where_a_user_may_have_one_job_the_way_on_is_told_and_is_no_failure(pbs):
@@ -1155,6 +1198,21 @@ def test_slurm_a_node_that_dies_in_mid_run_is_gone_on_without(slurm, a_node_to_l
     assert re.search(r"Going on without n\d\. From step \d+: restart 1 of 1\.", log)
     assert Run(run).summary["world_size"] == 2
     assert figures(Run(run)) == figures(Run(whole))
+
+
+@real_slurm_only
+def test_slurm_a_spare_takes_the_place_of_a_node_that_dies(slurm, a_node_to_lose, undisturbed):
+    """As many ranks as before: the bits of a run that was left alone."""
+    words = ("--nodes", "3", "--spares", "1", "--ppn", "1", "--max-restarts", "1")
+    run = Path(slurm.submit(*SLURM, *words, *LONG, "run.dir=lost")["directory"])
+    until_step(run, 20)
+    hosts = [rank["host"] for rank in json.loads((run / "environment.json").read_text())["ranks"]]
+    [spare] = {"n1", "n2", "n3"} - set(hosts)
+    a_node_to_lose(hosts[-1])
+    slurm.until("finished", root=".")
+    log = (run / "job.log").read_text()
+    assert re.search(rf"{spare} takes the place of {hosts[-1]}\. From step \d+: restart 1 of 1\.", log)
+    assert figures(Run(run)) == figures(undisturbed)
 
 
 def is_down(node: str) -> bool:

@@ -91,8 +91,12 @@ def _record(task: Task, ids: Sequence[str]) -> None:
             known_ids = list(dict.fromkeys([*read_job(path).get("job_ids", []), *cell_ids]))
         of_cells.append(cell_ids[0] if cell_ids else None)
         _write(path, about, known_ids, {"overrides": cell.overrides, "config_sha256": cell.sha256})
-    if not task.cells or task.is_sweep:
-        _write(Path(task.directory) / JOB, about, ids, {"overrides": []})
+    path = Path(task.directory) / JOB
+    if task.is_sweep:
+        _write(path, about, ids, {"overrides": []})
+    elif not task.cells:  # a program: as of a run, its earlier jobs stay in its record
+        known_ids = list(dict.fromkeys([*read_job(path).get("job_ids", []), *ids]))
+        _write(path, about, known_ids, {"overrides": []})
     if task.is_sweep:
         write_cells(task.directory, task.cells, of_cells)
 
