@@ -485,6 +485,24 @@ def test_a_cell_that_stops_before_its_walltime_queues_a_job_of_its_own(pbs):
         time.sleep(0.2)
 
 
+@needs_launch
+@pytest.mark.long
+def test_the_job_of_a_sweep_that_ends_last_compares_its_cells(pbs):
+    """Of the whole array one job has the table in its log, and makes the page with links to the cells."""
+    words = [word for word in ONE_EPOCH if word != NO_REPORT]
+    answer = pbs.submit(*PBS, "--ppn", "1", "--no-preflight", "-m", "seed=1,2", *words, "model=linear")
+    sweep = Path(answer["directory"])
+    pbs.until("finished", "finished")
+    until((sweep / "compare.html").exists)
+    until(lambda: all(pbs.job(f"1[{cell}].pbs")["state"] == "F" for cell in (0, 1)))
+    logs = [(sweep / str(cell) / "job.log").read_text() for cell in (0, 1)]
+    tables = [log for log in logs if f"All 2 cells of {sweep} have ended." in log]
+    assert len(tables) == 1
+    assert "2 runs: all finished, 1 epoch each. They differ only in their seed." in tables[0]
+    html = (sweep / "compare.html").read_text()
+    assert all(f'href="{cell}/report.html"' in html for cell in (0, 1))
+
+
 def test_cancelling_a_sweep_ends_the_jobs_by_which_its_cells_went_on(pbs):
     answer = pbs.submit(
         *PBS, "--ppn", "1", "--no-preflight", "-m", "seed=1,2", *SMALL, "trainer.epochs=100000"

@@ -1,11 +1,16 @@
-"""How long `allranks submit --next` asks a scheduler again. test_submit.py queues successors."""
+"""How long `allranks submit --next` asks a scheduler again, and what it says at the end of a sweep.
 
+test_submit.py queues successors.
+"""
+
+import json
 import time
 
 import pytest
 
 from allranks.job.scheduler import NoAnswer, ServerUnreached
 from allranks.submit import successor
+from other_trainings import make
 
 
 class Server:
@@ -66,3 +71,22 @@ def test_what_may_have_queued_a_job_is_not_asked_again(clock):
     assert queueing.asked == 1
     assert successor._patiently(asking, "run", changes=False) == "7.pbs"
     assert asking.asked == 2
+
+
+def test_the_last_job_of_a_sweeps_last_cell_leaves_the_comparison(tmp_path, monkeypatch, capfd):
+    """The cell has stopped before its end, and no other job goes on with it."""
+    sweep = tmp_path / "sweep"
+    make(sweep / "0", "regression", tests={"test/loss": 0.5})
+    make(sweep / "1", "regression", seed=1)
+    cells = [{"directory": str(sweep / name), "overrides": [f"seed={name}"]} for name in ("0", "1")]
+    (sweep / "cells.jsonl").write_text("".join(json.dumps(cell) + "\n" for cell in cells))
+    job = {"scheduler": "pbs", "job_ids": ["7.pbs"], "program": [], "order": {"chain": 1}}
+    (sweep / "1/job.json").write_text(json.dumps(job))
+    for name, value in {"PBS_JOBID": "7.pbs", "PBS_ENVIRONMENT": "PBS_BATCH"}.items():
+        monkeypatch.setenv(name, value)
+    assert successor.go_on(str(sweep / "1")) == 85
+    said = capfd.readouterr().out
+    assert f"{sweep / '1'} is not finished: this was the last job of it" in said
+    assert f"All 2 cells of {sweep} have ended." in said
+    assert "1 finished, 1 stopped" in said
+    assert successor.go_on(str(sweep / "1")) == 85  # the script is started once more

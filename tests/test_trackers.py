@@ -10,6 +10,7 @@ import re
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import zlib
 from collections.abc import Callable
@@ -249,6 +250,80 @@ def test_the_pictures_of_the_page_go_to_the_tracker(train):
     drawn = sorted(path.stem for path in (run.path / "report").glob("*.png"))
     assert drawn
     assert sorted(events(run).Tags()["images"]) == drawn
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["tensorboard", "wandb", "mlflow"])
+def test_the_pictures_of_a_sweeps_runs_go_to_their_trackers(train, tmp_path, kind):
+    """The pages are made after the last run. Each tracker is opened once more, and has no step twice."""
+    pytest.importorskip(NEEDS[kind])
+    pytest.importorskip("matplotlib")
+    words = (f"tracker={kind}", "tracker.every_steps=5", "report=true", "-m", "seed=1,2", "run.dir=sweep")
+    train(*RUN, *words).ok()
+    for cell in (0, 1):
+        run = Run(tmp_path / f"sweep/{cell}")
+        assert pictures_in(run, kind) == sorted(path.stem for path in (run.path / "report").glob("*.png"))
+        check(run, kind, 5)
+
+
+def pictures_in(run: Run, kind: str) -> list[str]:
+    """The names of the pictures that a tracker has."""
+    if kind == "tensorboard":
+        return sorted(events(run).Tags()["images"])
+    if kind == "wandb":
+        media = (run.path / "tracker/wandb").glob("offline-run-*/files/media/images/*.png")
+        return sorted(re.sub(r"_\d+_[0-9a-f]+$", "", path.stem) for path in media)
+    client, run_id = mlflow_of(run)
+    return sorted(Path(each.path).stem for each in client.list_artifacts(run_id, "pictures"))
+
+
+def test_a_tracker_is_opened_again_for_the_pictures_of_a_sweep(train, own, tmp_path):
+    words = own(RAISES.replace("pass", "self.note(pictures=len(paths))"), section(file="notes"))
+    more = ["tracker=own", "tracker.every_steps=null", "report=true", "-m", "seed=1,2", "run.dir=sweep"]
+    train(*words, *RUN, "trainer.epochs=1", *more, env={"PYTHONPATH": str(tmp_path)}).ok()
+    notes = [json.loads(line) for line in (tmp_path / "notes").read_text().splitlines()]
+    whole_run = [{"opened": 0}, {"epoch": 1}, {"summary": "finished"}, {"closed": True}]
+    drawn = len(list((tmp_path / "sweep/0/report").glob("*.png")))
+    assert notes[:8] == [*whole_run, *whole_run]
+    assert notes[8:] == 2 * [{"opened": 1}, {"pictures": drawn}, {"closed": True}]
+
+
+def test_wandbs_own_process_is_ended_though_another_child_has_gone(monkeypatch):
+    """A child that has ended has no entry in /proc; the process of W&B comes after it in the list."""
+    pytest.importorskip("wandb")
+    from allranks.trackers import wandb
+
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    core = subprocess.Popen(["bash", "-c", "exec -a wandb-core sleep 600"])
+    other = subprocess.Popen(["sleep", "600"])
+    try:
+        until(lambda: b"wandb-core" in Path(f"/proc/{core.pid}/cmdline").read_bytes())
+        monkeypatch.setattr(wandb.processes, "children", lambda _: [gone.pid, core.pid, other.pid])
+        wandb.WandB().abandon()
+        assert core.wait(timeout=30) == -signal.SIGKILL
+        assert other.poll() is None
+    finally:
+        for child in (core, other):
+            child.kill()
+            child.wait()
+
+
+def test_a_tensorboard_file_that_cannot_be_closed_does_not_keep_it_from_a_new_one(tmp_path):
+    """As after a full disk: the writer's thread has failed, and its close() fails again."""
+    pytest.importorskip("tensorboard")
+    from allranks.trackers.tensorboard import TensorBoard
+
+    class Full:
+        def close(self) -> None:
+            raise OSError(28, "No space left on device")
+
+    tracker = TensorBoard()
+    tracker._writer = Full()
+    tracker.open(facts(tmp_path))
+    tracker.epoch({"step": 12, "epoch": 1, "val/loss": 0.5})
+    tracker.close(finished=True)
+    assert in_tensorboard(Run(tmp_path), "val/loss") == [(12, 0.5)]
 
 
 # --- a tracker of one's own -----------------------------------------------------------------------------

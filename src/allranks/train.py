@@ -259,12 +259,12 @@ def run(
         ready = _Ready(training, data, recipe, runtime, report, records, began_s)
         is_new = standing == rundir.Standing.NEW
         end = _train_in(path, is_new, ready, config, decisive, signals or Signals(of_process=False))
-        if end.reports and sweep is None:
-            return end._replace(records=records)
-        if end.finished:
-            # The pages of a sweep are made after its last run. A tracker does not wait that long for the
-            # pictures, and gets none.
+        if end.finished and (sweep is not None or not end.reports):
+            # The pages of a sweep are made after its last run. No tracker is kept open for so long: it is
+            # opened once more for the pictures.
             records.close()
+        if end.reports:
+            return end._replace(records=records)
         return end
 
 

@@ -103,6 +103,15 @@ class Trackers:
                 )  # fmt: skip
                 follower.abandon()
 
+    def reopen(self) -> None:
+        """Opens the trackers of a finished run once more, after close(), for its pictures; close() follows.
+
+        A tracker that hangs, or that has failed too often, is left alone. Rank 0 alone calls.
+        """
+        self._followers = [follower.again() for follower in self._followers if follower.may_go_on]
+        for follower in self._followers:
+            follower.start()
+
 
 class _State(Enum):
     """How a follower stands to its tracker."""
@@ -143,6 +152,18 @@ class _Follower(threading.Thread):
         self._is_over = False
         self._summary: Mapping[str, Any] | None = None
         self._pictures: Sequence[Path] = ()
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether the tracker can be opened again: its thread has ended, and has not given it up."""
+        return not self.is_alive() and self._state is not _State.LEFT
+
+    def again(self) -> _Follower:
+        """A new thread for the same tracker, which goes on where this one has ended."""
+        run = replace(self._run, resumed=self._at)
+        follower = _Follower(self.tracker_name, self._tracker, run, self._steps_file, self._every_steps)
+        follower._has_summary = self._has_summary
+        return follower
 
     # --- called by the training's thread --------------------------------------------------------------
 

@@ -74,6 +74,7 @@ class Records:
         self._runtime = runtime
         every = [trainer.log_every_steps]
         self._trackers: Trackers | None = None  # without trackers their module is not imported
+        self._are_closed = False  # whether the trackers of a finished run are closed
         if any(key != "every_steps" for key in tracker):
             from allranks.trackers.follower import Trackers
 
@@ -200,8 +201,15 @@ class Records:
     def close(self, pictures: Sequence[Path] = ()) -> None:
         """Hands the finished run's `pictures`, PNG files, to the trackers, and waits until they are done.
 
-        Only rank 0 waits, for FINISH_S at most. On other ranks this returns at once.
+        A sweep calls this twice for each of its runs: at the run's end, and when all pages are made. The
+        second call opens the trackers once more. Only rank 0 waits, for FINISH_S at most. On other ranks
+        this returns at once.
         """
+        if self._are_closed:
+            if not pictures or self._trackers is None or not self._runtime.is_main:
+                return
+            self._trackers.reopen()
+        self._are_closed = True
         self._close_trackers(FINISH_S, pictures)
 
     def _close_trackers(self, limit_s: float, pictures: Sequence[Path] = ()) -> None:
