@@ -165,7 +165,7 @@ def test_complex_parameters_are_refused(stateful):
         ("history", [], "history does not have 1 epochs"),
         ("history", [{"epoch": 1}], "'step'"),
         ("history", 7, "history does not have 1 epochs"),
-        ("sums", [[1, 2]], "a row of sums does not have 3 numbers"),
+        ("sums", [[1, 2]], "The checkpoint holds 2 sums for each share, and the task makes 3"),
         ("sums", 3, "not iterable"),
         ("identity", 3, "TypeError"),
         ("optimizer", {"items": 3}, "TypeError"),

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from allranks.base.imports import without_path_lookups
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -86,8 +88,12 @@ def examine(directory: Path, device: str | None = None) -> Examined:
     `device` is a value of the key `device`; None stands for the run's own. Raises UserError if there is no
     checkpoint, if another version has written it, or if the model or the data cannot be built here.
     """
-    from allranks.inference.forward import class_names, forward, open_part
-    from allranks.inference.load import load
+    with without_path_lookups():  # torch is imported here
+        from allranks.runtime import lean
+
+        lean.keep_compiler_out()
+        from allranks.inference.forward import class_names, forward, open_part
+        from allranks.inference.load import load
 
     trained = load(directory, device=device)
     test = open_part(trained, "test")
