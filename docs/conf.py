@@ -1,7 +1,8 @@
 """The documentation site: `sphinx-build -W -b html docs _site`.
 
 Every page is plain Markdown that GitHub shows as well. What only the site needs is made here: the table of
-contents, from the links of index.md, and the notebook's cells and pictures, below the text of tutorial.md.
+contents, from the links of index.md; the notebook's cells and pictures, below the text of tutorial.md; and
+pages of the Markdown files outside docs/ to which a page leads, such as the README.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import base64
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 NOTEBOOK = HERE.parent / "notebooks" / "tutorial.ipynb"
 
 project = "allranks"
@@ -34,28 +37,72 @@ copybutton_prompt_text = "$ "
 copybutton_exclude = ".linenos, .go"  # of a console block, the commands alone
 
 
+OUTSIDE = "outside"  # the folder of the site with the pages of files outside docs/
+
+
 def setup(app: Any) -> None:
     app.connect("source-read", add_to_page)
+    app.connect("html-collect-pages", pages_of_outside)
 
 
 def add_to_page(app: Any, page: str, source: list[str]) -> None:
     """Sphinx calls it with each page's text; what the site alone shows is put below it."""
-    source[0] = outside_as_downloads(source[0], page)
+    source[0] = with_links_outside(source[0], page)
     if page == "index":
         source[0] += contents(source[0])
     if page == "tutorial" and NOTEBOOK.is_file():
         source[0] += notebook_as_markdown(json.loads(NOTEBOOK.read_text()))
 
 
-def outside_as_downloads(text: str, page: str) -> str:
-    """The page's text, in which a link to a file outside docs/ (the README, say) downloads that file."""
+def with_links_outside(text: str, page: str) -> str:
+    """The page's text, in which links to files outside docs/ lead to something on the site.
 
-    def download(link: re.Match[str]) -> str:
+    A link to a Markdown file leads to the page that pages_of_outside() makes of it. A link to another file,
+    such as the notebook, downloads the file.
+    """
+
+    def on_site(link: re.Match[str]) -> str:
         words, target = link.groups()
-        outside = not (HERE / page).parent.joinpath(target).resolve().is_relative_to(HERE)
-        return f"{{download}}`{words} <{target}>`" if outside else link[0]
+        file = (HERE / page).parent.joinpath(target).resolve()
+        if file.is_relative_to(HERE):
+            return link[0]
+        if file.suffix != ".md":
+            return f"{{download}}`{words} <{target}>`"
+        up = "../" * page.count("/")
+        return f'<a href="{up}{OUTSIDE}/{file.stem}.html">{words}</a>'
 
-    return re.sub(r"\[([^\]]+)\]\((\.\./[^)#]+)\)", download, text)
+    return re.sub(r"\[([^\]]+)\]\((\.\./[^)#]+)\)", on_site, text)
+
+
+def pages_of_outside(app: Any) -> Iterator[tuple[str, dict[str, str], str]]:
+    """Sphinx calls it for further pages: those of the Markdown files at the top of the repository."""
+    from docutils.core import publish_parts
+    from myst_parser.docutils_ import Parser
+
+    for path in sorted(ROOT.glob("*.md")):
+        settings = {"myst_heading_anchors": 4, "report_level": 5, "doctitle_xform": False}
+        text = with_links_into_site(path.read_text())
+        body = publish_parts(text, parser=Parser(), writer="html5", settings_overrides=settings)["body"]
+        yield f"{OUTSIDE}/{path.stem}", {"title": path.stem, "body": body}, "page.html"
+
+
+def with_links_into_site(text: str) -> str:
+    """The text of a file at the top of the repository, with links to the pages of the site.
+
+    Of a link to any other file, the words stay.
+    """
+
+    def on_site(link: re.Match[str]) -> str:
+        words, target, mark = link[1], link[2], link[3] or ""
+        if re.match(r"[a-z]+:", target):
+            return link[0]
+        if target.endswith(".md"):
+            inside = target.removeprefix("docs/")
+            page = f"../{inside}" if inside != target else target
+            return f'<a href="{page.removesuffix(".md")}.html{mark}">{words}</a>'
+        return words
+
+    return re.sub(r"\[([^\]]+)\]\(([^)#]*)(#[^)]*)?\)", on_site, text)
 
 
 def contents(index: str) -> str:

@@ -76,7 +76,7 @@ def test_a_metric_that_the_task_does_not_measure_is_refused_before_the_run_begin
     assert told.code == 2
     assert told.message.endswith(
         "this training has no metric val/auroc. Its metrics are: train/loss, train/accuracy, val/loss, "
-        "val/accuracy."
+        "val/accuracy. Did you mean val/accuracy?"
     )
     assert not (tmp_path / "run").exists()
 

@@ -490,7 +490,7 @@ def test_a_cell_that_stops_before_its_walltime_queues_a_job_of_its_own(pbs):
 def test_the_job_of_a_sweep_that_ends_last_compares_its_cells(pbs):
     """Of the whole array one job has the table in its log, and makes the page with links to the cells."""
     words = [word for word in ONE_EPOCH if word != NO_REPORT]
-    answer = pbs.submit(*PBS, "--ppn", "1", "--no-preflight", "-m", "seed=1,2", *words, "model=linear")
+    answer = pbs.submit(*PBS, "--ppn", "1", "--no-preflight", "-m", "seed=1,2", *words)
     sweep = Path(answer["directory"])
     pbs.until("finished", "finished")
     until((sweep / "compare.html").exists)

@@ -88,5 +88,5 @@ def test_the_last_job_of_a_sweeps_last_cell_leaves_the_comparison(tmp_path, monk
     said = capfd.readouterr().out
     assert f"{sweep / '1'} is not finished: this was the last job of it" in said
     assert f"All 2 cells of {sweep} have ended." in said
-    assert "1 finished, 1 stopped" in said
+    assert "1 finished, 1 stopped" in said, said
     assert successor.go_on(str(sweep / "1")) == 85  # the script is started once more

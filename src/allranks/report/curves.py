@@ -28,6 +28,8 @@ MOST_QUANTITIES = 16
 
 LEARNING_RATE = "learning-rate"
 THROUGHPUT = "throughput"
+REST = "Saving, test and the rest"
+_OF_PHASES = {"Start": "grey", "Training": "blue", "Evaluation": "orange", REST: "green"}  # their colours
 
 
 class Series(NamedTuple):
@@ -120,13 +122,12 @@ def phases(facts: RunFacts) -> Picture | None:
     spent = phases_s(facts)
     if not spent:
         return None
-    colours = ("grey", "blue", "orange", "green")
     with style():
         figure, axes = new_figure("Time by phase", height_in=2.2)
         axes.set_axis_off()
         longest = max(spent.values())
         for row, (name, seconds) in enumerate(spent.items()):
-            axes.barh(-row, seconds, height=0.42, color=LIGHT[colours[row]])
+            axes.barh(-row, seconds, height=0.42, color=LIGHT[_OF_PHASES[name]])
             axes.text(0, -row + 0.32, name, va="bottom", ha="left")
             axes.text(
                 seconds + 0.015 * longest, -row, f"{seconds:,.1f} s", va="center", color=LIGHT["muted"]
@@ -147,13 +148,15 @@ def phases_s(facts: RunFacts) -> dict[str, float]:
     evaluation = [value for value in facts.column("time/eval_s") if value is not None]
     if not train:
         return {}
-    spent = {"Training": sum(train), "Evaluation": sum(evaluation)}
+    spent = {"Training": sum(train)}
+    if evaluation:
+        spent["Evaluation"] = sum(evaluation)
     startup = _seconds(facts, "time/startup_s")
     total = _seconds(facts, "time/total_s")
     if startup is None or total is None or facts.events:
         return spent
     rest = total - startup - sum(spent.values())
-    return {"Start": startup, **spent, "Saving, test and the rest": max(0.0, rest)}
+    return {"Start": startup, **spent, REST: max(0.0, rest)}
 
 
 def _seconds(facts: RunFacts, key: str) -> float | None:
@@ -183,7 +186,7 @@ def curves(
                 [x for x, _ in points],
                 [y for _, y in points],
                 color=LIGHT[one.colour],
-                linestyle=(0, (4, 2)) if one.dashed else "solid",
+                linestyle=(0, (4, 2)) if one.dashed and len(series) > 1 else "solid",
                 marker="o" if len(points) <= MARKED_POINTS else None,
             )
         known = [value for one in series for value in one.values if value is not None]
