@@ -189,6 +189,7 @@ def run(
     began_s = process_age_s() if number else 0.0  # the first run's time includes the import of torch
     runtime = open_runtime(identity, settings, run=number)
     told = Told(
+        predicts=config.task["_target_"] == configs.CLASSIFICATION,
         title=story.title(
             config.model, config.data, config.trainer.epochs, config.trainer.max_steps,
             is_one_batch=config.trainer.overfit_batch,

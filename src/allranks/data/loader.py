@@ -359,8 +359,7 @@ def _sent(
 def _broadcast(tensor: torch.Tensor, runtime: Runtime) -> torch.Tensor:
     """Rank 0's tensor on every rank, in place: as bytes, because MPI does not know all of torch's types."""
     if tensor.numel():
-        as_bytes = tensor.contiguous().view(-1).view(torch.uint8)
-        for piece in as_bytes.split(_MOST_BYTES_AT_ONCE):
+        for piece in nests.as_bytes(tensor).split(_MOST_BYTES_AT_ONCE):
             runtime.broadcast(piece)
     return tensor
 

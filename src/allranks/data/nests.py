@@ -62,6 +62,13 @@ def on_device(nest: Any, device: torch.device, dtype: torch.dtype) -> Any:
     return mapped(nest, moved)
 
 
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of a contiguous tensor as a tensor of bytes."""
+    # view() alone refuses a tensor of one number, which is contiguous whatever its strides say.
+    flat = tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+    return flat.view(torch.uint8)
+
+
 def described(nest: Any) -> str:
     """What a nest is, for messages: `a tuple of (float32 [2, 8], int64 [2])`."""
     kind = type(nest).__name__

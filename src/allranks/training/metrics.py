@@ -21,6 +21,7 @@ import torch
 
 from allranks.base.errors import UserError
 from allranks.base.text import one_line
+from allranks.data import nests
 from allranks.runtime.runtime import Runtime
 from allranks.tasks import Mean
 
@@ -229,6 +230,7 @@ def merged(metric: Any, runtime: Runtime) -> Any:
             stacked = torch.stack(tensors)
             value = stacked if reduction is None else reduction(stacked)
         setattr(whole, name, value)
+    whole._to_sync = False  # else compute() would gather by itself what is gathered already
     whole._update_count = max(1, metric._update_count)  # else compute() warns where this rank saw nothing
     whole._computed = None
     return whole
@@ -264,7 +266,7 @@ def _as_bytes(state: State) -> torch.Tensor:
     text = json.dumps(outline).encode()
     head = bytearray(len(text).to_bytes(_HEAD_BYTES, "little") + text)
     numbers = [
-        tensor.cpu().contiguous().view(-1).view(torch.uint8)
+        nests.as_bytes(tensor.cpu().contiguous())
         for tensors in state.values()
         for tensor in tensors
         if tensor.numel()

@@ -47,6 +47,7 @@ class Told(NamedTuple):
     title: str  # which model is trained on which data, made by story.title()
     console: str  # "quiet", "normal" or "verbose"
     best: the_best.Rule  # which epoch is the best
+    predicts: bool = False  # whether `allranks predict` can use the trained model
 
 
 class Reporter:
@@ -374,7 +375,7 @@ class Reporter:
         startup = terminal.duration(summary["time/startup_s"])
         self._pair("time", f"{total} in all, {startup} until the first step")
         self._pair("directory", str(self.directory))
-        self._pair("next", story.using(str(self.directory), summary), is_command=True)
+        self._pair("next", story.using(str(self.directory), self.told.predicts), is_command=True)
 
     # --- tools ----------------------------------------------------------------------------------------
 

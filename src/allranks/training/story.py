@@ -94,9 +94,10 @@ def how_they_work_together(launcher: str, kind: str, collectives: str) -> str:
 
 
 def examples(train: int, val: int, test: int, input_shape: Sequence[int]) -> str:
-    """How many training, validation and test examples there are, and their shape."""
+    """How many training, validation and test examples there are, and their shape where it is known."""
+    counts = f"{train:,} training, {val:,} validation and {test:,} test examples"
     shape = "x".join(map(str, input_shape))  # without blanks, so that wrapping does not break it
-    return f"{train:,} training, {val:,} validation and {test:,} test examples of {shape}"
+    return f"{counts} of {shape}" if shape else counts
 
 
 def batches(batch_size: int, steps_per_epoch: int) -> str:
@@ -284,9 +285,9 @@ def _with_words(name: str, value: float) -> str:
     return f"{words} {metric_names.with_unit(name, value)}".lstrip()
 
 
-def using(directory: str, summary: Mapping[str, Any]) -> str:
+def using(directory: str, predicts: bool) -> str:
     """The command with which a user looks further: tries a classifier on an image, or reads the report."""
-    if "test/accuracy" in summary:
+    if predicts:
         return f"allranks predict {shlex.quote(directory)} image.png"
     return f"allranks report {shlex.quote(directory)}"
 
