@@ -84,7 +84,8 @@ def make(
     (directory / "config.yaml").write_text(CONFIG.format(name=name, seed=seed, lr=lr, best=best))
     records = KINDS[kind]() if lines is None else lines
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records))
-    (directory / "environment.json").write_text(json.dumps({"world_size": 1}))
+    about = {"world_size": 1} if kind == "own loop" else {"world_size": 1, "epochs": 6}
+    (directory / "environment.json").write_text(json.dumps(about))
     if tests is not None:
         summary = {"state": "finished", "world_size": 1, "model/parameters": 10, **tests}
         (directory / "summary.json").write_text(json.dumps(summary))

@@ -10,7 +10,7 @@ from allranks.base.errors import UserError
 from allranks.job import scheduler
 from allranks.run import checkpoint, claim
 from allranks.run.claim import Claim
-from allranks.run.results import Figures, figures, overrides_of, place_in_sweep
+from allranks.run.results import FIGURES, Figures, figures, headings, overrides_of, place_in_sweep
 from allranks.run.states import Seen, state_of
 from allranks.submit.listing import cancelled, list_runs, listed
 from allranks.submit.task import task_again
@@ -109,18 +109,26 @@ def test_a_run_by_hand_is_at_work_as_long_as_it_touches_its_file(tmp_path):
 
 
 def test_figures_are_those_of_the_records(tmp_path):
-    assert figures(tmp_path) == Figures(0, None, None)
+    assert figures(tmp_path) == Figures(0, {}, {})
     (tmp_path / "metrics.jsonl").write_text('{"val/accuracy": 90.0}\n{"val/accuracy": 91.234}\n')
     assert figures(tmp_path).columns() == ("2", "91.23 %", "-")
     (tmp_path / "summary.json").write_text('{"test/accuracy": 92.5}')
-    assert figures(tmp_path) == Figures(2, 91.234, 92.5)
+    assert figures(tmp_path) == Figures(2, {"val/accuracy": 91.234}, {"test/accuracy": 92.5})
     (tmp_path / "summary.json").write_text('{"test/acc')
     (tmp_path / "metrics.jsonl").write_bytes(b"\xff}\n")
-    assert figures(tmp_path) == Figures(0, None, None)
+    assert figures(tmp_path) == Figures(0, {}, {})
     (tmp_path / "metrics.jsonl").write_text('{"val/accuracy": 90.0}\n{"val/accu')  # while it is written
-    assert figures(tmp_path) == Figures(1, 90.0, None)
+    assert figures(tmp_path) == Figures(1, {"val/accuracy": 90.0}, {})
     (tmp_path / "metrics.jsonl").write_text('{"val/accuracy": "high"}\n')
     assert figures(tmp_path).columns() == ("1", "-", "-")
+
+
+def test_figures_of_other_trainings_are_named():
+    own = Figures(3, {"train/loss": 0.25, "val/rmse": 0.5, "val/loss": 0.75}, {"test/loss": 1.0})
+    assert own.columns() == ("3", "loss 0.7500", "loss 1.0000")
+    assert Figures(3, {"energy": -5.0}, {}).columns() == ("3", "energy -5.0000", "-")
+    assert headings([own]) == ("epochs", "val", "test")
+    assert headings([]) == headings([own, Figures(1, {"val/accuracy": 90.0}, {})]) == FIGURES
 
 
 def test_a_cell_knows_its_place(tmp_path):

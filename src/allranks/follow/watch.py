@@ -88,7 +88,8 @@ def _detail(view: View, look: Look) -> list[str]:
             look.paint(f"  {'progress':{LABEL_COLUMNS}}", DIM) + look.paint(bar, CYAN) + f"  {words}"
         )
     elif view.step:
-        add("progress", f"step {view.step:,}")
+        epoch = f"epoch {view.epoch}, " if view.epoch else ""
+        add("progress", f"{epoch}step {view.step:,}")
     if view.left_s is not None:
         add("time left", terminal.short_duration(view.left_s))
     if view.samples_per_s is not None:
@@ -284,7 +285,9 @@ def _epoch(view: View) -> str:
     """How many epochs are done, of how many; the newest step of a loop that counts none."""
     if view.counts != "epoch":
         return f"step {view.step:,}" if view.step else "-"
-    return f"{view.epoch}/{view.epochs}" if view.epochs else "-"
+    if view.epochs:
+        return f"{view.epoch}/{view.epochs}"
+    return str(view.epoch) if view.epoch else "-"
 
 
 def _or_dash(value: float | None, text: Callable[[float], str]) -> str:

@@ -108,7 +108,7 @@ class Run:
         self._path = path
         self._kept = KeptObjects(runtime, decisive)
         save_s = config.watchdog.save_s
-        saver = Saver(runtime, path, self._kept, keep=config.checkpoint.keep, save_s=save_s)
+        saver = Saver(runtime, path, self._kept, keep=config.checkpoint.keep, save_s=save_s, best=best)
         self._saver = exits.enter_context(saver)
         self._resumed = self._saver.resume(config.resume)
         self._records = Records(runtime, TrainerConfig(), config.tracker, profile=False, save_s=save_s)

@@ -85,7 +85,14 @@ class RunFacts:
 
     @property
     def epochs_planned(self) -> int | None:
-        """How many epochs the run is to have; None where that is not known."""
+        """How many epochs the run is to have; None where that is not known.
+
+        A run notes it when it starts. Before, its configuration tells it, unless its loop is a program's
+        own: such a configuration has no model.
+        """
+        noted = as_whole(self.environment.get("epochs"))
+        if noted is not None or "model._target_" not in self.config:
+            return noted
         return as_whole(self.config.get("trainer.epochs"))
 
     @property

@@ -72,8 +72,8 @@ def _figures(facts: RunFacts) -> list[tuple[str, str, str]]:
     done, planned = facts.epochs_done, facts.epochs_planned
     if done is None:
         found.append((f"{facts.axis}s", f"{facts.places[-1]:,}", ""))
-    elif planned is not None:
-        found.append(("epochs", str(done), f"of {planned}" if planned != done else ""))
+    elif done or planned:
+        found.append(("epochs", str(done), f"of {planned}" if planned not in (None, done) else ""))
     parameters = as_number(facts.summary.get("model/parameters"))
     if parameters is not None:
         found.append(("parameters", f"{parameters:,.0f}", ""))

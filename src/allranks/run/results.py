@@ -6,9 +6,11 @@ A record may be missing, or half written, while its run is at work: then its fig
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from allranks.run import metric_names
 from allranks.run.cells import JOB, cells_listed, read_job, text_of
 
 
@@ -16,15 +18,32 @@ class Figures(NamedTuple):
     """What a run has come to, as far as its records say."""
 
     epochs: int  # that are done
-    val_accuracy: float | None  # after the newest of them, in percent
-    test_accuracy: float | None  # of a finished run, in percent
+    metrics: Mapping[str, float]  # after the newest of them, by name
+    tests: Mapping[str, float]  # over the test set, of a finished run, by name
 
     def columns(self) -> tuple[str, str, str]:
-        """The figures as cells of a table; `-` for one that is not known."""
-        return str(self.epochs), _percent(self.val_accuracy), _percent(self.test_accuracy)
+        """Epochs, validation and test as cells of a table; `-` for one that is not known.
+
+        The metric is shown that says most, and its name with it, unless it is the accuracy. A training
+        without validation examples shows its own metric.
+        """
+        names = list(self.metrics)
+        validated = metric_names.of_parts(names, "val") or names
+        return str(self.epochs), _main(self.metrics, validated), _main(self.tests, list(self.tests))
 
 
-FIGURES = ("epochs", "val/accuracy", "test/accuracy")  # above their columns
+def _main(figures: Mapping[str, float], names: Sequence[str]) -> str:
+    """The metric among these names that says most, such as `97.53 %` or `rmse 0.0812`."""
+    quantity = metric_names.main_quantity(names)
+    for name in names:
+        if metric_names.quantity_of(name) == quantity:
+            value = metric_names.with_unit(name, figures[name])
+            return value if quantity == "accuracy" else f"{quantity} {value}"
+    return "-"
+
+
+FIGURES = ("epochs", "val/accuracy", "test/accuracy")  # above their columns, of classifications
+OTHER_FIGURES = ("epochs", "val", "test")
 
 
 def figures(directory: str | Path) -> Figures:
@@ -33,16 +52,15 @@ def figures(directory: str | Path) -> Figures:
     epochs = [line for line in lines if line]  # the last line may be half written
     newest = epochs[-1] if epochs else {}
     summary = _json_object(text_of(Path(directory) / "summary.json"))
-    return Figures(len(epochs), _number(newest.get("val/accuracy")), _number(summary.get("test/accuracy")))
+    metrics = {name: newest[name] for name in metric_names.metrics_in([newest])}
+    return Figures(len(epochs), metrics, metric_names.tests_in(summary))
 
 
-def _number(value: Any) -> float | None:
-    """The value where it is a number, as it always is in a file that allranks has written."""
-    return float(value) if isinstance(value, int | float) else None
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f} %"
+def headings(of_runs: Iterable[Figures]) -> tuple[str, str, str]:
+    """What stands above the columns of figures in a table of these runs."""
+    known = [name for each in of_runs for name in (*each.metrics, *each.tests)]
+    is_other = known and not any(metric_names.quantity_of(name) == "accuracy" for name in known)
+    return OTHER_FIGURES if is_other else FIGURES
 
 
 def _json_object(text: str) -> dict[str, Any]:

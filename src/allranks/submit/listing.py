@@ -14,13 +14,14 @@ from allranks.base.errors import UserError, show
 from allranks.base.text import as_text, table
 from allranks.job import scheduler
 from allranks.job.scheduler import Scheduler
+from allranks.run import metric_names
 from allranks.run.cells import JOB, read_job, runs_below
-from allranks.run.results import FIGURES, Figures, figures, overrides_of
+from allranks.run.results import Figures, figures, headings, overrides_of
 from allranks.run.states import RunState, states_of
 
 
 def listed(root: str, warn: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Every run below `root`: its state, job, epochs, accuracies, directory and overrides."""
+    """Every run below `root`: its state, job, epochs, metrics, directory and overrides."""
     if not Path(root).is_dir():
         raise UserError(f"{root} is no folder: give one with runs in it. The default is ./runs.")
     states = states_of(sorted(runs_below(root)), warn)
@@ -38,8 +39,9 @@ def _row(directory: Path, state: RunState) -> dict[str, Any]:
         "state": state.words,
         "job_id": state.job_id,
         "epochs": come_to.epochs,
-        "val/accuracy": come_to.val_accuracy,
-        "test/accuracy": come_to.test_accuracy,
+        "val/accuracy": come_to.metrics.get("val/accuracy"),
+        "test/accuracy": come_to.tests.get("test/accuracy"),
+        "metrics": {**come_to.metrics, **come_to.tests},
         "directory": str(directory),
         "overrides": overrides,
     }
@@ -108,15 +110,22 @@ def list_runs(arguments: Sequence[str]) -> int:
     if args.json:
         print("".join(json.dumps(row) + "\n" for row in found), end="")
         return 0
-    header = ("state", "job", *FIGURES, "directory", "overrides")
+    figures_of = [_figures_of(row) for row in found]
+    header = ("state", "job", *headings(figures_of), "directory", "overrides")
     cells = []
-    for row in found:
-        come_to = Figures(*(row[name] for name in FIGURES))
+    for row, come_to in zip(found, figures_of, strict=True):
         words = " ".join(row["overrides"])
         directory = as_text(row["directory"])
         cells.append((row["state"], row["job_id"] or "-", *come_to.columns(), directory, words))
     print(table([header, *cells]))
     return 0
+
+
+def _figures_of(row: Mapping[str, Any]) -> Figures:
+    """The figures in a row that listed() has made."""
+    tests = {name: value for name, value in row["metrics"].items() if metric_names.part_of(name) == "test"}
+    others = {name: value for name, value in row["metrics"].items() if name not in tests}
+    return Figures(row["epochs"], others, tests)
 
 
 def cancel(arguments: Sequence[str]) -> int:

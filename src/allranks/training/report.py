@@ -158,7 +158,7 @@ class Reporter:
         with rundir.writing(directory):
             if self.runtime.is_main:
                 check()
-                rundir.describe(directory, self.runtime.describe())
+                rundir.describe(directory, {**self.runtime.describe(), "epochs": length.epochs})
                 self._metrics = self._all_metrics()
             file = _LogFile(self.directory / "logs" / f"rank-{self.runtime.rank}.log")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
