@@ -1,0 +1,278 @@
+"""A loop of the user's own: the script of docs/your-own-loop.md, before and after, disturbed and not."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from helpers import PYTHON, ROOT, Done, execute, launcher, only_long
+
+PAGE = (ROOT / "docs/your-own-loop.md").read_text()
+QUIET = ("time/", "throughput/", "memory/")  # figures that differ from run to run
+
+
+def script(name: str) -> str:
+    """The program of this name on the page."""
+    return re.search(rf"```python\n# {name}\n(.*?)```", PAGE, flags=re.S)[1]  # type: ignore[index]
+
+
+# The page's program in less time. Told so by the environment, the last rank kills itself before a step, or
+# rank 0 gets a signal there.
+SINE = (
+    script("sine.py")
+    .replace(
+        'allranks.open("sine", seed=1)',
+        'allranks.open("sine", seed=1, device="cpu", threads=1, report=False, '
+        'checkpoint={"every_steps": 3, "keep": 100})',
+    )
+    .replace("run.epochs(10)", "run.epochs(3)")
+    .replace(
+        "        run.backward(loss)",
+        '        disturbed(run)\n        run.log({"train/loss": loss})\n        run.backward(loss)',
+    )
+    .replace(
+        "import allranks ",
+        "import os, signal, sys\n"
+        "def disturbed(run):\n"
+        "    step, _, what = os.environ.get('DISTURB', ':').partition(':')\n"
+        "    if step == str(run.step) and run.rank == (0 if what == 'SIGTERM' else run.world_size - 1):\n"
+        "        if what == 'error': raise ValueError('a bug of my own')\n"
+        "        os.kill(os.getpid(), getattr(signal, what))\n"
+        "import allranks ",
+    )
+)
+
+
+def started(kind: str | None, ranks: int, folder: Path, disturb: str = "", code: str = SINE) -> Done:
+    """The program, in this folder, under a launcher; `disturb` is STEP:SIGNAL."""
+    folder.mkdir(exist_ok=True)
+    (folder / "sine.py").write_text(code)
+    if kind == "launch":
+        command = [PYTHON, "-m", "allranks", "launch", "-n", str(ranks), "--no-preflight", "--", PYTHON]
+    else:
+        command = launcher(kind, ranks)
+        if kind == "torchrun":
+            command = [*command, "--"]
+    return execute([*command, "sine.py"], folder, {"DISTURB": disturb} if disturb else None)
+
+
+def figures(folder: Path) -> tuple[list[dict[str, float]], str]:
+    """(metrics of each epoch, sha256 of the weights) of the run in this folder."""
+    run = folder / "runs/sine"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    metrics = [{k: v for k, v in line.items() if not k.startswith(QUIET)} for line in lines]
+    return metrics, json.loads((run / "summary.json").read_text())["model/sha256"]
+
+
+# --- before and after ---
+
+
+def test_the_plain_script_becomes_a_run_by_ten_lines():
+    before, after = script("plain.py").splitlines(), script("sine.py").splitlines()
+    changed = [line for line in difflib.ndiff(before, after) if line.startswith("+ ") and line.strip("+ ")]
+    assert len(changed) <= 10, "\n".join(changed)
+    assert len(before) >= 25
+
+
+def test_a_lone_process_computes_what_the_plain_script_computes(tmp_path):
+    """But for dropout and the order of the examples, which are left out: these allranks draws anew."""
+
+    def simple(code: str) -> str:
+        return code.replace("nn.Dropout(0.1), ", "").replace("shuffle=True", "shuffle=False")
+
+    plain = execute([PYTHON, "-c", simple(script("plain.py"))], tmp_path).ok()
+    losses = [float(line.split()[1]) for line in plain.out.splitlines()]
+    started(None, 1, tmp_path, code=simple(SINE)).ok()
+    ours = [line["val/loss"] for line in figures(tmp_path)[0]]
+    # The seeds differ, and with them noise and first weights: the plain script's is taken here, too.
+    seeded = simple(SINE).replace("x = torch.linspace", "torch.manual_seed(1)\nx = torch.linspace", 1)
+    started(None, 1, tmp_path / "seeded", code=seeded).ok()
+    ours = [line["val/loss"] for line in figures(tmp_path / "seeded")[0]]
+    assert ours == pytest.approx(losses[:3], rel=1e-6)
+
+
+def test_importing_allranks_imports_no_torch():
+    code = "import sys, allranks; allranks.__version__; assert 'torch' not in sys.modules; allranks.nothing"
+    done = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, check=False)
+    assert "module 'allranks' has no attribute 'nothing'" in done.stderr
+
+
+# --- disturbed ---
+
+LAUNCHED = [
+    (None, 1),
+    ("mpiexec", 2),
+    only_long("mpiexec", 3),
+    only_long("torchrun", 2),
+    only_long("torchrun", 3),
+    only_long("launch", 1),
+    only_long("launch", 2),
+    only_long("launch", 3),
+]
+
+
+@pytest.mark.parametrize(("kind", "ranks"), LAUNCHED)
+def test_a_run_that_was_killed_and_stopped_has_the_bits_of_one_that_was_not(kind, ranks, tmp_path):
+    started(kind, ranks, tmp_path / "whole").ok()
+    killed = started(kind, ranks, tmp_path / "cut", "7:SIGKILL")
+    assert killed.code not in (0, 85)
+    stopped = started(kind, ranks, tmp_path / "cut", "13:SIGTERM")
+    # torchrun makes an exit code of its own of each failure.
+    assert stopped.code == (1 if kind == "torchrun" else 85), stopped.err
+    assert "stopped by SIGTERM after step 14, in epoch 2 of 3" in stopped.out
+    started(kind, ranks, tmp_path / "cut").ok()
+    assert figures(tmp_path / "cut") == figures(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", [only_long("mpiexec"), only_long("launch")])
+def test_every_third_step_may_be_the_last_of_a_start(kind, tmp_path):
+    started(kind, 2, tmp_path / "whole").ok()
+    for step in range(2, 24, 3):
+        assert started(kind, 2, tmp_path / "cut", f"{step}:SIGKILL").code not in (0, 85)
+    started(kind, 2, tmp_path / "cut").ok()
+    assert figures(tmp_path / "cut") == figures(tmp_path / "whole")
+
+
+def test_the_curve_is_the_same_on_any_number_of_ranks(tmp_path):
+    without = SINE.replace("nn.Dropout(0.1), ", "")
+    started(None, 1, tmp_path / "one", code=without).ok()
+    started("mpiexec", 3, tmp_path / "three", code=without).ok()
+    one, three = figures(tmp_path / "one")[0], figures(tmp_path / "three")[0]
+    for mine, theirs in zip(one, three, strict=True):
+        assert theirs == pytest.approx(mine, rel=1e-5)
+
+
+def test_a_launch_starts_a_rank_that_died_again(tmp_path):
+    (tmp_path / "sine.py").write_text(
+        SINE.replace("    if step ==", "    if os.path.exists('died'): return\n    if step ==").replace(
+            "        os.kill", "        open('died', 'w').close()\n        os.kill"
+        )
+    )
+    command = [PYTHON, "-m", "allranks", "launch", "-n", "2", "--no-preflight", "--max-restarts", "1", "--"]
+    done = execute([*command, PYTHON, "sine.py"], tmp_path, {"DISTURB": "7:SIGKILL"})
+    assert done.code == 0, done.err
+    started("mpiexec", 2, tmp_path / "whole").ok()
+    assert figures(tmp_path) == figures(tmp_path / "whole")
+
+
+# --- how it ends ---
+
+
+def test_a_finished_run_is_finished_and_another_seed_is_another_run(tmp_path):
+    started(None, 1, tmp_path).ok()
+    again = started(None, 1, tmp_path).ok()
+    assert "runs/sine holds this run, finished already: nothing to do" in again.out
+    other = started(None, 1, tmp_path, code=SINE.replace("seed=1", "seed=2"))
+    assert other.code == 2
+    assert "seed is 1 there, not 2" in other.err
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_error_of_the_program_ends_all_ranks_and_is_shown(ranks, tmp_path):
+    kind = None if ranks == 1 else "mpiexec"
+    done = started(kind, ranks, tmp_path, "4:error")
+    assert done.code == 1
+    assert done.err.count("ValueError: a bug of my own") == 1
+    assert ranks == 1 or "[rank 1 on " in done.err
+    started(kind, ranks, tmp_path).ok()  # nothing is lost
+
+
+WRONG = {
+    "no scalar": (
+        "run.backward(loss)",
+        'run.backward(F.mse_loss(model(inputs), targets, reduction="none"))',
+        r"run.backward\(\) takes a scalar loss, not float32 \[\d+, 1\]",
+    ),
+    "keep": ("run.keep(", "run.keep(number=3, ", r"run.keep\(number=...\) got an int, which has no state_"),
+    "twice": (
+        "    model.eval()",
+        "    for batch in run.steps(train_batches): pass\n    model.eval()",
+        r"run.steps\(\) is called twice in epoch 0",
+    ),
+    "batch size": ("batch_size=250", "batch_size=1", "batch_size=1 is smaller than the 2 ranks"),
+    "sampler": (
+        "shuffle=True",
+        "sampler=torch.utils.data.DistributedSampler(train_set, 2, 0)",
+        "The DataLoader has a DistributedSampler",
+    ),
+    "setting": ("threads=1", "treads=1", "treads is not a key of the configuration. Did you mean threads"),
+    "loss elsewhere": ("    model.eval()", "    run.backward(loss)", "belongs into a loop over run.steps"),
+    "no gradient": ("run.backward(loss)", "run.backward(loss.detach())", "got a loss without a gradient"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "what", [case if case in ("no scalar", "batch size") else only_long(case) for case in WRONG]
+)
+def test_what_is_wrong_is_said_once_on_two_ranks(what, tmp_path):
+    before, after, message = WRONG[what]
+    assert before in SINE
+    done = started("mpiexec", 2, tmp_path, code=SINE.replace(before, after))
+    assert done.code == 2, done.err
+    assert len(re.findall(message, done.err)) == 1, done.err
+    assert "Traceback" not in done.err
+
+
+def test_a_program_that_forgets_to_finish_is_told(tmp_path):
+    done = started(None, 1, tmp_path, code=SINE.replace("run.finish()", ""))
+    assert done.code == 2
+    assert "The program has ended without run.finish()" in done.err
+    started(None, 1, tmp_path).ok()
+
+
+def test_a_loop_may_be_left_early(tmp_path):
+    code = SINE.replace("    model.eval()", "    if epoch == 1: break\n    model.eval()")
+    started(None, 1, tmp_path, code=code).ok()
+    summary = json.loads((tmp_path / "runs/sine/summary.json").read_text())
+    assert (summary["state"], summary["epochs"], summary["steps"]) == ("finished", 1, 16)
+
+
+def test_a_program_that_was_edited_is_told_what_does_not_fit_key_by_key(tmp_path):
+    assert started(None, 1, tmp_path, "13:SIGTERM").code == 85
+    other = started(None, 1, tmp_path, code=SINE.replace("64", "32"))
+    assert other.code == 2
+    assert "0.weight is [64, 1] in the checkpoint, [32, 1] here" in other.err
+    fewer = started(None, 1, tmp_path, code=SINE.replace(", optimizer=optimizer)", ")"))
+    assert "holds optimizer, which this program does not keep" in fewer.err
+    batches = started(None, 1, tmp_path, code=SINE.replace("batch_size=250", "batch_size=100"))
+    assert "batch_size is 250 there, not 100" in batches.err
+    started(None, 1, tmp_path).ok()
+
+
+# --- work without steps ---
+
+PI = script("pi.py").replace("100_000] * 20", "2_000] * 20").replace("2_000_000", "40_000")
+DYING = PI.replace(
+    "def hits(throws: int) -> int:",
+    "import os\ncount = 0\n\ndef hits(throws):\n    global count\n    count += 1\n"
+    "    if run.rank == 0 and not os.path.exists('died') and count == 4:\n"
+    "        open('died', 'w').close()\n        os.kill(os.getpid(), 9)",
+)
+
+
+def test_work_is_dealt_out_and_goes_on_with_what_is_left(tmp_path):
+    pies = []
+    for ranks, kind in ((1, None), (2, "mpiexec")):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        (folder / "pi.py").write_text(DYING)
+        assert execute([*launcher(kind, ranks), "pi.py"], folder).code not in (0, 85)
+        lines = [
+            p.read_text().splitlines() for p in sorted((folder / "runs/pi/share/items").glob("rank-*"))
+        ]
+        assert len(lines[0]) == 3  # of rank 0, which died at its fourth
+        done = execute([*launcher(kind, ranks), "pi.py"], folder).ok()
+        pies.append([line for line in done.out.splitlines() if line.startswith("3.")])
+        items = [
+            json.loads(line)["item"]
+            for path in (folder / "runs/pi/share/items").glob("rank-*")
+            for line in path.read_text().splitlines()
+        ]
+        assert sorted(items) == list(range(20))  # none was worked on twice
+    assert pies[0] == pies[1]
+    assert len(pies[0]) == 1
