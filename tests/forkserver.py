@@ -22,7 +22,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from typing import NamedTuple
 
 OTHERS_S = 30.0  # how long the other ranks may take to end after the first one that failed
@@ -31,8 +30,9 @@ LEFT_S = 5.0  # how long the ranks' own processes may take to end after the rank
 IMPORTED = (
     "hydra.main", "allranks.compose", "allranks.components", "allranks.data.loader",
     "allranks.data.synthetic", "allranks.runtime.bringup", "allranks.runtime.native",
-    "allranks.training.engine", "allranks.training.records", "allranks.training.report",
-    "allranks.training.saver", "allranks.training.story", "allranks.training.trial",
+    "allranks.own.opening", "allranks.training.engine", "allranks.training.records",
+    "allranks.training.report", "allranks.training.saver", "allranks.training.story",
+    "allranks.training.trial",
 )  # fmt: skip
 
 
@@ -95,8 +95,8 @@ def run(request: Request, rank: int) -> int:
             exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
     except SystemExit as ended:
         code = ended.code
-    except BaseException:  # noqa: BLE001  as Python itself does it
-        traceback.print_exc()
+    except BaseException as error:  # noqa: BLE001  as Python itself does it
+        sys.excepthook(type(error), error, error.__traceback__)
         code = 1
     threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as Python does at its end
     atexit._run_exitfuncs()
