@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from allranks import config as configs
 from allranks.base.errors import EXIT_REQUEUE, UserError
+from allranks.base.processes import process_age_s
 from allranks.config import Config
 from allranks.job.identity import RankIdentity
 from allranks.run import directory as rundir
@@ -184,7 +185,7 @@ def run(
         from allranks.runtime.bringup import open_runtime
         from allranks.training import building, engine, saver, story, trial  # noqa: F401
         from allranks.training.records import Records
-        from allranks.training.report import Reporter, Told, process_age_s
+        from allranks.training.report import Reporter, Told
 
     began_s = process_age_s() if number else 0.0  # the first run's time includes the import of torch
     runtime = open_runtime(identity, settings, run=number)
@@ -291,7 +292,6 @@ def _train_in(
     from allranks.training import building, engine, story
     from allranks.training.loop import Loop
     from allranks.training.records import of_run
-    from allranks.training.report import process_age_s
     from allranks.training.saver import Saver
     from allranks.training.state import KeptTraining
 

@@ -20,6 +20,7 @@ _PR_SET_PTRACER = 0x59616D61  # the same; of the security module Yama
 # A process writes down its Python stack on this signal. It is a real-time signal, which programs hardly
 # use, and not one of the first or last few, which the C library and some MPIs take. Linux only.
 DUMP_SIGNAL = getattr(signal, "SIGRTMAX", 0) - 5
+_IMPORTED = time.perf_counter()  # where there is no /proc, a process counts its age from here
 
 
 # --- which process is meant, and what has become of it ------------------------------------------------
@@ -118,6 +119,22 @@ class ProcessIdentity(NamedTuple):
         # In another time namespace the ticks are counted from another moment.
         comparable = self.time_namespace is not None and self.time_namespace == here.time_namespace
         return comparable and self.started_ticks not in (None, stat.started_ticks)
+
+
+def process_age_s() -> float:
+    """Seconds since this process started, including the time of its imports.
+
+    Without /proc it is the time since this module was imported.
+    """
+    stat = process_stat(os.getpid())
+    try:
+        with open("/proc/uptime") as file:  # noqa: PTH123
+            host_up_s = float(file.read().split()[0])
+    except OSError:
+        stat = None
+    if stat is None:  # no /proc: count from the first import of this module
+        return time.perf_counter() - _IMPORTED
+    return host_up_s - stat.started_ticks / os.sysconf("SC_CLK_TCK")
 
 
 def boot_id() -> str | None:

@@ -31,6 +31,7 @@ from torch import nn
 
 from allranks import config as configs
 from allranks.base.errors import EXIT_REQUEUE, UserError
+from allranks.base.processes import process_age_s
 from allranks.config import Config, TrainerConfig
 from allranks.data.batches import Batches, Dealt, pieces_of
 from allranks.data.nests import described
@@ -47,7 +48,7 @@ from allranks.training.control import FROM_TERMINAL, Control, RunStopped, Signal
 from allranks.training.length import RunLength
 from allranks.training.loop import Loop
 from allranks.training.records import Records
-from allranks.training.report import Reporter, Told, process_age_s
+from allranks.training.report import Reporter, Told
 from allranks.training.saver import Saver
 from allranks.training.state import weights_sha256
 from allranks.training.weight import share_weight

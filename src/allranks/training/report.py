@@ -2,7 +2,8 @@
 
 Every rank has a Reporter and calls it in the same way, so the training code need not ask which rank it is.
 Only the Reporter of rank 0 writes the story of the run to the console, and the records. Other ranks show
-only warnings and errors. story.py has the words, and display.py draws on the terminal.
+only warnings and errors. story.py has the words, console.py brings log lines to the console and the files,
+and display.py draws on the terminal.
 """
 
 from __future__ import annotations
@@ -13,13 +14,12 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from datetime import datetime, timezone
-from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, TypeVar
 
-from allranks.base import files, processes, terminal
+from allranks.base import files, terminal
+from allranks.base.processes import process_age_s
 from allranks.base.text import printable
 from allranks.data.loader import Data
 from allranks.job import variables
@@ -28,6 +28,14 @@ from allranks.run import checkpoint, metric_names
 from allranks.run import directory as rundir
 from allranks.runtime.runtime import Runtime
 from allranks.training import story
+from allranks.training.console import (
+    Console,
+    DisplayHandler,
+    LogFile,
+    Shown,
+    is_for_other_ranks_console,
+    is_for_rank_0s_console,
+)
 from allranks.training.display import DRAW_EVERY_S, Display, Moment, Pace, bar_text
 from allranks.training.length import RunLength
 
@@ -84,12 +92,12 @@ class Reporter:
         logging.captureWarnings(True)
         console: logging.Handler
         if self.runtime.is_main:
-            console = _DisplayHandler(self._display, shows_story=self.told.console != "quiet")
-            console.addFilter(_is_for_rank_0s_console)
+            console = DisplayHandler(self._display, shows_story=self.told.console != "quiet")
+            console.addFilter(is_for_rank_0s_console)
         else:
-            console = _Console(sys.stderr)
+            console = Console(sys.stderr)
             console.setFormatter(logging.Formatter(f"[{self._me()}] %(message)s"))
-            console.addFilter(_is_for_other_ranks_console)
+            console.addFilter(is_for_other_ranks_console)
             console.setLevel(logging.DEBUG if is_verbose else logging.WARNING)
         self._add(console)
         self._add(self._early)
@@ -160,7 +168,7 @@ class Reporter:
                 check()
                 rundir.describe(directory, {**self.runtime.describe(), "epochs": length.epochs})
                 self._metrics = self._all_metrics()
-            file = _LogFile(self.directory / "logs" / f"rank-{self.runtime.rank}.log")
+            file = LogFile(self.directory / "logs" / f"rank-{self.runtime.rank}.log")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self._early.setTarget(file)
         self._early.flush()
@@ -412,7 +420,7 @@ class Reporter:
         wraps it if it is too long, unless it is a row of a table.
         """
         if self.runtime.is_main:
-            shown = _Shown(gap=gap, colours=colours, wraps=not is_row)
+            shown = Shown(gap=gap, colours=colours, wraps=not is_row)
             log.info("%s", text, extra={"shown": shown})
 
     def _pair(
@@ -420,13 +428,13 @@ class Reporter:
     ) -> None:
         """Writes a line `label  value` of the story. A command is not wrapped, so that it can be copied."""
         if self.runtime.is_main:
-            shown = _Shown(gap=gap, label=label, colours=colours, wraps=not is_command)
+            shown = Shown(gap=gap, label=label, colours=colours, wraps=not is_command)
             log.info("%s", story.pair(label, value), extra={"shown": shown})
 
     def _close_story(self, text: str) -> None:
         """Writes the line on the end of the run, which is shown even with console=quiet."""
         if self.runtime.is_main:
-            log.info("%s", text, extra={"shown": _Shown(is_last=True)})
+            log.info("%s", text, extra={"shown": Shown(is_last=True)})
 
     def _me(self) -> str:
         return f"rank {self.runtime.rank} on {self.runtime.host}"
@@ -438,107 +446,3 @@ class Reporter:
     def _remove(self, handler: logging.Handler) -> None:
         logging.getLogger().removeHandler(handler)
         self._handlers.remove(handler)
-
-
-def _is_for_rank_0s_console(record: logging.LogRecord) -> bool:
-    return record.name.startswith("allranks") or record.levelno >= logging.WARNING
-
-
-def _is_for_other_ranks_console(record: logging.LogRecord) -> bool:
-    # Warnings of Python's module `warnings` are the same on every rank: only rank 0 shows them.
-    return record.name != "py.warnings" and (
-        record.levelno >= logging.WARNING or record.name.startswith("allranks")
-    )
-
-
-class _Shown(NamedTuple):
-    """How a line of the story looks on the console."""
-
-    gap: bool = False  # an empty line is shown before it
-    label: str = ""  # the word with which the line begins, such as `data`
-    colours: Sequence[str] = ()  # used only at a terminal
-    wraps: bool = True  # whether a terminal breaks it, if it is too long
-    is_last: bool = False  # it is shown even with console=quiet
-
-
-class _Console(logging.StreamHandler):
-    """A log handler for a stream that may be closed or full: the training goes on all the same."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        """Ignores an OSError, as when `| head` has closed the console or the disk is full."""
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handleError(record)
-
-
-class _DisplayHandler(_Console):
-    """Shows log lines on rank 0's console: the story of the run, and the messages of other modules."""
-
-    def __init__(self, display: Display, shows_story: bool) -> None:
-        """Without `shows_story` only warnings, errors and the last line are shown."""
-        super().__init__(display.stream)
-        self.display = display
-        self.shows_story = shows_story
-
-    def emit(self, record: logging.LogRecord) -> None:
-        shown: _Shown = getattr(record, "shown", _Shown())
-        if record.levelno < logging.WARNING and not (self.shows_story or shown.is_last):
-            return
-        try:
-            self.display.write_line(self._text(self.format(record), record.levelno, shown))
-        except OSError:
-            self.handleError(record)
-
-    def _text(self, text: str, level: int, shown: _Shown) -> str:
-        """The line as the console shows it: wrapped, coloured, and with its empty line before it."""
-        columns = self.display.columns
-        if columns is not None and shown.wraps:
-            indent = story.pair("", "") if shown.label else "  "
-            text = terminal.wrapped(text, min(columns, terminal.MOST_COLUMNS), indent)
-        if self.display.shows_colours:
-            text = _coloured(text, level, shown)
-        return f"\n{text}" if shown.gap else text
-
-
-def _coloured(text: str, level: int, shown: _Shown) -> str:
-    if level >= logging.WARNING:
-        return terminal.painted(text, terminal.RED if level >= logging.ERROR else terminal.YELLOW)
-    if shown.label:
-        label, value = text[: story.VALUE_AT], text[story.VALUE_AT :]
-        return terminal.painted(label, terminal.DIM) + (
-            terminal.painted(value, *shown.colours) if shown.colours else value
-        )
-    return terminal.painted(text, *shown.colours) if shown.colours else text
-
-
-class _LogFile(_Console, logging.FileHandler):
-    """Writes logs/rank-N.log. The training goes on if the folder is removed or the disk is full."""
-
-    def _open(self) -> TextIOWrapper:
-        try:
-            return super()._open()
-        except FileNotFoundError:  # the folder logs/ was removed
-            Path(self.baseFilename).parent.mkdir(exist_ok=True)
-            return super()._open()
-
-    def close(self) -> None:
-        with suppress(OSError):
-            super().close()
-
-
-def process_age_s() -> float:
-    """Seconds since this process started, including the time of its imports.
-
-    Without /proc it is the time since this module was imported.
-    """
-    stat = processes.process_stat(os.getpid())
-    try:
-        with open("/proc/uptime") as file:  # noqa: PTH123
-            host_up_s = float(file.read().split()[0])
-    except OSError:
-        stat = None
-    if stat is None:  # no /proc: count from the first import of this module
-        return time.perf_counter() - _IMPORTED
-    return host_up_s - stat.started_ticks / os.sysconf("SC_CLK_TCK")
-
-
-_IMPORTED = time.perf_counter()
