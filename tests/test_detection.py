@@ -366,6 +366,19 @@ mpi.world(identity.discover(os.environ), 4)
 """
 
 
+INTERRUPTED_IN_INIT = STOPPED_IN_INIT.replace("SIGSTOP", "SIGINT")
+
+
+def test_ctrl_c_is_heard_in_mpi_init(tmp_path):
+    """Long before watchdog.start_s: Python itself would hear it when MPI_Init returns, which is never."""
+    rank = [PYTHON, "-c", INTERRUPTED_IN_INIT.replace("environ), 4)", "environ), 600)")]
+    absent = [PYTHON, "-c", "import time; time.sleep(600)"]
+    with Started([mpiexec(), "-n", "1", *rank, ":", "-n", "1", *absent], tmp_path) as started:
+        code, _, err = started.finish(within_s=60)
+    assert code != 0
+    assert "Traceback" not in err and "has waited" not in err
+
+
 def test_a_rank_that_is_stopped_in_mpi_init_is_named(tmp_path):
     """It waits there for another one, which does not come either."""
     absent = [PYTHON, "-c", "import time; time.sleep(1000)"]

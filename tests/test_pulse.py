@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -79,6 +80,11 @@ def test_ranks_are_idle_only_if_all_of_them_are():
     writes = watch((10, doing()), (100, doing(written=1)))
     assert idle.notice({0: asleep, 1: writes}, 60, now=100) is None
     assert idle.notice({0: asleep, 1: asleep}, None, now=1e6) is None
+    has_asked = watch((10, doing(beats=1, within_ms=95_000)))
+    assert idle.notice({0: asleep, 1: has_asked}, 60, now=100) is None
+    assert idle.notice({0: asleep, 1: has_asked}, 60, now=106) == Finding(Kind.OVERDUE, (1,), 95)
+    as_long_as_it_likes = watch((10, doing(beats=1, within_ms=-1)))
+    assert idle.notice({0: asleep, 1: as_long_as_it_likes}, 60, now=1e6) is None
 
 
 @pytest.mark.parametrize(
@@ -391,3 +397,38 @@ def test_the_launch_keeps_how_far_the_program_has_come(tmp_path):
     for calls in (10, 20):
         launch(tmp_path, "-n", "2", "--run", "run", *program(tmp_path, code)).ok()
         assert json.loads((tmp_path / "run/progress.json").read_text()) == {"calls": calls}
+
+
+# --- whatever is killed, whenever ------------------------------------------------------------------------
+
+
+@serial
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("killed", ["program", "guard", "launch"])
+def test_whatever_is_killed_while_the_ranks_agree_nothing_is_left(tmp_path, ranks, killed):
+    """Just before, while and after a SIGTERM has the ranks look for the call at which they stop."""
+    for trial in range(6):
+        with Started(command("-n", str(ranks), *program(tmp_path, STOPS)), tmp_path) as started:
+            all_have_begun(tmp_path, ranks)
+            victims = {"program": [], "guard": [], "launch": [started.process.pid]}
+            for pid in started.pids():
+                words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+                if "allranks.launch.guard" in words and "-n" not in words:
+                    victims["guard"].append(pid)
+                elif is_program(pid):
+                    victims["program"].append(pid)
+            started.process.send_signal(signal.SIGTERM)
+            time.sleep(0.01 * trial)
+            with contextlib.suppress(ProcessLookupError):  # it had already stopped
+                os.kill(victims[killed][-1], signal.SIGKILL)
+            code, _, _ = started.finish(within_s=60)
+            started.gone(within_s=5)
+        # 143: the launch was to end by SIGTERM, and a rank has not stopped in order.
+        assert code in ((-signal.SIGKILL, EXIT_REQUEUE) if killed == "launch" else (EXIT_REQUEUE, 143)), (
+            code
+        )
+        stopped = {path.read_text() for path in tmp_path.glob("stopped-*")}
+        assert len(stopped) <= 1
+        for path in [*tmp_path.glob("stopped-*"), *tmp_path.glob("begun-*")]:
+            path.unlink()

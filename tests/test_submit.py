@@ -31,6 +31,7 @@ from helpers import (
     SMALL,
     TIMEOUT_S,
     Run,
+    Started,
     execute,
     only_long,
     serial,
@@ -333,6 +334,18 @@ def unfinished(pbs, *overrides):
     words = [PYTHON, "-m", "allranks", "train", *SMALL, *overrides, "run.dir=mine"]
     assert execute(words, pbs.folder, {**pbs.env, "ALLRANKS_DEADLINE": "1"}).code == 85
     assert checkpoint.steps(pbs.folder / "mine")
+
+
+def test_a_job_is_refused_where_a_run_by_hand_is_at_work(pbs):
+    words = [PYTHON, "-m", "allranks", "train", *SMALL, "trainer.epochs=100000", "run.dir=mine"]
+    with Started(words, pbs.folder, **pbs.env) as started:
+        until(lambda: list((pbs.folder / "mine").glob("owner-*.json")), TIMEOUT_S)
+        refused = pbs.refused(*PBS, *SMALL, "trainer.epochs=100000", "run.dir=mine")
+        assert f"is in use by process {started.process.pid}" in refused
+    # What is left of a process of this host that was killed keeps nobody out.
+    assert list((pbs.folder / "mine").glob("owner-*.json"))
+    answer = pbs.submit(*PBS, *SMALL, "trainer.epochs=100000", "run.dir=mine")
+    assert answer["job_ids"] == ["1.pbs"]
 
 
 def test_a_job_that_is_refused_leaves_a_run_that_was_there_alone(pbs):

@@ -74,6 +74,12 @@ class RankWatch:
             return None
         return self.pulse.within_ms / 1000 or idle_s or BEAT_S
 
+    def is_idle(self, idle_s: float, now: float) -> bool:
+        """Whether the rank has done nothing for longer than `idle_s`, and has not asked for more time."""
+        within_ms = self.pulse.within_ms
+        has_asked = within_ms == NO_LIMIT_MS or now - self.beat_at <= within_ms / 1000
+        return now - self.active_at > idle_s and not has_asked
+
 
 class Kind(enum.Enum):
     """What was noticed."""
@@ -102,7 +108,7 @@ def notice(ranks: Mapping[int, RankWatch], idle_s: float | None, now: float) -> 
             limits_s.append(limit_s)
     if overdue:
         return Finding(Kind.OVERDUE, tuple(overdue), max(limits_s))
-    if idle_s is not None and ranks and all(now - watch.active_at > idle_s for watch in ranks.values()):
+    if idle_s is not None and ranks and all(watch.is_idle(idle_s, now) for watch in ranks.values()):
         return Finding(Kind.IDLE, tuple(ranks), idle_s)
     return None
 

@@ -27,7 +27,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -40,6 +40,7 @@ from allranks.job import scheduler, variables
 
 BEAT_S = 5.0  # seldom enough for a file server with thousands of runs
 SILENT_S = 30.0  # six beats missed: a file server that is slow for some seconds costs no run its directory
+WATCH_S = 3 * BEAT_S  # before a job is queued: no owner is replaced then, so fewer beats are enough
 _LOOK_S = 0.25  # between two looks at the file of an owner that may be alive
 _RETRY_S = 0.1  # at most, before trying again while others try too; a random part of it
 _FILE_BYTES = 1 << 16  # an owner's file is far shorter
@@ -152,6 +153,31 @@ def is_beating(run_dir: str | Path) -> bool:
     return time.time() - newest / 1e9 < SILENT_S
 
 
+def refuse_where_at_work(run_dirs: Iterable[str | Path]) -> None:
+    """Raises UserError where a process is at work in one of these directories, on this host or another.
+
+    An owner of which it is not known that it has ended is watched for WATCH_S seconds, all at a time.
+    """
+    me = _this_process()
+    seen: list[_Owner] = []
+    for run_dir in run_dirs:
+        if Path(run_dir).is_dir():
+            seen += [owner for owner in _owners(Path(run_dir)) if _known_end(owner.about, me) is None]
+    give_up_at = time.monotonic() + WATCH_S
+    while seen and time.monotonic() < give_up_at:
+        for owner in seen:
+            if _verdict(owner, _read(owner.path), watched_s=0) is OwnerState.ALIVE:
+                raise _in_use(owner)
+        time.sleep(_LOOK_S)
+
+
+def _in_use(owner: _Owner) -> UserError:
+    return UserError(
+        f"{owner.path.parent} is in use by {owner}: wait until it has ended or end it, or give another "
+        "run.dir."
+    )
+
+
 # --- taking a directory --------------------------------------------------------------------------------
 
 
@@ -215,10 +241,7 @@ def _is_gone(owner: _Owner, me: Mapping[str, Any], looking: Callable[[], None]) 
             case OwnerState.REPLACED:
                 return False
             case OwnerState.ALIVE:
-                raise UserError(
-                    f"{owner.path.parent} is in use by {owner}: wait until it has ended or end it, "
-                    "or give another run.dir."
-                )
+                raise _in_use(owner)
             case OwnerState.SILENT:
                 why = f"has been silent for {SILENT_S:.0f} s"
                 break

@@ -23,6 +23,7 @@ from allranks.launch import options
 from allranks.launch.plan import Plan, Request, check_least_ranks, check_program, make_plan
 from allranks.run import directory as rundir
 from allranks.run.cells import CELLS, JOB, Cell, composed_cells, frozen_cells, is_finished, read_job
+from allranks.run.claim import refuse_where_at_work
 from allranks.submit import script
 from allranks.submit.order import Order, with_options
 
@@ -178,9 +179,10 @@ def _asked_before(job: Mapping[str, Any], path: Path) -> tuple[Order, tuple[str,
 
 
 def check_idle(task: Task) -> None:
-    """Raises UserError where the task's directory, or a cell of it, still has a job."""
+    """Raises UserError where the task's directory, or a cell of it, still has a job or a run by hand."""
     ids: list[str] = []
-    for directory in (task.directory, *(cell.directory for cell in task.cells)):
+    directories = (task.directory, *(cell.directory for cell in task.cells))
+    for directory in directories:
         ids += read_job(Path(directory) / JOB).get("job_ids", [])
     there = task.scheduler.states(list(dict.fromkeys(ids)))
     if there:
@@ -189,6 +191,7 @@ def check_idle(task: Task) -> None:
             f"run.dir={task.directory} still has a job ({jobs}): `allranks cancel` it first, wait for it "
             "with --after, or give another run.dir."
         )
+    refuse_where_at_work(dict.fromkeys(directories))
 
 
 def _job_name(directory: str, cells: Sequence[Cell], program: Sequence[str] | None) -> str:

@@ -34,9 +34,16 @@ def time_limit(limit_s: float, who: str, words: str, spare_s: float = 0.0) -> It
         helper = os.fork()
     if helper == 0:
         _help(parent, limit_s, who, words, spare_s)
+    # Python notes a Ctrl-C and raises KeyboardInterrupt once it has its lock again, which may be never. So
+    # meanwhile Ctrl-C ends this process at once: there is nothing to save yet.
+    is_pythons = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if is_pythons:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
     finally:
+        if is_pythons:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         os.kill(helper, signal.SIGKILL)
         os.waitpid(helper, 0)
 
