@@ -275,3 +275,12 @@ def test_work_is_dealt_out_and_goes_on_with_what_is_left(tmp_path):
         assert sorted(items) == list(range(20))  # none was worked on twice
     assert pies[0] == pies[1]
     assert len(pies[0]) == 1
+
+
+def test_the_commands_that_need_a_model_say_who_has_it(tmp_path):
+    started("forked", 1, tmp_path).ok()
+    done = execute_forked(["-m", "allranks", "evaluate", "runs/sine"], 1, tmp_path)
+    assert done.code == 2
+    assert "is the run of a program of one's own" in done.err
+    listed = execute_forked(["-m", "allranks", "checkpoint", "list", "runs/sine"], 1, tmp_path).ok()
+    assert listed.out.count("valid") == 8  # every third of 24 steps

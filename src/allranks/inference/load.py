@@ -81,6 +81,11 @@ def load(
     """
     directory = Path(directory)
     config = read_config(directory)
+    if config.own is not None:
+        raise UserError(
+            f"{directory} is the run of a program of one's own (allranks.open), which alone can make its "
+            f"model: load the weights there, from {directory}/checkpoints/step-.../model.safetensors."
+        )
     chosen = choose(directory, which)
     remarks = [f"the checkpoint {line}: it was passed over" for line in chosen.passed_over]
 
