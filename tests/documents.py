@@ -139,6 +139,8 @@ train: {_target_: allranks.data.synthetic.generate, count: 1600, part: train, se
 test: {_target_: allranks.data.synthetic.generate, count: 400, part: test, seed: 0}
 """
 
+REPORT_IS_NOT_NEEDED = ("README.md", "docs/run-directory.md")  # by the commands of pages that speak of it
+
 # Programs and files that the pages take for granted: a training of the reader's own, say.
 ASSUMED = {
     "my_own_train.py": "import os\nprint('rank', os.environ['RANK'])\n",
@@ -151,7 +153,7 @@ def prepare(folder: Path, page: str) -> dict[str, str]:
 
     They run as typed. But allranks is a copy whose shipped data sets are small, and the home directory is
     in the folder. A run's report takes longer than so small a run does. So it is left out, unless the page
-    speaks of it. README speaks of it too, but none of its commands needs one, and it has many.
+    speaks of it.
     """
     source = folder / "copy of allranks" / "src"
     conf = source / "allranks" / "conf"
@@ -159,7 +161,7 @@ def prepare(folder: Path, page: str) -> dict[str, str]:
     shutil.copytree(ROOT / "conf", conf)
     for name in ("mnist", "synthetic"):
         (conf / "data" / f"{name}.yaml").write_text(SMALL_DATA)
-    if page == "README.md" or "report.html" not in (ROOT / page).read_text():
+    if page in REPORT_IS_NOT_NEEDED or "report.html" not in (ROOT / page).read_text():
         defaults = (conf / "config.yaml").read_text()
         assert "\nreport: true" in defaults
         (conf / "config.yaml").write_text(defaults.replace("\nreport: true", "\nreport: false"))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from allranks.runtime import ezpz
-from helpers import NO_REPORT, Run, execute, launcher, only_long
+from helpers import NO_REPORT, Run, execute, execute_forked, launcher, only_long
 
 DATA = (
     "data=synthetic",
@@ -66,8 +66,11 @@ def curves(tmp_path_factory: pytest.TempPathFactory, long: bool):
         cwd = Path(tmp_path_factory.mktemp(f"{under}-{ranks}"))
         recipes = QUICK_UNDER_TORCHRUN if under == "torchrun" and not long else tuple(RECIPES)
         sweep = ["--config-dir", str(home / "conf"), "-m", f"experiment={','.join(recipes)}"]
-        command = [*launcher(under, ranks), "-m", "allranks.train", *sweep, *DATA, "run.dir=cells", *more]
-        execute(command, cwd).ok()
+        words = ["-m", "allranks.train", *sweep, *DATA, "run.dir=cells", *more]
+        if under is None:
+            execute_forked(words, ranks, cwd).ok()
+        else:
+            execute([*launcher(under, ranks), *words], cwd).ok()
         return {name: Run(cwd / "cells" / str(number)) for number, name in enumerate(recipes)}
 
     return at

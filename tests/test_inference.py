@@ -137,7 +137,7 @@ def test_the_figures_are_the_runs_own_to_the_last_digit(drawn):
         figures = forward.forward(trained, forward.open_part(trained, name)).figures
         said = summary if name == "test" else metrics
         assert figures.loss == said[f"{name}/loss"]
-        assert figures.accuracy == said[f"{name}/accuracy"]
+        assert figures.values["accuracy"] == said[f"{name}/accuracy"]
 
 
 @pytest.mark.parametrize("ranks", [3])
@@ -147,7 +147,7 @@ def test_the_figures_of_a_run_on_several_ranks_are_repeated_by_one_process(train
     assert trained.runtime.share_count == ranks
     outputs = forward.forward(trained, forward.open_part(trained))
     assert outputs.figures.loss == run.summary["test/loss"]
-    assert outputs.figures.accuracy == run.summary["test/accuracy"]
+    assert outputs.figures.values["accuracy"] == run.summary["test/accuracy"]
 
 
 def test_the_logits_stand_in_the_order_of_the_data_whatever_the_shares(drawn):
@@ -172,7 +172,7 @@ def test_the_confusion_counts_every_example_once(drawn):
     outputs = forward.forward(trained, forward.open_part(trained))
     confusion = outputs.confusion()
     assert int(confusion.sum()) == outputs.figures.examples == 400
-    assert 100 * int(confusion.diagonal().sum()) / 400 == outputs.figures.accuracy
+    assert 100 * int(confusion.diagonal().sum()) / 400 == outputs.figures.values["accuracy"]
     assert confusion.sum(dim=1).tolist() == outputs.labels.bincount(minlength=10).tolist()
     assert outputs.probabilities.sum(dim=1).allclose(outputs.logits.new_ones(400))
 

@@ -70,11 +70,11 @@ def main() -> None:
         # A batch system may send these two as a warning. Without a handler they would end a process that is
         # still importing torch.
         signals.count(signal.SIGUSR1, signal.SIGUSR2)
-        is_sweep = {"-m", "--multirun"} & set(sys.argv)
-        sweep: list[Cell] | None = [] if is_sweep else None  # rank 0 fills it at the first run
+        composed = compose(identity)
+        sweep = _Sweep(composed, []) if {"-m", "--multirun"} & set(sys.argv) else None
         ends: list[str] = []
         to_report: list[End] = []  # on rank 0
-        for number, config in enumerate(compose(identity)):
+        for number, (config, _) in enumerate(composed):
             # The run before has had these signals counted. Until this run can save, they end the process.
             signals.let_end(signal.SIGTERM, *FROM_TERMINAL)
             end = run(config, identity, number, signals, sweep)
@@ -91,8 +91,9 @@ def main() -> None:
         job_ends_at = time.monotonic() + left_s
         if to_report and "stopped" not in ends:
             _report(to_report, identity, signals, is_quiet=config.console == "quiet")
-        if sweep and len(sweep) > 1:  # after the pages of its runs, to which its own page leads
-            _compare(sweep, ends, signals, left_s=job_ends_at - time.monotonic())
+        # After the pages of its runs, to which its own page leads.
+        if sweep is not None and len(sweep.cells) > 1:
+            _compare(sweep.cells, ends, signals, left_s=job_ends_at - time.monotonic())
         mpi.leave(EXIT_REQUEUE if "stopped" in ends else 0)
         if "stopped" in ends:
             sys.exit(EXIT_REQUEUE)
@@ -130,8 +131,10 @@ def _compare(sweep: Sequence[Cell], ends: Sequence[str], signals: Signals, left_
     print(text.splitlines()[-1] if config.console == "quiet" else text, flush=True)
 
 
-def compose(identity: RankIdentity) -> list[Config]:
-    """The configurations of the command line; an error of one rank becomes an error of all.
+def compose(identity: RankIdentity) -> list[tuple[Config, list[str]]]:
+    """The configurations of the command line, each with its own overrides in a sweep.
+
+    An error of one rank becomes an error of all.
 
     `allranks launch` has composed the configuration already and made the run directory. It starts each rank
     with the words `--frozen DIRECTORY SHA256`. The overrides that follow these words are not read here:
@@ -140,16 +143,16 @@ def compose(identity: RankIdentity) -> list[Config]:
     try:
         if sys.argv[1:2] == ["--frozen"]:
             directory, sha256 = sys.argv[2:4]
-            return [configs.thaw(directory, sha256)]
+            return [(configs.thaw(directory, sha256), [])]
         if DEBUG in sys.argv[1:]:
             from allranks.training import debug
 
-            return debug.configurations(sys.argv[1:], identity.alone)
-        from allranks.compose import from_command_line
+            return [(config, []) for config in debug.configurations(sys.argv[1:], identity.alone)]
+        from allranks.compose import cells_from_command_line
 
         # Only rank 0 prints what --help and --cfg show.
         with contextlib.redirect_stdout(io.StringIO()) if identity.rank else contextlib.nullcontext():
-            return from_command_line(sys.argv[1:])
+            return cells_from_command_line(sys.argv[1:])
     except UserError as error:
         if not identity.alone:
             from allranks.runtime.bringup import refuse_together
@@ -163,11 +166,11 @@ def run(
     identity: RankIdentity,
     number: int = 0,
     signals: Signals | None = None,
-    sweep: list[Cell] | None = None,
+    sweep: _Sweep | None = None,
 ) -> End:
     """Trains one run to its end, or what is left of it.
 
-    `number` counts the runs of this process from 0. A sweep has several: `sweep` has their cells on rank 0,
+    `number` counts the runs of this process from 0. A sweep has several: `sweep` has them all,
     and is None for a single run. `signals` stop the run; without them no signal of this process does.
     """
     from allranks.data import early
@@ -208,8 +211,8 @@ def run(
                 _directory_in_sweep(number, sweep) or config.run.dir, config.name, decisive, config.resume
             )
         )
-        if sweep:
-            report.cell(f"cell {number + 1}/{len(sweep)}", sweep[number].overrides, path)
+        if sweep is not None and sweep.cells:
+            report.cell(f"cell {number + 1}/{len(sweep.cells)}", sweep.cells[number].overrides, path)
         if standing == rundir.Standing.FINISHED:
             report.finished_before(path)
             return End(finished=True)
@@ -256,7 +259,7 @@ def run(
                 lambda: rundir.create(path, configs.freeze(config), exactly=is_given)
             )
             if sweep is not None:
-                runtime.meeting.from_rank_0(lambda: _list_cells(path, sweep))
+                runtime.meeting.from_rank_0(lambda: _list_cells(path, sweep.cells))
 
         ready = _Ready(training, data, recipe, runtime, report, records, began_s)
         is_new = standing == rundir.Standing.NEW
@@ -336,20 +339,27 @@ def _train_in(
     return End(True, path, reports=config.report and runtime.is_main, left_s=control.left_s)
 
 
-def _directory_in_sweep(number: int, sweep: list[Cell] | None) -> str | None:
+class _Sweep(NamedTuple):
+    """The trainings of a command line with -m."""
+
+    composed: list[tuple[Config, list[str]]]  # the configuration of each, and its own overrides
+    cells: list[Cell]  # the same with their directories: on rank 0, from the first run on
+
+
+def _directory_in_sweep(number: int, sweep: _Sweep | None) -> str | None:
     """The directory of the sweep's run of this number; None for a single run. Rank 0 alone calls.
 
-    At the first run this fills `sweep`: it chooses the directories of all runs, as `allranks launch -m`
-    does: 0, 1, ... below one directory.
+    At the first run this fills `sweep.cells`: it chooses the directories of all runs, as
+    `allranks launch -m` does: 0, 1, ... below one directory.
     """
     if sweep is None:
         return None
     if number == 0:
         # Imported here, because a single run does not need it.
-        from allranks.run.cells import composed_cells
+        from allranks.run.cells import cells_of
 
-        sweep += composed_cells(sys.argv[1:])[1]
-    return sweep[number].directory
+        sweep.cells.extend(cells_of(sweep.composed, is_sweep=True)[1])
+    return sweep.cells[number].directory
 
 
 def _list_cells(directory: str, sweep: Sequence[Cell]) -> None:

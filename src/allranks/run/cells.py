@@ -56,12 +56,19 @@ def composed_cells(arguments: Sequence[str]) -> tuple[str, list[Cell]]:
     The directory of a sweep is the one above those of its cells. Nothing is written yet. Raises UserError
     for a configuration that is not valid, and for a directory that cannot be used.
     """
-    composed = compose.cells_from_command_line(arguments)
+    return cells_of(compose.cells_from_command_line(arguments), is_sweep=_is_sweep(arguments))
+
+
+def cells_of(composed: Sequence[tuple[Config, Sequence[str]]], is_sweep: bool) -> tuple[str, list[Cell]]:
+    """(directory, cells) of trainings that have been composed, each with its own overrides.
+
+    Raises UserError for a directory that cannot be used.
+    """
     if not composed:
         return "", []
     first = composed[0][0]
     given, name = first.run.dir, first.name
-    if len(composed) == 1 and not _is_sweep(arguments):
+    if len(composed) == 1 and not is_sweep:
         directory = compose.whole_run_dir(rundir.choose(given, name))
         return directory, [_cell(directory, *composed[0])]
     if any(config.name != name for config, _ in composed):
