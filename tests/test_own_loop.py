@@ -284,3 +284,16 @@ def test_the_commands_that_need_a_model_say_who_has_it(tmp_path):
     assert "is the run of a program of one's own" in done.err
     listed = execute_forked(["-m", "allranks", "checkpoint", "list", "runs/sine"], 1, tmp_path).ok()
     assert listed.out.count("valid") == 10  # every third of 24 steps, and the ends of two epochs
+
+
+def test_the_figures_of_single_steps_are_means_over_the_ranks(tmp_path):
+    code = SINE.replace("seed=1, ", "seed=1, log_every_steps=4, ").replace("nn.Dropout(0.1), ", "")
+    lines = []
+    for ranks in (1, 2):
+        started("forked", ranks, tmp_path / str(ranks), code=code).ok()
+        text = (tmp_path / str(ranks) / "runs/sine/metrics-steps.jsonl").read_text()
+        lines.append([json.loads(line) for line in text.splitlines()])
+    assert [line["step"] for line in lines[0]] == [4, 8, 12, 16, 20, 24]
+    for one, two in zip(*lines, strict=True):
+        assert two == pytest.approx(one, rel=1e-5)
+        assert set(one) == {"step", "epoch", "step/loss"}

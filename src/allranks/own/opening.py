@@ -33,14 +33,16 @@ def open_run(
     seed: int = 0,
     dir: str | os.PathLike[str] | None = None,
     config: Mapping[str, Any] | None = None,
+    log_every_steps: int | None = None,
     **settings: Any,
 ) -> Run:
     """Opens the run of this name: a new one, or where it was left off; all ranks call.
 
     name: of the run, whose directory is runs/NAME, or `dir`. seed: of all random numbers; torch, NumPy and
     random are seeded with it. config: values of the program that decide what it computes, such as
-    {"lr": 3e-4}; a run that goes on must have the same. settings: keys of allranks' own configuration, such
-    as device="cpu" or checkpoint={"every_s": 600} (docs/configuration.md).
+    {"lr": 3e-4}; a run that goes on must have the same. log_every_steps: after so many steps what run.log()
+    got in a step goes to metrics-steps.jsonl, and to trackers. settings: keys of allranks' own
+    configuration, such as device="cpu" or checkpoint={"every_s": 600} (docs/configuration.md).
 
     A run that has finished ends the program, with exit code 0. An error in what is given here, and an error
     of the program later on, ends all ranks, with one message.
@@ -54,7 +56,7 @@ def open_run(
                 "finish() before another run begins."
             )
         try:
-            composed = _composed(name, seed, config, settings)
+            composed = _composed(name, seed, config, log_every_steps, settings)
         except UserError as error:
             if not identity.alone:
                 refuse_together(identity, error)
@@ -72,15 +74,25 @@ def open_run(
 
 
 def _composed(
-    name: str, seed: int, config: Mapping[str, Any] | None, settings: Mapping[str, Any]
+    name: str,
+    seed: int,
+    config: Mapping[str, Any] | None,
+    log_every_steps: int | None,
+    settings: Mapping[str, Any],
 ) -> Config:
     """allranks' own configuration for the run; raises UserError for a key or value that it lacks."""
     known = [key for key in Config.__dataclass_fields__ if key not in _NOT_HERE]
     for key in settings:
         if key not in known:
             raise UserError(configs.unknown_key(key, known))
+    ours = {
+        "name": name,
+        "seed": seed,
+        "own": dict(config or {}),
+        "trainer": {"log_every_steps": log_every_steps},
+    }
     try:
-        tree = OmegaConf.create({"name": name, "seed": seed, **settings, "own": dict(config or {})})
+        tree = OmegaConf.create({**settings, **ours})
     except OmegaConfBaseException as error:
         raise UserError(
             f"allranks.open() got a value that a file cannot hold ({configs.first_line(error)}): give "

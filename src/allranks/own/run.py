@@ -32,17 +32,19 @@ from torch import nn
 from allranks import config as configs
 from allranks.base.errors import EXIT_REQUEUE, UserError
 from allranks.base.processes import process_age_s
-from allranks.config import Config, TrainerConfig
+from allranks.config import Config
 from allranks.data.batches import Batches, Dealt, pieces_of
 from allranks.data.nests import described
 from allranks.data.randomness import mixed, reseed
 from allranks.job.identity import RankIdentity
 from allranks.own.sharing import Sharing
 from allranks.own.state import KeptObjects
+from allranks.own.steps import OwnSteps
 from allranks.run import best as the_best
 from allranks.run import directory as rundir
 from allranks.runtime import mpi
 from allranks.runtime.bringup import open_runtime
+from allranks.runtime.runtime import Runtime
 from allranks.training import ending
 from allranks.training.control import FROM_TERMINAL, Control, RunStopped, Signals
 from allranks.training.length import RunLength
@@ -112,7 +114,9 @@ class Run:
         saver = Saver(runtime, path, self._kept, keep=config.checkpoint.keep, save_s=save_s, best=best)
         self._saver = exits.enter_context(saver)
         self._resumed = self._saver.resume(config.resume)
-        self._records = Records(runtime, TrainerConfig(), config.tracker, profile=False, save_s=save_s)
+        self._records = Records(
+            runtime, config.trainer, config.tracker, profile=False, save_s=save_s, recorder=self._make_steps
+        )
         # These three are there from the first epoch or step on.
         self._loop: Loop | None = None
         self._control: Control
@@ -287,10 +291,15 @@ class Run:
             for share in loop.steps(shares, dealt.count, dealt.examples, steps_per_save):
                 self._in_hand = share
                 self._is_stepping = True
+                self._steps.begin(self.step + 1, self.epoch + 1)
                 reseed(mixed(self._config.seed, self.step, self.rank), self.device)
                 yield share.batch
                 self._is_stepping = False
         self._in_hand = None
+
+    def _make_steps(self, every: Sequence[int], runtime: Runtime) -> OwnSteps:
+        self._steps = OwnSteps(every, runtime)
+        return self._steps
 
     def _check_source(self, dealt: Batches) -> None:
         """Raises UserError where the epoch was begun with another source, and goes on in its middle."""
@@ -389,6 +398,7 @@ class Run:
                 )
             if self._is_stepping and self._in_hand is not None:
                 self._kept.means.add(name, value, self._in_hand.counted)
+                self._steps.add(name, value, self._in_hand.counted)
             elif self._in_epochs and self._loop is not None:
                 self._loop.log({name: float(value)})
             else:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import torch
 
@@ -50,6 +50,13 @@ FINISH_S = 30.0  # after a run that has finished
 STOP_S = 5.0
 
 
+class Recorder(Protocol):
+    """What records the figures of single steps."""
+
+    def collect(self) -> list[dict[str, Any]]:
+        """The figures of the steps recorded since the last call, over all ranks; all ranks call."""
+
+
 class Records:
     """One rank's records of one run, from open() to finished() or stopped()."""
 
@@ -60,11 +67,13 @@ class Records:
         tracker: Mapping[str, Any],
         profile: bool,
         save_s: float,
+        recorder: Callable[[Sequence[int], Runtime], Recorder] = StepRecorder,
     ) -> None:
         """Makes the trackers on rank 0. All ranks call; all raise UserError where a tracker cannot be made.
 
         `tracker` is the configuration's section of that name. `profile`: whether some steps are profiled.
-        `save_s`: how many seconds the writing of a profile may take.
+        `save_s`: how many seconds the writing of a profile may take. `recorder` makes what records single
+        steps, of the numbers of steps after which one is recorded.
         """
         self._flops_per_example: float | None = None  # of a forward and a backward pass
         self._peak_flops_per_s: float | None = None  # of one device; None where it is not known
@@ -82,7 +91,7 @@ class Records:
             runtime.meeting.from_rank_0(self._trackers.build)
             every.append(self._trackers.every_steps)
         self._every = [number for number in every if number is not None]
-        self._recorder = StepRecorder(self._every, runtime)
+        self.recorder = recorder(self._every, runtime)
         self._file: StepsFile | None = None  # rank 0's, where steps are recorded
         self._profile: Profile | None = None
 
@@ -145,7 +154,8 @@ class Records:
         if self._profile is not None:
             self._profile.begin_step()
         try:
-            yield self._recorder.begin(training)
+            assert isinstance(self.recorder, StepRecorder)
+            yield self.recorder.begin(training)
         except UserError as error:
             if error.said_by is not None or self._runtime.world_size == 1:
                 # All ranks raise this error here, for example after a loss that is not finite. So all of
@@ -157,7 +167,7 @@ class Records:
 
     def collect(self) -> None:
         """Brings the figures of the recorded steps together, and writes them; all ranks call."""
-        records = self._recorder.collect()
+        records = self.recorder.collect()
         if records and self._file is not None:
             self._file.append(records)
             self._wake()

@@ -1,0 +1,49 @@
+"""The figures of single steps of a user's own loop: those of one step in so many, over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from allranks.own.state import Means
+from allranks.runtime.runtime import Runtime
+
+
+class OwnSteps:
+    """One rank's part in recording what run.log() gets in single steps.
+
+    A step is recorded if its number is a multiple of one of the numbers in `every`. Its figures stay on the
+    device until the ranks exchange messages anyway.
+    """
+
+    def __init__(self, every: Sequence[int], runtime: Runtime) -> None:
+        self._every = every
+        self._means = Means(runtime)
+        self._epochs: dict[int, int] = {}  # of each recorded step, both counted from 1
+        self._now: int | None = None  # the step that is going on, if it is recorded
+
+    def begin(self, step: int, epoch: int) -> None:
+        """A step begins; both numbers count from 1."""
+        is_recorded = any(step % every == 0 for every in self._every)
+        self._now = step if is_recorded else None
+        if is_recorded:
+            self._epochs[step] = epoch
+
+    def add(self, name: str, value: torch.Tensor | float, count: int) -> None:
+        """Adds a figure of the step that is going on, the mean over `count` examples of this rank."""
+        if self._now is not None:
+            self._means.add(f"{self._now} {name}", value, count)
+
+    def collect(self) -> list[dict[str, Any]]:
+        """The figures of the steps recorded since the last call, over all ranks; all ranks call."""
+        epochs = self._epochs
+        self._epochs = {}
+        if not epochs:  # then no other rank has recorded a step either
+            return []
+        records = {step: {"step": step, "epoch": epoch} for step, epoch in epochs.items()}
+        for key, value in self._means.take().items():
+            step, _, name = key.partition(" ")
+            records[int(step)][f"step/{name.removeprefix('train/')}"] = value  # type: ignore[assignment]
+        return list(records.values())
