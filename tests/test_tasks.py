@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -502,9 +503,26 @@ def test_predict_and_export_say_that_there_are_no_classes(home, train_here, tmp_
         lambda: command.predict(["run", "image.png"]),
         lambda: command.export(["run", "--to", "model.onnx"]),
     ):
-        with pytest.raises(
-            UserError, match="its model does not tell classes apart, so there is nothing to"
-        ):
+        with pytest.raises(UserError, match="its model does not tell classes apart"):
             call()
     trained = load(run.path)
     assert measure(trained, open_part(trained, "test")).loss == run.summary["test/loss"]
+
+
+def test_what_a_model_gives_is_written_as_an_array_in_the_order_of_the_data(home, train_here, capsys):
+    run = train_here(*words("regression", "run.dir=run"))
+    assert command.predict(["run", "--data", "test", "--npy", "out.npy"]) == 0
+    assert "an array of float64 [31, 1] is in out.npy" in capsys.readouterr().out
+    _, targets = sys.modules["mytasks"].table("test", 31)
+    errors = np.load("out.npy")[:, 0] - targets
+    assert np.mean(errors**2) == pytest.approx(run.summary["test/loss"], rel=1e-12)
+    assert np.mean(np.abs(errors)) == pytest.approx(run.summary["test/mae"], rel=1e-12)
+    with pytest.raises(UserError, match=r"--npy out\.npy is there already: give another name, or --force"):
+        command.predict(["run", "--data", "test", "--npy", "out.npy"])
+    assert command.predict(["run", "--data", "val", "--npy", "out.npy", "--force"]) == 0
+    assert np.load("out.npy").shape == (20, 1)
+    train_here(*words("own", "trainer.epochs=1", "run.dir=nested"))
+    with pytest.raises(
+        UserError, match=r"gives a Both .* but --npy holds one tensor with an entry for each"
+    ):
+        command.predict(["nested", "--data", "test", "--npy", "nested.npy"])

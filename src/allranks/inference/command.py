@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from allranks.base.arguments import with_our_errors
 from allranks.base.errors import UserError, show
-from allranks.base.files import finite, write_text
+from allranks.base.files import finite, write_bytes, write_text
 from allranks.base.text import table
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def predict_parser() -> argparse.ArgumentParser:
           allranks predict runs/mlp/1 two.png --top 10
           allranks predict runs/mlp/1 --data test
           allranks predict runs/mlp/1 --data test --csv test.csv
+          allranks predict runs/mlp/1 --data test --npy outputs.npy
 
         An image may have any size, be grey or coloured, light on dark or dark on light. The column
         `prepared` tells what was done to it. The exit code is 0; 1 where some of the images could
@@ -82,6 +83,12 @@ def predict_parser() -> argparse.ArgumentParser:
         "--json", action="store_true", help="for programs: one JSON line an image or example"
     )
     parser.add_argument("--csv", metavar="FILE", type=Path, help="with --data: a line an example into FILE")
+    parser.add_argument(
+        "--npy",
+        metavar="FILE",
+        type=Path,
+        help="with --data: what the model itself gives, as an array with an entry for each example",
+    )
     parser.add_argument("--force", action="store_true", help="replace FILE if it is there")
     return parser
 
@@ -198,8 +205,9 @@ def predict(arguments: Sequence[str]) -> int:
         raise UserError(f"--data {options.data} and images ({images[0]}): give one or the other.")
     if options.data is None and not images:
         raise UserError("There is nothing to predict: give image files, or --data test.")
-    if options.data is None and options.csv is not None:
-        raise UserError("--csv needs --data: for images there is --json.")
+    for option, file in (("--csv", options.csv), ("--npy", options.npy)):
+        if options.data is None and file is not None:
+            raise UserError(f"{option} needs --data: for images there is --json.")
     if options.data is None:
         return _predict_images(options)
     return _predict_part(options)
@@ -329,12 +337,21 @@ def _finite(value: float) -> float | None:
 def _predict_part(options: argparse.Namespace) -> int:
     from allranks.inference import forward
 
-    if options.csv is not None and not options.force and options.csv.exists():
-        raise _is_there_already(options.csv)  # told before the data are read
+    for option, file in (("--csv", options.csv), ("--npy", options.npy)):
+        if file is not None and not options.force and file.exists():
+            raise _is_there_already(option, file)  # told before the data are read
     opened = _open(options)
     trained = opened.trained
-    forward.need_classes(trained)
+    if options.npy is None or options.csv is not None:
+        forward.need_classes(trained)
     part = forward.open_part(trained, options.data, opened.given.data)
+    if options.npy is not None:
+        array = forward.outputs_in_order(trained, part).numpy()
+        _write_npy(options.npy, array, options.force)
+        if not forward.is_classification(trained):
+            print(_title(trained))
+            print(f"an array of {array.dtype} {list(array.shape)} is in {options.npy}")
+            return 0
     outputs = forward.forward(trained, part)
     names = forward.class_names(trained, part)
     if options.csv is not None:
@@ -347,6 +364,8 @@ def _predict_part(options: argparse.Namespace) -> int:
     print(confusion_table(outputs.confusion(), names))
     if options.csv is not None:
         print(f"{len(outputs.labels):,} lines are in {options.csv}")
+    if options.npy is not None:
+        print(f"an array of {array.dtype} {list(array.shape)} is in {options.npy}")
     return 0
 
 
@@ -378,13 +397,27 @@ def _write_csv(path: Path, outputs: Outputs, force: bool) -> None:
     try:
         write_text(path, text.getvalue(), new=not force).close()
     except FileExistsError:
-        raise _is_there_already(path) from None
+        raise _is_there_already("--csv", path) from None
     except OSError as error:
         raise UserError(f"--csv {path} cannot be written ({error.strerror}).") from error
 
 
-def _is_there_already(path: Path) -> UserError:
-    return UserError(f"--csv {path} is there already: give another name, or --force.")
+def _write_npy(path: Path, array: Any, force: bool) -> None:
+    """Writes the array as numpy does; raises UserError where the file is there."""
+    from numpy.lib import format as npy
+
+    content = io.BytesIO()
+    npy.write_array(content, array, allow_pickle=False)
+    if path.exists() and not force:
+        raise _is_there_already("--npy", path)
+    try:
+        write_bytes(path, content.getvalue())
+    except OSError as error:
+        raise UserError(f"--npy {path} cannot be written ({error.strerror}).") from error
+
+
+def _is_there_already(option: str, path: Path) -> UserError:
+    return UserError(f"{option} {path} is there already: give another name, or --force.")
 
 
 def confusion_table(counts: torch.Tensor, names: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """A trained model over a data set: its figures, and what it says of each example, in the order of the data.
 
-measure() works for every task. All else here is for classification, whose model makes logits of images.
+measure() and outputs_in_order() work for every task. All else here is for classification, whose model makes
+logits of images.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from allranks.base.errors import UserError
 from allranks.data import loader
 from allranks.data.dealing import EVAL_BATCH, evaluation_batches
+from allranks.data.nests import described
 from allranks.data.parts import Mapped, Part
 from allranks.inference.load import Trained
 from allranks.tasks import Classification, at_least_fp32, metrics_of, outputs_of
@@ -111,8 +113,9 @@ def need_classes(trained: Trained) -> None:
     if not is_classification(trained):
         raise UserError(
             f"{trained.directory} is a run of task._target_={trained.config.task['_target_']}: its model "
-            "does not tell classes apart, so there is nothing to predict or export here. `allranks "
-            "evaluate` measures it, and allranks.inference.load gives the model to a program of your own."
+            "does not tell classes apart. `allranks evaluate` measures it, `allranks predict --data test "
+            "--npy FILE` writes what it gives for each example, and allranks.inference.load gives it to a "
+            "program of your own."
         )
 
 
@@ -144,15 +147,50 @@ def forward(trained: Trained, part: Part) -> Outputs:
     if sums is None:
         raise _empty(trained)
 
-    # The examples came share by share. Share s has the examples s, s + share_count, s + 2 * share_count and
-    # so on. They are put back into the order of the part.
-    shares = [torch.arange(share, len(part), runtime.share_count) for share in runtime.shares]
-    order = torch.cat(shares)
-    in_order = torch.empty(len(part), logits[0].shape[1], dtype=logits[0].dtype)
-    in_order[order] = torch.cat(logits)
-    labels_in_order = torch.empty(len(part), dtype=torch.int64)
-    labels_in_order[order] = torch.cat(labels)
-    return Outputs(in_order, labels_in_order, sums.total(runtime))
+    return Outputs(
+        _in_order(logits, len(part), trained), _in_order(labels, len(part), trained), sums.total(runtime)
+    )
+
+
+def _in_order(pieces: Sequence[torch.Tensor], length: int, trained: Trained) -> torch.Tensor:
+    """The entries of evaluation_batches(), an entry for each example, in the order of the part.
+
+    They come share by share. Share s has the examples s, s + share_count, s + 2 * share_count and so on.
+    """
+    runtime = trained.runtime
+    order = torch.cat([torch.arange(share, length, runtime.share_count) for share in runtime.shares])
+    came = torch.cat(list(pieces))
+    in_order = torch.empty_like(came)
+    in_order[order] = came
+    return in_order
+
+
+@torch.no_grad()
+def outputs_in_order(trained: Trained, part: Part) -> torch.Tensor:
+    """What the model gives for each example of the part, [n, ...] on the CPU, in the order of the part.
+
+    It works for every task whose outputs are one tensor with an entry for each example. Raises UserError
+    where they are not, or where the part is empty.
+    """
+    runtime = trained.runtime
+    trained.model.eval()
+    pieces: list[torch.Tensor] = []
+    with part.explained():
+        for _, (examples, length) in evaluation_batches(part, runtime, trained.config.seed):
+            with runtime.autocast(trained.precision):
+                outputs = outputs_of(trained.task, trained.model, examples)
+            if not isinstance(outputs, torch.Tensor) or outputs.shape[:1] != (length,):
+                raise UserError(
+                    f"The model of {trained.directory} gives {described(outputs)} for {length} examples, "
+                    "but --npy holds one tensor with an entry for each example: use "
+                    "allranks.inference.load in a program of your own."
+                )
+            runtime.progress.evaluated_batch()
+            # numpy has no bfloat16
+            pieces.append(at_least_fp32(outputs).cpu() if outputs.is_floating_point() else outputs.cpu())
+    if not pieces:
+        raise _empty(trained)
+    return _in_order(pieces, len(part), trained)
 
 
 @torch.no_grad()
