@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import pytest
 
 from allranks.base import processes
+from allranks.base.errors import EXIT_TIMED_OUT
 from allranks.launch.console import STDOUT, Writer
 from helpers import TIMEOUT_S, Started, serial, until
 from launching import TOLD, by_hand, can_make_hosts, python, supervised
@@ -93,6 +94,22 @@ def test_a_launch_that_was_itself_stopped_takes_no_guard_for_silent(saved):
         time.sleep(4)
         started.process.send_signal(signal.SIGCONT)
         assert started.finish(within_s=60)[0] == 0
+
+
+@pytest.mark.long
+def test_time_in_which_a_launch_was_stopped_counts_for_no_limit(saved):
+    """As the preflight's: the job was suspended meanwhile, and nothing hangs."""
+    program = python(saved.program + "time.sleep(8)")
+    limits = {"ASK_S": 0.2, "SUSPENDED_S": 1.0}
+    with Started(supervised("mpiexec", 2, program, constants=limits, run_s=5)) as started:
+        guards(started, 2)
+        started.process.send_signal(signal.SIGSTOP)
+        time.sleep(6)
+        started.process.send_signal(signal.SIGCONT)
+        code, _, err = started.finish(within_s=60)
+    assert code == 0, err
+    with Started(supervised("mpiexec", 2, program, constants=limits, run_s=5)) as started:
+        assert started.finish(within_s=60)[0] == EXIT_TIMED_OUT
 
 
 def stop(pids: Iterable[int], signum: int) -> None:

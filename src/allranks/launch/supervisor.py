@@ -52,6 +52,7 @@ LEAST_ASK_S = 0.25  # and where a limit of the user's is shorter than that
 SILENT_S = 60.0  # a guard that has said nothing for so long is stopped, or its host is down
 # The event loop itself comes late where this process was stopped. By so much it does not on a busy host.
 SUSPENDED_S = 5.0
+NOTICE_S = 0.1  # for this process to notice that it was stopped, once it goes on
 ASK_SCHEDULER_S = 60.0  # how often it is asked at most whether it has suspended the job: all users share it
 LOOK_S = 8.0  # for the guards to see where their programs are: a process with py-spy takes 2 s to start
 MOST_LOOKS = 64  # ranks that are looked at, and shown if they are among the first few to blame
@@ -118,7 +119,8 @@ class StopRound:
     """How the ranks agree on the call of allranks.should_stop() at which they stop."""
 
     reason: str = ""  # why the first rank asked for it; empty: none has
-    answered: dict[int, int] = field(default_factory=dict)  # by rank, how many calls had their answer
+    awaited: set[int] = field(default_factory=set)  # the ranks that have not said yet how far they are
+    most_answered: int = 0  # the most calls of any rank that had their answer
     at: int = 0  # the first call that returns True; 0: not agreed on
 
 
@@ -228,6 +230,7 @@ class Supervision:
         self._ask_scheduler = ask_scheduler
         self._scheduler_asked_at = -ASK_SCHEDULER_S
         self._scheduler_says_suspended = False
+        self._stopped_s = 0.0  # for how long this process was stopped, as with its whole job
         self._is_suspended = False  # the user was told that all ranks are stopped
         self._secret = secrets.token_hex(32)
         # What all ranks are told. The launch's variables name rank 0's address, or else rank 0's guard
@@ -267,7 +270,7 @@ class Supervision:
                 self._loop.add_signal_handler(number, self._on_signal, number)
         self._loop.add_signal_handler(signal.SIGCHLD, self._changed.set)
         self._loop.add_signal_handler(signal.SIGWINCH, self._on_resize)
-        self._loop.call_later(self.limits.start_s, self._at_start_limit)
+        self._after(self.limits.start_s, self._at_start_limit)
         said = asyncio.create_task(self._hear_launcher())
         asking = asyncio.create_task(self._ask_guards())
 
@@ -312,6 +315,23 @@ class Supervision:
             variables.SECRET: self._secret,
             variables.OUTPUT: str(Path(run_dir).absolute() / "output") if run_dir else "",
         }
+
+    def _after(self, limit_s: float, act: Callable[[], None]) -> None:
+        """Has `act` called after so many seconds, without those in which this process was stopped.
+
+        After a stop this timer and the one by which the stop is noticed are both due. So it waits a little
+        longer, until the other one has come first.
+        """
+        stopped_before_s = self._stopped_s
+
+        def look() -> None:
+            more_s = self._stopped_s - stopped_before_s
+            if more_s > 0:
+                self._after(more_s, act)
+            else:
+                act()
+
+        self._loop.call_later(limit_s, self._loop.call_later, NOTICE_S, look)
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         """Waits for what news of ranks or processes may bring about, or until nobody reads on."""
@@ -428,7 +448,7 @@ class Supervision:
         self.phase = Phase.RUNNING
         self._has_begun = True
         if self.limits.run_s is not None:
-            self._loop.call_later(self.limits.run_s, self._at_run_limit)
+            self._after(self.limits.run_s, self._at_run_limit)
         by_host: dict[tuple[str, str | None], list[Guarded]] = {}
         for number in sorted(self.guarded):
             known = self.guarded[number]
@@ -467,8 +487,8 @@ class Supervision:
         elif "wish" in word:
             self._begin_stop(known, int(word["wish"]))
         elif "answered" in word:
-            self._stop.answered[known.rank.rank] = int(word["answered"])
-            self._settle_stop()
+            self._stop.most_answered = max(self._stop.most_answered, int(word["answered"]))
+            self._settle_stop(known)
         elif "look" in word:
             seen = self._idle.looks.get(known.rank.rank, b"")
             self._idle.looks[known.rank.rank] = seen + links.output(word["look"])
@@ -497,7 +517,7 @@ class Supervision:
     def _on_end(self, known: Guarded) -> None:
         """A rank has ended, and all of its output has arrived."""
         known.rank.has_ended = True
-        self._settle_stop()  # it was perhaps the last one whose answer was waited for
+        self._settle_stop(known)  # it says nothing more
         self.console.end_lines_of(known.rank.rank, known.rank.host)
         if known.rank.has_failed and self.phase is not Phase.ENDING:
             self._enter_ending()
@@ -530,6 +550,7 @@ class Supervision:
             if now > asked_at + pause_s + SUSPENDED_S:
                 # We were stopped ourselves, as a scheduler stops a whole job: their answers lie here
                 # unread.
+                self._stopped_s += now - asked_at - pause_s
                 for known in self.guarded.values():
                     known.heard_at = now
                 self._idle.forgive(now)
@@ -632,20 +653,19 @@ class Supervision:
         if self._stop.reason:
             return
         self._stop.reason = "the job's end" if wish == variables.WISH_JOB_END else signal.Signals(wish).name
+        self._stop.awaited = {known.rank.rank for known in self._connected() if known.rank.code is None}
         self._tell_all(hold=True)
 
-    def _settle_stop(self) -> None:
+    def _settle_stop(self, known: Guarded) -> None:
         """Tells all ranks when to stop, once each has said how many of its calls have had their answer.
 
-        A rank that has ended says nothing. No rank's next call has been answered yet, so the one after the
-        largest of these numbers is still ahead of all of them, or waits.
+        `known` has just said it, or has ended and says nothing. No rank's next call has been answered yet,
+        so the one after the largest of these numbers is still ahead of all of them, or waits.
         """
-        if not self._stop.reason or self._stop.at:
+        self._stop.awaited.discard(known.rank.rank)
+        if not self._stop.reason or self._stop.at or self._stop.awaited:
             return
-        awaited = {known.rank.rank for known in self._connected() if known.rank.code is None}
-        if awaited - self._stop.answered.keys():
-            return
-        self._stop.at = max(self._stop.answered.values(), default=0) + 1
+        self._stop.at = self._stop.most_answered + 1
         self._tell_all(stop_at=self._stop.at)
         words = f"{self._stop.reason}: all ranks stop at call {self._stop.at} of allranks.should_stop()"
         self.console.line(as_line(words, STDERR).encode())
