@@ -80,6 +80,8 @@ def test_ranks_are_idle_only_if_all_of_them_are():
     writes = watch((10, doing()), (100, doing(written=1)))
     assert idle.notice({0: asleep, 1: writes}, 60, now=100) is None
     assert idle.notice({0: asleep, 1: asleep}, None, now=1e6) is None
+    assert idle.notice({0: asleep}, 60, now=100, last_end_at=50) is None  # it had waited for that rank
+    assert idle.notice({0: asleep}, 60, now=111, last_end_at=50) == Finding(Kind.IDLE, (0,), 60)
     has_asked = watch((10, doing(beats=1, within_ms=95_000)))
     assert idle.notice({0: asleep, 1: has_asked}, 60, now=100) is None
     assert idle.notice({0: asleep, 1: has_asked}, 60, now=106) == Finding(Kind.OVERDUE, (1,), 95)

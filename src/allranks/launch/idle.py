@@ -97,8 +97,13 @@ class Finding:
     limit_s: float
 
 
-def notice(ranks: Mapping[int, RankWatch], idle_s: float | None, now: float) -> Finding | None:
-    """What is wrong with the `ranks`, those that have not ended; None where nothing is."""
+def notice(
+    ranks: Mapping[int, RankWatch], idle_s: float | None, now: float, last_end_at: float = 0.0
+) -> Finding | None:
+    """What is wrong with the `ranks`, those that have not ended; None where nothing is.
+
+    `last_end_at` is when the latest of the others has ended: those that are left may have waited for it.
+    """
     overdue: list[int] = []
     limits_s: list[float] = []
     for rank, watch in ranks.items():
@@ -108,7 +113,9 @@ def notice(ranks: Mapping[int, RankWatch], idle_s: float | None, now: float) -> 
             limits_s.append(limit_s)
     if overdue:
         return Finding(Kind.OVERDUE, tuple(overdue), max(limits_s))
-    if idle_s is not None and ranks and all(watch.is_idle(idle_s, now) for watch in ranks.values()):
+    if idle_s is None or not ranks or now - last_end_at <= idle_s:
+        return None
+    if all(watch.is_idle(idle_s, now) for watch in ranks.values()):
         return Finding(Kind.IDLE, tuple(ranks), idle_s)
     return None
 

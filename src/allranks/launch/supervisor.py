@@ -96,6 +96,7 @@ class IdleWatch:
     ranks: dict[int, idle.RankWatch] = field(default_factory=dict)  # by rank, of all that have begun
     looks: dict[int, bytes] = field(default_factory=dict)  # by rank, what its guard has seen
     have_looked: set[int] = field(default_factory=set)
+    last_end_at: float = 0.0  # when the latest rank has ended
     naming: asyncio.Task[None] | None = None  # ranks are looked at, to be named
 
     @property
@@ -517,6 +518,7 @@ class Supervision:
     def _on_end(self, known: Guarded) -> None:
         """A rank has ended, and all of its output has arrived."""
         known.rank.has_ended = True
+        self._idle.last_end_at = self._loop.time()
         self._settle_stop(known)  # it says nothing more
         self.console.end_lines_of(known.rank.rank, known.rank.host)
         if known.rank.has_failed and self.phase is not Phase.ENDING:
@@ -621,7 +623,7 @@ class Supervision:
             return
         running = {known.rank.rank for known in self._connected() if known.rank.code is None}
         watched = {rank: watch for rank, watch in self._idle.ranks.items() if rank in running}
-        finding = idle.notice(watched, self.limits.idle_s, now)
+        finding = idle.notice(watched, self.limits.idle_s, now, self._idle.last_end_at)
         if finding is not None:
             self._idle.naming = asyncio.create_task(self._name(finding, watched))
 
