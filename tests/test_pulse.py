@@ -202,6 +202,22 @@ def test_the_page_has_the_limits_that_a_heartbeat_gives():
     for within_s, expected in ((None, 0), (2.5, 2500), (0.0001, 1), (math.inf, -1)):
         allranks.heartbeat(within_s)
         assert numbers[pulse.WITHIN_MS] == expected
+    for wrong in (0, -1, math.nan):
+        with pytest.raises(UserError, match="give a number of seconds above 0"):
+            allranks.heartbeat(wrong)
+
+
+def test_only_a_guards_own_page_is_written(tmp_path):
+    """In a container the number of the guard may be that of another process, and its descriptor a file."""
+    path = tmp_path / "mine"
+    path.write_bytes(b"precious" * 1000)
+    code = "import os, sys; open(sys.argv[1], 'rb+'); import allranks; allranks.heartbeat()"
+    with path.open("rb+") as file:
+        environ = clean_environment(
+            PYTHONPATH=f"{ROOT}/src", ALLRANKS_PULSE=f"/proc/{os.getpid()}/fd/{file.fileno()}"
+        )
+        subprocess.run([PYTHON, "-c", code, str(path)], env=environ, check=True)
+    assert path.read_bytes() == b"precious" * 1000
 
 
 # --- the watchdog under real launchers -------------------------------------------------------------------

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
-import math
 import mmap
 import os
 import signal
@@ -37,11 +36,13 @@ from types import FrameType
 from allranks.base.errors import UserError, show
 from allranks.base.processes import DUMP_SIGNAL, STOPPING
 from allranks.job import scheduler
+from allranks.job.identity import discover
 from allranks.job.variables import (
     BEATS,
     CALLS,
     HOLD,
     PAGE_BYTES,
+    PAGE_NAME,
     PULSE,
     STACK_AT,
     STACK_PID,
@@ -53,6 +54,7 @@ from allranks.job.variables import (
 )
 
 NO_LIMIT = -1  # in the page: the next heartbeat may take as long as it likes
+NO_LIMIT_S = 1e9  # thirty years: math.inf, and whatever else does not fit the page
 RESERVE_S = 60.0  # kept free before the job's end, unless the program says how long its save takes
 AGREE_S = 30.0  # for the launch to tell when to stop; asked again at the next call if it takes longer
 LOOK_S = 0.001  # how often a rank that is held looks into its page
@@ -77,8 +79,12 @@ def _page() -> Page:
     """
     path = os.environ.get(PULSE, "")  # /proc/PID/fd/N
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:  # no guard, or one that this process cannot see from its container
+        # In a container the number may be another process's, and the descriptor lead to any file.
+        is_ours = os.readlink(path).startswith(f"/memfd:{PAGE_NAME}")  # noqa: PTH115
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC) if is_ours else None
+    except OSError:  # there is no guard
+        descriptor = None
+    if descriptor is None:
         return Page(memoryview(array("q", bytes(PAGE_BYTES))), guard_pid=None)
 
     numbers = memoryview(mmap.mmap(descriptor, PAGE_BYTES)).cast("q")
@@ -99,14 +105,19 @@ def heartbeat(within_s: float | None = None) -> None:
     Call it in each step of the loop. From the first call on the next one has to come within the limit:
     `within_s` seconds if given, else those of `allranks launch --idle`, else 600. math.inf stands for no
     limit: give it at the end of the loop, or before work that takes as long as it likes. A rank that misses
-    its limit is named with its stack, and the launch ends. Does nothing without `allranks launch`.
+    its limit is named with its stack, and the launch ends. Does nothing without `allranks launch`. Raises
+    UserError where `within_s` is not above 0.
     """
     numbers = _page().numbers
-    if within_s is None:
-        numbers[WITHIN_MS] = 0
-    else:
-        numbers[WITHIN_MS] = NO_LIMIT if within_s == math.inf else max(1, int(within_s * 1000))
+    numbers[WITHIN_MS] = 0 if within_s is None else _milliseconds(within_s)
     numbers[BEATS] += 1
+
+
+def _milliseconds(within_s: float) -> int:
+    """The time as a number in the page, at least 1."""
+    if not within_s > 0:
+        raise UserError(f"heartbeat(within_s={within_s}) is not valid: give a number of seconds above 0.")
+    return NO_LIMIT if within_s >= NO_LIMIT_S else max(1, int(within_s * 1000))
 
 
 # --- the end of the job -----------------------------------------------------------------------------------
@@ -146,9 +157,12 @@ class Stop:
             self._catch_signals()
         # One rank asks for all where the ranks agree. Else each rank takes what it is told, as a scheduler
         # would be asked by thousands of ranks at once.
-        is_first = environ.get("RANK", "0") == "0"
+        try:
+            identity = discover(environ)
+            is_first, is_alone = identity.rank == 0, identity.alone
+        except UserError:  # whatever started this process, it is not known to be the only one
+            is_first, is_alone = False, False
         if is_first or page.guard_pid is None:
-            is_alone = environ.get("WORLD_SIZE", "1") == "1"
             asks_scheduler = is_first and (is_alone or page.guard_pid is not None)
             threading.Thread(
                 target=self._find_end, args=(dict(environ), asks_scheduler), daemon=True

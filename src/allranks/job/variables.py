@@ -39,6 +39,7 @@ RANKS_SECRET = "ALLRANKS_RANKS_SECRET"
 # Under `allranks launch -- PROGRAM` each rank and its guard share some memory, which the guard has made:
 # whole numbers of 8 bytes, and below them room for a stack. job/pulse.py tells what they say to each other.
 PULSE = "ALLRANKS_PULSE"  # the path of that memory: /proc/PID/fd/N, of the guard
+PAGE_NAME = "allranks-pulse"  # which /proc shows
 PAGE_BYTES = 4096
 STACK_AT, STACK_BYTES = PAGE_BYTES, 1 << 16  # where a program writes down its Python stack
 

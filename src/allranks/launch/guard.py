@@ -520,7 +520,7 @@ def _page() -> int | None:
     """Memory to share with the program, as a file without a name; None where there is no such thing."""
     if sys.platform != "linux":
         return None
-    descriptor = os.memfd_create("allranks-pulse")
+    descriptor = os.memfd_create(variables.PAGE_NAME)
     os.ftruncate(descriptor, variables.STACK_AT + variables.STACK_BYTES)
     return descriptor
 

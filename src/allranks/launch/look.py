@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 
 from allranks.base import processes
@@ -91,15 +92,15 @@ def _written_stack(page: str) -> str:
     return ""
 
 
-def _when_whole(memory: object) -> str:
+def _when_whole(memory: FileIO) -> str:
     """What was written into the part of the page that is for a stack, once it has not grown for 50 ms."""
     deadline = time.monotonic() + WRITE_S
     text, before = "", None
     while (not text or text != before) and time.monotonic() < deadline:
         time.sleep(0.05)
         before = text
-        memory.seek(STACK_AT)  # type: ignore[attr-defined]
-        text = memory.read(STACK_BYTES).rstrip(b"\0").decode(errors="replace")  # type: ignore[attr-defined]
+        memory.seek(STACK_AT)
+        text = memory.read(STACK_BYTES).rstrip(b"\0").decode(errors="replace")
     return text
 
 
