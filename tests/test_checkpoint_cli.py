@@ -66,10 +66,20 @@ def test_list(run):
     rows = [json.loads(line) for line in command("list", "--json", ".", cwd=run).ok().out.splitlines()]
     assert rows[1] == {
         "checkpoint": "checkpoints/step-000025", "step": 25, "epoch": 2, "val/loss": 0.5,
-        "bytes": size(run, 25),
+        "metrics": {"val/loss": 0.5}, "bytes": size(run, 25),
         "problem": None,
     }  # fmt: skip
     assert [row["problem"] for row in rows] == [None, None, "model.safetensors: it is missing"]
+
+
+def test_without_a_validation_loss_another_metric_is_listed(tmp_path):
+    own = {**state(10), "history": [{"epoch": 1, "step": 10, "train/loss": 2.0, "val/rmse": 0.25}]}
+    files = {"state.json": json.dumps(own).encode()}
+    checkpoint.write(tmp_path, 10, files, "me", lambda: None)
+    done = command("list", ".", cwd=tmp_path).ok()
+    assert [line.split()[:3] for line in done.out.splitlines()] == [
+        ["step", "epoch", "val/rmse"], ["10", "1", "0.25"],
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("path", [".", "checkpoints", "../{run.name}/checkpoints"])

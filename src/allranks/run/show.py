@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from allranks.base.arguments import with_our_errors
 from allranks.base.errors import UserError
 from allranks.base.text import table
-from allranks.run import checkpoint
+from allranks.run import checkpoint, metric_names
 from allranks.run.checkpoint import Damaged, Tensor
 
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
     0, or 1 where a checkpoint is damaged. Raises UserError where there is no checkpoint at PATH.
     """
     commands = (
-        _Command("list", _list, "each one: step, epoch, val/loss, size, valid or what is wrong"),
+        _Command("list", _list, "each one: step, epoch, a metric, size, valid or what is wrong"),
         _Command("verify", _verify, "read every file again; the exit code is 1 if one is damaged"),
         _Command("show", _show, "what the newest valid one, or the one at PATH, holds"),
     )
@@ -96,12 +96,14 @@ def _row(path: Path) -> dict[str, Any]:
         state = {}
         size = sum(file.lstat().st_size for file in path.glob("*") if file.name != checkpoint.MANIFEST)
     history = state.get("history")
-    last_epoch = history[-1] if isinstance(history, list) and history else None
+    last_epoch = history[-1] if isinstance(history, list) and history else {}
+    metrics = last_epoch if isinstance(last_epoch, dict) else {}
     return {
         "checkpoint": str(path),
         "step": state.get("step", checkpoint.step_of(path.absolute())),
         "epoch": state.get("epoch"),
-        "val/loss": last_epoch.get("val/loss") if isinstance(last_epoch, dict) else None,
+        "val/loss": metrics.get("val/loss"),
+        "metrics": {name: metrics[name] for name in metric_names.metrics_in([metrics])},
         "bytes": size,
         "problem": problem,
     }
@@ -112,12 +114,22 @@ def _list(paths: Sequence[Path], as_json: bool) -> int:
     if as_json:
         _print_json(rows)
         return 0
-    shown = [("step", "epoch", "val/loss", "bytes", "")]
+    metric = _metric_of(rows)
+    shown = [("step", "epoch", metric, "bytes", "")]
     for row in rows:
-        step, epoch, loss = (_plain(row[key]) for key in ("step", "epoch", "val/loss"))
-        shown.append((step, epoch, loss, f"{row['bytes']:,}", row["problem"] or "valid"))
+        step, epoch = (_plain(row[key]) for key in ("step", "epoch"))
+        value = _plain(row["metrics"].get(metric))
+        shown.append((step, epoch, value, f"{row['bytes']:,}", row["problem"] or "valid"))
     print(table(shown))
     return 0
+
+
+def _metric_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The metric that the list shows: val/loss, or what the training measures in its place."""
+    there = dict.fromkeys(name for row in rows for name in row["metrics"])
+    if not there or "val/loss" in there:
+        return "val/loss"
+    return (metric_names.of_parts(list(there), "val") or list(there))[0]
 
 
 def _verify(paths: Sequence[Path], as_json: bool) -> int:
