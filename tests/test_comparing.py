@@ -23,12 +23,12 @@ from allranks.report import compare_page, compare_pictures, compare_sweep, compa
 from allranks.report.compare import compare, is_number, short_names
 from allranks.report.gather import RunFacts
 from browsing import SCREENS, assert_readable
-from helpers import PYTHON, SMALL, Run, execute
+from helpers import PYTHON, SMALL, Run, execute, execute_forked
 
 # One worker trains the sweep that most of these tests look at.
 pytestmark = pytest.mark.xdist_group("comparing")
 
-ALLRANKS = [PYTHON, "-m", "allranks"]
+ALLRANKS = ["-m", "allranks"]
 CONFIG = {
     "name": "mlp",
     "seed": 0,
@@ -383,13 +383,13 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """(directory, what was printed) of a sweep with report=false: three batch sizes, two seeds each."""
     folder = tmp_path_factory.mktemp("sweep")
     words = ["-m", *SMALL, "trainer.epochs=1", "trainer.batch_size=32,64,128", "seed=0,1", "run.dir=sizes"]
-    done = execute([*ALLRANKS, "train", *words], folder).ok()
+    done = execute_forked([*ALLRANKS, "train", *words], 1, folder).ok()
     assert not (folder / "sizes/compare.html").exists()
     return folder / "sizes", done.out
 
 
 def compared(*words: object, cwd: Path) -> str:
-    done = execute([*ALLRANKS, "compare", *map(str, words)], cwd).ok()
+    done = execute_forked([*ALLRANKS, "compare", *map(str, words)], 1, cwd).ok()
     assert done.err == ""
     return done.out
 
@@ -430,7 +430,7 @@ def test_the_figures_of_a_comparison_are_those_of_the_records(sweep):
 
 def test_a_sweep_leaves_a_page_that_leads_to_the_pages_of_its_runs(tmp_path):
     words = ["-m", *SMALL, "report=true", "trainer.epochs=1", "model=linear", "seed=0,1", "run.dir=two"]
-    done = execute([*ALLRANKS, "train", *words], tmp_path, timeout_s=400).ok()
+    done = execute_forked([*ALLRANKS, "train", *words], 1, tmp_path, timeout_s=400).ok()
     assert "2 runs: all finished, 1 epoch each. They differ only in their seed." in done.out
     assert f"As a page with curves: {tmp_path}/two/compare.html" in done.out
     html = (tmp_path / "two/compare.html").read_text()
@@ -445,7 +445,7 @@ def test_a_page_for_single_runs_is_made_on_demand(sweep, tmp_path):
     assert compared(*cells, "--page", "mine", cwd=tmp_path).endswith("mine/compare.html\n")
     assert (tmp_path / "mine/compare.html").exists()
     (tmp_path / "file").touch()
-    done = execute([*ALLRANKS, "compare", *map(str, cells), "--page", "file"], tmp_path)
+    done = execute_forked([*ALLRANKS, "compare", *map(str, cells), "--page", "file"], 1, tmp_path)
     assert done.code == 2
     assert "file/compare.html cannot be written" in done.err
 
@@ -522,7 +522,7 @@ def test_nothing_to_show_is_one_message(sweep, tmp_path, words, said):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/notes.txt").write_text("mine")
     (tmp_path / "good").symlink_to(sweep[0])
-    done = execute([*ALLRANKS, "compare", *words], tmp_path)
+    done = execute_forked([*ALLRANKS, "compare", *words], 1, tmp_path)
     assert done.code == 2
     assert said in done.err
     assert "Traceback" not in done.err
@@ -537,7 +537,9 @@ def test_of_several_directories_one_may_hold_no_run(sweep, tmp_path):
 
 def test_a_report_of_several_runs_compares_them(sweep, tmp_path):
     cells = [str(sweep[0] / name) for name in ("0", "2")]
-    done = execute([*ALLRANKS, "report", "--records-only", "--to", "pages", *cells], tmp_path).ok()
+    done = execute_forked(
+        [*ALLRANKS, "report", "--records-only", "--to", "pages", *cells], 1, tmp_path
+    ).ok()
     assert done.out.splitlines() == ["pages/0/report.html", "pages/2/report.html", "pages/compare.html"]
     assert "They differ in trainer.batch_size." in (tmp_path / "pages/compare.html").read_text()
 
@@ -614,7 +616,9 @@ def test_a_launched_sweep_ends_with_its_comparison_whatever_its_cells_do(tmp_pat
     """With the larger rate two cells fail: their loss is not finite."""
     words = ["-n", "1", "--no-preflight", "-m", *SMALL, "trainer.epochs=1", "run.dir=sizes"]
     wide = {**os.environ, "COLUMNS": "120"}  # room for all columns of the table
-    done = execute([*ALLRANKS, "launch", *words, "optimizer.lr=0.1,1e30", "seed=0,1"], tmp_path, wide)
+    done = execute(
+        [PYTHON, *ALLRANKS, "launch", *words, "optimizer.lr=0.1,1e30", "seed=0,1"], tmp_path, wide
+    )
     assert done.code == 2
     text = done.out[done.out.index("4 runs. They differ in optimizer.lr.") :]
     header, finished, failed = table_of(text)

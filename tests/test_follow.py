@@ -22,7 +22,7 @@ from allranks.follow import drawing
 from allranks.follow.logs import Logs, Tail
 from allranks.follow.reading import ASK_EVERY_S, Reader, View, newest_steps
 from allranks.follow.watch import Look, picture
-from helpers import PYTHON, SMALL, TRAIN, Run, Started, execute, launcher, until
+from helpers import PYTHON, SMALL, TRAIN, Run, Started, execute_forked, until
 from test_terminal import Terminal
 
 ALLRANKS = [PYTHON, "-m", "allranks"]
@@ -32,8 +32,8 @@ ALLRANKS = [PYTHON, "-m", "allranks"]
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run of three epochs on two ranks."""
     folder = tmp_path_factory.mktemp("finished")
-    under = [*launcher("mpiexec", 2), "-m", "allranks.train"]
-    return execute([*under, *SMALL, "trainer.epochs=3", "run.dir=runs/one"], folder).ok().run
+    words = ["-m", "allranks.train", *SMALL, "trainer.epochs=3", "run.dir=runs/one"]
+    return execute_forked(words, 2, folder).ok().run
 
 
 @contextmanager
@@ -53,7 +53,7 @@ def metrics_lines(run: Path) -> int:
 
 
 def watched(folder: Path, *words: str) -> list[str]:
-    return execute([*ALLRANKS, "watch", "--once", *words], folder).ok().out.splitlines()
+    return execute_forked(["-m", "allranks", "watch", "--once", *words], 1, folder).ok().out.splitlines()
 
 
 def value_of(lines: Sequence[str], label: str) -> str:
@@ -92,8 +92,10 @@ def lowest_val_loss(run: Run) -> int:
 
 def test_watch_without_a_terminal_ends_at_once_and_json_has_the_records_numbers(finished):
     folder = finished.path.parent.parent
-    assert execute([*ALLRANKS, "watch"], folder).ok().out.startswith("mlp: finished")
-    [view] = map(json.loads, execute([*ALLRANKS, "watch", "--json"], folder).ok().out.splitlines())
+    assert execute_forked(["-m", "allranks", "watch"], 1, folder).ok().out.startswith("mlp: finished")
+    [view] = map(
+        json.loads, execute_forked(["-m", "allranks", "watch", "--json"], 1, folder).ok().out.splitlines()
+    )
     last = finished.metrics[-1]
     assert view["val_loss"] == last["val/loss"] and view["train_loss"] == last["train/loss"]
     assert view["samples_per_s"] == last["throughput/samples_per_s"]
@@ -147,7 +149,11 @@ def test_a_stopped_run_says_where_it_stopped(tmp_path):
 
 @pytest.mark.long
 def test_a_sweep_is_a_table(tmp_path):
-    done = execute([*TRAIN, "-m", *SMALL, "trainer.epochs=2", "seed=1,2,3", "run.dir=sweep"], tmp_path).ok()
+    done = execute_forked(
+        ["-m", "allranks.train", "-m", *SMALL, "trainer.epochs=2", "seed=1,2,3", "run.dir=sweep"],
+        1,
+        tmp_path,
+    ).ok()
     assert done.code == 0
     lines = watched(tmp_path, "sweep")
     assert lines[0] == "3 runs: 3 finished"
@@ -199,7 +205,7 @@ def test_a_table_fits_into_its_window(columns):
 )
 def test_where_nothing_can_be_shown(tmp_path, make, message):
     make(tmp_path / "runs")
-    done = execute([*ALLRANKS, "watch", "--once"], tmp_path)
+    done = execute_forked(["-m", "allranks", "watch", "--once"], 1, tmp_path)
     assert done.code == 2
     assert message in done.message
 
@@ -214,7 +220,7 @@ def test_what_can_be_shown_is_shown(finished, tmp_path):
     with (run / "config.yaml").open("a") as file:
         file.write("of_a_later_version: {some: thing}\n")
     (run / "environment.json").unlink()
-    done = execute([*ALLRANKS, "watch", "--once", "runs", "nowhere"], tmp_path).ok()
+    done = execute_forked(["-m", "allranks", "watch", "--once", "runs", "nowhere"], 1, tmp_path).ok()
     assert "nowhere is missing" in done.message
     lines = done.out.splitlines()
     assert "epoch 3 of 3" in value_of(lines, "progress")
@@ -292,14 +298,14 @@ def test_a_chart_of_little_is_drawn_as_well(curve):
 
 def test_logs_of_all_ranks_are_merged_by_time(finished):
     folder = finished.path.parent.parent
-    lines = execute([*ALLRANKS, "logs", "runs/one"], folder).ok().out.splitlines()
+    lines = execute_forked(["-m", "allranks", "logs", "runs/one"], 1, folder).ok().out.splitlines()
     times = [re.match(r"\[rank [01]\] (\S+ \S+) ", line)[1] for line in lines]  # type: ignore[index]
     assert times == sorted(times)
     for rank in (0, 1):
         own = (finished.path / f"logs/rank-{rank}.log").read_text().splitlines()
         prefix = f"[rank {rank}] "
         assert [line.removeprefix(prefix) for line in lines if line.startswith(prefix)] == own
-        alone = execute([*ALLRANKS, "logs", "runs/one", "--rank", str(rank)], folder).ok()
+        alone = execute_forked(["-m", "allranks", "logs", "runs/one", "--rank", str(rank)], 1, folder).ok()
         assert alone.out.splitlines() == own
 
 
@@ -425,7 +431,7 @@ def test_what_only_the_jobs_log_says_stands_where_it_was_said(tmp_path):
     ],
 )
 def test_logs_that_are_not_there(tmp_path, words, message):
-    done = execute([*ALLRANKS, "logs", *words], tmp_path)
+    done = execute_forked(["-m", "allranks", "logs", *words], 1, tmp_path)
     assert done.code == 2
     assert message in done.message
 
