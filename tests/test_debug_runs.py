@@ -29,7 +29,7 @@ from allranks.training import profiling
 from allranks.training.flops import PEAKS, Flops, peak_flops_per_s
 from allranks.training.length import run_length
 from allranks.training.records import StepsFile
-from helpers import SMALL, TRAIN, Run, Started, only_long, tree, until
+from helpers import SMALL, TRAIN, Run, Started, execute_forked, only_long, tree, until
 from test_resume import EVERY_STEP, figures, stopped_after
 
 LINEAR = (*SMALL, "model=linear", "trainer.batch_size=100", "trainer.epochs=2")  # 12 steps in each epoch
@@ -165,7 +165,7 @@ SHORT = (
 def test_short_runs_are_the_same_on_any_number_of_ranks(train, tmp_path, more, ranks):
     overrides = (*EVERY_STEP, "model=mlp", "model.dropout=0", *SHORT, *more)
     alone = train(*overrides, cwd=tmp_path / "alone").ok().run
-    several = train(*overrides, under="mpiexec", ranks=ranks, cwd=tmp_path / "several").ok().run
+    several = train(*overrides, ranks=ranks, cwd=tmp_path / "several").ok().run
     assert several.losses == pytest.approx(alone.losses, rel=1e-6)
     mine, theirs = steps_of(several), steps_of(alone)
     assert [record["step"] for record in mine] == [1, 2, 3, 4, 5, 6]
@@ -201,19 +201,26 @@ def test_more_examples_than_there_are_are_refused_before_anything_is_written(tra
     assert tree(done.cwd) == []
 
 
+@pytest.fixture(scope="module")
+def whole_linear(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of the linear model with a checkpoint of each of its steps."""
+    words = ["-m", "allranks.train", *EVERY_STEP, "model=linear", "run.dir=whole"]
+    folder = tmp_path_factory.mktemp("whole")
+    execute_forked(words, 1, folder).ok()
+    return Run(folder / "whole")
+
+
 @pytest.mark.parametrize(
     "override", ["trainer.max_steps=30", "trainer.limit_train=900", "trainer.overfit_batch=true"]
 )
-def test_a_resume_must_have_the_same_values(train_here, tmp_path, override):
-    whole = train_here(*EVERY_STEP, "model=linear")
-    there = stopped_after(whole, 5, tmp_path / "stopped")
+def test_a_resume_must_have_the_same_values(train_here, tmp_path, whole_linear, override):
+    there = stopped_after(whole_linear, 5, tmp_path / "stopped")
     with pytest.raises(UserError, match=f"{override.partition('=')[0]} is"):
         train_here(*EVERY_STEP, "model=linear", there, override)
 
 
-def test_a_checkpoint_of_before_these_keys_is_gone_on_from(train_here, tmp_path):
-    whole = train_here(*EVERY_STEP, "model=linear")
-    there = stopped_after(whole, 5, tmp_path / "stopped")
+def test_a_checkpoint_of_before_these_keys_is_gone_on_from(train_here, tmp_path, whole_linear):
+    there = stopped_after(whole_linear, 5, tmp_path / "stopped")
     folder = checkpoint.path_of(tmp_path / "stopped", 5)
     state = json.loads((folder / "state.json").read_text())
     for key in ("max_steps", "limit_train", "overfit_batch"):
@@ -224,7 +231,7 @@ def test_a_checkpoint_of_before_these_keys_is_gone_on_from(train_here, tmp_path)
         path.unlink()
     folder.rmdir()
     checkpoint.write(str(tmp_path / "stopped"), 5, files, "", lambda: None)
-    assert figures(train_here(*EVERY_STEP, "model=linear", there)) == figures(whole)
+    assert figures(train_here(*EVERY_STEP, "model=linear", there)) == figures(whole_linear)
 
 
 # --- single steps ---------------------------------------------------------------------------------------
@@ -281,7 +288,7 @@ def test_killed_and_gone_on_no_step_is_there_twice_and_none_is_missing(tmp_path,
 
 
 def test_the_steps_before_a_loss_that_is_not_finite_are_recorded(train):
-    done = train(*LINEAR, "optimizer.lr=1e308", "trainer.log_every_steps=1", under="mpiexec", ranks=2)
+    done = train(*LINEAR, "optimizer.lr=1e308", "trainer.log_every_steps=1", ranks=2)
     assert done.code == 2
     [last] = re.findall(r"not finite in step (\d+)", done.err)
     [folder] = [path.parent for path in done.cwd.rglob("metrics-steps.jsonl")]
@@ -404,7 +411,7 @@ def test_which_steps_are_profiled(left, first, last):
 
 
 def test_a_profile_has_a_trace_of_each_rank_and_a_table(train):
-    run = train(*LINEAR, "profile=true", under="mpiexec", ranks=2).ok().run
+    run = train(*LINEAR, "profile=true", ranks=2).ok().run
     assert {path.name for path in (run.path / "profile").iterdir()} == {
         "rank-0.json.gz", "rank-1.json.gz", "table.json", "table.md",
     }  # fmt: skip
@@ -448,8 +455,8 @@ def test_debug_shows_the_first_steps_and_says_where(command):
         (["trainer.max_steps=x"], "trainer.max_steps=x is not valid"),
     ],
 )
-def test_what_debug_does_not_do(command, words, message):
-    done = command(*TRAIN, "--debug", *SMALL, *words)
+def test_what_debug_does_not_do(train, words, message):
+    done = train("--debug", *SMALL, *words)
     assert done.code == 2
     assert message in done.message
 
