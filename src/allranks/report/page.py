@@ -8,14 +8,14 @@ from typing import Any
 
 from allranks.base.terminal import duration
 from allranks.base.text import some
-from allranks.report import curves, pictures
+from allranks.report import curves
 from allranks.report.curves import Column, Curves
 from allranks.report.document import Section, cell, chart, document, headline, note, table
 from allranks.report.drawing import Picture
-from allranks.report.examine import ClassFigures, Examined, Example
+from allranks.report.examine import Examined
 from allranks.report.gather import Event, RunFacts, as_number
 from allranks.report.html import NOTHING, Html, Inside, joined, tag
-from allranks.report.png import as_pixels, data_uri
+from allranks.report.page_test_set import examples, test_set, weights
 from allranks.run import metric_names
 
 # If there are more ranks, the table has a row for each host instead of each rank: thousands of rows would
@@ -33,9 +33,9 @@ def page(facts: RunFacts, seen: Examined | None, drawn: Sequence[Picture], notes
     by_name = {picture.name: picture for picture in drawn}
     sections = [
         Section("curves", "Curves", _curves(facts, by_name)),
-        Section("test", "Test set", _test(facts, seen, by_name)),
-        Section("examples", "Examples", _examples(seen)),
-        Section("weights", "Weights", _weights(seen)),
+        Section("test", "Test set", test_set(facts, seen, by_name)),
+        Section("examples", "Examples", examples(seen)),
+        Section("weights", "Weights", weights(seen)),
         Section("time", "Time", _time(facts, by_name)),
         Section("interruptions", "Interruptions", _interruptions(facts.events)),
         Section("ranks", "Ranks", _ranks(facts)),
@@ -172,108 +172,6 @@ def _by_epoch(facts: RunFacts, columns: Sequence[Column], label: str) -> Html:
 def _figure(key: str, value: float | None) -> str:
     """A figure in a table; `-` where it is not known."""
     return cell(value, ".4g") if key == "lr" else metric_names.number(key, value)
-
-
-# --- the test set ----------------------------------------------------------------------------------------
-
-
-def _test(facts: RunFacts, seen: Examined | None, drawn: Mapping[str, Picture]) -> Html:
-    if seen is None:
-        return NOTHING
-    words = f"Accuracy {seen.accuracy:.2f} %, loss {seen.loss:.4f}, over {seen.count:,} examples"
-    if not facts.is_finished:
-        words += f", with the weights after step {seen.step:,}: the run has not finished"
-    cards: list[Html] = []
-    if "confusion" in drawn:
-        heads = ["true \\ predicted", *seen.classes]
-        rows = [
-            [seen.classes[true], *(f"{count:,}" for count in row)]
-            for true, row in enumerate(seen.confusion.tolist())
-        ]
-        cards.append(chart(drawn["confusion"], table(heads, rows, label="Confusion matrix")))
-    if seen.per_class:
-        cards.append(tag("div", tag("h3", "Each class"), _table_of_classes(seen.per_class), class_="card"))
-    return joined([tag("p", f"{words}."), tag("div", *cards, class_="cards") if cards else None])
-
-
-def _table_of_classes(classes: Sequence[ClassFigures]) -> Html:
-    heads = ["class", "precision, %", "recall, %", "F1, %", "examples", "mistaken for"]
-    rows = [
-        [
-            one.name,
-            cell(one.precision, ".1f"),
-            cell(one.recall, ".1f"),
-            cell(one.f1, ".1f"),
-            f"{one.count:,}",
-            one.mistaken_for or "-",
-        ]
-        for one in classes
-    ]
-    return table(heads, rows, label="Precision, recall and F1 of each class", texts={0, 5})
-
-
-# --- strips of images ------------------------------------------------------------------------------------
-
-
-def _examples(seen: Examined | None) -> Html:
-    if seen is None or not seen.has_images:
-        return NOTHING
-    strips = [
-        _strip("The first training examples", "Each with its label.", seen.training_digits),
-        _strip("The first predictions", "The first test examples: predicted (true).", seen.predictions),
-        _strip("The first mistakes", "In the order of the test set: predicted (true).", seen.misclassified),
-        _strip(
-            "The most certain mistakes",
-            "Predicted (true), and how sure the model was of it.",
-            seen.most_certain_mistakes,
-        ),
-    ]
-    return tag("div", *strips, class_="cards")
-
-
-def _strip(title: str, words: str, examples: Sequence[Example]) -> Html | None:
-    """Images side by side under a heading; None if no example has an image."""
-    items = [_image_of(example) for example in examples if example.image is not None]
-    if not items:
-        return None
-    return tag(
-        "div", tag("h3", title), tag("p", words), tag("ul", *items, class_="strip"), class_="card wide"
-    )
-
-
-def _image_of(example: Example) -> Html:
-    """An item of a strip: the image, its title below, and the probability of a prediction."""
-    assert example.image is not None
-    pixels = as_pixels(example.image)
-    if not example.predicted:
-        words, below = f"example {example.position}, label {example.label}", None
-    else:
-        words = f"test example {example.position}, predicted {example.predicted}, true {example.label}"
-        below = tag("small", f"{example.probability:.1f} %")
-    is_wrong = bool(example.predicted) and example.predicted != example.label
-    return tag(
-        "li",
-        tag("img", src=data_uri(pixels), alt=words, width=pixels.shape[1], height=pixels.shape[0]),
-        tag("span", example.title, class_="wrong" if is_wrong else None),
-        below,
-    )
-
-
-def _weights(seen: Examined | None) -> Html:
-    if seen is None or not seen.weights:
-        return NOTHING
-    items = []
-    for name, pixels in zip(seen.classes, pictures.weight_pixels(seen.weights), strict=False):
-        image = tag("img", src=data_uri(pixels), alt=f"weights of class {name}", width=pixels.shape[1],
-                    height=pixels.shape[0])  # fmt: skip
-        items.append(tag("li", image, tag("span", name)))
-    words = "For each class the weight of each pixel: blue speaks for the class, orange against it."
-    return joined(
-        [
-            tag("p", words),
-            tag("div", tag("div", tag("ul", *items, class_="strip"), class_="card wide"), class_="cards"),
-        ]
-    )
 
 
 # --- time and place --------------------------------------------------------------------------------------
