@@ -224,6 +224,18 @@ def test_runs_of_all_kinds_are_watched_in_a_table(tmp_path):
     assert any("step 1,200" in line for line in lines)
 
 
+def test_what_a_program_has_found_of_its_whole_run_is_shown_everywhere(tmp_path):
+    found = {"pi": 3.1415926, "epochs": 6, "val/count": 10, "time/total_s": 5.0, "model/sha256": "0af"}
+    runs = [make(tmp_path / str(n), "without metrics", seed=n, tests=found) for n in (0, 1)]
+    [facts, _] = gathered(*runs)
+    assert (facts.tests, facts.results) == ({}, {"pi": 3.1415926})
+    assert "<dt>pi</dt><dd>3.1416</dd>" in report(runs[0], runs[0]).read_text()
+    assert "3.1416 ± 0.0000" in compare_tables.text(compare(gathered(*runs)), 120)
+    [view] = Following([str(runs[0])], print).views()
+    assert "  result        pi 3.1416" in picture([view], Look(80))
+    assert story.results(facts.summary) == "pi 3.1416"
+
+
 def test_a_run_that_is_named_twice_is_shown_once(tmp_path):
     run = make(tmp_path / "run", "regression")
     (tmp_path / "link").symlink_to(run)

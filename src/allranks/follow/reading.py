@@ -52,6 +52,7 @@ class View:
     best_epoch: int | None = None
     best_by: str = ""  # how it is chosen, such as `lowest val/loss`; empty without a best epoch
     tests: Mapping[str, float] = field(default_factory=dict)  # the figures over the test set
+    results: Mapping[str, float] = field(default_factory=dict)  # what a program has found besides
     counts: str = "epoch"  # what a line of metrics.jsonl stands for; `step` in a loop without epochs
     ranks: int | None = None
     hosts: int | None = None
@@ -69,7 +70,7 @@ class View:
 
     def to_json(self) -> dict[str, Any]:
         """The view for programs, without the curves: metrics.jsonl has them."""
-        left_out = ("metrics", "step_losses", "tests", "best_by", "counts")
+        left_out = ("metrics", "step_losses", "tests", "results", "best_by", "counts")
         values = {key: value for key, value in asdict(self).items() if key not in left_out}
         newest = {name: values[-1] for name, values in self.metrics.items()}
         return {
@@ -79,7 +80,7 @@ class View:
             "val_accuracy": newest.get("val/accuracy"),
             "test_loss": self.tests.get("test/loss"),
             "test_accuracy": self.tests.get("test/accuracy"),
-            "metrics": {**newest, **self.tests},
+            "metrics": {**newest, **self.tests, **self.results},
             "problems": list(self.problems),
         }
 
@@ -221,6 +222,7 @@ def view_of(directory: Path, state: RunState) -> View:
         best_epoch=as_whole(best.get(EPOCH)) if best else None,
         best_by=facts.rule.words if best else "",
         tests=facts.tests,
+        results=facts.results,
         counts=facts.axis,
         ranks=facts.world_size,
         hosts=len({rank.host for rank in facts.ranks}) or None,

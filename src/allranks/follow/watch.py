@@ -106,6 +106,7 @@ def _detail(view: View, look: Look) -> list[str]:
     if view.best_epoch:
         add("best epoch", f"{view.best_epoch} ({view.best_by})")
     add("test", metric_names.in_a_sentence(view.tests))
+    add("result", metric_names.in_a_sentence(view.results))
     add("directory", as_text(view.directory))
     for problem in view.problems:
         add("problem", printable(problem))

@@ -288,7 +288,7 @@ def figures_for(runs: Sequence[RunFacts]) -> list[Figure]:
     """
     known: dict[str, None] = {}
     for run in runs:
-        known.update(dict.fromkeys([*run.metrics, *run.tests]))
+        known.update(dict.fromkeys([*run.metrics, *run.tests, *run.results]))
     measured = metric_names.of_parts(list(known), "val", "test")
     quantities = list(metric_names.by_quantity(measured)) if known else list(_USUAL_QUANTITIES)
     main = _main_quantity(runs, quantities)
@@ -334,7 +334,7 @@ def _figures_of(run: RunFacts) -> dict[str, float | None]:
     line = run.best or (run.epochs[-1] if run.epochs else {})
     for name in run.metrics:
         figures[name] = _number(line.get(name))
-    for name, value in run.tests.items():
+    for name, value in (*run.tests.items(), *run.results.items()):
         figures[name] = float(value)
     epoch_s = [(e.get("time/train_s") or 0.0) + (e.get("time/eval_s") or 0.0) for e in run.epochs]
     speeds = [speed for speed in run.column(SPEED) if speed is not None]

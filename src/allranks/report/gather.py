@@ -137,6 +137,11 @@ class RunFacts:
         """The figures over the test set, by name; empty if the run was not tested."""
         return metric_names.tests_in(self.summary)
 
+    @property
+    def results(self) -> dict[str, float]:
+        """What a program of the user's own has found besides a test, by name."""
+        return metric_names.results_in(self.summary)
+
     def column(self, figure: str) -> list[float | None]:
         """One figure, such as `val/loss`, in each line; None where it is missing or not finite."""
         return [line.get(figure) for line in self.epochs]

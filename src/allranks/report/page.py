@@ -21,6 +21,7 @@ from allranks.run import metric_names
 # If there are more ranks, the table has a row for each host instead of each rank: thousands of rows would
 # be most of the page.
 MOST_SINGLE_RANKS = 64
+_MOST_RESULTS = 6  # that a program of the user's own has logged of the whole run
 _MOST_BESIDE = 3  # figures over the test set beside the large one; more would not fit on a phone
 
 
@@ -69,6 +70,8 @@ def _header(facts: RunFacts, notes: Sequence[str]) -> Html:
 def _figures(facts: RunFacts) -> list[tuple[str, str, str]]:
     """The large figures at the top of the page, each as (what, value, words beside it)."""
     found = [*_test_figure(facts.tests), *_figure_of_the_best_epoch(facts)]
+    for name, value in list(facts.results.items())[:_MOST_RESULTS]:
+        found.append((name, metric_names.with_unit(name, value), ""))
     done, planned = facts.epochs_done, facts.epochs_planned
     if done is None:
         found.append((f"{facts.axis}s", f"{facts.places[-1]:,}", ""))

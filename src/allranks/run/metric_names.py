@@ -18,6 +18,8 @@ NAMES_OF_PARTS = {"train": "training", "val": "validation", "test": "test"}
 # What a line of metrics.jsonl holds besides metrics: where the training stands, and how it computes.
 _POSITION = ("epoch", "step", "lr")
 _OF_COMPUTING = ("time/", "throughput/", "memory/")
+# What a summary.json holds besides metrics, and besides what begins with one of the words above.
+_OF_SUMMARY = ("state", "epochs", "steps", "world_size", "global_batch_size", "val/count", "train/count")
 
 # Words in the names of quantities of which it is known whether a low or a high value is the better one.
 _LOWER_IS_BETTER = {
@@ -146,6 +148,19 @@ def tests_in(summary: Mapping[str, Any]) -> dict[str, float]:
         if part_of(name) == "test" and name != "test/count" and _is_finite(value)
     }
     return {name: figures[name] for names in by_quantity(figures).values() for name in names}
+
+
+def results_in(summary: Mapping[str, Any]) -> dict[str, float]:
+    """What a program has logged of its whole run besides a test: other finite numbers in a summary.json."""
+    return {
+        name: value
+        for name, value in summary.items()
+        if is_metric(name)
+        and part_of(name) != "test"
+        and name not in _OF_SUMMARY
+        and not name.startswith("model/")
+        and _is_finite(value)
+    }
 
 
 def _is_finite(value: object) -> bool:

@@ -377,8 +377,11 @@ class Reporter:
             return
         if tested:
             self._pair("test", tested, terminal.BOLD, gap=True)
+        found = story.results(summary)
+        if found:
+            self._pair("result", found, terminal.BOLD, gap=not tested)
         if self._best is not None:
-            self._pair("best", story.best_figures(self._best), gap=not tested)
+            self._pair("best", story.best_figures(self._best), gap=not (tested or found))
         total = terminal.duration(summary["time/total_s"])
         startup = terminal.duration(summary["time/startup_s"])
         self._pair("time", f"{total} in all, {startup} until the first step")

@@ -269,6 +269,11 @@ def test_figures(summary: Mapping[str, Any]) -> str:
     return f"{figures} of {count:,} examples" if figures and count is not None else figures
 
 
+def results(summary: Mapping[str, Any]) -> str:
+    """What a program of the user's own has found besides a test, from its summary; empty for nothing."""
+    return metric_names.in_a_sentence(metric_names.results_in(summary))
+
+
 def best_figures(best: Mapping[str, Any]) -> str:
     """The number of the best epoch, with its metrics on the validation examples; all, if it has no such."""
     names = metric_names.metrics_in([best])
