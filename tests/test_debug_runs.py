@@ -131,6 +131,19 @@ def test_some_examples_are_the_first_of_the_splits_order(train_here):
     assert limited.column("val/loss") != split.column("val/loss")  # the validation examples stay
 
 
+def test_evaluations_of_some_examples_change_no_step(train_here):
+    """They look at the first examples. More than there are is no mistake: it is a limit."""
+    whole, limited, beyond = (
+        train_here(*LINEAR, *more)
+        for more in ([], ["trainer.limit_eval=100"], ["trainer.limit_eval=10000"])
+    )
+    assert (limited.summary["val/count"], limited.summary["test/count"]) == (100, 100)
+    assert limited.summary["model/sha256"] == whole.summary["model/sha256"]
+    assert limited.column("val/loss") != whole.column("val/loss")
+    assert limited.summary["test/loss"] != whole.summary["test/loss"]
+    assert figures(beyond) == figures(whole)
+
+
 def test_one_batch_again_and_again_is_learnt_by_heart(train_here):
     run = train_here(*LINEAR, "trainer.overfit_batch=true", "trainer.log_every_steps=1")
     losses = [record["step/loss"] for record in steps_of(run)]
@@ -223,7 +236,7 @@ def test_a_checkpoint_of_before_these_keys_is_gone_on_from(train_here, tmp_path,
     there = stopped_after(whole_linear, 5, tmp_path / "stopped")
     folder = checkpoint.path_of(tmp_path / "stopped", 5)
     state = json.loads((folder / "state.json").read_text())
-    for key in ("max_steps", "limit_train", "overfit_batch"):
+    for key in ("max_steps", "limit_train", "limit_eval", "overfit_batch"):
         del state["identity"][f"trainer.{key}"]
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != checkpoint.MANIFEST}
     files["state.json"] = json.dumps(state).encode()

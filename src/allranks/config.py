@@ -138,6 +138,9 @@ class TrainerConfig:
     limit_train: int | None = setting(
         None, "training examples that are used, the first of the split's order; null: all", whole(1)
     )
+    limit_eval: int | None = setting(
+        None, "validation and test examples that are used, the first of each; null: all", whole(1)
+    )
     overfit_batch: bool = setting(
         False, "whether each step takes the same batch, the first: the loss must go to 0 then", FLAG
     )

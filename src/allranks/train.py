@@ -234,6 +234,7 @@ def run(
         data = loader.open_data(
             config.data, runtime, config.seed, building.dtype_of(config.trainer.precision), reading,
             limit_train=config.trainer.limit_train,
+            limit_eval=config.trainer.limit_eval,
             repeated_batch=batch_size if config.trainer.overfit_batch else None,
             is_labelled=building.needs_labels(config.task),
         )  # fmt: skip

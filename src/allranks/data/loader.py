@@ -91,6 +91,7 @@ def open_data(
     reading: Future[dict[str, Any]] | None = None,
     limit_train: int | None = None,
     repeated_batch: int | None = None,
+    limit_eval: int | None = None,
     is_labelled: bool = True,
 ) -> Data:
     """The three parts of the data that the configuration's section `data` describes; all ranks call.
@@ -98,18 +99,19 @@ def open_data(
     Floating-point numbers, and the images of a classification, will be of `dtype`. `seed` decides which of
     the training examples become validation examples. `reading` holds what rank 0 has read while torch was
     imported (data.early). `limit_train` and `repeated_batch` say which of the training examples are used
-    (used_for_training()). `is_labelled`: the examples are images with labels. Raises UserError where the
+    (used_for_training()), and `limit_eval` how many of the validation and of the test examples, at most.
+    `is_labelled`: the examples are images with labels. Raises UserError where the
     data cannot be opened, or does not fit the section.
     """
     opening = Opening(section, runtime, seed, dtype, is_labelled, reading)
     whole_train = _open_set("train", opening)
     whole_val = _open_set("val", opening) if section.get("val") else None
     whole_test = _open_set("test", opening)
-    train, val = _split(whole_train, whole_val, opening, limit_train, repeated_batch)
+    train, val = _split(whole_train, whole_val, opening, limit_train, repeated_batch, limit_eval)
     return Data(
         train=train,
         val=val,
-        test=_all_of("test", whole_test, opening),
+        test=_all_of("test", whole_test, opening, limit_eval),
         input_shape=tuple(section.get("input_shape") or ()),
         classes=section.get("classes"),
     )
@@ -144,6 +146,7 @@ def _split(
     opening: Opening,
     limit_train: int | None = None,
     repeated_batch: int | None = None,
+    limit_eval: int | None = None,
 ) -> tuple[Part, Part]:
     """The examples to train on and those to watch.
 
@@ -152,7 +155,7 @@ def _split(
     """
     if whole_val is not None:
         used = used_for_training(torch.arange(len(whole)), limit_train, repeated_batch)
-        return _part("data.train", whole, used, opening), _all_of("val", whole_val, opening)
+        return _part("data.train", whole, used, opening), _all_of("val", whole_val, opening, limit_eval)
     split = opening.section["split"]
     if sum(split) != len(whole):
         raise UserError(
@@ -166,13 +169,13 @@ def _split(
         order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(opening.seed))
     used = used_for_training(order[: split[0]], limit_train, repeated_batch)
     train = _part("data.train", whole, used, opening)
-    val = _part("data.train", whole, order[split[0] :], opening)
+    val = _part("data.train", whole, order[split[0] :][:limit_eval], opening)
     return train, val
 
 
-def _all_of(name: str, whole: Any, opening: Opening) -> Part:
-    """All examples that the section's part of this name has made."""
-    return _part(f"data.{name}", whole, torch.arange(len(whole)), opening)
+def _all_of(name: str, whole: Any, opening: Opening, limit: int | None = None) -> Part:
+    """All examples that the section's part of this name has made; with a `limit` the first so many."""
+    return _part(f"data.{name}", whole, torch.arange(len(whole))[:limit], opening)
 
 
 def used_for_training(

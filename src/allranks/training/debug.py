@@ -22,6 +22,7 @@ from allranks.run import directory as rundir
 OVERRIDES = (
     "trainer.max_steps=25",  # of which 10 to 20 are profiled
     "trainer.train_metrics=running",  # no pass over all training examples
+    "trainer.limit_eval=1000",  # how good the model is after so few steps is not the question
     "trainer.log_every_steps=1",
     "trainer.detect_anomaly=true",
     "profile=true",
