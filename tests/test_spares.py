@@ -1,7 +1,8 @@
 """Spares: hosts of the allocation that take the place of others, under real launchers on several "hosts".
 
 A host is a name in a namespace of its own, with an address that the name leads to. mpiexec reaches it by a
-script, as it reaches others by ssh. A host is down while there is a file `down-HOST`.
+script, as it reaches others by ssh. A host is down while there is a file `down-HOST`, and does not see the
+folder `run` while there is one called `blind-HOST`.
 """
 
 from __future__ import annotations
@@ -191,8 +192,9 @@ REACH = """#!/bin/sh
 [ "$1" = -x ] && shift
 host=$1; shift
 [ -e "{folder}/down-$host" ] && exit 255
-inside='hostname "$1"; shift; exec sh -c "$*"'
-exec nsenter --net=/run/netns/$host unshare --uts sh -c "$inside" sh $host "$@"
+[ -e "{folder}/blind-$host" ] && blind='mount -t tmpfs tmpfs {folder}/run;'
+inside="$blind"'hostname "$1"; shift; exec sh -c "$*"'
+exec nsenter --net=/run/netns/$host unshare --uts --mount sh -c "$inside" sh $host "$@"
 """
 NAMES = ("n1", "n2", "n3", "n4")
 LIMIT_S = 100  # for one launch, which takes a few seconds
@@ -311,6 +313,23 @@ def test_the_preflight_takes_a_spare_for_a_host_that_is_down_from_the_start(on_h
     done = on_hosts(*words, "--", PYTHON, "program.py").ok()
     assert "n2 cannot be reached. n4 takes the place of n2." in done.err
     assert starts(tmp_path) == ["0 n1", "1 n3", "2 n4"]
+
+
+@serial
+@pytest.mark.long
+def test_the_preflight_takes_a_spare_for_a_host_that_is_not_fit(on_hosts, tmp_path):
+    for name in ("run", "blind-n2", "goes-on"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "program.py").write_text(PROGRAM.replace("    HARM\n", ""))
+    words = ("--launcher", "mpiexec", "-n", "2", "--run", "run")
+    program = ("--", PYTHON, "program.py")
+    refused = on_hosts(*words, *program)
+    assert refused.code == 2
+    assert f"preflight: n2: run directory {tmp_path}/run is not the one that" in refused.message
+    done = on_hosts(*words, "--max-restarts", "1", *program).ok()
+    assert f"preflight: n2: run directory {tmp_path}/run is not the one that" in done.err
+    assert "n2 is not fit. n3 takes the place of n2." in done.err
+    assert starts(tmp_path) == ["0 n1", "1 n3"]
 
 
 @serial

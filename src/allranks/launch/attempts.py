@@ -321,7 +321,7 @@ def _checked(launch: Launch, plan: Plan, record: HostRecord) -> Plan:
         change = _change(launch, plan, (), error.hosts, record)
         if set(error.hosts) - change.replaced.keys():
             raise
-        say(" ".join([f"{error}\n", *change.sentences(why="is not fit")]))
+        say(f"{error}\n{' '.join(change.sentences(why='is not fit'))}")
         return _checked(launch, launch.plan(change.hosts), record)
     if not launch.is_quiet:
         note(line)
