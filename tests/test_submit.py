@@ -1232,6 +1232,20 @@ def test_slurm_a_node_that_dies_in_mid_run_is_gone_on_without(slurm, a_node_to_l
 
 
 @real_slurm_only
+def test_slurm_queues_a_program_again_that_stops_before_its_walltime(slurm):
+    (slurm.folder / "own.py").write_text(OWN_PROGRAM)
+    words = ("--machine", "generic_slurm", "--walltime", "00:00:30", "--nodes", "2", "--ppn", "1")
+    run = Path(slurm.submit(*words, "--no-preflight", "--", slurm.python, "own.py")["directory"])
+    code = run / "exit_code"
+    until(lambda: code.exists() and code.read_text() == "0\n", TIMEOUT_S)
+    log = (run / "job.log").read_text()
+    assert "the job's end: all ranks stop at call" in log
+    assert re.search(r"goes on from step \d+: job \d+ is queued again", log)
+    assert len(json.loads((run / "job.json").read_text())["job_ids"]) == 1  # Slurm gives it the same id
+    assert (slurm.folder / "step").read_text() == "60"
+
+
+@real_slurm_only
 def test_slurm_a_spare_takes_the_place_of_a_node_that_dies(slurm, a_node_to_lose, undisturbed):
     """As many ranks as before: the bits of a run that was left alone."""
     words = ("--nodes", "3", "--spares", "1", "--ppn", "1", "--max-restarts", "1")
