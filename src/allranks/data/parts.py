@@ -11,12 +11,12 @@ nest of tensors (nests.py). Where the task is classification, it is a pair of im
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
@@ -214,12 +214,12 @@ class Streamed:
         self, dataset: IterableDataset[Any], indices: Sequence[int], workers: int, form: Form
     ) -> None:
         self.dataset = dataset
-        self.indices = indices
         self.workers = Workers(workers)
         self.form = form
+        self._indices = np.asarray(indices, dtype=np.int64)
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self._indices)
 
     def set_epoch(self, epoch: int) -> None:
         """Tells the Dataset which epoch begins, from 0, if it has a method set_epoch."""
@@ -245,7 +245,7 @@ class Streamed:
         return self.workers.explained()
 
     def _read(self, rows: Rows, seed: int, workers: int) -> Iterator[Any]:
-        wanted = [[self.indices[int(position)] for position in row] for row in rows]
+        wanted = [self._indices[np.asarray(row, dtype=np.int64)] for row in rows]
         loader: DataLoader[Any] = DataLoader(
             _Picked(self.dataset, wanted, seed, self.form.collate or default_collate),
             batch_size=None,  # _Picked gives whole batches
@@ -313,21 +313,23 @@ class _Picked(IterableDataset[Any]):
     """
 
     dataset: IterableDataset[Any]
-    rows: Sequence[Sequence[int]]
+    rows: Sequence[np.ndarray]  # int64
     seed: int
     collate: Callable[[list[Any]], Any]
 
     def __iter__(self) -> Iterator[Any]:
         worker = torch.utils.data.get_worker_info()
         mine = self.rows if worker is None else self.rows[worker.id :: worker.num_workers]
+        if not mine:
+            return
         # How often each example is still needed: an empty share carries one as a stand-in, again and again.
-        needed = Counter(position for row in mine for position in row)
+        needed = np.bincount(np.concatenate(list(mine)))
         kept: dict[int, Any] = {}
         reseed(mixed(self.seed))
         stream = iter(self.dataset)
         read = 0
         for row in mine:
-            while read <= max(row):
+            while read <= row.max():
                 reseed(mixed(self.seed, read))
                 try:
                     example = next(stream)
@@ -337,8 +339,9 @@ class _Picked(IterableDataset[Any]):
                 if needed[read]:
                     kept[read] = example
                 read += 1
-            examples = [kept[position] for position in row]
-            for position in row:
+            positions = row.tolist()
+            examples = [kept[position] for position in positions]
+            for position in positions:
                 needed[position] -= 1
                 if not needed[position]:
                     del kept[position]
