@@ -428,6 +428,7 @@ def test_the_figures_of_a_comparison_are_those_of_the_records(sweep):
     assert [row["best"] for row in rows].count("true") == accuracies.count(max(accuracies))
 
 
+@pytest.mark.long
 def test_a_sweep_leaves_a_page_that_leads_to_the_pages_of_its_runs(tmp_path):
     words = ["-m", *SMALL, "report=true", "trainer.epochs=1", "model=linear", "seed=0,1", "run.dir=two"]
     done = execute_forked([*ALLRANKS, "train", *words], 1, tmp_path, timeout_s=400).ok()
@@ -609,6 +610,9 @@ def test_a_job_with_little_time_left_has_the_table_only(sweep, tmp_path, monkeyp
     for ended in (compare_sweep.Ended(left_s=30), compare_sweep.Ended(was_stopped=True)):
         assert compare_sweep.made(copy, ended=ended).startswith("6 runs: all finished")
     assert not (copy / "compare.html").exists()
+    text = compare_sweep.made(copy)  # with all the time that it needs
+    assert text.endswith(f"As a page with curves: {copy}/compare.html")
+    assert (copy / "compare/val-loss.png").stat().st_size > 1000
 
 
 @pytest.mark.long

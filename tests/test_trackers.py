@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import math
 import os
@@ -21,8 +22,10 @@ import pytest
 
 from allranks.base.errors import UserError
 from allranks.compose import from_command_line
+from allranks.job.identity import RankIdentity
 from allranks.run import checkpoint
 from allranks.trackers.protocol import Position, TrackedRun
+from allranks.train import run as run_training
 from allranks.training import records
 from helpers import ROOT, SMALL, TRAIN, Run, Started, only_long, tree, until
 from test_resume import figures
@@ -277,15 +280,23 @@ def pictures_in(run: Run, kind: str) -> list[str]:
     return sorted(Path(each.path).stem for each in client.list_artifacts(run_id, "pictures"))
 
 
-def test_a_tracker_is_opened_again_for_the_pictures_of_a_sweep(train, own, tmp_path):
+def test_a_tracker_is_opened_again_for_the_pictures_of_a_sweep(own, tmp_path, monkeypatch):
+    """A sweep closes the trackers of a run at its end, and has pictures when its last run has ended."""
+    monkeypatch.chdir(tmp_path)
     words = own(RAISES.replace("pass", "self.note(pictures=len(paths))"), section(file="notes"))
-    more = ["tracker=own", "tracker.every_steps=null", "report=true", "-m", "seed=1,2", "run.dir=sweep"]
-    train(*words, *RUN, "trainer.epochs=1", *more, env={"PYTHONPATH": str(tmp_path)}).ok()
+    more = ["tracker=own", "tracker.every_steps=null", "report=true", "run.dir=run"]
+    [config] = from_command_line([*words, *RUN, "trainer.epochs=1", *more])
+    end = run_training(config, RankIdentity("none"))
+    gc.unfreeze()  # this process goes on
+    assert end.records is not None
+    end.records.close()
+    end.records.close()  # of a run without pictures nothing is opened again
+    end.records.close([png(tmp_path / "loss.png")])
     notes = [json.loads(line) for line in (tmp_path / "notes").read_text().splitlines()]
-    whole_run = [{"opened": 0}, {"epoch": 1}, {"summary": "finished"}, {"closed": True}]
-    drawn = len(list((tmp_path / "sweep/0/report").glob("*.png")))
-    assert notes[:8] == [*whole_run, *whole_run]
-    assert notes[8:] == 2 * [{"opened": 1}, {"pictures": drawn}, {"closed": True}]
+    assert notes == [
+        {"opened": 0}, {"epoch": 1}, {"summary": "finished"}, {"closed": True},
+        {"opened": 1}, {"pictures": 1}, {"closed": True},
+    ]  # fmt: skip
 
 
 def test_wandbs_own_process_is_ended_though_another_child_has_gone(monkeypatch):
