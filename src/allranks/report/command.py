@@ -15,6 +15,7 @@ from pathlib import Path
 from allranks.base import files
 from allranks.base.arguments import with_our_errors
 from allranks.base.errors import UserError, show
+from allranks.config import CLASSIFICATION
 from allranks.report import at_end, compare_command, drawing, pictures
 from allranks.report.at_end import FOLDER, PAGE
 from allranks.report.compare import compare
@@ -23,7 +24,6 @@ from allranks.report.examine import Examined
 from allranks.report.gather import RunFacts, gather
 from allranks.report.page import page
 
-CLASSIFICATION = "allranks.tasks.Classification"
 PASS_NOT_ENDED = "The test set's part is missing: the pass of the model over it has not come to its end."
 
 
