@@ -169,6 +169,18 @@ def test_a_comparison_takes_the_epoch_that_the_rule_calls_the_best(tmp_path):
     assert compare([facts]).sorted_by == "val/rmse"
 
 
+def test_what_the_runs_call_the_best_tells_more_than_a_name(tmp_path):
+    """A spread may be good or bad: only the runs know. And a score that is to be low is no high score."""
+    for best, is_higher_better in (("val/spread max", True), ("val/spread min", False)):
+        [facts] = gathered(make(tmp_path / best.replace("/", "-"), "regression", best=best))
+        figure = compare([facts]).figure_named("val/spread")
+        assert figure is not None and figure.higher_is_better is is_higher_better
+    lines = [{"epoch": 1, "step": 10, "val/score": 1.0}]
+    [facts] = gathered(make(tmp_path / "score", "own loop", lines=lines, best="val/score min"))
+    figure = compare([facts]).figure_named("val/score")
+    assert figure is not None and figure.higher_is_better is False
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_runs_of_each_kind_are_compared(kind, tmp_path):
     runs = gathered(make(tmp_path / "0", kind, lr=0.1), make(tmp_path / "1", kind, lr=0.2))

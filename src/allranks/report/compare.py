@@ -314,15 +314,15 @@ def _main_quantity(runs: Sequence[RunFacts], quantities: Sequence[str]) -> str:
 
 
 def _is_higher_better(name: str, rules: Mapping[str, bool]) -> bool | None:
-    """Whether a high value of this metric is better, by its name, or else by what the runs call the best.
+    """Whether a high value of this metric is better, by what the runs call the best, or else by its name.
 
     `rules` has the metrics that are named in `checkpoint.best`, and whether their highest value is meant.
     """
-    by_name = metric_names.higher_is_better(name)
-    if by_name is not None:
-        return by_name
     quantity = metric_names.quantity_of(name)
-    return next((high for each, high in rules.items() if metric_names.quantity_of(each) == quantity), None)
+    for metric, is_higher_better in rules.items():
+        if metric_names.quantity_of(metric) == quantity:
+            return is_higher_better
+    return metric_names.higher_is_better(name)
 
 
 def _figures_of(run: RunFacts) -> dict[str, float | None]:
