@@ -226,6 +226,15 @@ def test_a_run_of_each_kind_is_watched(kind, columns, tmp_path):
         assert "best epoch    6 (lowest val/loss)" in "\n".join(lines)
 
 
+def test_steps_without_a_loss_are_drawn_by_what_they_have(tmp_path):
+    run = make(tmp_path / "run", "own loop", lines=[])
+    steps = [{"step": step, "epoch": 1, "step/lr": 0.1, "step/energy": 1.0 / step} for step in (1, 2, 3)]
+    (run / "metrics-steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
+    [view] = Following([str(run)], print).views()
+    assert view.step_losses == [1.0, 0.5, 1 / 3]
+    assert any("energy of a step" in line for line in picture([view], Look(80)))
+
+
 def test_runs_of_all_kinds_are_watched_in_a_table(tmp_path):
     for kind in KINDS:
         make(tmp_path / kind, kind)

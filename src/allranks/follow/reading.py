@@ -49,6 +49,7 @@ class View:
     # stands for a value that is not finite.
     metrics: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
     step_losses: Sequence[float | None] = ()  # of the steps that were recorded
+    of_steps: str = "loss"  # what these are: of a loop that records no loss of its steps, another figure
     best_epoch: int | None = None
     best_by: str = ""  # how it is chosen, such as `lowest val/loss`; empty without a best epoch
     tests: Mapping[str, float] = field(default_factory=dict)  # the figures over the test set
@@ -70,7 +71,7 @@ class View:
 
     def to_json(self) -> dict[str, Any]:
         """The view for programs, without the curves: metrics.jsonl has them."""
-        left_out = ("metrics", "step_losses", "tests", "results", "best_by", "counts")
+        left_out = ("metrics", "step_losses", "of_steps", "tests", "results", "best_by", "counts")
         values = {key: value for key, value in asdict(self).items() if key not in left_out}
         newest = {name: values[-1] for name, values in self.metrics.items()}
         return {
@@ -196,6 +197,7 @@ def view_of(directory: Path, state: RunState) -> View:
 
     problems = list(facts.problems)
     recorded = newest_steps(directory / STEPS)
+    of_steps = _figure_of_steps(recorded)
     epochs = facts.epochs_planned
     done = facts.places[-1] if facts.epochs and facts.axis == EPOCH else 0
     steps = _steps_in_all(facts, done)
@@ -218,7 +220,8 @@ def view_of(directory: Path, state: RunState) -> View:
         samples_per_s=facts.last("throughput/samples_per_s"),
         left_s=left_s,
         metrics={name: _measured(facts, name) for name in facts.metrics},
-        step_losses=[as_number(line.get("step/loss")) for line in recorded],
+        step_losses=[as_number(line.get(f"step/{of_steps}")) for line in recorded],
+        of_steps=of_steps,
         best_epoch=as_whole(best.get(EPOCH)) if best else None,
         best_by=facts.rule.words if best else "",
         tests=facts.tests,
@@ -228,6 +231,13 @@ def view_of(directory: Path, state: RunState) -> View:
         hosts=len({rank.host for rank in facts.ranks}) or None,
         problems=problems,
     )
+
+
+def _figure_of_steps(recorded: Sequence[Mapping[str, Any]]) -> str:
+    """The figure of single steps that is drawn: the loss, or else the first one that was recorded."""
+    names = dict.fromkeys(key for line in recorded for key in line if key.startswith("step/"))
+    others = [name.removeprefix("step/") for name in names if name != "step/lr"]
+    return "loss" if "loss" in others or not others else others[0]
 
 
 def _measured(facts: RunFacts, metric: str) -> list[float | None]:

@@ -146,7 +146,7 @@ def _curves(view: View, look: Look) -> list[str]:
         axis = f"up to step {last}" if view.counts == "step" else f"{view.counts} 1 to {last}"
     elif len(view.step_losses) > 1:
         curves = [view.step_losses]
-        names = ["loss of a step"]
+        names = [f"{view.of_steps} of a step"]
         axis = f"up to step {view.step:,}"
     else:
         return []

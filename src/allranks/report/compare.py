@@ -497,7 +497,7 @@ def _about_data(runs: Sequence[RunFacts]) -> list[str]:
     if validated:
         return [
             f"These runs have different validation examples ({', '.join(validated[:4])}): compare their "
-            "test/accuracy and test/loss."
+            "figures over the test set."
         ]
     return []
 

@@ -101,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
         "path", nargs="+", metavar="DIR", help="a sweep's directory, or directories of runs"
     )
     parser.add_argument(
-        "--sort", metavar="KEY", help="a figure or a key in which the runs differ (default: test/accuracy)"
+        "--sort",
+        metavar="KEY",
+        help="a figure or a key in which the runs differ (default: the first one over the test set)",
     )
     parser.add_argument(
         "--each", action="store_true", help="a row for each run, also where only seeds differ"

@@ -140,10 +140,10 @@ def _position(paths: Sequence[Path]) -> Position:
     epoch = 0
     for path in paths:
         for row in rows_of(path):
-            if "step/loss" in row:
-                step = max(step, int(row["step"]))
-            elif "epoch" in row:
+            if "epoch" in row:
                 epoch = max(epoch, int(row["epoch"]))
+            elif "step" in row:  # of a step: its row has no number of an epoch
+                step = max(step, int(row["step"]))
     return Position(step, epoch)
 
 
