@@ -390,7 +390,7 @@ def test_a_run_directory_that_cannot_be_made(train, ranks):
 
 
 def test_a_batch_smaller_than_the_ranks(train):
-    done = train(*SMALL, "trainer.batch_size=2", under="mpiexec", ranks=3)
+    done = train(*SMALL, "trainer.batch_size=2", ranks=3)
     assert_refused(done, "trainer.batch_size=2", "3 ranks", "at least 3")
     assert_nothing_left(done)
 

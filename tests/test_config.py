@@ -378,7 +378,7 @@ def test_a_folder_of_ones_own_choices(train, tmp_path_factory, tmp_path):
 
 def test_a_sweep_trains_every_cell_in_a_directory_of_its_own(train, tmp_path):
     sweep = ("-m", *SMALL, "trainer.epochs=1", "model=linear,mlp", "seed=1,2")
-    done = train(*sweep, under="mpiexec", ranks=2).ok()
+    done = train(*sweep, ranks=2).ok()
     [listed] = tmp_path.glob("runs/sweep/*/cells.jsonl")
     cells = [json.loads(line) for line in listed.read_text().splitlines()]
     assert [cell["directory"] for cell in cells] == [f"{listed.parent}/{number}" for number in range(4)]

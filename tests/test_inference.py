@@ -24,7 +24,7 @@ from allranks.inference import command, forward, images, load
 from allranks.inference import export as exporting
 from allranks.job.identity import RankIdentity
 from allranks.run import checkpoint
-from helpers import PYTHON, SMALL, Run, execute_forked, only_long, real_data, tree
+from helpers import PYTHON, SMALL, Run, execute_forked, real_data, tree
 
 QUICK = [*SMALL, "report=false"]
 WORDS = [*QUICK, "model=mlp", "model.widths=[32]", "trainer.epochs=3", "checkpoint.keep=3"]
@@ -717,10 +717,10 @@ def test_the_three_commands_as_typed(drawn, command):
     assert tree(exported.cwd) == ["blank.png", "digits.safetensors"]
 
 
-@pytest.mark.parametrize("name", [only_long("predict"), "evaluate", only_long("export")])
-def test_no_run_is_one_message_and_help_answers_without_torch(command, name):
+@pytest.mark.parametrize("name", ["predict", "evaluate", "export"])
+def test_no_run_is_one_message_and_help_has_examples(command, tmp_path, name):
     more = {"predict": ["x.png"], "export": ["--to", "x.pt2"]}.get(name, [])
-    refused = command(*ALLRANKS, name, "nowhere", *more)
+    refused = execute_forked(["-m", "allranks", name, "nowhere", *more], 1, tmp_path)
     assert refused.code == 2
     assert "nowhere is missing: give the directory of a run." in refused.message
     helped = command(*ALLRANKS, name, "--help").ok()

@@ -15,7 +15,7 @@ import torch
 from allranks.base.errors import UserError
 from allranks.data.loader import _check_labels, _check_pair, _image_shape
 from allranks.data.parts import Form, Mapped
-from helpers import NO_REPORT, PYTHON, Done, execute
+from helpers import NO_REPORT, PYTHON, Done, execute, execute_forked
 
 
 class Items(torch.utils.data.Dataset):
@@ -172,8 +172,11 @@ def read(tmp_path: Path):
 
     def run(*overrides: str, before: tuple[str, ...] = (), **env: str) -> Done:
         words = ["--config-dir", "conf", "data=noise", "model=linear", "device=cpu", "trainer.epochs=1"]
-        command = [*before, PYTHON, "-m", "allranks.train", NO_REPORT, *words, *overrides]
-        return execute(command, tmp_path, env={"PYTHONPATH": str(tmp_path), **env}, timeout_s=60)
+        argv = ["-m", "allranks.train", NO_REPORT, *words, *overrides]
+        environ = {"PYTHONPATH": str(tmp_path), **env}
+        if before:
+            return execute([*before, PYTHON, *argv], tmp_path, environ, timeout_s=60)
+        return execute_forked(argv, 1, tmp_path, environ, timeout_s=60)
 
     return run
 

@@ -448,9 +448,10 @@ def confusion_table(counts: torch.Tensor, names: Sequence[str]) -> str:
 
 def evaluate(arguments: Sequence[str]) -> int:
     """Runs `allranks evaluate` with these arguments and returns 0; raises UserError where it cannot."""
+    options = evaluate_parser().parse_intermixed_args(arguments)
+    # Imported only now, with torch: --help is answered at once.
     from allranks.inference import forward, overrides
 
-    options = evaluate_parser().parse_intermixed_args(arguments)
     overrides.refuse_others(overrides.split(options.words)[0])
     opened = _open(options)
     trained = opened.trained
@@ -524,10 +525,11 @@ def export(arguments: Sequence[str]) -> int:
 
     Raises UserError where nothing can be exported, and RunError where what was exported does not agree.
     """
+    options = export_parser().parse_intermixed_args(arguments)
+    # Imported only now, with torch: --help is answered at once.
     from allranks.inference import export as exporting
     from allranks.inference import forward, overrides
 
-    options = export_parser().parse_intermixed_args(arguments)
     overrides.refuse_others(overrides.split(options.words)[0])
     exporting.check_place(options.to, options.force)  # before the data are read
     opened = _open(options)
