@@ -302,7 +302,9 @@ def dump():
     rank = os.environ.get("RANK") or os.environ.get("PMI_RANK") or "alone"
     dynamo = sys.modules.get("torch._dynamo")
     with open(f"{os.environ['IMPORTS']}/{rank}-{os.getpid()}.json", "w") as file:
-        json.dump({"argv": sys.orig_argv, "rank": rank, "modules": sorted(sys.modules),
+        stand_ins = [name for name, module in sys.modules.items() if type(module).__name__ == "_Understudy"]
+        json.dump({"argv": sys.orig_argv, "rank": rank,
+                   "modules": sorted(set(sys.modules) - set(stand_ins)),
                    "dynamo": getattr(dynamo, "__file__", None)}, file)
 atexit.register(dump)
 """
