@@ -53,7 +53,7 @@ def watch(*pulses: tuple[float, Pulse], since: float = 0.0) -> RankWatch:
 
 
 def doing(beats: int = 0, within_ms: int = 0, ticks: int = 0, written: int = 0) -> Pulse:
-    return Pulse(beats, within_ms, 0, ticks, written)
+    return Pulse(beats, within_ms, 0, 0, ticks, written)
 
 
 def test_a_heartbeat_that_does_not_come_is_noticed_and_one_that_is_not_due_is_not():

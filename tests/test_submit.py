@@ -297,6 +297,40 @@ def test_a_program_that_stops_before_its_walltime_goes_on_in_another_job(pbs):
     assert (pbs.folder / "step").read_text() == "60"
 
 
+# In its first job it is told to stop in its fifth step.
+OWN_LOOP = """
+import os, pathlib, signal, torch, allranks
+from torch.utils.data import DataLoader, TensorDataset
+run = allranks.open("loop", seed=1, report=False)
+model = run.wrap(torch.nn.Linear(1, 1))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+run.keep(model=model, optimizer=optimizer)
+x = torch.linspace(-1, 1, 100)[:, None]
+for epoch in run.epochs(2):
+    for inputs, targets in run.steps(DataLoader(TensorDataset(x, 2 * x), batch_size=10, shuffle=True)):
+        if run.step == 4 and not pathlib.Path("told").exists():
+            pathlib.Path("told").touch()
+            os.kill(os.getpid(), signal.SIGUSR1)
+        run.backward(torch.nn.functional.mse_loss(model(inputs), targets))
+        optimizer.step()
+        optimizer.zero_grad()
+run.finish()
+"""
+
+
+@needs_launch
+@pytest.mark.long
+def test_a_loop_of_ones_own_goes_on_in_another_job(pbs):
+    (pbs.folder / "own.py").write_text(OWN_LOOP)
+    program = ("--ppn", "1", "--no-preflight", "--", PYTHON, "own.py")
+    job = Path(pbs.submit(*PBS, *program)["directory"])
+    code = job / "exit_code"
+    until(lambda: code.exists() and code.read_text() == "0\n", 90)
+    assert "goes on from step" in (job / "job.log").read_text()
+    assert json.loads((job / "job.json").read_text())["job_ids"] == ["1.pbs", "2.pbs"]
+    assert Run(pbs.folder / "runs/loop").summary["state"] == "finished"
+
+
 @needs_launch
 def test_a_program_of_whose_steps_nothing_is_known_has_no_job_after_it(pbs):
     program = (PYTHON, "-c", "raise SystemExit(85)")

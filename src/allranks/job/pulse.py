@@ -34,7 +34,7 @@ from functools import cache
 from types import FrameType
 
 from allranks.base.errors import UserError, show
-from allranks.base.processes import DUMP_SIGNAL, STOPPING
+from allranks.base.processes import DUMP_FOR_LAUNCH_SIGNAL, STOPPING
 from allranks.job import scheduler
 from allranks.job.identity import discover
 from allranks.job.variables import (
@@ -46,6 +46,7 @@ from allranks.job.variables import (
     PULSE,
     STACK_AT,
     STACK_PID,
+    STEPS,
     STOP_AT,
     WAITS,
     WISH,
@@ -68,15 +69,13 @@ class Page:
     """Numbers that this process writes, and its guard reads."""
 
     numbers: memoryview[int]
-    guard_pid: int | None  # None: there is no guard, and nobody reads the numbers
+    guard_pid: int | None = None  # None: there is no guard, and nobody reads the numbers
+    descriptor: int | None = None  # of the memory
 
 
 @cache
 def _page() -> Page:
-    """The page that this rank shares with its guard. The first call opens it.
-
-    From then on this process writes down its stack into the page when the guard asks for it.
-    """
+    """The page that this rank shares with its guard. The first call opens it."""
     path = os.environ.get(PULSE, "")  # /proc/PID/fd/N
     try:
         # In a container the number may be another process's, and the descriptor lead to any file.
@@ -85,15 +84,23 @@ def _page() -> Page:
     except OSError:  # there is no guard
         descriptor = None
     if descriptor is None:
-        return Page(memoryview(array("q", bytes(PAGE_BYTES))), guard_pid=None)
+        return Page(memoryview(array("q", bytes(PAGE_BYTES))))
 
     numbers = memoryview(mmap.mmap(descriptor, PAGE_BYTES)).cast("q")
-    os.lseek(descriptor, STACK_AT, os.SEEK_SET)
-    # faulthandler's handler is written in C: it works where the main thread keeps Python's lock. The
-    # descriptor stays open for it.
-    faulthandler.register(DUMP_SIGNAL, file=descriptor, all_threads=False)
-    numbers[STACK_PID] = os.getpid()
-    return Page(numbers, guard_pid=int(path.split("/")[2]))
+    return Page(numbers, int(path.split("/")[2]), descriptor)
+
+
+@cache
+def _watched_page() -> memoryview[int]:
+    """The numbers of the page, of a process that writes down its stack when the guard asks for it."""
+    page = _page()
+    if page.descriptor is not None:
+        os.lseek(page.descriptor, STACK_AT, os.SEEK_SET)
+        # faulthandler's handler is written in C: it works where the main thread keeps Python's lock. The
+        # descriptor stays open for it.
+        faulthandler.register(DUMP_FOR_LAUNCH_SIGNAL, file=page.descriptor, all_threads=False)
+        page.numbers[STACK_PID] = os.getpid()
+    return page.numbers
 
 
 # --- the watchdog -----------------------------------------------------------------------------------------
@@ -108,7 +115,7 @@ def heartbeat(within_s: float | None = None) -> None:
     its limit is named with its stack, and the launch ends. Does nothing without `allranks launch`. Raises
     UserError where `within_s` is not above 0.
     """
-    numbers = _page().numbers
+    numbers = _watched_page()
     numbers[WITHIN_MS] = 0 if within_s is None else _milliseconds(within_s)
     numbers[BEATS] += 1
 
@@ -118,6 +125,11 @@ def _milliseconds(within_s: float) -> int:
     if not within_s > 0:
         raise UserError(f"heartbeat(within_s={within_s}) is not valid: give a number of seconds above 0.")
     return NO_LIMIT if within_s >= NO_LIMIT_S else max(1, int(within_s * 1000))
+
+
+def count_step() -> None:
+    """Counts a step of a loop that has its own watchdog: the launch then knows how far it has come."""
+    _page().numbers[STEPS] += 1
 
 
 # --- the end of the job -----------------------------------------------------------------------------------

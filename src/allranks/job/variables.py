@@ -51,6 +51,7 @@ CALLS = 3  # how often should_stop() has been called
 WAITS = 4  # 1 while the latest of these calls waits for the launch
 WISH = 5  # why this rank asks for a stop: a signal's number, or WISH_JOB_END
 WISH_JOB_END = 1000  # no signal has this number
+STEPS = 8  # how many steps of a loop by allranks.open() this rank has begun
 # The guard writes these:
 HOLD = 6  # 1: wait at the next call of should_stop() until STOP_AT is there
 STOP_AT = 7  # the first call of should_stop() that returns True; 0: not known

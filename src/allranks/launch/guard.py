@@ -395,9 +395,9 @@ class Guard:
 
     def _pulse(self) -> list[int]:
         """How the program does: the numbers of launch/idle.py's Pulse, in its order."""
-        beats, within_ms, calls = map(self._read, (variables.BEATS, variables.WITHIN_MS, variables.CALLS))
+        told = (variables.BEATS, variables.WITHIN_MS, variables.CALLS, variables.STEPS)
         ticks = processes.cpu_ticks_of_children() if self.counts_cpu else 0
-        return [beats, within_ms, calls, ticks, self.written_bytes]
+        return [*map(self._read, told), ticks, self.written_bytes]
 
     def _hold(self) -> None:
         """Has the program wait at its next question whether to stop; says how many it has had answered."""

@@ -35,7 +35,8 @@ class Pulse(NamedTuple):
 
     beats: int  # how often it has called heartbeat()
     within_ms: int  # it said that the next one comes within so long; 0: nothing; NO_LIMIT_MS: whenever
-    answered: int  # how often it has called should_stop()
+    calls: int  # how often it has called should_stop()
+    steps: int  # of a loop by allranks.open() that it has begun
     cpu_ticks: int  # the CPU time of the program and of all that it has started
     written_bytes: int  # to stdout and stderr
 
@@ -44,7 +45,7 @@ class RankWatch:
     """What is known of one rank's progress. All times are in seconds, by the supervisor's clock."""
 
     def __init__(self, now: float) -> None:
-        self.pulse = Pulse(0, 0, 0, 0, 0)
+        self.pulse = Pulse(0, 0, 0, 0, 0, 0)
         self.heard_at = now
         self.beat_at = now  # when the newest heartbeat was heard of
         self.active_at = now  # when the rank was last seen to do anything
@@ -53,13 +54,14 @@ class RankWatch:
         """Takes in what the guard tells now."""
         before = self.pulse
         has_beaten = pulse.beats != before.beats
+        has_stepped = (pulse.calls, pulse.steps) != (before.calls, before.steps)
         has_written = pulse.written_bytes != before.written_bytes
         used = pulse.cpu_ticks - before.cpu_ticks
         least = max(LEAST_TICKS, IDLE_SHARE * TICKS_PER_S * (now - self.heard_at))
         if has_beaten:
             self.beat_at = now
         # The CPU time falls when a process has ended, which is a sign of life, too.
-        if has_beaten or has_written or used >= least or used < 0:
+        if has_beaten or has_stepped or has_written or used >= least or used < 0:
             self.active_at = now
         self.pulse = pulse
         self.heard_at = now

@@ -86,7 +86,7 @@ def _written_stack(page: str) -> str:
         writer = int.from_bytes(memory.read(8), sys.byteorder, signed=True)
         if not writer:
             return ""
-        os.kill(writer, processes.DUMP_SIGNAL)
+        os.kill(writer, processes.DUMP_FOR_LAUNCH_SIGNAL)
         os.kill(writer, signal.SIGCONT)  # a stopped process handles no signal
         return _as_read(_when_whole(memory))
     return ""

@@ -101,8 +101,9 @@ class IdleWatch:
 
     @property
     def progress(self) -> int:
-        """How often the rank that did so most often has called heartbeat() and should_stop()."""
-        return max((watch.pulse.beats + watch.pulse.answered for watch in self.ranks.values()), default=0)
+        """The calls of heartbeat() and should_stop() and the steps of the rank that has most of them."""
+        pulses = [watch.pulse for watch in self.ranks.values()]
+        return max((pulse.beats + pulse.calls + pulse.steps for pulse in pulses), default=0)
 
     def forgive(self, now: float) -> None:
         """The ranks could do nothing until now."""

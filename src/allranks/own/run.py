@@ -36,6 +36,7 @@ from allranks.config import Config
 from allranks.data.batches import Batches, Dealt, pieces_of
 from allranks.data.nests import described
 from allranks.data.randomness import mixed, reseed
+from allranks.job import pulse
 from allranks.job.identity import RankIdentity
 from allranks.own.sharing import Sharing
 from allranks.own.state import KeptObjects
@@ -293,6 +294,7 @@ class Run:
                 self._is_stepping = True
                 self._steps.begin(self.step + 1, self.epoch + 1)
                 reseed(mixed(self._config.seed, self.step, self.rank), self.device)
+                pulse.count_step()
                 yield share.batch
                 self._is_stepping = False
         self._in_hand = None

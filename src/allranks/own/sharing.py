@@ -25,6 +25,7 @@ from allranks.base import files
 from allranks.base.errors import UserError
 from allranks.data.nests import mapped
 from allranks.data.randomness import mixed, reseed
+from allranks.job import pulse
 from allranks.run import directory as rundir
 from allranks.runtime.runtime import Runtime
 from allranks.training import state as states
@@ -66,6 +67,7 @@ class Sharing:
                         result = work(items[number])
                     files.append_line(file, {"item": number, **_to_json(result, number)})
                 runtime.progress.worked()
+                pulse.count_step()
                 self._control.check_evaluation(turn + 1, gains=True)
         return self._everyones(len(items))
 

@@ -1,8 +1,9 @@
 """How far a program of the user's own has come, over all of its jobs: progress.json in its directory.
 
 A training of ours has checkpoints, whose names tell its step. Of another program it is known how often it
-has called `allranks.heartbeat()` and `allranks.should_stop()`, if it calls them. A job that stops in time
-is followed by another one only if it has gained something.
+has called `allranks.heartbeat()` and `allranks.should_stop()`, and how many steps a loop by
+`allranks.open()` has taken. A job that stops in time is followed by another one only if it has gained
+something.
 """
 
 from __future__ import annotations
