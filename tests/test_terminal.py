@@ -303,6 +303,10 @@ def test_ranks_and_launchers_in_words():
     )
     assert story.name_of({"_target_": "allranks.data.synthetic.generate"}) == "synthetic"
     assert story.name_of({"_target_": "mine.models.Wide"}) == "Wide"
+    arrays = {"_target_": "allranks.data.arrays.load"}
+    for path in ("/a/table/x.npz", ["table/x.npy", "other/y.npy"], {"x": "table/x.npy"}):
+        assert story.name_of({**arrays, "path": path}) == "table"
+    assert story.name_of({**arrays, "path": "/x.npy"}) == "arrays"
 
 
 @pytest.mark.parametrize("columns", [20, 40, 60, 61, 80, 100, 200])

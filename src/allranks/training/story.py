@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from allranks.run import metric_names
@@ -63,13 +64,24 @@ def name_of(section: Mapping[str, Any]) -> str:
     """A short name for the component that a section of the configuration describes.
 
     It is the value of the key `name`, if there is one. Otherwise it is the name of the class or function in
-    `_target_`. For data sets in allranks.data it is the name of the module, such as `mnist`.
+    `_target_`. For data sets in allranks.data it is the name of the module, such as `mnist`; for arrays
+    from files it is the name of the folder that they are in.
     """
     given = section.get("name")
     if isinstance(given, str):
         return given
+    if section.get("_target_") == "allranks.data.arrays.load":
+        return _folder_of(section.get("path"))
     *modules, last = str(section.get("_target_")).split(".")
     return modules[-1] if modules[:2] == ["allranks", "data"] else last
+
+
+def _folder_of(path: Any) -> str:
+    """The folder of a file, or of the first of several; `arrays` where it has no name."""
+    if isinstance(path, Mapping):
+        path = list(path.values())
+    first = path[0] if isinstance(path, list) and path else path
+    return Path(str(first)).absolute().parent.name or "arrays"
 
 
 def who_trains(world_size: int, hosts: int, device_type: str, threads: int) -> str:
