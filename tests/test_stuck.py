@@ -149,6 +149,18 @@ def test_guards_that_are_all_stopped_beside_programs_that_run_are_no_suspension(
     assert "its guard is stopped" in err and "suspended" not in err
 
 
+def test_a_guard_that_is_stopped_after_its_program_has_ended_is_no_suspension():
+    """It is the last one, so that all guards that are left are stopped. Nobody would let it go on."""
+    ends = "import os, signal\nif os.environ['RANK'] == '1': os.kill(os.getppid(), signal.SIGSTOP)"
+    limits = {"ASK_S": 0.2, "SILENT_S": 2.0, "SUSPENDED_S": 1.0, "LEAVE_S": 1.0}
+    with Started(supervised("mpiexec", 2, python(ends), constants=limits)) as started:
+        code, _, err = started.finish(within_s=60)
+        started.gone(within_s=5)
+    assert code == 137
+    assert f"rank 1 on {HOST} does not answer any more: its guard is stopped" in err
+    assert "suspended" not in err
+
+
 @pytest.mark.long
 def test_where_no_rank_can_be_looked_at_the_scheduler_says_whether_all_are_suspended(saved):
     """Another boot id than ours stands for the guards' own hosts, and the launch is asked elsewhere."""

@@ -593,7 +593,8 @@ class Supervision:
         if any(now < known.heard_at + silent_for_s for known in asked):
             return False
         here = [known for known in asked if known.pid is not None and known.boot_id == processes.boot_id()]
-        if here and all(_is_stopped(known) for known in here):
+        # A guard that is stopped when its program has ended is no sign of it: the program was not stopped.
+        if here and all(_is_stopped(known) for known in here) and any(map(_has_program, here)):
             return True
         if self._ask_scheduler is None:
             return False
@@ -884,6 +885,13 @@ def _is_stopped(known: Guarded) -> bool:
         return b"allranks.launch.guard" in Path(f"/proc/{known.pid}/cmdline").read_bytes()
     except OSError:
         return False
+
+
+def _has_program(known: Guarded) -> bool:
+    """Whether something that a guard of this host has started has not ended."""
+    assert known.pid is not None
+    stats = [processes.process_stat(pid) for pid in processes.descendants(known.pid)]
+    return any(stat is not None and stat.state not in "ZX" for stat in stats)
 
 
 async def _in_thread(ask: Callable[[], bool]) -> bool:
