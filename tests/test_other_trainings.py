@@ -222,6 +222,10 @@ def test_a_run_of_each_kind_is_watched(kind, columns, tmp_path):
     if kind == "own loop":
         assert "progress      step 1,200" in "\n".join(lines)
         assert any("up to step 1,200" in line for line in lines)
+    if kind == "language model":
+        assert "  val perplexity 4871.166, 1.16e+05 at first" in lines
+        assert "  train loss    1.5000, 9.0000 after the first epoch" in lines
+        assert any(line.strip() == "epoch 1 to 6" for line in lines)
     if kind == "regression":
         assert "best epoch    6 (lowest val/loss)" in "\n".join(lines)
 

@@ -76,8 +76,10 @@ def _detail(view: View, look: Look) -> list[str]:
 
     def add(label: str, value: str | None) -> None:
         if value:
-            head = look.paint(f"  {label:{LABEL_COLUMNS}}", DIM)
-            lines.append(head + _fitting(value, look, LABEL_COLUMNS + 2))
+            head = (
+                f"  {label:{LABEL_COLUMNS - 1}} "  # a longer label, such as a metric's, has its blank too
+            )
+            lines.append(look.paint(head, DIM) + _fitting(value, look, len(head)))
 
     if view.epochs and view.counts == "epoch":
         words = _progress_words(view)
@@ -129,7 +131,11 @@ def _newest(name: str, view: View) -> str | None:
     shown = [
         "nan" if value is None else metric_names.with_unit(name, value) for value in (values[-1], values[0])
     ]
-    return shown[0] if len(values) == 1 else f"{shown[0]}, {shown[1]} after the first {view.counts}"
+    if len(values) == 1:
+        return shown[0]
+    # A metric that is measured now and then only was perhaps not measured after the first epoch.
+    is_sparse = view.counts == "epoch" and len(values) < view.epoch
+    return f"{shown[0]}, {shown[1]} {'at first' if is_sparse else f'after the first {view.counts}'}"
 
 
 def _curves(view: View, look: Look) -> list[str]:
@@ -142,8 +148,8 @@ def _curves(view: View, look: Look) -> list[str]:
     if names and len(view.metrics[names[0]]) > 1:
         curves = [view.metrics[name] for name in names]
         names = [metric_names.words_of(name) for name in names]
-        last = f"{view.step:,}" if view.counts == "step" else str(len(curves[0]))
-        axis = f"up to step {last}" if view.counts == "step" else f"{view.counts} 1 to {last}"
+        last = view.epoch or max(map(len, curves))
+        axis = f"up to step {view.step:,}" if view.counts == "step" else f"{view.counts} 1 to {last}"
     elif len(view.step_losses) > 1:
         curves = [view.step_losses]
         names = [f"{view.of_steps} of a step"]
@@ -167,7 +173,7 @@ def _curves(view: View, look: Look) -> list[str]:
     )
     if not look.is_unicode:
         lines = [
-            f"  {name:14}{drawing.sparkline(curve, columns - 4, is_unicode=False)}"
+            f"  {name[:13]:14}{drawing.sparkline(curve, columns - 4, is_unicode=False)}"
             for name, curve in zip(names, curves, strict=True)
         ]
         return ["", *lines]
