@@ -246,6 +246,26 @@ def test_the_curve_is_the_same_on_any_number_of_ranks(kind, ranks, home, train, 
     assert {key: together.summary[key] for key in tests} == pytest.approx(tests, rel=1e-6)
 
 
+@pytest.mark.long
+def test_a_reproducible_run_has_the_same_bits_on_one_and_two_ranks(home, train, train_here):
+    same = ("trainer.reproducible=true", "trainer.epochs=2")
+    alone = train_here(*words("segmentation", *same, "run.dir=alone"))
+    env = {"PYTHONPATH": str(home)}
+    done = train(*words("segmentation", *same, "run.dir=together"), under="mpiexec", ranks=2, env=env)
+    assert figures(done.ok().run) == figures(alone)
+
+
+@pytest.mark.parametrize("kind", ["regression", "stream"])
+def test_validation_examples_may_be_data_of_their_own(kind, home, train_here):
+    function = KINDS[kind]["data"]
+    val = f"+data.val={{_target_: mytasks.{function}, part: val, count: 25}}"
+    run = train_here(*words(kind, val, "~data.split", "trainer.epochs=1", "run.dir=run"))
+    assert run.summary["val/count"] == 25
+    assert run.column("step") == [6]  # all of the 87 examples of data.train, in batches of 16
+    trained = load(run.path)
+    assert measure(trained, open_part(trained, "val")).loss == run.metrics[0]["val/loss"]
+
+
 def test_running_figures_and_pieces_of_a_batch_are_of_the_same_examples(home, train_here):
     """With a learning rate of nearly 0 the model stays, and running figures are those of an evaluation."""
     still = ("optimizer.lr=1e-30", "trainer.epochs=1", "trainer.accumulate=3")
@@ -449,6 +469,15 @@ def test_a_mean_is_shown_as_it_says(kind):
     expected = {"mean": 0.75, "percent": 75.0, "exp": math.exp(0.75)}[kind]
     assert found.values == {"loss": 1 / 3, "plain": 2.0, "other": expected}
     assert (found.examples, sums.rows.tolist()) == (6, [[2, 12, 6, 8, 6]])
+
+
+def test_a_metric_that_is_missing_for_a_later_batch_is_said():
+    runtime = SimpleNamespace(device=torch.device("cpu"), shares=range(1), gather=lambda rows: rows)
+    sums = Sums(
+        runtime, columns_of(SimpleNamespace(), {"one": torch.tensor(1.0), "two": torch.tensor(1.0)})
+    )
+    with pytest.raises(UserError, match="does not give two for this batch, but did for the first one"):
+        sums.add(0, torch.tensor(1.0), 3, {"one": torch.tensor(1.0)})
 
 
 # --- what does not fit ------------------------------------------------------------------------------------

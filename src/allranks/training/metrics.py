@@ -140,6 +140,12 @@ class Sums:
 
         loss_sum: a scalar, the sum over the `length` examples; measured: what the task's metrics() gave.
         """
+        for name in (*(column.name for column in self.columns), *self.objects):
+            if name not in measured:
+                raise UserError(
+                    f"metrics() of the task does not give {name} for this batch, but did for the first "
+                    "one: it must give the same names for each."
+                )
         sums = self.rows[row]
         sums[0] += loss_sum
         at = 1
