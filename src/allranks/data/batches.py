@@ -5,15 +5,21 @@ rank, rank + world_size, rank + 2 * world_size, ... of the batch. So a step sees
 number of ranks. A share may be empty; then it carries one example as a stand-in, which does not count.
 
 The order of the examples, and what a Dataset draws at random for one of them, follow from the seed, the
-epoch and the example. So a run that goes on in the middle of an epoch sees what it would have seen.
+epoch and the example. What a sampler or a stream draws for a batch follows from the seed, the epoch and the
+step. So a run that goes on in the middle of an epoch sees what it would have seen.
+
+Each batch has a digest, by which the ranks notice that they were given different batches, and a run that
+goes on notices that the batches are not those which it has seen before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import operator
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +27,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from allranks.base.errors import UserError
-from allranks.data.nests import described, mapped
+from allranks.data.nests import described, leaves, mapped
 from allranks.data.randomness import mixed, reseed
 from allranks.data.workers import Workers
 from allranks.runtime.runtime import Runtime
@@ -33,6 +39,7 @@ class Dealt(NamedTuple):
     batch: Any
     counted: int  # examples of the share that count: all of them, or 0 where it is a stand-in
     total: int  # examples of the global batch
+    digest: int = 0  # of the global batch and of all before it in the epoch
 
 
 class Batches:
@@ -74,6 +81,8 @@ class Batches:
     def _loader_of(self, source: Any) -> Any:
         """The DataLoader that the source is, or that reads it; the source itself where it is a stream."""
         is_dataset = hasattr(source, "__len__") and hasattr(source, "__getitem__")
+        if isinstance(source, list | tuple) and self._given["batch_size"] is None:
+            is_dataset = False  # a list of batches; with a batch_size it is one of examples
         is_loader = hasattr(source, "dataset") and hasattr(source, "batch_sampler")
         if is_loader or not is_dataset or isinstance(source, IterableDataset):
             what = type(source).__name__
@@ -164,40 +173,101 @@ class Batches:
         except (TypeError, NotImplementedError, AttributeError):
             return None
 
+    @property
+    def with_state(self) -> Any:
+        """The source, where it has a state of its own that says how far it is; None otherwise.
+
+        Where the examples of a batch are known by number, that state is not needed.
+        """
+        has_state = hasattr(self.source, "state_dict") and hasattr(self.source, "load_state_dict")
+        return self.source if has_state and not self._is_indexed else None
+
     def described(self) -> dict[str, int | None]:
         """What a run that goes on in the middle of an epoch must find again."""
         return {"batch_size": self.batch_size, "steps": self.count, "examples": self.examples}
 
     # --- the batches of an epoch -----------------------------------------------------------------------
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Dealt]:
-        """This rank's share of each global batch of the epoch from `first_step` on; both count from 0."""
-        sampler: Any = getattr(self._loader, "sampler", None)
-        for each in (sampler, getattr(self._loader, "batch_sampler", None), self._loader):
+    def epoch(
+        self, epoch: int, first_step: int = 0, *, seen: int | None = None, is_there: bool = False
+    ) -> Iterator[Dealt]:
+        """This rank's share of each global batch of the epoch from `first_step` on; both count from 0.
+
+        `seen` is the digest of the batches before the first step; None where nobody knows it. Where it is
+        another one now, UserError is raised. `is_there`: the source has been told by load_state_dict() that
+        the first step's batch is its next one.
+        """
+        loader = self._loader
+        samplers = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
+        samplers += [getattr(each, "sampler", None) for each in samplers]
+        for each in [*samplers, loader]:
             set_epoch = getattr(each, "set_epoch", None)
             if set_epoch is not None:
                 set_epoch(epoch)
+            # A generator of the user's own would otherwise go on from epoch to epoch, and begin anew in a
+            # process that goes on from a checkpoint.
+            generator = getattr(each, "generator", None)
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(mixed(self._seed, epoch))
         reseed(mixed(self._seed, epoch))  # a sampler draws the order of the epoch now
         if self._is_indexed:
-            yield from self._indexed(epoch, first_step)
+            yield from self._indexed(epoch, first_step, seen)
         else:
-            yield from self._streamed(first_step)
+            yield from self._streamed(epoch, first_step, seen, is_there)
+
+    def _check_seen(self, digest: int, seen: int | None) -> None:
+        """Raises UserError on all ranks where the batches that are skipped are not those seen before."""
+        if seen is None:
+            return
+        with self._runtime.all_or_none():
+            if digest != seen:
+                raise UserError(
+                    f"The batches of the {type(self.source).__name__} come in another order than before "
+                    "the run was interrupted in this epoch, so it cannot go on in its middle. Let the "
+                    "order follow from set_epoch(epoch), which allranks calls where a source or its "
+                    "sampler has it, or from the generators of torch, NumPy or random, which allranks "
+                    "seeds."
+                )
+
+    def _each_seeded(self, batches: Iterable[Any], epoch: int, first: int) -> Iterator[Any]:
+        """The batches, of which the first one has this number, with random numbers of its own for each.
+
+        What draws a batch at random in this process then draws the same on all ranks, whatever the loop's
+        body has drawn before, and whether or not the batches before it were only skipped.
+        """
+        iterator = iter(batches)
+        number = first
+        while True:
+            if number:  # the first batch goes on with the generators that epoch() has seeded
+                reseed(mixed(self._seed, epoch, number))
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            yield batch
+            number += 1
 
     def explained(self) -> AbstractContextManager[None]:
         """A block for all that runs while the batches are read: it says what ended a worker process."""
         return self._workers.explained()
 
-    def _indexed(self, epoch: int, first_step: int) -> Iterator[Dealt]:
+    def _indexed(self, epoch: int, first_step: int, seen: int | None) -> Iterator[Dealt]:
         """Each batch is known by the numbers of its examples, of which this rank reads its own."""
         runtime = self._runtime
         loader = self._loader
-        counts: list[tuple[int, int]] = []  # (count, total) of the shares that are being read
+        known: deque[_Known] = deque()  # of the shares that are being read
 
         def shares() -> Iterator[list[Any]]:
-            for batch in islice(iter(loader.batch_sampler), first_step, None):
+            digest = 0
+            for step, batch in enumerate(self._each_seeded(loader.batch_sampler, epoch, 0)):
+                if step == first_step:
+                    self._check_seen(digest, seen)
                 numbers = list(batch)
+                digest = zlib.crc32(repr(numbers).encode(), digest)
+                if step < first_step:
+                    continue
                 mine = numbers[runtime.rank :: runtime.world_size]
-                counts.append((len(mine), len(numbers)))
+                known.append(_Known(len(mine), len(numbers), digest))
                 yield mine or numbers[:1]
 
         reader: DataLoader[Any] = DataLoader(
@@ -216,18 +286,33 @@ class Batches:
         with self._workers.starting():
             batches = iter(reader)
         self._workers.started = getattr(batches, "_workers", ())
-        for step, batch in enumerate(batches):
-            yield Dealt(_moved(batch, runtime.device), *counts[step])
+        for batch in batches:
+            yield Dealt(_moved(batch, runtime.device), *known.popleft())
 
-    def _streamed(self, first_step: int) -> Iterator[Dealt]:
+    def _streamed(self, epoch: int, first_step: int, seen: int | None, is_there: bool) -> Iterator[Dealt]:
         """Each batch comes whole, on every rank, which then keeps its share of it."""
         runtime = self._runtime
-        for batch in islice(iter(self._loader), first_step, None):
+        first = first_step if is_there else 0
+        digest = 0
+        for step, batch in enumerate(self._each_seeded(self._loader, epoch, first), start=first):
+            if step == first_step and not is_there:
+                self._check_seen(digest, seen)
+            digest = zlib.crc32(_sample_of(batch), digest)
+            if step < first_step:
+                continue
             total = length_of(batch)
             count = len(range(runtime.rank, total, runtime.world_size))
             rows = slice(runtime.rank, None, runtime.world_size) if count else slice(0, 1)
             share = batch if runtime.world_size == 1 else taken(batch, rows, total)
-            yield Dealt(_moved(share, runtime.device), count, total)
+            yield Dealt(_moved(share, runtime.device), count, total, digest)
+
+
+class _Known(NamedTuple):
+    """What is known of a share before its examples are read."""
+
+    counted: int
+    total: int
+    digest: int
 
 
 class _Drawn(NamedTuple):
@@ -247,9 +332,16 @@ class _Seeded(Dataset[Any]):
         self.seed = seed
 
     def __getitem__(self, number: Any) -> Any:
-        if isinstance(number, int):
-            reseed(mixed(self.seed, number))
+        reseed(mixed(self.seed, _as_whole_number(number)))
         return self.dataset[number]
+
+
+def _as_whole_number(key: Any) -> int:
+    """The number of an example; for a key that is no number, such as a text, a number made of it."""
+    try:
+        return operator.index(key)  # also NumPy's integers, and tensors of one
+    except TypeError:
+        return zlib.crc32(repr(key).encode())
 
 
 def _begin_both(ours: Callable[[int], None], theirs: Callable[[int], None] | None, worker: int) -> None:
@@ -302,6 +394,23 @@ def _length(batch: Any) -> int | None:
             return length
     is_plain = batch and not any(isinstance(part, Mapping | list | tuple) for part in batch)
     return len(batch) if is_plain else None
+
+
+# Enough of a batch to tell it from another one, and little enough to cost nothing beside a step.
+_SAMPLED_NUMBERS = 256
+
+
+def _sample_of(batch: Any) -> bytes:
+    """Some bytes of a batch, for its digest: the first numbers of its first tensor in main memory."""
+    for leaf in leaves(batch):
+        if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu" and leaf.layout == torch.strided:
+            first = leaf.detach().reshape(-1)[:_SAMPLED_NUMBERS].contiguous()
+            return repr(leaf.shape).encode() + first.view(torch.uint8).numpy().tobytes()
+        if isinstance(leaf, np.ndarray):
+            return repr(leaf.shape).encode() + leaf.reshape(-1)[:_SAMPLED_NUMBERS].tobytes()
+        if isinstance(leaf, str):
+            return leaf.encode()
+    return b""
 
 
 def taken(batch: Any, rows: slice, length: int) -> Any:

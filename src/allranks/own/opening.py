@@ -47,14 +47,16 @@ def open_run(
     A run that has finished ends the program, with exit code 0. An error in what is given here, and an error
     of the program later on, ends all ranks, with one message.
     """
+    if _opened and _opened[-1].is_open:
+        # Like any error of the program, this one ends the run that is open, and is told by rank 0.
+        raise UserError(
+            f"allranks.open({name!r}): the run {_opened[-1].directory} is still open. Call its finish() "
+            "before another run begins.",
+            said_by=0,
+        )
     exits = ExitStack()
     try:
         identity = exits.enter_context(ending.of_process(os.environ))
-        if _opened and _opened[-1].is_open:
-            raise UserError(
-                f"allranks.open({name!r}): the run {_opened[-1].directory} is still open. Call its "
-                "finish() before another run begins."
-            )
         try:
             composed = _composed(name, seed, config, log_every_steps, settings)
         except UserError as error:

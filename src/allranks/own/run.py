@@ -59,6 +59,7 @@ from allranks.training.weight import share_weight
 log = logging.getLogger("allranks")
 
 
+_AFTER_STEPS = -1  # in place of a rank, for the random numbers between the steps and the epoch's end
 _UNUSED = "run.wrap(model, unused_parameters=True)"
 
 
@@ -78,6 +79,7 @@ class Run:
         self.is_open = True
         self._epoch_of_steps: int | None = None  # the epoch in which steps() was called last
         self._in_epochs = False
+        self._has_open_epoch = False  # whether a loop of steps only has been left by `break`
         self._in_hand: Dealt | None = None  # what the loop has got last of a source
         self._is_stepping = False  # whether the loop is in a body of steps()
         self._wrapped: list[nn.Module] = []
@@ -160,6 +162,11 @@ class Run:
     def epoch(self) -> int:
         """The epochs that are completed, those of earlier starts included."""
         return self._kept.position.epoch
+
+    @property
+    def epoch_step(self) -> int:
+        """The steps that are completed in this epoch, those of earlier starts included."""
+        return self._kept.position.epoch_steps
 
     @property
     def examples(self) -> int:
@@ -267,8 +274,10 @@ class Run:
         steps are one epoch.
         """
         if not self._in_epochs:
+            self._has_open_epoch = True
             for _ in self.epochs(1):
                 yield from self.steps(batches, steps_per_save=steps_per_save)
+            self._has_open_epoch = False
             return
         loop = self._begin(None)
         if self._epoch_of_steps == self.epoch:
@@ -282,22 +291,31 @@ class Run:
         self._check_source(dealt)
         position = self._kept.position
         first_step = position.epoch_steps
-        self._kept.loader = dealt.source if hasattr(dealt.source, "load_state_dict") else None
+        loader = dealt.with_state
+        self._kept.loader = loader
         saved = self._kept.loader_state()
-        if saved is not None and self._kept.loader is not None:
-            self._kept.loader.load_state_dict(saved)
-            first_step = 0
-        shares = dealt.epoch(position.epoch, first_step)
-        with dealt.explained(), self._stopping():
-            for share in loop.steps(shares, dealt.count, dealt.examples, steps_per_save):
-                self._in_hand = share
-                self._is_stepping = True
-                self._steps.begin(self.step + 1, self.epoch + 1)
-                reseed(mixed(self._config.seed, self.step, self.rank), self.device)
-                pulse.count_step()
-                yield share.batch
-                self._is_stepping = False
-        self._in_hand = None
+        is_there = saved is not None and loader is not None
+        if is_there:
+            loader.load_state_dict(saved)
+        seen = self._kept.means.digest if first_step else None
+        shares = dealt.epoch(position.epoch, first_step, seen=seen, is_there=is_there)
+        try:
+            with dealt.explained(), self._stopping():
+                for share in loop.steps(shares, dealt.count, dealt.examples, steps_per_save):
+                    self._in_hand = share
+                    self._kept.means.digest = share.digest
+                    self._is_stepping = True
+                    self._steps.begin(self.step + 1, self.epoch + 1)
+                    reseed(mixed(self._config.seed, self.step, self.rank), self.device)
+                    pulse.count_step()
+                    yield share.batch
+                    self._is_stepping = False
+        finally:  # also where the body has left the loop by `break`
+            self._is_stepping = False
+            self._in_hand = None
+        # What the program draws now, as for an evaluation, does not depend on the rank, nor on whether the
+        # run has gone on just here.
+        reseed(mixed(self._config.seed, position.epoch, _AFTER_STEPS), self.device)
 
     def _make_steps(self, every: Sequence[int], runtime: Runtime) -> OwnSteps:
         self._steps = OwnSteps(every, runtime)
@@ -423,7 +441,13 @@ class Run:
                     f"run.mean() got {described(value)}: give a number or a scalar tensor for each batch.",
                     said_by=0,
                 )
-            share = self._dealt("run.mean()")
+            if self._in_hand is None:
+                raise UserError(
+                    "run.mean() takes its values one by one, while it goes through run.batches(): give it "
+                    "`value(batch) for batch in run.batches(...)` without brackets, not a list of values.",
+                    said_by=0,
+                )
+            share = self._in_hand
             if share.counted:
                 number = value.detach().to(dtype) if isinstance(value, torch.Tensor) else float(value)
                 sums[0] += number * share.counted
@@ -461,7 +485,11 @@ class Run:
         Started again, the program then ends at once in allranks.open().
         """
         self._check_open("run.finish()")
-        self._begin(None)
+        loop = self._begin(None)
+        if self._has_open_epoch:
+            with self._stopping():
+                loop.log(self._kept.means.take())
+                loop.close_epoch()
         self._saver.save()
         self._saver.finish()
         summary = self._summary()
@@ -598,14 +626,17 @@ class OwnBatches:
     def __iter__(self) -> Iterator[Any]:
         run = self._run
         is_stepping = run._is_stepping
-        with self.dealt.explained():
-            for share in self.dealt.epoch(0):
-                run._in_hand = share
-                run._is_stepping = False
-                yield share.batch
-                run._runtime.progress.evaluated_batch()
-        run._in_hand = None
-        run._is_stepping = is_stepping
+        before = run._in_hand
+        try:
+            with self.dealt.explained():
+                for share in self.dealt.epoch(0):
+                    run._in_hand = share
+                    run._is_stepping = False
+                    yield share.batch
+                    run._runtime.progress.evaluated_batch()
+        finally:  # also where the loop is left by `break`
+            run._in_hand = before
+            run._is_stepping = is_stepping
 
 
 def inner(model: nn.Module) -> nn.Module:

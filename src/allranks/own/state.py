@@ -38,6 +38,7 @@ class Means:
         # Apple's GPUs have no float64.
         self._dtype = torch.float32 if runtime.device.type == "mps" else torch.float64
         self._sums: dict[str, torch.Tensor] = {}
+        self.digest = 0  # of the epoch's batches up to now (data.batches.Dealt)
 
     def add(self, name: str, value: torch.Tensor | float, count: int) -> None:
         """Adds a value that is the mean over `count` examples of this rank."""
@@ -53,14 +54,22 @@ class Means:
     def gather(self) -> dict[str, list[list[float]]]:
         """By name the two numbers of each rank; all ranks call.
 
-        Raises UserError where the ranks have other names.
+        Raises UserError where the ranks have other names, or were given other batches.
         """
         names = sorted(self._sums)
-        digest = float(zlib.crc32("\n".join(names).encode()))  # of 32 bits, which float64 holds exactly
-        mine = [[digest, float(len(names))]]
+        # Digests have 32 bits, which float64 holds exactly.
+        mine = [[float(zlib.crc32("\n".join(names).encode())), float(len(names)), float(self.digest)]]
         heads = self._runtime.gather(
             torch.tensor(mine, dtype=torch.float64, device=self._head_device)
         ).tolist()
+        if any(head[2] != heads[0][2] for head in heads):
+            raise UserError(
+                "run.steps() has got other batches on other ranks. Its source must give the same batches "
+                "on all ranks, of which each rank keeps its share: leave out what depends on the rank, and "
+                "let random numbers come from the generators of torch, NumPy or random, which allranks "
+                "seeds.",
+                said_by=0,
+            )
         if any(head != heads[0] for head in heads):
             raise UserError(
                 f"run.log() within run.steps() has got other names on other ranks (here {some(names)}): "
@@ -161,8 +170,11 @@ class KeptObjects:
             "versions": {"allranks": allranks.__version__, "torch": torch.__version__},
             "kept": kept,
             "source": self.source,
+            "seen": self.means.digest,
         }
-        if self.loader is not None and position.epoch_steps:
+        # What makes its batches itself may go on from epoch to epoch; a loader of a Dataset begins anew.
+        goes_on = position.epoch_steps or not hasattr(self.loader, "dataset")
+        if self.loader is not None and goes_on:
             state["loader"] = states.taken_apart(self.loader.state_dict(), "loader", loader)
             files["loader.safetensors"] = loader
         return Captured(files, state)
@@ -199,6 +211,7 @@ class KeptObjects:
                 tensors = states.load(files["loader.safetensors"])
                 self._saved_loader = states.put_together(state["loader"], tensors)
             self.means.restore(state["means"])
+            self.means.digest = state["seen"]
             states.restore_position(self._position, state)
 
     def keep(self, name: str, kept: Any) -> None:

@@ -54,7 +54,7 @@ class Loop:
             self._trained = self._started
             self._figures = {}
             yield self.position.epoch
-            self._close_epoch()
+            self.close_epoch()
 
     def steps(
         self,
@@ -76,7 +76,14 @@ class Loop:
         is_due = False
         progress.completed(position.step)
         for batch in self.report.progress(batches, position, count):
-            yield batch
+            try:
+                yield batch
+            except GeneratorExit:  # the body has left the loop by `break`: the step was taken, and counts
+                position.step += 1
+                position.epoch_steps += 1
+                self._examples = None  # nobody knows how many it were
+                self._trained = time.perf_counter()
+                raise
             position.step += 1
             position.epoch_steps += 1
             is_last = position.epoch_steps == count
@@ -99,7 +106,7 @@ class Loop:
         """Adds figures to the epoch that is under way; they are the same on all ranks."""
         self._figures.update(figures)
 
-    def _close_epoch(self) -> None:
+    def close_epoch(self) -> None:
         """Keeps the figures of the epoch, and begins the counts of the next one."""
         position = self.position
         position.epoch += 1
