@@ -106,7 +106,7 @@ def test_a_reproducible_run_moves_from_ranks_to_ranks(train, train_here, tmp_pat
     overrides = (*EVERY_STEP, "model=cnn", "optimizer=adamw", "scheduler=plateau", "model.dropout=0.2",
                  "trainer.reproducible=true", "trainer.train_metrics=running")  # fmt: skip
     whole = train_here(*overrides)
-    stage = train(*overrides, under="mpiexec", ranks=4 if long else 2).ok().run
+    stage = train(*overrides, under="mpiexec" if long else None, ranks=4 if long else 2).ok().run
     assert figures(stage) == figures(whole)
     moves = [(4, None, 1), (9, "torchrun", 8), (15, "mpiexec", 2)]
     for step, under, ranks in moves if long else moves[:1]:
@@ -194,7 +194,7 @@ def test_a_signal_to_any_rank_stops_all_with_a_checkpoint(tmp_path, train, long_
     step = checkpoint.steps(tmp_path / "run")[0]
     assert f"after step {step}" in out
     assert not (tmp_path / "run/summary.json").exists()
-    went_on = train(*LONG, "run.dir=run", under="mpiexec", ranks=2).ok()
+    went_on = train(*LONG, "run.dir=run", ranks=2).ok()
     assert f"going on from {tmp_path}/run/checkpoints/step-{step:06d}" in went_on.out
     assert figures(went_on.run) == figures(long_run)
 
