@@ -487,3 +487,34 @@ class Odd:
     assert (done.out + done.err).count(said) == 1
     saved = sorted(path.name for path in (tmp_path / "runs/own/checkpoints").glob("step-*"))
     assert saved == ["step-000004"]
+
+
+@pytest.mark.parametrize("name", [only_long("workers"), only_long("iterable in workers")])
+def test_a_signal_that_reaches_the_processes_that_read_does_not_end_them(name, tmp_path):
+    """As a scheduler sends its signals to all processes of a job."""
+    to_all = """
+        if run.step == 6 and "DISTURB" in os.environ:
+            import multiprocessing
+            for process in [*multiprocessing.active_children(), multiprocessing.current_process()]:
+                os.kill(process.pid, signal.SIGTERM)
+"""
+    code = CODES[name].replace("        disturb(run)\n", to_all)
+    started("forked", 1, tmp_path / "whole", code).ok()
+    stopped = started("forked", 1, tmp_path / "cut", code, "6:all")
+    assert stopped.code == 85, stopped.err
+    started("forked", 1, tmp_path / "cut", code).ok()
+    assert figures(tmp_path / "cut") == figures(tmp_path / "whole")
+
+
+LAUNCHED = [only_long(kind, ranks) for kind in ("mpiexec", "torchrun", "launch") for ranks in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(("kind", "ranks"), LAUNCHED)
+@pytest.mark.parametrize("name", ["gan", "stateful stream in workers"])
+def test_they_do_under_any_launcher(name, kind, ranks, tmp_path):
+    code = CODES[name]
+    started(kind, ranks, tmp_path / "whole", code).ok()
+    assert started(kind, ranks, tmp_path / "cut", code, "5:SIGKILL").code not in (0, 85)
+    assert started(kind, ranks, tmp_path / "cut", code, "12:SIGTERM").code != 0
+    started(kind, ranks, tmp_path / "cut", code).ok()
+    assert figures(tmp_path / "cut") == figures(tmp_path / "whole")

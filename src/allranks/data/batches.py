@@ -71,7 +71,7 @@ class Batches:
         }
         self.source = source
         self._loader = self._loader_of(source)
-        self._workers = Workers(self._loader.num_workers if self._is_indexed else 0)
+        self._workers = Workers(getattr(self._loader, "num_workers", 0), key="num_workers")
         if self._is_indexed:
             self._check_sampler()
         self._check_batch_size()
@@ -292,9 +292,12 @@ class Batches:
     def _streamed(self, epoch: int, first_step: int, seen: int | None, is_there: bool) -> Iterator[Dealt]:
         """Each batch comes whole, on every rank, which then keeps its share of it."""
         runtime = self._runtime
+        with self._workers.starting():  # a DataLoader of an IterableDataset may start processes
+            batches = iter(self._loader)
+        self._workers.started = getattr(batches, "_workers", ())
         first = first_step if is_there else 0
         digest = 0
-        for step, batch in enumerate(self._each_seeded(self._loader, epoch, first), start=first):
+        for step, batch in enumerate(self._each_seeded(batches, epoch, first), start=first):
             if step == first_step and not is_there:
                 self._check_seen(digest, seen)
             digest = zlib.crc32(_sample_of(batch), digest)

@@ -40,10 +40,14 @@ _NO_SHARED_MEMORY = re.compile(r"unable to [^\n]*torch_[^\n]*")  # as torch says
 
 
 class Workers:
-    """The worker processes of one Dataset on one rank; `count` of them at a time, 0 for none."""
+    """The worker processes of one Dataset on one rank; `count` of them at a time, 0 for none.
 
-    def __init__(self, count: int) -> None:
+    `key` is what the user calls their number, for messages.
+    """
+
+    def __init__(self, count: int, key: str = "data.workers") -> None:
         self.count = count
+        self.key = key
         self.started: Sequence[BaseProcess] = ()  # those that read now, or have read last
 
     @cached_property
@@ -56,16 +60,16 @@ class Workers:
         length = len(os.fsencode(folder + _SOCKET_NAME))
         if length > _SOCKET_PATH_BYTES:
             raise UserError(
-                f"data.workers={self.count} needs sockets below TMPDIR={folder}, whose names would have "
+                f"{self.key}={self.count} needs sockets below TMPDIR={folder}, whose names would have "
                 f"{length} bytes, and a socket's name has at most {_SOCKET_PATH_BYTES}: set TMPDIR to a "
-                "folder with a shorter name, such as /tmp, or give data.workers=0."
+                f"folder with a shorter name, such as /tmp, or give {self.key}=0."
             )
 
     def _check_shared_memory(self) -> None:
         if _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free < _LEAST_SHARED_BYTES:
             raise UserError(
-                f"data.workers={self.count}: the processes that read the data cannot start: "
-                f"{_with_remedy(os.strerror(errno.ENOSPC))}"
+                f"{self.key}={self.count}: the processes that read the data cannot start: "
+                f"{_with_remedy(os.strerror(errno.ENOSPC), self.key)}"
             )
 
     def begin(self) -> partial[None]:
@@ -89,8 +93,8 @@ class Workers:
                 yield
         except OSError as error:
             raise UserError(
-                f"data.workers={self.count}: the processes that read the data cannot start: "
-                f"{_with_remedy(str(error.strerror))}"
+                f"{self.key}={self.count}: the processes that read the data cannot start: "
+                f"{_with_remedy(str(error.strerror), self.key)}"
             ) from error
 
     @contextmanager
@@ -106,8 +110,8 @@ class Workers:
             if not _is_about_a_worker(str(error)):
                 raise
             raise RunError(
-                f"A process that reads the data has ended (data.workers={self.count}): "
-                f"{_with_remedy(self._reason(str(error)))}"
+                f"A process that reads the data has ended ({self.key}={self.count}): "
+                f"{_with_remedy(self._reason(str(error)), self.key)}"
             ) from error
 
     def _reason(self, said: str) -> str:
@@ -143,20 +147,20 @@ def _is_about_a_worker(said: str) -> bool:
     return has_ended or has_no_memory
 
 
-def _with_remedy(reason: str) -> str:
+def _with_remedy(reason: str, key: str) -> str:
     if "Too many open files" in reason:
-        remedy = "Raise the limit by `ulimit -n`, or give fewer data.workers"
+        remedy = f"Raise the limit by `ulimit -n`, or give fewer {key}"
     elif "SIGBUS" in reason or "No space left" in reason:
         usage = shutil.disk_usage(_SHARED_MEMORY)
         free, total = (f"{size / 2**20:,.1f} MiB" for size in (usage.free, usage.total))
         remedy = (
             f"{_SHARED_MEMORY}, through which its batches pass, has {free} free of {total}: make it larger "
-            "(docker run --shm-size=1g), or give data.workers=0"
+            f"(docker run --shm-size=1g), or give {key}=0"
         )
     elif "SIGKILL" in reason:
-        remedy = "Give fewer data.workers"
+        remedy = f"Give fewer {key}"
     else:
-        remedy = "Try data.workers=0, which reads in the rank itself"
+        remedy = f"Try {key}=0, which reads in the rank itself"
     return f"{reason}. {remedy}."
 
 
