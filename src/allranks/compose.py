@@ -28,7 +28,7 @@ from allranks.config import Config, below, conf_dir, first_line, leaves, setting
 CONSOLE_FLAGS = {"-q": "quiet", "-v": "verbose"}
 
 # The groups of YAML files of which one is chosen each: `model=cnn`.
-GROUPS = ("task", "data", "model", "optimizer", "scheduler", "trainer", "tracker", "experiment")
+GROUPS = ("task", "data", "model", "optimizer", "scheduler", "trainer", "sharding", "tracker", "experiment")
 SEVERAL = ("tracker",)  # of these a list may be chosen: `tracker=[csv,mlflow]`
 
 

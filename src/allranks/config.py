@@ -186,6 +186,44 @@ class WatchdogConfig:
 
 
 @dataclass
+class ShardingConfig:
+    """How a model is spread over the ranks. A run may go on with another sharding."""
+
+    kind: str = setting(
+        "none",
+        "none: each rank holds the whole model; fsdp: it is spread over all ranks; hybrid: it is spread "
+        "over the devices of a node",
+        one_of("none", "fsdp", "hybrid"),
+    )
+    blocks: list[str] | None = setting(
+        None,
+        "class names of the modules that are spread one by one; null: they are chosen by size",
+        list_of(TEXT),
+    )
+    min_parameters: int = setting(
+        100_000,
+        "with blocks=null: members of a ModuleList or Sequential with so many parameters are the blocks",
+        whole(1),
+    )
+    param_dtype: str | None = setting(
+        None,
+        "number format in which a block's weights are gathered and in which it computes; null: as they are",
+        one_of("bf16", "fp16", "fp32"),
+    )
+    reduce_dtype: str | None = setting(
+        None,
+        "number format in which gradients are added up; null: as they are",
+        one_of("bf16", "fp16", "fp32"),
+    )
+    activation_checkpointing: bool = setting(
+        False, "whether a block's activations are computed again in the backward pass, and not kept", FLAG
+    )
+    devices: int | None = setting(
+        None, "with kind=hybrid: ranks that the model is spread over; null: those of a node", whole(1)
+    )
+
+
+@dataclass
 class Config:
     """One training. The component sections are free: their `_target_` decides what they may hold."""
 
@@ -230,6 +268,9 @@ class Config:
     )
     run: RunConfig = setting(RunConfig, "where the run is kept")
     trainer: TrainerConfig = setting(TrainerConfig, "how it is trained", resume_must_agree=True)
+    sharding: ShardingConfig = setting(
+        ShardingConfig, "how the model is spread over the ranks", resume_must_agree=False
+    )
     checkpoint: CheckpointConfig = setting(CheckpointConfig, "when to save")
     watchdog: WatchdogConfig = setting(WatchdogConfig, "how long a rank may make no progress")
     tracker: dict[str, Any] = setting(
@@ -398,6 +439,7 @@ def _check(config: Config) -> None:
         if not rule.valid(value):
             guess = did_you_mean(str(value), rule.names) if rule.names else ""
             raise UserError(f"{key}={value} is not valid: give {rule.remedy}.{guess}")
+    _check_sharding(config)
     parts = ["data.val"] if config.data.get("val") else []
     components = ["task", "model", "optimizer", "data.train", *parts, "data.test"]
     # A loop of one's own makes these itself.
@@ -408,6 +450,36 @@ def _check(config: Config) -> None:
             raise UserError(
                 f"{group}._target_ is missing: name the class or function that makes the {group}, "
                 f"as `_target_: package.module.Name`, in its YAML."
+            )
+
+
+def _check_sharding(config: Config) -> None:
+    """Raises UserError where a key does not go with the sharding."""
+    sharding = config.sharding
+    if sharding.kind == "none":
+        if sharding != ShardingConfig():
+            raise UserError(
+                "sharding.kind=none spreads no model, so the other keys of sharding have no meaning: take "
+                "sharding=fsdp or sharding=hybrid with them."
+            )
+        return
+    if sharding.devices is not None and sharding.kind != "hybrid":
+        raise UserError(
+            f"sharding.devices={sharding.devices} is for sharding=hybrid: take that, or leave the key out."
+        )
+    trainer = config.trainer
+    refused = {
+        "trainer.reproducible=true": trainer.reproducible,
+        "trainer.compile=true": trainer.compile,
+        "trainer.precision=fp16": trainer.precision == "fp16",
+        # Ranks that use different weights would wait for each other's slices of other blocks.
+        "trainer.unused_parameters=always": trainer.unused_parameters == "always",
+    }
+    for setting_given, is_given in refused.items():
+        if is_given:
+            raise UserError(
+                f"{setting_given} does not go with sharding={sharding.kind}: leave it out, or take "
+                "sharding=none."
             )
 
 

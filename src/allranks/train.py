@@ -247,6 +247,7 @@ def run(
             trainer=config.trainer,
             seed=config.seed,
             batch_size=batch_size,
+            sharding=config.sharding,
         )
         with runtime.all_or_none():
             training = building.build_training(recipe, runtime, examples=len(data.train))

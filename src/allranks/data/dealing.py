@@ -91,13 +91,15 @@ def training_batches(
     end_step: int | None = None,
     shuffle: bool = True,
     accumulate: int = 1,
+    equal_pieces: bool = False,
 ) -> Iterator[list[Batch]]:
     """This rank's shares of each of the epoch's global batches, from step `first_step` on.
 
     `epoch` and `first_step` count from 0. The last step is the one before `end_step`, by default the
     epoch's last one. Without `shuffle` each epoch has the part's own order; a stream always has its own.
     Each share is read in `accumulate` pieces, or fewer where it has fewer examples. Each list has one Batch
-    for each share in runtime.shares.
+    for each share in runtime.shares. With `equal_pieces` all shares of a step have as many pieces: where
+    one would have fewer, a stand-in of length 0 fills up.
     """
     if isinstance(part, Streamed):
         part.set_epoch(epoch)
@@ -120,23 +122,39 @@ def training_batches(
     steps = range(first_step, in_epoch if end_step is None else end_step)
     counts = []  # of each share of each step: its examples
     cuts = []  # of each share of each step: the positions of the examples of its pieces
+    stand_ins = []  # of each share of each step: the positions of pieces that do not count
     for step in steps:
+        in_step = min(batch_size, len(part) - step * batch_size)
+        wanted = _most_pieces(in_step, runtime.share_count, accumulate) if equal_pieces else 0
         for sampler, order in zip(samplers, orders, strict=True):
             row = order[sampler.share(step, batch_size)]
             counts.append(len(row))
-            cuts.append((row if len(row) else stand_in).chunk(accumulate))
+            cut = (row if len(row) else stand_in).chunk(accumulate)
+            cuts.append(cut)
+            stand_ins.append([stand_in] * (wanted - len(cut)))
 
     # 3. The examples themselves, read one after the other, put together again by steps.
-    read = part.batches([positions for cut in cuts for positions in cut], mixed(seed, epoch))
-    shares = zip(counts, cuts, strict=True)
+    rows = [positions for cut, fill in zip(cuts, stand_ins, strict=True) for positions in [*cut, *fill]]
+    read = part.batches(rows, mixed(seed, epoch))
+    shares = zip(counts, cuts, stand_ins, strict=True)
     for step in steps:
         total = min(batch_size, len(part) - step * batch_size)
         batches = []
-        for count, cut in islice(shares, len(samplers)):
+        for count, cut, fill in islice(shares, len(samplers)):
             pieces = [Piece(next(read), len(positions)) for positions in cut]
+            pieces += [Piece(next(read), 0) for _ in fill]
             batches.append(Batch(pieces, count, total))
         yield batches
     assert next(read, None) is None
+
+
+def _most_pieces(examples: int, shares: int, accumulate: int) -> int:
+    """The pieces of the share that has most of them, of a batch with so many examples.
+
+    A share with more examples may have fewer pieces: 5 examples are cut into 2, 2 and 1, but 4 into four.
+    """
+    lengths = {max(1, examples // shares), -(-examples // shares)}
+    return max(len(torch.arange(length).chunk(accumulate)) for length in lengths)
 
 
 def evaluation_batches(part: Part, runtime: Runtime, seed: int) -> Iterator[tuple[int, Piece]]:
@@ -161,3 +179,9 @@ def fewest_evaluation_batches(part: Part, runtime: Runtime) -> int:
     """
     smallest_share = len(part) // runtime.share_count
     return len(runtime.shares) * -(-smallest_share // EVAL_BATCH[runtime.device.type])  # rounded up
+
+
+def most_evaluation_batches(part: Part, runtime: Runtime) -> int:
+    """How many batches the rank with the most gets from evaluation_batches(), where each has one share."""
+    largest_share = -(-len(part) // runtime.share_count)
+    return -(-largest_share // EVAL_BATCH[runtime.device.type])  # rounded up

@@ -18,6 +18,7 @@ from allranks.base.agreement import majority
 from allranks.base.errors import RunError
 from allranks.runtime.meeting import ranks_named
 from allranks.runtime.runtime import Runtime
+from allranks.runtime.sharding import is_sharded
 
 log = logging.getLogger(__name__)
 
@@ -79,9 +80,11 @@ def slow_ranks(busy_s: Sequence[float], steps: Sequence[float]) -> list[int]:
 
 
 def _digest(model: torch.nn.Module) -> int:
-    """48 bits, which float64 holds exactly, of a sha256 over all parameters."""
+    """48 bits, which float64 holds exactly, of a sha256 over all parameters that every rank holds."""
     digest = hashlib.sha256()
     for parameter in model.parameters():
+        if is_sharded(parameter):  # each rank has other numbers
+            continue
         flat = parameter.detach().cpu().contiguous().view(-1)
         digest.update(flat.view(torch.uint8).numpy().data)
     return int.from_bytes(digest.digest()[:6], "big")

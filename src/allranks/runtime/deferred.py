@@ -1,4 +1,4 @@
-"""Builds a model without its large tensors, which are made later, one after the other, with the same numbers.
+"""Builds a model without its large tensors, which are made later with the same numbers, one by one.
 
 A model that is spread over many ranks may be too large for one host's memory, let alone as often as there
 are ranks on the host. So its constructor is run with large tensors that nobody fills: they have a shape and
@@ -218,8 +218,9 @@ class Deferred:
         return self._numbers[storage._cdata]
 
     def _view(self, tensor: torch.Tensor) -> _View:
-        size, stride = tuple(tensor.size()), tuple(tensor.stride())
-        return _View(self._number(tensor), tensor.dtype, size, stride, tensor.storage_offset())
+        size = tuple(tensor.size())
+        stride = tuple(tensor.stride())
+        return _View(self._number(tensor), tensor.dtype, size, stride, int(tensor.storage_offset()))
 
     # --- doing it again ---
 
@@ -319,14 +320,14 @@ def _generator_of(flat: list[Any]) -> torch.Generator:
 def _seen(real: dict[int, torch.UntypedStorage], view: _View) -> torch.Tensor:
     """The real tensor in the place of one that was deferred."""
     tensor = torch.empty(0, dtype=view.dtype)
-    return tensor.set_(real[view.storage], view.offset, view.size, view.stride)  # type: ignore[call-overload]
+    return tensor.set_(real[view.storage], view.offset, view.size, view.stride)
 
 
 def build(make: Callable[[], torch.nn.Module]) -> tuple[torch.nn.Module, Deferred | None, str]:
     """The model that `make` builds with its large tensors deferred.
 
-    Where that does not work, the model is built in the ordinary way: then there is no Deferred, and the text
-    says why. The generator of the CPU moves on as in an ordinary construction.
+    Where that does not work, the model is built in the ordinary way: then there is no Deferred, and the
+    text says why. The generator of the CPU moves on as in an ordinary construction.
     """
     before = torch.get_rng_state()
     deferred = Deferred()

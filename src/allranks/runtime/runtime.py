@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 
 from allranks.base.errors import UserError
+from allranks.config import ShardingConfig
 from allranks.job.identity import RankIdentity
-from allranks.runtime import gradients, mpi, native
+from allranks.runtime import gradients, mpi, native, sharding
 from allranks.runtime.meeting import Meeting
 from allranks.runtime.settling import settle_at_first_batch
 from allranks.runtime.watch.progress import Progress
@@ -137,6 +138,21 @@ class Runtime:
             wrapped.register_forward_pre_hook(lambda *_: self.progress.arrive(in_step=False))
         gradients.add_up_over_ranks(wrapped, self.progress, self.comm)
         return wrapped
+
+    def shard(
+        self,
+        make: Callable[[], torch.nn.Module],
+        settings: ShardingConfig,
+        name: str,
+        dtype: torch.dtype | None = None,
+        check: Callable[[torch.nn.Module], None] = lambda model: None,
+    ) -> torch.nn.Module:
+        """The model that `make` builds, spread over the ranks; its gradient is the sum over the ranks.
+
+        All ranks call; there are several. The arguments are those of sharding.shard(). A model that is
+        built already is spread by `make=lambda: model`, but then each rank has held all of it.
+        """
+        return sharding.shard(make, settings, self, name, dtype, check)
 
     def check_summed(self, model: torch.nn.Module, remedy: str = UNUSED_IN_TRAINER) -> None:
         """Raises UserError, on this rank, where a parameter took no part in the backward pass just made.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from torch import nn
 
 from allranks.base.errors import UserError
 from allranks.components import build, locate
-from allranks.config import TrainerConfig
+from allranks.config import ShardingConfig, TrainerConfig
 from allranks.data.dealing import steps_per_epoch
+from allranks.runtime import sharding
 from allranks.runtime.gradients import OrderedSum
 from allranks.runtime.runtime import Runtime
 from allranks.tasks import Classification
@@ -36,6 +37,7 @@ class Recipe:
     trainer: TrainerConfig
     seed: int
     batch_size: int  # examples of one optimizer step, over all ranks together
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
 
 
 def global_batch_size(trainer: TrainerConfig, world_size: int) -> int:
@@ -72,7 +74,8 @@ def build_training(recipe: Recipe, runtime: Runtime, examples: int) -> Training:
     the ranks. Raises UserError where a component cannot be built, or where components do not go together.
     """
     trainer = recipe.trainer
-    model = build_model(recipe, runtime.device)
+    is_sharded = sharding.is_wanted(recipe.sharding, runtime)
+    model = _spread_model(recipe, runtime) if is_sharded else build_model(recipe, runtime.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     optimizer = build("optimizer", recipe.optimizer, parameters)
@@ -83,6 +86,7 @@ def build_training(recipe: Recipe, runtime: Runtime, examples: int) -> Training:
     return Training(
         model=model,
         trained=compiled,
+        is_sharded=is_sharded,
         optimizer=optimizer,
         schedule=schedule,
         task=build_task(recipe, runtime.device),
@@ -99,7 +103,8 @@ def distribute(training: Training, runtime: Runtime, trainer: TrainerConfig, unu
     `unused` are the parameters that took no part in the first batch.
     """
     has_unused = bool(unused) or trainer.unused_parameters == "always"
-    training.trained = runtime.wrap(training.trained, has_unused)
+    if not training.is_sharded:
+        training.trained = runtime.wrap(training.trained, has_unused)
 
 
 def needs_labels(section: Mapping[str, Any]) -> bool:
@@ -141,6 +146,19 @@ def build_model(recipe: Recipe, device: torch.device) -> nn.Module:
     if gains_by_channels_last(model, device):
         model.to(memory_format=torch.channels_last)
     return model
+
+
+def _spread_model(recipe: Recipe, runtime: Runtime) -> nn.Module:
+    """The model that the recipe describes, with its first weights, spread over the ranks; all call."""
+    name = f"model._target_={recipe.model['_target_']}"
+    torch.manual_seed(recipe.seed)
+    return runtime.shard(
+        lambda: build("model", recipe.model),
+        recipe.sharding,
+        name,
+        dtype=dtype_of(recipe.trainer.precision),
+        check=lambda model: _check_model(model, name, recipe.trainer.reproducible),
+    )
 
 
 def _check_model(model: nn.Module, target: str, is_reproducible: bool) -> None:

@@ -21,12 +21,14 @@ from allranks.data.dealing import (
     Batch,
     evaluation_batches,
     fewest_evaluation_batches,
+    most_evaluation_batches,
     training_batches,
 )
 from allranks.data.loader import Data
 from allranks.data.parts import Part
 from allranks.data.randomness import mixed, reseed
 from allranks.runtime.runtime import Runtime
+from allranks.runtime.sharding import has_slices, local
 from allranks.tasks import metrics_of, outputs_of
 from allranks.training.building import Recipe, length_of
 from allranks.training.control import Control
@@ -96,7 +98,7 @@ def _train_epoch(training: Training, around: _Surroundings) -> None:
     batches = training_batches(
         part, runtime, around.batch_size, position.epoch, around.seed,
         first_step=position.epoch_steps, end_step=count, shuffle=not trainer.overfit_batch,
-        accumulate=trainer.accumulate,
+        accumulate=trainer.accumulate, equal_pieces=training.is_sharded,
     )  # fmt: skip
     examples = min(count * around.batch_size, len(part))
     training.trained.train()  # walks all modules, so it is not called in every step
@@ -173,6 +175,7 @@ def evaluate(
     # One rank may have a batch more than another. check_evaluation() needs all ranks, so it is called only
     # up to the last batch that every rank has.
     last_common = fewest_evaluation_batches(part, runtime)
+    number = 0
     with part.explained():
         for number, (row, piece) in enumerate(evaluation_batches(part, runtime, seed), start=1):
             with runtime.autocast(precision):
@@ -182,6 +185,12 @@ def evaluate(
             runtime.progress.evaluated_batch()
             if control is not None and number <= last_common:
                 control.check_evaluation(number)
+        if has_slices(model):
+            # The ranks send each other their slices of the weights in each forward pass. So a rank that has
+            # a batch less than others makes one more pass, whose outputs nobody looks at.
+            for _ in range(number, most_evaluation_batches(part, runtime)):
+                with runtime.autocast(precision):
+                    outputs_of(task, model, part.first(1, seed))
     figures = sums.total(runtime)
     assert figures.examples == len(part), (
         f"{figures.examples} examples were evaluated, but there are {len(part)}"
@@ -224,7 +233,7 @@ def train_step(
 
     # 2. The weights follow the gradient, unless it is not finite.
     with _named("optimizer"):
-        is_applied = _apply_gradient(training, trainer.clip_norm)
+        is_applied = _apply_gradient(training, trainer.clip_norm, runtime)
     if not is_applied:
         _tell_not_finite(training, losses, trainer.nonfinite, runtime)
         if sums_before is not None:
@@ -261,11 +270,12 @@ def _backward(
             known = loss.detach()
             with _named("backward"):
                 # The weight is a factor and not an argument of backward(), which would import sympy.
-                training.scaler.scale(loss * share_weight(batch.count > 0, batch.total, known)).backward()
+                counts = batch.count > 0 and piece.length > 0
+                training.scaler.scale(loss * share_weight(counts, batch.total, known)).backward()
             if is_last:
                 runtime.check_summed(training.trained)
         losses.append(known)
-        if batch.count and sums:
+        if batch.count and piece.length and sums:
             with torch.no_grad():
                 measured = metrics_of(task, outputs, piece.examples)
             for each in sums:
@@ -280,8 +290,8 @@ def _named(part: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _apply_gradient(training: Training, clip_norm: float | None) -> bool:
-    """Clips the gradient and lets the optimizer take its step.
+def _apply_gradient(training: Training, clip_norm: float | None, runtime: Runtime) -> bool:
+    """Clips the gradient and lets the optimizer take its step; all ranks call.
 
     Returns False, with no step taken, where the gradient is not finite. With fp16 a gradient may overflow
     now and then: GradScaler leaves such a step out by itself, and lowers its scale. This counts as a fault,
@@ -289,7 +299,7 @@ def _apply_gradient(training: Training, clip_norm: float | None) -> bool:
     """
     scaler = training.scaler
     if not scaler.is_enabled():
-        if not _is_finite(training.optimizer):
+        if not _is_finite(training.optimizer, runtime if training.is_sharded else None):
             return False
         _clip(training.model, clip_norm)
         training.optimizer.step()
@@ -307,10 +317,13 @@ def _clip(model: nn.Module, clip_norm: float | None) -> None:
         nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
 
 
-def _is_finite(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether all gradients are finite."""
+def _is_finite(optimizer: torch.optim.Optimizer, sharded_over: Runtime | None) -> bool:
+    """Whether all gradients are finite.
+
+    Where each rank holds slices of the gradients, `sharded_over` leads to the other ranks, and all call.
+    """
     gradients = [
-        parameter.grad
+        local(parameter.grad)
         for group in optimizer.param_groups
         for parameter in group["params"]
         if parameter.grad is not None
@@ -319,10 +332,16 @@ def _is_finite(optimizer: torch.optim.Optimizer) -> bool:
     sums = [gradient.sum() for gradient in gradients]
     # item() makes the CPU wait for a GPU. So on a GPU it is called once, and not once for each sum.
     total = sum(each.item() for each in sums) if sums[0].is_cpu else torch.stack(sums).sum().item()
+    if sharded_over is not None:
+        [total] = sharded_over.add_up([total])
     if math.isfinite(total):
         return True
     # The sum of large finite numbers may overflow. So each number is checked, which takes longer.
-    return all(bool(gradient.isfinite().all()) for gradient in gradients)
+    is_finite = all(bool(gradient.isfinite().all()) for gradient in gradients)
+    if sharded_over is not None:
+        [ranks] = sharded_over.add_up([float(is_finite)])
+        is_finite = ranks == sharded_over.world_size
+    return is_finite
 
 
 def _tell_not_finite(

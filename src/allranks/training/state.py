@@ -23,6 +23,7 @@ from allranks.base.errors import UserError
 from allranks.base.text import one_line
 from allranks.run import checkpoint
 from allranks.runtime.runtime import Runtime
+from allranks.runtime.sharding import whole
 from allranks.training.position import TrainingPosition
 from allranks.training.training import Training
 
@@ -381,10 +382,13 @@ def put_together(node: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """sha256 over names, types, shapes and bytes of all weights and buffers, in the order of names."""
+    """sha256 over names, types, shapes and bytes of all weights and buffers, in the order of names.
+
+    Where the model is spread over the ranks, all ranks call: they put one weight together at a time.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().cpu().contiguous()
+        flat = whole(tensor).detach().cpu().contiguous()
         digest.update(f"{name} {flat.dtype} {list(flat.shape)}\n".encode())
         digest.update(flat.view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -65,6 +65,7 @@ class Training:
     # The buffers that the model's state_dict leaves out, as its constructor has made them.
     first_buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     position: TrainingPosition = field(default_factory=TrainingPosition)
+    is_sharded: bool = False  # whether each rank holds a slice of each weight (runtime/sharding.py)
     epoch_lr: float = 0.0  # the learning rate at the beginning of the epoch that is under way
 
     @property

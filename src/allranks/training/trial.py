@@ -58,10 +58,15 @@ def try_first_batch(
     """Tries one step on rank 0, on the first training examples; all ranks call.
 
     `recipe` is what the training was built from. `best` says which epoch will be the best. Afterwards the
-    training knows which metrics of its task are sums. Raises UserError, on all ranks, where data, model,
+    training knows which metrics of its task are sums. A model that is spread over the ranks is tried on all
+    of them, and is no copy: no step is taken with it. Raises UserError, on all ranks, where data, model,
     task and optimizer do not go together, or where the task does not measure what `best` names.
     """
-    tried = Tried(*runtime.meeting.from_rank_0(lambda: _try(training, data, recipe, runtime, best)))
+    if training.is_sharded:
+        with runtime.all_or_none():
+            tried = _try(training, data, recipe, runtime, best)
+    else:
+        tried = Tried(*runtime.meeting.from_rank_0(lambda: _try(training, data, recipe, runtime, best)))
     training.sums = Sums(runtime, [Column(*column) for column in tried.columns])
     return tried
 
@@ -80,7 +85,7 @@ def _try(training: Training, data: Data, recipe: Recipe, runtime: Runtime, best:
         if is_classification:
             _check_shape(examples, data.input_shape)
         is_alone = not any(isinstance(module, nn.SyncBatchNorm) for module in training.model.modules())
-        model = _copy_of(training.model, recipe, runtime)
+        model = training.model if training.is_sharded else _copy_of(training.model, recipe, runtime)
         # SyncBatchNorm would wait for the other ranks in training, but not in an evaluation.
         model.train(is_alone)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -108,10 +113,16 @@ def _try(training: Training, data: Data, recipe: Recipe, runtime: Runtime, best:
         with _told(f"{names.model}: its output has no gradient that reaches its parameters"), flops:
             loss.backward()
         unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-        _step(model, names.optimizer, recipe.optimizer)
+        if training.is_sharded:
+            model.zero_grad()
+        else:
+            _step(model, names.optimizer, recipe.optimizer)
         if not is_classification:
             _check_that_losses_add_up(training.task, model, names, data, recipe, runtime)
         _try_one_example(training.task, model, names, examples, data, recipe, runtime)
+        if training.is_sharded:
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
         return Tried(flops.count / count if flops.count else None, unused, columns)
 
 
