@@ -138,6 +138,11 @@ class KeptObjects:
 
     # --- to bytes ------------------------------------------------------------------------------------
 
+    @property
+    def is_sharded(self) -> bool:
+        """A loop of the user's own has whole models on each rank."""
+        return False
+
     def gather(self) -> dict[str, list[list[float]]]:
         """The epoch's means of all ranks; all ranks call."""
         return self.means.gather()

@@ -22,15 +22,15 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 MANIFEST = "manifest.json"
 PIECE_BYTES = 1 << 26  # are read or checked in a second or less, unless the file system hangs
-_MANIFEST_BYTES = 1 << 20  # a longer manifest was not written here
+_MANIFEST_BYTES = 1 << 24  # a longer manifest was not written here
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _STEP_NAME = re.compile(r"step-([0-9]{6,18})")
 
@@ -41,6 +41,13 @@ _NOT_AS_WRITTEN = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENXIO)
 
 class Damaged(Exception):
     """What is wrong with which file of a checkpoint, in one line."""
+
+
+class About(NamedTuple):
+    """What the manifest says of a file."""
+
+    size: int  # in bytes
+    sha256: str
 
 
 class Found(NamedTuple):
@@ -114,35 +121,59 @@ def write(
     with suppress(Damaged):
         read(path)
         return path
+    hidden = begin(run_dir, step, token)
+    publish(hidden, path, files, {}, before_rename)
+    return path
+
+
+def begin(run_dir: str | Path, step: int, token: str) -> Path:
+    """Makes the hidden folder in which the checkpoint of `step` is written; publish() renames it."""
+    path = path_of(run_dir, step)
     _make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{token}.tmp")
-    aside = path.with_name(f".{path.name}.{token}.damaged.tmp")  # takes what stands in the place
+    hidden = path.with_name(f".{path.name}.{token}.tmp")
+    shutil.rmtree(hidden, ignore_errors=True)  # the last attempt of this writer may have left it
+    hidden.mkdir(0o700)
+    return hidden
+
+
+def publish(
+    hidden: Path,
+    path: Path,
+    files: Mapping[str, bytes],
+    there: Mapping[str, About],
+    before_rename: Callable[[], None],
+) -> None:
+    """Writes the files and the manifest into the hidden folder, and renames it into its place, `path`.
+
+    `there` are files that are in the folder, and on the disk, already. `before_rename` is called last
+    before the checkpoint appears. Whatever fails, with OSError or otherwise, leaves the checkpoints that
+    were there as they are, and the hidden folder is removed.
+    """
+    aside = hidden.with_name(f"{hidden.name.removesuffix('.tmp')}.damaged.tmp")
     try:
-        # The last attempt of this writer may have left them.
-        shutil.rmtree(temporary, ignore_errors=True)
+        # The last attempt of this writer may have left it.
         shutil.rmtree(aside, ignore_errors=True)
 
         # 1. All files into the hidden folder and onto the disk, the manifest last.
-        temporary.mkdir(0o700)
         for name, content in files.items():
-            _write_file(temporary / name, content)
-        _write_file(temporary / MANIFEST, _manifest(files))
-        _sync_folder(temporary)
+            _write_file(hidden / name, content)
+        about = {name: About(len(each), hashlib.sha256(each).hexdigest()) for name, each in files.items()}
+        _write_file(hidden / MANIFEST, _manifest({**about, **there}))
+        _sync_folder(hidden)
 
         # 2. Whether the run directory is still this writer's.
         if path.is_symlink() or path.exists():
-            aside.mkdir(0o700)
+            aside.mkdir(0o700)  # takes what stands in the place
         before_rename()
 
         # 3. A damaged checkpoint out of the way, and the new one into its place.
         if aside.exists():
             path.rename(aside / path.name)
-        temporary.rename(path)
+        hidden.rename(path)
         _sync_folder(path.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(hidden, ignore_errors=True)
         shutil.rmtree(aside, ignore_errors=True)
-    return path
 
 
 def remove(
@@ -218,6 +249,17 @@ def read(path: str | Path, after_piece: Callable[[], None] | None = None) -> dic
     Damaged where the folder or a file is not what was written, and OSError, with the file's name, where the
     file system does not give what is there. No link is followed, not even the folder's own.
     """
+    with _opened(path) as directory:
+        listed = _parse_manifest(_read_file(directory, MANIFEST, _MANIFEST_BYTES))
+        there = set(os.listdir(directory))  # noqa: PTH208 (of a descriptor)
+        for name in sorted(there - {MANIFEST, *listed}):
+            raise Damaged(f"{name!a}: it is not in {MANIFEST}")
+        return {name: _verified(directory, name, *listed[name], after_piece) for name in sorted(listed)}
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[int]:
+    """A descriptor of the folder, which is no link. Raises Damaged where there is no such folder."""
     try:
         directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as error:
@@ -226,13 +268,47 @@ def read(path: str | Path, after_piece: Callable[[], None] | None = None) -> dic
         what = "it is a link" if Path(path).is_symlink() else error.strerror
         raise Damaged(f"the folder cannot be opened: {what}") from error
     try:
-        listed = _parse_manifest(_read_file(directory, MANIFEST, _MANIFEST_BYTES))
-        there = set(os.listdir(directory))  # noqa: PTH208 (of a descriptor)
-        for name in sorted(there - {MANIFEST, *listed}):
-            raise Damaged(f"{name!a}: it is not in {MANIFEST}")
-        return {name: _verified(directory, name, *listed[name], after_piece) for name in sorted(listed)}
+        yield directory
     finally:
         os.close(directory)
+
+
+def listed(path: str | Path) -> dict[str, About]:
+    """What the manifest of the checkpoint in this folder says of each of its files, by name.
+
+    The files themselves are not read. Raises Damaged and OSError as read() does.
+    """
+    with _opened(path) as directory:
+        about = _parse_manifest(_read_file(directory, MANIFEST, _MANIFEST_BYTES))
+        there = set(os.listdir(directory))  # noqa: PTH208 (of a descriptor)
+        for name in sorted(there - {MANIFEST, *about}):
+            raise Damaged(f"{name!a}: it is not in {MANIFEST}")
+        for name in sorted(set(about) - there):
+            raise Damaged(f"{name}: it is missing")
+        return {name: About(*about[name]) for name in sorted(about)}
+
+
+def read_some(path: str | Path, names: Collection[str]) -> dict[str, bytes]:
+    """These files of the checkpoint, verified, by name; raises Damaged and OSError as read() does."""
+    about = listed(path)
+    with _opened(path) as directory:
+        return {name: _verified(directory, name, *about[name], None) for name in names if name in about}
+
+
+def check(path: str | Path, names: Collection[str], after_piece: Callable[[], None] | None = None) -> None:
+    """Reads these files of the checkpoint, which may be large, and keeps nothing of them.
+
+    Raises Damaged where one is not what was written, and OSError where it cannot be read.
+    """
+    about = listed(path)
+    with _opened(path) as directory:
+        for name in names:
+            digest = hashlib.sha256()
+            size = 0
+            for piece in _pieces(directory, name, about[name].size, after_piece):
+                digest.update(piece)
+                size += len(piece)
+            _compare(name, size, digest.hexdigest(), about[name])
 
 
 def newest_valid(run_dir: str | Path, after_piece: Callable[[], None] | None = None) -> Found:
@@ -276,6 +352,13 @@ def _read_file(
     directory: int, name: str, most: int, after_piece: Callable[[], None] | None = None
 ) -> bytes:
     """A regular file in the folder, of `most` bytes or less; no link is followed, no FIFO waited for."""
+    return b"".join(_pieces(directory, name, most, after_piece))
+
+
+def _pieces(
+    directory: int, name: str, most: int, after_piece: Callable[[], None] | None = None
+) -> Iterator[bytes]:
+    """What _read_file() returns, in pieces of PIECE_BYTES."""
     try:
         descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
     except FileNotFoundError:
@@ -290,13 +373,11 @@ def _read_file(
             raise Damaged(f"{name}: it is not a regular file")
         if about.st_size > most:
             raise Damaged(f"{name}: it has {about.st_size:,} bytes, more than {most:,}")
-        pieces = []
         with os.fdopen(descriptor, "rb", closefd=False) as file:
             while piece := file.read(PIECE_BYTES):
-                pieces.append(piece)
+                yield piece
                 if after_piece is not None:
                     after_piece()
-        return b"".join(pieces)
     except OSError as error:  # which does not know the file's name
         raise OSError(error.errno, error.strerror, name) from error
     finally:
@@ -307,27 +388,28 @@ def _verified(
     directory: int, name: str, size: int, sha256: str, after_piece: Callable[[], None] | None
 ) -> bytes:
     content = _read_file(directory, name, size, after_piece)
-    if len(content) != size:
-        raise Damaged(f"{name}: it has {len(content):,} bytes, not {size:,}")
     digest = hashlib.sha256()
-    for start in range(0, size, PIECE_BYTES):
+    for start in range(0, len(content), PIECE_BYTES):
         digest.update(memoryview(content)[start : start + PIECE_BYTES])
         if after_piece is not None:
             after_piece()
-    found = digest.hexdigest()
-    if found != sha256:
-        raise Damaged(f"{name}: its sha256 is {found[:12]}..., not {ascii(sha256)[1:-1][:12]}...")
+    _compare(name, len(content), digest.hexdigest(), About(size, sha256))
     return content
+
+
+def _compare(name: str, size: int, sha256: str, about: About) -> None:
+    """Raises Damaged where a file's size and sha256 are not those of the manifest."""
+    if size != about.size:
+        raise Damaged(f"{name}: it has {size:,} bytes, not {about.size:,}")
+    if sha256 != about.sha256:
+        raise Damaged(f"{name}: its sha256 is {sha256[:12]}..., not {ascii(about.sha256)[1:-1][:12]}...")
 
 
 # --- the manifest --------------------------------------------------------------------------------------
 
 
-def _manifest(files: Mapping[str, bytes]) -> bytes:
-    about = {
-        name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        for name, content in files.items()
-    }
+def _manifest(files: Mapping[str, About]) -> bytes:
+    about = {name: {"size": each.size, "sha256": each.sha256} for name, each in files.items()}
     return _canonical({"format": 1, "files": about})
 
 

@@ -112,6 +112,20 @@ class Meeting:
         """Whether no rank has asked for `what` before; others than the ranks that find it do not call."""
         return self.store is None or self.store.add(f"first/{what}", 1) == 1
 
+    def tell(self, key: str, value: Any) -> None:
+        """Writes down a value, JSON, for another rank, which heard() it; may be called on any thread."""
+        assert self.store is not None
+        self.store.set(f"told/{key}", json.dumps(value))
+
+    def heard(self, key: str) -> Any:
+        """What a rank has told under this key; None where it has not yet. Heard once, it is forgotten."""
+        assert self.store is not None
+        if not self.store.check([f"told/{key}"]):
+            return None
+        value = json.loads(self.store.get(f"told/{key}"))
+        self.store.delete_key(f"told/{key}")
+        return value
+
     def leave(self) -> None:
         """Ends the meeting. Rank 0 serves the store and goes last, so that nobody is cut off."""
         if self.store is None:

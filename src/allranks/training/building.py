@@ -78,7 +78,8 @@ def build_training(recipe: Recipe, runtime: Runtime, examples: int) -> Training:
     model = _spread_model(recipe, runtime) if is_sharded else build_model(recipe, runtime.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
 
-    optimizer = build("optimizer", recipe.optimizer, parameters)
+    section = _for_slices(recipe.optimizer) if is_sharded else recipe.optimizer
+    optimizer = build("optimizer", section, parameters)
     length = length_of(recipe, examples)
     schedule = build_schedule(recipe.scheduler, optimizer, length.epochs, length.steps)
 
@@ -95,6 +96,16 @@ def build_training(recipe: Recipe, runtime: Runtime, examples: int) -> Training:
         ordered_sum=OrderedSum(parameters, len(runtime.shares)) if trainer.reproducible else None,
         first_buffers={name: buffer.clone() for name, buffer in buffers_left_out(model).items()},
     )
+
+
+def _for_slices(section: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The optimizer's section of the configuration for a model that is spread over the ranks.
+
+    Of the optimizers with one fused kernel for a whole step, torch has made only Adam's and AdamW's take
+    weights that are spread.
+    """
+    takes_slices = str(section["_target_"]).endswith((".Adam", ".AdamW"))
+    return section if takes_slices or not section.get("fused") else {**section, "fused": False}
 
 
 def distribute(training: Training, runtime: Runtime, trainer: TrainerConfig, unused: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from allranks.base.errors import UserError
+from allranks.base.text import one_line
 from allranks.config import TrainerConfig
 from allranks.data.dealing import (
     Batch,
@@ -302,7 +303,7 @@ def _apply_gradient(training: Training, clip_norm: float | None, runtime: Runtim
         if not _is_finite(training.optimizer, runtime if training.is_sharded else None):
             return False
         _clip(training.model, clip_norm)
-        training.optimizer.step()
+        _step(training)
         return True
 
     scaler.unscale_(training.optimizer)
@@ -310,6 +311,20 @@ def _apply_gradient(training: Training, clip_norm: float | None, runtime: Runtim
     scaler.step(training.optimizer)
     scaler.update()
     return scaler.get_scale() >= _LEAST_SCALE
+
+
+def _step(training: Training) -> None:
+    """A step of the optimizer; raises UserError, on all ranks, where it cannot work on slices."""
+    try:
+        training.optimizer.step()
+    except NotImplementedError as error:
+        if not training.is_sharded:
+            raise
+        raise UserError(
+            f"{type(training.optimizer).__name__} cannot take a step on a model that is spread over the "
+            f"ranks ({one_line(error)}): take another optimizer, such as adamw, or sharding=none.",
+            said_by=0,
+        ) from error
 
 
 def _clip(model: nn.Module, clip_norm: float | None) -> None:

@@ -6,22 +6,30 @@ training goes on.
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, cast
 
 from allranks.base.errors import UserError
 from allranks.run import checkpoint
 from allranks.run.best import BY_DEFAULT, Rule, best_of
 from allranks.run.claim import Claim
+from allranks.run.shards import INDEX
 from allranks.runtime.runtime import Runtime
+from allranks.training import shards
 from allranks.training.position import TrainingPosition
-from allranks.training.state import Captured
+from allranks.training.shards import CapturedShards
+from allranks.training.state import STATE, Captured
 
 log = logging.getLogger(__name__)
+
+_TOLD_S = 0.02  # how often rank 0's thread looks whether another rank's files are on the disk
 
 
 class Kept(Protocol):
@@ -30,6 +38,10 @@ class Kept(Protocol):
     @property
     def position(self) -> TrainingPosition:
         """Where the training stands."""
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank saves its own slices of a model, by capture_shards() and restore_shards()."""
 
     def gather(self) -> Any:
         """Brings to rank 0 what the other ranks have to add to a checkpoint; all ranks call."""
@@ -41,6 +53,19 @@ class Kept(Protocol):
         """Puts back the state of a checkpoint, on every rank; `path` names the checkpoint in messages.
 
         Raises UserError where the checkpoint is of another training, or not one that allranks has made.
+        """
+
+
+class KeptShards(Kept, Protocol):
+    """What the checkpoints of a run hold whose model is spread over the ranks."""
+
+    def capture_shards(self, gathered: Any) -> CapturedShards:
+        """A copy of what this rank holds; `gathered` is what gather() returned here. Raises UserError."""
+
+    def restore_shards(self, files: Mapping[str, bytes], path: str) -> None:
+        """Puts back the state of the checkpoint at `path`: each rank reads what it needs from there.
+
+        `files` has the small files of the checkpoint. Raises UserError as restore() does.
         """
 
 
@@ -79,6 +104,7 @@ class Saver:
         self.failure: OSError | None = None  # the error of the newest save, if it failed
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None  # the save under way
+        self._saves = 0  # of a model that is spread over the ranks
 
     def __enter__(self) -> Saver:
         return self
@@ -105,6 +131,8 @@ class Saver:
         key `resume`, unless that is auto or never. Returns the checkpoint's path; None where the run begins
         at step 0. All ranks call: rank 0 chooses and reads, and sends the others what it read.
         """
+        if self.kept.is_sharded:
+            return self._resume_shards(given)
         files: dict[str, bytes] = {}  # on rank 0
 
         def choose() -> str | None:
@@ -147,11 +175,7 @@ class Saver:
                 f"{there} cannot be read ({error.strerror}): start the run again once it can be."
             ) from error
         if found.path is None and found.passed_over:
-            raise UserError(
-                f"{there} has checkpoints, but none that can be used: {'; '.join(found.passed_over)}. "
-                "Where a file system or a server was away, start the run again; to begin at step 0, move "
-                f"{there} away."
-            )
+            raise UserError(self._none_usable(found.passed_over, None))
         return self._chosen(found)
 
     def _given(self, given: str) -> _Checkpoint:
@@ -173,6 +197,108 @@ class Saver:
             )
         return found
 
+    def _resume_shards(self, given: str) -> str | None:
+        """resume() for a model that is spread over the ranks, each of which reads what it needs.
+
+        Rank 0 proposes a checkpoint. The ranks verify its files, each some of them, and where one is
+        damaged, rank 0 proposes the next one.
+        """
+        kept = cast(KeptShards, self.kept)
+        runtime = self.runtime
+        candidates: list[Path] = []  # on rank 0: those that have not been proposed yet
+        passed_over: list[str] = []  # on rank 0
+        is_own = True
+
+        def take() -> None:
+            nonlocal is_own
+            self.claim = Claim.take(self.run_dir, looking=runtime.progress.worked)
+            candidates.extend(self._own_newest_first())
+            if not candidates and given not in ("auto", "never"):
+                is_own = False
+                candidates.extend(_given_newest_first(given))
+
+        def propose() -> dict[str, Any] | None:
+            while candidates:
+                path = candidates.pop(0)
+                try:
+                    names = sorted(checkpoint.listed(path))
+                    return {"path": str(path), "names": names}
+                except checkpoint.Damaged as damaged:
+                    passed_over.append(f"{path.name}: {damaged}")
+                except OSError as error:
+                    passed_over.append(f"{path.name}: {checkpoint.unreadable(error)}")
+            if passed_over:
+                raise UserError(self._none_usable(passed_over, None if is_own else given))
+            return None
+
+        def judge(problems: list[str | None]) -> list[str | None]:
+            found = [problem for problem in problems if problem]
+            if found:
+                passed_over.append(f"{Path(path).name}: {found[0]}")
+            return [found[0] if found else None] * len(problems)
+
+        runtime.meeting.from_rank_0(take)
+        while True:
+            proposed = runtime.meeting.from_rank_0(propose)
+            if proposed is None:
+                return None
+            path = proposed["path"]
+            mine = proposed["names"][runtime.rank :: runtime.world_size]
+            if runtime.meeting.settle(self._problem(path, mine), judge) is None:
+                break
+        for line in passed_over:
+            log.warning("passing over the checkpoint %s", line)
+
+        small: dict[str, bytes] = {}  # on rank 0
+
+        def read_small() -> None:
+            assert self.claim is not None
+            small.update(checkpoint.read_some(path, [STATE, INDEX]))
+            self.claim.check()  # reading takes time, and meanwhile another run may have taken the directory
+
+        runtime.meeting.from_rank_0(read_small)
+        shared = runtime.share_files(small)
+        with runtime.all_or_none():
+            kept.restore_shards(shared, path)
+        self.saved_step = self.kept.position.step
+        assert isinstance(path, str)
+        return path
+
+    def _problem(self, path: str, names: Sequence[str]) -> str | None:
+        """What is wrong with these files of the checkpoint; None for nothing."""
+        try:
+            checkpoint.check(path, names, self.runtime.progress.worked)
+        except checkpoint.Damaged as damaged:
+            return str(damaged)
+        except OSError as error:
+            return checkpoint.unreadable(error)
+        return None
+
+    def _own_newest_first(self) -> list[Path]:
+        """The checkpoints of the run directory, whether valid or not; raises UserError."""
+        there = checkpoint.folder(self.run_dir)
+        try:
+            checkpoint.sweep_up(self.run_dir)  # unfinished folders that earlier writers have left
+            return [checkpoint.path_of(self.run_dir, step) for step in checkpoint.steps(self.run_dir)]
+        except OSError as error:
+            raise UserError(
+                f"{there} cannot be read ({error.strerror}): start the run again once it can be."
+            ) from error
+
+    def _none_usable(self, passed_over: Sequence[str], given: str | None) -> str:
+        """What is said where there are checkpoints, but none that can be used.
+
+        `given` is the value of the key `resume` if the checkpoints are those that it names.
+        """
+        if given is not None:
+            return f"resume={given} has no valid checkpoint ({'; '.join(passed_over)}): give another one."
+        there = checkpoint.folder(self.run_dir)
+        return (
+            f"{there} has checkpoints, but none that can be used: {'; '.join(passed_over)}. "
+            "Where a file system or a server was away, start the run again; to begin at step 0, move "
+            f"{there} away."
+        )
+
     # --- saving ---
 
     def save(self) -> None:
@@ -180,6 +306,9 @@ class Saver:
 
         Waits only for the save before this one, if it is still being written.
         """
+        if self.kept.is_sharded:
+            self._save_shards()
+            return
         gathered = self.kept.gather()
         step = self.kept.position.step
         is_saved = self.saved_step == step and self.failure is None
@@ -189,6 +318,42 @@ class Saver:
         self.saved_step = step
         captured = self.kept.capture(gathered)
         self._pending = self._writer.submit(self._write, step, captured)
+
+    def _save_shards(self) -> None:
+        """save() for a model that is spread over the ranks: each rank copies and writes what it holds.
+
+        Rank 0 makes a hidden folder for the checkpoint. Each rank's thread writes its files into it, and
+        tells rank 0's thread when they are on the disk. That one then writes the manifest, and the folder
+        gets its name. The threads speak through the store of the ranks' meeting.
+        """
+        kept = cast(KeptShards, self.kept)
+        gathered = kept.gather()
+        step = self.kept.position.step
+        if not self.runtime.is_main:
+            # Before the ranks meet below: rank 0 waits there for its own save before this one, and with it
+            # for word from this rank's thread.
+            self.wait()
+
+        def begin() -> str | None:
+            assert self.claim is not None
+            if self.saved_step == step and self.failure is None:
+                return None
+            self.wait()
+            self.saved_step = step
+            try:
+                self.claim.check()
+                return str(checkpoint.begin(self.run_dir, step, self.claim.token))
+            except OSError as error:
+                self._note_failure(error)
+                return None
+
+        hidden = self.runtime.meeting.from_rank_0(begin)
+        if hidden is None:
+            return
+        self.saved_step = step
+        self._saves += 1
+        captured = kept.capture_shards(gathered)
+        self._pending = self._writer.submit(self._write_shards, step, Path(hidden), self._saves, captured)
 
     def wait(self) -> None:
         """Waits until the save under way is done; raises UserError where another run has the directory.
@@ -204,11 +369,14 @@ class Saver:
                 pending.result()
             self.failure = None
         except OSError as error:
-            self.failure = error
-            log.warning(
-                "the checkpoint of step %s could not be written (%s); the training goes on",
-                self.saved_step, error.strerror,
-            )  # fmt: skip
+            self._note_failure(error)
+
+    def _note_failure(self, error: OSError) -> None:
+        self.failure = error
+        log.warning(
+            "the checkpoint of step %s could not be written (%s); the training goes on",
+            self.saved_step, error.strerror,
+        )  # fmt: skip
 
     def finish(self) -> None:
         """On every rank: waits for rank 0's last save. Raises UserError on all ranks if it failed."""
@@ -226,6 +394,8 @@ class Saver:
                     "the run again: it goes on from the newest checkpoint."
                 )
 
+        if self.kept.is_sharded and not self.runtime.is_main:
+            self.wait()  # rank 0 waits for word that this rank's files are on the disk
         with self._saving():
             self.runtime.meeting.from_rank_0(last)
 
@@ -238,15 +408,83 @@ class Saver:
         started = time.perf_counter()
         self.claim.check()
         checkpoint.write(self.run_dir, step, captured.to_files(), self.claim.token, self.claim.check)
+        self._remove_earlier(step, captured.state["history"])
+        self._note_time(step, started)
+
+    def _write_shards(self, step: int, hidden: Path, number: int, captured: CapturedShards) -> None:
+        """On the writer's thread of each rank: writes this rank's files, and on rank 0 all that is left.
+
+        `number` counts the saves, the same on all ranks.
+        """
+        runtime = self.runtime
+        started = time.perf_counter()
+        told: dict[str, Any]
+        try:
+            told = {"files": shards.write(str(hidden), runtime.rank, captured)}
+        except OSError as error:
+            told = {"error": f"rank {runtime.rank}: {error.strerror}", "errno": error.errno}
+        if not runtime.is_main:
+            runtime.meeting.tell(f"saved/{number}/{runtime.rank}", told)
+            return
+
+        assert self.claim is not None
+        try:
+            there: dict[str, checkpoint.About] = {}
+            for rank in range(runtime.world_size):
+                if rank:
+                    told = self._heard(f"saved/{number}/{rank}")
+                if "error" in told:
+                    raise OSError(told["errno"], told["error"])
+                there |= {name: checkpoint.About(*about) for name, about in told["files"].items()}
+            files = {
+                STATE: json.dumps(captured.state, separators=(",", ":")).encode(),
+                INDEX: captured.index.to_bytes(),
+            }
+            self.claim.check()
+            path = checkpoint.path_of(self.run_dir, step)
+            checkpoint.publish(hidden, path, files, there, self.claim.check)
+        finally:
+            shutil.rmtree(hidden, ignore_errors=True)  # where it has failed
+        self._remove_earlier(step, captured.state["history"])
+        self._note_time(step, started)
+
+    def _heard(self, key: str) -> dict[str, Any]:
+        """What another rank's thread has told, once it has. The watchdog looks after ranks that died."""
+        while (told := self.runtime.meeting.heard(key)) is None:
+            time.sleep(_TOLD_S)
+        assert isinstance(told, dict)
+        return told
+
+    def _remove_earlier(self, step: int, history: list[dict[str, Any]]) -> None:
+        """Removes the checkpoints that are not to be kept, now that `step` is saved."""
+        assert self.claim is not None
         present = checkpoint.steps(self.run_dir)
-        keep = _kept_steps(step, present, captured.state["history"], self.keep, self.best)
+        keep = _kept_steps(step, present, history, self.keep, self.best)
         try:
             checkpoint.remove(self.run_dir, keep, self.claim.check)
         except OSError as error:
             log.warning("earlier checkpoints could not be removed (%s)", error.strerror)
+
+    def _note_time(self, step: int, started: float) -> None:
         took_s = time.perf_counter() - started
         self.longest_s = max(self.longest_s, took_s)
         log.debug("checkpoint of step %d saved in %.2f s", step, took_s)
+
+
+def _given_newest_first(given: str) -> list[Path]:
+    """The checkpoints that `resume` names: one by its own path, or all of a run; raises UserError."""
+    try:
+        if (Path(given) / checkpoint.MANIFEST).exists():
+            return [Path(given).resolve()]
+        found = [checkpoint.path_of(given, step) for step in checkpoint.steps(given)]
+    except OSError as error:
+        raise UserError(f"resume={given} cannot be read ({error.strerror}): give another one.") from error
+    if not found:
+        raise UserError(
+            f"resume={given} has no valid checkpoint: give the path of one, or of a run directory that has "
+            "one."
+        )
+    return found
 
 
 def _kept_steps(

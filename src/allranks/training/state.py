@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +22,12 @@ from allranks import config as configs
 from allranks.base.errors import UserError
 from allranks.base.text import one_line
 from allranks.run import checkpoint
+from allranks.run.shards import MODEL as MODEL_PART
+from allranks.run.shards import OPTIMIZER as OPTIMIZER_PART
+from allranks.run.shards import assembled
 from allranks.runtime.runtime import Runtime
 from allranks.runtime.sharding import whole
+from allranks.training import shards
 from allranks.training.position import TrainingPosition
 from allranks.training.training import Training
 
@@ -68,9 +72,31 @@ class KeptTraining:
         """The running sums of all ranks; all ranks call."""
         return self.runtime.gather(self.training.sums.rows)
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank saves its own slices of the model."""
+        return self.training.is_sharded
+
     def capture(self, gathered: torch.Tensor) -> Captured:
         """A copy of the training's state; `gathered` are the running sums of all ranks."""
         return capture(self.training, gathered, self.identity, self.runtime.world_size)
+
+    def capture_shards(self, gathered: torch.Tensor) -> shards.CapturedShards:
+        """A copy of what this rank holds of the state; `gathered` are the running sums of all ranks."""
+        world_size = self.runtime.world_size
+        seen = capture(self.training, gathered, self.identity, world_size, copied=torch.Tensor.detach)
+        tensors = {MODEL_PART: seen.tensors[MODEL], OPTIMIZER_PART: seen.tensors[OPTIMIZER]}
+        return shards.captured(tensors, seen.state, self.runtime.rank, world_size)
+
+    def restore_shards(self, files: Mapping[str, bytes], path: str) -> None:
+        """Puts the training where that of the checkpoint `path` was; reads this rank's rows from there.
+
+        `files` has the small files of the checkpoint. Raises UserError.
+        """
+        try:
+            restore(self.training, files, path, self.identity, self.runtime)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}).") from error
 
     def restore(self, files: Mapping[str, bytes], path: str) -> None:
         """Puts the training where the training of the checkpoint `path` was; raises UserError."""
@@ -81,12 +107,17 @@ class KeptTraining:
 
 
 def capture(
-    training: Training, sums: torch.Tensor, identity: Mapping[str, Any], world_size: int
+    training: Training,
+    sums: torch.Tensor,
+    identity: Mapping[str, Any],
+    world_size: int,
+    copied: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Captured:
     """A copy of all that changes while a run trains.
 
     `sums` [share_count, columns] are the running sums of all ranks. `identity` says which training it is
-    (config.identity). Raises UserError where the optimizer's or scheduler's state cannot be saved.
+    (config.identity). `copied` makes the copy of a tensor; None: a copy on the CPU. Raises UserError where
+    the optimizer's or scheduler's state cannot be saved.
     """
     schedule = training.schedule.scheduler
     beside_the_model: dict[str, torch.Tensor] = {}  # the tensors of optimizer, scheduler and scaler
@@ -101,14 +132,19 @@ def capture(
         "world_size": world_size,
         "identity": identity,
         "versions": {"allranks": allranks.__version__, "torch": torch.__version__},
-        "optimizer": taken_apart(training.optimizer.state_dict(), "optimizer", beside_the_model),
-        "scheduler": taken_apart(schedule.state_dict() if schedule else {}, "scheduler", beside_the_model),
-        "scaler": taken_apart(training.scaler.state_dict(), "scaler", beside_the_model),
+        **{
+            name: taken_apart(saved, name, beside_the_model, copied)
+            for name, saved in (
+                ("optimizer", training.optimizer.state_dict()),
+                ("scheduler", schedule.state_dict() if schedule else {}),
+                ("scaler", training.scaler.state_dict()),
+            )
+        },
     }
     buffers = _changed_buffers(training)
     if buffers:  # most models have none
-        state["buffers"] = taken_apart(buffers, "buffer", beside_the_model)
-    model = {name: _copied(tensor) for name, tensor in training.model.state_dict().items()}
+        state["buffers"] = taken_apart(buffers, "buffer", beside_the_model, copied)
+    model = {name: (copied or _copied)(tensor) for name, tensor in training.model.state_dict().items()}
     return Captured({MODEL: model, OPTIMIZER: beside_the_model}, state)
 
 
@@ -140,7 +176,12 @@ def _copied(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def taken_apart(node: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+def taken_apart(
+    node: Any,
+    name: str,
+    tensors: dict[str, torch.Tensor],
+    copied: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> Any:
     """JSON for what a state_dict holds; its tensors go to `tensors`, under names to which the JSON refers.
 
     `name` says where in the state_dict the node stands.
@@ -152,15 +193,16 @@ def taken_apart(node: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
             raise UserError(f"{name} is a tensor of {node.dtype}, a type that a checkpoint cannot hold.")
         if name in tensors:
             raise UserError(f"The state has two tensors named {name}: rename one of them.")
-        tensors[name] = _copied(node)
+        tensors[name] = (copied or _copied)(node)
         return {"tensor": name}
     if isinstance(node, list | tuple):
-        items = [taken_apart(item, f"{name}.{i}", tensors) for i, item in enumerate(node)]
+        items = [taken_apart(item, f"{name}.{i}", tensors, copied) for i, item in enumerate(node)]
         return {"tuple": items} if isinstance(node, tuple) else items
     if isinstance(node, Mapping):
         # As pairs: JSON would turn keys that are numbers into texts.
         prefix = f"{name}." if name else ""
-        return {"items": [[k, taken_apart(v, f"{prefix}{k}", tensors)] for k, v in node.items()]}
+        pairs = [[k, taken_apart(v, f"{prefix}{k}", tensors, copied)] for k, v in node.items()]
+        return {"items": pairs}
     raise UserError(
         f"{name} is a {type(node).__name__}, but a checkpoint holds only numbers, texts and tensors."
     )
@@ -178,6 +220,8 @@ def restore(
     of another training, or not one that allranks has made.
     """
     with of_this_format(path):
+        if not training.is_sharded:
+            files = assembled(files)
         state = checkpoint.from_json(STATE, files[STATE])
         check_counters(state)
         _check_that_it_fits(state, path, identity, runtime.world_size)
@@ -194,6 +238,7 @@ def restore_model(model: nn.Module, files: Mapping[str, bytes], path: str) -> di
     not one that allranks has made.
     """
     with of_this_format(path):
+        files = assembled(files)
         state = checkpoint.from_json(STATE, files[STATE])
         check_counters(state)
         weights = load(files[MODEL])
@@ -268,10 +313,19 @@ def _check_that_it_fits(
 def _restore_components(
     training: Training, state: Mapping[str, Any], files: Mapping[str, bytes], path: str
 ) -> None:
-    """Model, optimizer, scheduler and scaler."""
-    tensors = load(files[OPTIMIZER])
+    """Model, optimizer, scheduler and scaler.
+
+    A model that is spread over the ranks is read from the checkpoint's folder, each rank its own rows.
+    """
     try:
-        training.model.load_state_dict(load(files[MODEL]))
+        if training.is_sharded:
+            source = shards.source_of(path, files)
+            weights: Mapping[str, torch.Tensor] = shards.weights_like(training.model, source)
+            tensors: Mapping[str, torch.Tensor] = shards.OptimizerTensors(training.optimizer, source)
+        else:
+            weights = load(files[MODEL])
+            tensors = load(files[OPTIMIZER])
+        training.model.load_state_dict(weights)
         restore_optimizer(training.optimizer, put_together(state["optimizer"], tensors))
         restore_buffers(training.model, put_together(state.get("buffers", {"items": []}), tensors))
     except (RuntimeError, ValueError, KeyError) as error:

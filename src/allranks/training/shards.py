@@ -1,0 +1,239 @@
+"""The state of a model that is spread over the ranks: to the files of each rank, and back at any size.
+
+Each rank copies what it holds to the CPU, and writes it on a thread. When a run goes on, each rank reads
+the rows that it needs, from whichever files have them: of a checkpoint of another number of ranks, or of
+one that was saved in one piece. So no rank ever holds the whole. run/shards.py describes the files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from allranks.base.errors import UserError
+from allranks.run.checkpoint import About
+from allranks.run.shards import INDEX, MODEL, OPTIMIZER, PARTS, Index, Rows, Spread, file_name, header
+from allranks.runtime.sharding import is_sharded, like, local, slice_of
+
+PIECE_BYTES = 1 << 24  # are written and hashed at a time: other threads get their turn in between
+# safetensors' names of types.
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL", torch.complex64: "C64",
+}  # fmt: skip
+_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class CapturedShards:
+    """What one rank has to add to a checkpoint, copied: the training may go on while it is written."""
+
+    rows: Mapping[str, Mapping[str, torch.Tensor]]  # by part, then by name; all on the CPU
+    index: Index  # the same on all ranks
+    state: Mapping[str, Any]  # for state.json, which rank 0 writes
+
+
+# --- to files ------------------------------------------------------------------------------------------
+
+
+def captured(
+    tensors: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any], rank: int, ranks: int
+) -> CapturedShards:
+    """A copy of this rank's rows of the tensors, which are given by part and by name.
+
+    Raises UserError where a tensor is spread in another way than by rows.
+    """
+    rows: dict[str, dict[str, torch.Tensor]] = {}
+    index: dict[str, dict[str, Spread]] = {}
+    for part in PARTS:
+        rows[part] = {}
+        index[part] = {}
+        for name, tensor in tensors[part].items():
+            if tensor.dtype not in DTYPES:
+                raise UserError(f"{name} is a tensor of {tensor.dtype}, which no sharded checkpoint holds.")
+            spread_by = None
+            is_mine = rank == 0
+            if is_sharded(tensor):
+                _check_spread(name, tensor)
+                over = tensor.device_mesh.size(tensor.device_mesh.ndim - 1)  # type: ignore[attr-defined]
+                spread_by = -(-tensor.shape[0] // over)
+                place = slice_of(tensor)
+                is_mine = place.is_first_copy and place.start < place.end
+            shape = tuple(tensor.shape)
+            index[part][name] = Spread(DTYPES[tensor.dtype], shape, spread_by)
+            if is_mine:
+                rows[part][name] = local(tensor).detach().to("cpu", copy=True).contiguous()
+    return CapturedShards(rows, Index(ranks, index), state)
+
+
+def _check_spread(name: str, tensor: Any) -> None:
+    last = tensor.placements[-1]
+    if not (last.is_shard() and last.dim == 0) or any(each.is_partial() for each in tensor.placements):
+        raise UserError(
+            f"{name} of the optimizer's state is spread over the ranks in another way than by rows "
+            f"({tensor.placements}), which a checkpoint cannot hold: take another optimizer, or "
+            "sharding=none."
+        )
+
+
+def write(folder: str, rank: int, captured: CapturedShards) -> dict[str, About]:
+    """Writes this rank's files into the folder and onto the disk; what the manifest says of them.
+
+    Raises OSError.
+    """
+    about = {}
+    for part in PARTS:
+        name = file_name(part, rank, captured.index.ranks)
+        about[name] = _write_file(Path(folder) / name, captured.rows[part])
+    return about
+
+
+def _write_file(path: Path, tensors: Mapping[str, torch.Tensor]) -> About:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    digest = hashlib.sha256()
+    size = 0
+    with os.fdopen(descriptor, "wb", buffering=0) as file:
+        for piece in _pieces(tensors):
+            written = 0
+            while written < len(piece):
+                written += file.write(piece[written:])
+            digest.update(piece)
+            size += len(piece)
+        os.fsync(descriptor)
+    return About(size, digest.hexdigest())
+
+
+def _pieces(tensors: Mapping[str, torch.Tensor]) -> Iterator[memoryview]:
+    """The content of a safetensors file with these tensors."""
+    yield memoryview(header([(name, DTYPES[each.dtype], each.shape) for name, each in tensors.items()]))
+    for tensor in tensors.values():
+        if tensor.numel():
+            content = memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
+            for start in range(0, len(content), PIECE_BYTES):
+                yield content[start : start + PIECE_BYTES]
+
+
+# --- and back ------------------------------------------------------------------------------------------
+
+
+class Source:
+    """The tensors of a checkpoint's folder, of which any rows can be read alone.
+
+    `index` is the content of its shards.json; None for a checkpoint in one piece. Raises OSError.
+    """
+
+    def __init__(self, path: str, index: bytes | None) -> None:
+        self._path = Path(path)
+        self._index = None if index is None else Index.from_bytes(index)
+        self._open: dict[str, Any] = {}  # by the name of the file
+
+    def names(self, part: str) -> set[str]:
+        """The names of the part's tensors."""
+        if self._index is None:
+            return set(self._file(f"{part}.safetensors").keys())
+        return set(self._index.tensors[part])
+
+    def shape(self, part: str, name: str) -> tuple[int, ...]:
+        """The shape of the whole tensor; raises KeyError where there is none of this name."""
+        if name not in self.names(part):
+            raise KeyError(f"the checkpoint has no {name}")
+        if self._index is None:
+            return tuple(self._file(f"{part}.safetensors").get_slice(name).get_shape())
+        return self._index.tensors[part][name].shape
+
+    def rows(self, part: str, name: str, start: int, end: int) -> torch.Tensor:
+        """The tensor's rows from `start` to `end`, on the CPU."""
+        shape = self.shape(part, name)
+        pieces = []
+        for place in self._places(part, name, shape):
+            low, high = max(start, place.start), min(end, place.end)
+            if low < high:
+                kept = self._file(place.file).get_slice(name)
+                pieces.append(kept[low - place.start : high - place.start])
+        if not pieces:
+            place = self._places(part, name, shape)[0]
+            return self._file(place.file).get_slice(name)[0:1][:0]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def whole(self, part: str, name: str) -> torch.Tensor:
+        """The whole tensor, on the CPU."""
+        shape = self.shape(part, name)
+        if not shape:
+            found: torch.Tensor = self._file(self._places(part, name, shape)[0].file).get_tensor(name)
+            return found
+        return self.rows(part, name, 0, shape[0])
+
+    def _places(self, part: str, name: str, shape: tuple[int, ...]) -> list[Rows]:
+        if self._index is None:
+            return [Rows(f"{part}.safetensors", 0, shape[0] if shape else 1)]
+        return self._index.parts_of(part, name)
+
+    def _file(self, name: str) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        if name not in self._open:
+            try:
+                self._open[name] = safe_open(str(self._path / name), framework="pt")
+            except SafetensorError as error:
+                raise KeyError(f"{name}: {error}") from error
+        return self._open[name]
+
+
+def weights_like(model: nn.Module, source: Source) -> dict[str, torch.Tensor]:
+    """The model's state_dict as the source has it: of what is spread, this rank's rows.
+
+    Raises KeyError or ValueError where the source is of another model.
+    """
+    here = model.state_dict()
+    if other := sorted(source.names(MODEL) ^ set(here)):
+        raise KeyError(f"only one of both has {', '.join(other[:5])}")
+    return {name: _as_here(tensor, source, MODEL, name) for name, tensor in here.items()}
+
+
+class OptimizerTensors(Mapping[str, torch.Tensor]):
+    """The tensors beside the model in a source, by name, which are read when they are asked for.
+
+    A tensor of the optimizer's state that has the shape of its parameter is spread as the parameter is.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, source: Source) -> None:
+        self._source = source
+        self._parameters = [each for group in optimizer.param_groups for each in group["params"]]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        words = name.split(".")
+        if words[:2] == ["optimizer", "state"] and len(words) > 2 and words[2].isdecimal():
+            parameter = self._parameters[int(words[2])]
+            if tuple(parameter.shape) == self._source.shape(OPTIMIZER, name):
+                return _as_here(parameter, self._source, OPTIMIZER, name)
+        return self._source.whole(OPTIMIZER, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._source.names(OPTIMIZER))
+
+    def __len__(self) -> int:
+        return len(self._source.names(OPTIMIZER))
+
+
+def _as_here(tensor: torch.Tensor, source: Source, part: str, name: str) -> torch.Tensor:
+    """The tensor `name` of the source, spread as `tensor` is."""
+    shape = source.shape(part, name)
+    if shape != tuple(tensor.shape):
+        raise ValueError(f"{name} has the shape {list(shape)} there, not {list(tensor.shape)}")
+    if not is_sharded(tensor):
+        return source.whole(part, name)
+    place = slice_of(tensor)
+    return like(tensor, source.rows(part, name, place.start, place.end).to(tensor.device))
+
+
+def source_of(path: str, files: Mapping[str, bytes]) -> Source:
+    """The tensors of the checkpoint at `path`, of which `files` has the small ones."""
+    return Source(path, files.get(INDEX))
