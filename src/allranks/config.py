@@ -208,12 +208,12 @@ class ShardingConfig:
     param_dtype: str | None = setting(
         None,
         "number format in which a block's weights are gathered and in which it computes; null: as they are",
-        one_of("bf16", "fp16", "fp32"),
+        one_of("bf16", "fp32"),
     )
     reduce_dtype: str | None = setting(
         None,
         "number format in which gradients are added up; null: as they are",
-        one_of("bf16", "fp16", "fp32"),
+        one_of("bf16", "fp32"),
     )
     activation_checkpointing: bool = setting(
         False, "whether a block's activations are computed again in the backward pass, and not kept", FLAG
