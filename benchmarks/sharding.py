@@ -80,10 +80,11 @@ def main() -> None:
         print(f"1 rank:            {alone:6.0f} MB at most, state {state_alone:5.0f} MB", flush=True)
         for ranks in (2, 4):
             peak, state = peak_and_state(folder, ranks, sharded=True)
+            at_most = f"{peak:6.0f} MB at most ({peak / alone:.2f})"
             print(
-                f"{ranks} ranks, sharded: {peak:7.0f} MB at most ({peak / alone:.2f}), state {state:5.0f} MB "
-                f"({state / state_alone:.2f})", flush=True,
-            )  # fmt: skip
+                f"{ranks} ranks, sharded: {at_most}, state {state:5.0f} MB ({state / state_alone:.2f})",
+                flush=True,
+            )
         words = mpiexec(2, [__file__, RANK, str(folder / "saving")])
         done = subprocess.run(words, capture_output=True, text=True, env=environment(), check=True)
         took = json.loads(done.stdout.splitlines()[-1])

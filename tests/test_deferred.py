@@ -72,7 +72,7 @@ def test_the_bits_are_those_of_an_ordinary_construction(name):
         made = deferred.made(tensor)
         assert torch.equal(made, expected), key
         assert made.stride() == expected.stride(), key
-    assert count >= 2
+    assert count >= 1
     assert torch.equal(torch.get_rng_state(), after)
 
 

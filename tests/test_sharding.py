@@ -87,11 +87,11 @@ def test_the_losses_are_those_of_one_rank(trained, name):
 @pytest.mark.parametrize("name", EVERY_LAUNCH)
 def test_clipped_accumulated_and_computed_again(trained, name):
     """5 pieces of shares of 12, 13 or fewer examples: some ranks have a piece more than others."""
-    common = ("trainer.clip_norm=0.5", "trainer.accumulate=5")
+    common = ("trainer.clip_norm=0.5", "trainer.accumulate=5", "trainer.precision=fp32")
     alone = trained("alone", *common)
     together = trained(name, *common, "sharding.activation_checkpointing=true")
-    assert together.losses == pytest.approx(alone.losses, rel=SAME)
-    assert together.losses != pytest.approx(trained("alone").losses, rel=1e-6)
+    assert together.losses == pytest.approx(alone.losses, rel=1e-5)
+    assert together.losses != pytest.approx(trained("alone").losses, rel=1e-4)
 
 
 @pytest.mark.long

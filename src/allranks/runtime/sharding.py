@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-NEEDED = "2.7"  # of torch: since then gradients can be added up and not averaged
+NEEDED = "2.8"  # of torch: since then gradients can be added up by gloo, and not averaged
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _LISTS = (nn.ModuleList, nn.Sequential)  # whose large members are blocks, unless blocks are named
 _NOT_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -158,9 +158,7 @@ def _fsdp() -> tuple[Any, Any]:
     except ImportError:
         supported = False
     else:
-        supported = hasattr(FSDPModule, "set_gradient_divide_factor") or hasattr(
-            FSDPModule, "set_reduce_scatter_divide_factor"
-        )
+        supported = hasattr(FSDPModule, "set_force_sum_reduction_for_comms")
     if not supported:
         raise UserError(
             f"sharding needs PyTorch {NEEDED} or newer, and this is {torch.__version__}: take "
@@ -171,10 +169,9 @@ def _fsdp() -> tuple[Any, Any]:
 
 def _add_up(module: Any) -> None:
     """Has the gradients of this block added up over the ranks. By itself FSDP takes their mean."""
-    if hasattr(module, "set_gradient_divide_factor"):
-        module.set_gradient_divide_factor(1.0)
-    else:
-        module.set_reduce_scatter_divide_factor(1.0)
+    module.set_gradient_divide_factor(1.0)
+    # Else it would multiply by the factor inside of the collective, which only NCCL can do.
+    module.set_force_sum_reduction_for_comms(True)
 
 
 def _mesh(settings: ShardingConfig, runtime: Runtime) -> Any:
