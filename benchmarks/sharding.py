@@ -6,7 +6,7 @@ Memory: the most that the process of a rank has needed, less what one with a tin
 weights, gradients, the optimizer's state and activations. `state` is what a rank keeps of weights and
 optimizer state, as its files in the checkpoint show.
 
-Saving: two ranks, a model with 1 GB of weights, and a save after every second step. `waits` is how long the
+Saving: two ranks, a model with 1 GB of weights, and a save after every fourth step. `waits` is how long the
 training stands still for a save, `writes` how long the threads take until the checkpoint is there.
 """
 
@@ -30,7 +30,7 @@ TINY = ["model.width=16", "model.depth=1"]
 LARGE = ["model.width=768", "model.depth=8", "model.heads=12"]  # 57 million parameters
 SAVING = [
     *COMMON, "model.width=2048", "model.depth=5", "model.heads=16", "trainer.batch_size=8",
-    "trainer.max_steps=6", "trainer.epochs=1", "optimizer=sgd", "sharding=fsdp", "checkpoint.every_steps=2",
+    "trainer.max_steps=8", "trainer.epochs=1", "optimizer=sgd", "sharding=fsdp", "checkpoint.every_steps=4",
     "checkpoint.every_epochs=null", "checkpoint.keep=1",
 ]  # fmt: skip
 RANK = "--rank"

@@ -17,6 +17,7 @@ torch.distributed.fsdp is imported only here, and only where a model is spread: 
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
 import sys
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 
 NEEDED = "2.8"  # of torch: since then gradients can be added up by gloo, and not averaged
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_M_MMAP_THRESHOLD = -3  # the number of this setting in glibc's malloc.h
+_GIVEN_BACK_BYTES = 1 << 18  # of a piece of memory: the smallest tensor that is deferred has so many
 _LISTS = (nn.ModuleList, nn.Sequential)  # whose large members are blocks, unless blocks are named
 _NOT_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
@@ -119,6 +122,7 @@ def shard(
     is called with the model before its weights are made. Raises UserError where it cannot be spread.
     """
     fully_shard, policy_of = _fsdp()
+    _give_memory_back()
     runtime.progress.arrive(in_step=False)
     mesh = _mesh(settings, runtime)
 
@@ -165,6 +169,18 @@ def _fsdp() -> tuple[Any, Any]:
             "sharding=none, or install a newer one."
         )
     return fully_shard, MixedPrecisionPolicy
+
+
+def _give_memory_back() -> None:
+    """Has this process give memory back to the system as soon as a large tensor is gone.
+
+    glibc keeps what a program has freed, for later, unless the piece was larger than a threshold, and it
+    raises that threshold up to 32 MB by itself. Blocks come and go in each step here: what is kept would be
+    several times what is in use. Where there is no glibc, nothing is done.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _GIVEN_BACK_BYTES)
 
 
 def _add_up(module: Any) -> None:
