@@ -53,6 +53,16 @@ MODELS = {
     "accumulate": ("model=mlp", "optimizer.lr=0.1", "trainer.accumulate=3", "trainer.precision=fp32"),
     "running": ("model=mlp", "optimizer=adam", "trainer.train_metrics=running", "trainer.precision=fp64"),
 }  # fmt: skip
+# In some trials of several ranks the model is spread over them, and each rank saves its part.
+SHARDED = "sharded"
+MODELS_WITH_SHARDED = {
+    **MODELS,
+    SHARDED: (
+        "model=mlp", "optimizer=adamw", "sharding=fsdp", "sharding.min_parameters=1000",
+        "trainer.precision=fp32",
+    ),
+}  # fmt: skip
+SHARE_OF_SHARDED = 0.2
 EPOCHS = 3
 TORCHRUN = (PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 BATCH = {1: 8, 2: 32, 3: 80, 4: 80}  # by ranks, which may have to share a core
@@ -149,7 +159,7 @@ class Plan:
         """The overrides of the run and of its twin."""
         batch = 80 if self.reproducible else BATCH[self.starts[0][1]]
         fixed = ("trainer.reproducible=true",) if self.reproducible else ()
-        return (*SMALL, *MODELS[self.model], *fixed, f"trainer.epochs={EPOCHS}",
+        return (*SMALL, *MODELS_WITH_SHARDED[self.model], *fixed, f"trainer.epochs={EPOCHS}",
                 f"trainer.batch_size={batch}")  # fmt: skip
 
     @property
@@ -208,6 +218,10 @@ def plan(seed: int, number: int, without: Sequence[str] = ()) -> Plan:
         count = rng.choice((0, 0, 1, 1, 2))
         between.append(rng.choices(list(kinds), list(kinds.values()), k=count))
     model, keep = rng.choice(list(MODELS)), f"checkpoint.keep={rng.choice((1, 2, 3))}"
+    # Drawn by itself, so that all other trials of a seed stay as they were before there was sharding.
+    is_sharded = random.Random(f"{seed} {number} sharded").random() < SHARE_OF_SHARDED
+    if is_sharded and not reproducible and starts[0][1] > 1:
+        model = SHARDED
     at_the_end, on_the_spot = rng.random() < 0.15, f"{seed} {number} on the spot"
     return Plan(
         number, model, reproducible, starts, (*cadence, keep), live, between, at_the_end, on_the_spot
