@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 MANIFEST = "manifest.json"
 PIECE_BYTES = 1 << 26  # are read or checked in a second or less, unless the file system hangs
-_MANIFEST_BYTES = 1 << 24  # a longer manifest was not written here
+_MANIFEST_BYTES = 1 << 20  # a longer manifest was not written here
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _STEP_NAME = re.compile(r"step-([0-9]{6,18})")
 

@@ -30,10 +30,12 @@ from torch import nn
 from allranks.base.errors import UserError
 from allranks.base.text import did_you_mean, some
 from allranks.config import ShardingConfig
-from allranks.runtime.deferred import CannotDefer, Deferred, build
 
 if TYPE_CHECKING:
-    from allranks.runtime.runtime import Runtime
+    from allranks.runtime.deferred import Deferred
+
+# The ranks, as a runtime.runtime.Runtime. That module imports this one, so this one does not import it.
+Runtime = Any
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +123,8 @@ def shard(
     names the model in messages. Floating-point weights get the type `dtype`, unless that is None. `check`
     is called with the model before its weights are made. Raises UserError where it cannot be spread.
     """
+    from allranks.runtime.deferred import build
+
     fully_shard, policy_of = _fsdp()
     _give_memory_back()
     runtime.progress.arrive(in_step=False)
@@ -294,6 +298,8 @@ class _Made:
 
     def fill(self, block: nn.Module) -> None:
         """Makes what the block has that is not made or spread yet; raises UserError where that fails."""
+        from allranks.runtime.deferred import CannotDefer
+
         made: dict[int, torch.Tensor] = {}  # one weight may stand at two places of the block
         try:
             for module in block.modules():
