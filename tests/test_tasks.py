@@ -238,7 +238,7 @@ def test_the_curve_is_the_same_on_any_number_of_ranks(kind, ranks, home, train, 
     pytest.importorskip("torchmetrics")
     alone = train_here(*words(kind, "run.dir=alone"))
     env = {"PYTHONPATH": str(home)}
-    done: Done = train(*words(kind, "run.dir=together"), under="mpiexec", ranks=ranks, env=env)
+    done: Done = train(*words(kind, "run.dir=together"), ranks=ranks, env=env)
     together = done.ok().run
     for one, other in zip(figures(alone), figures(together), strict=True):
         assert other == pytest.approx(one, rel=1e-6)
@@ -251,7 +251,7 @@ def test_a_reproducible_run_has_the_same_bits_on_one_and_two_ranks(home, train, 
     same = ("trainer.reproducible=true", "trainer.epochs=2")
     alone = train_here(*words("segmentation", *same, "run.dir=alone"))
     env = {"PYTHONPATH": str(home)}
-    done = train(*words("segmentation", *same, "run.dir=together"), under="mpiexec", ranks=2, env=env)
+    done = train(*words("segmentation", *same, "run.dir=together"), ranks=2, env=env)
     assert figures(done.ok().run) == figures(alone)
 
 

@@ -16,7 +16,7 @@ from allranks.data.parts import InMemory
 from allranks.training import trial
 from allranks.training.metrics import Column
 from allranks.training.trial import smallest_piece
-from helpers import SMALL, execute, launcher, tree
+from helpers import SMALL, execute_forked, tree
 
 PACKAGE = '''
 import torch
@@ -184,8 +184,8 @@ def test_the_bits_are_those_of_a_training_without_a_trial(train_here, monkeypatc
 
 def test_two_ranks_say_it_once(tmp_path):
     (tmp_path / "tryout.py").write_text(PACKAGE)
-    words = [*launcher("mpiexec", 2), "-m", "allranks.train", *LINEAR, "model._target_=tryout.Detached"]
-    done = execute(words, tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    words = ["-m", "allranks.train", *LINEAR, "model._target_=tryout.Detached"]
+    done = execute_forked(words, 2, tmp_path, {"PYTHONPATH": str(tmp_path)})
     assert done.code == 2
     assert "its output has no gradient that reaches its parameters" in done.message
     assert not (tmp_path / "runs").exists()
