@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -297,3 +298,77 @@ def test_the_figures_of_single_steps_are_means_over_the_ranks(tmp_path):
     for one, two in zip(*lines, strict=True):
         assert two == pytest.approx(one, rel=1e-5)
         assert set(one) == {"step", "epoch", "step/loss"}
+
+
+# --- a model that is spread over the ranks ---
+
+SPREAD = """
+import os, signal, sys, torch, allranks
+from torch import nn
+from torch.nn import functional as F
+
+kind = os.environ["KIND"]
+sharding = {} if kind == "none" else {"kind": kind, "min_parameters": 1000}
+run = allranks.open("text", seed=1, device="cpu", threads=1, report=False,
+                    checkpoint={"every_steps": 2, "keep": 50}, sharding=sharding)
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(50, 32)
+        layers = (nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True) for _ in range(2))
+        self.layers = nn.ModuleList(layers)
+        self.head = nn.Linear(32, 50)
+    def forward(self, x):
+        x = self.embed(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+batches = run.batches(torch.utils.data.TensorDataset(torch.randint(0, 50, (60, 9))), batch_size=10)
+model = run.wrap(Net)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+run.keep(model=model, optimizer=optimizer)
+for epoch in run.epochs(2):
+    for batch in run.steps(batches):
+        if os.environ.get("DISTURB") == f"{run.step}:{run.rank}":
+            os.kill(os.getpid(), signal.SIGKILL)
+        for (x,) in run.pieces(batch, 2):
+            loss = F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
+            run.backward(loss)
+            run.log({"train/loss": loss})
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+run.finish()
+"""
+
+
+def spread(kind: str, ranks: int, folder: Path, disturb: str = "") -> tuple[list[float], str]:
+    """(losses, sha256 of the weights) of that program; an empty list where it was killed."""
+    folder.mkdir(exist_ok=True)
+    done = execute_forked(["-c", SPREAD], ranks, folder, {"KIND": kind, "DISTURB": disturb})
+    if disturb:
+        assert done.code not in (0, 85), done.out
+        return [], ""
+    done.ok()
+    metrics = (folder / "runs/text/metrics.jsonl").read_text().splitlines()
+    summary = json.loads((folder / "runs/text/summary.json").read_text())
+    return [json.loads(line)["train/loss"] for line in metrics], summary["model/sha256"]
+
+
+@pytest.mark.parametrize("ranks", [2, only_long(3), only_long(4)])
+def test_a_model_may_be_spread_over_the_ranks(ranks, tmp_path):
+    pytest.importorskip("torch.distributed.fsdp", reason="this torch has no FSDP2")
+    alone, _ = spread("none", 1, tmp_path / "alone")
+    losses, weights = spread("fsdp", ranks, tmp_path / "whole")
+    assert losses == pytest.approx(alone, rel=1e-5)
+
+    # Killed, and gone on with as many ranks: the same bits.
+    spread("fsdp", ranks, tmp_path / "cut", f"7:{ranks - 1}")
+    shutil.copytree(tmp_path / "cut", tmp_path / "other")
+    assert spread("fsdp", ranks, tmp_path / "cut") == (losses, weights)
+
+    # Gone on by one rank, which reads all slices, and from there by several again.
+    spread("none", 1, tmp_path / "other", "9:0")
+    assert spread("fsdp", ranks, tmp_path / "other")[0] == pytest.approx(alone, rel=1e-5)

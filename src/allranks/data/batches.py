@@ -444,11 +444,19 @@ def taken(batch: Any, rows: slice, length: int) -> Any:
     )
 
 
-def pieces_of(batch: Any, pieces: int) -> list[tuple[Any, int]]:
-    """(piece, its examples) for at most so many pieces of a batch, in order, of nearly equal length."""
+def pieces_of(batch: Any, pieces: int, largest: int) -> list[tuple[Any, int]]:
+    """(piece, its examples that count) for at most so many pieces of a rank's share of a batch, in order.
+
+    `largest` is the number of examples in the largest share. All ranks get the same number of pieces. One
+    that has fewer examples gets its first piece again, of which none counts.
+    """
     length = length_of(batch)
-    size = -(-length // min(pieces, length))  # rounded up
-    starts = range(0, length, size)
-    return [
-        (taken(batch, slice(start, start + size), length), min(size, length - start)) for start in starts
-    ]
+    size = -(-largest // min(pieces, largest))  # rounded up
+    cut = []
+    for start in range(0, largest, size):
+        end = min(start + size, length)
+        if start < end:
+            cut.append((taken(batch, slice(start, end), length), end - start))
+        else:
+            cut.append((cut[0][0], 0))
+    return cut

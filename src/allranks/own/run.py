@@ -43,7 +43,7 @@ from allranks.own.state import KeptObjects
 from allranks.own.steps import OwnSteps
 from allranks.run import best as the_best
 from allranks.run import directory as rundir
-from allranks.runtime import mpi
+from allranks.runtime import mpi, sharding
 from allranks.runtime.bringup import open_runtime
 from allranks.runtime.runtime import Runtime
 from allranks.training import ending
@@ -82,7 +82,8 @@ class Run:
         self._has_open_epoch = False  # whether a loop of steps only has been left by `break`
         self._in_hand: Dealt | None = None  # what the loop has got last of a source
         self._is_stepping = False  # whether the loop is in a body of steps()
-        self._wrapped: list[nn.Module] = []
+        self._wrapped: list[nn.Module] = []  # in DDP, on several ranks
+        self._models: list[nn.Module] = []  # all that wrap() has returned, without DDP around them
         self._has_summed = False  # whether gradients have been added up over the ranks
         self._pieces_left = 0  # of a batch that is cut into pieces, with the one in hand
         self._figures: dict[str, float] = {}  # logged after the last epoch
@@ -112,7 +113,8 @@ class Run:
         if self._is_new:
             path = runtime.meeting.from_rank_0(lambda: rundir.create(path, configs.freeze(config)))
         self._path = path
-        self._kept = KeptObjects(runtime, decisive)
+        self._is_sharded = sharding.is_wanted(config.sharding, runtime)
+        self._kept = KeptObjects(runtime, decisive, self._is_sharded)
         save_s = config.watchdog.save_s
         saver = Saver(runtime, path, self._kept, keep=config.checkpoint.keep, save_s=save_s, best=best)
         self._saver = exits.enter_context(saver)
@@ -175,22 +177,32 @@ class Run:
 
     # --- before the loop -----------------------------------------------------------------------------
 
-    def wrap(self, model: nn.Module, *, unused_parameters: bool = False) -> nn.Module:
+    def wrap(
+        self, model: nn.Module | Callable[[], nn.Module], *, unused_parameters: bool = False
+    ) -> nn.Module:
         """The model on this rank's device. On several ranks it is in DDP, which adds up the gradients.
 
-        `unused_parameters`: whether a step may leave out some of its parameters. Raises UserError for a
-        model that cannot be trained.
+        With allranks.open(sharding={"kind": "fsdp"}) it is spread over the ranks. Then give a function that
+        makes it, such as its class, and no rank ever holds all of it. `unused_parameters`: whether a step
+        may leave out some of its parameters. Raises UserError for a model that cannot be trained.
         """
         self._check_open("run.wrap()")
-        if not isinstance(model, nn.Module):
+        if self._is_sharded:
+            make = (lambda: model) if isinstance(model, nn.Module) else model
+            spread = self._runtime.shard(make, self._config.sharding, "the model of run.wrap()")
+            self._models.append(spread)
+            return spread
+        made = model if isinstance(model, nn.Module) else model()
+        if not isinstance(made, nn.Module):
             raise UserError(
-                f"run.wrap() takes a torch.nn.Module, not {described(model)}: other objects need no "
+                f"run.wrap() takes a torch.nn.Module, not {described(made)}: other objects need no "
                 "wrapping.",
                 said_by=0,
             )
-        model.to(self._runtime.device)
-        wrapped = self._runtime.wrap(model, unused_parameters, _UNUSED)
+        made.to(self._runtime.device)
+        wrapped = self._runtime.wrap(made, unused_parameters, _UNUSED)
         self._wrapped.append(wrapped)
+        self._models.append(inner(wrapped))
         return wrapped
 
     def keep(self, **objects: Any) -> None:
@@ -384,7 +396,7 @@ class Run:
         gradients only in the last one.
         """
         share = self._dealt("run.pieces()")
-        parts = pieces_of(batch, count)
+        parts = pieces_of(batch, count, largest=-(-share.total // self.world_size))
         aside = self._put_sums_aside()
         try:
             for number, (piece, length) in enumerate(parts):
@@ -558,7 +570,7 @@ class Run:
             self._kept.check_all_kept()
         # From here on these signals are only counted, and the run saves before it ends.
         self._signals.count(signal.SIGTERM, *FROM_TERMINAL)
-        models = [inner(model) for model in self._wrapped]
+        models = self._models
         parameters = sum(p.numel() for model in models for p in model.parameters())
         facts = {"model": f"{parameters:,} parameters"} if models else {}
         length = RunLength(epochs or 1, 0, 0)

@@ -8,7 +8,7 @@ file of its name, and all else to state.json.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,9 +19,12 @@ from allranks import config as configs
 from allranks.base.errors import UserError
 from allranks.base.text import one_line, some
 from allranks.run import checkpoint
+from allranks.run.shards import INDEX, MODEL, OPTIMIZER, assembled
 from allranks.runtime.runtime import Runtime
+from allranks.training import shards
 from allranks.training import state as states
 from allranks.training.position import TrainingPosition
+from allranks.training.shards import CapturedShards
 from allranks.training.state import STATE, Captured
 
 _MOST_KEYS_SHOWN = 6  # of a state that does not fit
@@ -114,10 +117,12 @@ class KeptObjects:
     """The objects that a loop keeps, as what the checkpoints of its run hold (saver.Kept).
 
     `identity` holds the values that must be the same in a checkpoint and in this run (config.identity).
+    `is_sharded`: the loop's models are spread over the ranks, each of which saves its own slices.
     """
 
-    def __init__(self, runtime: Runtime, identity: Mapping[str, Any]) -> None:
+    def __init__(self, runtime: Runtime, identity: Mapping[str, Any], is_sharded: bool = False) -> None:
         self.runtime = runtime
+        self.is_sharded = is_sharded
         self.identity = identity
         self.objects: dict[str, Any] = {}
         self.means = Means(runtime)
@@ -130,6 +135,7 @@ class KeptObjects:
         self._saved: dict[str, Any] = {}
         self._files: dict[str, bytes] = {}
         self._saved_loader: Any = None
+        self._shards: shards.Source | None = None  # where this rank reads only what it needs
 
     @property
     def position(self) -> TrainingPosition:
@@ -138,17 +144,19 @@ class KeptObjects:
 
     # --- to bytes ------------------------------------------------------------------------------------
 
-    @property
-    def is_sharded(self) -> bool:
-        """A loop of the user's own has whole models on each rank."""
-        return False
-
     def gather(self) -> dict[str, list[list[float]]]:
         """The epoch's means of all ranks; all ranks call."""
         return self.means.gather()
 
-    def capture(self, gathered: dict[str, list[list[float]]]) -> Captured:
-        """A copy of the state of all objects; raises UserError where one cannot be saved."""
+    def capture(
+        self,
+        gathered: dict[str, list[list[float]]],
+        copied: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> Captured:
+        """A copy of the state of all objects; raises UserError where one cannot be saved.
+
+        `copied` makes the copy of a tensor; None: a copy on the CPU.
+        """
         position = self._position
         files: dict[str, dict[str, torch.Tensor]] = {}
         kept = {}
@@ -156,9 +164,12 @@ class KeptObjects:
             tensors: dict[str, torch.Tensor] = {}
             is_model = isinstance(each, nn.Module)
             # A model's tensors keep the names of its state_dict, by which other programs know them.
-            state = states.taken_apart(each.state_dict(), "" if is_model else name, tensors)
+            state = states.taken_apart(each.state_dict(), "" if is_model else name, tensors, copied)
             buffers = self._changed_buffers(name, each) if is_model else {}
-            kept[name] = {"state": state, "buffers": states.taken_apart(buffers, "(buffer)", tensors)}
+            kept[name] = {
+                "state": state,
+                "buffers": states.taken_apart(buffers, "(buffer)", tensors, copied),
+            }
             files[f"{name}.safetensors"] = tensors
         loader: dict[str, torch.Tensor] = {}
         state = {
@@ -180,9 +191,23 @@ class KeptObjects:
         # What makes its batches itself may go on from epoch to epoch; a loader of a Dataset begins anew.
         goes_on = position.epoch_steps or not hasattr(self.loader, "dataset")
         if self.loader is not None and goes_on:
-            state["loader"] = states.taken_apart(self.loader.state_dict(), "loader", loader)
+            state["loader"] = states.taken_apart(self.loader.state_dict(), "loader", loader, copied)
             files["loader.safetensors"] = loader
         return Captured(files, state)
+
+    def capture_shards(self, gathered: dict[str, list[list[float]]]) -> CapturedShards:
+        """A copy of what this rank holds of the state of all objects; raises UserError.
+
+        The tensors of models go to one file of each rank, and all others to another. Each is named by its
+        object, a slash, and its name there.
+        """
+        seen = self.capture(gathered, copied=torch.Tensor.detach)
+        parts: dict[str, dict[str, torch.Tensor]] = {MODEL: {}, OPTIMIZER: {}}
+        for file, tensors in seen.tensors.items():
+            name = file.removesuffix(".safetensors")
+            part = parts[_part_of(self.objects.get(name))]
+            part.update({f"{name}/{key}": tensor for key, tensor in tensors.items()})
+        return shards.captured(parts, seen.state, self.runtime.rank, self.runtime.world_size)
 
     def _changed_buffers(self, name: str, model: nn.Module) -> dict[str, torch.Tensor]:
         """Buffers that the state_dict leaves out, and that are no longer as the constructor made them."""
@@ -213,11 +238,29 @@ class KeptObjects:
             self._path = path
             self.source = state["source"]
             if "loader" in state:
-                tensors = states.load(files["loader.safetensors"])
+                tensors = self._tensors_of("loader", None)
                 self._saved_loader = states.put_together(state["loader"], tensors)
             self.means.restore(state["means"])
             self.means.digest = state["seen"]
             states.restore_position(self._position, state)
+
+    def restore_shards(self, files: Mapping[str, bytes], path: str) -> None:
+        """Takes over where the checkpoint stands. keep() reads from its folder what this rank needs."""
+        try:
+            self._shards = shards.source_of(path, files)
+            self.restore(files, path)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}).") from error
+
+    def _tensors_of(self, name: str, kept: Any) -> Mapping[str, torch.Tensor]:
+        """The saved tensors of one object, by name. Raises KeyError where there are none."""
+        if self._shards is not None:
+            return _SavedShards(self._shards, name, kept)
+        if INDEX not in self._files:
+            return states.load(self._files.pop(f"{name}.safetensors"))
+        whole = states.load(assembled(self._files)[f"{_part_of(kept)}.safetensors"])
+        prefix = f"{name}/"
+        return {key.removeprefix(prefix): each for key, each in whole.items() if key.startswith(prefix)}
 
     def keep(self, name: str, kept: Any) -> None:
         """Adds an object, and puts back its state where there is a checkpoint. Raises UserError."""
@@ -239,7 +282,7 @@ class KeptObjects:
                 said_by=0,
             )
         with states.of_this_format(self._path):
-            tensors = states.load(self._files.pop(f"{name}.safetensors"))
+            tensors = self._tensors_of(name, kept)
             parts = self._saved.pop(name)
             saved = {part: states.put_together(parts[part], tensors) for part in ("state", "buffers")}
         self._put_back(name, kept, saved)
@@ -276,6 +319,51 @@ class KeptObjects:
                 "to run.keep() before the loop begins, or take another name for the run.",
                 said_by=0,
             )
+
+
+def _part_of(kept: Any) -> str:
+    """In which of the files of a rank the tensors of an object are, where models are spread."""
+    return MODEL if isinstance(kept, nn.Module) else OPTIMIZER
+
+
+class _SavedShards(Mapping[str, torch.Tensor]):
+    """The saved tensors of one object, by name, each read when it is asked for: of slices this rank's rows.
+
+    A tensor of a model is spread as it is in the model `kept`, and a tensor of an optimizer's state that
+    has the shape of its parameter as that parameter.
+    """
+
+    def __init__(self, source: shards.Source, name: str, kept: Any) -> None:
+        self._source = source
+        self._name = name
+        self._part = _part_of(kept)
+        self._model = dict(kept.state_dict()) if isinstance(kept, nn.Module) else {}
+        self._parameters: list[torch.Tensor] = []
+        if isinstance(kept, torch.optim.Optimizer):
+            self._parameters = [each for group in kept.param_groups for each in group["params"]]
+
+    def _place(self, name: str) -> tuple[str, str]:
+        """The part and the name of a tensor in the checkpoint, which may have been saved in one piece."""
+        if self._source.is_in_one_piece:
+            return self._name, name
+        return self._part, f"{self._name}/{name}"
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        part, stored = self._place(name)
+        spread_as = self._model.get(name)
+        words = name.removeprefix(f"{self._name}.").split(".")
+        if self._parameters and words[0] == "state" and words[1].isdecimal():
+            spread_as = self._parameters[int(words[1])]
+        if spread_as is None or tuple(spread_as.shape) != self._source.shape(part, stored):
+            return self._source.whole(part, stored)
+        return shards.as_here(spread_as, self._source, part, stored)
+
+    def __iter__(self) -> Iterator[str]:
+        part, prefix = self._place("")
+        return (name.removeprefix(prefix) for name in self._source.names(part) if name.startswith(prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def _shape(value: Any) -> str:

@@ -135,6 +135,11 @@ class Source:
         self._index = None if index is None else Index.from_bytes(index)
         self._open: dict[str, Any] = {}  # by the name of the file
 
+    @property
+    def is_in_one_piece(self) -> bool:
+        """Whether each part is one file, with all of its tensors."""
+        return self._index is None
+
     def names(self, part: str) -> set[str]:
         """The names of the part's tensors."""
         if self._index is None:
@@ -195,7 +200,7 @@ def weights_like(model: nn.Module, source: Source) -> dict[str, torch.Tensor]:
     here = model.state_dict()
     if other := sorted(source.names(MODEL) ^ set(here)):
         raise KeyError(f"only one of both has {', '.join(other[:5])}")
-    return {name: _as_here(tensor, source, MODEL, name) for name, tensor in here.items()}
+    return {name: as_here(tensor, source, MODEL, name) for name, tensor in here.items()}
 
 
 class OptimizerTensors(Mapping[str, torch.Tensor]):
@@ -213,7 +218,7 @@ class OptimizerTensors(Mapping[str, torch.Tensor]):
         if words[:2] == ["optimizer", "state"] and len(words) > 2 and words[2].isdecimal():
             parameter = self._parameters[int(words[2])]
             if tuple(parameter.shape) == self._source.shape(OPTIMIZER, name):
-                return _as_here(parameter, self._source, OPTIMIZER, name)
+                return as_here(parameter, self._source, OPTIMIZER, name)
         return self._source.whole(OPTIMIZER, name)
 
     def __iter__(self) -> Iterator[str]:
@@ -223,7 +228,7 @@ class OptimizerTensors(Mapping[str, torch.Tensor]):
         return len(self._source.names(OPTIMIZER))
 
 
-def _as_here(tensor: torch.Tensor, source: Source, part: str, name: str) -> torch.Tensor:
+def as_here(tensor: torch.Tensor, source: Source, part: str, name: str) -> torch.Tensor:
     """The tensor `name` of the source, spread as `tensor` is."""
     shape = source.shape(part, name)
     if shape != tuple(tensor.shape):
