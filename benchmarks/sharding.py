@@ -6,8 +6,8 @@ Memory: the most that the process of a rank has needed, less what one with a tin
 weights, gradients, the optimizer's state and activations. `state` is what a rank keeps of weights and
 optimizer state, as its files in the checkpoint show.
 
-Saving: two ranks, a model with 1 GB of weights, and a save after every fourth step. `waits` is how long the
-training stands still for a save, `writes` how long the threads take until the checkpoint is there.
+Saving: two ranks, a model with 1 GB of weights, and one save, which waits for none before it. `waits` is
+how long the training stands still for it, `writes` how long it takes until the checkpoint is there.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ MEMORY = [*COMMON, "trainer.batch_size=16", "trainer.epochs=1", "optimizer=adamw
 TINY = ["model.width=16", "model.depth=1"]
 LARGE = ["model.width=768", "model.depth=8", "model.heads=12"]  # 57 million parameters
 SAVING = [
-    *COMMON, "model.width=2048", "model.depth=5", "model.heads=16", "trainer.batch_size=8",
-    "trainer.max_steps=8", "trainer.epochs=1", "optimizer=sgd", "sharding=fsdp", "checkpoint.every_steps=4",
+    *COMMON, "model.width=2048", "model.depth=5", "model.heads=16", "trainer.batch_size=2",
+    "trainer.max_steps=1", "trainer.epochs=1", "optimizer=sgd", "sharding=fsdp",
     "checkpoint.every_epochs=null", "checkpoint.keep=1",
 ]  # fmt: skip
 RANK = "--rank"
