@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from allranks.run import checkpoint
 from helpers import PYTHON, ROOT, Done, execute, execute_forked, launcher, only_long
 
 PAGE = (ROOT / "docs/your-own-loop.md").read_text()
@@ -217,6 +218,20 @@ def test_what_is_wrong_is_said_once_on_two_ranks(what, tmp_path):
     assert done.code == 2, done.err
     assert len(re.findall(message, done.err)) == 1, done.err
     assert "Traceback" not in done.err
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_its_weights_are_saved(tmp_path):
+    spoilt = SINE.replace("        run.backward(loss)", "        run.backward(loss * nan(run))").replace(
+        "import allranks ",
+        "def nan(run): return float('nan') if run.step == 7 and run.rank == 1 else 1\nimport allranks ",
+    )
+    done = started("forked", 2, tmp_path, code=spoilt)
+    assert done.code == 2
+    assert done.err.count("The loss of rank 1 has not been finite since the last checkpoint") == 1
+    assert checkpoint.steps(tmp_path / "runs/sine") == [6, 3]
+    started("forked", 2, tmp_path).ok()
+    started("forked", 2, tmp_path / "whole").ok()
+    assert figures(tmp_path) == figures(tmp_path / "whole")
 
 
 def test_a_program_that_forgets_to_finish_is_told(tmp_path):

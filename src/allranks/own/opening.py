@@ -34,6 +34,7 @@ def open_run(
     dir: str | os.PathLike[str] | None = None,
     config: Mapping[str, Any] | None = None,
     log_every_steps: int | None = None,
+    stop_at_nonfinite: bool = True,
     **settings: Any,
 ) -> Run:
     """Opens the run of this name: a new one, or where it was left off; all ranks call.
@@ -41,8 +42,9 @@ def open_run(
     name: of the run, whose directory is runs/NAME, or `dir`. seed: of all random numbers; torch, NumPy and
     random are seeded with it. config: values of the program that decide what it computes, such as
     {"lr": 3e-4}; a run that goes on must have the same. log_every_steps: after so many steps what run.log()
-    got in a step goes to metrics-steps.jsonl, and to trackers. settings: keys of allranks' own
-    configuration, such as device="cpu" or checkpoint={"every_s": 600} (docs/configuration.md).
+    got in a step goes to metrics-steps.jsonl, and to trackers. stop_at_nonfinite: whether a loss in
+    run.backward() that is not finite ends the run before its next checkpoint. settings: keys of allranks'
+    own configuration, such as device="cpu" or checkpoint={"every_s": 600} (docs/configuration.md).
 
     A run that has finished ends the program, with exit code 0. An error in what is given here, and an error
     of the program later on, ends all ranks, with one message.
@@ -65,6 +67,7 @@ def open_run(
             raise
         directory = str(dir or Path("runs") / composed.name)
         run = Run(composed, directory, identity, exits, number=len(_opened))
+        run.stops_at_nonfinite = stop_at_nonfinite
     except BaseException as raised:
         exits.__exit__(type(raised), raised, raised.__traceback__)
         raise

@@ -77,6 +77,7 @@ class Run:
         self._exits = exits
         self._config = config
         self.is_open = True
+        self.stops_at_nonfinite = True  # whether a loss that is not finite ends the run
         self._epoch_of_steps: int | None = None  # the epoch in which steps() was called last
         self._in_epochs = False
         self._has_open_epoch = False  # whether a loop of steps only has been left by `break`
@@ -350,7 +351,8 @@ class Run:
         """loss.backward(), weighted so that every example of the global batch counts the same.
 
         loss: a scalar, the mean over the examples of this rank's share, as torch's losses give it. Call it
-        within run.steps(). Raises UserError where the loss is no scalar, or has no gradient.
+        within run.steps(). Raises UserError where the loss is no scalar, or has no gradient. A loss that is
+        not finite ends the run before its next checkpoint.
         """
         share = self._dealt("run.backward()")
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
@@ -365,7 +367,10 @@ class Run:
                 "computed under torch.no_grad().",
                 said_by=0,
             )
-        weight = share_weight(share.counted, share.total, loss.detach())
+        known = loss.detach()
+        if self.stops_at_nonfinite:
+            self._kept.means.note_loss(known)
+        weight = share_weight(share.counted, share.total, known)
         aside = [] if self._pieces_left else self._put_sums_aside()
         (loss * weight).backward()
         if self._pieces_left <= 1:

@@ -20,6 +20,7 @@ from allranks.base.errors import UserError
 from allranks.base.text import one_line, some
 from allranks.run import checkpoint
 from allranks.run.shards import INDEX, MODEL, OPTIMIZER, assembled
+from allranks.runtime.meeting import ranks_named
 from allranks.runtime.runtime import Runtime
 from allranks.training import shards
 from allranks.training import state as states
@@ -42,6 +43,12 @@ class Means:
         self._dtype = torch.float32 if runtime.device.type == "mps" else torch.float64
         self._sums: dict[str, torch.Tensor] = {}
         self.digest = 0  # of the epoch's batches up to now (data.batches.Dealt)
+        # How many losses of this rank were not finite; on the device, so that nothing waits for it.
+        self._not_finite = torch.zeros((), dtype=self._dtype, device=runtime.device)
+
+    def note_loss(self, loss: torch.Tensor) -> None:
+        """Remembers whether a loss, a scalar, is finite. gather() tells where one was not."""
+        self._not_finite += ~loss.isfinite().all()
 
     def add(self, name: str, value: torch.Tensor | float, count: int) -> None:
         """Adds a value that is the mean over `count` examples of this rank."""
@@ -57,14 +64,24 @@ class Means:
     def gather(self) -> dict[str, list[list[float]]]:
         """By name the two numbers of each rank; all ranks call.
 
-        Raises UserError where the ranks have other names, or were given other batches.
+        Raises UserError where the ranks have other names, or were given other batches, and where a loss was
+        not finite: then the weights are spoilt, and must not be saved.
         """
         names = sorted(self._sums)
         # Digests have 32 bits, which float64 holds exactly.
-        mine = [[float(zlib.crc32("\n".join(names).encode())), float(len(names)), float(self.digest)]]
+        names_digest = float(zlib.crc32("\n".join(names).encode()))
+        mine = [[names_digest, float(len(names)), float(self.digest), float(self._not_finite)]]
         heads = self._runtime.gather(
             torch.tensor(mine, dtype=torch.float64, device=self._head_device)
         ).tolist()
+        spoilt = [rank for rank, head in enumerate(heads) if head[3]]
+        if spoilt:
+            raise UserError(
+                f"The loss of {ranks_named(spoilt)} has not been finite since the last checkpoint, from "
+                "which the run goes on when it is started again. Take a smaller learning rate, clip the "
+                "gradient, or look at the data. allranks.open(stop_at_nonfinite=False) lets it go on.",
+                said_by=0,
+            )
         if any(head[2] != heads[0][2] for head in heads):
             raise UserError(
                 "run.steps() has got other batches on other ranks. Its source must give the same batches "
@@ -73,7 +90,7 @@ class Means:
                 "seeds.",
                 said_by=0,
             )
-        if any(head != heads[0] for head in heads):
+        if any(head[:2] != heads[0][:2] for head in heads):
             raise UserError(
                 f"run.log() within run.steps() has got other names on other ranks (here {some(names)}): "
                 "log the same names on all ranks.",
