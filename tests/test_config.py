@@ -460,5 +460,7 @@ def test_what_a_resume_must_agree_on_is_marked_at_the_keys():
         "watchdog.start_s", "watchdog.first_step_s", "watchdog.step_s", "watchdog.save_s",
         "console", "report", "profile", "trainer.log_every_steps", "trainer.detect_anomaly",
         "trainer.unused_parameters", "tracker.every_steps",
+        "sharding.kind", "sharding.blocks", "sharding.min_parameters", "sharding.param_dtype",
+        "sharding.reduce_dtype", "sharding.activation_checkpointing", "sharding.devices",
     }  # fmt: skip
     assert identity(config)["data.extra"] == 1
