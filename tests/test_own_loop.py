@@ -132,7 +132,7 @@ def test_a_run_that_was_killed_and_stopped_has_the_bits_of_one_that_was_not(kind
     assert figures(tmp_path / "cut") == figures(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("kind", [only_long("mpiexec"), only_long("launch")])
+@pytest.mark.parametrize("kind", [only_long("forked"), only_long("launch")])
 def test_every_third_step_may_be_the_last_of_a_start(kind, tmp_path):
     started(kind, 2, tmp_path / "whole").ok()
     for step in range(2, 24, 3):
