@@ -47,7 +47,10 @@ def composed(line: str) -> None:
     """The training is composed from the command line, and its configuration checked."""
     typed = shlex.split(line, comments=True)
     word = "train" if "train" in typed else "allranks.train"
-    assert from_command_line([each for each in typed[typed.index(word) + 1 :] if each != "--debug"])
+    words = [each for each in typed[typed.index(word) + 1 :] if each != "--debug"]
+    if "--cfg" in words:  # that only shows it
+        words = words[: words.index("--cfg")]
+    assert from_command_line(words)
 
 
 def planned(line: str) -> None:
