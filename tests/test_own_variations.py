@@ -386,18 +386,17 @@ def test_any_loop_has_the_same_curve_on_any_number_of_ranks_and_the_same_bits_af
     started("forked", 1, tmp_path / "1", code).ok()
     alone, _ = figures(tmp_path / "1")
     assert len(alone) >= 1
-    for ranks in (2, 3) if name not in QUICK else (3,):
-        started("forked", ranks, tmp_path / str(ranks), code).ok()
-        together, _ = figures(tmp_path / str(ranks))
-        for mine, theirs in zip(alone, together, strict=True):
-            assert theirs == pytest.approx(mine, rel=TOLERANCES.get(name, 1e-9))
-    for ranks in (1, 3) if name not in QUICK else (3,):
-        cut = tmp_path / f"{ranks}-cut"
-        assert started("forked", ranks, cut, code, "6:SIGKILL").code not in (0, 85)
-        stopped = started("forked", ranks, cut, code, "13:SIGTERM")
-        assert stopped.code == 85, stopped.err
-        started("forked", ranks, cut, code).ok()
-        assert figures(cut) == figures(tmp_path / str(ranks))
+    started("forked", 3, tmp_path / "3", code).ok()
+    together, _ = figures(tmp_path / "3")
+    for mine, theirs in zip(alone, together, strict=True):
+        assert theirs == pytest.approx(mine, rel=TOLERANCES.get(name, 1e-9))
+    # Uneven shares, an empty one now and then: three ranks have all that one or two have.
+    cut = tmp_path / "cut"
+    assert started("forked", 3, cut, code, "6:SIGKILL").code not in (0, 85)
+    stopped = started("forked", 3, cut, code, "13:SIGTERM")
+    assert stopped.code == 85, stopped.err
+    started("forked", 3, cut, code).ok()
+    assert figures(cut) == figures(tmp_path / "3")
 
 
 def test_a_gan_computes_what_the_plain_script_computes(tmp_path):
