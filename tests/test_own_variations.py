@@ -390,7 +390,7 @@ def test_any_loop_has_the_same_curve_on_any_number_of_ranks_and_the_same_bits_af
     together, _ = figures(tmp_path / "3")
     for mine, theirs in zip(alone, together, strict=True):
         assert theirs == pytest.approx(mine, rel=TOLERANCES.get(name, 1e-9))
-    # Uneven shares, an empty one now and then: three ranks have all that one or two have.
+    # The shares of three ranks are uneven: what holds for them holds for one and for two.
     cut = tmp_path / "cut"
     assert started("forked", 3, cut, code, "6:SIGKILL").code not in (0, 85)
     stopped = started("forked", 3, cut, code, "13:SIGTERM")
