@@ -540,7 +540,6 @@ def test_a_signal_that_reaches_the_processes_that_read_does_not_end_them(name, t
 
 # test_own_loop.py has all launchers with all numbers of ranks.
 LAUNCHED = [
-    only_long("gan", "torchrun", 3),
     only_long("gan", "launch", 2),
     only_long("stateful stream in workers", "mpiexec", 2),
 ]
