@@ -12,7 +12,7 @@ from helpers import PYTHON, ROOT, execute
 
 
 def test_runs_that_are_harmed_at_random_have_the_bits_of_their_undisturbed_twins(tmp_path, long):
-    """Eight runs with --long, and the first two of them without."""
+    """Five runs with --long, and the first two of them without."""
     trials = 5 if long else 2
     runs = tmp_path / "runs"
     words = ["--trials", str(trials), "--seed", "103", "--keep", str(runs)]
