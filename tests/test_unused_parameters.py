@@ -140,7 +140,8 @@ def test_a_step_that_leaves_some_out_ends_the_run_and_it_goes_on_with_the_key(tm
         ended.out + ended.err,
     )
     assert said == ["thick.weight"], ended.err
-    assert "Traceback" not in ended.out + ended.err
+    if under == "mpiexec":  # torchrun shows a traceback of its own
+        assert "Traceback" not in ended.out + ended.err
 
     went_on = trained("trainer.unused_parameters=always").ok().run
     execute([PYTHON, "-m", "allranks.train", *ALONE, "run.dir=alone"], tmp_path, env=env).ok()
