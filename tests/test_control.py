@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from allranks.base.signals import Signals
 from allranks.compose import from_command_line
 from allranks.config import Config, identity, runtime_settings
 from allranks.job.identity import RankIdentity
@@ -22,7 +23,7 @@ from allranks.run import checkpoint
 from allranks.runtime.bringup import open_runtime
 from allranks.runtime.runtime import Runtime
 from allranks.training import building, control
-from allranks.training.control import Control, Pace, RunStopped, Signals, Wishes, end_of_job
+from allranks.training.control import Control, Pace, RunStopped, Wishes, end_of_job
 from allranks.training.saver import Saver
 from allranks.training.state import KeptTraining
 from allranks.training.training import Training

@@ -225,7 +225,7 @@ def test_a_signal_to_every_process_stops_a_run_with_workers(lab, tmp_path, signu
 
 def test_a_second_ctrl_c_does_not_wait_for_the_step(lab, tmp_path):
     process = with_limits(
-        lab, tmp_path, {"allranks.training.control.TWICE_S": 2}, *MINE, "model._target_=mylab.Stuck"
+        lab, tmp_path, {"allranks.base.signals.TWICE_S": 2}, *MINE, "model._target_=mylab.Stuck"
     )
     assert process.stdout is not None
     until((tmp_path / "stuck").exists)

@@ -201,7 +201,7 @@ def test_a_signal_to_any_rank_stops_all_with_a_checkpoint(tmp_path, train, long_
 
 def test_what_a_shell_ignores_stays_ignored(tmp_path):
     code = (
-        "import os, signal\nfrom allranks.training.control import Signals\nsignals = Signals()\n"
+        "import os, signal\nfrom allranks.base.signals import Signals\nsignals = Signals()\n"
         "signals.count(signal.SIGTERM, signal.SIGHUP)\n"
         "for number in (signal.SIGTERM, signal.SIGHUP): os.kill(os.getpid(), number)\n"
         "print([s.name for s, count in signals.counts.items() if count])"

@@ -26,13 +26,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from allranks import config as configs
 from allranks.base.errors import EXIT_REQUEUE, UserError
 from allranks.base.processes import process_age_s
+from allranks.base.signals import FROM_TERMINAL, Signals
 from allranks.config import Config
 from allranks.job.identity import RankIdentity
 from allranks.run import directory as rundir
 from allranks.run.best import rule_of as best_rule
 from allranks.runtime import mpi
 from allranks.training import ending
-from allranks.training.control import FROM_TERMINAL, Control, RunStopped, Signals
+from allranks.training.control import Control, RunStopped
 
 if TYPE_CHECKING:
     from allranks.data.loader import Data

@@ -19,7 +19,6 @@ Without `allranks launch` heartbeat() does nothing, and should_stop() is what th
 
 from __future__ import annotations
 
-import atexit
 import faulthandler
 import mmap
 import os
@@ -31,10 +30,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from types import FrameType
 
 from allranks.base.errors import UserError, show
 from allranks.base.processes import DUMP_FOR_LAUNCH_SIGNAL, STOPPING
+from allranks.base.signals import Signals
 from allranks.job import scheduler
 from allranks.job.identity import discover
 from allranks.job.variables import (
@@ -59,9 +58,6 @@ NO_LIMIT_S = 1e9  # thirty years: math.inf, and whatever else does not fit the p
 RESERVE_S = 60.0  # kept free before the job's end, unless the program says how long its save takes
 AGREE_S = 30.0  # for the launch to tell when to stop; asked again at the next call if it takes longer
 LOOK_S = 0.001  # how often a rank that is held looks into its page
-# A terminal sends Ctrl-C to all processes in it, and the launcher passes it on: the second of two that come
-# within this time is the same Ctrl-C. One that comes later is a person who does not want to wait.
-TWICE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -160,13 +156,14 @@ class Stop:
 
     def __init__(self, page: Page, environ: Mapping[str, str]) -> None:
         self.page = page
-        self.signal = 0  # the first one that has come
+        self.signals = Signals()
         self.job_ends_at: float | None = None  # by time.monotonic(); None: not known
-        self._interrupted_at: float | None = None  # when the first Ctrl-C came
         self._asked_at: float | None = None
         self._longest_s = 0.0  # between two calls
         if threading.current_thread() is threading.main_thread():
-            self._catch_signals()
+            self.signals.count(*STOPPING)
+            # A child made by fork, such as a worker that reads data, ends by SIGTERM as its parent expects.
+            os.register_at_fork(after_in_child=lambda: self.signals.let_end(*STOPPING))
         # One rank asks for all where the ranks agree. Else each rank takes what it is told, as a scheduler
         # would be asked by thousands of ranks at once.
         try:
@@ -206,8 +203,8 @@ class Stop:
         if self._asked_at is not None:
             self._longest_s = max(self._longest_s, now - self._asked_at)
         self._asked_at = now
-        if self.signal:
-            return self.signal
+        if self.signals.first is not None:
+            return self.signals.first
         is_late = self.job_ends_at is not None and now + reserve_s + self._longest_s > self.job_ends_at
         return WISH_JOB_END if is_late else 0
 
@@ -219,34 +216,6 @@ class Stop:
         while not numbers[STOP_AT] and time.monotonic() < give_up_at:
             time.sleep(LOOK_S)
         numbers[WAITS] = 0
-
-    def _catch_signals(self) -> None:
-        """From now on the signals that ask for a stop are noted, and no longer end the process."""
-        for number in STOPPING:
-            if number in (signal.SIGINT, signal.SIGHUP) and signal.getsignal(number) == signal.SIG_IGN:
-                continue  # started by nohup, or in the background by a script: it stays ignored
-            signal.signal(number, self._note)
-            # Python ends its handlers before it ends itself. A signal in that moment would kill the
-            # process, and change the exit code of a program that has ended.
-            atexit.register(signal.signal, number, signal.SIG_IGN)
-        # A child made by fork, such as a worker that reads data, ends by SIGTERM as its parent expects.
-        os.register_at_fork(after_in_child=self._let_signals_end)
-
-    def _let_signals_end(self) -> None:
-        for number in STOPPING:
-            if signal.getsignal(number) == self._note:
-                is_ctrl_c = number == signal.SIGINT
-                signal.signal(number, signal.default_int_handler if is_ctrl_c else signal.SIG_DFL)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self.signal = self.signal or number
-        if number != signal.SIGINT:
-            return
-        now = time.monotonic()
-        if self._interrupted_at is None:
-            self._interrupted_at = now
-        elif now > self._interrupted_at + TWICE_S:
-            raise KeyboardInterrupt
 
     def _find_end(self, environ: Mapping[str, str], asks_scheduler: bool) -> None:
         """Finds out when the job ends. A scheduler may take its time to answer, so this is a thread."""

@@ -32,6 +32,7 @@ from torch import nn
 from allranks import config as configs
 from allranks.base.errors import EXIT_REQUEUE, UserError
 from allranks.base.processes import process_age_s
+from allranks.base.signals import FROM_TERMINAL, Signals
 from allranks.config import Config
 from allranks.data.batches import Batches, Dealt, pieces_of
 from allranks.data.nests import described
@@ -47,7 +48,7 @@ from allranks.runtime import mpi, sharding
 from allranks.runtime.bringup import open_runtime
 from allranks.runtime.runtime import Runtime
 from allranks.training import ending
-from allranks.training.control import FROM_TERMINAL, Control, RunStopped, Signals
+from allranks.training.control import Control, RunStopped
 from allranks.training.length import RunLength
 from allranks.training.loop import Loop
 from allranks.training.records import Records

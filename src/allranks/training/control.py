@@ -4,7 +4,6 @@ A signal may reach only one of the ranks, or each at another moment, and the clo
 rank decided for itself, some would stop while the others wait for them in a collective. So the ranks meet
 now and then in one small sum, about every quarter of a second, and do together what it says.
 
-    Signals    counts the signals that ask this process to stop
     JobEnd     knows when the job ends
     Pace       says after how many steps or batches the ranks meet next
     Control    is the meeting, and does what follows from it
@@ -12,21 +11,19 @@ now and then in one small sum, about every quarter of a second, and do together 
 
 from __future__ import annotations
 
-import atexit
 import logging
 import math
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from allranks.base.errors import EXIT_REQUEUE, UserError
 from allranks.base.processes import STOPPING
+from allranks.base.signals import Signals
 from allranks.config import CheckpointConfig
 from allranks.job import scheduler
 
@@ -38,10 +35,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STDOUT = 1  # the file descriptor
-FROM_TERMINAL = (signal.SIGINT, signal.SIGHUP)
-# A terminal sends Ctrl-C to all processes in it, and a launcher that got it passes it on: the second of two
-# that come within this time is the same Ctrl-C. One that comes later is a person who does not want to wait.
-TWICE_S = 1.0
 # The ranks meet about as often. A signal is answered within that time, and a meeting takes some 0.1 ms.
 BEAT_S = 0.25
 # A step may have become a hundred times slower by the next meeting: it should not take minutes to come.
@@ -63,54 +56,6 @@ class RunStopped(SystemExit):
 
 
 # --- what may ask for a stop ----------------------------------------------------------------------------
-
-
-class Signals:
-    """The signals that ask a run to stop, counted for the process's whole life.
-
-    Those that are not `of_process` are never counted: a run may be only a part of what the process does.
-    """
-
-    def __init__(self, of_process: bool = True) -> None:
-        self._of_process = of_process
-        self.counts = dict.fromkeys(STOPPING, 0)
-        self.answer: Callable[[str], None] | None = None  # called with the first one's name, as it comes
-        self._interrupted_at: float | None = None  # when the first Ctrl-C came
-
-    def count(self, *numbers: signal.Signals) -> None:
-        """From now on these signals are counted, and no longer end the process."""
-        for number in numbers if self._of_process else ():
-            if number in FROM_TERMINAL and signal.getsignal(number) == signal.SIG_IGN:
-                continue  # started by nohup, or in the background by a script: it stays ignored
-            signal.signal(number, self._count)
-            # Python ends its handlers before it ends itself. A signal in that moment would kill the
-            # process, and change the exit code of a run that has ended.
-            atexit.register(signal.signal, number, signal.SIG_IGN)
-
-    def let_end(self, *numbers: signal.Signals) -> None:
-        """From now on these signals end the process again."""
-        for number in numbers:
-            if signal.getsignal(number) == self._count:
-                is_ctrl_c = number == signal.SIGINT
-                signal.signal(number, signal.default_int_handler if is_ctrl_c else signal.SIG_DFL)
-
-    @property
-    def names(self) -> list[str]:
-        """The names of the signals that have come."""
-        return [number.name for number, count in self.counts.items() if count]
-
-    def _count(self, number: int, _: FrameType | None) -> None:
-        is_first = not self.names
-        self.counts[signal.Signals(number)] += 1
-        if is_first and self.answer is not None:
-            self.answer(signal.Signals(number).name)
-        if number != signal.SIGINT:
-            return
-        now = time.monotonic()
-        if self._interrupted_at is None:
-            self._interrupted_at = now
-        elif now > self._interrupted_at + TWICE_S:
-            raise KeyboardInterrupt
 
 
 def say_at_once(signal_name: str) -> None:
