@@ -108,15 +108,8 @@ def _report(ends: Sequence[End], identity: RankIdentity, signals: Signals, is_qu
     """Has the pages of these runs made, and hands their pictures to the trackers. Rank 0 alone calls."""
     from allranks.report import at_end
 
-    signals.answer = None  # nothing is left to be saved when a signal comes
-    directories = [end.directory for end in ends]
-    left_s = ends[-1].left_s
-    try:
-        at_end.finish(directories, identity, left_s, lambda: bool(signals.names), is_quiet)
-    finally:
-        for end in ends:
-            if end.records is not None:
-                end.records.close(at_end.pictures_of(end.directory))
+    ended = [at_end.ToReport(end.directory, end.records) for end in ends]
+    at_end.finish(ended, identity, ends[-1].left_s, signals, is_quiet)
 
 
 def _compare(sweep: Sequence[Cell], ends: Sequence[str], signals: Signals, left_s: float) -> None:

@@ -17,7 +17,6 @@ docs/your-own-loop.md explains each piece. All ranks run the same program and ma
 
 from __future__ import annotations
 
-import logging
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -46,7 +45,7 @@ from allranks.run import best as the_best
 from allranks.run import directory as rundir
 from allranks.runtime import mpi, sharding
 from allranks.runtime.bringup import open_runtime
-from allranks.runtime.runtime import Runtime
+from allranks.runtime.runtime import sum_dtype
 from allranks.training import ending
 from allranks.training.control import Control, RunStopped
 from allranks.training.length import RunLength
@@ -56,9 +55,6 @@ from allranks.training.report import Reporter, Told
 from allranks.training.saver import Saver
 from allranks.training.state import weights_sha256
 from allranks.training.weight import share_weight
-
-log = logging.getLogger("allranks")
-
 
 _AFTER_STEPS = -1  # in place of a rank, for the random numbers between the steps and the epoch's end
 _UNUSED = "run.wrap(model, unused_parameters=True)"
@@ -89,9 +85,8 @@ class Run:
         self._has_summed = False  # whether gradients have been added up over the ranks
         self._pieces_left = 0  # of a batch that is cut into pieces, with the one in hand
         self._figures: dict[str, float] = {}  # logged after the last epoch
-        self._began_s = (
-            process_age_s() if number else 0.0
-        )  # a first run's time includes the import of torch
+        # A first run's time includes the import of torch.
+        self._began_s = process_age_s() if number else 0.0
 
         self._signals = Signals()
         # A batch system may send these two as a warning. Without a handler they would end the process.
@@ -122,8 +117,10 @@ class Run:
         self._saver = exits.enter_context(saver)
         self._resumed = self._saver.resume(config.resume)
         self._records = Records(
-            runtime, config.trainer, config.tracker, profile=False, save_s=save_s, recorder=self._make_steps
+            runtime, config.trainer, config.tracker, profile=False, save_s=save_s, recorder=OwnSteps
         )
+        assert isinstance(self._records.recorder, OwnSteps)
+        self._steps = self._records.recorder
         # These three are there from the first epoch or step on.
         self._loop: Loop | None = None
         self._control: Control
@@ -331,10 +328,6 @@ class Run:
         # run has gone on just here.
         reseed(mixed(self._config.seed, position.epoch, _AFTER_STEPS), self.device)
 
-    def _make_steps(self, every: Sequence[int], runtime: Runtime) -> OwnSteps:
-        self._steps = OwnSteps(every, runtime)
-        return self._steps
-
     def _check_source(self, dealt: Batches) -> None:
         """Raises UserError where the epoch was begun with another source, and goes on in its middle."""
         here = dealt.described()
@@ -368,10 +361,9 @@ class Run:
                 "computed under torch.no_grad().",
                 said_by=0,
             )
-        known = loss.detach()
+        weight = share_weight(share.counted, share.total, loss.detach())
         if self.stops_at_nonfinite:
-            self._kept.means.note_loss(known)
-        weight = share_weight(share.counted, share.total, known)
+            self._kept.means.note_weight(weight)
         aside = [] if self._pieces_left else self._put_sums_aside()
         (loss * weight).backward()
         if self._pieces_left <= 1:
@@ -451,8 +443,7 @@ class Run:
         """
         self._check_open("run.mean()")
         before = self._in_hand
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        sums = torch.zeros(2, dtype=dtype, device=self.device)
+        sums = torch.zeros(2, dtype=sum_dtype(self.device), device=self.device)
         for value in values:
             if not _is_scalar(value):
                 raise UserError(
@@ -467,7 +458,7 @@ class Run:
                 )
             share = self._in_hand
             if share.counted:
-                number = value.detach().to(dtype) if isinstance(value, torch.Tensor) else float(value)
+                number = value.detach().to(sums.dtype) if isinstance(value, torch.Tensor) else float(value)
                 sums[0] += number * share.counted
                 sums[1] += share.counted
         self._in_hand = before
@@ -518,12 +509,9 @@ class Run:
         if self.is_main and self._config.report:
             from allranks.report import at_end
 
+            ended = [at_end.ToReport(self._path, self._records)]
             is_quiet = self._config.console == "quiet"
-            left_s = self._control.left_s
-            at_end.finish(
-                [self._path], self._runtime.identity, left_s, lambda: bool(self._signals.names), is_quiet
-            )
-            self._records.close(at_end.pictures_of(self._path))
+            at_end.finish(ended, self._runtime.identity, self._control.left_s, self._signals, is_quiet)
         else:
             self._records.close()
         mpi.leave(0)
@@ -576,9 +564,8 @@ class Run:
             self._kept.check_all_kept()
         # From here on these signals are only counted, and the run saves before it ends.
         self._signals.count(signal.SIGTERM, *FROM_TERMINAL)
-        models = self._models
-        parameters = sum(p.numel() for model in models for p in model.parameters())
-        facts = {"model": f"{parameters:,} parameters"} if models else {}
+        parameters = sum(p.numel() for model in self._models for p in model.parameters())
+        facts = {"model": f"{parameters:,} parameters"} if self._models else {}
         length = RunLength(epochs or 1, 0, 0)
         position = self._kept.position
         self._report.opened(self._path, position, facts, length, self._resumed, self._saver.check)
@@ -587,7 +574,7 @@ class Run:
         )
         self._startup_s = process_age_s() - self._began_s
         self._control = Control(runtime, self._saver, self._signals, self._config.checkpoint, epochs)
-        self._loop = Loop(runtime, position, self._control, self._report, self._records, models)
+        self._loop = Loop(runtime, position, self._control, self._report, self._records, self._models)
         return self._loop
 
     @contextmanager

@@ -7,6 +7,7 @@ file of its name, and all else to state.json.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -14,14 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-import allranks
 from allranks import config as configs
 from allranks.base.errors import UserError
 from allranks.base.text import one_line, some
 from allranks.run import checkpoint
 from allranks.run.shards import INDEX, MODEL, OPTIMIZER, assembled
 from allranks.runtime.meeting import ranks_named
-from allranks.runtime.runtime import Runtime
+from allranks.runtime.runtime import Runtime, sum_dtype
 from allranks.training import shards
 from allranks.training import state as states
 from allranks.training.position import TrainingPosition
@@ -39,16 +39,19 @@ class Means:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        # Apple's GPUs have no float64.
-        self._dtype = torch.float32 if runtime.device.type == "mps" else torch.float64
+        self._dtype = sum_dtype(runtime.device)
         self._sums: dict[str, torch.Tensor] = {}
         self.digest = 0  # of the epoch's batches up to now (data.batches.Dealt)
         # How many losses of this rank were not finite; on the device, so that nothing waits for it.
         self._not_finite = torch.zeros((), dtype=self._dtype, device=runtime.device)
 
-    def note_loss(self, loss: torch.Tensor) -> None:
-        """Remembers whether a loss, a scalar, is finite. gather() tells where one was not."""
-        self._not_finite += ~loss.isfinite().all()
+    def note_weight(self, weight: float | torch.Tensor) -> None:
+        """Remembers whether a loss is finite, by its weight, which is NaN where it is not (share_weight()).
+
+        gather() tells where one was not.
+        """
+        is_nan = weight.isnan() if isinstance(weight, torch.Tensor) else math.isnan(weight)
+        self._not_finite += is_nan
 
     def add(self, name: str, value: torch.Tensor | float, count: int) -> None:
         """Adds a value that is the mean over `count` examples of this rank."""
@@ -71,9 +74,10 @@ class Means:
         # Digests have 32 bits, which float64 holds exactly.
         names_digest = float(zlib.crc32("\n".join(names).encode()))
         mine = [[names_digest, float(len(names)), float(self.digest), float(self._not_finite)]]
-        heads = self._runtime.gather(
-            torch.tensor(mine, dtype=torch.float64, device=self._head_device)
-        ).tolist()
+        heads = mine
+        if self._runtime.world_size > 1:
+            everyones = torch.tensor(mine, dtype=torch.float64, device=self._runtime.device)
+            heads = self._runtime.gather(everyones).tolist()
         spoilt = [rank for rank, head in enumerate(heads) if head[3]]
         if spoilt:
             raise UserError(
@@ -101,10 +105,6 @@ class Means:
         rows = self._runtime.gather(torch.stack([self._sums[name] for name in names]).flatten()[None])
         by_rank = rows.view(-1, len(names), 2).tolist()
         return {name: [of_rank[i] for of_rank in by_rank] for i, name in enumerate(names)}
-
-    @property
-    def _head_device(self) -> torch.device:
-        return torch.device("cpu") if self._runtime.comm is not None else self._runtime.device
 
     def take(self) -> dict[str, float]:
         """The mean of each name over all ranks, and begins anew; all ranks call."""
@@ -174,7 +174,6 @@ class KeptObjects:
 
         `copied` makes the copy of a tensor; None: a copy on the CPU.
         """
-        position = self._position
         files: dict[str, dict[str, torch.Tensor]] = {}
         kept = {}
         for name, each in self.objects.items():
@@ -182,7 +181,7 @@ class KeptObjects:
             is_model = isinstance(each, nn.Module)
             # A model's tensors keep the names of its state_dict, by which other programs know them.
             state = states.taken_apart(each.state_dict(), "" if is_model else name, tensors, copied)
-            buffers = self._changed_buffers(name, each) if is_model else {}
+            buffers = states.changed_buffers(each, self._first_buffers[name]) if is_model else {}
             kept[name] = {
                 "state": state,
                 "buffers": states.taken_apart(buffers, "(buffer)", tensors, copied),
@@ -190,23 +189,16 @@ class KeptObjects:
             files[f"{name}.safetensors"] = tensors
         loader: dict[str, torch.Tensor] = {}
         state = {
-            "epoch": position.epoch,
-            "step": position.step,
-            "steps_in_epoch_done": position.epoch_steps,
-            "epoch_s": position.epoch_s,
+            **states.of_any_training(self._position, self.identity, self.runtime.world_size),
             "epoch_lr": 0.0,
-            "history": list(position.history),
             "sums": [],
             "means": gathered,
-            "world_size": self.runtime.world_size,
-            "identity": self.identity,
-            "versions": {"allranks": allranks.__version__, "torch": torch.__version__},
             "kept": kept,
             "source": self.source,
             "seen": self.means.digest,
         }
         # What makes its batches itself may go on from epoch to epoch; a loader of a Dataset begins anew.
-        goes_on = position.epoch_steps or not hasattr(self.loader, "dataset")
+        goes_on = self._position.epoch_steps or not hasattr(self.loader, "dataset")
         if self.loader is not None and goes_on:
             state["loader"] = states.taken_apart(self.loader.state_dict(), "loader", loader, copied)
             files["loader.safetensors"] = loader
@@ -225,15 +217,6 @@ class KeptObjects:
             part = parts[_part_of(self.objects.get(name))]
             part.update({f"{name}/{key}": tensor for key, tensor in tensors.items()})
         return shards.captured(parts, seen.state, self.runtime.rank, self.runtime.world_size)
-
-    def _changed_buffers(self, name: str, model: nn.Module) -> dict[str, torch.Tensor]:
-        """Buffers that the state_dict leaves out, and that are no longer as the constructor made them."""
-        first = self._first_buffers[name]
-        return {
-            key: buffer
-            for key, buffer in states.buffers_left_out(model).items()
-            if key not in first or not torch.equal(buffer, first[key])
-        }
 
     # --- and back ------------------------------------------------------------------------------------
 
@@ -287,8 +270,7 @@ class KeptObjects:
             raise UserError(f"run.keep({name}=...): this name is taken, give another one.", said_by=0)
         self.objects[name] = kept
         if isinstance(kept, nn.Module):
-            left_out = states.buffers_left_out(kept)
-            self._first_buffers[name] = {key: buffer.clone() for key, buffer in left_out.items()}
+            self._first_buffers[name] = states.first_buffers(kept)
         if not self._path:
             return
         if name not in self._saved:

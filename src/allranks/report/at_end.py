@@ -17,11 +17,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 from allranks.base import processes
 from allranks.base.errors import show
+from allranks.base.signals import Signals
 from allranks.job.identity import RankIdentity
+
+if TYPE_CHECKING:
+    from allranks.training.records import Records
 
 # A page of the shipped models takes 3 s on a laptop, and some 20 s where other programs keep its processors
 # busy. A model that passes over its test set for minutes gets a page without that part.
@@ -49,18 +53,39 @@ class Made(NamedTuple):
     problem: str  # a sentence that says why a page is missing or incomplete; empty if all went well
 
 
+class ToReport(NamedTuple):
+    """A run that has ended, and gets its page now."""
+
+    directory: str
+    records: Records | None  # where its trackers still wait for the page's pictures
+
+
 def finish(
+    runs: Sequence[ToReport], identity: RankIdentity, left_s: float, signals: Signals, is_quiet: bool
+) -> None:
+    """Makes the pages of these runs, prints their paths, and hands their pictures to the trackers.
+
+    Rank 0 calls this when its runs have ended. `left_s` is the time until the job's end, in seconds. A page
+    is given up when one of the `signals` has come. With `is_quiet` only problems are printed. A page that
+    cannot be made raises no error.
+    """
+    signals.answer = None  # nothing is left to be saved when a signal comes
+    try:
+        directories = [run.directory for run in runs]
+        _make_and_tell(directories, identity, left_s, lambda: bool(signals.names), is_quiet)
+    finally:
+        for run in runs:
+            if run.records is not None:
+                run.records.close(pictures_of(run.directory))
+
+
+def _make_and_tell(
     directories: Sequence[str],
     identity: RankIdentity,
     left_s: float,
     is_stopped: Callable[[], bool],
     is_quiet: bool,
 ) -> None:
-    """Makes the pages of these runs and prints their paths. Rank 0 calls this when its runs have ended.
-
-    `left_s` is the time until the job's end, in seconds. `is_stopped` says whether this process has been
-    told to end. With `is_quiet` only problems are printed. A page that cannot be made raises no error.
-    """
     from allranks.runtime import mpi
     from allranks.training import control, story
 

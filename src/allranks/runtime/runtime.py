@@ -32,6 +32,11 @@ ENDED_BY_ANOTHER_S = 20.0  # a rank that waits to be ended by another one ends b
 UNUSED_IN_TRAINER = "trainer.unused_parameters=always"  # what allows parameters that take no part
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """The type in which sums are kept on the device: float64, but Apple's GPUs have only float32."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 @dataclass(frozen=True)
 class RankFacts:
     """One rank of a run."""
@@ -187,8 +192,7 @@ class Runtime:
 
     def add_up(self, values: Sequence[float]) -> list[float]:
         """The sums of these numbers over all ranks."""
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64  # mps has no float64
-        return self.sum(torch.tensor(values, dtype=dtype, device=self.device)).tolist()
+        return self.sum(torch.tensor(values, dtype=sum_dtype(self.device), device=self.device)).tolist()
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """[n, k] of each rank -> [world_size * n, k], in the order of the ranks, on every rank."""

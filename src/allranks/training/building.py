@@ -19,7 +19,7 @@ from allranks.runtime.runtime import Runtime
 from allranks.tasks import Classification
 from allranks.training.length import RunLength, run_length
 from allranks.training.metrics import Sums, objects_of
-from allranks.training.state import buffers_left_out, can_be_saved
+from allranks.training.state import can_be_saved, first_buffers
 from allranks.training.training import Schedule, Training
 
 
@@ -94,7 +94,7 @@ def build_training(recipe: Recipe, runtime: Runtime, examples: int) -> Training:
         scaler=torch.amp.GradScaler(runtime.device.type, enabled=trainer.precision == "fp16"),
         sums=Sums(runtime, columns=()),  # the trial of the first batch finds out what the task measures
         ordered_sum=OrderedSum(parameters, len(runtime.shares)) if trainer.reproducible else None,
-        first_buffers={name: buffer.clone() for name, buffer in buffers_left_out(model).items()},
+        first_buffers=first_buffers(model),
     )
 
 

@@ -22,7 +22,7 @@ import torch
 from allranks.base.errors import UserError
 from allranks.base.text import one_line
 from allranks.data import nests
-from allranks.runtime.runtime import Runtime
+from allranks.runtime.runtime import Runtime, sum_dtype
 from allranks.tasks import Mean
 
 
@@ -127,11 +127,11 @@ class Sums:
     def __init__(
         self, runtime: Runtime, columns: Sequence[Column], objects: Mapping[str, Any] | None = None
     ) -> None:
-        # Apple's GPUs have no float64.
-        dtype = torch.float32 if runtime.device.type == "mps" else torch.float64
         self.columns = tuple(columns)
         width = 2 + sum(1 + column.has_weight for column in columns)
-        self.rows = torch.zeros(len(runtime.shares), width, dtype=dtype, device=runtime.device)
+        self.rows = torch.zeros(
+            len(runtime.shares), width, dtype=sum_dtype(runtime.device), device=runtime.device
+        )
         self.objects = {name: _anew(metric, runtime.device) for name, metric in (objects or {}).items()}
 
     @torch.no_grad()

@@ -122,16 +122,9 @@ def capture(
     schedule = training.schedule.scheduler
     beside_the_model: dict[str, torch.Tensor] = {}  # the tensors of optimizer, scheduler and scaler
     state = {
-        "epoch": training.position.epoch,
-        "step": training.position.step,
-        "steps_in_epoch_done": training.position.epoch_steps,
-        "epoch_s": training.position.epoch_s,
+        **of_any_training(training.position, identity, world_size),
         "epoch_lr": training.epoch_lr,
-        "history": list(training.position.history),
         "sums": sums.tolist(),
-        "world_size": world_size,
-        "identity": identity,
-        "versions": {"allranks": allranks.__version__, "torch": torch.__version__},
         **{
             name: taken_apart(saved, name, beside_the_model, copied)
             for name, saved in (
@@ -141,7 +134,7 @@ def capture(
             )
         },
     }
-    buffers = _changed_buffers(training)
+    buffers = changed_buffers(training.model, training.first_buffers)
     if buffers:  # most models have none
         state["buffers"] = taken_apart(buffers, "buffer", beside_the_model, copied)
     model = {name: (copied or _copied)(tensor) for name, tensor in training.model.state_dict().items()}
@@ -154,16 +147,36 @@ def buffers_left_out(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name not in saved}
 
 
-def _changed_buffers(training: Training) -> dict[str, torch.Tensor]:
-    """The buffers of buffers_left_out() that have changed since the model's constructor made them.
+def first_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the buffers that the state_dict leaves out, as the model's constructor has made them."""
+    return {name: buffer.clone() for name, buffer in buffers_left_out(model).items()}
+
+
+def changed_buffers(model: nn.Module, first: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The buffers of buffers_left_out() that are not any more as in `first` (first_buffers()).
 
     The others are made by the constructor again when a run goes on.
     """
-    first = training.first_buffers
     return {
         name: buffer
-        for name, buffer in buffers_left_out(training.model).items()
+        for name, buffer in buffers_left_out(model).items()
         if name not in first or not torch.equal(buffer, first[name])
+    }
+
+
+def of_any_training(
+    position: TrainingPosition, identity: Mapping[str, Any], world_size: int
+) -> dict[str, Any]:
+    """What state.json holds of every training: where it stands, what it is, and what has made it."""
+    return {
+        "epoch": position.epoch,
+        "step": position.step,
+        "steps_in_epoch_done": position.epoch_steps,
+        "epoch_s": position.epoch_s,
+        "history": list(position.history),
+        "world_size": world_size,
+        "identity": identity,
+        "versions": {"allranks": allranks.__version__, "torch": torch.__version__},
     }
 
 
