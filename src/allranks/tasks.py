@@ -130,15 +130,11 @@ class Regression:
 
     def loss(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
         """For each example the mean over its numbers, summed over the examples."""
-        outputs, targets = _side_by_side(outputs, batch)
-        return _summed(self.own_loss(outputs, targets), len(targets))
+        return _loss_of_numbers(self.own_loss, outputs, batch)
 
     def metrics(self, outputs: torch.Tensor, batch: Any) -> dict[str, Any]:
         """`mae`, the mean absolute error."""
-        outputs, targets = _side_by_side(outputs, batch)
-        errors = (outputs - targets).abs()
-        found: dict[str, Any] = {"mae": _mean_of_each(errors).sum()}
-        return found | {name: (outputs, targets) for name in self.torchmetrics}
+        return _metrics_of_numbers(self.torchmetrics, outputs, batch)
 
 
 class Segmentation:
@@ -167,9 +163,7 @@ class Segmentation:
     def loss(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
         """For each image the mean over its pixels, summed over the images."""
         masks = self._masks(outputs, batch)
-        if self.own_loss is not None:
-            return _summed(self.own_loss(at_least_fp32(outputs), masks), len(masks))
-        return _token_loss(outputs, masks, self.ignore)
+        return _loss_of_classes(self.own_loss, outputs, masks, self.ignore)
 
     def metrics(self, outputs: torch.Tensor, batch: Any) -> dict[str, Any]:
         """The accuracy, in percent of the pixels."""
@@ -204,20 +198,11 @@ class Autoencoder:
 
     def loss(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
         """For each example the mean over its numbers, summed over the examples."""
-        outputs, inputs = self._both(outputs, batch)
-        return _summed(self.own_loss(outputs, inputs), len(inputs))
+        return _loss_of_numbers(self.own_loss, outputs, _with_themselves(batch))
 
     def metrics(self, outputs: torch.Tensor, batch: Any) -> dict[str, Any]:
         """`mae`, the mean absolute error."""
-        outputs, inputs = self._both(outputs, batch)
-        found: dict[str, Any] = {"mae": _mean_of_each((outputs - inputs).abs()).sum()}
-        return found | {name: (outputs, inputs) for name in self.torchmetrics}
-
-    def _both(self, outputs: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs = _inputs(batch)
-        if inputs.dtype == torch.uint8:
-            inputs = inputs / 255
-        return _side_by_side(outputs, (None, inputs))
+        return _metrics_of_numbers(self.torchmetrics, outputs, _with_themselves(batch))
 
 
 class LanguageModel:
@@ -248,9 +233,7 @@ class LanguageModel:
     def loss(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
         """For each text the mean cross entropy over its tokens, summed over the texts."""
         logits, targets = self._both(outputs, batch)
-        if self.own_loss is not None:
-            return _summed(self.own_loss(at_least_fp32(logits), targets), len(targets))
-        return _token_loss(logits, targets, self.ignore)
+        return _loss_of_classes(self.own_loss, logits, targets, self.ignore)
 
     def metrics(self, outputs: torch.Tensor, batch: Any) -> dict[str, Any]:
         """The perplexity, and the accuracy in percent: both over all tokens."""
@@ -345,6 +328,14 @@ def _inputs(batch: Any) -> torch.Tensor:
     return inputs
 
 
+def _with_themselves(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inputs of a batch as a pair of inputs and targets."""
+    inputs = _inputs(batch)
+    if inputs.dtype == torch.uint8:
+        inputs = inputs / 255
+    return inputs, inputs
+
+
 def _side_by_side(outputs: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Outputs and targets in one shape and type; raises UserError where they do not fit together.
 
@@ -364,6 +355,19 @@ def _side_by_side(outputs: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]
         )
     outputs = at_least_fp32(outputs)
     return outputs, targets.reshape(outputs.shape).to(outputs.dtype)
+
+
+def _loss_of_numbers(own_loss: Any, outputs: Any, batch: Any) -> torch.Tensor:
+    """For each example the mean of the loss over its numbers, summed over the examples."""
+    outputs, targets = _side_by_side(outputs, batch)
+    return _summed(own_loss(outputs, targets), len(targets))
+
+
+def _metrics_of_numbers(objects: Mapping[str, Any], outputs: Any, batch: Any) -> dict[str, Any]:
+    """`mae`, the mean absolute error, and what the torchmetrics objects are given."""
+    outputs, targets = _side_by_side(outputs, batch)
+    found: dict[str, Any] = {"mae": _mean_of_each((outputs - targets).abs()).sum()}
+    return found | {name: (outputs, targets) for name in objects}
 
 
 def _check_classes(task: str, what: str, outputs: Any, targets: Any, ignore: int) -> None:
@@ -395,6 +399,15 @@ def _check_classes(task: str, what: str, outputs: Any, targets: Any, ignore: int
 def _losses_of_tokens(logits: torch.Tensor, targets: torch.Tensor, ignore: int) -> torch.Tensor:
     """The cross entropy of each place, [n, ...]; 0 where the target is `ignore`."""
     return cross_entropy(at_least_fp32(logits), targets, reduction="none", ignore_index=ignore)
+
+
+def _loss_of_classes(
+    own_loss: Any, logits: torch.Tensor, targets: torch.Tensor, ignore: int
+) -> torch.Tensor:
+    """The user's own loss, or else the cross entropy of all places that are not `ignore`."""
+    if own_loss is not None:
+        return _summed(own_loss(at_least_fp32(logits), targets), len(targets))
+    return _token_loss(logits, targets, ignore)
 
 
 def _token_loss(logits: torch.Tensor, targets: torch.Tensor, ignore: int) -> torch.Tensor:

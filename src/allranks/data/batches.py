@@ -27,7 +27,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from allranks.base.errors import UserError
-from allranks.data.nests import described, leaves, mapped
+from allranks.data.nests import described, leaves, on_device
 from allranks.data.randomness import mixed, reseed
 from allranks.data.workers import Workers
 from allranks.runtime.runtime import Runtime
@@ -283,18 +283,13 @@ class Batches:
             if loader.num_workers
             else None,
         )
-        with self._workers.starting():
-            batches = iter(reader)
-        self._workers.started = getattr(batches, "_workers", ())
-        for batch in batches:
+        for batch in self._workers.read(reader):
             yield Dealt(_moved(batch, runtime.device), *known.popleft())
 
     def _streamed(self, epoch: int, first_step: int, seen: int | None, is_there: bool) -> Iterator[Dealt]:
         """Each batch comes whole, on every rank, which then keeps its share of it."""
         runtime = self._runtime
-        with self._workers.starting():  # a DataLoader of an IterableDataset may start processes
-            batches = iter(self._loader)
-        self._workers.started = getattr(batches, "_workers", ())
+        batches = self._workers.read(self._loader)  # a DataLoader of an IterableDataset may start processes
         first = first_step if is_there else 0
         digest = 0
         for step, batch in enumerate(self._each_seeded(batches, epoch, first), start=first):
@@ -355,16 +350,8 @@ def _begin_both(ours: Callable[[int], None], theirs: Callable[[int], None] | Non
 
 
 def _moved(batch: Any, device: torch.device) -> Any:
-    """The batch on the device. What has no method `to`, such as a text, stays as it is."""
-    if device.type == "cpu":
-        return batch
-
-    def moved(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return value.to(device, non_blocking=True)
-        return value.to(device) if hasattr(value, "to") else value
-
-    return mapped(batch, moved)
+    """The batch on the device; what a loader gives is on the CPU already."""
+    return batch if device.type == "cpu" else on_device(batch, device)
 
 
 # --- pieces of batches ---------------------------------------------------------------------------------

@@ -308,22 +308,10 @@ def _array_count(key: str, made: Any) -> int:
             "all the same length."
         )
     for array in nests.leaves(made):
-        _as_tensor(key, array[:0])
+        nests.as_tensor(key, array[:0])
     [count] = lengths
     assert count is not None
     return count
-
-
-def _as_tensor(key: str, array: np.ndarray) -> torch.Tensor:
-    """A copy of the array as a tensor; raises UserError for a type that torch does not have."""
-    native = array.astype(array.dtype.newbyteorder("="), copy=True)  # torch has no other order of bytes
-    try:
-        return torch.from_numpy(np.ascontiguousarray(native).reshape(array.shape))
-    except TypeError as error:
-        raise UserError(
-            f"{key} has an array of type {array.dtype}, which torch does not take: give numbers of one of "
-            "numpy's types."
-        ) from error
 
 
 def _stream_count(dataset: IterableDataset[Any], part: str, section: Mapping[str, Any]) -> int:
@@ -352,7 +340,7 @@ def _sent(
     sent = []
     for number, (dtype, shape) in enumerate(zip(types, shapes, strict=True)):
         if arrays is not None:
-            tensor = _as_tensor("data", arrays[number]).view(shape)
+            tensor = nests.as_tensor("data", arrays[number]).view(shape)
         else:
             tensor = torch.empty(shape, dtype=dtype)
         sent.append(_broadcast(tensor.to(runtime.device), runtime))
@@ -380,7 +368,9 @@ def _sent_nest(made: Any, kind: Mapping[str, Any], opening: Opening) -> Any:
             shapes[0] = kind["shape"]
         return {
             "nest": _outline(made, numbered),
-            "types": [str(_as_tensor("data", array[:0]).dtype).removeprefix("torch.") for array in leaves],
+            "types": [
+                str(nests.as_tensor("data", array[:0]).dtype).removeprefix("torch.") for array in leaves
+            ],
             "shapes": shapes,
         }
 
@@ -440,7 +430,7 @@ def _check_pair(key: str, made: Any) -> None:
             "number that counts from 0: take task=regression where they are measured."
         )
     for array in made:
-        _as_tensor(key, array[:0])
+        nests.as_tensor(key, array[:0])
 
 
 def _check_labels(key: str, labels: np.ndarray, classes: int | None) -> None:

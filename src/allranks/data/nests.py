@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from allranks.base.errors import UserError
+
 
 def mapped(nest: Any, change: Callable[[Any], Any]) -> Any:
     """The same nest with `change` applied to everything in it that is no dict, list, tuple or dataclass."""
@@ -46,7 +48,7 @@ def _is_dataclass(nest: Any) -> bool:
     return dataclasses.is_dataclass(nest) and not isinstance(nest, type) and not hasattr(nest, "to")
 
 
-def on_device(nest: Any, device: torch.device, dtype: torch.dtype) -> Any:
+def on_device(nest: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
     """The nest on the device, with its floating-point tensors in `dtype`, the type of the weights.
 
     An object with a method `to` is moved by it, and keeps the types of its tensors. What has no such
@@ -56,10 +58,25 @@ def on_device(nest: Any, device: torch.device, dtype: torch.dtype) -> Any:
     def moved(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             value = value.to(device, non_blocking=True)
-            return value.to(dtype) if value.is_floating_point() else value
+            return value.to(dtype) if dtype is not None and value.is_floating_point() else value
         return value.to(device) if hasattr(value, "to") else value
 
     return mapped(nest, moved)
+
+
+def as_tensor(key: str, array: np.ndarray) -> torch.Tensor:
+    """A copy of the array as a tensor; raises UserError for a type that torch does not have.
+
+    `key` names the array in messages.
+    """
+    native = array.astype(array.dtype.newbyteorder("="), copy=True)  # torch has no other order of bytes
+    try:
+        return torch.from_numpy(np.ascontiguousarray(native).reshape(array.shape))
+    except TypeError as error:
+        raise UserError(
+            f"{key} has an array of type {array.dtype}, which torch does not take: give numbers of one of "
+            "numpy's types."
+        ) from error
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -196,7 +196,7 @@ class Mapped:
             pin_memory=self.form.device.type == "cuda",
             worker_init_fn=self.workers.begin() if workers else None,
         )
-        for batch in _from_loader(loader, self.workers):
+        for batch in self.workers.read(loader):
             yield self.form.on_device(batch)
 
 
@@ -254,7 +254,7 @@ class Streamed:
             pin_memory=self.form.device.type == "cuda",
             worker_init_fn=self.workers.begin() if workers else None,
         )
-        for batch in _from_loader(loader, self.workers):
+        for batch in self.workers.read(loader):
             if isinstance(batch, _Ended):
                 raise UserError(
                     f"{self.form.key} ended after {batch.examples:,} examples, but example number "
@@ -263,14 +263,6 @@ class Streamed:
                     "ranks or worker processes by itself."
                 )
             yield self.form.on_device(batch)
-
-
-def _from_loader(loader: DataLoader[Any], workers: Workers) -> Iterator[Any]:
-    """The batches of the loader; what starts its processes, and what ends them, is explained."""
-    with workers.starting():
-        batches = iter(loader)
-    workers.started = getattr(batches, "_workers", ())
-    yield from batches
 
 
 def _as_it_is(batch: Any) -> Any:

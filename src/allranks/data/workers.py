@@ -97,6 +97,16 @@ class Workers:
                 f"{_with_remedy(str(error.strerror), self.key)}"
             ) from error
 
+    def read(self, loader: Any) -> Iterator[Any]:
+        """The batches of a DataLoader, whose processes start now. Raises UserError where they cannot.
+
+        Not a generator: a DataLoader draws from torch's generator when it starts, which is to be now.
+        """
+        with self.starting():
+            batches = iter(loader)
+        self.started = getattr(batches, "_workers", ())
+        return batches
+
     @contextmanager
     def explained(self) -> Iterator[None]:
         """All that runs while workers read goes into this block.

@@ -40,6 +40,7 @@ from allranks.job.variables import (
     BEATS,
     CALLS,
     HOLD,
+    NO_LIMIT_MS,
     PAGE_BYTES,
     PAGE_NAME,
     PULSE,
@@ -53,7 +54,6 @@ from allranks.job.variables import (
     WITHIN_MS,
 )
 
-NO_LIMIT = -1  # in the page: the next heartbeat may take as long as it likes
 NO_LIMIT_S = 1e9  # thirty years: math.inf, and whatever else does not fit the page
 RESERVE_S = 60.0  # kept free before the job's end, unless the program says how long its save takes
 AGREE_S = 30.0  # for the launch to tell when to stop; asked again at the next call if it takes longer
@@ -120,7 +120,7 @@ def _milliseconds(within_s: float) -> int:
     """The time as a number in the page, at least 1."""
     if not within_s > 0:
         raise UserError(f"heartbeat(within_s={within_s}) is not valid: give a number of seconds above 0.")
-    return NO_LIMIT if within_s >= NO_LIMIT_S else max(1, int(within_s * 1000))
+    return NO_LIMIT_MS if within_s >= NO_LIMIT_S else max(1, int(within_s * 1000))
 
 
 def count_step() -> None:

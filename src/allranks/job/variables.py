@@ -43,9 +43,10 @@ PAGE_NAME = "allranks-pulse"  # which /proc shows
 PAGE_BYTES = 4096
 STACK_AT, STACK_BYTES = PAGE_BYTES, 1 << 16  # where a program writes down its Python stack
 
+NO_LIMIT_MS = -1
 # The place of each number. The program writes these:
 BEATS = 0  # how often it has called heartbeat()
-WITHIN_MS = 1  # the next heartbeat comes within so long; 0: not said; -1: no limit
+WITHIN_MS = 1  # the next heartbeat comes within so long; 0: not said; NO_LIMIT_MS: whenever
 STACK_PID = 2  # the process that writes down its stack when it is asked for; 0: none does
 CALLS = 3  # how often should_stop() has been called
 WAITS = 4  # 1 while the latest of these calls waits for the launch

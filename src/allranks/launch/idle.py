@@ -20,9 +20,9 @@ from typing import NamedTuple
 
 from allranks.base.agreement import majority
 from allranks.base.text import some
+from allranks.job.variables import NO_LIMIT_MS
 
 BEAT_S = 600.0  # from one heartbeat to the next, where neither the program nor --idle says anything
-NO_LIMIT_MS = -1
 # A rank that uses less of one CPU does nothing: threads that wake up ten times a second, as those of
 # PyTorch and of monitors do, use 0.1 to 0.5 %.
 IDLE_SHARE = 0.01

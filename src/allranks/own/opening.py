@@ -66,8 +66,7 @@ def open_run(
                 refuse_together(identity, error)
             raise
         directory = str(dir or Path("runs") / composed.name)
-        run = Run(composed, directory, identity, exits, number=len(_opened))
-        run.stops_at_nonfinite = stop_at_nonfinite
+        run = Run(composed, directory, identity, exits, len(_opened), stop_at_nonfinite)
     except BaseException as raised:
         exits.__exit__(type(raised), raised, raised.__traceback__)
         raise

@@ -39,7 +39,7 @@ from allranks.data.randomness import mixed, reseed
 from allranks.job import pulse
 from allranks.job.identity import RankIdentity
 from allranks.own.sharing import Sharing
-from allranks.own.state import KeptObjects
+from allranks.own.state import KeptObjects, add_mean
 from allranks.own.steps import OwnSteps
 from allranks.run import best as the_best
 from allranks.run import directory as rundir
@@ -64,17 +64,23 @@ class Run:
     """One run of a user's own loop, on one rank. allranks.open() makes it."""
 
     def __init__(
-        self, config: Config, directory: str, identity: RankIdentity, exits: ExitStack, number: int
+        self,
+        config: Config,
+        directory: str,
+        identity: RankIdentity,
+        exits: ExitStack,
+        number: int,
+        stops_at_nonfinite: bool,
     ) -> None:
         """Brings the ranks up, takes the run directory, and finds where the run goes on.
 
         `exits` is closed when the run ends, in whatever way. `number` counts the runs of this process.
-        Raises UserError.
+        `stops_at_nonfinite`: whether a loss that is not finite ends the run. Raises UserError.
         """
         self._exits = exits
         self._config = config
         self.is_open = True
-        self.stops_at_nonfinite = True  # whether a loss that is not finite ends the run
+        self._stops_at_nonfinite = stops_at_nonfinite
         self._epoch_of_steps: int | None = None  # the epoch in which steps() was called last
         self._in_epochs = False
         self._has_open_epoch = False  # whether a loop of steps only has been left by `break`
@@ -110,8 +116,7 @@ class Run:
         if self._is_new:
             path = runtime.meeting.from_rank_0(lambda: rundir.create(path, configs.freeze(config)))
         self._path = path
-        self._is_sharded = sharding.is_wanted(config.sharding, runtime)
-        self._kept = KeptObjects(runtime, decisive, self._is_sharded)
+        self._kept = KeptObjects(runtime, decisive, sharding.is_wanted(config.sharding, runtime))
         save_s = config.watchdog.save_s
         saver = Saver(runtime, path, self._kept, keep=config.checkpoint.keep, save_s=save_s, best=best)
         self._saver = exits.enter_context(saver)
@@ -186,7 +191,7 @@ class Run:
         may leave out some of its parameters. Raises UserError for a model that cannot be trained.
         """
         self._check_open("run.wrap()")
-        if self._is_sharded:
+        if self._kept.is_sharded:
             make = (lambda: model) if isinstance(model, nn.Module) else model
             spread = self._runtime.shard(make, self._config.sharding, "the model of run.wrap()")
             self._models.append(spread)
@@ -362,7 +367,7 @@ class Run:
                 said_by=0,
             )
         weight = share_weight(share.counted, share.total, loss.detach())
-        if self.stops_at_nonfinite:
+        if self._stops_at_nonfinite:
             self._kept.means.note_weight(weight)
         aside = [] if self._pieces_left else self._put_sums_aside()
         (loss * weight).backward()
@@ -458,9 +463,7 @@ class Run:
                 )
             share = self._in_hand
             if share.counted:
-                number = value.detach().to(sums.dtype) if isinstance(value, torch.Tensor) else float(value)
-                sums[0] += number * share.counted
-                sums[1] += share.counted
+                add_mean(sums, value if isinstance(value, torch.Tensor) else float(value), share.counted)
         self._in_hand = before
         total, count = self._runtime.gather(sums[None]).sum(dim=0).tolist()
         if not count:
@@ -504,8 +507,7 @@ class Run:
         summary = self._summary()
         self._report.finished(summary)
         self._records.finished(summary)
-        self.is_open = False
-        self._exits.close()
+        self._close()
         if self.is_main and self._config.report:
             from allranks.report import at_end
 

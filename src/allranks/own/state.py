@@ -31,6 +31,17 @@ from allranks.training.state import STATE, Captured
 _MOST_KEYS_SHOWN = 6  # of a state that does not fit
 
 
+def add_mean(sums: torch.Tensor, value: torch.Tensor | float, count: int) -> None:
+    """Adds a value that is the mean over `count` examples.
+
+    sums [2]: the sum of value * examples, and the number of examples. value: a number, or a tensor of one.
+    """
+    if isinstance(value, torch.Tensor):
+        value = value.detach().to(sums.dtype).reshape(())
+    sums[0] += value * count
+    sums[1] += count
+
+
 class Means:
     """Means over the examples of an epoch, added up on the device while its steps are taken.
 
@@ -60,9 +71,7 @@ class Means:
             sums = torch.zeros(2, dtype=self._dtype, device=self._runtime.device)
             self._sums[name] = sums
         if count:
-            detached = value.detach().to(self._dtype) if isinstance(value, torch.Tensor) else value
-            sums[0] += detached * count
-            sums[1] += count
+            add_mean(sums, value, count)
 
     def gather(self) -> dict[str, list[list[float]]]:
         """By name the two numbers of each rank; all ranks call.
@@ -145,7 +154,7 @@ class KeptObjects:
         self.means = Means(runtime)
         self.source: dict[str, Any] | None = None  # what the epoch's steps go through (Batches.described)
         self.loader: Any = None  # where that has a state of its own
-        self._position = TrainingPosition()
+        self.position = TrainingPosition()
         self._first_buffers: dict[str, dict[str, torch.Tensor]] = {}  # by object, then by name
         # The checkpoint from which the run goes on, until its objects are all put back.
         self._path = ""
@@ -153,11 +162,6 @@ class KeptObjects:
         self._files: dict[str, bytes] = {}
         self._saved_loader: Any = None
         self._shards: shards.Source | None = None  # where this rank reads only what it needs
-
-    @property
-    def position(self) -> TrainingPosition:
-        """Where the training stands."""
-        return self._position
 
     # --- to bytes ------------------------------------------------------------------------------------
 
@@ -189,7 +193,7 @@ class KeptObjects:
             files[f"{name}.safetensors"] = tensors
         loader: dict[str, torch.Tensor] = {}
         state = {
-            **states.of_any_training(self._position, self.identity, self.runtime.world_size),
+            **states.of_any_training(self.position, self.identity, self.runtime.world_size),
             "epoch_lr": 0.0,
             "sums": [],
             "means": gathered,
@@ -198,7 +202,7 @@ class KeptObjects:
             "seen": self.means.digest,
         }
         # What makes its batches itself may go on from epoch to epoch; a loader of a Dataset begins anew.
-        goes_on = self._position.epoch_steps or not hasattr(self.loader, "dataset")
+        goes_on = self.position.epoch_steps or not hasattr(self.loader, "dataset")
         if self.loader is not None and goes_on:
             state["loader"] = states.taken_apart(self.loader.state_dict(), "loader", loader, copied)
             files["loader.safetensors"] = loader
@@ -221,7 +225,12 @@ class KeptObjects:
     # --- and back ------------------------------------------------------------------------------------
 
     def restore(self, files: Mapping[str, bytes], path: str) -> None:
-        """Takes over where the checkpoint stands. keep() puts its objects back, one by one."""
+        """Takes over where the checkpoint stands. keep() puts its objects back, one by one.
+
+        Where models are spread over the ranks, keep() reads from its folder what this rank needs.
+        """
+        if self.is_sharded:
+            self._shards = shards.source_of(path, files)
         with states.of_this_format(path):
             state = checkpoint.from_json(STATE, files[STATE])
             states.check_counters(state)
@@ -242,15 +251,7 @@ class KeptObjects:
                 self._saved_loader = states.put_together(state["loader"], tensors)
             self.means.restore(state["means"])
             self.means.digest = state["seen"]
-            states.restore_position(self._position, state)
-
-    def restore_shards(self, files: Mapping[str, bytes], path: str) -> None:
-        """Takes over where the checkpoint stands. keep() reads from its folder what this rank needs."""
-        try:
-            self._shards = shards.source_of(path, files)
-            self.restore(files, path)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}).") from error
+            states.restore_position(self.position, state)
 
     def _tensors_of(self, name: str, kept: Any) -> Mapping[str, torch.Tensor]:
         """The saved tensors of one object, by name. Raises KeyError where there are none."""
@@ -339,7 +340,7 @@ class _SavedShards(Mapping[str, torch.Tensor]):
         self._model = dict(kept.state_dict()) if isinstance(kept, nn.Module) else {}
         self._parameters: list[torch.Tensor] = []
         if isinstance(kept, torch.optim.Optimizer):
-            self._parameters = [each for group in kept.param_groups for each in group["params"]]
+            self._parameters = shards.parameters_of(kept)
 
     def _place(self, name: str) -> tuple[str, str]:
         """The part and the name of a tensor in the checkpoint, which may have been saved in one piece."""
@@ -350,12 +351,9 @@ class _SavedShards(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         part, stored = self._place(name)
         spread_as = self._model.get(name)
-        words = name.removeprefix(f"{self._name}.").split(".")
-        if self._parameters and words[0] == "state" and words[1].isdecimal():
-            spread_as = self._parameters[int(words[1])]
-        if spread_as is None or tuple(spread_as.shape) != self._source.shape(part, stored):
-            return self._source.whole(part, stored)
-        return shards.as_here(spread_as, self._source, part, stored)
+        if self._parameters:
+            spread_as = shards.parameter_of(name, self._name, self._parameters)
+        return self._source.spread_as(spread_as, part, stored)
 
     def __iter__(self) -> Iterator[str]:
         part, prefix = self._place("")

@@ -41,7 +41,7 @@ class Kept(Protocol):
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each rank saves its own slices of a model, by capture_shards() and restore_shards()."""
+        """Whether each rank saves its own slices of a model, by capture_shards()."""
 
     def gather(self) -> Any:
         """Brings to rank 0 what the other ranks have to add to a checkpoint; all ranks call."""
@@ -50,9 +50,11 @@ class Kept(Protocol):
         """A copy of the state, on rank 0. `gathered` is what gather() returned there. Raises UserError."""
 
     def restore(self, files: Mapping[str, bytes], path: str) -> None:
-        """Puts back the state of a checkpoint, on every rank; `path` names the checkpoint in messages.
+        """Puts back the state of the checkpoint at `path`, on every rank.
 
-        Raises UserError where the checkpoint is of another training, or not one that allranks has made.
+        `files` are its files. Where a model is spread over the ranks, these are only the small ones, and
+        each rank reads what it needs of the others; that raises OSError where they cannot be read. Raises
+        UserError where the checkpoint is of another training, or not one that allranks has made.
         """
 
 
@@ -61,12 +63,6 @@ class KeptShards(Kept, Protocol):
 
     def capture_shards(self, gathered: Any) -> CapturedShards:
         """A copy of what this rank holds; `gathered` is what gather() returned here. Raises UserError."""
-
-    def restore_shards(self, files: Mapping[str, bytes], path: str) -> None:
-        """Puts back the state of the checkpoint at `path`: each rank reads what it needs from there.
-
-        `files` has the small files of the checkpoint. Raises UserError as restore() does.
-        """
 
 
 class _Checkpoint(NamedTuple):
@@ -203,7 +199,6 @@ class Saver:
         Rank 0 proposes a checkpoint. The ranks verify its files, each some of them, and where one is
         damaged, rank 0 proposes the next one.
         """
-        kept = cast(KeptShards, self.kept)
         runtime = self.runtime
         candidates: list[Path] = []  # on rank 0: those that have not been proposed yet
         passed_over: list[str] = []  # on rank 0
@@ -249,6 +244,14 @@ class Saver:
         for line in passed_over:
             log.warning("passing over the checkpoint %s", line)
 
+        self._restore_shards(path)
+        self.saved_step = self.kept.position.step
+        assert isinstance(path, str)
+        return path
+
+    def _restore_shards(self, path: str) -> None:
+        """Puts back the state of the checkpoint at `path`; all ranks call. Raises UserError."""
+        runtime = self.runtime
         small: dict[str, bytes] = {}  # on rank 0
 
         def read_small() -> None:
@@ -259,10 +262,10 @@ class Saver:
         runtime.meeting.from_rank_0(read_small)
         shared = runtime.share_files(small)
         with runtime.all_or_none():
-            kept.restore_shards(shared, path)
-        self.saved_step = self.kept.position.step
-        assert isinstance(path, str)
-        return path
+            try:
+                self.kept.restore(shared, path)
+            except OSError as error:
+                raise UserError(f"{path} cannot be read ({error.strerror}).") from error
 
     def _problem(self, path: str, names: Sequence[str]) -> str | None:
         """What is wrong with these files of the checkpoint; None for nothing."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ DTYPES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
     torch.bool: "BOOL", torch.complex64: "C64",
 }  # fmt: skip
-_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -134,17 +133,23 @@ class Source:
         self._path = Path(path)
         self._index = None if index is None else Index.from_bytes(index)
         self._open: dict[str, Any] = {}  # by the name of the file
+        self._names: dict[str, frozenset[str]] = {}  # by part, once they were asked for
 
     @property
     def is_in_one_piece(self) -> bool:
         """Whether each part is one file, with all of its tensors."""
         return self._index is None
 
-    def names(self, part: str) -> set[str]:
+    def names(self, part: str) -> frozenset[str]:
         """The names of the part's tensors."""
-        if self._index is None:
-            return set(self._file(f"{part}.safetensors").keys())
-        return set(self._index.tensors[part])
+        if part not in self._names:
+            of_part = (
+                self._file(f"{part}.safetensors").keys()
+                if self._index is None
+                else self._index.tensors[part]
+            )
+            self._names[part] = frozenset(of_part)
+        return self._names[part]
 
     def shape(self, part: str, name: str) -> tuple[int, ...]:
         """The shape of the whole tensor; raises KeyError where there is none of this name."""
@@ -175,6 +180,12 @@ class Source:
             found: torch.Tensor = self._file(self._places(part, name, shape)[0].file).get_tensor(name)
             return found
         return self.rows(part, name, 0, shape[0])
+
+    def spread_as(self, tensor: torch.Tensor | None, part: str, name: str) -> torch.Tensor:
+        """The tensor `name`, spread as `tensor` is if that has its shape; else all of it."""
+        if tensor is None or tuple(tensor.shape) != self.shape(part, name):
+            return self.whole(part, name)
+        return as_here(tensor, self, part, name)
 
     def _places(self, part: str, name: str, shape: tuple[int, ...]) -> list[Rows]:
         if self._index is None:
@@ -211,21 +222,33 @@ class OptimizerTensors(Mapping[str, torch.Tensor]):
 
     def __init__(self, optimizer: torch.optim.Optimizer, source: Source) -> None:
         self._source = source
-        self._parameters = [each for group in optimizer.param_groups for each in group["params"]]
+        self._parameters = parameters_of(optimizer)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        words = name.split(".")
-        if words[:2] == ["optimizer", "state"] and len(words) > 2 and words[2].isdecimal():
-            parameter = self._parameters[int(words[2])]
-            if tuple(parameter.shape) == self._source.shape(OPTIMIZER, name):
-                return as_here(parameter, self._source, OPTIMIZER, name)
-        return self._source.whole(OPTIMIZER, name)
+        parameter = parameter_of(name, "optimizer", self._parameters)
+        return self._source.spread_as(parameter, OPTIMIZER, name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._source.names(OPTIMIZER))
 
     def __len__(self) -> int:
         return len(self._source.names(OPTIMIZER))
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """The optimizer's parameters, in the order of the numbers that its state_dict gives them."""
+    return [each for group in optimizer.param_groups for each in group["params"]]
+
+
+def parameter_of(name: str, optimizer: str, parameters: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """The parameter whose state a tensor is; None for a tensor that is no parameter's.
+
+    name: of the tensor in a checkpoint, such as optimizer.state.3.exp_avg; optimizer: what the optimizer is
+    called there.
+    """
+    words = name.removeprefix(f"{optimizer}.").split(".")
+    is_one = name.startswith(f"{optimizer}.state.") and words[1].isdecimal()
+    return parameters[int(words[1])] if is_one else None
 
 
 def as_here(tensor: torch.Tensor, source: Source, part: str, name: str) -> torch.Tensor:

@@ -88,18 +88,8 @@ class KeptTraining:
         tensors = {MODEL_PART: seen.tensors[MODEL], OPTIMIZER_PART: seen.tensors[OPTIMIZER]}
         return shards.captured(tensors, seen.state, self.runtime.rank, world_size)
 
-    def restore_shards(self, files: Mapping[str, bytes], path: str) -> None:
-        """Puts the training where that of the checkpoint `path` was; reads this rank's rows from there.
-
-        `files` has the small files of the checkpoint. Raises UserError.
-        """
-        try:
-            restore(self.training, files, path, self.identity, self.runtime)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}).") from error
-
     def restore(self, files: Mapping[str, bytes], path: str) -> None:
-        """Puts the training where the training of the checkpoint `path` was; raises UserError."""
+        """Puts the training where the training of the checkpoint `path` was; raises UserError, OSError."""
         restore(self.training, files, path, self.identity, self.runtime)
 
 
@@ -137,7 +127,7 @@ def capture(
     buffers = changed_buffers(training.model, training.first_buffers)
     if buffers:  # most models have none
         state["buffers"] = taken_apart(buffers, "buffer", beside_the_model, copied)
-    model = {name: (copied or _copied)(tensor) for name, tensor in training.model.state_dict().items()}
+    model = {name: (copied or copy_on_cpu)(tensor) for name, tensor in training.model.state_dict().items()}
     return Captured({MODEL: model, OPTIMIZER: beside_the_model}, state)
 
 
@@ -185,7 +175,8 @@ def can_be_saved(tensor: torch.Tensor) -> bool:
     return not tensor.is_quantized and tensor.dtype not in (torch.complex128, torch.complex32)
 
 
-def _copied(tensor: torch.Tensor) -> torch.Tensor:
+def copy_on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of the tensor alone, row by row in the host's memory."""
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
@@ -206,7 +197,7 @@ def taken_apart(
             raise UserError(f"{name} is a tensor of {node.dtype}, a type that a checkpoint cannot hold.")
         if name in tensors:
             raise UserError(f"The state has two tensors named {name}: rename one of them.")
-        tensors[name] = (copied or _copied)(node)
+        tensors[name] = (copied or copy_on_cpu)(node)
         return {"tensor": name}
     if isinstance(node, list | tuple):
         items = [taken_apart(item, f"{name}.{i}", tensors, copied) for i, item in enumerate(node)]
