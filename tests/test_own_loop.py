@@ -385,3 +385,24 @@ def test_a_model_may_be_spread_over_the_ranks(ranks, tmp_path):
     # Gone on by one rank, which reads all slices, and from there by several again.
     spread("none", 1, tmp_path / "other", "9:0")
     assert spread("fsdp", ranks, tmp_path / "other")[0] == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_result_of_shared_work_comes_back_as_it_was(tmp_path):
+    """Arrays as arrays and tensors as tensors, whatever the keys beside them are called."""
+    code = """
+import numpy as np, torch, allranks
+run = allranks.open("work", device="cpu", threads=1, report=False)
+def work(n):
+    parts = (np.arange(n, dtype=">i4"), {"array": np.ones(n)}, {"array": 5})
+    return {"array": torch.full((2,), n), "of": parts}
+for n, result in enumerate(run.share([0, 1, 2], work)):
+    big, one, five = result["of"]
+    assert torch.equal(result["array"], torch.full((2,), n)) and list(big) == list(range(n))
+    assert isinstance(big, np.ndarray) and isinstance(one["array"], np.ndarray) and five == {"array": 5}
+run.finish()
+"""
+    execute_forked(["-c", code], 2, tmp_path).ok()
+    bad = code.replace('{"array": 5}', 'np.array(["a"])')
+    done = execute_forked(["-c", bad.replace('"work"', '"bad"')], 1, tmp_path)
+    assert done.code == 2
+    assert "the result of item 0 has an array of type <U1" in done.err

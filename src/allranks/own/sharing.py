@@ -23,7 +23,7 @@ import torch
 
 from allranks.base import files
 from allranks.base.errors import UserError
-from allranks.data.nests import mapped
+from allranks.data.nests import as_tensor, mapped
 from allranks.data.randomness import mixed, reseed
 from allranks.job import pulse
 from allranks.run import directory as rundir
@@ -111,34 +111,33 @@ def _to_json(result: Any, number: int) -> dict[str, Any]:
     """A result as JSON, with its tensors and arrays as text; raises UserError for what cannot be kept."""
     from safetensors.torch import save
 
+    whose = f"run.share(): the result of item {number}"
+
+    of_arrays: list[torch.Tensor] = []
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, np.generic):
+            return value.item()
+        if isinstance(value, np.ndarray):
+            of_arrays.append(as_tensor(whose, value))
+            return of_arrays[-1]
+        return value
+
     tensors: dict[str, torch.Tensor] = {}
-    with_tensors = mapped(result, _as_tensor)
     try:
-        tree = states.taken_apart(with_tensors, "result", tensors)
+        tree = states.taken_apart(mapped(result, plain), "result", tensors, copied=lambda tensor: tensor)
     except UserError as error:
         raise UserError(
             f"run.share(): the work on item {number} gave what cannot be kept: {error}"
         ) from error
-    content = base64.b64encode(save(tensors)).decode() if tensors else ""
-    return {"result": tree, "tensors": content}
-
-
-def _as_tensor(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
-    return {"array": torch.from_numpy(value)} if isinstance(value, np.ndarray) else value
+    arrays = [name for name, tensor in tensors.items() if any(tensor is each for each in of_arrays)]
+    copies = {name: states.copy_on_cpu(tensor) for name, tensor in tensors.items()}
+    content = base64.b64encode(save(copies)).decode() if copies else ""
+    return {"result": tree, "tensors": content, "arrays": arrays}
 
 
 def _from_json(line: dict[str, Any]) -> Any:
-    tensors = states.load(base64.b64decode(line["tensors"])) if line["tensors"] else {}
-    return _with_arrays(states.put_together(line["result"], tensors))
-
-
-def _with_arrays(node: Any) -> Any:
-    if isinstance(node, dict):
-        if list(node) == ["array"]:
-            return node["array"].numpy()
-        return {key: _with_arrays(value) for key, value in node.items()}
-    if isinstance(node, list | tuple):
-        return type(node)(_with_arrays(part) for part in node)
-    return node
+    tensors: dict[str, Any] = states.load(base64.b64decode(line["tensors"])) if line["tensors"] else {}
+    for name in line["arrays"]:
+        tensors[name] = tensors[name].numpy()
+    return states.put_together(line["result"], tensors)
