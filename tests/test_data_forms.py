@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch.utils.data import IterableDataset, get_worker_info
 
 from allranks.base.errors import UserError
-from allranks.data import arrays, loader, nests
+from allranks.data import arrays, batches, loader, nests
 from allranks.data.dealing import evaluation_batches, steps_per_epoch, training_batches
 from allranks.data.parts import Form, Mapped, Streamed, Table
 
@@ -287,6 +287,18 @@ def test_collate_is_named_in_the_section():
         assert part.first(2, seed=0).edges.tolist() == [5, 6]
     with pytest.raises(UserError, match=r"data\.collate\._target_=.*join cannot be loaded"):
         opened(graphs, collate={"_target_": f"{__name__}.join"})
+
+
+def test_a_batch_of_any_form_is_cut_into_shares():
+    nest = {"record": Record(X, "a"), "pair": Pair([Y, 2.5], ["p", "q", "r", "s"])}
+    assert batches.length_of(nest) == 4
+    share = batches.taken(nest, slice(1, 3), 4)
+    assert share["record"].x.tolist() == X[1:3].tolist() and share["record"].name == "a"
+    assert isinstance(share["pair"], Pair)
+    assert share["pair"].x[0].tolist() == [6, 7] and share["pair"].x[1] == 2.5
+    assert share["pair"].y == ["q", "r"]
+    with pytest.raises(UserError, match=r"A part of the batch, float32 \[2\], does not"):
+        batches.taken({"x": X, "other": (ONE, "c")}, slice(1, 3), 4)
 
 
 def test_what_a_batch_is_can_be_told():

@@ -142,7 +142,8 @@ class Segmentation:
 
     A mask is whole numbers [n, ...]; where it is `ignore`, nothing is learned and nothing measured. Images
     of type uint8 become numbers of 0..1. loss: in place of the cross entropy, an object or function that is
-    called with logits and masks; torchmetrics: objects that are given logits and masks.
+    called with logits and masks; torchmetrics: objects that are given logits and masks. Both get the masks
+    as they are, `ignore` included.
     """
 
     def __init__(
@@ -212,7 +213,8 @@ class LanguageModel:
     follow. A batch may be a pair (tokens, next tokens) as well: then the model gets all of the first. Where
     a target is `ignore`, nothing is learned and nothing measured. loss: in place of the cross entropy, an
     object or function that is called with logits [n, vocabulary, length - 1] and targets [n, length - 1];
-    torchmetrics: objects that are given logits [n, length - 1, vocabulary] and targets.
+    torchmetrics: objects that are given logits [n, length - 1, vocabulary] and targets. Both get the
+    targets as they are, `ignore` included.
     """
 
     def __init__(

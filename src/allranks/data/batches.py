@@ -14,6 +14,7 @@ goes on notices that the batches are not those which it has seen before.
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import zlib
 from collections import deque
@@ -27,7 +28,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from allranks.base.errors import UserError
-from allranks.data.nests import described, leaves, on_device
+from allranks.data.nests import described, is_dataclass, leaves, on_device, parts_of
 from allranks.data.randomness import mixed, reseed
 from allranks.data.workers import Workers
 from allranks.runtime.runtime import Runtime
@@ -374,8 +375,8 @@ def _length(batch: Any) -> int | None:
         return len(batch) if batch.ndim else None
     if isinstance(batch, Mapping):
         batch = list(batch.values())
-    elif hasattr(batch, "__dataclass_fields__"):
-        batch = list(vars(batch).values())
+    elif is_dataclass(batch):
+        batch = list(parts_of(batch).values())
     if not isinstance(batch, list | tuple):
         return None
     for part in batch:
@@ -411,18 +412,21 @@ def taken(batch: Any, rows: slice, length: int) -> Any:
     """
     if batch is None or isinstance(batch, bool | int | float | str) or getattr(batch, "ndim", None) == 0:
         return batch
-    if isinstance(batch, torch.Tensor | np.ndarray):
-        if len(batch) == length:
-            return batch[rows]
-    elif isinstance(batch, Mapping):
-        return {key: taken(value, rows, length) for key, value in batch.items()}
-    elif isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(taken(part, rows, length) for part in batch))
-    elif isinstance(batch, list | tuple):
-        if any(_length(part) is not None for part in batch):
-            return type(batch)(taken(part, rows, length) for part in batch)
-        if len(batch) == length:
-            return batch[rows]
+
+    def from_part(part: Any) -> Any:
+        return taken(part, rows, length)
+
+    if isinstance(batch, Mapping):
+        return {key: from_part(value) for key, value in batch.items()}
+    if is_dataclass(batch):
+        return dataclasses.replace(
+            batch, **{name: from_part(part) for name, part in parts_of(batch).items()}
+        )
+    if isinstance(batch, list | tuple) and any(_length(part) is not None for part in batch):
+        parts = [from_part(part) for part in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    if isinstance(batch, torch.Tensor | np.ndarray | list | tuple) and len(batch) == length:
+        return batch[rows]
     raise UserError(
         f"A part of the batch, {described(batch)}, does not have one row for each of the {length} "
         "examples, so the batch cannot be cut into shares: give a map-style Dataset, whose examples are "

@@ -24,9 +24,9 @@ def mapped(nest: Any, change: Callable[[Any], Any]) -> Any:
         return type(nest)(*(mapped(value, change) for value in nest))
     if isinstance(nest, list | tuple):
         return type(nest)(mapped(value, change) for value in nest)
-    if _is_dataclass(nest):
-        names = [field.name for field in dataclasses.fields(nest) if field.init]
-        return dataclasses.replace(nest, **{name: mapped(getattr(nest, name), change) for name in names})
+    if is_dataclass(nest):
+        parts = parts_of(nest)
+        return dataclasses.replace(nest, **{name: mapped(part, change) for name, part in parts.items()})
     return change(nest)
 
 
@@ -34,8 +34,8 @@ def leaves(nest: Any) -> Iterator[Any]:
     """Everything in the nest that is no dict, list, tuple or dataclass, in the order of the nest."""
     if isinstance(nest, dict):
         nest = nest.values()
-    elif _is_dataclass(nest):
-        nest = [getattr(nest, field.name) for field in dataclasses.fields(nest) if field.init]
+    elif is_dataclass(nest):
+        nest = parts_of(nest).values()
     elif not isinstance(nest, list | tuple):
         yield nest
         return
@@ -43,7 +43,12 @@ def leaves(nest: Any) -> Iterator[Any]:
         yield from leaves(value)
 
 
-def _is_dataclass(nest: Any) -> bool:
+def parts_of(nest: Any) -> dict[str, Any]:
+    """What an object of a dataclass was made of, by name."""
+    return {field.name: getattr(nest, field.name) for field in dataclasses.fields(nest) if field.init}
+
+
+def is_dataclass(nest: Any) -> bool:
     """Whether this is an object of a dataclass; one with a method `to` of its own counts as any object."""
     return dataclasses.is_dataclass(nest) and not isinstance(nest, type) and not hasattr(nest, "to")
 
@@ -92,7 +97,7 @@ def described(nest: Any) -> str:
     article = "an" if kind[:1].lower() in "aeiou" else "a"
     if isinstance(nest, torch.Tensor | np.ndarray):
         return _inner(nest)
-    if isinstance(nest, Mapping | list | tuple) or _is_dataclass(nest):
+    if isinstance(nest, Mapping | list | tuple) or is_dataclass(nest):
         return f"{article} {kind} {_inner(nest)}"
     return f"{article} {kind}"
 
@@ -105,7 +110,7 @@ def _inner(nest: Any) -> str:
         return f"{str(nest.dtype).removeprefix('torch.')} {list(nest.shape)}"
     if isinstance(nest, Mapping):
         parts = [f"{key}: {_inner(value)}" for key, value in nest.items()]
-    elif _is_dataclass(nest):
+    elif is_dataclass(nest):
         parts = [f"{field.name}: {_inner(getattr(nest, field.name))}" for field in dataclasses.fields(nest)]
     elif isinstance(nest, list | tuple):
         parts = [_inner(value) for value in nest]

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from allranks.base.errors import UserError
-from allranks.report.gather import EPOCH, METRICS, RunFacts, as_number, as_whole, gather
+from allranks.report.gather import EPOCH, METRICS, RunFacts, as_whole, gather
 from allranks.run.cells import JOB, runs_below
+from allranks.run.metric_names import as_number
 from allranks.run.states import RunState, queue_states, states_of
 
 STEPS = "metrics-steps.jsonl"

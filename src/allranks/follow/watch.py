@@ -236,16 +236,16 @@ def _columns_of_metrics(views: Sequence[View], look: Look) -> list[_Column]:
         return []
     main = metric_names.main_quantity(every)
     first = next(iter(quantities))
-    names = [
-        (metric_names.of_parts(quantities[each], "val") or quantities[each])[0] for each in (first, main)
-    ]
+    names = [metric_names.validated(quantities[each])[0] for each in (first, main)]
     columns = []
     # In a narrow window the loss goes before the main metric.
     for name, goes in dict(zip(names, (4, 2), strict=True)).items():
-        cells = [_number(name, view.newest(name)) for view in views]
+        cells = [metric_names.number(name, view.newest(name)) for view in views]
         columns.append(_Column(_title(name), cells, goes=goes))
     test = f"test/{main}"
-    columns.append(_Column(_title(test), [_number(test, view.tests.get(test)) for view in views], goes=3))
+    columns.append(
+        _Column(_title(test), [metric_names.number(test, view.tests.get(test)) for view in views], goes=3)
+    )
     curve = names[0]
     sparks = [
         drawing.sparkline(view.metrics.get(curve, ()), SPARK_COLUMNS, look.is_unicode) for view in views
@@ -259,10 +259,6 @@ def _title(name: str) -> str:
     if metric_names.quantity_of(name) == "accuracy":
         return f"{metric_names.part_of(name)} %".lstrip()
     return metric_names.words_of(name)
-
-
-def _number(name: str, value: float | None) -> str:
-    return metric_names.number(name, value)
 
 
 def _count(views: Sequence[View]) -> str:

@@ -20,9 +20,10 @@ from allranks import config as configs
 from allranks.base.errors import UserError
 from allranks.base.text import did_you_mean
 from allranks.compose import GROUPS, as_override
-from allranks.report.gather import RunFacts, as_number
+from allranks.report.gather import RunFacts
 from allranks.run import metric_names
 from allranks.run.best import BY_DEFAULT
+from allranks.run.metric_names import as_number
 
 SEED = "seed"
 # The state of a run that has not started, as run/states.py calls it. A cell of a sweep that has no

@@ -92,11 +92,11 @@ def curves_of(comparison: Comparison) -> list[Curve]:
     metrics = [figure.name for figure in comparison.figures if figure not in OF_COMPUTING]
     found: list[Curve] = []
     for quantity, names in metric_names.by_quantity(metrics).items():
-        [first, *_] = metric_names.of_parts(names, "val") or names
+        [first, *_] = metric_names.validated(names)
         part = metric_names.part_of(first)
         if part == "test":  # it is measured once, at the end: no curve
             continue
-        what = f"{metric_names.NAMES_OF_PARTS[part]} {quantity}" if part else quantity
+        what = metric_names.spoken(first)
         title = what[:1].upper() + what[1:] if part else metric_names.title_of(quantity)
         name = re.sub(r"[^a-z0-9]+", "-", first.lower()).strip("-")[:40]
         if name in ("result", "speed", "") or name in (each.name for each in found):

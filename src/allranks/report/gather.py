@@ -250,7 +250,9 @@ def _epochs(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     lines = []
     for about in _json_lines(path, problems):
         line: dict[str, Any] = {
-            name: as_number(value) for name, value in about.items() if name not in (EPOCH, STEP)
+            name: metric_names.as_number(value)
+            for name, value in about.items()
+            if name not in (EPOCH, STEP)
         }
         for name in (EPOCH, STEP):
             number = as_whole(about.get(name))
@@ -357,18 +359,6 @@ def _json_object(text: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def as_number(value: object) -> float | None:
-    """The value if it is a finite number, else None: a damaged file may hold anything instead."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:  # a whole number of more than 300 digits
-        return None
-    # Infinity minus infinity is NaN, and so is NaN minus NaN: only for finite numbers this is 0.
-    return value if number - number == 0.0 else None
 
 
 def as_whole(value: object) -> int | None:

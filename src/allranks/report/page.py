@@ -13,10 +13,11 @@ from allranks.report.curves import Column, Curves
 from allranks.report.document import Section, cell, chart, document, headline, note, table
 from allranks.report.drawing import Picture
 from allranks.report.examine import Examined
-from allranks.report.gather import Event, RunFacts, as_number
+from allranks.report.gather import Event, RunFacts
 from allranks.report.html import NOTHING, Html, Inside, joined, tag
 from allranks.report.page_test_set import examples, test_set, weights
 from allranks.run import metric_names
+from allranks.run.metric_names import as_number
 
 # If there are more ranks, the table has a row for each host instead of each rank: thousands of rows would
 # be most of the page.
@@ -105,17 +106,15 @@ def _figure_of_the_best_epoch(facts: RunFacts) -> list[tuple[str, str, str]]:
     best = facts.best
     line = best or (facts.epochs[-1] if facts.epochs else {})
     there = [name for name in facts.metrics if line.get(name) is not None]
-    shown = metric_names.of_parts(there, "val") or there
+    shown = metric_names.validated(there)
     if not shown:
         return []
     quantity = metric_names.main_quantity(shown)
     name = next(each for each in shown if metric_names.quantity_of(each) == quantity)
-    part = metric_names.part_of(name)
-    what = f"{metric_names.NAMES_OF_PARTS[part]} {quantity}" if part else quantity
     where = f"{'best' if best else 'newest'} {facts.axis}"
     number = line.get(facts.axis)
     beside = where if number is None else f"{where}: {number:,}"
-    return [(what, metric_names.with_unit(name, line[name]), beside)]
+    return [(metric_names.spoken(name), metric_names.with_unit(name, line[name]), beside)]
 
 
 # --- curves ----------------------------------------------------------------------------------------------
@@ -144,9 +143,8 @@ def _heading(each: Curves, column: Column) -> str:
     """The heading of a column in the table of all figures: `training loss`, `rate`, `energy`."""
     if each.name == curves.LEARNING_RATE:
         return column.heading
-    part = metric_names.NAMES_OF_PARTS.get(metric_names.part_of(column.key), "")
     percent = ", %" if each.unit == "%" else ""
-    return f"{part} {metric_names.quantity_of(column.key)}{percent}".lstrip()
+    return f"{metric_names.spoken(column.key)}{percent}"
 
 
 def _not_drawn(facts: RunFacts) -> Html | None:

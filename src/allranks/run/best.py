@@ -8,13 +8,13 @@ that is kept, the table in the terminal, `allranks watch`, the pages of runs, co
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from allranks.base.errors import UserError
 from allranks.base.text import did_you_mean
 from allranks.config import BEST, BEST_BY_DEFAULT
+from allranks.run.metric_names import as_number
 
 KEY = "checkpoint.best"
 
@@ -64,10 +64,7 @@ def best_of(history: Sequence[Mapping[str, Any]], rule: Rule) -> Mapping[str, An
 
 def value_of(line: Mapping[str, Any], rule: Rule) -> float | None:
     """The value by which a line is compared; None where it is missing, or no finite number."""
-    value = line.get(rule.metric)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return value
+    return as_number(line.get(rule.metric))
 
 
 def check(rule: Rule, metrics: Collection[str]) -> None:

@@ -110,6 +110,12 @@ def words_of(name: str) -> str:
     return f"{part} {quantity_of(name)}" if part else name
 
 
+def spoken(name: str) -> str:
+    """The metric in a sentence, such as `validation loss` or `energy`."""
+    part = part_of(name)
+    return f"{NAMES_OF_PARTS[part]} {quantity_of(name)}" if part else name
+
+
 def title_of(quantity: str) -> str:
     """A quantity as a heading: `Loss` and `Accuracy`, and any other as the training calls it."""
     return quantity.capitalize() if quantity in ("loss", "accuracy") else quantity
@@ -145,7 +151,7 @@ def tests_in(summary: Mapping[str, Any]) -> dict[str, float]:
     figures = {
         name: value
         for name, value in summary.items()
-        if part_of(name) == "test" and name != "test/count" and _is_finite(value)
+        if part_of(name) == "test" and name != "test/count" and as_number(value) is not None
     }
     return {name: figures[name] for names in by_quantity(figures).values() for name in names}
 
@@ -159,12 +165,8 @@ def results_in(summary: Mapping[str, Any]) -> dict[str, float]:
         and part_of(name) != "test"
         and name not in _OF_SUMMARY
         and not name.startswith("model/")
-        and _is_finite(value)
+        and as_number(value) is not None
     }
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def in_a_sentence(figures: Mapping[str, float], words: str = "") -> str:
@@ -177,3 +179,19 @@ def in_a_sentence(figures: Mapping[str, float], words: str = "") -> str:
 def of_parts(names: Sequence[str], *parts: str) -> list[str]:
     """Those of the names that are of one of these parts of the data; an empty part stands for no part."""
     return [name for name in names if part_of(name) in parts]
+
+
+def validated(names: Sequence[str]) -> list[str]:
+    """Those of the names that were measured on the validation examples, or all where none was."""
+    return of_parts(names, "val") or list(names)
+
+
+def as_number(value: object) -> float | None:
+    """The value if it is a finite number, else None: a damaged file may hold anything instead."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number of more than 300 digits
+        return None
+    return value if math.isfinite(number) else None

@@ -28,7 +28,7 @@ class Figures(NamedTuple):
         without validation examples shows its own metric.
         """
         names = list(self.metrics)
-        validated = metric_names.of_parts(names, "val") or names
+        validated = metric_names.validated(names)
         return str(self.epochs), _main(self.metrics, validated), _main(self.tests, list(self.tests))
 
 

@@ -129,7 +129,7 @@ def _metric_of(rows: Sequence[Mapping[str, Any]]) -> str:
     there = dict.fromkeys(name for row in rows for name in row["metrics"])
     if not there or "val/loss" in there:
         return "val/loss"
-    return (metric_names.of_parts(list(there), "val") or list(there))[0]
+    return metric_names.validated(list(there))[0]
 
 
 def _verify(paths: Sequence[Path], as_json: bool) -> int:

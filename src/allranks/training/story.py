@@ -289,7 +289,7 @@ def results(summary: Mapping[str, Any]) -> str:
 def best_figures(best: Mapping[str, Any]) -> str:
     """The number of the best epoch, with its metrics on the validation examples; all, if it has no such."""
     names = metric_names.metrics_in([best])
-    shown = metric_names.of_parts(names, "val") or names
+    shown = metric_names.validated(names)
     figures = [_with_words(name, best[name]) for name in shown[:_MOST_METRICS]]
     place = f"epoch {best['epoch']}" if "epoch" in best else f"step {best['step']:,}"
     return f"{place}: {', '.join(figures)}"
