@@ -188,6 +188,32 @@ def test_several_processes_of_a_launcher_that_is_not_followed_are_refused(variab
     assert discover({name: "1" if name.endswith(("SIZE", "NPROCS")) else "0"}) == told("none")
 
 
+@pytest.mark.parametrize(
+    "left_over",
+    [
+        {"MVP_COMM_WORLD_RANK": "1"},
+        {"OMPI_COMM_WORLD_RANK": "1"},
+        {"FLUX_TASK_RANK": "1"},
+        {"PALS_RANKID": "1"},
+        {"PMIX_RANK": "1"},
+        {"PMI_RANK": "1", "MPI_LOCALRANKID": "1"},
+        {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0"},
+        {"TORCHELASTIC_RUN_ID": "7", "RANK": "0"},
+    ],
+)
+def test_a_rank_of_nobody_knows_how_many_is_refused(left_over):
+    names = " ".join(left_over)
+    with pytest.raises(UserError, match=rf"says how many ranks there are: type `unset {names}`") as caught:
+        discover(left_over)
+    assert caught.value.said_by is None  # there may be no rank 0 to say it
+
+
+def test_a_lone_rank_that_is_left_over_is_told_so(train):
+    done = train("model=linear", env={"MVP_COMM_WORLD_RANK": "1"})
+    assert done.code == 2
+    assert "MVP_COMM_WORLD_RANK=1 is set, but no variable of mvapich says how many" in done.err
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_two_ranks_without_an_mpi_that_knows_them_do_not_train_alone(train, rank):
     """As Flux starts them, but with an mpi4py whose MPI does not speak with Flux."""

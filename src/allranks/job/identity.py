@@ -51,6 +51,10 @@ class RankIdentity(NamedTuple):
         return self.world_size == 1
 
 
+class LeftOver(UserError):
+    """A rank's variable stands there alone, without a launcher at work: no other rank waits for this one."""
+
+
 class _Launcher(NamedTuple):
     """A launcher, and the names of its variables; "" for what it does not tell.
 
@@ -128,6 +132,7 @@ def discover(environ: Mapping[str, str]) -> RankIdentity:
     elif names.name == "flux" and _number(environ, "FLUX_JOB_NNODES") == 1:
         local_world_size = world_size
     assert rank is not None  # it is part of every launcher's proof
+    _refuse_rank_of_no_job(environ, names, rank, world_size or local_world_size)
     for what, value, size_name, size in (
         (names.rank, rank, names.world_size, world_size),
         (names.local_rank, local_rank, names.local_world_size, local_world_size),
@@ -199,6 +204,23 @@ def _refuse_half_a_launcher(environ: Mapping[str, str]) -> None:
                     "it is none that allranks can follow: start the ranks with `allranks launch`, mpiexec, "
                     f"srun or torchrun, or unset {name} for a single process."
                 )
+
+
+def _refuse_rank_of_no_job(
+    environ: Mapping[str, str], names: _Launcher, rank: int, size: int | None
+) -> None:
+    """Raises LeftOver where there is a rank, but nothing that says of how many.
+
+    Every launcher tells how many ranks there are, at least on this host. PMIx does not: it tells its job's
+    name. A rank 0 may be a lone process, and asks MPI.
+    """
+    is_told = size is not None or (names.name == "pmix" and bool(environ.get("PMIX_NAMESPACE")))
+    if is_told or (rank == 0 and names.name in MPI_LAUNCHERS):
+        return
+    raise LeftOver(
+        f"{names.rank}={rank} is set, but no variable of {names.name} says how many ranks there are: type "
+        f"`unset {' '.join(names.proof)}` for a single process, or let a launcher start all ranks."
+    )
 
 
 def _refuse_heterogeneous_step(environ: Mapping[str, str]) -> None:

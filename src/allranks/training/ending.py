@@ -32,7 +32,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, NoReturn
 
 from allranks.base.errors import UserError, end_unread, show
-from allranks.job.identity import RankIdentity, discover, launcher_rank, started_by_mpi
+from allranks.job.identity import LeftOver, RankIdentity, discover, launcher_rank, started_by_mpi
 from allranks.runtime import mpi
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def of_process(environ: Mapping[str, str]) -> Iterator[RankIdentity]:
     except UserError as error:
         ending = ending_of(error, rank, Others.STARTED)
         _say(ending)
-        if started_by_mpi(environ):
+        if started_by_mpi(environ) and not isinstance(error, LeftOver):
             # The variables may contradict each other on this rank and fit on another, which waits for us in
             # MPI_Init. Only a rank that has joined MPI can end it.
             mpi.end_job(ending.exit_code)
