@@ -66,8 +66,8 @@ def test_words_give_the_values_back():
 
 def test_an_order_hands_all_that_a_job_needs_to_its_launch():
     given = {"machine": "polaris", "nodes": 2, "ranks": 6, "max_restarts": 3, "min_ranks": 2,
-             "spares": 1, "idle": 600, "launcher": "mpiexec", "preflight": False,
-             "walltime": "01:00:00", "cell": "x"}  # fmt: skip
+             "spares": 1, "idle": 600, "start_within": 300, "launcher": "mpiexec",
+             "preflight": False, "walltime": "01:00:00", "cell": "x"}  # fmt: skip
     order = with_options(Order("", config_dir="/own"), given)
     args, _ = parsed("launch", *order.launch_words())
     kept = {name: value for name, value in vars(args).items() if value is not None}

@@ -61,6 +61,7 @@ class Launch:
     max_restarts: int = 0
     min_ranks: int | None = None  # None: every host is needed
     grace_s: float | None = None  # from a signal to SIGKILL; None: what the program is known to need
+    start_s: float | None = None  # until every rank must have come; None: the defaults
     idle_s: float | None = None  # after which a program that does nothing is ended; None: not looked at
     is_quiet: bool = False  # whether only warnings, errors and the last line are shown
     # One for all attempts: a restarted training may take over the run directory of the one before at once.
@@ -256,6 +257,7 @@ def _attempt(launch: Launch, plan: Plan) -> Outcome:
         launch.directory,
         world_size=plan.world_size,
         hosts=[host.name for host in plan.hosts],
+        start_s=launch.start_s or supervisor.START_S,
         grace_s=launch.grace(),
         # A training stops on either signal in the same way. But while it still starts, Python would answer
         # a SIGINT with a traceback of every rank.
@@ -301,6 +303,7 @@ def _checked(launch: Launch, plan: Plan, record: HostRecord) -> Plan:
             hosts=[host.name for host in plan.hosts],
             config=launch.config,
             run_dir=launch.directory,
+            start_s=launch.start_s,
         )
     except preflight.HostsUnreached as error:
         gone = _to_blame(launch, plan, error.gone)

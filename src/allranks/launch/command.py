@@ -102,6 +102,7 @@ def _launch(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str,
         max_restarts=args.max_restarts or 0,
         min_ranks=args.min_ranks,
         grace_s=args.grace,
+        start_s=args.start_within,
         idle_s=args.idle,
         is_quiet=console == "quiet",
     )

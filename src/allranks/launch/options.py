@@ -116,6 +116,11 @@ OPTIONS = (
         submit="in the job: as for allranks launch",
     ),
     Option(
+        "--start-within", "start_within", "SECONDS", kind=int, least=1, in_job=True, in_sweep=True,
+        launch="until every rank must have come; default: 60, and for the preflight 40",
+        submit="in the job: as for allranks launch",
+    ),
+    Option(
         "--grace", "grace", "SECONDS", kind=int, least=0,
         launch="from Ctrl-C or SIGTERM to SIGKILL; default: 10, and for a training what a save may take",
     ),

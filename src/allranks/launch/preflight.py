@@ -39,7 +39,7 @@ from allranks.run import directory as rundir
 if TYPE_CHECKING:
     from allranks.config import Config
 
-LIMIT_S = 60.0  # for all of it
+LIMIT_S = 60.0  # for the checks, once every rank has come
 START_S = 40.0  # until every rank has said who it is, and 10 ms more for each host
 CONNECT_S = 10.0  # for another rank to reach rank 0, which may be a little later than the others
 TICK_S = 0.5  # how often rank 0 looks whether somebody has connected and says nothing
@@ -95,12 +95,14 @@ def check(
     hosts: Sequence[str] = (),
     config: Config | None = None,
     run_dir: str | Path | None = None,
+    start_s: float | None = None,
     limit_s: float = LIMIT_S,
 ) -> str:
     """Runs the checks on every rank; returns one line to show. Raises UserError with what is wrong.
 
     `argv_for` gives the launcher's command line for a program, as it will be for the training. Without a
-    `config` nothing is asked about data and device.
+    `config` nothing is asked about data and device. `start_s` is how long the ranks may take to come, None
+    for the default, and `limit_s` how long their checks may take then.
     """
     start = time.monotonic()
     token = Path(run_dir).absolute() / f".preflight-{secrets.token_hex(8)}" if run_dir else None
@@ -110,7 +112,8 @@ def check(
         if token:
             with rundir.writing(str(run_dir)):
                 token.touch()
-        start_s = min(limit_s, START_S + len(set(hosts)) / 100)
+        if start_s is None:
+            start_s = min(limit_s, START_S + len(set(hosts)) / 100)
         supervision = supervisor.Supervision(
             world_size,
             hosts,

@@ -27,6 +27,7 @@ class Order:
     min_ranks: int | None = None
     spares: int | None = None  # of the nodes, those that get no ranks until another one is gone
     idle: int | None = None  # seconds in which a program may do nothing
+    start_within: int | None = None  # seconds until every rank must have come
     chain: int | None = None  # jobs at most; None for a training: as many as it takes
     preflight: bool = True
     config_dir: str | None = None
