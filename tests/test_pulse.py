@@ -10,6 +10,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 import timeit
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 import allranks
 from allranks.base.errors import EXIT_REQUEUE, UserError
 from allranks.job import pulse
+from allranks.job.variables import STACK_AT, STACK_BYTES, STACK_PID
 from allranks.launch import idle, options
 from allranks.launch.idle import Finding, Kind, Pulse, RankWatch
 from helpers import PYTHON, ROOT, Done, Started, clean_environment, execute, only_long, serial, until
@@ -220,6 +222,22 @@ def test_only_a_guards_own_page_is_written(tmp_path):
     assert path.read_bytes() == b"precious" * 1000
 
 
+def test_only_a_process_of_the_guards_own_is_asked_for_its_stack(tmp_path):
+    """A process that has called heartbeat() and ended has left its number, which another one may have now.
+
+    The signal would kill that one.
+    """
+    page = tmp_path / "page"
+    with subprocess.Popen(["sleep", "60"]) as innocent:
+        words = bytearray(STACK_AT + STACK_BYTES)
+        words[8 * STACK_PID : 8 * STACK_PID + 8] = innocent.pid.to_bytes(8, sys.byteorder)
+        page.write_bytes(words)
+        looks = [PYTHON, "-m", "allranks.launch.look", "1", str(page)]
+        subprocess.run(["sh", "-c", '"$@"; true', "sh", *looks], stdout=subprocess.DEVNULL, check=True)
+        assert innocent.poll() is None
+        innocent.kill()
+
+
 # --- the watchdog under real launchers -------------------------------------------------------------------
 
 HANGS = """
@@ -236,8 +254,10 @@ for step in range(1000):
 @serial
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_rank_without_a_heartbeat_is_named_with_its_stack_and_all_is_ended(tmp_path, launcher):
-    done = launch(tmp_path, "-n", "3", "--launcher", launcher, "--idle", "2", *program(tmp_path, HANGS))
+    words = [*program(tmp_path, HANGS), "\x1b[31mred"]  # the program's command is shown, too
+    done = launch(tmp_path, "-n", "3", "--launcher", launcher, "--idle", "2", *words)
     assert done.code == 1
+    assert "\x1b" not in done.err
     where, last = done.messages
     assert where.startswith(f"allranks: rank 1 on {HOST}: process ")
     assert re.search(r'File ".*program.py", line 4 in lost', done.err)

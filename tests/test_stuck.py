@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterable
 
@@ -12,6 +14,7 @@ import pytest
 
 from allranks.base import processes
 from allranks.base.errors import EXIT_TIMED_OUT
+from allranks.launch import supervisor
 from allranks.launch.console import STDOUT, Writer
 from helpers import TIMEOUT_S, Started, serial, until
 from launching import TOLD, by_hand, can_make_hosts, python, supervised
@@ -178,6 +181,14 @@ def test_where_no_rank_can_be_looked_at_the_scheduler_says_whether_all_are_suspe
         code, _, err = started.finish(within_s=60)
     assert code == 137
     assert "does not answer any more" in err
+
+
+def test_a_scheduler_that_hangs_is_not_waited_for():
+    """The guards would not be asked any more."""
+    assert asyncio.run(supervisor._in_thread(lambda: True, 5)) is True
+    asked = threading.Event()
+    assert asyncio.run(supervisor._in_thread(asked.wait, 0.1)) is False
+    asked.set()
 
 
 def test_sigterm_ends_a_launch_with_a_guard_that_is_stopped(saved):

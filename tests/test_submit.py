@@ -911,6 +911,13 @@ def test_pbs_is_not_here(pbs):
     assert [path for path in pbs.folder.rglob("*") if path.is_file()] == []
 
 
+def test_a_command_that_cannot_be_started_is_an_error_of_the_users(tmp_path, monkeypatch):
+    (tmp_path / "squeue").touch(0o644)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="squeue cannot be started: Permission denied"):
+        scheduler.named("slurm").states(["7"])
+
+
 def test_a_command_that_hangs_is_given_up(tmp_path, monkeypatch):
     (tmp_path / "qsub").write_text("#!/bin/sh\nexec sleep 30\n")
     (tmp_path / "qsub").chmod(0o755)

@@ -89,7 +89,7 @@ def call(
 ) -> subprocess.CompletedProcess[str]:
     """Runs a command of `scheduler` in the environment `environ`; what it said and its exit code.
 
-    Raises UserError where the command is not installed, and NoAnswer, with the advice `if_late`, where it
+    Raises UserError where the command cannot be started, and NoAnswer, with the advice `if_late`, where it
     has not ended after COMMAND_LIMIT_S.
     """
     try:
@@ -108,6 +108,8 @@ def call(
             f"{argv[0]} is not found: work on a login node of a cluster with {scheduler}, or give another "
             "--machine; `allranks launch` needs no scheduler."
         ) from None
+    except OSError as error:  # it may not be executed, or the command line is too long
+        raise UserError(f"{argv[0]} cannot be started: {error.strerror}.") from error
     except subprocess.TimeoutExpired:
         advice = f"; {if_late}" if if_late else ""
         raise NoAnswer(

@@ -86,6 +86,10 @@ def _written_stack(page: str) -> str:
         writer = int.from_bytes(memory.read(8), sys.byteorder, signed=True)
         if not writer:
             return ""
+        # The guard has started this process, and the writer too. A writer that has ended is not among the
+        # guard's processes any more: another one may have its number by now, and would be killed.
+        if writer not in processes.descendants(os.getppid()):
+            return ""
         os.kill(writer, processes.DUMP_FOR_LAUNCH_SIGNAL)
         os.kill(writer, signal.SIGCONT)  # a stopped process handles no signal
         return _as_read(_when_whole(memory))

@@ -31,7 +31,7 @@ from typing import Any
 
 from allranks.base import links, processes
 from allranks.base.errors import EXIT_REQUEUE, EXIT_TIMED_OUT, UserError, as_line
-from allranks.base.text import some
+from allranks.base.text import printable, some
 from allranks.job import variables
 from allranks.job.hosts import address_for
 from allranks.launch import idle, outcome
@@ -54,6 +54,7 @@ SILENT_S = 60.0  # a guard that has said nothing for so long is stopped, or its 
 SUSPENDED_S = 5.0
 NOTICE_S = 0.1  # for this process to notice that it was stopped, once it goes on
 ASK_SCHEDULER_S = 60.0  # how often it is asked at most whether it has suspended the job: all users share it
+SCHEDULER_ANSWER_S = 90.0  # its command has a limit of 60 s, but may hang in the kernel beyond it
 LOOK_S = 8.0  # for the guards to see where their programs are: a process with py-spy takes 2 s to start
 MOST_LOOKS = 64  # ranks that are looked at, and shown if they are among the first few to blame
 MOST_SHOWN = 4
@@ -600,7 +601,7 @@ class Supervision:
             return False
         if now >= self._scheduler_asked_at + ASK_SCHEDULER_S:
             self._scheduler_asked_at = now
-            self._scheduler_says_suspended = await _in_thread(self._ask_scheduler)
+            self._scheduler_says_suspended = await _in_thread(self._ask_scheduler, SCHEDULER_ANSWER_S)
         return self._scheduler_says_suspended
 
     def _note_suspension(self, is_suspended: bool) -> None:
@@ -643,7 +644,7 @@ class Supervision:
         blamed = idle.to_blame(finding, watched, looks)
         for rank in blamed[:MOST_SHOWN]:
             seen = looks.get(rank, "").rstrip() or "its guard does not see where it is"
-            words = f"rank {rank} on {self.guarded[rank].rank.host}: {seen}"
+            words = printable(f"rank {rank} on {self.guarded[rank].rank.host}: {seen}")
             self.console.line(as_line(words, STDERR).encode())
         names = [f"{rank} on {self.guarded[rank].rank.host}" for rank in blamed]
         sentence = idle.sentence(finding, names, watched[blamed[0]].pulse.beats)
@@ -758,7 +759,7 @@ class Supervision:
             where = f"None came from {some(silent)}: look whether they are up, take them out, or"
         problem = (
             f"{len(missing)} of {self.world_size} ranks ({some(missing)}) did not start within "
-            f"{self.limits.start_s:.0f} s. {where} allow more time"
+            f"{self.limits.start_s:.0f} s. {where} allow more time with --start-within"
         )
         self._fail(Conclusion(1, problem))
 
@@ -894,8 +895,11 @@ def _has_program(known: Guarded) -> bool:
     return any(stat is not None and stat.state not in "ZX" for stat in stats)
 
 
-async def _in_thread(ask: Callable[[], bool]) -> bool:
-    """What `ask` returns. It may block, and a thread that hangs must not keep this process from ending."""
+async def _in_thread(ask: Callable[[], bool], within_s: float) -> bool:
+    """What `ask` returns; False where it does not return within this time.
+
+    It may block, and a thread that hangs must not keep this process from ending.
+    """
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[bool] = loop.create_future()
 
@@ -909,7 +913,9 @@ async def _in_thread(ask: Callable[[], bool]) -> bool:
             loop.call_soon_threadsafe(take, value)
 
     threading.Thread(target=work, daemon=True).start()
-    return await answer
+    with contextlib.suppress(asyncio.TimeoutError):
+        return await asyncio.wait_for(answer, within_s)
+    return False
 
 
 def _loss_by(error: Exception) -> Loss:
