@@ -291,6 +291,40 @@ def test_work_is_dealt_out_and_goes_on_with_what_is_left(tmp_path):
     assert len(pies[0]) == 1
 
 
+SQUARES = """
+import os, sys, allranks
+run = allranks.open("work", device="cpu", threads=1, report=False)
+def work(item):
+    if item == int(sys.argv[1]):
+        os._exit(9)
+    return item * item
+print("squares:", run.share(list(range(6)), work))
+run.finish()
+"""
+
+
+def test_half_a_line_of_a_rank_that_died_costs_one_item_and_no_more(tmp_path):
+    """It may hold any bytes, and the next line begins below it."""
+    assert execute_forked(["-c", SQUARES, "3"], 1, tmp_path).code == 9
+    results = tmp_path / "runs/work/share/items/rank-0.jsonl"
+    whole = results.read_bytes()
+    results.write_bytes(whole + b'{"item": 3, "result": "\xff')
+    assert execute_forked(["-c", SQUARES, "5"], 1, tmp_path).code == 9
+    done = execute_forked(["-c", SQUARES, "-1"], 1, tmp_path).ok()
+    assert "squares: [0, 1, 4, 9, 16, 25]" in done.out
+    assert results.read_bytes().startswith(whole) and results.read_bytes().count(b"\n") == 7
+
+
+def test_shared_work_whose_results_do_not_fit_on_the_disk_is_a_sentence(tmp_path):
+    """A limit of the system stands for a full disk."""
+    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+    large = limit + SQUARES.replace("item * item", "'x' * 60_000")
+    done = execute_forked(["-c", large, "-1"], 1, tmp_path)
+    assert done.code == 2
+    assert "share/items cannot be written (File too large)" in done.err
+    assert "Traceback" not in done.err
+
+
 def test_the_commands_that_need_a_model_say_who_has_it(tmp_path):
     started("forked", 1, tmp_path).ok()
     done = execute_forked(["-m", "allranks", "evaluate", "runs/sine"], 1, tmp_path)

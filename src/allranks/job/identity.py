@@ -52,7 +52,7 @@ class RankIdentity(NamedTuple):
 
 
 class LeftOver(UserError):
-    """A rank's variable stands there alone, without a launcher at work: no other rank waits for this one."""
+    """A rank's variable stands there alone: without a launcher no other rank waits for this one."""
 
 
 class _Launcher(NamedTuple):

@@ -14,7 +14,11 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +27,18 @@ import torch
 
 from allranks.base import files
 from allranks.base.errors import UserError
+from allranks.base.text import some
 from allranks.data.nests import as_tensor, mapped
 from allranks.data.randomness import mixed, reseed
 from allranks.job import pulse
-from allranks.run import directory as rundir
 from allranks.runtime.runtime import Runtime
 from allranks.training import state as states
 from allranks.training.control import Control
 
 # Without watchdog.step_s an item may take any time: what it does is not known.
 _ANY_TIME_S = 1e9
+LATE_S = 60.0  # for a shared file system to show rank 0 what other hosts have written: NFS caches so long
+LOOK_S = 0.5  # between two looks
 
 
 class Sharing:
@@ -58,14 +64,16 @@ class Sharing:
         mine = left[runtime.rank :: runtime.world_size]
         rounds = len(left[:: runtime.world_size])  # of the rank that has the most items
         self._control.begin_evaluation()
-        with (self._directory / f"rank-{runtime.rank}.jsonl").open("a") as file:
+        with self._opened() as file:
             for turn in range(rounds):
                 if turn < len(mine):
                     number = mine[turn]
                     reseed(mixed(seed, number), runtime.device)
                     with runtime.progress.phase("an item of run.share() (watchdog.step_s)", self._limit_s):
                         result = work(items[number])
-                    files.append_line(file, {"item": number, **_to_json(result, number)})
+                    line = files.line({"item": number, **_to_json(result, number)})
+                    with self._writing():
+                        _write(file, line.encode())
                 runtime.progress.worked()
                 pulse.count_step()
                 self._control.check_evaluation(turn + 1, gains=True)
@@ -74,37 +82,115 @@ class Sharing:
     def _begin(self, count: int) -> list[int]:
         """On rank 0: makes the directory; returns the numbers of the items that are done already."""
         about = self._directory / "about.json"
-        with rundir.writing(str(self._directory)):
+        with self._writing():
             self._directory.mkdir(parents=True, exist_ok=True)
             if not about.exists():
                 files.write_json(about, {"items": count})
-        there = json.loads(about.read_text())["items"]
+        try:
+            with self._reading():
+                there = int(json.loads(about.read_text())["items"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{about} is damaged: how many items the results beside it are of is not known. Remove "
+                "that directory, or give the work another name: run.share(items, work, name=...)."
+            ) from error
         if there != count:
             raise UserError(
                 f"{self._directory} has results of {there:,} items, not {count:,}: share the same items, "
                 "or give the work another name: run.share(items, work, name=...)."
             )
-        return sorted(number for number, _ in self._lines())
+        return sorted(self._lines(count))
 
-    def _lines(self) -> Iterator[tuple[int, str]]:
-        """(number of the item, its line) of all results; half a line, of a rank that died, is left out."""
-        for path in sorted(self._directory.glob("rank-*.jsonl")):
-            for line in path.read_text().splitlines():
-                try:
-                    yield int(json.loads(line)["item"]), line
-                except (ValueError, KeyError, TypeError):
-                    continue
+    def _opened(self) -> FileIO:
+        """The file for this rank's results, to append to."""
+        with self._writing():
+            # Rank 0 has made it, but a shared file system may not show it to other hosts yet.
+            self._directory.mkdir(parents=True, exist_ok=True)
+            file = (self._directory / f"rank-{self._runtime.rank}.jsonl").open("ab+", buffering=0)
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # half a line, of a rank that died: the next line begins below it
+                    _write(file, b"\n")
+            return file
+
+    def _lines(self, count: int) -> dict[int, str]:
+        """By item the line with its result. Half a line, of a rank that died, is left out."""
+        found: dict[int, str] = {}
+        with self._reading():
+            for path in sorted(self._directory.glob("rank-*.jsonl")):
+                for line in path.read_text(errors="replace").splitlines():
+                    number = _item_of(line)
+                    if number is not None and 0 <= number < count:
+                        found[number] = line
+        return found
 
     def _everyones(self, count: int) -> list[Any]:
-        """The results of all items, on every rank. Rank 0 reads them once all ranks have written."""
-        with self._runtime.all_or_none():  # every rank has come here, so its results are on disk
+        """The results of all items, on every rank, read by rank 0."""
+        runtime = self._runtime
+        with runtime.all_or_none():  # every rank has come here, so its results are on disk
             pass
-        lines = dict(self._lines()) if self._runtime.is_main else {}
-        text = "\n".join(lines[number] for number in sorted(lines))
-        shared = self._runtime.share_files({"results": text.encode()} if self._runtime.is_main else {})
-        results = [_from_json(json.loads(line)) for line in shared["results"].decode().splitlines()]
-        assert len(results) == count, f"{len(results)} results of {count} items"
-        return results
+        results: dict[str, bytes] = {}  # on rank 0
+        with runtime.all_or_none():
+            if runtime.is_main:
+                lines = self._lines_of_all(count)
+                results["results"] = "\n".join(lines[number] for number in range(count)).encode()
+        shared = runtime.share_files(results)
+        return [_from_json(json.loads(line)) for line in shared["results"].decode().splitlines()]
+
+    def _lines_of_all(self, count: int) -> dict[int, str]:
+        """The lines of all items, once a shared file system shows them here; raises UserError."""
+        give_up_at = time.monotonic() + LATE_S
+        while True:
+            lines = self._lines(count)
+            if len(lines) == count:
+                return lines
+            if time.monotonic() > give_up_at:
+                missing = [number for number in range(count) if number not in lines]
+                raise UserError(
+                    f"{self._directory} lacks the results of items {some(missing)}, although each was "
+                    "worked on: start the program again, which works on them once more."
+                )
+            self._runtime.progress.worked()
+            time.sleep(LOOK_S)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns an OSError of the block, which writes to the directory, into a UserError."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self._directory} cannot be written ({error.strerror}): free some space or quota there, "
+                "and start the program again. It goes on with the items that are left."
+            ) from error
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Turns an OSError of the block, which reads from the directory, into a UserError."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self._directory} cannot be read ({error.strerror}): start the program again once it can "
+                "be. The results in it are kept."
+            ) from error
+
+
+def _write(file: FileIO, content: bytes) -> None:
+    """Writes all of it. Without a buffer, nothing is tried once more when the file is closed."""
+    written = 0
+    while written < len(content):
+        written += file.write(content[written:])
+
+
+def _item_of(line: str) -> int | None:
+    """The number of the item whose result this line is; None for what is no whole line."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    is_whole = isinstance(values, dict) and values.keys() >= {"item", "result", "tensors", "arrays"}
+    return values["item"] if is_whole and type(values["item"]) is int else None
 
 
 def _to_json(result: Any, number: int) -> dict[str, Any]:
