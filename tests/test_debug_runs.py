@@ -25,7 +25,7 @@ from allranks.data.loader import used_for_training
 from allranks.data.synthetic import generate
 from allranks.run import checkpoint
 from allranks.runtime.runtime import Runtime
-from allranks.training import profiling
+from allranks.training import debug, profiling
 from allranks.training.flops import PEAKS, Flops, peak_flops_per_s
 from allranks.training.length import run_length
 from allranks.training.records import StepsFile
@@ -452,9 +452,9 @@ def test_debug_shows_the_first_steps_and_says_where(command):
     [folder] = [path.parent for path in done.cwd.rglob("summary.json")]
     assert folder.parent == done.cwd / "runs/debug-mlp"
     run = Run(folder)
-    assert [record["step"] for record in steps_of(run)] == list(range(1, 26))
+    assert [record["step"] for record in steps_of(run)] == list(range(1, 21))
     told = done.out.partition("seen in this debug run:\n")[2]
-    assert re.search(r"loss +2\.\d+ in step 1, \d\.\d+ in step 25", told)
+    assert re.search(r"loss +2\.\d+ in step 1, \d\.\d+ in step 20", told)
     assert re.search(r"memory +\d\.\d\d GiB of the process at most", told)
     assert re.search(r"time +forward \d+ %, backward \d+ %, optimizer \d+ %; most of it in ", told)
     for path in re.findall(r"runs/\S+?(?=,|$)", told, flags=re.M):
@@ -520,3 +520,39 @@ def test_debug_names_the_layer_or_operation_that_is_not_finite(train, tmp_path, 
     assert message in said
     assert "Traceback (most recent call last)" not in done.err  # torch's warning shows the forward pass
     assert len(steps_of(Run(next(done.cwd.rglob("metrics.jsonl")).parent))) >= 1
+
+
+def test_the_ranks_agree_on_the_layer_that_is_not_finite(train, tmp_path):
+    (tmp_path / "bad.py").write_text(BAD_LAYER)
+    own = [word for word in SMALL if not word.startswith("model=")]
+    done = train(
+        *own, "model=linear", "model._target_=bad.Bad", "~model.input_shape", "~model.classes",
+        "+model.where=forward", "trainer.detect_anomaly=true",
+        env={"PYTHONPATH": str(tmp_path)}, ranks=2,
+    )  # fmt: skip
+    assert done.code == 2, done.err
+    [said] = done.messages
+    assert "The output of the model's layer odd (Odd) is not finite" in said
+
+
+def test_a_step_is_looked_at_again_only_where_it_is_not_finite(train_here, monkeypatch):
+    """So a run with this setting takes no longer."""
+    looked = []
+    monkeypatch.setattr("allranks.training.anomaly.detecting", looked.append)
+    run = train_here(*LINEAR, "trainer.max_steps=3", "trainer.detect_anomaly=true")
+    assert run.summary["state"] == "finished"
+    assert looked == []
+
+
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [
+        (["model=vit"], 20),
+        (["model=resnet18"], 2),  # each of its steps takes seconds
+        (["model=resnet18", "trainer.max_steps=5"], 5),
+    ],
+)
+def test_how_many_steps_debug_takes(words, steps):
+    [config] = debug.configurations(["--debug", *words, "data=synthetic"], is_alone=True)
+    assert config.trainer.max_steps == steps
+    assert config.name == f"debug-{words[0].removeprefix('model=')}"

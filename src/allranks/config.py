@@ -152,7 +152,7 @@ class TrainerConfig:
     )
     detect_anomaly: bool = setting(
         False,
-        "whether torch looks for the operation in which a gradient becomes NaN, which makes steps slower",
+        "whether a step whose loss or gradient is not finite is looked at again, to name the layer",
         FLAG,
         resume_must_agree=False,
     )

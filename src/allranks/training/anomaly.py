@@ -1,8 +1,8 @@
 """`trainer.detect_anomaly=true`: finds the layer or operation that first gives NaN or infinity.
 
 The engine always notices when a loss or a gradient is not finite, but it cannot say where that began. With
-this option each layer's output is checked, and torch checks each operation of the backward pass. Both take
-time, so the option is off by default.
+this option it computes such a step once more: then each layer's output is checked, and torch checks each
+operation of the backward pass. All other steps take no longer than without the option.
 """
 
 from __future__ import annotations
@@ -22,10 +22,7 @@ _REMEDY = "Take a smaller optimizer.lr or trainer.clip_norm, or look at the data
 
 @contextmanager
 def detecting(model: nn.Module) -> Iterator[None]:
-    """In the block the first number that is not finite raises UserError, which names the place.
-
-    Only the rank that computed the number raises the error.
-    """
+    """In the block the first number that is not finite raises UserError, which names the place."""
     handles = [
         module.register_forward_hook(_hook_of(name))
         for name, module in model.named_modules()

@@ -103,19 +103,10 @@ def _train_epoch(training: Training, around: _Surroundings) -> None:
     )  # fmt: skip
     examples = min(count * around.batch_size, len(part))
     training.trained.train()  # walks all modules, so it is not called in every step
-    with part.explained(), _detecting(training.model, trainer.detect_anomaly):
+    with part.explained():
         for shares in loop.steps(batches, count, examples):
             with loop.records.of_step(training) as recorded:
                 train_step(training, shares, trainer, around.seed, runtime, recorded)
-
-
-def _detecting(model: nn.Module, is_wanted: bool) -> AbstractContextManager[None]:
-    """If `is_wanted`, the first number in the block that is not finite raises UserError."""
-    if not is_wanted:
-        return nullcontext()
-    from allranks.training.anomaly import detecting
-
-    return detecting(model)
 
 
 def _evaluate_epoch(training: Training, around: _Surroundings) -> None:
@@ -236,6 +227,8 @@ def train_step(
     with _named("optimizer"):
         is_applied = _apply_gradient(training, trainer.clip_norm, runtime)
     if not is_applied:
+        if trainer.detect_anomaly:
+            _find_where(training, shares, trainer, seed, runtime)
         _tell_not_finite(training, losses, trainer.nonfinite, runtime)
         if sums_before is not None:
             training.sums.rows.copy_(sums_before)
@@ -357,6 +350,30 @@ def _is_finite(optimizer: torch.optim.Optimizer, sharded_over: Runtime | None) -
         [ranks] = sharded_over.add_up([float(is_finite)])
         is_finite = ranks == sharded_over.world_size
     return is_finite
+
+
+def _find_where(
+    training: Training, shares: Sequence[Batch], trainer: TrainerConfig, seed: int, runtime: Runtime
+) -> None:
+    """Computes this rank's part of a step once more, and looks at each number; all ranks call.
+
+    Raises UserError, which names the layer or operation whose number is the first that is not finite.
+    Weights and random numbers are those of the first time, so the same numbers come again. Where all are
+    finite, as with a model that changes by itself, nothing is raised.
+    """
+    from allranks.training.anomaly import detecting
+
+    # The ranks agree on the error. In the passes of a model that is spread over them they wait for each
+    # other: there only the rank that computed the number raises the error, and that ends all.
+    agreement = nullcontext() if training.is_sharded else runtime.all_or_none()
+    with agreement, detecting(training.model):
+        for share, batch in zip(runtime.shares, shares, strict=True):
+            reseed(mixed(seed, training.position.step, share), runtime.device)
+            for piece in batch.pieces:
+                with runtime.autocast(trainer.precision):
+                    outputs = outputs_of(training.task, training.model, piece.examples)
+                loss = training.task.loss(outputs, piece.examples)
+                loss.backward()
 
 
 def _tell_not_finite(
