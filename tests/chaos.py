@@ -30,7 +30,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from allranks.run import checkpoint
-from helpers import PYTHON, SMALL, TRAIN, clean_environment, end, marked, mpiexec
+from helpers import MEASURED, PYTHON, SMALL, TRAIN, clean_environment, end, marked, mpiexec
 
 # Many times what any attempt takes: one that is not over by then hangs. On a busy machine a start takes
 # half a minute; watchdog.start_s and the 30 s that torchrun leaves a stopped rank may come to that.
@@ -579,7 +579,6 @@ def finished(run: Path) -> bool:
         return False
 
 
-_MEASURED = ("time/", "throughput/", "memory/")  # the beginnings of keys that no two runs have alike
 _IN_METRICS = re.compile(rb', "(time|throughput|memory)/\w+": [^,}]+')
 
 
@@ -590,7 +589,7 @@ def difference(run: Path, twin: Path, moved: bool = False) -> str:
     """
     here, there = (json.loads((path / "summary.json").read_text()) for path in (run, twin))
     aside = ("world_size",) if moved else ()
-    keys = [key for key in {**here, **there} if not key.startswith(_MEASURED) and key not in aside]
+    keys = [key for key in {**here, **there} if not key.startswith(MEASURED) and key not in aside]
     other = [key for key in keys if here.get(key) != there.get(key)]
     wrong = [f"{key}: {here.get(key)}, not {there.get(key)}" for key in other]
     metrics = [_IN_METRICS.sub(b"", _content(path / "metrics.jsonl")) for path in (run, twin)]

@@ -22,7 +22,19 @@ from hypothesis import HealthCheck, settings
 
 from allranks.compose import from_command_line
 from allranks.job.identity import RankIdentity
-from helpers import LEAKY, NO_REPORT, ROOT, SMALL, Done, Run, execute, execute_forked, launcher
+from helpers import (
+    LEAKY,
+    NO_REPORT,
+    PYTHON,
+    ROOT,
+    SMALL,
+    Done,
+    Run,
+    execute,
+    execute_forked,
+    forked_python,
+    launcher,
+)
 
 # The same examples every time, on machines that may be busy.
 settings.register_profile(
@@ -86,8 +98,9 @@ def command(tmp_path: Path) -> Callable[..., Done]:
 def train(tmp_path: Path) -> Callable[..., Done]:
     """train("model=cnn", ranks=2, under="mpiexec"): one training in tmp_path, by command line.
 
-    Without `under` its processes are forked from one that has imported torch already (tests/forkserver.py).
-    "python" starts one as a user does. No report is made, unless the overrides say report=true.
+    Its processes are forked from one that has imported torch already (tests/forkserver.py), also where a
+    real launcher starts them (tests/forkclient.py). `under="python"` starts one as a user does. There is no
+    report, unless the overrides say report=true.
     """
 
     def run(
@@ -97,7 +110,8 @@ def train(tmp_path: Path) -> Callable[..., Done]:
         words = overrides if "--frozen" in overrides else (NO_REPORT, *overrides)
         if under is None:
             return execute_forked(["-m", "allranks.train", *words], ranks, cwd, **options)  # type: ignore[arg-type]
-        return execute([*launcher(under, ranks), "-m", "allranks.train", *words], cwd, **options)  # type: ignore[arg-type]
+        command = launcher(under, ranks, PYTHON if under == "python" else forked_python())
+        return execute([*command, "-m", "allranks.train", *words], cwd, **options)  # type: ignore[arg-type]
 
     return run
 

@@ -7,32 +7,42 @@ directory, output and session of its own, and runs a module or a text as `python
 It serves one program at a time: it reads a line of JSON from its stdin (`Request`), and answers it by a
 line on its stdout when all processes of that program are over. Its end is the end of its stdin.
 `helpers.execute_forked` is its client.
+
+Started with a path, it serves single processes instead, any number at once, at a Unix socket of that path.
+There tests/forkclient.py asks, which takes the place of `python` on the command lines of real launchers.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
+import fcntl
 import gc
 import importlib
 import json
 import os
 import runpy
+import select
 import signal
+import socket
 import sys
 import tempfile
 import threading
 import time
-from typing import NamedTuple
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 OTHERS_S = 30.0  # how long the other ranks may take to end after the first one that failed
 LEFT_S = 5.0  # how long the ranks' own processes may take to end after the ranks
+AWAY = 256  # no program under test is given a file of this number, or of a higher one
 # What each training imports, by itself or by what it calls first.
 IMPORTED = (
     "hydra.main", "allranks.compose", "allranks.components", "allranks.data.loader",
     "allranks.data.synthetic", "allranks.runtime.bringup", "allranks.runtime.native",
     "allranks.own.opening", "allranks.training.engine", "allranks.training.records",
     "allranks.training.report", "allranks.training.saver", "allranks.training.story",
-    "allranks.training.trial",
+    "allranks.training.trial", "torch.distributed.run",
 )  # fmt: skip
 
 
@@ -68,12 +78,8 @@ def import_all() -> None:
 
 
 def run(request: Request, rank: int) -> int:
-    """What a fork does: the program of one rank. Returns the exit code."""
+    """What the fork for a rank does: the program. Returns the exit code."""
     os.setsid()
-    os.environ.clear()
-    os.environ.update(request.environments[rank])
-    os.chdir(request.cwd)
-    tempfile.tempdir = None  # TMPDIR may be another one
     for number, name, flags in (
         (0, os.devnull, os.O_RDONLY),
         (1, f"{request.output}/{rank}.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND),
@@ -82,17 +88,42 @@ def run(request: Request, rank: int) -> int:
         opened = os.open(name, flags, 0o600)
         os.dup2(opened, number)
         os.close(opened)
-    more = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
-    sys.path[:1] = [request.cwd, *more]
-    how, what, *arguments = request.words
-    sys.argv = [how if how == "-c" else what, *arguments]
-    sys.orig_argv = [sys.executable, *request.words]
+    return be_python(request.words, request.environments[rank], request.cwd)
+
+
+def be_python(words: Sequence[str], environment: Mapping[str, str], cwd: str) -> int:
+    """Does what `python WORDS` does, in this process. Returns the exit code.
+
+    The words begin with -m MODULE, -c TEXT or a program's file.
+    """
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    tempfile.tempdir = None  # TMPDIR may be another one
+    how, *arguments = words
+    folder = cwd
+    if how in ("-m", "-c"):
+        what, *arguments = arguments
+        sys.argv = [how if how == "-c" else what, *arguments]
+    else:
+        folder = os.path.dirname(os.path.realpath(how))  # noqa: PTH120
+        sys.argv = [how, *arguments]
+    more = [each for each in environment.get("PYTHONPATH", "").split(os.pathsep) if each]
+    sys.path[:1] = [folder, *more]
+    sys.orig_argv = [sys.executable, *words]
+    main = types.ModuleType("__main__")
     code: object = 0
     try:
         if how == "-m":
             runpy.run_module(what, run_name="__main__", alter_sys=True)
+        elif how == "-c":
+            sys.modules["__main__"] = main
+            exec(compile(what, "<string>", "exec"), vars(main))
         else:
-            exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
+            main.__file__ = how
+            sys.modules["__main__"] = main
+            with open(how, "rb") as file:  # noqa: PTH123
+                exec(compile(file.read(), how, "exec"), vars(main))
     except SystemExit as ended:
         code = ended.code
     except BaseException as error:  # noqa: BLE001  as Python itself does it
@@ -102,7 +133,17 @@ def run(request: Request, rank: int) -> int:
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
+    if isinstance(code, str):
+        print(code, file=sys.stderr, flush=True)
+    _end_mpi()
     return code if isinstance(code, int) else int(code is not None)
+
+
+def _end_mpi() -> None:
+    """Ends MPI as mpi4py does when Python ends: a launcher takes a rank without that for a failed one."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        mpi.Finalize()
 
 
 def serve(request: Request) -> Answer:
@@ -169,12 +210,103 @@ def _kill(pids: dict[int, str]) -> None:
             continue
 
 
+# --- single processes, for the command lines of launchers ---
+
+
+def listen(path: str) -> socket.socket:
+    """A socket that is complete when its path appears: whoever sees the path can connect."""
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(f"{path}.new")
+    listening.listen(64)
+    os.rename(f"{path}.new", path)  # noqa: PTH104
+    return listening
+
+
+def serve_at(listening: socket.socket) -> None:
+    """Forks a process for each connection at this socket, until stdin ends."""
+    while True:
+        ready, _, _ = select.select([0, listening], [], [], 1.0)
+        with contextlib.suppress(ChildProcessError):  # which is said where there is none
+            while os.waitpid(-1, os.WNOHANG)[0]:  # of those that have ended
+                continue
+        if 0 in ready:
+            return
+        if not ready:
+            continue
+        connection, _ = listening.accept()
+        if os.fork() == 0:
+            try:
+                listening.close()
+                keep(connection)
+            finally:
+                os._exit(1)
+        connection.close()
+
+
+def keep(connection: socket.socket) -> None:
+    """Starts the process that is asked for, passes signals on to it, and tells how it ended.
+
+    It ends with whoever asked: where the connection closes first, as by a SIGKILL, it is killed, too.
+    """
+    length, files, _, _ = socket.recv_fds(connection, 8, 64)
+    asked = json.loads(connection.recv(int.from_bytes(length, "big"), socket.MSG_WAITALL))
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            connection = socket.socket(fileno=fcntl.fcntl(connection.detach(), fcntl.F_DUPFD_CLOEXEC, AWAY))
+            code = take_place(asked, files)
+        finally:
+            # Told at once: MPICH takes a rank that ends some milliseconds before the others for one that
+            # has failed, and to clear the memory away takes longer than that.
+            with contextlib.suppress(OSError):
+                connection.sendall(f"{code & 0xFF}\n".encode())
+            os._exit(code)
+    for file in files:
+        os.close(file)
+    ended = os.pidfd_open(pid)
+    while ended not in select.select([connection, ended], [], [])[0]:
+        signals = connection.recv(1)
+        os.kill(pid, signals[0] if signals else signal.SIGKILL)
+        if not signals:
+            os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    with contextlib.suppress(OSError):  # to nobody, after a process that has told it by itself
+        connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+    os._exit(0)
+
+
+def take_place(asked: dict[str, Any], files: list[int]) -> int:
+    """In the fork: takes over what the process had that asked, and does what it was to do."""
+    os.setsid()
+    os.sched_setaffinity(0, asked["cpus"])
+    os.umask(asked["umask"])
+    for number in asked["ignored"]:
+        signal.signal(number, signal.SIG_IGN)
+    # Out of the way first: the number of one may be that which another one must get.
+    away = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, AWAY) for file in files]
+    os.closerange(3, AWAY)
+    for file, number in zip(away, asked["files"], strict=True):
+        os.dup2(file, number)
+        os.close(file)
+    sys.executable = asked["python"]
+    for stream in (sys.stdout, sys.stderr):
+        at_once = asked["unbuffered"] or "PYTHONUNBUFFERED" in asked["environment"]
+        stream.reconfigure(line_buffering=stream.isatty() or stream is sys.stderr, write_through=at_once)
+    return be_python(asked["words"], asked["environment"], asked["cwd"])
+
+
 def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a module prints while it is imported is no answer
     from allranks.base import processes
 
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a module prints while it is imported is no answer
     processes.adopt_orphans()  # of what a rank leaves behind
+    if sys.argv[1:]:
+        listening = listen(sys.argv[1])  # those who connect wait for the imports
+        import_all()
+        serve_at(listening)
+        return
     import_all()
     for line in sys.stdin:
         answers.write(json.dumps(serve(Request(**json.loads(line)))._asdict()) + "\n")

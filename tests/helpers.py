@@ -10,6 +10,7 @@ import atexit
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -49,6 +50,9 @@ SMALL = (
     "data=synthetic", "data.train.count=1600", "data.test.count=400", "data.split=[1200,400]",
     "device=cpu", "threads=1", NO_REPORT,
 )  # fmt: skip
+
+# The beginnings of the names of figures that differ from run to run.
+MEASURED = ("time/", "throughput/", "memory/")
 
 # What a launcher, a scheduler or the user's shell may have put into this test process's environment.
 LEAKY = re.compile(
@@ -136,14 +140,17 @@ def clean_environment(**more: str) -> dict[str, str]:
     return {**kept, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", **more}
 
 
-def launcher(kind: str | None, ranks: int) -> list[str]:
-    """The words before `-m allranks.train`; kind is None or "python" (alone), "mpiexec" or "torchrun"."""
+def launcher(kind: str | None, ranks: int, python: str = PYTHON) -> list[str]:
+    """The words before `-m allranks.train`; kind is None or "python" (alone), "mpiexec" or "torchrun".
+
+    With `forked_python()` the launcher is real as well, and each process costs a fourth.
+    """
     if kind in (None, "python"):
-        return [PYTHON]
+        return [python]
     if kind == "torchrun":
-        return [PYTHON, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        return [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     assert kind == "mpiexec"
-    return [mpiexec(), "-n", str(ranks), PYTHON]
+    return [mpiexec(), "-n", str(ranks), python]
 
 
 def guarded(kind: str, ranks: int, program: Sequence[str]) -> list[str]:
@@ -214,6 +221,50 @@ def execute_forked(
     if answer.is_late:
         pytest.fail(f"still running after {timeout_s} s: {words}\n{out}\n{err}")
     return Done(answer.code, out, err, cwd, answer.left)
+
+
+class ForkedPython:
+    """A folder of programs whose `python` and `allranks` need not import torch (tests/forkclient.py).
+
+    `python` does what this Python does, in a process forked by a server of its own. The folder's other
+    programs are those beside this Python. `path` is an environment's PYTHONPATH, for the server.
+    """
+
+    def __init__(self, path: str = "") -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="forked-")
+        self.bin = Path(self._folder.name, "bin")
+        self.bin.mkdir()
+        self.python = self.bin / "python"
+        socket_path = Path(self._folder.name, "socket")
+        client = shlex.join(
+            [PYTHON, "-IS", str(ROOT / "tests/forkclient.py"), str(socket_path), str(self.python)]
+        )
+        own = {"python": "", "python3": "", "allranks": " -m allranks"}
+        for name, words in own.items():
+            program = self.bin / name
+            program.write_text(f'#!/bin/sh\nexec {client}{words} "$@"\n')
+            program.chmod(0o755)
+        for program in Path(PYTHON).parent.iterdir():
+            if program.name not in own:
+                (self.bin / program.name).symlink_to(program)
+        self._server = subprocess.Popen(
+            [PYTHON, str(ROOT / "tests/forkserver.py"), str(socket_path)],
+            env=clean_environment(**({"PYTHONPATH": path} if path else {})), stdin=subprocess.PIPE,
+        )  # fmt: skip
+        until(socket_path.exists)
+
+    def close(self) -> None:
+        """Ends the server, which is not for processes that still run."""
+        self._server.communicate()  # its stdin is closed, and it is waited for
+        self._folder.cleanup()
+
+
+@cache
+def forked_python() -> str:
+    """The `python` whose processes are forked; its server ends with this process."""
+    forked = ForkedPython()
+    atexit.register(forked.close)
+    return str(forked.python)
 
 
 def free_port() -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from allranks.runtime import ezpz
-from helpers import NO_REPORT, Run, execute, execute_forked, launcher, only_long
+from helpers import NO_REPORT, Run, execute, execute_forked, forked_python, launcher, only_long
 
 DATA = (
     "data=synthetic",
@@ -70,7 +70,7 @@ def curves(tmp_path_factory: pytest.TempPathFactory, long: bool):
         if under is None:
             execute_forked(words, ranks, cwd).ok()
         else:
-            execute([*launcher(under, ranks), *words], cwd).ok()
+            execute([*launcher(under, ranks, forked_python()), *words], cwd).ok()
         return {name: Run(cwd / "cells" / str(number)) for number, name in enumerate(recipes)}
 
     return at

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+import own_programs
 from allranks.run import checkpoint
-from helpers import PYTHON, ROOT, Done, execute, execute_forked, launcher, only_long
+from helpers import PYTHON, ROOT, Done, execute, execute_forked, forked_python, only_long
 
 PAGE = (ROOT / "docs/your-own-loop.md").read_text()
-QUIET = ("time/", "throughput/", "memory/")  # figures that differ from run to run
 
 
 def script(name: str) -> str:
@@ -50,26 +50,12 @@ SINE = (
 )
 
 
-def started(kind: str, ranks: int, folder: Path, disturb: str = "", code: str = SINE) -> Done:
-    """The program, in this folder, under a launcher, or without one; `disturb` is STEP:SIGNAL."""
-    folder.mkdir(exist_ok=True)
-    environment = {"DISTURB": disturb} if disturb else {}
-    if kind == "forked":
-        return execute_forked(["-c", code], ranks, folder, environment)
-    (folder / "sine.py").write_text(code)
-    if kind == "launch":
-        command = [PYTHON, "-m", "allranks", "launch", "-n", str(ranks), "--no-preflight", "--", PYTHON]
-    else:
-        command = launcher(kind, ranks)
-    return execute([*command, "sine.py"], folder, environment)
+def started(kind: str, ranks: int, folder: Path, disturb: str = "", code: str = SINE, **more: str) -> Done:
+    return own_programs.started(kind, ranks, folder, code, disturb, **more)
 
 
 def figures(folder: Path) -> tuple[list[dict[str, float]], str]:
-    """(metrics of each epoch, sha256 of the weights) of the run in this folder."""
-    run = folder / "runs/sine"
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    metrics = [{k: v for k, v in line.items() if not k.startswith(QUIET)} for line in lines]
-    return metrics, json.loads((run / "summary.json").read_text())["model/sha256"]
+    return own_programs.figures(folder / "runs/sine")
 
 
 # --- before and after ---
@@ -118,10 +104,11 @@ LAUNCHED = [
 
 @pytest.mark.parametrize(("kind", "ranks"), LAUNCHED)
 def test_a_run_that_was_killed_and_stopped_has_the_bits_of_one_that_was_not(kind, ranks, tmp_path):
+    """The processes that are stopped are real ones; in the other three starts the ranks are forked."""
     started(kind, ranks, tmp_path / "whole").ok()
     killed = started(kind, ranks, tmp_path / "cut", "7:SIGKILL")
     assert killed.code not in (0, 85)
-    stopped = started(kind, ranks, tmp_path / "cut", "13:SIGTERM")
+    stopped = started(kind, ranks, tmp_path / "cut", "13:SIGTERM", python=PYTHON)
     # torchrun makes an exit code of its own of each failure.
     assert stopped.code == (1 if kind == "torchrun" else 85), stopped.err
     # It stops where the ranks meet next, which is here at the next save at the latest.
@@ -154,8 +141,9 @@ def test_a_launch_starts_a_rank_that_died_again(tmp_path):
             "        os.kill", "        open('died', 'w').close()\n        os.kill"
         )
     )
-    command = [PYTHON, "-m", "allranks", "launch", "-n", "2", "--no-preflight", "--max-restarts", "1", "--"]
-    done = execute([*command, PYTHON, "sine.py"], tmp_path, {"DISTURB": "7:SIGKILL"})
+    python = forked_python()
+    command = [python, "-m", "allranks", "launch", "-n", "2", "--no-preflight", "--max-restarts", "1", "--"]
+    done = execute([*command, python, "sine.py"], tmp_path, {"DISTURB": "7:SIGKILL"})
     assert done.code == 0, done.err
     started("forked", 2, tmp_path / "whole").ok()
     assert figures(tmp_path) == figures(tmp_path / "whole")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 
-from helpers import PYTHON, Done, execute, execute_forked, launcher, only_long
-
-QUIET = ("time/", "throughput/", "memory/")  # figures that differ from run to run
+import own_programs
+from helpers import execute_forked, only_long
+from own_programs import started
 
 # What all programs begin with. Told so by the environment, a rank gets a signal before a step.
 HEAD = """
@@ -354,26 +353,8 @@ CODES = {
 TOLERANCES = {"language model": 1e-3}
 
 
-def started(kind: str, ranks: int, folder: Path, code: str, disturb: str = "") -> Done:
-    """The program, in this folder, under a launcher, or without one; `disturb` is STEP:SIGNAL."""
-    folder.mkdir(exist_ok=True)
-    environment = {"DISTURB": disturb} if disturb else {}
-    if kind == "forked":
-        return execute_forked(["-c", code], ranks, folder, environment)
-    (folder / "own.py").write_text(code)
-    if kind == "launch":
-        command = [PYTHON, "-m", "allranks", "launch", "-n", str(ranks), "--no-preflight", "--", PYTHON]
-    else:
-        command = launcher(kind, ranks)
-    return execute([*command, "own.py"], folder, environment)
-
-
 def figures(folder: Path) -> tuple[list[dict[str, float]], str]:
-    """(metrics of each epoch, sha256 of the weights) of the run in this folder."""
-    run = folder / "runs/own"
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    metrics = [{k: v for k, v in line.items() if not k.startswith(QUIET)} for line in lines]
-    return metrics, json.loads((run / "summary.json").read_text())["model/sha256"]
+    return own_programs.figures(folder / "runs/own")
 
 
 QUICK = ("drawing", "endless", "steps only")

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from allranks.base.errors import UserError
 from allranks.run import checkpoint
 from helpers import (
+    MEASURED,
     SMALL,
     TIMEOUT_S,
     TRAIN,
@@ -51,7 +52,7 @@ def figures(run: Run) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """What must be equal: metrics.jsonl and summary.json without times, memory and the number of ranks."""
 
     def kept(values: dict[str, Any]) -> dict[str, Any]:
-        left_out = ("time/", "throughput/", "memory/", "world_size")
+        left_out = (*MEASURED, "world_size")
         return {k: v for k, v in values.items() if not k.startswith(left_out)}
 
     return [kept(line) for line in run.metrics], kept(run.summary)

@@ -17,7 +17,7 @@ from allranks.config import ShardingConfig
 from allranks.models import vit
 from allranks.run import checkpoint, shards
 from allranks.runtime import sharding
-from helpers import NO_REPORT, Done, Run, execute, execute_forked, launcher, only_long
+from helpers import NO_REPORT, Done, Run, execute, execute_forked, forked_python, launcher, only_long
 
 # One worker trains once for all of these tests.
 pytestmark = pytest.mark.xdist_group("sharding")
@@ -60,7 +60,7 @@ def start(cwd: Path, under: str | None, ranks: int, *words: str) -> Done:
     command = ["-m", "allranks.train", *VIT, "run.dir=run", *words]
     if under is None:
         return execute_forked(command, ranks, cwd)
-    return execute([*launcher(under, ranks), *command], cwd)
+    return execute([*launcher(under, ranks, forked_python()), *command], cwd)
 
 
 def interrupted(run: Run, cwd: Path) -> Path:

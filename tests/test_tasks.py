@@ -23,7 +23,7 @@ from allranks.inference.forward import measure, open_part
 from allranks.inference.load import load
 from allranks.tasks import Mean
 from allranks.training.metrics import Sums, columns_of, merged
-from helpers import NO_REPORT, Done, Run, only_long
+from helpers import MEASURED, NO_REPORT, Done, Run, only_long
 
 PACKAGE = '''
 from dataclasses import dataclass
@@ -203,8 +203,9 @@ def words(kind: str, *more: str) -> list[str]:
 
 def figures(run: Run) -> list[dict[str, Any]]:
     """What an undisturbed run and one that went on must have in common, epoch after epoch."""
-    free = ("time/", "throughput/", "memory/")
-    return [{key: value for key, value in line.items() if not key.startswith(free)} for line in run.metrics]
+    return [
+        {key: value for key, value in line.items() if not key.startswith(MEASURED)} for line in run.metrics
+    ]
 
 
 # --- each task from its beginning to its end -------------------------------------------------------------

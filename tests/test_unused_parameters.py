@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from allranks.run import checkpoint
-from helpers import NO_REPORT, PYTHON, Done, Run, execute, launcher, only_long
+from helpers import NO_REPORT, Done, Run, execute, execute_forked, forked_python, launcher, only_long
 
 PACKAGE = '''
 from torch import nn
@@ -80,7 +80,7 @@ def curves(tmp_path_factory: pytest.TempPathFactory):
             "-m", "model=linear", "model._target_=sparing.Spare,sparing.Routed",
             "trainer.accumulate=1,2", "run.dir=cells", *DATA, *TRAINER,
         ]  # fmt: skip
-        command = [*launcher(under, ranks), "-m", "allranks.train", *words]
+        command = [*launcher(under, ranks, forked_python()), "-m", "allranks.train", *words]
         execute(command, cwd, env={"PYTHONPATH": str(home)}).ok()
         cells = ("Spare", "Spare accumulated", "Routed", "Routed accumulated")
         return {name: Run(cwd / "cells" / str(number)) for number, name in enumerate(cells)}
@@ -144,5 +144,5 @@ def test_a_step_that_leaves_some_out_ends_the_run_and_it_goes_on_with_the_key(tm
         assert "Traceback" not in ended.out + ended.err
 
     went_on = trained("trainer.unused_parameters=always").ok().run
-    execute([PYTHON, "-m", "allranks.train", *ALONE, "run.dir=alone"], tmp_path, env=env).ok()
+    execute_forked(["-m", "allranks.train", *ALONE, "run.dir=alone"], 1, tmp_path, env).ok()
     assert went_on.losses == pytest.approx(Run(tmp_path / "alone").losses, rel=1e-6)
