@@ -261,11 +261,102 @@ def test_a_program_that_forgets_to_finish_is_told(tmp_path):
     started("forked", 1, tmp_path).ok()
 
 
-def test_a_loop_may_be_left_early(tmp_path):
-    code = SINE.replace("    model.eval()", "    if epoch == 1: break\n    model.eval()")
+@pytest.mark.parametrize("ranks", [1, only_long(2)])
+def test_an_epoch_that_is_left_by_break_counts_and_the_run_is_over(ranks, tmp_path):
+    """As by a program that stops where the loss no longer falls: that epoch's figures count as well."""
+    code = SINE.replace("\nrun.finish()", "\n    if epoch == 1: break\nrun.finish()")
+    started("forked", ranks, tmp_path, code=code).ok()
+    path = tmp_path / "runs/sine/summary.json"
+    summary = json.loads(path.read_text())
+    assert (summary["state"], summary["epochs"], summary["steps"]) == ("finished", 2, 16)
+    metrics, weights = figures(tmp_path)
+    assert [sorted(line) for line in metrics] == [["epoch", "step", "train/loss", "val/loss"]] * 2
+
+    # The last checkpoint has been saved, and the process was killed before it could write the summary.
+    path.unlink()
+    started("forked", ranks, tmp_path, code=code).ok()
+    assert figures(tmp_path) == (metrics, weights)
+
+
+def test_an_epoch_that_is_left_before_its_first_step_does_not_count(tmp_path):
+    code = SINE.replace("    model.train()", "    if epoch == 1: break\n    model.train()")
     started("forked", 1, tmp_path, code=code).ok()
     summary = json.loads((tmp_path / "runs/sine/summary.json").read_text())
-    assert (summary["state"], summary["epochs"], summary["steps"]) == ("finished", 1, 16)
+    assert (summary["epochs"], summary["steps"]) == (1, 8)
+    assert len(figures(tmp_path)[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("        if run.step == 5 and run.rank == 1: break", "to leave the loop by `break`"),
+        only_long("        if run.step == 5 and run.rank == 0: continue", "a step without run.backward()"),
+    ],
+)
+def test_a_rank_that_leaves_a_loop_or_a_step_alone_is_named(change, said, tmp_path):
+    code = SINE.replace("        disturbed(run)", change, 1)
+    done = started("forked", 2, tmp_path, code=code)
+    assert done.code == 1
+    alone = int(change.partition("run.rank == ")[2][0])
+    assert re.search(
+        rf"allranks: rank {alone} on \S+, in step 6: has made no progress for .*{said}", done.err
+    )
+    assert done.err.count("no progress") == 1
+    started("forked", 2, tmp_path).ok()  # nothing is lost
+
+
+# --- several runs ---
+
+FOLDS = """
+import os, signal, torch, allranks
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+x = torch.linspace(-3, 3, 120)[:, None]
+losses = []
+for fold in range(3):
+    run = allranks.open(f"fold-{fold}", seed=1, several=True, device="cpu", threads=1, report=False,
+                        checkpoint={"every_steps": 2})
+    if not run.is_finished:
+        is_test = torch.arange(120) % 3 == fold
+        model = run.wrap(nn.Linear(1, 1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        run.keep(model=model, optimizer=optimizer)
+        batches = run.batches(TensorDataset(x[~is_test]), batch_size=16)
+        for epoch in run.epochs(2):
+            for (x_train,) in run.steps(batches):
+                if os.environ.get("DISTURB") == f"{fold}:{run.step}":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                run.backward(F.mse_loss(model(x_train), x_train.sin()))
+                optimizer.step()
+                optimizer.zero_grad()
+        tests = run.batches(TensorDataset(x[is_test]), batch_size=16)
+        with torch.no_grad():
+            run.log({"test/loss": run.mean(F.mse_loss(model(part), part.sin()) for (part,) in tests)})
+        run.finish()
+    assert (run.epoch, run.step) == (2, 10)
+    losses.append(run.summary["test/loss"])
+if run.is_main:
+    print("mean of the folds", sum(losses) / 3)
+"""
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("forked", 2), only_long("mpiexec", 2)])
+def test_a_program_may_have_several_runs_one_after_another(kind, ranks, tmp_path):
+    whole = started("forked", 2, tmp_path / "whole", code=FOLDS).ok()
+    assert started(kind, ranks, tmp_path / "cut", "1:5", FOLDS).code not in (0, 85)
+    done = started(kind, ranks, tmp_path / "cut", code=FOLDS).ok()
+    assert "runs/fold-0 holds this run, finished already" in done.out
+    mean = re.search(r"mean of the folds \S+", whole.out)
+    assert mean and mean[0] in done.out
+
+
+def test_a_second_run_of_a_program_needs_a_word(tmp_path):
+    done = started("forked", 2, tmp_path, code=FOLDS.replace("several=True, ", ""))
+    assert done.code == 2
+    assert done.err.count("allranks.open('fold-1'): the program has had the run runs/fold-0 already.") == 1
+    assert "Traceback" not in done.err
 
 
 def test_a_program_that_was_edited_is_told_what_does_not_fit_key_by_key(tmp_path):

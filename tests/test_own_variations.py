@@ -443,12 +443,22 @@ WRONG = {
         "How many examples a batch has cannot be told from an object",
     ),
     "open twice": ("x = torch", 'allranks.open("second")\nx = torch', "the run runs/own is still open"),
+    "next": (
+        "        disturb(run)",
+        "        others = iter(run.batches(data, batch_size=20)); next(others)",
+        r"has taken a batch of run.batches\(\) by next\(\)",
+    ),
+    "names of means": (
+        "run.mean(losses)",
+        'run.means({f"a{run.rank}": each} for each in losses)["a0"]',
+        r"run.means\(\) has got other names, or no values, on other ranks \(here a0\)",
+    ),
     "list": ("run.mean(losses)", "run.mean(list(losses))", r"run.mean\(\) takes its values one by one"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "what", [case if case in ("other names", "other batches") else only_long(case) for case in WRONG]
+    "what", [case if case in ("other names", "next") else only_long(case) for case in WRONG]
 )
 def test_what_is_wrong_is_said_once_on_two_ranks_and_nothing_is_lost(what, tmp_path):
     before, after, message = WRONG[what]
@@ -483,6 +493,74 @@ def test_break_ends_the_steps_of_an_epoch_and_what_is_logged_then_is_the_epochs(
     lines, _ = figures(tmp_path)
     assert [line["step"] for line in lines] == [5, 10]
     assert [line["val/inputs"] for line in lines] == [203, 203]
+
+
+@pytest.mark.parametrize("ranks", [1, only_long(3)])
+def test_several_means_in_one_pass_are_those_of_several_passes(ranks, tmp_path):
+    single = """
+        def of(figure):
+            return run.mean(figure(model(a), b) for a, b in run.batches(DataLoader(data, 50)))
+        run.log({"val/loss": of(F.mse_loss), "val/mae": of(F.l1_loss)})
+"""
+    together = """
+        def figures(a, b):
+            outputs = model(a)
+            return {"val/loss": F.mse_loss(outputs, b), "val/mae": F.l1_loss(outputs, b)}
+        run.log(run.means(figures(a, b) for a, b in run.batches(DataLoader(data, 50))))
+"""
+    start = PLAIN.index("        losses = (")
+    end = PLAIN.index("run.finish()")
+    found = []
+    for name, evaluation in (("single", single), ("together", together)):
+        code = PLAIN[:start] + evaluation.lstrip("\n") + PLAIN[end:]
+        started("forked", ranks, tmp_path / name, code).ok()
+        found.append(figures(tmp_path / name))
+    assert found[0] == found[1]
+    assert "val/mae" in found[0][0][0]
+
+
+# A long evaluation, in which the last rank gets a signal. The schedule steps after it, or before it.
+EVALUATED = """
+import time
+model = run.wrap(net())
+optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+run.keep(model=model, optimizer=optimizer, schedule=schedule)
+def losses():
+    for number, (a, b) in enumerate(run.batches(DataLoader(data, 3))):
+        if os.environ.get("DISTURB") == f"{run.epoch}:SIGTERM":
+            time.sleep(0.02)
+            if number == 3 and run.rank == run.world_size - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        yield F.mse_loss(model(a), b)
+    print("evaluated")
+for epoch in run.epochs(2):
+    for inputs, targets in run.steps(DataLoader(data, 20, shuffle=True)):
+        run.backward(F.mse_loss(model(inputs), targets))
+        optimizer.step()
+        optimizer.zero_grad()
+    # before
+    with torch.no_grad():
+        run.log({"val/loss": run.mean(losses())})
+    schedule.step()
+run.finish()
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, only_long(3)])
+@pytest.mark.parametrize("is_first", [False, True])
+def test_a_stop_does_not_wait_for_the_end_of_an_evaluation_unless_that_would_change_the_run(
+    ranks, is_first, tmp_path
+):
+    code = HEAD + EVALUATED
+    if is_first:
+        code = code.replace("    schedule.step()\n", "").replace("    # before", "    schedule.step()")
+    started("forked", ranks, tmp_path / "whole", code).ok()
+    stopped = started("forked", ranks, tmp_path / "cut", code, "0:SIGTERM")
+    assert stopped.code == 85, stopped.err
+    assert ("evaluated" in stopped.out) == is_first
+    started("forked", ranks, tmp_path / "cut", code).ok()
+    assert figures(tmp_path / "cut") == figures(tmp_path / "whole")
 
 
 def test_a_state_that_cannot_be_saved_is_told_by_name_and_the_checkpoints_before_are_kept(tmp_path):

@@ -22,7 +22,7 @@ from allranks.inference import command
 from allranks.inference.forward import measure, open_part
 from allranks.inference.load import load
 from allranks.tasks import Mean
-from allranks.training.metrics import Sums, columns_of, merged
+from allranks.training.metrics import Sums, columns_of, merged, seeing
 from helpers import MEASURED, NO_REPORT, Done, Run, only_long
 
 PACKAGE = '''
@@ -340,6 +340,7 @@ def kinds_of_metrics() -> dict[str, Any]:
         "f1": torchmetrics.classification.BinaryF1Score(),
         "calibration": torchmetrics.classification.BinaryCalibrationError(),
         "correlation": torchmetrics.PearsonCorrCoef(),
+        "concordance": torchmetrics.ConcordanceCorrCoef(),
         "rank_correlation": torchmetrics.SpearmanCorrCoef(),
         "r2": torchmetrics.R2Score(),
         "largest": torchmetrics.MaxMetric(),
@@ -354,19 +355,14 @@ def test_a_metric_is_that_of_all_examples_at_once(ranks, examples):
     predicted = torch.rand(examples, generator=generator, dtype=torch.float64)
     targets = (predicted + torch.rand(examples, generator=generator, dtype=torch.float64) > 1).long()
     targets[:2] = torch.tensor([0, 1])
-    metrics = kinds_of_metrics()
-    if examples == 4:
-        del metrics[
-            "correlation"
-        ]  # torchmetrics' own rule for it gives NaN of ranks whose targets are equal
-    for name, metric in metrics.items():
+    for name, metric in kinds_of_metrics().items():
 
         def arguments(chosen: slice, name: str = name) -> tuple[torch.Tensor, ...]:
             others = targets if name in ("auroc", "f1", "calibration") else targets.double()
             return (predicted[chosen],) if name == "largest" else (predicted[chosen], others[chosen])
 
         def on_rank(runtime: Any, metric: Any = metric, arguments: Any = arguments) -> float:
-            mine = metric.clone()
+            mine = seeing(metric, torch.device("cpu"))
             for first in range(runtime.rank, examples, 7 * ranks):  # in batches of at most 7
                 chosen = slice(first, min(first + 7 * ranks, examples), ranks)
                 mine.update(*arguments(chosen))
@@ -378,10 +374,25 @@ def test_a_metric_is_that_of_all_examples_at_once(ranks, examples):
         assert Ranks(ranks).run(on_rank) == pytest.approx([expected] * ranks, rel=1e-6), name
 
 
-def test_a_metric_of_means_is_refused_on_several_ranks():
+def test_ranks_whose_targets_are_all_equal_do_not_spoil_a_correlation():
+    """Each rank's own correlation is not defined then, and that of all examples is."""
+    torchmetrics = pytest.importorskip("torchmetrics")
+    predicted = [torch.tensor([0.1, 0.4]), torch.tensor([0.7, 0.9])]
+    targets = [torch.zeros(2), torch.ones(2)]
+
+    def on_rank(runtime: Any) -> float:
+        mine = seeing(torchmetrics.PearsonCorrCoef(), torch.device("cpu"))
+        mine.update(predicted[runtime.rank], targets[runtime.rank])
+        return float(merged(mine, runtime).compute())
+
+    expected = torch.corrcoef(torch.stack([torch.cat(predicted), torch.cat(targets)]))[0, 1]
+    assert Ranks(2).run(on_rank) == pytest.approx([float(expected)] * 2, rel=1e-6)
+
+
+def test_a_metric_that_keeps_means_sees_the_batches_of_all_ranks():
     torchmetrics = pytest.importorskip("torchmetrics")
 
-    class OfMeans(torchmetrics.Metric):
+    class Last(torchmetrics.Metric):
         def __init__(self):
             super().__init__()
             self.add_state("value", torch.tensor(0.0), dist_reduce_fx="mean")
@@ -392,16 +403,14 @@ def test_a_metric_of_means_is_refused_on_several_ranks():
         def compute(self):
             return self.value
 
-    metric = OfMeans()
-    metric.update(torch.tensor(2.0))
-    assert float(merged(metric, SimpleNamespace(world_size=1)).compute()) == 2.0
+    def on_rank(runtime: Any) -> float:
+        mine = seeing(Last(), torch.device("cpu"))
+        with pytest.raises(UserError, match="is given a str: take a metric that keeps sums"):
+            mine.update("text")
+        mine.update(torch.tensor(2.0 + runtime.rank))
+        return float(merged(mine, runtime).compute())
 
-    def on_rank(runtime: Any) -> str:
-        with pytest.raises(UserError, match="OfMeans keeps value as a mean") as raised:
-            merged(metric, runtime)
-        return str(raised.value)
-
-    assert len(set(Ranks(2).run(on_rank))) == 1
+    assert Ranks(2).run(on_rank) == [3.0, 3.0]
 
 
 # --- what tasks compute -----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -16,8 +17,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from allranks import config as configs
 from allranks.base.errors import UserError
+from allranks.base.signals import FROM_TERMINAL, Signals
 from allranks.config import Config
-from allranks.own.run import Run
+from allranks.own.run import How, Run
 from allranks.runtime.bringup import refuse_together
 from allranks.training import ending
 
@@ -25,6 +27,8 @@ from allranks.training import ending
 _NOT_HERE = ("trainer", "data", "model", "optimizer", "scheduler", "run", "own", "name", "seed", "profile")
 
 _opened: list[Run] = []  # the runs of this process
+# They count the same signals: one that comes between two runs stops the next one.
+_signals = Signals()
 
 
 def open_run(
@@ -35,6 +39,7 @@ def open_run(
     config: Mapping[str, Any] | None = None,
     log_every_steps: int | None = None,
     stop_at_nonfinite: bool = True,
+    several: bool = False,
     **settings: Any,
 ) -> Run:
     """Opens the run of this name: a new one, or where it was left off; all ranks call.
@@ -43,11 +48,13 @@ def open_run(
     random are seeded with it. config: values of the program that decide what it computes, such as
     {"lr": 3e-4}; a run that goes on must have the same. log_every_steps: after so many steps what run.log()
     got in a step goes to metrics-steps.jsonl, and to trackers. stop_at_nonfinite: whether a loss in
-    run.backward() that is not finite ends the run before its next checkpoint. settings: keys of allranks'
-    own configuration, such as device="cpu" or checkpoint={"every_s": 600} (docs/configuration.md).
+    run.backward() that is not finite ends the run before its next checkpoint. several: the program opens
+    several runs, one after another. settings: keys of allranks' own configuration, such as device="cpu" or
+    checkpoint={"every_s": 600} (docs/configuration.md).
 
-    A run that has finished ends the program, with exit code 0. An error in what is given here, and an error
-    of the program later on, ends all ranks, with one message.
+    A run that has finished ends the program, with exit code 0. With `several` the program goes on instead,
+    and run.is_finished is True. An error in what is given here, and an error of the program later on, ends
+    all ranks, with one message.
     """
     if _opened and _opened[-1].is_open:
         # Like any error of the program, this one ends the run that is open, and is told by rank 0.
@@ -59,6 +66,13 @@ def open_run(
     exits = ExitStack()
     try:
         identity = exits.enter_context(ending.of_process(os.environ))
+        if _opened and not (several and _opened[-1].is_one_of_several):
+            raise UserError(
+                f"allranks.open({name!r}): the program has had the run {_opened[-1].directory} already. In "
+                "a program with several runs, one after another, give several=True to each "
+                "allranks.open().",
+                said_by=0,
+            )
         try:
             composed = _composed(name, seed, config, log_every_steps, settings)
         except UserError as error:
@@ -66,7 +80,10 @@ def open_run(
                 refuse_together(identity, error)
             raise
         directory = str(dir or Path("runs") / composed.name)
-        run = Run(composed, directory, identity, exits, len(_opened), stop_at_nonfinite)
+        # Until this run can save, these signals end the process.
+        _signals.let_end(signal.SIGTERM, *FROM_TERMINAL)
+        how = How(directory, identity, len(_opened), several, stop_at_nonfinite, _signals)
+        run = Run(composed, how, exits)
     except BaseException as raised:
         exits.__exit__(type(raised), raised, raised.__traceback__)
         raise

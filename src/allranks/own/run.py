@@ -17,13 +17,14 @@ docs/your-own-loop.md explains each piece. All ranks run the same program and ma
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -38,14 +39,14 @@ from allranks.data.nests import described
 from allranks.data.randomness import mixed, reseed
 from allranks.job import pulse
 from allranks.job.identity import RankIdentity
+from allranks.own.measuring import Measuring, as_number, is_scalar
 from allranks.own.sharing import Sharing
-from allranks.own.state import KeptObjects, add_mean
+from allranks.own.state import KeptObjects
 from allranks.own.steps import OwnSteps
 from allranks.run import best as the_best
 from allranks.run import directory as rundir
 from allranks.runtime import mpi, sharding
 from allranks.runtime.bringup import open_runtime
-from allranks.runtime.runtime import sum_dtype
 from allranks.training import ending
 from allranks.training.control import Control, RunStopped
 from allranks.training.length import RunLength
@@ -58,32 +59,46 @@ from allranks.training.weight import share_weight
 
 _AFTER_STEPS = -1  # in place of a rank, for the random numbers between the steps and the epoch's end
 _UNUSED = "run.wrap(model, unused_parameters=True)"
+# How long a rank waits for the others to leave a loop, or to leave out a backward pass, as it has done. If
+# they have come to a collective by then, they wait for this rank, and it is named.
+_ALIKE_S = 1.0
+_LEFT_ALIKE = "the other ranks to leave the loop by `break`, as this one has: all must, after the same step"
+_SKIPPED_ALIKE = "the other ranks to take a step without run.backward(), as this one has: all must"
+
+
+class How(NamedTuple):
+    """How a run is opened."""
+
+    directory: str
+    identity: RankIdentity
+    number: int  # counts the runs of this process
+    is_one_of_several: bool  # of this process, one after another
+    stops_at_nonfinite: bool  # whether a loss that is not finite ends the run
+    signals: Signals
 
 
 class Run:
     """One run of a user's own loop, on one rank. allranks.open() makes it."""
 
-    def __init__(
-        self,
-        config: Config,
-        directory: str,
-        identity: RankIdentity,
-        exits: ExitStack,
-        number: int,
-        stops_at_nonfinite: bool,
-    ) -> None:
+    def __init__(self, config: Config, how: How, exits: ExitStack) -> None:
         """Brings the ranks up, takes the run directory, and finds where the run goes on.
 
-        `exits` is closed when the run ends, in whatever way. `number` counts the runs of this process.
-        `stops_at_nonfinite`: whether a loss that is not finite ends the run. Raises UserError.
+        `exits` is closed when the run ends, in whatever way. Raises UserError.
         """
         self._exits = exits
         self._config = config
         self.is_open = True
-        self._stops_at_nonfinite = stops_at_nonfinite
+        self.is_one_of_several = how.is_one_of_several
+        self._stops_at_nonfinite = how.stops_at_nonfinite
+        self._summary: Mapping[str, Any] | None = None  # of a run that has finished
         self._epoch_of_steps: int | None = None  # the epoch in which steps() was called last
         self._in_epochs = False
-        self._has_open_epoch = False  # whether a loop of steps only has been left by `break`
+        self._has_open_epoch = False  # whether an epoch has been left by `break`, with steps taken
+        self._has_left = False  # whether a loop has been left by `break`, and nobody has compared the ranks
+        self._backwards = 0  # how often run.backward() was called
+        self._settled: object = None  # the state where a run would go on with what comes now
+        self._batches = 0  # that the run.mean() under way has got
+        self._can_stop = False  # whether the ranks may stop within the run.mean() under way
         self._in_hand: Dealt | None = None  # what the loop has got last of a source
         self._is_stepping = False  # whether the loop is in a body of steps()
         self._wrapped: list[nn.Module] = []  # in DDP, on several ranks
@@ -92,44 +107,64 @@ class Run:
         self._pieces_left = 0  # of a batch that is cut into pieces, with the one in hand
         self._figures: dict[str, float] = {}  # logged after the last epoch
         # A first run's time includes the import of torch.
-        self._began_s = process_age_s() if number else 0.0
+        self._began_s = process_age_s() if how.number else 0.0
 
-        self._signals = Signals()
+        self._signals = how.signals
         # A batch system may send these two as a warning. Without a handler they would end the process.
         self._signals.count(signal.SIGUSR1, signal.SIGUSR2)
-        runtime = open_runtime(identity, configs.runtime_settings(config), run=number)
-        self._runtime = runtime
-        best = the_best.rule_of(config.checkpoint.best)
-        told = Told(title=f"Run {config.name}", console=config.console, best=best)
-        self._report = exits.enter_context(ending.of_run(runtime, Reporter(runtime, told)))
+        self._runtime = open_runtime(how.identity, configs.runtime_settings(config), run=how.number)
+        self._best = the_best.rule_of(config.checkpoint.best)
+        told = Told(title=f"Run {config.name}", console=config.console, best=self._best)
+        self._report = exits.enter_context(ending.of_run(self._runtime, Reporter(self._runtime, told)))
         decisive = configs.identity(config)
-        path, standing = runtime.meeting.from_rank_0(
-            lambda: rundir.find(directory, config.name, decisive, config.resume)
+        is_wanted = sharding.is_wanted(config.sharding, self._runtime)
+        self._kept = KeptObjects(self._runtime, decisive, is_wanted)
+        # These three are there from the first epoch or step on.
+        self._loop: Loop | None = None
+        self._control: Control
+        self._startup_s = 0.0
+
+        self._path, standing = self._runtime.meeting.from_rank_0(
+            lambda: rundir.find(how.directory, config.name, decisive, config.resume)
         )
         self._report.started()
         if standing == rundir.Standing.FINISHED:
-            self._report.finished_before(path)
+            self._finished_before()
+        else:
+            self._take_directory(is_new=standing == rundir.Standing.NEW)
+
+    def _finished_before(self) -> None:
+        """The run has finished in an earlier start: ends the program, or lets it go on to other runs."""
+        self._report.finished_before(self._path)
+        if not self.is_one_of_several:
             self._close()
             mpi.leave(0)
             sys.exit(0)
-        self._is_new = standing == rundir.Standing.NEW
-        if self._is_new:
-            path = runtime.meeting.from_rank_0(lambda: rundir.create(path, configs.freeze(config)))
-        self._path = path
-        self._kept = KeptObjects(runtime, decisive, sharding.is_wanted(config.sharding, runtime))
+        summary = self._runtime.meeting.from_rank_0(lambda: _summary_in(self._path))
+        self._kept.position.epoch = summary["epochs"]
+        self._kept.position.step = summary["steps"]
+        self._summary = summary
+        self._close()
+
+    def _take_directory(self, is_new: bool) -> None:
+        """Makes the run directory, or finds the checkpoint in it from which the run goes on."""
+        runtime, config = self._runtime, self._config
+        self._is_new = is_new
+        if is_new:
+            self._path = runtime.meeting.from_rank_0(
+                lambda: rundir.create(self._path, configs.freeze(config))
+            )
         save_s = config.watchdog.save_s
-        saver = Saver(runtime, path, self._kept, keep=config.checkpoint.keep, save_s=save_s, best=best)
-        self._saver = exits.enter_context(saver)
+        saver = Saver(
+            runtime, self._path, self._kept, keep=config.checkpoint.keep, save_s=save_s, best=self._best
+        )
+        self._saver = self._exits.enter_context(saver)
         self._resumed = self._saver.resume(config.resume)
         self._records = Records(
             runtime, config.trainer, config.tracker, profile=False, save_s=save_s, recorder=OwnSteps
         )
         assert isinstance(self._records.recorder, OwnSteps)
         self._steps = self._records.recorder
-        # These three are there from the first epoch or step on.
-        self._loop: Loop | None = None
-        self._control: Control
-        self._startup_s = 0.0
         reseed(mixed(config.seed), runtime.device)
 
     # --- what the program may ask --------------------------------------------------------------------
@@ -158,6 +193,18 @@ class Run:
     def directory(self) -> Path:
         """The run directory, the same on all ranks."""
         return Path(self._path)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has come to its end, now or in an earlier start (allranks.open(several=True))."""
+        return self._summary is not None
+
+    @property
+    def summary(self) -> Mapping[str, Any]:
+        """What summary.json holds of a run that has finished, such as the figures logged at its end."""
+        if self._summary is None:
+            raise UserError("run.summary is there once the run has finished: call run.finish().", said_by=0)
+        return self._summary
 
     @property
     def step(self) -> int:
@@ -263,23 +310,53 @@ class Run:
     def epochs(self, count: int) -> Iterator[int]:
         """The number of each epoch that is left, from 0. `count` is the number of epochs of the whole run.
 
-        After each epoch its figures are kept, the ranks are compared, and a checkpoint is saved. Where the
-        ranks have agreed to stop, the program ends here with exit code 85.
+        After each epoch its figures are kept, the ranks are compared, and a checkpoint is saved. The same
+        happens to an epoch that is left by `break` after its steps. Where the ranks have agreed to stop,
+        the program ends here with exit code 85.
         """
         if self._in_epochs:
             raise UserError("run.epochs() is called within run.epochs(): a run has one.", said_by=0)
         loop = self._begin(count)
+        self._close_left_epoch(loop)
+        if self._kept.is_over:  # left by `break` in an earlier start, which did not come to its end
+            return
         self._in_epochs = True
         try:
             with self._stopping():
                 for epoch in loop.epochs(count):
                     reseed(mixed(self._config.seed, epoch), self._runtime.device)
-                    yield epoch
+                    self._settled = self._kept.signature()
+                    try:
+                        yield epoch
+                    except GeneratorExit:
+                        self._has_left = True
+                        self._has_open_epoch = self.epoch_step > 0
+                        raise
+                    self._leave_alike()
                     self._in_hand = None
                     loop.log(self._kept.means.take())
                     self._kept.source = None
+            self._settled = self._kept.signature()
         finally:
             self._in_epochs = False
+
+    def _close_left_epoch(self, loop: Loop) -> None:
+        """Closes an epoch that was left by `break`: its steps and its figures count."""
+        if not self._has_open_epoch:
+            return
+        self._has_open_epoch = False
+        with self._stopping():
+            loop.log(self._kept.means.take())
+            loop.close_epoch()
+        self._kept.source = None
+
+    def _leave_alike(self) -> None:
+        """Where this rank has left a loop by `break`, waits for the others to do so; raises UserError."""
+        if self._has_left:
+            self._has_left = False
+            self._runtime.meeting.all_alike(
+                f"left by `break` after step {self.step}", _LEFT_ALIKE, _ALIKE_S
+            )
 
     def steps(self, batches: Any, *, steps_per_save: int = 1) -> Iterator[Any]:
         """The batches of the epoch that are left; the loop's body takes one step on each.
@@ -290,16 +367,15 @@ class Run:
         steps are one epoch.
         """
         if not self._in_epochs:
-            self._has_open_epoch = True
             for _ in self.epochs(1):
                 yield from self.steps(batches, steps_per_save=steps_per_save)
-            self._has_open_epoch = False
             return
         loop = self._begin(None)
         if self._epoch_of_steps == self.epoch:
             raise UserError(
                 f"run.steps() is called twice in epoch {self.epoch}: an epoch has one loop over its steps, "
-                "so that a run can go on in the middle of it. Use run.batches() for evaluations.",
+                "so that a run can go on in the middle of it. Use run.batches() for evaluations, and one "
+                "loop over itertools.chain(first, second) for batches of two kinds.",
                 said_by=0,
             )
         self._epoch_of_steps = self.epoch
@@ -324,14 +400,36 @@ class Run:
                     self._steps.begin(self.step + 1, self.epoch + 1)
                     reseed(mixed(self._config.seed, self.step, self.rank), self.device)
                     pulse.count_step()
-                    yield share.batch
+                    backwards = self._backwards
+                    try:
+                        yield share.batch
+                    except GeneratorExit:
+                        self._has_left = True
+                        raise
                     self._is_stepping = False
+                    self._check_in_hand(share)
+                    if self._has_summed and self._backwards == backwards:
+                        self._runtime.meeting.all_alike(
+                            f"no run.backward() in step {self.step + 1}", _SKIPPED_ALIKE, _ALIKE_S
+                        )
         finally:  # also where the body has left the loop by `break`
             self._is_stepping = False
             self._in_hand = None
         # What the program draws now, as for an evaluation, does not depend on the rank, nor on whether the
         # run has gone on just here.
         reseed(mixed(self._config.seed, position.epoch, _AFTER_STEPS), self.device)
+        self._settled = self._kept.signature()
+
+    def _check_in_hand(self, share: Dealt) -> None:
+        """Raises UserError where the step had a batch of another source in hand at its end."""
+        if self._in_hand is not share:
+            raise UserError(
+                "A step of run.steps() has taken a batch of run.batches() by next(), and has not gone "
+                "through the rest: its loss would be weighed as one of that batch, and a run that goes on "
+                "would begin with the first batch again. Make one Dataset of both, as "
+                "torch.utils.data.StackDataset does.",
+                said_by=0,
+            )
 
     def _check_source(self, dealt: Batches) -> None:
         """Raises UserError where the epoch was begun with another source, and goes on in its middle."""
@@ -370,6 +468,9 @@ class Run:
         if self._stops_at_nonfinite:
             self._kept.means.note_weight(weight)
         aside = [] if self._pieces_left else self._put_sums_aside()
+        self._backwards += 1
+        if self._kept.is_sharded:  # FSDP sends gradients to the other ranks
+            self._runtime.progress.arrive()
         (loss * weight).backward()
         if self._pieces_left <= 1:
             for model in self._wrapped:
@@ -426,7 +527,7 @@ class Run:
         """
         self._check_open("run.log()")
         for name, value in figures.items():
-            if not _is_scalar(value):
+            if not is_scalar(value):
                 raise UserError(
                     f"run.log() got {described(value)} as {name}: give a number or a scalar tensor.",
                     said_by=0,
@@ -435,40 +536,74 @@ class Run:
                 self._kept.means.add(name, value, self._in_hand.counted)
                 self._steps.add(name, value, self._in_hand.counted)
             elif self._in_epochs and self._loop is not None:
-                self._loop.log({name: float(value)})
+                self._loop.log({name: as_number(value)})
             else:
-                self._figures[name] = float(value)
+                self._figures[name] = as_number(value)
 
     def mean(self, values: Iterable[Any]) -> float:
         """The mean over all examples of all ranks, equal on any number of ranks but for rounding.
 
         values: for each batch of run.batches() the mean over the examples of this rank's share, a number or
         a scalar tensor, as in `run.mean(loss(x, y) for x, y in run.batches(val_set, ...))`. All ranks call.
-        Raises UserError for what is no number, and where there are no examples.
+        Raises UserError for what is no number, and where there are no examples. Where the ranks have agreed
+        to stop between two batches, the program ends here with exit code 85.
         """
+        measuring = Measuring(self._runtime, "run.mean()", names=[""])
+        return self._measured(measuring, ({"": value} for value in values))[""]
+
+    def means(self, values: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+        """Several means by name, as run.mean() finds one, in one pass over the batches.
+
+        values: for each batch a dict of numbers or scalar tensors, the same names in each. In all else
+        run.means() is as run.mean().
+        """
+        return self._measured(Measuring(self._runtime, "run.means()"), values)
+
+    def _measured(self, measuring: Measuring, values: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+        """What run.mean() and run.means() find in the values."""
         self._check_open("run.mean()")
+        self._leave_alike()
         before = self._in_hand
-        sums = torch.zeros(2, dtype=sum_dtype(self.device), device=self.device)
-        for value in values:
-            if not _is_scalar(value):
-                raise UserError(
-                    f"run.mean() got {described(value)}: give a number or a scalar tensor for each batch.",
-                    said_by=0,
-                )
-            if self._in_hand is None:
-                raise UserError(
-                    "run.mean() takes its values one by one, while it goes through run.batches(): give it "
-                    "`value(batch) for batch in run.batches(...)` without brackets, not a list of values.",
-                    said_by=0,
-                )
-            share = self._in_hand
-            if share.counted:
-                add_mean(sums, value if isinstance(value, torch.Tensor) else float(value), share.counted)
+        with self._stopping(), self._stops_between_batches():
+            for figures in values:
+                measuring.add(figures, self._in_hand)
         self._in_hand = before
-        total, count = self._runtime.gather(sums[None]).sum(dim=0).tolist()
-        if not count:
-            raise UserError("run.mean() got no values: there is no mean of nothing.", said_by=0)
-        return float(total / count)
+        return measuring.means()
+
+    @contextmanager
+    def _stops_between_batches(self) -> Iterator[None]:
+        """Within the block the ranks may agree to stop after each batch of run.batches().
+
+        They do not where the block is part of a step, at whose end they may stop anyway.
+        """
+        if self._loop is None or self._is_stepping:
+            yield
+            return
+        self._control.begin_evaluation()
+        self._batches = 0
+        self._can_stop = True
+        try:
+            yield
+        finally:
+            self._can_stop = False
+
+    def _measured_batch(self) -> None:
+        """A batch of run.batches() is done: where the ranks have agreed to stop, raises RunStopped.
+
+        A run that goes on has its last step behind it, and then does again what the program does after its
+        steps. So it may only stop here if nothing of that has changed what the program keeps.
+        """
+        if self._can_stop:
+            self._batches += 1
+            self._control.check_evaluation(self._batches, can_stop=self._is_as_settled)
+
+    def _is_as_settled(self) -> bool:
+        """Whether on all ranks the state is still what it was after the last step; all ranks call."""
+        is_same = self._kept.signature() == self._settled
+        [ranks] = self._runtime.add_up([float(is_same)])
+        # It stays changed: nobody need look again in this evaluation.
+        self._can_stop = ranks == self.world_size
+        return self._can_stop
 
     def share(self, items: Sequence[Any], work: Callable[[Any], Any], name: str = "items") -> list[Any]:
         """work(item) for each item, each on one rank; the results in the order of the items, on all ranks.
@@ -498,13 +633,13 @@ class Run:
         """
         self._check_open("run.finish()")
         loop = self._begin(None)
-        if self._has_open_epoch:
-            with self._stopping():
-                loop.log(self._kept.means.take())
-                loop.close_epoch()
+        # What is saved from now on goes on behind the loop, also where that was left early.
+        epochs = self._control.epochs
+        self._kept.is_over = self._has_open_epoch or (epochs is not None and self.epoch < epochs)
+        self._close_left_epoch(loop)
         self._saver.save()
         self._saver.finish()
-        summary = self._summary()
+        summary = self._summarized()
         self._report.finished(summary)
         self._records.finished(summary)
         self._close()
@@ -513,10 +648,15 @@ class Run:
 
             ended = [at_end.ToReport(self._path, self._records)]
             is_quiet = self._config.console == "quiet"
-            at_end.finish(ended, self._runtime.identity, self._control.left_s, self._signals, is_quiet)
+            at_end.finish(
+                ended, self._runtime.identity, self._control.left_s, self._signals, is_quiet,
+                leaves_mpi=not self.is_one_of_several,
+            )  # fmt: skip
         else:
             self._records.close()
-        mpi.leave(0)
+        self._summary = summary
+        if not self.is_one_of_several:
+            mpi.leave(0)
 
     def __enter__(self) -> Run:
         return self
@@ -536,7 +676,7 @@ class Run:
                 raised = missed
             self.fail(raised)
 
-    def _summary(self) -> dict[str, Any]:
+    def _summarized(self) -> dict[str, Any]:
         models = [each for each in self._kept.objects.values() if isinstance(each, nn.Module)]
         summary: dict[str, Any] = {
             "state": "finished",
@@ -557,6 +697,7 @@ class Run:
     def _begin(self, epochs: int | None) -> Loop:
         """The loop; where it has not begun, it begins here, with everything that the program keeps."""
         self._check_open("the loop")
+        self._leave_alike()
         if self._loop is not None:
             if epochs is not None:
                 self._control.epochs = epochs
@@ -577,6 +718,7 @@ class Run:
         self._startup_s = process_age_s() - self._began_s
         self._control = Control(runtime, self._saver, self._signals, self._config.checkpoint, epochs)
         self._loop = Loop(runtime, position, self._control, self._report, self._records, self._models)
+        self._settled = self._kept.signature()
         return self._loop
 
     @contextmanager
@@ -641,6 +783,7 @@ class OwnBatches:
                     run._is_stepping = False
                     yield share.batch
                     run._runtime.progress.evaluated_batch()
+                    run._measured_batch()
         finally:  # also where the loop is left by `break`
             run._in_hand = before
             run._is_stepping = is_stepping
@@ -655,12 +798,12 @@ def inner(model: nn.Module) -> nn.Module:
     return bare
 
 
+def _summary_in(directory: str) -> dict[str, Any]:
+    """The content of the summary.json of a run that has finished."""
+    summary: dict[str, Any] = json.loads((Path(directory) / "summary.json").read_text())
+    return summary
+
+
 def _add_back(aside: list[tuple[nn.Parameter, torch.Tensor]]) -> None:
     for parameter, gradient in aside:
         parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-
-
-def _is_scalar(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.numel() == 1 and not value.is_complex()
-    return isinstance(value, int | float) or hasattr(value, "__float__")

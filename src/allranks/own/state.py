@@ -7,6 +7,7 @@ file of its name, and all else to state.json.
 
 from __future__ import annotations
 
+import json
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,7 @@ from allranks.run import checkpoint
 from allranks.run.shards import INDEX, MODEL, OPTIMIZER, assembled
 from allranks.runtime.meeting import ranks_named
 from allranks.runtime.runtime import Runtime, sum_dtype
+from allranks.runtime.sharding import local
 from allranks.training import shards
 from allranks.training import state as states
 from allranks.training.position import TrainingPosition
@@ -154,6 +156,7 @@ class KeptObjects:
         self.means = Means(runtime)
         self.source: dict[str, Any] | None = None  # what the epoch's steps go through (Batches.described)
         self.loader: Any = None  # where that has a state of its own
+        self.is_over = False  # whether the program has left its loop over the epochs for good
         self.position = TrainingPosition()
         self._first_buffers: dict[str, dict[str, torch.Tensor]] = {}  # by object, then by name
         # The checkpoint from which the run goes on, until its objects are all put back.
@@ -162,6 +165,24 @@ class KeptObjects:
         self._files: dict[str, bytes] = {}
         self._saved_loader: Any = None
         self._shards: shards.Source | None = None  # where this rank reads only what it needs
+
+    def signature(self) -> tuple[str, list[int]]:
+        """Something that is another one once the state of an object has changed; for this process alone.
+
+        Of each tensor it has where its numbers are, how often torch has seen them change, and the sum of
+        its bytes, taken as whole numbers: that costs far less than a copy.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        rest = [
+            states.taken_apart(each.state_dict(), name, tensors, torch.Tensor.detach)
+            for name, each in [*self.objects.items(), *([("(loader)", self.loader)] if self.loader else [])]
+        ]
+        numbers = [
+            number
+            for tensor in map(local, tensors.values())
+            for number in (tensor.data_ptr(), tensor._version, _sum_of_bytes(tensor))
+        ]
+        return json.dumps(rest), numbers
 
     # --- to bytes ------------------------------------------------------------------------------------
 
@@ -201,6 +222,8 @@ class KeptObjects:
             "source": self.source,
             "seen": self.means.digest,
         }
+        if self.is_over:
+            state["is_over"] = True
         # What makes its batches itself may go on from epoch to epoch; a loader of a Dataset begins anew.
         goes_on = self.position.epoch_steps or not hasattr(self.loader, "dataset")
         if self.loader is not None and goes_on:
@@ -251,6 +274,7 @@ class KeptObjects:
                 self._saved_loader = states.put_together(state["loader"], tensors)
             self.means.restore(state["means"])
             self.means.digest = state["seen"]
+            self.is_over = state.get("is_over", False)
             states.restore_position(self.position, state)
 
     def _tensors_of(self, name: str, kept: Any) -> Mapping[str, torch.Tensor]:
@@ -319,6 +343,13 @@ class KeptObjects:
                 "to run.keep() before the loop begins, or take another name for the run.",
                 said_by=0,
             )
+
+
+def _sum_of_bytes(tensor: torch.Tensor) -> int:
+    """The sum of a tensor's numbers, whose bytes are taken for whole numbers; waits for a GPU."""
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    flat = tensor.detach().contiguous().reshape(-1)
+    return int(flat.view(whole[flat.element_size()]).sum(dtype=torch.int64))
 
 
 def _part_of(kept: Any) -> str:

@@ -61,18 +61,23 @@ class ToReport(NamedTuple):
 
 
 def finish(
-    runs: Sequence[ToReport], identity: RankIdentity, left_s: float, signals: Signals, is_quiet: bool
+    runs: Sequence[ToReport],
+    identity: RankIdentity,
+    left_s: float,
+    signals: Signals,
+    is_quiet: bool,
+    leaves_mpi: bool = True,
 ) -> None:
     """Makes the pages of these runs, prints their paths, and hands their pictures to the trackers.
 
     Rank 0 calls this when its runs have ended. `left_s` is the time until the job's end, in seconds. A page
-    is given up when one of the `signals` has come. With `is_quiet` only problems are printed. A page that
-    cannot be made raises no error.
+    is given up when one of the `signals` has come. With `is_quiet` only problems are printed. Without
+    `leaves_mpi` this process may have another run afterwards. A page that cannot be made raises no error.
     """
     signals.answer = None  # nothing is left to be saved when a signal comes
     try:
         directories = [run.directory for run in runs]
-        _make_and_tell(directories, identity, left_s, lambda: bool(signals.names), is_quiet)
+        _make_and_tell(directories, identity, left_s, lambda: bool(signals.names), is_quiet, leaves_mpi)
     finally:
         for run in runs:
             if run.records is not None:
@@ -85,6 +90,7 @@ def _make_and_tell(
     left_s: float,
     is_stopped: Callable[[], bool],
     is_quiet: bool,
+    leaves_mpi: bool,
 ) -> None:
     from allranks.runtime import mpi
     from allranks.training import control, story
@@ -96,7 +102,8 @@ def _make_and_tell(
         return
     # Rank 0 leaves MPI before the pages are made. The other ranks wait until it has left, and a rank that
     # waits in MPI keeps its processor busy.
-    mpi.leave(0)
+    if leaves_mpi:
+        mpi.leave(0)
     _free_device()
     made = make_pages(directories, most_s, is_stopped, os.environ)
     if not is_quiet:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from allranks.base.agreement import majority
 from allranks.base.errors import UserError
 from allranks.base.links import listen
 from allranks.base.text import one_line
@@ -51,6 +52,7 @@ class Meeting:
         self.also_served: Store | None = None  # a second store of rank 0 that lives as long as the meeting
         self._progress = progress or Progress(WatchdogConfig())
         self._rounds = 0  # all ranks take part in the same ones, so the numbers agree
+        self._turns = 0  # of all_alike()
 
     def settle(self, mine: Any, decide: Decide) -> Any:
         """Hands every rank's `mine` to `decide` on rank 0, and each rank its own reply.
@@ -63,12 +65,40 @@ class Meeting:
 
         self._rounds += 1
         self._progress.arrive(in_step=False)
-        tag = f"settle/{self._rounds}"
+        return self._settled(self.store, f"settle/{self._rounds}", mine, decide)
+
+    def all_alike(self, mine: str, activity: str, limit_s: float) -> None:
+        """Waits until all ranks have come here; raises UserError, on all of them, where their texts differ.
+
+        `activity` says in words what the ranks must do alike. A rank that has come here counts as late
+        after `limit_s` seconds: if the others are at a collective then, it is this rank that keeps them
+        waiting, and the watchdog names it. A rank that only computes for long is waited for.
+        """
+        if self.store is None:
+            return
+
+        def decide(said: list[str]) -> list[None]:
+            usual, odd = majority(said)
+            if odd:
+                raise UserError(
+                    f"{ranks_named(odd)}: {said[odd[0]]}, but the other ranks: {usual}. All ranks must do "
+                    "this alike: decide by what is the same on all of them, such as run.step or run.mean()."
+                )
+            return [None] * len(said)
+
+        # The keys have a series of their own: if another rank does not come here, its next settle() must
+        # not take this rank's text for an answer.
+        self._turns += 1
+        with self._progress.phase(activity, limit_s):
+            self._settled(self.store, f"alike/{self._turns}", mine, decide)
+
+    def _settled(self, store: Store, tag: str, mine: Any, decide: Decide) -> Any:
+        """One round, whose keys begin with `tag`: this rank's reply. Raises UserError as settle() does."""
         if self.rank == 0:
-            reply = self._settle_as_rank_0(self.store, tag, mine, decide)
+            reply = self._settle_as_rank_0(store, tag, mine, decide)
         else:
-            self.store.set(f"{tag}/{self.rank}", json.dumps(mine))
-            reply = self._wait_for(self.store, f"{tag}/reply/{self.rank}", from_rank=0)
+            store.set(f"{tag}/{self.rank}", json.dumps(mine))
+            reply = self._wait_for(store, f"{tag}/reply/{self.rank}", from_rank=0)
 
         if "error" in reply:
             raise UserError(reply["error"], said_by=0)
@@ -253,6 +283,11 @@ def _address(hosts: Sequence[str]) -> str:
     return address
 
 
+# What this process serves at MASTER_ADDR and MASTER_PORT. A program may have several runs, one after
+# another, which all meet there. Each has keys of its own.
+_served: dict[tuple[str, int], Store] = {}
+
+
 def _join_env(identity: RankIdentity, progress: Progress) -> Store:
     """The store that MASTER_ADDR and MASTER_PORT name; under bare srun both follow from the job."""
     if identity.launcher == "srun":
@@ -285,7 +320,9 @@ def _join_env(identity: RankIdentity, progress: Progress) -> Store:
     else:
         several_hosts = identity.local_world_size not in (None, identity.world_size)
         if identity.rank == 0:
-            return serve(address, identity.world_size, port, far=several_hosts)[0]
+            if (address, port) not in _served:
+                _served[address, port] = serve(address, identity.world_size, port, far=several_hosts)[0]
+            return _served[address, port]
         if several_hosts:
             from allranks.job.hosts import refuse_loopback
 

@@ -250,18 +250,22 @@ class Control:
         """An evaluation begins, whose batches are counted from 1."""
         self._batches = Pace()
 
-    def check_evaluation(self, batch: int, gains: bool = False) -> None:
+    def check_evaluation(
+        self, batch: int, gains: bool = False, can_stop: Callable[[], bool] = lambda: True
+    ) -> None:
         """Where the run is to stop after this batch, saves and raises RunStopped, on all ranks.
 
         What is saved is the training as it was when the evaluation began, which does not change it. The
         evaluation is done again after the resume. The job's end alone does not stop a process that has not
         taken a step: what it can gain in its time is the end of this evaluation. It does where the work
-        done so far is kept, that is where it `gains`. All ranks call, after the same batches.
+        done so far is kept, that is where it `gains`. Where the run is to stop, `can_stop` is asked, on all
+        ranks, whether it may do so here. All ranks call, after the same batches.
         """
         if not self._batches.is_due(batch):
             return
         agreed = self._meet(self._batches, batch)
-        if agreed.signal_names or (agreed.late and (self._has_gained or gains)):
+        is_wanted = agreed.signal_names or (agreed.late and (self._has_gained or gains))
+        if is_wanted and can_stop():
             self.reason = agreed.reason
             self._save()
             raise RunStopped

@@ -5,7 +5,8 @@ stay on the device until the end of an epoch, and then cross the ranks in one me
 
 What is no mean, such as an AUROC, is measured by objects of torchmetrics. Each rank's object keeps a state
 of its own. At the end of an evaluation all ranks send each other these states, and every rank computes the
-metric from all of them, as if one object had seen all examples. torchmetrics itself is not imported here.
+metric from all of them, as if one object had seen all examples. Where states cannot be put together
+exactly, the ranks send each other what the objects were given. torchmetrics itself is not imported here.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ class Sums:
         self.rows = torch.zeros(
             len(runtime.shares), width, dtype=sum_dtype(runtime.device), device=runtime.device
         )
-        self.objects = {name: _anew(metric, runtime.device) for name, metric in (objects or {}).items()}
+        self.objects = {name: seeing(metric, runtime.device) for name, metric in (objects or {}).items()}
 
     @torch.no_grad()
     def add(self, row: int, loss_sum: torch.Tensor, length: int, measured: Mapping[str, Any]) -> None:
@@ -211,6 +212,61 @@ def _anew(metric: Any, device: torch.device) -> Any:
     return made
 
 
+# How torchmetrics puts the states of several objects together so that the result is exact.
+_EXACT = {"dim_zero_sum", "dim_zero_cat", "dim_zero_max", "dim_zero_min"}
+
+
+def seeing(metric: Any, device: torch.device) -> Any:
+    """What sees an evaluation for the metric: a copy that has seen nothing yet, or an _Inputs."""
+    for name, reduction in metric._reductions.items():
+        is_list = isinstance(metric._defaults[name], list)
+        if getattr(reduction, "__name__", "") not in _EXACT and not (is_list and reduction is None):
+            return _Inputs(_anew(metric, device))
+    return _anew(metric, device)
+
+
+class _Inputs:
+    """Stands for a metric whose states cannot be put together exactly: it keeps what the metric is given.
+
+    torchmetrics' correlation coefficients keep the mean and the variance of what they have seen, and fail
+    where all targets of one object are equal. A mean of means is not the mean of all examples. Such a
+    metric sees the batches of all ranks at the end of the evaluation, on every rank.
+
+    It has the attributes of a torchmetrics object by which the states of all ranks are exchanged.
+    """
+
+    def __init__(self, metric: Any) -> None:
+        self._metric = metric
+        self._reductions: dict[str, None] = {}  # has the names of the lists that follow
+        self._update_count = 0
+
+    def update(self, *arguments: Any) -> None:
+        """Keeps the arguments, which must be tensors; raises UserError."""
+        for number, argument in enumerate(arguments):
+            name = f"argument_{number}"
+            if not isinstance(argument, torch.Tensor):
+                raise UserError(
+                    f"{type(self._metric).__name__} keeps a state that cannot be put together exactly over "
+                    f"the ranks, and is given {nests.described(argument)}: take a metric that keeps sums, "
+                    "or give it tensors.",
+                    said_by=0,
+                )
+            if name not in self._reductions:
+                self._reductions[name] = None
+                setattr(self, name, [])
+            getattr(self, name).append(argument.detach())
+        self._update_count += 1
+
+    def seen_by_all(self, states: Sequence[State]) -> Any:
+        """The metric after it has seen the batches of all ranks."""
+        whole = copy.deepcopy(self._metric)
+        for state in states:
+            for batch in zip(*state.values(), strict=True):
+                whole.update(*batch)
+        whole._to_sync = False  # else compute() would gather over the ranks once more
+        return whole
+
+
 State = dict[str, list[torch.Tensor]]  # of a metric: a tensor, or several where it is a list, by name
 
 
@@ -222,19 +278,14 @@ def merged(metric: Any, runtime: Runtime) -> Any:
     """
     states = [state for state in _states_of_all_ranks(metric, runtime) if state]
     whole = copy.copy(metric)
+    if isinstance(metric, _Inputs):
+        return metric.seen_by_all(states)
     for name, reduction in metric._reductions.items():
-        if getattr(reduction, "__name__", "") == "dim_zero_mean" and runtime.world_size > 1:
-            raise UserError(
-                f"{type(metric).__name__} keeps {name} as a mean, and the mean of the ranks' means is not "
-                "that of all examples, because shares differ: take a metric that keeps sums.",
-                said_by=0,
-            )
         tensors = [tensor for state in states for tensor in state[name]]
         if isinstance(metric._defaults[name], list):
             value = reduction(tensors) if tensors and reduction else tensors
         else:
-            stacked = torch.stack(tensors)
-            value = stacked if reduction is None else reduction(stacked)
+            value = reduction(torch.stack(tensors))
         setattr(whole, name, value)
     whole._to_sync = False  # else compute() would gather by itself what is gathered already
     whole._update_count = max(1, metric._update_count)  # else compute() warns where this rank saw nothing

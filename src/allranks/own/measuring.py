@@ -1,0 +1,106 @@
+"""Means over the examples of a pass over batches: what run.mean() and run.means() find."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from allranks.base.errors import UserError
+from allranks.base.text import some
+from allranks.data.batches import Dealt
+from allranks.data.nests import described
+from allranks.own.state import add_mean
+from allranks.runtime.runtime import Runtime, sum_dtype
+
+
+class Measuring:
+    """The sums of one pass over batches, on one rank; all ranks have one.
+
+    what: the call that the program has made, for messages. names: of the figures, where they are known
+    beforehand; None where the first batch tells them.
+    """
+
+    def __init__(self, runtime: Runtime, what: str, names: Iterable[str] | None = None) -> None:
+        self._runtime = runtime
+        self._what = what
+        self._are_names_known = names is not None
+        # By name the sum of value * examples, and the number of examples.
+        self._sums = {name: self._no_sum() for name in names or ()}
+
+    def _no_sum(self) -> torch.Tensor:
+        return torch.zeros(2, dtype=sum_dtype(self._runtime.device), device=self._runtime.device)
+
+    def add(self, figures: Mapping[str, Any], share: Dealt | None) -> None:
+        """Adds the figures of a batch, each the mean over the examples of this rank's share.
+
+        `share` is what the program has in hand; None where it goes through no batches. Raises UserError for
+        figures that are none.
+        """
+        if not isinstance(figures, Mapping):
+            raise UserError(
+                f"{self._what} got {described(figures)}: give a dict of figures by name for each batch.",
+                said_by=0,
+            )
+        if share is None:
+            raise UserError(
+                f"{self._what} takes its values one by one, while it goes through run.batches(): give it "
+                "`value(batch) for batch in run.batches(...)` without brackets, not a list of values.",
+                said_by=0,
+            )
+        for name, value in figures.items():
+            if not is_scalar(value):
+                of_name = f" as {name}" if name else ""
+                raise UserError(
+                    f"{self._what} got {described(value)}{of_name}: give a number or a scalar tensor for "
+                    "each batch.",
+                    said_by=0,
+                )
+            if name not in self._sums:
+                self._sums[name] = self._no_sum()
+            if share.counted:
+                number = value if isinstance(value, torch.Tensor) else as_number(value)
+                add_mean(self._sums[name], number, share.counted)
+
+    def means(self) -> dict[str, float]:
+        """The mean of each figure over all examples of all ranks; all ranks call.
+
+        Raises UserError where there are no examples, and where the ranks have other names.
+        """
+        names = sorted(self._sums)
+        if not self._are_names_known:
+            self._check_names(names)
+        totals: list[list[float]] = []
+        if names:
+            mine = torch.stack([self._sums[name] for name in names])
+            totals = self._runtime.gather(mine.flatten()[None]).sum(dim=0).view(-1, 2).tolist()
+        if not totals or not all(count for _, count in totals):
+            raise UserError(f"{self._what} got no values: there is no mean of nothing.", said_by=0)
+        return {name: float(total / count) for name, (total, count) in zip(names, totals, strict=True)}
+
+    def _check_names(self, names: list[str]) -> None:
+        """Raises UserError, on all ranks, where a rank has other names."""
+        # A digest has 32 bits, which float64 holds exactly.
+        digest = float(zlib.crc32("\n".join(names).encode()))
+        device = self._runtime.device
+        mine = torch.tensor([[digest]], dtype=sum_dtype(device), device=device)
+        if len(set(self._runtime.gather(mine).flatten().tolist())) > 1:
+            raise UserError(
+                f"{self._what} has got other names, or no values, on other ranks (here "
+                f"{some(names) or 'none'}): all ranks give the same.",
+                said_by=0,
+            )
+
+
+def is_scalar(value: Any) -> bool:
+    """Whether this is one number: a Python or NumPy number, or a tensor of one."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, int | float) or hasattr(value, "__float__")
+
+
+def as_number(value: Any) -> float:
+    """A scalar as a Python number. torch warns where a tensor that has a gradient is taken for one."""
+    return float(value.detach() if isinstance(value, torch.Tensor) else value)
