@@ -63,6 +63,10 @@ MODELS_WITH_SHARDED = {
     ),
 }  # fmt: skip
 SHARE_OF_SHARDED = 0.2
+# In others the training is a loop of the user's own.
+OWN = "own loop"
+SHARE_OF_OWN = 0.2
+OWN_PROGRAM = (PYTHON, str(Path(__file__).with_name("chaos_own.py")))
 EPOCHS = 3
 TORCHRUN = (PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 BATCH = {1: 8, 2: 32, 3: 80, 4: 80}  # by ranks, which may have to share a core
@@ -159,7 +163,7 @@ class Plan:
         """The overrides of the run and of its twin."""
         batch = 80 if self.reproducible else BATCH[self.starts[0][1]]
         fixed = ("trainer.reproducible=true",) if self.reproducible else ()
-        return (*SMALL, *MODELS_WITH_SHARDED[self.model], *fixed, f"trainer.epochs={EPOCHS}",
+        return (*SMALL, *MODELS_WITH_SHARDED.get(self.model, ()), *fixed, f"trainer.epochs={EPOCHS}",
                 f"trainer.batch_size={batch}")  # fmt: skip
 
     @property
@@ -220,8 +224,11 @@ def plan(seed: int, number: int, without: Sequence[str] = ()) -> Plan:
     model, keep = rng.choice(list(MODELS)), f"checkpoint.keep={rng.choice((1, 2, 3))}"
     # Drawn by itself, so that all other trials of a seed stay as they were before there was sharding.
     is_sharded = random.Random(f"{seed} {number} sharded").random() < SHARE_OF_SHARDED
+    is_own = random.Random(f"{seed} {number} own").random() < SHARE_OF_OWN
     if is_sharded and not reproducible and starts[0][1] > 1:
         model = SHARDED
+    elif is_own and not reproducible:
+        model = OWN
     at_the_end, on_the_spot = rng.random() < 0.15, f"{seed} {number} on the spot"
     return Plan(
         number, model, reproducible, starts, (*cadence, keep), live, between, at_the_end, on_the_spot
@@ -243,13 +250,22 @@ class Attempt:
     """A command at work, with all the processes that come of it."""
 
     def __init__(
-        self, kind: str, ranks: int, words: Sequence[str], output: Path, prefix: Sequence[str], **env: str
+        self,
+        kind: str,
+        ranks: int,
+        words: Sequence[str],
+        output: Path,
+        prefix: Sequence[str],
+        is_own: bool,
+        **env: str,
     ) -> None:
+        train = OWN_PROGRAM if is_own else TRAIN
+        launch = [PYTHON, "-m", "allranks", "launch", "-n", str(ranks)]
         start = {
-            "none": lambda: TRAIN,
-            "mpiexec": lambda: [mpiexec(), "-n", str(ranks), *TRAIN],
-            "torchrun": lambda: [*TORCHRUN, str(ranks), "-m", "allranks.train"],
-            "launch": lambda: [PYTHON, "-m", "allranks", "launch", "-n", str(ranks)],
+            "none": lambda: train,
+            "mpiexec": lambda: [mpiexec(), "-n", str(ranks), *train],
+            "torchrun": lambda: [*TORCHRUN, str(ranks), *train[1:]],
+            "launch": lambda: [*launch, "--", *train] if is_own else launch,
         }[kind]()
         self.kind, self.size, self.prefix, self.output = kind, ranks, prefix, output
         self.mark = f"ALLRANKS_CHAOS_ATTEMPT={uuid.uuid4()}"
@@ -273,7 +289,7 @@ class Attempt:
             return [self.launcher()]
         python = re.escape(PYTHON)
         command = {
-            "ranks": rf"{python} (-u )?-m allranks\.train ",
+            "ranks": rf"{python} (-u )?(-m allranks\.train|{re.escape(OWN_PROGRAM[1])}) ",
             "guards": rf"{python} -m allranks\.launch\.guard ",
             "proxies": r"\S*hydra_pmi_proxy ",
         }[what]
@@ -434,7 +450,7 @@ class Trial:
         limits = (*WATCHDOG, f"watchdog.start_s={start_s}")
         words = (*self.plan.words, *self.plan.cadence, *limits, f"run.dir={self.run}")
         output = self.folder / f"attempt-{self.outcome.attempts}{also}.txt"
-        return Attempt(kind, ranks, words, output, prefix, **env)
+        return Attempt(kind, ranks, words, output, prefix, self.plan.model == OWN, **env)
 
     def _until(self, attempt: Attempt, fault: Fault) -> bool:
         """Waits for the fault's moment, at the latest for the last epoch; False if the run ends before."""
@@ -721,7 +737,8 @@ class Twins:
             if key not in self._durations:
                 self.folder.mkdir(exist_ok=True)
                 words = (*plan.words, f"run.dir={self.folder / name}")
-                attempt = Attempt(kind, ranks, words, self.folder / f"{name}.txt", prefix=())
+                is_own = plan.model == OWN
+                attempt = Attempt(kind, ranks, words, self.folder / f"{name}.txt", (), is_own)
                 code, left = attempt.finish()
                 assert code == 0 and not left, (name, code, left, attempt.text())
                 self._durations[key] = time.monotonic() - attempt.began

@@ -448,12 +448,17 @@ def test_the_commands_that_need_a_model_say_who_has_it(tmp_path):
 
 
 def test_the_figures_of_single_steps_are_means_over_the_ranks(tmp_path):
-    code = SINE.replace("seed=1, ", "seed=1, log_every_steps=4, ").replace("nn.Dropout(0.1), ", "")
+    """With a profile of some of these steps."""
+    code = SINE.replace("seed=1, ", "seed=1, log_every_steps=4, profile=True, ")
+    code = code.replace("nn.Dropout(0.1), ", "")
     lines = []
     for ranks in (1, 2):
         started("forked", ranks, tmp_path / str(ranks), code=code).ok()
         text = (tmp_path / str(ranks) / "runs/sine/metrics-steps.jsonl").read_text()
         lines.append([json.loads(line) for line in text.splitlines()])
+        profile = tmp_path / str(ranks) / "runs/sine/profile"
+        assert len(list(profile.glob("rank-*.json.gz"))) == ranks
+        assert json.loads((profile / "table.json").read_text())["steps"] == [10, 20]
     assert [line["step"] for line in lines[0]] == [4, 8, 12, 16, 20, 24]
     for one, two in zip(*lines, strict=True):
         assert two == pytest.approx(one, rel=1e-5)

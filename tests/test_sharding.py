@@ -217,6 +217,40 @@ def test_four_ranks_hold_a_quarter_each(trained):
     assert max(sizes) <= 0.35 * sum(sizes)
 
 
+# Each rank prints how many MB its process needed more, at most, while the model was built and spread.
+BUILT = """
+import re, torch, allranks
+from pathlib import Path
+from torch import nn
+
+def mb(key):
+    return int(re.search(rf"{key}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(1024, 1024) for _ in range(32))
+
+run = allranks.open("built", device="cpu", threads=1, report=False, sharding={"kind": "fsdp"})
+run.wrap(lambda: nn.Linear(8, 8))  # what is imported for it needs memory, too
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+before = mb("VmRSS")
+model = run.wrap(Net)
+print("peak", mb("VmHWM") - before)
+run.finish()
+"""
+
+
+@pytest.mark.long
+def test_no_rank_ever_holds_the_whole_model_while_it_is_built(tmp_path):
+    """128 MB of weights on 4 ranks: 32 MB of slices, and a block of 4 MB or two."""
+    done = execute_forked(["-c", BUILT], 4, tmp_path).ok()
+    peaks = [float(line.split()[1]) for line in done.out.splitlines() if line.startswith("peak")]
+    assert len(peaks) == 4
+    assert max(peaks) < 64, peaks
+    assert min(peaks) > 30, peaks  # it has been measured
+
+
 # --- what does not fit ---------------------------------------------------------------------------------
 
 

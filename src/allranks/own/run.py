@@ -161,7 +161,12 @@ class Run:
         self._saver = self._exits.enter_context(saver)
         self._resumed = self._saver.resume(config.resume)
         self._records = Records(
-            runtime, config.trainer, config.tracker, profile=False, save_s=save_s, recorder=OwnSteps
+            runtime,
+            config.trainer,
+            config.tracker,
+            profile=config.profile,
+            save_s=save_s,
+            recorder=OwnSteps,
         )
         assert isinstance(self._records.recorder, OwnSteps)
         self._steps = self._records.recorder
@@ -325,7 +330,7 @@ class Run:
             with self._stopping():
                 for epoch in loop.epochs(count):
                     reseed(mixed(self._config.seed, epoch), self._runtime.device)
-                    self._settled = self._kept.signature()
+                    self._settled = self._signature()
                     try:
                         yield epoch
                     except GeneratorExit:
@@ -336,7 +341,7 @@ class Run:
                     self._in_hand = None
                     loop.log(self._kept.means.take())
                     self._kept.source = None
-            self._settled = self._kept.signature()
+            self._settled = self._signature()
         finally:
             self._in_epochs = False
 
@@ -402,7 +407,8 @@ class Run:
                     pulse.count_step()
                     backwards = self._backwards
                     try:
-                        yield share.batch
+                        with self._records.profiled():
+                            yield share.batch
                     except GeneratorExit:
                         self._has_left = True
                         raise
@@ -418,7 +424,7 @@ class Run:
         # What the program draws now, as for an evaluation, does not depend on the rank, nor on whether the
         # run has gone on just here.
         reseed(mixed(self._config.seed, position.epoch, _AFTER_STEPS), self.device)
-        self._settled = self._kept.signature()
+        self._settled = self._signature()
 
     def _check_in_hand(self, share: Dealt) -> None:
         """Raises UserError where the step had a batch of another source in hand at its end."""
@@ -597,9 +603,16 @@ class Run:
             self._batches += 1
             self._control.check_evaluation(self._batches, can_stop=self._is_as_settled)
 
+    def _signature(self) -> object:
+        """Another one for each state of what the program keeps; None where that cannot be saved."""
+        try:
+            return self._kept.signature()
+        except UserError:  # is told by the next save
+            return None
+
     def _is_as_settled(self) -> bool:
         """Whether on all ranks the state is still what it was after the last step; all ranks call."""
-        is_same = self._kept.signature() == self._settled
+        is_same = self._settled is not None and self._signature() == self._settled
         [ranks] = self._runtime.add_up([float(is_same)])
         # It stays changed: nobody need look again in this evaluation.
         self._can_stop = ranks == self.world_size
@@ -718,7 +731,7 @@ class Run:
         self._startup_s = process_age_s() - self._began_s
         self._control = Control(runtime, self._saver, self._signals, self._config.checkpoint, epochs)
         self._loop = Loop(runtime, position, self._control, self._report, self._records, self._models)
-        self._settled = self._kept.signature()
+        self._settled = self._signature()
         return self._loop
 
     @contextmanager

@@ -30,13 +30,13 @@ ROWS = 30  # operations in the table
 PARTS = ("forward", "backward", "optimizer")
 
 
-def recorded_steps(left: int) -> range:
+def recorded_steps(left: int | None) -> range:
     """Which steps of a start are recorded, counted from 1; the run has `left` steps left.
 
-    A short run is recorded from its second step on: the first step takes longer than the others, because
-    memory is allocated in it.
+    None: nobody knows how many are left, as in a loop of the user's own. A short run is recorded from its
+    second step on: the first step takes longer than the others, because memory is allocated in it.
     """
-    if left >= LAST:
+    if left is None or left >= LAST:
         return range(FIRST, LAST + 1)
     return range(min(2, left), left + 1)
 
@@ -44,7 +44,7 @@ def recorded_steps(left: int) -> range:
 class Profile:
     """One rank's profile of some steps of this start."""
 
-    def __init__(self, runtime: Runtime, directory: Path, left: int, save_s: float) -> None:
+    def __init__(self, runtime: Runtime, directory: Path, left: int | None, save_s: float) -> None:
         self._runtime = runtime
         self._folder = directory / "profile"
         self._steps = recorded_steps(left)

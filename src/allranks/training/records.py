@@ -116,14 +116,14 @@ class Records:
     ) -> None:
         """Opens the records in the run directory `path`, and starts the trackers.
 
-        `position` says where the run begins or goes on. `length` is the length of the whole run. `config`
-        has every value of the configuration, by dotted key. `check` raises UserError where another run has
-        taken the directory. `is_new`: this start made the directory, so no earlier start has left anything
-        in it.
+        `position` says where the run begins or goes on. `length` is the length of the whole run, with no
+        steps where their number is not known. `config` has every value of the configuration, by dotted key.
+        `check` raises UserError where another run has taken the directory. `is_new`: this start made the
+        directory, so no earlier start has left anything in it.
         """
         directory = Path(path)
-        left = length.steps - position.step
-        if self._wants_profile and left:
+        left = length.steps - position.step if length.steps else None
+        if self._wants_profile and left != 0:
             from allranks.training.profiling import Profile
 
             self._profile = Profile(self._runtime, directory, left, self._save_s)
@@ -151,17 +151,23 @@ class Records:
     @contextmanager
     def of_step(self, training: Training) -> Iterator[Sums | None]:
         """The block takes one step. Yields the Sums to add its figures to; None if it is not recorded."""
-        if self._profile is not None:
-            self._profile.begin_step()
         try:
-            assert isinstance(self.recorder, StepRecorder)
-            yield self.recorder.begin(training)
+            with self.profiled():
+                assert isinstance(self.recorder, StepRecorder)
+                yield self.recorder.begin(training)
         except UserError as error:
             if error.said_by is not None or self._runtime.world_size == 1:
                 # All ranks raise this error here, for example after a loss that is not finite. So all of
                 # them can still write the figures of the steps before it, which help to explain it.
                 self.collect()
             raise
+
+    @contextmanager
+    def profiled(self) -> Iterator[None]:
+        """The block takes one step, which may be one of those that are profiled."""
+        if self._profile is not None:
+            self._profile.begin_step()
+        yield
         if self._profile is not None:
             self._profile.end_step()
 
