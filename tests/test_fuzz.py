@@ -36,7 +36,7 @@ from allranks.config import Config
 from allranks.data import mnist
 from allranks.job.hosts import expand, find_allocation
 from allranks.job.identity import discover, launcher_rank, repeated, started_by_mpi
-from allranks.run import checkpoint, claim
+from allranks.run import checkpoint, claim, shards
 from allranks.run.checkpoint import Damaged
 from test_environment import CRAY_PMI, JSRUN, MPICH, MVAPICH2, OPENMPI, PALS, SRUN, TORCHRUN
 
@@ -259,6 +259,46 @@ def test_mutated_safetensors_headers(mutants):
     counted = tally(mutants, accepts, Damaged)
     assert counted["accepted"] > 0.05 * mutants
     assert counted["refused"] > 0.5 * mutants
+
+
+SHARDED = {
+    "format": 1,
+    "ranks": 2,
+    "tensors": {
+        "model": {"w": {"dtype": "F32", "shape": [3, 2], "rows": 2}},
+        "optimizer": {"step": {"dtype": "I64", "shape": [], "rows": None}},
+    },
+}
+SHARDS = {
+    "model-00000-of-00002.safetensors": shards.header([("w", "F32", (2, 2))]) + bytes(range(16)),
+    "model-00001-of-00002.safetensors": shards.header([("w", "F32", (1, 2))]) + bytes(range(16, 24)),
+    "optimizer-00000-of-00002.safetensors": shards.header([("step", "I64", ())]) + bytes(8),
+    "optimizer-00001-of-00002.safetensors": shards.header([]),
+    "state.json": b"{}",
+}
+
+
+def test_mutated_indexes_of_checkpoints_in_shards(mutants):
+    """None takes long, however many ranks it speaks of."""
+    whole = shards.assembled({**SHARDS, shards.INDEX: json.dumps(SHARDED).encode()})
+    assert safetensors.torch.load(whole["model.safetensors"])["w"].shape == (3, 2)
+
+    def accepts(rng: random.Random) -> bool:
+        index = json.dumps(edited(SHARDED, rng)).encode()
+        index = index if rng.random() < 0.7 else mutated(json.dumps(SHARDED).encode(), rng)
+        made = shards.assembled({**SHARDS, shards.INDEX: index})
+        tensors = {name: safetensors.torch.load(made[f"{name}.safetensors"]) for name in shards.PARTS}
+        return list(tensors["model"]) == ["w"]
+
+    counted = tally(mutants, accepts, Damaged)
+    assert counted["refused"] > 0.5 * mutants
+    impossible = [{**SHARDED, "ranks": 10**12}, {**SHARDED, "tensors": {"model": {}}}]
+    for rows in (-1, 0, 1):
+        spread = {"w": {"dtype": "F32", "shape": [3, 2], "rows": rows}}
+        impossible.append({**SHARDED, "tensors": {"model": spread, "optimizer": {}}})
+    for values in impossible:
+        with pytest.raises(Damaged, match=r"shards\.json: it is not as it was written"):
+            shards.Index.from_bytes(json.dumps(values).encode())
 
 
 def test_checkpoints_that_say_anything_are_shown(memory, capsys, long):

@@ -404,6 +404,26 @@ def test_work_is_dealt_out_and_goes_on_with_what_is_left(tmp_path):
     assert len(pies[0]) == 1
 
 
+def test_no_number_is_cast_without_a_word(tmp_path):
+    """Neither the weights of a checkpoint into another type, nor a complex figure into a real one."""
+    code = """
+import os, signal, sys, numpy, torch, allranks
+run = allranks.open("cast", device="cpu", threads=1, report=False)
+model = run.wrap(torch.nn.Linear(2, 1).to(getattr(torch, sys.argv[1])))
+run.keep(model=model)
+for epoch in run.epochs(2):
+    run.log({"figure": getattr(numpy, sys.argv[2])(1)})
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+    assert execute_forked(["-c", code, "float32", "float32"], 1, tmp_path).code == 85
+    other = execute_forked(["-c", code, "float64", "float32"], 1, tmp_path)
+    assert other.code == 2
+    assert "bias is of float32 in the checkpoint, of float64 here; weight is of float32" in other.err
+    figure = execute_forked(["-c", code, "float32", "complex64"], 1, tmp_path)
+    assert figure.code == 2
+    assert "run.log() got a complex64 as figure: give a number" in figure.err
+
+
 SQUARES = """
 import os, sys, allranks
 run = allranks.open("work", device="cpu", threads=1, report=False)

@@ -248,6 +248,21 @@ def test_a_server_that_is_not_reached_is_told_from_one_that_refuses(commands, co
         (PBS if command == "qsub" else SLURM).submit("job.sh")
 
 
+def test_two_commands_of_slurm_say_in_other_words_that_the_server_is_not_reached(commands):
+    """As Slurm 22.05 has said it while its controller was down."""
+    commands(
+        scontrol=("Unexpected message received for job 6", 1),
+        squeue=(
+            "squeue: error: 'one' can't be reached now, or it is an invalid entry for --cluster.  Use "
+            "'sacctmgr list clusters' to see available clusters.", 1,
+        ),
+    )  # fmt: skip
+    with pytest.raises(ServerUnreached, match="the scheduler is down"):
+        SLURM.requeue("6")
+    with pytest.raises(ServerUnreached, match="the scheduler is down"):
+        SLURM.states(["6;one"])
+
+
 # --- answers of Slurm ----------------------------------------------------------------------------
 
 # As Slurm 22.05 writes them; test_submit.py asks a real one where there is one.

@@ -69,7 +69,7 @@ def test_what_may_have_queued_a_job_is_not_asked_again(clock):
     with pytest.raises(NoAnswer):
         successor._patiently(queueing, "run")
     assert queueing.asked == 1
-    assert successor._patiently(asking, "run", changes=False) == "7.pbs"
+    assert successor._patiently(asking, "run", is_repeatable=True) == "7.pbs"
     assert asking.asked == 2
 
 

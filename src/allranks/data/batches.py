@@ -397,7 +397,7 @@ def _sample_of(batch: Any) -> bytes:
         if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu" and leaf.layout == torch.strided:
             first = leaf.detach().reshape(-1)[:_SAMPLED_NUMBERS].contiguous()
             return repr(leaf.shape).encode() + first.view(torch.uint8).numpy().tobytes()
-        if isinstance(leaf, np.ndarray):
+        if isinstance(leaf, np.ndarray) and not leaf.dtype.hasobject:  # else these are addresses in memory
             return repr(leaf.shape).encode() + leaf.reshape(-1)[:_SAMPLED_NUMBERS].tobytes()
         if isinstance(leaf, str):
             return leaf.encode()

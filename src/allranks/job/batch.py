@@ -22,18 +22,22 @@ COMMAND_LIMIT_S = (
 )
 JOB_LOG = "job.log"  # in the run directory: what a job says, as it says it
 
+# The words of a client that has not reached its server, which so has done nothing. The last two are those of
+# `scontrol requeue`, and of squeue that was asked about a cluster by name.
+_UNREACHED = re.compile(
+    "cannot connect|unable to contact|connection refused|communication failure"
+    "|unexpected message received|can't be reached now",
+    re.IGNORECASE,
+)
+
 # A pattern in a scheduler's complaint, and what helps against it. The first that fits is shown.
 _REMEDIES = (
-    (r"connect|contact|timed out|socket|communication failure", "the scheduler is down: try again later"),
+    (_UNREACHED.pattern + "|connect|contact|timed out|socket", "the scheduler is down: try again later"),
     (r"account|project|allocation", "give one that you belong to with --account"),
     (r"queue|partition|qos", "give another --queue"),
     (r"exceed|violat|limit|max|not available|node count", "ask for less with --nodes or --walltime"),
     (r"resource", "machine.submit.chunk=, .options= and machine.filesystems= change what is asked for"),
 )
-
-
-# The words of a client that has not reached its server, which so has done nothing.
-_UNREACHED = re.compile(r"cannot connect|unable to contact|connection refused|communication failure", re.I)
 
 
 class NoAnswer(UserError):

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from allranks.base.errors import UserError
@@ -98,6 +99,8 @@ def is_scalar(value: Any) -> bool:
     """Whether this is one number: a Python or NumPy number, or a tensor of one."""
     if isinstance(value, torch.Tensor):
         return value.numel() == 1 and not value.is_complex()
+    if isinstance(value, np.generic) and np.iscomplexobj(value):  # float() would drop a part of it
+        return False
     return isinstance(value, int | float) or hasattr(value, "__float__")
 
 

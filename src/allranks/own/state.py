@@ -305,10 +305,13 @@ class KeptObjects:
                 "for the run.",
                 said_by=0,
             )
-        with states.of_this_format(self._path):
-            tensors = self._tensors_of(name, kept)
-            parts = self._saved.pop(name)
-            saved = {part: states.put_together(parts[part], tensors) for part in ("state", "buffers")}
+        try:
+            with states.of_this_format(self._path):
+                tensors = self._tensors_of(name, kept)
+                parts = self._saved.pop(name)
+                saved = {part: states.put_together(parts[part], tensors) for part in ("state", "buffers")}
+        except OSError as error:  # of a model that is spread, each rank reads its slices now
+            raise UserError(f"{self._path} cannot be read ({error.strerror}).") from error
         self._put_back(name, kept, saved)
 
     def _put_back(self, name: str, kept: Any, saved: Mapping[str, Any]) -> None:
@@ -398,6 +401,10 @@ def _shape(value: Any) -> str:
     return str(list(value.shape)) if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
 
 
+def _dtype(value: Any) -> str:
+    return str(value.dtype).removeprefix("torch.") if isinstance(value, torch.Tensor) else ""
+
+
 def _check_keys(here: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     """Raises ValueError where a model's tensors differ from those of its checkpoint, key by key."""
     problems = []
@@ -408,6 +415,9 @@ def _check_keys(here: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
             problems.append(f"{key} is in the checkpoint only")
         elif (theirs := _shape(saved[key])) != (ours := _shape(here[key])):
             problems.append(f"{key} is {theirs} in the checkpoint, {ours} here")
+        elif (theirs := _dtype(saved[key])) != (ours := _dtype(here[key])):
+            # load_state_dict() would cast it without a word.
+            problems.append(f"{key} is of {theirs} in the checkpoint, of {ours} here")
     if problems:
         more = len(problems) - _MOST_KEYS_SHOWN
         shown = "; ".join(problems[:_MOST_KEYS_SHOWN])

@@ -29,6 +29,7 @@ INDEX = "shards.json"
 MODEL = "model"
 OPTIMIZER = "optimizer"
 PARTS = (MODEL, OPTIMIZER)  # each has one file for each rank
+MOST_RANKS = 100_000  # for as many the files' names have room, and no machine has more devices
 _LENGTH_BYTES = 8  # of the number at the beginning of a safetensors file
 _BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4,
@@ -86,9 +87,23 @@ class Index:
                 }
                 for part in PARTS
             }
-            return cls(int(values["ranks"]), tensors)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            index = cls(int(values["ranks"]), tensors)
+            index._check()
+            return index
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise Damaged(f"{INDEX}: it is not as it was written ({error})") from error
+
+    def _check(self) -> None:
+        """Raises ValueError where the numbers cannot be those of a checkpoint: they may say anything."""
+        if not 0 < self.ranks <= MOST_RANKS:
+            raise ValueError(f"it is of {self.ranks} ranks")
+        for of_part in self.tensors.values():
+            for name, each in of_part.items():
+                is_possible = each.dtype in _BYTES and all(size >= 0 for size in each.shape)
+                if each.rows is not None:
+                    is_possible &= bool(each.shape) and each.rows * self.ranks >= each.shape[0]
+                if not is_possible:
+                    raise ValueError(f"{ascii(name)[:80]} has an impossible type, shape or number of rows")
 
     def parts_of(self, part: str, name: str) -> list[Rows]:
         """Where the rows of a tensor are, in their order."""

@@ -54,7 +54,7 @@ def go_on(directory: str) -> int:
     if is_finished(directory):
         _cancel_rest_of_chain(kind, later)
         return 0
-    waiting = _patiently(partial(kind.states, later), directory, changes=False)
+    waiting = _patiently(partial(kind.states, later), directory, is_repeatable=True)
     if waiting:
         print(f"{directory} is not finished: job {next(iter(waiting))} goes on", flush=True)
         return EXIT_REQUEUE
@@ -102,13 +102,13 @@ def _cancel_rest_of_chain(kind: Scheduler, later: list[str]) -> None:
         show(error)
 
 
-def _patiently(ask: Callable[[], Answer], directory: str, changes: bool = True) -> Answer:
+def _patiently(ask: Callable[[], Answer], directory: str, is_repeatable: bool = False) -> Answer:
     """What `ask` answers; it is asked again as long as the server is not reached and this job has time.
 
-    Where it `changes` nothing, it is also asked again after no answer. Else that may have queued a job.
+    Where it `is_repeatable`, it is also asked again after no answer. Else that may have queued a job.
     Raises ServerUnreached at the end of that time, and says how the user can go on.
     """
-    passing = (ServerUnreached,) if changes else (ServerUnreached, NoAnswer)
+    passing = (ServerUnreached, NoAnswer) if is_repeatable else (ServerUnreached,)
     deadline = os.environ.get("ALLRANKS_DEADLINE", "")
     left_s = int(deadline) + END_S - LAST_S - time.time() if deadline.isdecimal() else MOST_PATIENCE_S
     give_up_at = time.monotonic() + min(left_s, MOST_PATIENCE_S)
@@ -161,7 +161,8 @@ def _queue_successor(kind: Scheduler, directory: str, me: ThisJob) -> None:
     if kind.owner_may_requeue:
         # Said before it is done, because the scheduler ends this process with the job.
         print(f"{directory} goes on from step {step}: job {me.id} is queued again", flush=True)
-        _patiently(partial(kind.requeue, me.id), directory)
+        # It may be asked for again after no answer, too: there is only this one job to be queued again.
+        _patiently(partial(kind.requeue, me.id), directory, is_repeatable=True)
         return
     # The training of this job has ended, so that a successor that waits for nothing does no harm.
     after = me.id if kind.can_be_waited_for(me.id) else None

@@ -256,7 +256,10 @@ class Saver:
 
         def read_small() -> None:
             assert self.claim is not None
-            small.update(checkpoint.read_some(path, [STATE, INDEX]))
+            try:
+                small.update(checkpoint.read_some(path, [STATE, INDEX]))
+            except OSError as error:  # it could be read a moment ago
+                raise UserError(f"{path} cannot be read ({error.strerror}).") from error
             self.claim.check()  # reading takes time, and meanwhile another run may have taken the directory
 
         runtime.meeting.from_rank_0(read_small)

@@ -156,7 +156,7 @@ class Source:
         if name not in self.names(part):
             raise KeyError(f"the checkpoint has no {name}")
         if self._index is None:
-            return tuple(self._file(f"{part}.safetensors").get_slice(name).get_shape())
+            return tuple(self._slice(f"{part}.safetensors", name).get_shape())
         return self._index.tensors[part][name].shape
 
     def rows(self, part: str, name: str, start: int, end: int) -> torch.Tensor:
@@ -166,18 +166,22 @@ class Source:
         for place in self._places(part, name, shape):
             low, high = max(start, place.start), min(end, place.end)
             if low < high:
-                kept = self._file(place.file).get_slice(name)
+                kept = self._slice(place.file, name)
                 pieces.append(kept[low - place.start : high - place.start])
         if not pieces:
-            place = self._places(part, name, shape)[0]
-            return self._file(place.file).get_slice(name)[0:1][:0]
+            places = self._places(part, name, shape)
+            if not places:  # of a tensor without rows, which so stands in no file
+                assert self._index is not None
+                spelled = self._index.tensors[part][name].dtype
+                return torch.empty(shape, dtype=next(key for key in DTYPES if DTYPES[key] == spelled))
+            return self._slice(places[0].file, name)[0:1][:0]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def whole(self, part: str, name: str) -> torch.Tensor:
         """The whole tensor, on the CPU."""
         shape = self.shape(part, name)
         if not shape:
-            found: torch.Tensor = self._file(self._places(part, name, shape)[0].file).get_tensor(name)
+            found: torch.Tensor = self._slice(self._places(part, name, shape)[0].file, name)[...]
             return found
         return self.rows(part, name, 0, shape[0])
 
@@ -191,6 +195,15 @@ class Source:
         if self._index is None:
             return [Rows(f"{part}.safetensors", 0, shape[0] if shape else 1)]
         return self._index.parts_of(part, name)
+
+    def _slice(self, file: str, name: str) -> Any:
+        """The tensor in the file, of which rows can be read; raises KeyError where it has none of it."""
+        from safetensors import SafetensorError
+
+        try:
+            return self._file(file).get_slice(name)
+        except SafetensorError as error:
+            raise KeyError(f"{file}: {error}") from error
 
     def _file(self, name: str) -> Any:
         from safetensors import SafetensorError, safe_open
