@@ -120,8 +120,10 @@ def test_slurms_number_of_gpus_is_a_number():
 def test_a_heterogeneous_job_is_refused_with_its_groups():
     environ = {"SLURM_HET_SIZE": "2", "SLURM_JOB_NODELIST_HET_GROUP_0": "n[1-3]",
                "SLURM_JOB_NODELIST_HET_GROUP_1": "gpu1"}  # fmt: skip
+    # As salloc sets it: the job as a whole has no list of its nodes.
+    job = {name: value for name, value in SLURM.items() if name != "SLURM_JOB_NODELIST"}
     with pytest.raises(UserError) as refused:
-        find_allocation({**SLURM, **environ})
+        find_allocation({**job, **environ})
     for word in ("SLURM_HET_SIZE=2", "HET_GROUP_0=n[1-3]", "HET_GROUP_1=gpu1", "--hosts FILE"):
         assert word in str(refused.value)
 

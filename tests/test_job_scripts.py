@@ -162,7 +162,7 @@ if sys.argv[3:4] == ["submit"]:  # what comes after the job
     sys.exit({code})
 note = dict(argv=sys.argv[1:], env=dict(os.environ), cwd=os.getcwd(), time=time.time())
 got = []
-for number in (signal.SIGTERM, signal.SIGUSR1):
+for number in (signal.SIGTERM, signal.SIGUSR1) if os.environ.get("WAIT") != "without handlers" else ():
     signal.signal(number, lambda n, frame: got.append(n))
 with open({note!r} + ".new", "w") as file:
     json.dump(note, file)
@@ -375,6 +375,16 @@ def test_term_for_every_process_lets_the_program_end_in_its_own_way(job):
     assert (made.run / "job.log").read_text().endswith("signals 15\n")
     assert not made.next  # whoever ends the job wants no other
     assert (made.run / "exit_code").read_text() == "85\n"
+
+
+def test_a_program_that_the_signal_ends_at_once_leaves_the_signals_code(job):
+    """The same signal interrupts the `wait` of bash, which then does not know that code any more."""
+    made = job("polaris")
+    process = made.start(WAIT="without handlers")
+    made.wait_for_note()
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=TIMEOUT_S) == 143
+    assert (made.run / "exit_code").read_text() == "143\n"
 
 
 def test_a_job_that_is_killed_after_a_signal_leaves_that_signal(job):

@@ -22,7 +22,7 @@ COMMAND_LIMIT_S = (
 )
 JOB_LOG = "job.log"  # in the run directory: what a job says, as it says it
 
-# The words of a client that has not reached its server, which so has done nothing. The last two are those of
+# The words of a client that has not reached its server, which so has done nothing. The last two are of
 # `scontrol requeue`, and of squeue that was asked about a cluster by name.
 _UNREACHED = re.compile(
     "cannot connect|unable to contact|connection refused|communication failure"

@@ -54,6 +54,8 @@ def find_allocation(environ: Mapping[str, str], hosts_file: str | Path | None = 
         return from_hostfile(Path(hosts_file).expanduser())
     if environ.get("PBS_NODEFILE"):
         return _from_pbs(environ)
+    if _job_id(environ):
+        _refuse_heterogeneous(environ)  # it has lists of nodes for its groups only
     if environ.get("SLURM_JOB_NODELIST") and _job_id(environ):
         return _from_slurm(environ)
     return Allocation("local", None, (Host(socket.gethostname(), _local_slots(environ)),), False)
@@ -181,8 +183,7 @@ def _merged(lines: Sequence[tuple[int, str, int | None]], named: str) -> tuple[H
 
 
 def _from_slurm(environ: Mapping[str, str]) -> Allocation:
-    """Slurm's job. Raises UserError where its variables contradict each other, or name groups of nodes."""
-    _refuse_heterogeneous(environ)
+    """Slurm's job. Raises UserError where its variables contradict each other."""
     names = expand(environ["SLURM_JOB_NODELIST"])
     text = environ.get("SLURM_TASKS_PER_NODE", "")
     tasks = repeated(text, "SLURM_TASKS_PER_NODE") if text else [1] * len(names)
