@@ -27,7 +27,7 @@ from allranks import config as configs
 from allranks.base.errors import EXIT_REQUEUE, UserError
 from allranks.base.processes import process_age_s
 from allranks.base.signals import FROM_TERMINAL, Signals
-from allranks.config import Config
+from allranks.config import CheckpointConfig, Config
 from allranks.job.identity import RankIdentity
 from allranks.run import directory as rundir
 from allranks.run.best import rule_of as best_rule
@@ -177,7 +177,6 @@ def run(
     # engine and saver are used only in _train_in(). They are imported here because imports are quicker in
     # this block.
     with _importing_torch(config.trainer.compile):
-        from allranks import components
         from allranks.data import loader
         from allranks.runtime.bringup import open_runtime
         from allranks.training import building, engine, saver, story, trial  # noqa: F401
@@ -185,7 +184,6 @@ def run(
         from allranks.training.report import Reporter, Told
 
     began_s = process_age_s() if number else 0.0  # the first run's time includes the import of torch
-    runtime = open_runtime(identity, settings, run=number)
     told = Told(
         predicts=config.task["_target_"] == configs.CLASSIFICATION,
         title=story.title(
@@ -195,11 +193,22 @@ def run(
         console=config.console,
         best=best_rule(config.checkpoint.best),
     )  # fmt: skip
+    runtime = open_runtime(identity, settings, run=number)
     with ending.of_run(runtime, Reporter(runtime, told)) as report:
         # If a rank ended at once with this error, the other ranks, which may still be connecting to the
         # process group, would fail with an error of their own. So the ranks agree on it, as on every error.
         with runtime.all_or_none():
             batch_size = building.global_batch_size(config.trainer, runtime.world_size)
+        recipe = building.Recipe(
+            task=config.task,
+            model=config.model,
+            optimizer=config.optimizer,
+            scheduler=config.scheduler,
+            trainer=config.trainer,
+            seed=config.seed,
+            batch_size=batch_size,
+            sharding=config.sharding,
+        )
         path, standing = runtime.meeting.from_rank_0(
             lambda: rundir.find(
                 _directory_in_sweep(number, sweep) or config.run.dir, config.name, decisive, config.resume
@@ -213,41 +222,26 @@ def run(
         report.started()
 
         with runtime.all_or_none():  # a name that does not exist is told before the data are read
-            components.locate_targets(
-                {
-                    "task": config.task,
-                    "model": config.model,
-                    "optimizer": config.optimizer,
-                    "scheduler": config.scheduler,
-                }
-            )
+            recipe.check_names()
         # A tracker that is not installed is told before the data are read, too.
         records = Records(
-            runtime, config.trainer, config.tracker, profile=config.profile, save_s=config.watchdog.save_s
-        )
+            runtime, recipe.trainer, config.tracker, configs.leaves(config),
+            profile=config.profile,
+            save_s=config.watchdog.save_s,
+        )  # fmt: skip
         data = loader.open_data(
-            config.data, runtime, config.seed, building.dtype_of(config.trainer.precision), reading,
+            config.data, runtime, config.seed, recipe.dtype, reading,
             limit_train=config.trainer.limit_train,
             limit_eval=config.trainer.limit_eval,
             repeated_batch=batch_size if config.trainer.overfit_batch else None,
-            is_labelled=building.needs_labels(config.task),
+            is_labelled=recipe.is_classification,
         )  # fmt: skip
         report.data(data)
-        recipe = building.Recipe(
-            task=config.task,
-            model=config.model,
-            optimizer=config.optimizer,
-            scheduler=config.scheduler,
-            trainer=config.trainer,
-            seed=config.seed,
-            batch_size=batch_size,
-            sharding=config.sharding,
-        )
         with runtime.all_or_none():
             training = building.build_training(recipe, runtime, examples=len(data.train))
         tried = trial.try_first_batch(training, data, recipe, runtime, told.best)
         records.measured_by(training, tried.flops_per_example)
-        building.distribute(training, runtime, config.trainer, tried.unused)
+        building.distribute(training, runtime, recipe.trainer, tried.unused)
 
         if standing == rundir.Standing.NEW:
             is_given = sweep is not None or config.run.dir is not None
@@ -257,20 +251,28 @@ def run(
             if sweep is not None:
                 runtime.meeting.from_rank_0(lambda: _list_cells(path, sweep.cells))
 
-        ready = _Ready(training, data, recipe, runtime, report, records, began_s)
+        saving = _Saving(config.checkpoint, config.watchdog.save_s, config.resume, decisive)
+        ready = _Ready(
+            training, data, recipe, runtime, report, records, saving,
+            wants_page=config.report,
+            is_of_sweep=sweep is not None,
+            began_s=began_s,
+        )  # fmt: skip
         is_new = standing == rundir.Standing.NEW
-        end = _train_in(path, is_new, ready, config, decisive, signals or Signals(of_process=False))
-        if end.finished and (sweep is not None or not end.reports):
-            # The pages of a sweep are made after its last run. No tracker is kept open for so long: it is
-            # opened once more for the pictures.
-            records.close()
-        if end.reports:
-            return end._replace(records=records)
-        return end
+        return _train_in(path, is_new, ready, signals or Signals(of_process=False))
+
+
+class _Saving(NamedTuple):
+    """When the run is saved, and from which checkpoint it goes on."""
+
+    checkpoint: CheckpointConfig
+    save_s: float  # how long one save may take
+    resume: str  # `auto`, `never` or a path
+    decisive: Mapping[str, Any]  # the values of the configuration that a checkpoint must agree on
 
 
 class _Ready(NamedTuple):
-    """A run that can begin to train: what is trained, and who takes part."""
+    """A run that can begin to train: what is trained, who takes part, and what is kept of it."""
 
     training: Training
     data: Data
@@ -278,31 +280,32 @@ class _Ready(NamedTuple):
     runtime: Runtime
     report: Reporter
     records: Records
+    saving: _Saving
+    wants_page: bool  # whether the run's page is made at its end
+    is_of_sweep: bool  # whether it is one of the several runs of a command
     began_s: float  # the age of this process when the run began
 
 
-def _train_in(
-    path: str, is_new: bool, ready: _Ready, config: Config, decisive: Mapping[str, Any], signals: Signals
-) -> End:
+def _train_in(path: str, is_new: bool, ready: _Ready, signals: Signals) -> End:
     """Trains in the run directory `path` to the end of the run, or until it is stopped.
 
-    `is_new`: the directory was made just now. `decisive`: the values that a checkpoint must agree on.
+    `is_new`: the directory was made just now.
     """
     from allranks.training import building, engine, story
     from allranks.training.loop import Loop
-    from allranks.training.records import of_run
+    from allranks.training.records import last_of
     from allranks.training.saver import Saver
     from allranks.training.state import KeptTraining
 
     training, data, recipe = ready.training, ready.data, ready.recipe
     runtime, report, records = ready.runtime, ready.report, ready.records
+    saving, checkpoint = ready.saving, ready.saving.checkpoint
     length = building.length_of(recipe, len(data.train))
-    kept = KeptTraining(training, decisive, runtime)
+    kept = KeptTraining(training, saving.decisive, runtime)
     with Saver(
-        runtime, path, kept,
-        keep=config.checkpoint.keep, save_s=config.watchdog.save_s, best=report.told.best,
-    ) as saver:  # fmt: skip
-        resumed = saver.resume(config.resume)
+        runtime, path, kept, keep=checkpoint.keep, save_s=saving.save_s, best=report.told.best
+    ) as saver:
+        resumed = saver.resume(saving.resume)
         # From here on these signals are only counted, and the run saves before it ends. Until here there
         # was nothing to save, so they ended the process at once, also where it waited for other ranks, for
         # files or for a download.
@@ -313,10 +316,10 @@ def _train_in(
             "batch": story.batches(recipe.batch_size, length.steps_per_epoch),
         }
         report.opened(path, position, facts, length, resumed, saver.check, recipe.batch_size)
-        records.open(path, position, length, configs.leaves(config), saver.check, is_new)
+        records.open(path, position, length, saver.check, is_new)
         startup_s = process_age_s() - ready.began_s
 
-        control = Control(runtime, saver, signals, config.checkpoint, length.epochs)
+        control = Control(runtime, saver, signals, checkpoint, length.epochs)
         loop = Loop(runtime, position, control, report, records, models=[training.model])
         try:
             test = engine.fit_and_test(training, data, recipe, loop)
@@ -329,10 +332,15 @@ def _train_in(
         summary = _summary(training, data, recipe, runtime.world_size, test)
         summary["time/total_s"] = process_age_s() - ready.began_s
         summary["time/startup_s"] = startup_s
-        summary.update(of_run(position.history))
+        summary.update(last_of(position.history))
         report.finished(summary)
         records.finished(summary)
-    return End(True, path, reports=config.report and runtime.is_main, left_s=control.left_s)
+    reports = ready.wants_page and runtime.is_main
+    if ready.is_of_sweep or not reports:
+        # The pages of a sweep are made after its last run. No tracker is kept open for so long: it is
+        # opened once more for the pictures.
+        records.close()
+    return End(True, path, reports, control.left_s, records if reports else None)
 
 
 class _Sweep(NamedTuple):

@@ -164,6 +164,7 @@ class Run:
             runtime,
             config.trainer,
             config.tracker,
+            configs.leaves(config),
             profile=config.profile,
             save_s=save_s,
             recorder=OwnSteps,
@@ -725,9 +726,7 @@ class Run:
         length = RunLength(epochs or 1, 0, 0)
         position = self._kept.position
         self._report.opened(self._path, position, facts, length, self._resumed, self._saver.check)
-        self._records.open(
-            self._path, position, length, configs.leaves(self._config), self._saver.check, self._is_new
-        )
+        self._records.open(self._path, position, length, self._saver.check, self._is_new)
         self._startup_s = process_age_s() - self._began_s
         self._control = Control(runtime, self._saver, self._signals, self._config.checkpoint, epochs)
         self._loop = Loop(runtime, position, self._control, self._report, self._records, self._models)

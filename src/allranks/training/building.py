@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from allranks.base.errors import UserError
-from allranks.components import build, locate
+from allranks.components import build, locate, locate_targets
 from allranks.config import ShardingConfig, TrainerConfig
 from allranks.data.dealing import steps_per_epoch
 from allranks.runtime import sharding
@@ -38,6 +38,28 @@ class Recipe:
     seed: int
     batch_size: int  # examples of one optimizer step, over all ranks together
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
+
+    def check_names(self) -> None:
+        """Raises UserError where a component's name does not exist."""
+        locate_targets(
+            {
+                "task": self.task,
+                "model": self.model,
+                "optimizer": self.optimizer,
+                "scheduler": self.scheduler,
+            }
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of weights and images."""
+        return dtype_of(self.trainer.precision)
+
+    @property
+    def is_classification(self) -> bool:
+        """Whether the task is a classification: of images with labels."""
+        target = locate("task", self.task["_target_"])
+        return isinstance(target, type) and issubclass(target, Classification)
 
 
 def global_batch_size(trainer: TrainerConfig, world_size: int) -> int:
@@ -118,17 +140,11 @@ def distribute(training: Training, runtime: Runtime, trainer: TrainerConfig, unu
         training.trained = runtime.wrap(training.trained, has_unused)
 
 
-def needs_labels(section: Mapping[str, Any]) -> bool:
-    """Whether the task of this section of the configuration is a classification: of images with labels."""
-    target = locate("task", section["_target_"])
-    return isinstance(target, type) and issubclass(target, Classification)
-
-
 def build_task(recipe: Recipe, device: torch.device) -> Any:
     """The task that the recipe describes; raises UserError where it cannot be built."""
     smoothing = recipe.trainer.label_smoothing
     task_is = f"task._target_={recipe.task['_target_']}"
-    if needs_labels(recipe.task):
+    if recipe.is_classification:
         task = build("task", recipe.task, label_smoothing=smoothing)
     elif smoothing:
         raise UserError(
@@ -153,7 +169,7 @@ def build_model(recipe: Recipe, device: torch.device) -> nn.Module:
     torch.manual_seed(recipe.seed)
     model: nn.Module = build("model", recipe.model)
     _check_model(model, f"model._target_={recipe.model['_target_']}", recipe.trainer.reproducible)
-    _move(model, device, dtype_of(recipe.trainer.precision))
+    _move(model, device, recipe.dtype)
     if gains_by_channels_last(model, device):
         model.to(memory_format=torch.channels_last)
     return model
@@ -167,7 +183,7 @@ def _spread_model(recipe: Recipe, runtime: Runtime) -> nn.Module:
         lambda: build("model", recipe.model),
         recipe.sharding,
         name,
-        dtype=dtype_of(recipe.trainer.precision),
+        dtype=recipe.dtype,
         check=lambda model: _check_model(model, name, recipe.trainer.reproducible),
     )
 

@@ -65,19 +65,22 @@ class Records:
         runtime: Runtime,
         trainer: TrainerConfig,
         tracker: Mapping[str, Any],
+        values: Mapping[str, Any],
         profile: bool,
         save_s: float,
         recorder: Callable[[Sequence[int], Runtime], Recorder] = StepRecorder,
     ) -> None:
         """Makes the trackers on rank 0. All ranks call; all raise UserError where a tracker cannot be made.
 
-        `tracker` is the configuration's section of that name. `profile`: whether some steps are profiled.
-        `save_s`: how many seconds the writing of a profile may take. `recorder` makes what records single
-        steps, of the numbers of steps after which one is recorded.
+        `tracker` is the configuration's section of that name, and `values` has every value of the
+        configuration, by dotted key. `profile`: whether some steps are profiled. `save_s`: how many seconds
+        the writing of a profile may take. `recorder` makes what records single steps, of the numbers of
+        steps after which one is recorded.
         """
         self._flops_per_example: float | None = None  # of a forward and a backward pass
         self._peak_flops_per_s: float | None = None  # of one device; None where it is not known
         self._precision = trainer.precision
+        self._values = values
         self._wants_profile = profile
         self._save_s = save_s
         self._runtime = runtime
@@ -110,16 +113,14 @@ class Records:
         path: str,
         position: TrainingPosition,
         length: RunLength,
-        config: Mapping[str, Any],
         check: Callable[[], None],
         is_new: bool,
     ) -> None:
         """Opens the records in the run directory `path`, and starts the trackers.
 
         `position` says where the run begins or goes on. `length` is the length of the whole run, with no
-        steps where their number is not known. `config` has every value of the configuration, by dotted key.
-        `check` raises UserError where another run has taken the directory. `is_new`: this start made the
-        directory, so no earlier start has left anything in it.
+        steps where their number is not known. `check` raises UserError where another run has taken the
+        directory. `is_new`: this start made the directory, so no earlier start has left anything in it.
         """
         directory = Path(path)
         left = length.steps - position.step if length.steps else None
@@ -138,8 +139,8 @@ class Records:
 
                 facts = TrackedRun(
                     directory=directory,
-                    name=str(config["name"]),
-                    config=config,
+                    name=str(self._values["name"]),
+                    config=self._values,
                     environment=json.loads((directory / "environment.json").read_text()),
                     resumed=Position(position.step, position.epoch),
                 )
@@ -244,7 +245,7 @@ class Records:
         self._trackers.wake(written, history)
 
 
-def of_run(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def last_of(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The memory and the FLOP/s for summary.json: the values of the last epoch in `history`."""
     if not history:
         return {}
