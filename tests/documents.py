@@ -15,13 +15,14 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from markdown_it import MarkdownIt
 
-from helpers import PYTHON, ROOT
+from helpers import PYTHON, ROOT, ForkedPython
 
 LANGUAGES = {"bash", "console", "python", "yaml", "sh", "text"}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -148,8 +149,13 @@ ASSUMED = {
 }
 
 
-def prepare(folder: Path, page: str) -> dict[str, str]:
-    """Makes the folder in which a page's commands are run; returns the environment that they need.
+# Their `python` is a real one. That of the others is forked from one that has imported torch.
+REAL = ("docs/run-directory.md", "docs/start.md", "docs/launch.md")
+
+
+@contextmanager
+def prepared(folder: Path, page: str) -> Iterator[dict[str, str]]:
+    """Makes the folder in which a page's commands are run; gives the environment that they need.
 
     They run as typed. But allranks is a copy whose shipped data sets are small, and the home directory is
     in the folder. A run's report takes longer than so small a run does. So it is left out, unless the page
@@ -171,8 +177,13 @@ def prepare(folder: Path, page: str) -> dict[str, str]:
     (here / "runs" / "sweep").mkdir(parents=True)  # as `allranks submit` makes them, which is not run
     for name, text in ASSUMED.items():
         (here / name).write_text(text)
-    path = f"{Path(PYTHON).parent}:/usr/local/bin:/usr/bin:/bin"
-    return {"PYTHONPATH": str(source), "HOME": str(home), "PATH": path}
+    environment = {"PYTHONPATH": str(source), "HOME": str(home)}
+    system = "/usr/local/bin:/usr/bin:/bin"
+    if page in REAL:
+        yield {**environment, "PATH": f"{Path(PYTHON).parent}:{system}"}
+        return
+    with ForkedPython(str(source)) as forked:
+        yield {**environment, "PATH": f"{forked.bin}:{system}"}
 
 
 def write_file(block: Block, folder: Path) -> None:

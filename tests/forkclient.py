@@ -70,7 +70,7 @@ def main() -> None:
             if number not in ignored:
                 signal.signal(number, lambda number, _: server.sendall(bytes([number])))
         answer = server.recv(16)
-    code = int(answer.split()[0]) if answer else 1
+    code = int(answer) if answer else 1
     if code < 0:
         if -code != signal.SIGKILL:
             signal.signal(-code, signal.SIG_DFL)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import fcntl
 import gc
 import importlib
@@ -135,15 +136,7 @@ def be_python(words: Sequence[str], environment: Mapping[str, str], cwd: str) ->
         stream.flush()
     if isinstance(code, str):
         print(code, file=sys.stderr, flush=True)
-    _end_mpi()
     return code if isinstance(code, int) else int(code is not None)
-
-
-def _end_mpi() -> None:
-    """Ends MPI as mpi4py does when Python ends: a launcher takes a rank without that for a failed one."""
-    mpi = sys.modules.get("mpi4py.MPI")
-    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
-        mpi.Finalize()
 
 
 def serve(request: Request) -> Answer:
@@ -254,13 +247,10 @@ def keep(connection: socket.socket) -> None:
     if pid == 0:
         code = 1
         try:
-            connection = socket.socket(fileno=fcntl.fcntl(connection.detach(), fcntl.F_DUPFD_CLOEXEC, AWAY))
+            connection.close()
             code = take_place(asked, files)
+            _end_mpi(code)
         finally:
-            # Told at once: MPICH takes a rank that ends some milliseconds before the others for one that
-            # has failed, and to clear the memory away takes longer than that.
-            with contextlib.suppress(OSError):
-                connection.sendall(f"{code & 0xFF}\n".encode())
             os._exit(code)
     for file in files:
         os.close(file)
@@ -271,9 +261,27 @@ def keep(connection: socket.socket) -> None:
         if not signals:
             os._exit(0)
     _, status = os.waitpid(pid, 0)
-    with contextlib.suppress(OSError):  # to nobody, after a process that has told it by itself
-        connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+    connection.sendall(str(os.waitstatus_to_exitcode(status)).encode())
     os._exit(0)
+
+
+# What C's exit() calls after the handlers of all that the program has loaded, and in place of those of
+# torch: to take torch down takes a forked process a second.
+AT_EXIT = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p)(lambda code, _: os._exit(code))
+
+
+def _end_mpi(code: int) -> None:
+    """Ends a process that has used MPI as Python would: by MPI_Finalize, and C's exit().
+
+    MPICH tells its launcher in a handler of exit() that all is well. It takes a rank without that for one
+    that has failed, and kills the others.
+    """
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is None or not mpi.Is_initialized():
+        return
+    if not mpi.Is_finalized():
+        mpi.Finalize()
+    ctypes.PyDLL(None).exit(code)
 
 
 def take_place(asked: dict[str, Any], files: list[int]) -> int:
@@ -289,6 +297,7 @@ def take_place(asked: dict[str, Any], files: list[int]) -> int:
     for file, number in zip(away, asked["files"], strict=True):
         os.dup2(file, number)
         os.close(file)
+    ctypes.PyDLL(None).on_exit(AT_EXIT, None)
     sys.executable = asked["python"]
     for stream in (sys.stdout, sys.stderr):
         at_once = asked["unbuffered"] or "PYTHONUNBUFFERED" in asked["environment"]

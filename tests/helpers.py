@@ -24,6 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
@@ -224,7 +225,7 @@ def execute_forked(
 
 
 class ForkedPython:
-    """A folder of programs whose `python` and `allranks` need not import torch (tests/forkclient.py).
+    """A folder of programs whose `python`, `allranks` and `torchrun` import no torch (tests/forkclient.py).
 
     `python` does what this Python does, in a process forked by a server of its own. The folder's other
     programs are those beside this Python. `path` is an environment's PYTHONPATH, for the server.
@@ -239,7 +240,12 @@ class ForkedPython:
         client = shlex.join(
             [PYTHON, "-IS", str(ROOT / "tests/forkclient.py"), str(socket_path), str(self.python)]
         )
-        own = {"python": "", "python3": "", "allranks": " -m allranks"}
+        own = {
+            "python": "",
+            "python3": "",
+            "allranks": " -m allranks",
+            "torchrun": " -m torch.distributed.run",
+        }
         for name, words in own.items():
             program = self.bin / name
             program.write_text(f'#!/bin/sh\nexec {client}{words} "$@"\n')
@@ -253,8 +259,14 @@ class ForkedPython:
         )  # fmt: skip
         until(socket_path.exists)
 
+    def __enter__(self) -> ForkedPython:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
-        """Ends the server, which is not for processes that still run."""
+        """Ends the server, but not the processes that it has forked."""
         self._server.communicate()  # its stdin is closed, and it is waited for
         self._folder.cleanup()
 
@@ -415,6 +427,13 @@ def allowed_s(within_s: float) -> float:
     ]
     slowest = max(float(process.communicate()[0]) for process in spinning) / 0.2
     return within_s * max(1.0, slowest, os.getloadavg()[0] / cores)
+
+
+def rank_of(rank: int, ranks: int) -> SimpleNamespace:
+    """What loaders ask of a Runtime, and the dealing of batches: this rank of so many, on the CPU."""
+    import torch  # which most tests here do without
+
+    return SimpleNamespace(shares=range(rank, rank + 1), share_count=ranks, device=torch.device("cpu"))
 
 
 def recipe_of(config: Config) -> Recipe:

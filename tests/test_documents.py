@@ -29,10 +29,10 @@ from documents import (
     all_commands,
     blocks,
     commands,
-    prepare,
+    prepared,
     write_file,
 )
-from helpers import PYTHON, ROOT, SMALL, execute, execute_forked, only_long
+from helpers import ROOT, SMALL, execute, execute_forked, only_long
 
 
 class Unrun(NamedTuple):
@@ -192,17 +192,17 @@ QUICK = ("docs/run-directory.md",)
 )
 def test_the_commands_and_the_python_of_a_page_run_as_typed(page, tmp_path):
     """In the order of the page, in one folder, as a reader would type them."""
-    environment = prepare(tmp_path, page)
     here = tmp_path / "here"
-    for block in blocks(page):
-        if block.file is not None:
-            write_file(block, tmp_path)
-        elif block.language == "python":
-            execute([PYTHON, "-c", block.text], here, environment).ok()
-        elif block.language in ("bash", "console"):
-            for command in commands(block):
-                if unrun(command) is None:
-                    check(command, here, environment)
+    with prepared(tmp_path, page) as environment:
+        for block in blocks(page):
+            if block.file is not None:
+                write_file(block, tmp_path)
+            elif block.language == "python":
+                execute(["env", "python", "-c", block.text], here, environment).ok()
+            elif block.language in ("bash", "console"):
+                for command in commands(block):
+                    if unrun(command) is None:
+                        check(command, here, environment)
 
 
 def check(command: Command, here: Path, environment: dict[str, str]) -> None:
