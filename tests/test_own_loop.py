@@ -210,6 +210,11 @@ WRONG = {
         'run.backward(F.mse_loss(model(inputs), targets, reduction="none"))',
         r"run.backward\(\) takes a scalar loss, not float32 \[\d+, 1\]",
     ),
+    "no scalar on rank 1": (
+        "run.backward(loss)",
+        "run.backward(loss.expand(2) if run.rank == 1 else loss)",
+        r"run.backward\(\) takes a scalar loss, not float32 \[2\]",
+    ),
     "keep": ("run.keep(", "run.keep(number=3, ", r"run.keep\(number=...\) got an int, which has no state_"),
     "twice": (
         "    model.eval()",
@@ -229,7 +234,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(
-    "what", [case if case in ("no scalar", "batch size") else only_long(case) for case in WRONG]
+    "what", [case if case in ("no scalar on rank 1", "batch size") else only_long(case) for case in WRONG]
 )
 def test_what_is_wrong_is_said_once_on_two_ranks(what, tmp_path):
     before, after, message = WRONG[what]

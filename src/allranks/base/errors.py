@@ -14,13 +14,17 @@ EXIT_TIMED_OUT = 124  # not done within its limit, as of timeout(1)
 EXIT_CANNOT_START = 127  # the program is not there, as of a shell
 
 
+ANYONE = -1  # in place of a rank that shows an error
+
+
 class UserError(Exception):
     """An error that the user can put right: the message says what is wrong, which value, and what to do.
 
     Names in the message may come from anywhere: control characters are shown escaped.
 
     Where several ranks are known to raise the same error, `said_by` is the one rank that shows it to the
-    user. None means that this rank may be the only one that has the error.
+    user. None means that this rank may be the only one that has the error. ANYONE means that all ranks may
+    raise it or only some, as where a user's program does something wrong: the first of them shows it.
     """
 
     code = EXIT_USER_ERROR

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
-from allranks.base.errors import UserError
+from allranks.base.errors import ANYONE, UserError
 from allranks.data.nests import described, is_dataclass, leaves, on_device, parts_of
 from allranks.data.randomness import mixed, reseed
 from allranks.data.workers import Workers
@@ -92,13 +92,13 @@ class Batches:
                     raise UserError(
                         f"{option}={value} was given for a {what}, which makes its batches itself: give it "
                         "to the DataLoader, or hand over a map-style Dataset.",
-                        said_by=0,
+                        said_by=ANYONE,
                     )
             if not hasattr(source, "__iter__"):
                 raise UserError(
                     f"A {what} cannot be dealt out to the ranks: give a map-style Dataset, a DataLoader, "
                     "or an iterable of batches.",
-                    said_by=0,
+                    said_by=ANYONE,
                 )
             return source
         batch_size = self._given["batch_size"]
@@ -106,7 +106,7 @@ class Batches:
             raise UserError(
                 f"A {type(source).__name__} is dealt out in batches: give batch_size, the examples of one "
                 "step over all ranks.",
-                said_by=0,
+                said_by=ANYONE,
             )
         shuffle = self._given["shuffle"]
         return DataLoader(
@@ -135,7 +135,7 @@ class Batches:
                 raise UserError(
                     "The DataLoader has a DistributedSampler, which deals the examples out already: leave "
                     "it out (shuffle=True in its place), and give the batch size over all ranks.",
-                    said_by=0,
+                    said_by=ANYONE,
                 )
 
     def _check_batch_size(self) -> None:
@@ -145,7 +145,7 @@ class Batches:
             raise UserError(
                 f"batch_size={batch_size} is smaller than the {ranks} ranks: it counts the examples of all "
                 f"ranks together. Give at least {ranks}, or start at most {batch_size} ranks.",
-                said_by=0,
+                said_by=ANYONE,
             )
 
     @property
@@ -365,7 +365,7 @@ def length_of(batch: Any) -> int:
         raise UserError(
             f"How many examples a batch has cannot be told from {described(batch)}: allranks takes the "
             "length of its first tensor. Put its tensors into a tuple, a list or a dict.",
-            said_by=0,
+            said_by=ANYONE,
         )
     return length
 
@@ -431,7 +431,7 @@ def taken(batch: Any, rows: slice, length: int) -> Any:
         f"A part of the batch, {described(batch)}, does not have one row for each of the {length} "
         "examples, so the batch cannot be cut into shares: give a map-style Dataset, whose examples are "
         "dealt out before they become a batch.",
-        said_by=0,
+        said_by=ANYONE,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from allranks.base.errors import UserError
+from allranks.base.errors import ANYONE, UserError
 from allranks.base.text import some
 from allranks.data.batches import Dealt
 from allranks.data.nests import described
@@ -43,13 +43,13 @@ class Measuring:
         if not isinstance(figures, Mapping):
             raise UserError(
                 f"{self._what} got {described(figures)}: give a dict of figures by name for each batch.",
-                said_by=0,
+                said_by=ANYONE,
             )
         if share is None:
             raise UserError(
                 f"{self._what} takes its values one by one, while it goes through run.batches(): give it "
                 "`value(batch) for batch in run.batches(...)` without brackets, not a list of values.",
-                said_by=0,
+                said_by=ANYONE,
             )
         for name, value in figures.items():
             if not is_scalar(value):
@@ -57,7 +57,7 @@ class Measuring:
                 raise UserError(
                     f"{self._what} got {described(value)}{of_name}: give a number or a scalar tensor for "
                     "each batch.",
-                    said_by=0,
+                    said_by=ANYONE,
                 )
             if name not in self._sums:
                 self._sums[name] = self._no_sum()

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from allranks import config as configs
-from allranks.base.errors import EXIT_REQUEUE, UserError
+from allranks.base.errors import ANYONE, EXIT_REQUEUE, UserError
 from allranks.base.processes import process_age_s
 from allranks.base.signals import FROM_TERMINAL, Signals
 from allranks.config import Config
@@ -209,7 +209,9 @@ class Run:
     def summary(self) -> Mapping[str, Any]:
         """What summary.json holds of a run that has finished, such as the figures logged at its end."""
         if self._summary is None:
-            raise UserError("run.summary is there once the run has finished: call run.finish().", said_by=0)
+            raise UserError(
+                "run.summary is there once the run has finished: call run.finish().", said_by=ANYONE
+            )
         return self._summary
 
     @property
@@ -254,7 +256,7 @@ class Run:
             raise UserError(
                 f"run.wrap() takes a torch.nn.Module, not {described(made)}: other objects need no "
                 "wrapping.",
-                said_by=0,
+                said_by=ANYONE,
             )
         made.to(self._runtime.device)
         wrapped = self._runtime.wrap(made, unused_parameters, _UNUSED)
@@ -270,14 +272,14 @@ class Run:
         """
         self._check_open("run.keep()")
         if self._loop is not None:
-            raise UserError("run.keep() comes before run.epochs() and run.steps().", said_by=0)
+            raise UserError("run.keep() comes before run.epochs() and run.steps().", said_by=ANYONE)
         for name, given in objects.items():
             for method in ("state_dict", "load_state_dict"):
                 if not callable(getattr(given, method, None)):
                     raise UserError(
                         f"run.keep({name}=...) got {described(given)}, which has no {method}(): give a "
                         "model, an optimizer, or an object with state_dict() and load_state_dict().",
-                        said_by=0,
+                        said_by=ANYONE,
                     )
             with self._runtime.all_or_none():
                 self._kept.keep(name, inner(given) if isinstance(given, nn.Module) else given)
@@ -321,7 +323,7 @@ class Run:
         the program ends here with exit code 85.
         """
         if self._in_epochs:
-            raise UserError("run.epochs() is called within run.epochs(): a run has one.", said_by=0)
+            raise UserError("run.epochs() is called within run.epochs(): a run has one.", said_by=ANYONE)
         loop = self._begin(count)
         self._close_left_epoch(loop)
         if self._kept.is_over:  # left by `break` in an earlier start, which did not come to its end
@@ -382,7 +384,7 @@ class Run:
                 f"run.steps() is called twice in epoch {self.epoch}: an epoch has one loop over its steps, "
                 "so that a run can go on in the middle of it. Use run.batches() for evaluations, and one "
                 "loop over itertools.chain(first, second) for batches of two kinds.",
-                said_by=0,
+                said_by=ANYONE,
             )
         self._epoch_of_steps = self.epoch
         dealt = self.batches(batches).dealt
@@ -435,7 +437,7 @@ class Run:
                 "through the rest: its loss would be weighed as one of that batch, and a run that goes on "
                 "would begin with the first batch again. Make one Dataset of both, as "
                 "torch.utils.data.StackDataset does.",
-                said_by=0,
+                said_by=ANYONE,
             )
 
     def _check_source(self, dealt: Batches) -> None:
@@ -447,7 +449,7 @@ class Run:
             raise UserError(
                 f"{self._resumed} stands in the middle of an epoch of other batches: {differing}. Give the "
                 "same batches, or another name for the run.",
-                said_by=0,
+                said_by=ANYONE,
             )
         self._kept.source = here
 
@@ -463,13 +465,13 @@ class Run:
             raise UserError(
                 f"run.backward() takes a scalar loss, not {described(loss)}: take the mean over the "
                 "examples.",
-                said_by=0,
+                said_by=ANYONE,
             )
         if not loss.requires_grad:
             raise UserError(
                 "run.backward() got a loss without a gradient: it does not depend on any parameter, or was "
                 "computed under torch.no_grad().",
-                said_by=0,
+                said_by=ANYONE,
             )
         weight = share_weight(share.counted, share.total, loss.detach())
         if self._stops_at_nonfinite:
@@ -537,7 +539,7 @@ class Run:
             if not is_scalar(value):
                 raise UserError(
                     f"run.log() got {described(value)} as {name}: give a number or a scalar tensor.",
-                    said_by=0,
+                    said_by=ANYONE,
                 )
             if self._is_stepping and self._in_hand is not None:
                 self._kept.means.add(name, value, self._in_hand.counted)
@@ -765,7 +767,7 @@ class Run:
             raise UserError(
                 f"{what} belongs into a loop over run.steps() or run.batches(): it needs to know how many "
                 "examples this rank has in hand.",
-                said_by=0,
+                said_by=ANYONE,
             )
         return self._in_hand
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from allranks import config as configs
-from allranks.base.errors import UserError
+from allranks.base.errors import ANYONE, UserError
 from allranks.base.text import one_line, some
 from allranks.run import checkpoint
 from allranks.run.shards import INDEX, MODEL, OPTIMIZER, assembled
@@ -231,8 +231,12 @@ class KeptObjects:
             files["loader.safetensors"] = loader
         return Captured(files, state)
 
-    def capture_shards(self, gathered: dict[str, list[list[float]]]) -> CapturedShards:
+    def capture_shards(
+        self, gathered: dict[str, list[list[float]]], before: CapturedShards | None
+    ) -> CapturedShards:
         """A copy of what this rank holds of the state of all objects; raises UserError.
+
+        It takes over the memory of `before`, an earlier copy.
 
         The tensors of models go to one file of each rank, and all others to another. Each is named by its
         object, a slash, and its name there.
@@ -243,7 +247,7 @@ class KeptObjects:
             name = file.removesuffix(".safetensors")
             part = parts[_part_of(self.objects.get(name))]
             part.update({f"{name}/{key}": tensor for key, tensor in tensors.items()})
-        return shards.captured(parts, seen.state, self.runtime.rank, self.runtime.world_size)
+        return shards.captured(parts, seen.state, self.runtime.rank, self.runtime.world_size, before)
 
     # --- and back ------------------------------------------------------------------------------------
 
@@ -290,9 +294,11 @@ class KeptObjects:
     def keep(self, name: str, kept: Any) -> None:
         """Adds an object, and puts back its state where there is a checkpoint. Raises UserError."""
         if name in self.objects:
-            raise UserError(f"run.keep({name}=...) was called before: give each object once.", said_by=0)
+            raise UserError(
+                f"run.keep({name}=...) was called before: give each object once.", said_by=ANYONE
+            )
         if name == "loader" or f"{name}.safetensors" == STATE or name.startswith("_"):
-            raise UserError(f"run.keep({name}=...): this name is taken, give another one.", said_by=0)
+            raise UserError(f"run.keep({name}=...): this name is taken, give another one.", said_by=ANYONE)
         self.objects[name] = kept
         if isinstance(kept, nn.Module):
             self._first_buffers[name] = states.first_buffers(kept)
@@ -303,7 +309,7 @@ class KeptObjects:
                 f"{self._path} holds {some(list(self._saved)) or 'nothing'}, and no {name}: the program "
                 "keeps other objects than when it was made. Take the program of that time, or another name "
                 "for the run.",
-                said_by=0,
+                said_by=ANYONE,
             )
         try:
             with states.of_this_format(self._path):
@@ -329,7 +335,7 @@ class KeptObjects:
             raise UserError(
                 f"The {name} in {self._path} does not fit this program's {name}: {one_line(said)}. Take "
                 "the program that made it, or another name for the run.",
-                said_by=0,
+                said_by=ANYONE,
             ) from error
 
     def loader_state(self) -> Any:
@@ -344,7 +350,7 @@ class KeptObjects:
             raise UserError(
                 f"{self._path} holds {some(list(self._saved))}, which this program does not keep: give it "
                 "to run.keep() before the loop begins, or take another name for the run.",
-                said_by=0,
+                said_by=ANYONE,
             )
 
 

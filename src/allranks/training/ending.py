@@ -24,6 +24,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, NoReturn
 
-from allranks.base.errors import UserError, end_unread, show
+from allranks.base.errors import ANYONE, UserError, end_unread, show
 from allranks.job.identity import LeftOver, RankIdentity, discover, launcher_rank, started_by_mpi
 from allranks.runtime import mpi
 
@@ -61,7 +62,7 @@ class Ending:
 def ending_of(raised: BaseException, rank: int, others: Others) -> Ending:
     """What the process of this rank does after `raised` has ended its run."""
     if isinstance(raised, UserError):
-        all_have_it = raised.said_by is not None
+        all_have_it = raised.said_by not in (None, ANYONE)
         speaks = raised.said_by == rank or not all_have_it
         return Ending(
             raised.code,
@@ -128,6 +129,11 @@ def of_run(runtime: Runtime, report: Reporter) -> Iterator[Reporter]:
         yield report
     except BaseException as raised:
         ending = ending_of(raised, runtime.rank, others)
+        if others is Others.MET and isinstance(raised, UserError) and raised.said_by == ANYONE:
+            _wait_where_another_rank_speaks(runtime, ending.exit_code)
+            _say(ending)
+            report.close()
+            _end_all_ranks(runtime, ending.exit_code)
         if ending.ends_others:
             if isinstance(raised, RuntimeError):
                 # Perhaps a collective has failed because another rank has died. Word of that death explains
@@ -149,6 +155,15 @@ def _say(ending: Ending) -> None:
         print(ending.message.rstrip("\n"), file=sys.stderr, flush=True)
     elif ending.message:
         show(ending.message)
+
+
+def _wait_where_another_rank_speaks(runtime: Runtime, exit_code: int) -> None:
+    """Where another rank was the first one with an error of the program: waits to be ended by it."""
+    from allranks.runtime.runtime import ENDED_BY_ANOTHER_S
+
+    if not runtime.meeting.is_first("error of the program"):
+        runtime.watchdog.ends_with(exit_code)
+        time.sleep(ENDED_BY_ANOTHER_S)
 
 
 def _end_all_ranks(runtime: Runtime, exit_code: int) -> NoReturn:

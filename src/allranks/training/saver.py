@@ -61,8 +61,11 @@ class Kept(Protocol):
 class KeptShards(Kept, Protocol):
     """What the checkpoints of a run hold whose model is spread over the ranks."""
 
-    def capture_shards(self, gathered: Any) -> CapturedShards:
-        """A copy of what this rank holds; `gathered` is what gather() returned here. Raises UserError."""
+    def capture_shards(self, gathered: Any, before: CapturedShards | None) -> CapturedShards:
+        """A copy of what this rank holds; `gathered` is what gather() returned here. Raises UserError.
+
+        The copy takes over the memory of `before`, an earlier one that is written.
+        """
 
 
 class _Checkpoint(NamedTuple):
@@ -101,6 +104,7 @@ class Saver:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None  # the save under way
         self._saves = 0  # of a model that is spread over the ranks
+        self._captured: CapturedShards | None = None  # the copy of the last save, of a sharded model
 
     def __enter__(self) -> Saver:
         return self
@@ -358,7 +362,9 @@ class Saver:
             return
         self.saved_step = step
         self._saves += 1
-        captured = kept.capture_shards(gathered)
+        # The copy before this one is written: both kinds of rank have waited for it above.
+        captured = kept.capture_shards(gathered, self._captured)
+        self._captured = captured
         self._pending = self._writer.submit(self._write_shards, step, Path(hidden), self._saves, captured)
 
     def wait(self) -> None:

@@ -138,6 +138,10 @@ class Watchdog:
         while self._state is State.ENDING:
             time.sleep(NEWS_S)  # the thread ends this process
 
+    def ends_with(self, code: int) -> None:
+        """This rank has an error that another rank tells the user: when that one ends all, it ends so."""
+        self._exit_code = code
+
     def fail(self, code: int) -> None:
         """This rank ends with an error that it has told the user: the others end too, without a word."""
         self._exit_code = code
