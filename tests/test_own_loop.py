@@ -547,6 +547,17 @@ def spread(kind: str, ranks: int, folder: Path, disturb: str = "") -> tuple[list
     return [json.loads(line)["train/loss"] for line in metrics], summary["model/sha256"]
 
 
+def test_a_weight_in_two_blocks_of_a_model_is_told_once(tmp_path):
+    tied = "self.layers = nn.ModuleList(layers)\n"
+    code = SPREAD.replace(
+        tied, f"{tied}        self.layers[1].linear1.weight = self.layers[0].linear1.weight\n"
+    )
+    assert code != SPREAD
+    done = execute_forked(["-c", code], 2, tmp_path, {"KIND": "fsdp"})
+    assert done.code == 2
+    assert (done.out + done.err).count("are one weight, but stand in two blocks") == 1
+
+
 @pytest.mark.parametrize("ranks", [2, only_long(3)])
 def test_a_model_may_be_spread_over_the_ranks(ranks, tmp_path):
     pytest.importorskip("torch.distributed.fsdp", reason="this torch has no FSDP2")

@@ -248,7 +248,12 @@ class Run:
         self._check_open("run.wrap()")
         if self._kept.is_sharded:
             make = (lambda: model) if isinstance(model, nn.Module) else model
-            spread = self._runtime.shard(make, self._config.sharding, "the model of run.wrap()")
+            try:
+                spread = self._runtime.shard(make, self._config.sharding, "the model of run.wrap()")
+            except UserError as error:
+                if error.said_by is None:  # all ranks have the same model, and so the same error
+                    error.said_by = ANYONE
+                raise
             self._models.append(spread)
             return spread
         made = model if isinstance(model, nn.Module) else model()

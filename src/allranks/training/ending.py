@@ -130,10 +130,10 @@ def of_run(runtime: Runtime, report: Reporter) -> Iterator[Reporter]:
     except BaseException as raised:
         ending = ending_of(raised, runtime.rank, others)
         if others is Others.MET and isinstance(raised, UserError) and raised.said_by == ANYONE:
-            _wait_where_another_rank_speaks(runtime, ending.exit_code)
+            _wait_where_another_rank_speaks(runtime)
             _say(ending)
             report.close()
-            _end_all_ranks(runtime, ending.exit_code)
+            _end_all_ranks(runtime, ending.exit_code, for_all=True)
         if ending.ends_others:
             if isinstance(raised, RuntimeError):
                 # Perhaps a collective has failed because another rank has died. Word of that death explains
@@ -157,19 +157,18 @@ def _say(ending: Ending) -> None:
         show(ending.message)
 
 
-def _wait_where_another_rank_speaks(runtime: Runtime, exit_code: int) -> None:
+def _wait_where_another_rank_speaks(runtime: Runtime) -> None:
     """Where another rank was the first one with an error of the program: waits to be ended by it."""
     from allranks.runtime.runtime import ENDED_BY_ANOTHER_S
 
     if not runtime.meeting.is_first("error of the program"):
-        runtime.watchdog.ends_with(exit_code)
         time.sleep(ENDED_BY_ANOTHER_S)
 
 
-def _end_all_ranks(runtime: Runtime, exit_code: int) -> NoReturn:
-    """Ends this rank at once, and all others with it."""
+def _end_all_ranks(runtime: Runtime, exit_code: int, for_all: bool = False) -> NoReturn:
+    """Ends this rank at once, and all others with it; `for_all`: they have the same exit code."""
     sys.stdout.flush()
     sys.stderr.flush()
-    runtime.watchdog.fail(exit_code)
+    runtime.watchdog.fail(exit_code, for_all)
     mpi.abort(exit_code)
     os._exit(exit_code)  # a regular exit would wait for threads, and for other ranks

@@ -7,7 +7,8 @@ and every rank ends. docs/reliability.md tells it from the user's side.
 
 Messages from rank 0: `ask` for a report, `wait` (an alarm has been heard), `look` at a process of your
 host, `end` yourself, `bye`. Messages to rank 0: `alarm` and `report`, `found` (after `look`), `failed`
-(this rank ends with an error that it has told the user), `bye` (this rank has ended well).
+(this rank ends with an error that it has told the user), `bye` (this rank has ended well). With `end` and
+`failed` goes the exit code of all ranks, where they have one.
 """
 
 from __future__ import annotations
@@ -127,6 +128,7 @@ class Watchdog:
         # Written by the main thread: at the end of a run connections end, and that means nothing.
         self._parting = False
         self._closed = False
+        self._code_of_all: int | None = None  # the exit code with which all ranks end; None: each its own
         threading.Thread(target=self._run, name="watchdog", daemon=True).start()
 
     # --- said by the main thread ----------------------------------------------------------------------
@@ -138,20 +140,20 @@ class Watchdog:
         while self._state is State.ENDING:
             time.sleep(NEWS_S)  # the thread ends this process
 
-    def ends_with(self, code: int) -> None:
-        """This rank has an error that another rank tells the user: when that one ends all, it ends so."""
-        self._exit_code = code
+    def fail(self, code: int, for_all: bool = False) -> None:
+        """This rank ends with an error that it has told the user: the others end too, without a word.
 
-    def fail(self, code: int) -> None:
-        """This rank ends with an error that it has told the user: the others end too, without a word."""
+        `for_all`: they end with the same exit code, as the error is theirs, too.
+        """
         self._exit_code = code
+        self._code_of_all = code if for_all else None
         if not self._others.ranks():
             return
         if self.rank == 0:
             self._state = State.ENDING
             self._end_others()
         elif not self._closed:
-            self._others.tell(0, failed=True)
+            self._others.tell(0, failed=True, **self._with_code())
             time.sleep(ANSWER_S)  # rank 0's word ends this process first
 
     def close(self) -> None:
@@ -348,10 +350,14 @@ class Watchdog:
         """Tells all ranks to end. Those to blame end first, so that a launcher's words are about them."""
         for rank in [first, *list(self._inquiry.findings)[: verdict.MOST_NAMED]]:
             if rank in self._others.ranks():
-                self._others.tell(rank, end=True)
+                self._others.tell(rank, end=True, **self._with_code())
                 time.sleep(APART_S)
-        self._others.tell_all(end=True)
+        self._others.tell_all(end=True, **self._with_code())
         time.sleep(APART_S)
+
+    def _with_code(self) -> dict[str, int]:
+        """What is added to a word that ends ranks, where all are to have one exit code."""
+        return {} if self._code_of_all is None else {"code": self._code_of_all}
 
     def _obey_other(self, rank: int, word: Mapping[str, Any]) -> None:
         """What another rank tells rank 0. Raises WireError where it says what no rank would say."""
@@ -359,6 +365,11 @@ class Watchdog:
             case {"bye": True}:
                 self._crew.left.add(rank)
                 self._others.forget(rank)
+            case {"failed": True, "code": int(code)}:
+                self._exit_code = code
+                self._code_of_all = code
+                self._end_others(first=rank)
+                self._end()
             case {"failed": True}:
                 self._end_others(first=rank)
                 self._end()
@@ -382,6 +393,9 @@ class Watchdog:
             case {"look": [int(rank), dict(peer), str(known)]}:
                 words = self._look(Peer.from_json(peer), Known(known))
                 self._others.tell(0, found=[rank, words])
+            case {"end": True, "code": int(code)}:
+                self._exit_code = code
+                self._end()
             case {"end": True}:
                 self._end()
             case {"bye": True}:
