@@ -249,7 +249,9 @@ class Run:
         if self._kept.is_sharded:
             make = (lambda: model) if isinstance(model, nn.Module) else model
             try:
-                spread = self._runtime.shard(make, self._config.sharding, "the model of run.wrap()")
+                spread = self._runtime.shard(
+                    make, self._config.sharding, "the model of run.wrap()", check=_check_module
+                )
             except UserError as error:
                 if error.said_by is None:  # all ranks have the same model, and so the same error
                     error.said_by = ANYONE
@@ -257,12 +259,7 @@ class Run:
             self._models.append(spread)
             return spread
         made = model if isinstance(model, nn.Module) else model()
-        if not isinstance(made, nn.Module):
-            raise UserError(
-                f"run.wrap() takes a torch.nn.Module, not {described(made)}: other objects need no "
-                "wrapping.",
-                said_by=ANYONE,
-            )
+        _check_module(made)
         made.to(self._runtime.device)
         wrapped = self._runtime.wrap(made, unused_parameters, _UNUSED)
         self._wrapped.append(wrapped)
@@ -815,6 +812,15 @@ def inner(model: nn.Module) -> nn.Module:
         bare = bare.module if isinstance(bare, nn.parallel.DistributedDataParallel) else bare._orig_mod
     assert isinstance(bare, nn.Module)
     return bare
+
+
+def _check_module(made: Any) -> None:
+    """Raises UserError for what is no model."""
+    if not isinstance(made, nn.Module):
+        raise UserError(
+            f"run.wrap() takes a torch.nn.Module, not {described(made)}: other objects need no wrapping.",
+            said_by=ANYONE,
+        )
 
 
 def _summary_in(directory: str) -> dict[str, Any]:
