@@ -294,7 +294,6 @@ def test_other_data_in_a_valid_gzip(refusal, root):
         str(file),
         "md5",
         "allranks data fetch fashion_mnist",
-        f"If it is whole and was only packed again, type `gunzip {file}`",
     )
 
 

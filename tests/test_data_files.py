@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import multiprocessing
@@ -117,6 +118,24 @@ def test_right_contents_in_another_gzip_are_right(unpacked):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"t10k-labels-idx1-ubyte\.gz is corrupted or truncated"):
         mnist.load("mnist", "test", str(unpacked))
+
+
+def test_fashion_mnist_in_another_gzip_is_known_by_its_contents(tmp_path, monkeypatch):
+    """Black images stand for its own, and their sums for the known ones."""
+    raw = tmp_path / "FashionMNIST/raw"
+    raw.mkdir(parents=True)
+    sums = {}
+    for stem in STEMS:
+        count = 60_000 if stem.startswith("train") else 10_000
+        sizes = (count, 28, 28) if "images" in stem else (count,)
+        content = idx(np.zeros(sizes, np.uint8))
+        sums[stem] = hashlib.sha256(content).hexdigest()
+        (raw / f"{stem}.gz").write_bytes(gzip.compress(content, 1))
+    with pytest.raises(UserError, match=r"t10k-images-idx3-ubyte\.gz is corrupted"):
+        mnist.load("fashion_mnist", "test", str(tmp_path))
+    known = dataclasses.replace(mnist.SOURCES["fashion_mnist"], sha256=sums)
+    monkeypatch.setitem(mnist.SOURCES, "fashion_mnist", known)
+    assert mnist.load("fashion_mnist", "test", str(tmp_path))[0].shape == (10_000, 28, 28)
 
 
 @pytest.mark.parametrize(
