@@ -1,6 +1,7 @@
-"""The hosts on which a job may run, by PBS, by Slurm, by a hostfile, or this host alone.
+"""The hosts on which a job may run, by PBS, by Slurm, by Flux, by a hostfile, or this host alone.
 
-Everything is read from environment variables and files; no other program or host is asked.
+Everything is read from environment variables and files. Only in an instance of Flux, which has neither, its
+command `flux` is asked.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import Literal
 
 from allranks.base.errors import UserError
 from allranks.base.processes import usable_cpus
-from allranks.job import scheduler
+from allranks.job import flux, scheduler
 from allranks.job.identity import repeated
 
-Scheduler = Literal["pbs", "slurm", "hostfile", "local"]
+Scheduler = Literal["pbs", "slurm", "flux", "hostfile", "local"]
 MOST_HOSTS = 1_000_000  # more are a mistake, and would fill the memory
 
 
@@ -49,9 +50,14 @@ class Allocation:
 
 
 def find_allocation(environ: Mapping[str, str], hosts_file: str | Path | None = None) -> Allocation:
-    """The hosts of this job: those of `hosts_file`, else of PBS, else of Slurm, else this host alone."""
+    """The hosts of this job: those of `hosts_file`, else of Flux, of PBS, of Slurm, else this host alone.
+
+    Flux comes first, because an instance of it may run within a job of the others.
+    """
     if hosts_file is not None:
         return from_hostfile(Path(hosts_file).expanduser())
+    if flux.is_here(environ):
+        return from_flux(flux.resources())
     if environ.get("PBS_NODEFILE"):
         return _from_pbs(environ)
     if _job_id(environ):
@@ -177,6 +183,28 @@ def _merged(lines: Sequence[tuple[int, str, int | None]], named: str) -> tuple[H
         first.setdefault(name, (number, slots))
         counts[name] = counts.get(name, 0) + (slots or 1)
     return tuple(Host(name, slots) for name, slots in counts.items())
+
+
+# --- Flux ----------------------------------------------------------------------------------------
+
+
+def from_flux(answer: str) -> Allocation:
+    """The hosts of an instance of Flux, by what it says of its resources. Raises UserError."""
+    node_lists, counts = flux.node_lists_and_counts(answer)
+    names = [name for node_list in node_lists for name in expand(node_list)]
+    if len(names) != len(counts) or not names:
+        raise UserError(f"Flux names {len(names)} hosts, but tells the cores of {len(counts)}.")
+    slots: dict[str, int] = {}  # in an instance for tests one host may stand there several times
+    for name, (cores, gpus) in zip(names, counts, strict=True):
+        slots[name] = slots.get(name, 0) + (gpus or cores)
+    return Allocation(
+        "flux",
+        None,
+        tuple(map(Host, slots, slots.values())),
+        slots_given=False,
+        cpus_per_node=min(cores for cores, _ in counts) or None,
+        source="Flux",
+    )
 
 
 # --- Slurm ---------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from allranks.base.text import did_you_mean, one_line
 from allranks.config import conf_dir
 from allranks.job import scheduler
 
-Launcher = Literal["auto", "mpiexec", "srun", "torchrun"]
+Launcher = Literal["auto", "mpiexec", "srun", "flux", "torchrun"]
 LAUNCHERS = typing.get_args(Launcher)
 
 
@@ -84,6 +84,7 @@ class Options:
 
     mpiexec: tuple[str, ...] = ()
     srun: tuple[str, ...] = ()
+    flux: tuple[str, ...] = ()  # of `flux run`
     torchrun: tuple[str, ...] = ()
     name_hosts: bool = True  # false: mpiexec must not be told the hosts, and asks the scheduler itself
 

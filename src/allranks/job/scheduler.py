@@ -177,6 +177,8 @@ def is_suspended(environ: Mapping[str, str]) -> bool:
 
 def launchers(kind: str) -> tuple[str, ...]:
     """The launchers that start ranks in an allocation of this kind, the one that fits best first."""
+    if kind == "flux":  # nothing is queued with it, so it is none of SCHEDULERS
+        return ("flux", "torchrun")
     return next((s.launchers for s in SCHEDULERS if s.name == kind), ("mpiexec", "torchrun"))
 
 

@@ -1,4 +1,4 @@
-"""The command line of each launcher: mpiexec of MPICH, of PALS and of Open MPI, srun, torchrun.
+"""The command line of each launcher: mpiexec of MPICH, PALS and Open MPI, srun, `flux run`, torchrun.
 
 A launcher is the program that starts one process for each rank, on the hosts that it is told. Three kinds
 of MPI bring a program called `mpiexec`, and each takes other options, so each kind is a launcher of its own
@@ -136,7 +136,7 @@ def command_line(kind: str, job: Job, binding: Binding, per_rank: Sequence[str])
 
 
 def choose(asked: str, machine: Machine, allocation: Allocation, installed_here: bool) -> str:
-    """The launcher to take: mpiexec, srun or torchrun.
+    """The launcher to take: mpiexec, srun, flux or torchrun.
 
     `auto` means the machine file's, else the first that is installed. Raises UserError for a launcher that
     is not known, not installed, or not of use here.
@@ -152,6 +152,10 @@ def choose(asked: str, machine: Machine, allocation: Allocation, installed_here:
     if launcher == "srun" and allocation.scheduler == "local":
         raise UserError(
             "--launcher srun needs a job of Slurm: get one with `salloc`, or `allranks submit`."
+        )
+    if launcher == "flux" and allocation.exists and allocation.scheduler != "flux":
+        raise UserError(
+            "--launcher flux needs an instance of Flux: get one with `flux alloc`, and leave --hosts out."
         )
     return launcher
 
@@ -390,6 +394,22 @@ def _srun(job: Job, binding: Binding, per_rank: Sequence[str]) -> CommandLine:
     return CommandLine((*argv, *job.machine.options.srun, *per_rank))
 
 
+def _flux(job: Job, binding: Binding, per_rank: Sequence[str]) -> CommandLine:
+    """Flux's `flux run` (`man flux-run`)."""
+    if not job.is_even:
+        raise UserError(
+            "flux run starts the same number of ranks on every node: "
+            f"give --ppn {job.fewest_on_a_host}, or another --launcher."
+        )
+    argv = ["flux", "run", "-N", str(len(job.hosts)), "-n", str(job.ranks)]
+    argv += ["-c", str(binding.cpus_each or 1)]
+    if not job.takes_all_hosts:
+        argv.append(f"--requires=hosts:{compress(host.name for host in job.hosts)}")
+    # By default Flux ends all tasks 30 s after the first has ended, and rank 0 may still draw the report.
+    argv += ["-o", "exit-timeout=none"]
+    return CommandLine((*argv, *job.machine.options.flux, *per_rank))
+
+
 def _torchrun(job: Job, binding: Binding, per_rank: Sequence[str]) -> CommandLine:
     """PyTorch's torchrun: one on each host starts the ranks there.
 
@@ -413,7 +433,10 @@ def _torchrun(job: Job, binding: Binding, per_rank: Sequence[str]) -> CommandLin
     meeting += ["--rdzv-endpoint", job.master, "--rdzv-id", job.allocation.job_id or "allranks"]
     kinds = (job.machine.scheduler, job.allocation.scheduler)
     has_srun = any("srun" in scheduler.launchers(kind) for kind in kinds)
-    outer = "srun" if has_srun else mpiexec_kind(job.machine, job.installed_here)
+    if job.allocation.scheduler == "flux":
+        outer = "flux"
+    else:
+        outer = "srun" if has_srun else mpiexec_kind(job.machine, job.installed_here)
     one_each = replace(job, hosts=tuple(Host(host.name, 1) for host in job.hosts))
     whole_node = Binding("none", job.machine.node.cpus or job.allocation.cpus_per_node)
     return command_line(outer, one_each, whole_node, (*torchrun, *meeting, *ranks))
@@ -451,6 +474,12 @@ LAUNCHERS: dict[str, Launcher] = {
         command_line=_srun,
         binding=_srun_binding,
         remedy="srun comes with Slurm",
+    ),
+    "flux": Launcher(
+        name="flux",
+        command_line=_flux,
+        binding=_srun_binding,
+        remedy="it comes with Flux",
     ),
     "torchrun": Launcher(
         name="torchrun",

@@ -36,7 +36,7 @@ class Option:
     in_sweep: bool = False  # `hydra/launcher=allranks` has it for each job of a Hydra application
 
 
-LAUNCHER = "auto|mpiexec|srun|torchrun"
+LAUNCHER = "auto|mpiexec|srun|flux|torchrun"
 
 OPTIONS = (
     Option(

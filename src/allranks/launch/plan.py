@@ -80,7 +80,7 @@ class RankPlace:
 class Plan:
     """A command line, and what it needs around it and before it."""
 
-    launcher: str  # mpiexec, srun or torchrun
+    launcher: str  # mpiexec, srun, flux or torchrun
     dialect: str  # its kind, a key of launchers.LAUNCHERS: for an mpiexec hydra, pals or openmpi
     argv: tuple[str, ...]
     variables: tuple[PlannedVariable, ...]  # to be set for the command
