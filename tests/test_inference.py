@@ -140,6 +140,16 @@ def test_the_figures_are_the_runs_own_to_the_last_digit(drawn):
         assert figures.values["accuracy"] == said[f"{name}/accuracy"]
 
 
+def test_of_a_run_that_looks_at_few_examples_the_same_ones_are_evaluated(train_here):
+    run = train_here(*WORDS, "trainer.epochs=1", "trainer.limit_eval=50", "run.dir=run")
+    trained = load.load(run.path)
+    for name, said in (("test", run.summary), ("val", run.metrics[-1])):
+        figures = forward.forward(trained, forward.open_part(trained, name)).figures
+        assert (figures.examples, figures.loss) == (50, said[f"{name}/loss"])
+    other = forward.open_part(trained, "test", trained.config.data, is_other_data=True)
+    assert len(other) == 400
+
+
 @pytest.mark.parametrize("ranks", [3])
 def test_the_figures_of_a_run_on_several_ranks_are_repeated_by_one_process(train, ranks):
     run = train(*WORDS, "run.dir=run", ranks=ranks).ok().run

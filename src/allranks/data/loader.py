@@ -124,19 +124,21 @@ def open_part(
     seed: int,
     dtype: torch.dtype,
     is_labelled: bool = True,
+    limit_eval: int | None = None,
 ) -> Part:
     """One part of the data alone: "train", "val" or "test", the same examples as open_data() gives it.
 
-    "train" are all training examples, also those that a run with trainer.limit_train leaves out. Only the
-    files of this part are read. Raises UserError as open_data() does.
+    "train" are all training examples, also those that a run with trainer.limit_train leaves out. Of "val"
+    and "test" these are at most `limit_eval`. Only the files of this part are read. Raises UserError as
+    open_data() does.
     """
     opening = Opening(section, runtime, seed, dtype, is_labelled)
     if name == "test" or section.get(name if name == "val" else ""):
-        return _all_of(name, _open_set(name, opening), opening)
+        return _all_of(name, _open_set(name, opening), opening, limit_eval)
     whole_train = _open_set("train", opening)
     if section.get("val"):
         return _all_of("train", whole_train, opening)
-    train, val = _split(whole_train, None, opening)
+    train, val = _split(whole_train, None, opening, limit_eval=limit_eval)
     return {"train": train, "val": val}[name]
 
 

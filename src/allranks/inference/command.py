@@ -344,7 +344,7 @@ def _predict_part(options: argparse.Namespace) -> int:
     trained = opened.trained
     if options.npy is None or options.csv is not None:
         forward.need_classes(trained)
-    part = forward.open_part(trained, options.data, opened.given.data)
+    part = forward.open_part(trained, options.data, opened.given.data, opened.given.is_other_data)
     if options.npy is not None:
         array = forward.outputs_in_order(trained, part).numpy()
         _write_npy(options.npy, array, options.force)
@@ -455,7 +455,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     overrides.refuse_others(overrides.split(options.words)[0])
     opened = _open(options)
     trained = opened.trained
-    part = forward.open_part(trained, "test", opened.given.data)
+    part = forward.open_part(trained, "test", opened.given.data, opened.given.is_other_data)
     figures = forward.measure(trained, part)
     measured = {**figures.named("test"), "test/count": figures.examples}
     verdict, differences = _compared_with_summary(opened, measured)
@@ -534,7 +534,7 @@ def export(arguments: Sequence[str]) -> int:
     exporting.check_place(options.to, options.force)  # before the data are read
     opened = _open(options)
     forward.need_classes(opened.trained)
-    part = forward.open_part(opened.trained, "test", opened.given.data)
+    part = forward.open_part(opened.trained, "test", opened.given.data, opened.given.is_other_data)
     agreement = exporting.export(opened.trained, part, options.to, options.force)
     size = options.to.stat().st_size
     if options.json:

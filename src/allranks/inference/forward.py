@@ -51,10 +51,17 @@ class Outputs:
         return torch.bincount(cells, minlength=classes * classes).view(classes, classes)
 
 
-def open_part(trained: Trained, name: str = "test", section: Mapping[str, Any] | None = None) -> Part:
+def open_part(
+    trained: Trained,
+    name: str = "test",
+    section: Mapping[str, Any] | None = None,
+    is_other_data: bool = False,
+) -> Part:
     """A part of the data: "test", "val" or "train".
 
-    The data are those of the run, or those of another `section` data of a configuration.
+    The data are those of the run, or those of another `section` data of a configuration. Of a run with
+    trainer.limit_eval these are the test or validation examples that it looked at, unless the section
+    `is_other_data`.
 
     Raises UserError where the data cannot be opened, or do not fit the model.
     """
@@ -75,6 +82,7 @@ def open_part(trained: Trained, name: str = "test", section: Mapping[str, Any] |
     return loader.open_part(
         name, section, trained.runtime, trained.config.seed, dtype_of(trained.precision),
         is_labelled=is_classification(trained),
+        limit_eval=None if is_other_data else trained.config.trainer.limit_eval,
     )  # fmt: skip
 
 
