@@ -444,6 +444,7 @@ def test_a_run_of_other_data_than_images_shows_no_strips(train, tmp_path):
         (tmp_path / "conf" / group).mkdir(parents=True)
         (tmp_path / "conf" / group / "rows.yaml").write_text(content)
     words = ["--config-dir", "conf", "data=rows", "model=rows", "trainer.batch_size=10", "device=cpu"]
+    words.append("task._target_=rows.Weighed")  # a classification, too
     train(*words, "trainer.epochs=1", "run.dir=run", env={"PYTHONPATH": str(tmp_path)}).ok()
     done = execute_forked([*REPORT, "run"], 1, tmp_path, env={"PYTHONPATH": str(tmp_path)}).ok()
     assert done.err == ""
@@ -459,6 +460,13 @@ def test_a_run_of_other_data_than_images_shows_no_strips(train, tmp_path):
 
 ROWS = """
 import torch
+
+from allranks.tasks import Classification
+
+
+class Weighed(Classification):
+    def loss(self, outputs, batch):
+        return 2 * super().loss(outputs, batch)
 
 
 class Rows(torch.utils.data.Dataset):

@@ -15,6 +15,7 @@ from pathlib import Path
 from allranks.base import files
 from allranks.base.arguments import with_our_errors
 from allranks.base.errors import UserError, show
+from allranks.base.imports import without_path_lookups
 from allranks.config import CLASSIFICATION
 from allranks.report import at_end, compare_command, drawing, pictures
 from allranks.report.at_end import FOLDER, PAGE
@@ -24,6 +25,7 @@ from allranks.report.examine import Examined
 from allranks.report.gather import RunFacts, gather
 from allranks.report.page import page
 
+SHIPPED_TASKS = "allranks.tasks."  # how the names of the tasks begin that allranks has itself
 PASS_NOT_ENDED = "The test set's part is missing: the pass of the model over it has not come to its end."
 
 
@@ -124,8 +126,21 @@ def _can_be_examined(facts: RunFacts) -> bool:
     """
     if not facts.config:
         return True
-    task = facts.config.get("task._target_", CLASSIFICATION)  # earlier versions had no other task
-    return "model._target_" in facts.config and task == CLASSIFICATION
+    if "model._target_" not in facts.config:
+        return False
+    task = str(facts.config.get("task._target_", CLASSIFICATION))  # earlier versions had no other task
+    if task.startswith(SHIPPED_TASKS):
+        return task == CLASSIFICATION
+    # A task of the user's own may be a subclass of Classification.
+    with without_path_lookups():  # torch is imported here
+        from allranks.runtime import lean
+
+        lean.keep_compiler_out()
+        from allranks.training.building import needs_labels
+    try:
+        return needs_labels({"_target_": task})
+    except UserError:
+        return True  # its code is not found here: that is told when it is tried
 
 
 def _write(
