@@ -320,6 +320,17 @@ def test_a_picture_says_its_numbers_in_words_and_names_each_curve():
     assert loss.png.startswith(b"\x89PNG")
 
 
+def test_runs_that_differ_in_much_are_named_by_their_directories():
+    """A legend's line has no room for so many settings, and is cut off by the picture's edge."""
+    model = "mylab.networks_of_many_layers.with_attention.UNetOfManyLayers"
+    runs = [facts("small"), facts("large", model___target_=model, trainer__batch_size=512)]
+    curve = compare_pictures.Curve("val-accuracy", "Accuracy", "val/accuracy", "%")
+    picture = compare_pictures.curves(compare(runs), curve)
+    words = re.findall(r">([^<>]+)</text>", picture.svg)
+    assert {"small", "large"} <= {word.removesuffix(" (best)") for word in words}
+    assert not any("UNetOfManyLayers" in word for word in words)
+
+
 def test_of_many_rows_the_best_have_names():
     runs = [facts(str(number), 50.0 + number, optimizer__lr=1 + number) for number in range(40)]
     _, _, loss, _ = compare_pictures.of_comparison(compare(runs))

@@ -25,6 +25,7 @@ from allranks.report import at_end, curves, examine
 from allranks.report.command import report
 from allranks.report.gather import gather
 from allranks.report.html import Html, tag
+from allranks.report.page import page as page_of
 from allranks.report.png import png
 from conftest import EVIL
 from helpers import NO_REPORT, PYTHON, SMALL, Run, execute_forked, tree
@@ -489,6 +490,18 @@ split: [60, 20]
 train: {_target_: rows.Rows}
 test: {_target_: rows.Rows}
 """
+
+
+def test_of_a_loop_of_ones_own_only_what_it_reads_is_shown(tmp_path):
+    """Its configuration has defaults for parts that it makes itself, such as five epochs."""
+    frozen = "name: pi\nown: {}\ntrainer: {epochs: 5, log_every_steps: 10}\ntask: {_target_: a.B}\n"
+    (tmp_path / "config.yaml").write_text(frozen)
+    (tmp_path / "summary.json").write_text('{"state": "finished", "epochs": 0}')
+    (tmp_path / "environment.json").write_text('{"epochs": 1}')
+    facts = gather(tmp_path)
+    assert facts.config == {"name": "pi", "own": {}, "trainer.log_every_steps": 10}
+    # It has shared work out, and has no epochs.
+    assert "of 1" not in page_of(facts, None, [], [])
 
 
 # --- its pieces ----------------------------------------------------------------------------------------

@@ -136,11 +136,13 @@ def _can_be_examined(facts: RunFacts) -> bool:
         from allranks.runtime import lean
 
         lean.keep_compiler_out()
-        from allranks.training.building import needs_labels
+        from allranks.components import locate
+        from allranks.tasks import Classification
     try:
-        return needs_labels({"_target_": task})
+        target = locate("task", task)
     except UserError:
         return True  # its code is not found here: that is told when it is tried
+    return isinstance(target, type) and issubclass(target, Classification)
 
 
 def _write(

@@ -44,6 +44,8 @@ PALEST = 0.4  # opacity of the curve with the smallest value of a key, where the
 LEGEND_LINE_IN = 0.165
 LEFT_IN = 0.85  # left margin: room for numbers such as 100,000 and the name of the axis
 LETTER_IN = 0.085  # mean width of a letter
+# A row whose settings need more letters is named by its runs' directories: a legend's line holds no more.
+MOST_LETTERS = 50
 LOG_FROM_RATIO = 10  # two values that differ by this factor are shown on a logarithmic axis
 
 
@@ -145,7 +147,7 @@ def curves(comparison: Comparison, curve: Curve) -> Picture | None:
         rows.sort(key=lambda row: [by_setting(row.settings, key) for key in comparison.keys])
     looks = _looks(comparison, rows)
     named = [look for look in looks if look.label]
-    heading = ", ".join(short_names(comparison.keys).values())
+    heading = "" if _is_long(comparison) else _heading(comparison)
     per_line = max(1, int(WIDTH_IN / (0.6 + LETTER_IN * max(len(look.label) for look in named))))
     legend_in = LEGEND_LINE_IN * (-(-len(named) // per_line) + bool(heading))
     with style():
@@ -193,10 +195,39 @@ def _measured(run: RunFacts, figure: str, axis: str) -> list[tuple[int, float]]:
 
 
 def _in_legend(row: Row, comparison: Comparison) -> str:
-    """The line of a row in the legend: the values of its settings. Their names are the legend's heading."""
-    values = [shown(row.settings[key]) if key in row.settings else "-" for key in comparison.keys]
-    label = ", ".join(values) or label_of(row, comparison)
+    """The line of a row in the legend: the values of its settings. Their names are the legend's heading.
+
+    Where the settings are too many for a line, it has the names of the runs' directories.
+    """
+    label = _directories(row, comparison) if _is_long(comparison) else _values_in_words(row, comparison)
+    label = label or label_of(row, comparison)
     return f"{label} (best)" if row.is_best else label
+
+
+def _heading(comparison: Comparison) -> str:
+    """The names of the settings in which the rows differ."""
+    return ", ".join(short_names(comparison.keys).values())
+
+
+def _values_in_words(row: Row, comparison: Comparison) -> str:
+    """The values of the settings in which the rows differ, in the order of the heading."""
+    return ", ".join(shown(row.settings[key]) if key in row.settings else "-" for key in comparison.keys)
+
+
+def _is_long(comparison: Comparison) -> bool:
+    """Whether the settings in which the rows differ are too many for a line of a picture."""
+    lines = [_heading(comparison), *(_values_in_words(row, comparison) for row in comparison.rows)]
+    return max(map(len, lines)) > MOST_LETTERS
+
+
+def _directories(row: Row, comparison: Comparison) -> str:
+    """The directories of the row's runs, each with the folder above it where two have the same name."""
+    names = [run.directory.name for run in comparison.runs]
+    found = []
+    for run in row.runs[:3]:
+        name = run.directory.name
+        found.append(name if names.count(name) == 1 else f"{run.directory.parent.name}/{name}")
+    return ", ".join(found)
 
 
 def _draw_curve(axes: Axes, by_epoch: dict[int, list[float]], look: Look) -> None:

@@ -31,6 +31,11 @@ PROFILE = "profile/table.json"
 # their own number in the file: a loop may log figures alone.
 EPOCH, STEP, LINE = "epoch", "step", "line"
 
+# The sections of the configuration that have no meaning for a loop of the user's own (allranks.open), and
+# the one key in them that has.
+_NOT_OWN = ("trainer", "task", "data", "model", "optimizer", "scheduler")
+_OF_OWN = "trainer.log_every_steps"
+
 
 @dataclass(frozen=True)
 class Rank:
@@ -210,7 +215,13 @@ def _config(path: Path, problems: list[str]) -> dict[str, Any]:
     if not isinstance(values, dict):
         problems.append(f"{path.name} cannot be read: it holds no keys with values.")
         return {}
-    return below({str(key): value for key, value in values.items()})
+    config = below({str(key): value for key, value in values.items()})
+    if config.get("own") is None and not any(key.startswith("own.") for key in config):
+        return config
+    # A loop of the user's own makes these parts itself: what stands there are defaults that nothing reads.
+    return {
+        key: value for key, value in config.items() if key == _OF_OWN or key.split(".")[0] not in _NOT_OWN
+    }
 
 
 def _overrides(path: Path, environment: Mapping[str, Any], problems: list[str]) -> list[str]:

@@ -76,7 +76,7 @@ def _figures(facts: RunFacts) -> list[tuple[str, str, str]]:
     done, planned = facts.epochs_done, facts.epochs_planned
     if done is None:
         found.append((f"{facts.axis}s", f"{facts.places[-1]:,}", ""))
-    elif done or planned:
+    elif done or (planned and not facts.is_finished):  # shared work has no epochs
         found.append(("epochs", str(done), f"of {planned}" if planned not in (None, done) else ""))
     parameters = as_number(facts.summary.get("model/parameters"))
     if parameters is not None:
