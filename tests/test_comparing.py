@@ -23,7 +23,7 @@ from allranks.report import compare_page, compare_pictures, compare_sweep, compa
 from allranks.report.compare import compare, is_number, short_names
 from allranks.report.gather import RunFacts
 from browsing import SCREENS, assert_readable
-from helpers import PYTHON, SMALL, Run, execute, execute_forked
+from helpers import SMALL, Run, execute, execute_forked, forked_python
 
 # One worker trains the sweep that most of these tests look at.
 pytestmark = pytest.mark.xdist_group("comparing")
@@ -632,7 +632,7 @@ def test_a_launched_sweep_ends_with_its_comparison_whatever_its_cells_do(tmp_pat
     words = ["-n", "1", "--no-preflight", "-m", *SMALL, "trainer.epochs=1", "run.dir=sizes"]
     wide = {**os.environ, "COLUMNS": "120"}  # room for all columns of the table
     done = execute(
-        [PYTHON, *ALLRANKS, "launch", *words, "optimizer.lr=0.1,1e30", "seed=0,1"], tmp_path, wide
+        [forked_python(), *ALLRANKS, "launch", *words, "optimizer.lr=0.1,1e30", "seed=0,1"], tmp_path, wide
     )
     assert done.code == 2
     text = done.out[done.out.index("4 runs. They differ in optimizer.lr.") :]

@@ -20,17 +20,13 @@ from allranks.base.errors import UserError
 from allranks.data import arrays, batches, loader, nests
 from allranks.data.dealing import evaluation_batches, steps_per_epoch, training_batches
 from allranks.data.parts import Form, Mapped, Streamed, Table
+from helpers import rank_of
 
 CPU = torch.device("cpu")
 
 
 def form(**more: Any) -> Form:
     return Form(CPU, torch.float64, "data.train", is_labelled=False, **more)
-
-
-def rank_of(rank: int, ranks: int) -> SimpleNamespace:
-    """What dealing asks of a Runtime."""
-    return SimpleNamespace(shares=range(rank, rank + 1), share_count=ranks, device=CPU)
 
 
 # --- arrays from files ---------------------------------------------------------------------------------

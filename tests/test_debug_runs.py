@@ -283,7 +283,7 @@ def test_steps_that_are_not_recorded_cost_no_message(train_here, monkeypatch):
 
 
 def test_killed_and_gone_on_no_step_is_there_twice_and_none_is_missing(tmp_path, train):
-    overrides = (*SMALL, "model=mlp", "trainer.epochs=30", "trainer.batch_size=16",
+    overrides = (*SMALL, "model=mlp", "trainer.epochs=16", "trainer.batch_size=16",
                  "checkpoint.every_steps=50", "trainer.log_every_steps=1")  # fmt: skip
     whole = train(*overrides, "run.dir=whole").ok().run
     with Started([*TRAIN, *overrides, "run.dir=run"], cwd=tmp_path) as started:
@@ -297,7 +297,7 @@ def test_killed_and_gone_on_no_step_is_there_twice_and_none_is_missing(tmp_path,
         file.write('{"step": 17, "ep')  # the half of a line
     went_on = train(*overrides, "run.dir=run").ok().run
     assert steps_of(went_on) == steps_of(whole)
-    assert [record["step"] for record in steps_of(went_on)] == list(range(1, 75 * 30 + 1))
+    assert [record["step"] for record in steps_of(went_on)] == list(range(1, 75 * 16 + 1))
 
 
 def test_the_steps_before_a_loss_that_is_not_finite_are_recorded(train):

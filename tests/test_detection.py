@@ -26,6 +26,7 @@ from helpers import (
     Started,
     execute,
     execute_forked,
+    forked_python,
     launcher,
     mpiexec,
     only_long,
@@ -161,7 +162,7 @@ def start(words, tmp_path: Path):
     """start("mpiexec", 3, "model.fault=kill"): a training in tmp_path; ends whatever is left of it."""
     started: list[Started] = []
 
-    def start(under: str | None, ranks: int, *overrides: str) -> Started:
+    def start(under: str | None, ranks: int, *overrides: str, python: str = PYTHON) -> Started:
         if under == "launch":
             command = [PYTHON, "-m", "allranks", "launch", "-n", str(ranks)]
         elif under == "hosts":
@@ -169,7 +170,7 @@ def start(words, tmp_path: Path):
         elif under == "containers":
             command = [PYTHON, "-c", TWO_CONTAINERS, PYTHON, "-m", "allranks.train"]
         else:
-            command = [*launcher(under, ranks), "-m", "allranks.train"]
+            command = [*launcher(under, ranks, python), "-m", "allranks.train"]
         path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
         more = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         started.append(Started([*command, *words(*overrides)], cwd=tmp_path, **more))
@@ -228,7 +229,8 @@ def test_kill_9_of_a_rank_is_named_and_all_are_down_in_2_s(start, tmp_path, unde
 
 @pytest.mark.parametrize(("under", "who"), [("mpiexec", 1), ("torchrun", 0), only_long("launch", 1)])
 def test_an_exception_on_one_rank_is_the_first_and_only_thing_said(start, tmp_path, under, who):
-    started = start(under, 2, "model.fault=raise", f"model.who={who}", "model.at=begin")
+    words = ("model.fault=raise", f"model.who={who}", "model.at=begin")
+    started = start(under, 2, *words, python=forked_python())
     _, out, err = all_down(started, tmp_path, within_s=2)
     traceback, stream = f"rank {who} on {HOST}] Traceback", err if who else out  # rank 0's log is on stdout
     assert stream.count(traceback) == 1
@@ -291,7 +293,8 @@ def test_a_stopped_rank_is_named_with_its_stack_and_killed(start, tmp_path, unde
 def test_a_hanging_rank_is_named_with_its_stack(start, tmp_path, under, at, limit, step):
     who = 1 if under else 0
     given = () if limit == "step_s" else (f"watchdog.{limit}={STEP_S}",)
-    started = start(under, 2, "model.fault=sleep", f"model.at={at}", f"model.who={who}", *given)
+    words = ("model.fault=sleep", f"model.at={at}", f"model.who={who}", *given)
+    started = start(under, 2, *words, python=forked_python() if under else PYTHON)
     took, _, err = all_down(started, tmp_path, within_s=STEP_S + 5)
     assert took >= STEP_S - 1  # the start's limit began before
     assert f"{STEP_S} s are allowed for" in err
@@ -302,7 +305,7 @@ def test_a_hanging_rank_is_named_with_its_stack(start, tmp_path, under, at, limi
 
 
 def test_a_dataset_that_hangs_on_one_rank_is_seen(start, tmp_path):
-    started = start("torchrun", 2, "data.train.at=500", "data.workers=1")
+    started = start("torchrun", 2, "data.train.at=500", "data.workers=1", python=forked_python())
     _, _, err = all_down(started, tmp_path, within_s=STEP_S + 5)
     assert re.search(rf"allranks: rank \d on {HOST}, in step \d+: has made no progress", err)
     assert "_get_data" in err  # where the DataLoader waits for its worker
@@ -403,7 +406,7 @@ train.main()
 def test_under_torchrun_the_rank_that_does_not_come_is_named(tmp_path, who, other):
     """And not the one that waits for it."""
     (tmp_path / "program.py").write_text(STOPPED_AT_ONCE)
-    torchrun = launcher("torchrun", 2)
+    torchrun = launcher("torchrun", 2, forked_python())
     command = [*torchrun, "program.py", str(who), *SMALL, f"watchdog.start_s={START_S}"]
     waited = (
         rf"allranks: rank {other} on {HOST} has waited [\d.]+ s for rank {who}; {START_S} s are allowed"
@@ -440,11 +443,11 @@ def test_a_checkpoint_that_takes_long_to_read_is_waited_for(tmp_path):
     """Each piece that is read is progress: rank 0 is well, and the other rank waits for it."""
     (tmp_path / "program.py").write_text(SLOW_FILES)
     words = [*SMALL, "model=linear", f"watchdog.start_s={START_S}"]
-    execute([PYTHON, "-m", "allranks.train", *words, "run.dir=run", "trainer.epochs=1"], tmp_path).ok()
+    execute_forked(["-m", "allranks.train", *words, "run.dir=run", "trainer.epochs=1"], 1, tmp_path).ok()
     weights = tmp_path / "run/checkpoints/step-000010/model.safetensors"
     assert weights.stat().st_size / 2000 * 0.3 * 2 > 2 * START_S  # read, and then checked
 
-    torchrun = [*launcher("torchrun", 2), "program.py"]
+    torchrun = [*launcher("torchrun", 2, forked_python()), "program.py"]
     done = execute([*torchrun, *words, "run.dir=more", "resume=run", "trainer.epochs=2"], tmp_path).ok()
     assert done.run.summary["epochs"] == 2
     assert "step-000010" in done.out
@@ -648,7 +651,7 @@ train.main()
 
 def test_a_rank_that_may_not_have_enough_connections_is_named_at_the_start(tmp_path):
     (tmp_path / "program.py").write_text(FEW)
-    done = execute([*launcher("torchrun", 2), "program.py", *SMALL], tmp_path)
+    done = execute([*launcher("torchrun", 2, forked_python()), "program.py", *SMALL], tmp_path)
     assert done.code != 0
     said = [line for line in done.err.splitlines() if line.startswith("allranks: ")]
     assert len(said) == 1

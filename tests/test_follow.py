@@ -22,7 +22,7 @@ from allranks.follow import drawing
 from allranks.follow.logs import Logs, Tail
 from allranks.follow.reading import ASK_EVERY_S, Reader, View, newest_steps
 from allranks.follow.watch import Look, picture
-from helpers import PYTHON, SMALL, TRAIN, Run, Started, execute_forked, until
+from helpers import PYTHON, SMALL, Run, Started, execute_forked, forked_python, until
 from test_terminal import Terminal
 
 ALLRANKS = [PYTHON, "-m", "allranks"]
@@ -40,7 +40,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def going(folder: Path, *overrides: str) -> Iterator[Started]:
     """A run that trains until it is ended; its first epoch is done."""
     words = [*SMALL, "trainer.epochs=100000", "run.dir=runs/going", "checkpoint.every_epochs=null"]
-    with Started([*TRAIN, *words, *overrides], cwd=folder) as started:
+    with Started([forked_python(), "-m", "allranks.train", *words, *overrides], cwd=folder) as started:
         until(lambda: metrics_lines(folder / "runs/going"), within_s=120)
         yield started
 
@@ -316,7 +316,8 @@ def test_logs_are_followed_to_the_end_of_the_run(tmp_path, finished):
     slow += "def model(**values):\n    time.sleep(3)\n    return mlp(**values)\n"
     (tmp_path / "slow.py").write_text(slow)
     words.append("model._target_=slow.model")
-    with Started([*TRAIN, *words], cwd=tmp_path, PYTHONPATH=str(tmp_path)) as training:
+    command = [forked_python(), "-m", "allranks.train", *words]
+    with Started(command, cwd=tmp_path, PYTHONPATH=str(tmp_path)) as training:
         until((tmp_path / "mine/logs").is_dir, within_s=120)
         with Started([*ALLRANKS, "logs", "mine", "-f"], cwd=tmp_path) as following:
             assert training.finish(120)[0] == 0

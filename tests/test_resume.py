@@ -21,6 +21,7 @@ from allranks.base.errors import UserError
 from allranks.run import checkpoint
 from helpers import (
     MEASURED,
+    PYTHON,
     SMALL,
     TIMEOUT_S,
     TRAIN,
@@ -28,6 +29,7 @@ from helpers import (
     clean_environment,
     execute,
     execute_forked,
+    forked_python,
     launcher,
     only_long,
     tree,
@@ -148,8 +150,9 @@ def none_is_left_at_work():
 def begun(
     *overrides: str, cwd: Path, under: str | None = None, ranks: int = 1, **env: str
 ) -> subprocess.Popen[str]:
+    python = PYTHON if under is None else forked_python()
     process = subprocess.Popen(
-        [*launcher(under, ranks), "-m", "allranks.train", *overrides, "run.dir=run"], cwd=cwd,
+        [*launcher(under, ranks, python), "-m", "allranks.train", *overrides, "run.dir=run"], cwd=cwd,
         env=clean_environment(**env), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     at_work.append(process)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +9,7 @@ from torch.utils.data import DistributedSampler
 
 from allranks.data.dealing import Batch, ShareSampler, evaluation_batches, steps_per_epoch, training_batches
 from allranks.data.parts import InMemory
+from helpers import rank_of
 
 SIZES = {"examples": st.integers(1, 300), "ranks": st.integers(1, 13), "batch_size": st.integers(1, 310)}
 
@@ -26,11 +25,6 @@ def numbered(examples: int) -> InMemory:
     numbers = torch.arange(examples)
     pixels = (numbers // 256).to(torch.uint8).view(-1, 1, 1, 1)
     return InMemory(pixels, (numbers % 256).to(torch.uint8), numbers, torch.float64)
-
-
-def rank_of(rank: int, ranks: int) -> SimpleNamespace:
-    """What the loader asks of a Runtime."""
-    return SimpleNamespace(shares=range(rank, rank + 1), share_count=ranks, device=torch.device("cpu"))
 
 
 def numbers_in(images: torch.Tensor, labels: torch.Tensor) -> list[int]:

@@ -33,6 +33,7 @@ from helpers import (
     Run,
     Started,
     execute,
+    forked_python,
     only_long,
     serial,
     took_at_most,
@@ -60,7 +61,7 @@ class Cluster:
         self.folder, self.env = folder, env
 
     def allranks(self, *words, **more):
-        words = [PYTHON, "-m", "allranks", *words]
+        words = [forked_python(), "-m", "allranks", *words]
         return execute(words, self.folder, {**self.env, **more}, timeout_s=60)
 
     def submit(self, *words, **more):
@@ -365,7 +366,7 @@ def test_where_a_user_may_have_one_job_the_way_on_is_told_and_is_no_failure(pbs)
 
 def unfinished(pbs, *overrides):
     """A run in `mine` that has stopped with a checkpoint."""
-    words = [PYTHON, "-m", "allranks", "train", *SMALL, *overrides, "run.dir=mine"]
+    words = [forked_python(), "-m", "allranks", "train", *SMALL, *overrides, "run.dir=mine"]
     assert execute(words, pbs.folder, {**pbs.env, "ALLRANKS_DEADLINE": "1"}).code == 85
     assert checkpoint.steps(pbs.folder / "mine")
 

@@ -22,7 +22,17 @@ from allranks.base.errors import as_line
 from allranks.launch.console import Console
 from allranks.training import story
 from allranks.training.display import Display, Moment, Pace, bar_text
-from helpers import PYTHON, SMALL, TRAIN, Run, clean_environment, execute, only_long
+from helpers import (
+    PYTHON,
+    SMALL,
+    TRAIN,
+    Run,
+    clean_environment,
+    execute,
+    execute_forked,
+    forked_python,
+    only_long,
+)
 
 pyte = pytest.importorskip("pyte", reason="pyte, a terminal without a screen, is missing: pip install pyte")
 
@@ -106,7 +116,8 @@ class Terminal:
 
 def trained(cwd: Path, columns: int, *overrides: str, **environ: str) -> Terminal:
     """A training of three epochs at a terminal, to its end."""
-    with Terminal([*TRAIN, *SMALL, "trainer.epochs=3", *overrides], cwd, columns, **environ) as shown:
+    command = [forked_python(), "-m", "allranks.train", *SMALL, "trainer.epochs=3", *overrides]
+    with Terminal(command, cwd, columns, **environ) as shown:
         assert shown.ended() == 0, shown.shown()
     return shown
 
@@ -211,14 +222,14 @@ def test_quiet_shows_the_last_line_and_verbose_what_each_rank_does(tmp_path):
     quiet, loud = tmp_path / "quiet", tmp_path / "loud"
     quiet.mkdir()
     loud.mkdir()
-    done = execute([*TRAIN, "-q", *SMALL, "trainer.epochs=1"], quiet).ok()
+    done = execute_forked(["-m", "allranks.train", "-q", *SMALL, "trainer.epochs=1"], 1, quiet).ok()
     run = only_run(quiet)
     test = f"loss {run.summary['test/loss']:.4f}, accuracy {run.summary['test/accuracy']:.2f} %"
     assert done.out == f"test {test} of 400 examples; in {run.path.relative_to(quiet)}\n"
     assert done.err == ""
     assert " 1/1 " in (run.path / "logs/rank-0.log").read_text()  # the log has it all
 
-    launch = [PYTHON, "-m", "allranks", "launch", "-n", "2", "--no-preflight", "-v"]
+    launch = [forked_python(), "-m", "allranks", "launch", "-n", "2", "--no-preflight", "-v"]
     done = execute([*launch, *SMALL, "trainer.epochs=1"], loud).ok()
     assert "checkpoint of step 10 saved in" in done.out
     assert "rank 0 of 2: process" in done.out
@@ -228,14 +239,15 @@ def test_quiet_shows_the_last_line_and_verbose_what_each_rank_does(tmp_path):
 
 @pytest.mark.long
 def test_quiet_and_verbose_may_change_when_a_run_goes_on(tmp_path):
-    run = [*TRAIN, *SMALL, "trainer.epochs=1", "run.dir=mine"]
-    execute([*run, "-q"], tmp_path).ok()
-    assert "finished already" in execute([*run, "-v"], tmp_path).ok().out
+    run = ["-m", "allranks.train", *SMALL, "trainer.epochs=1", "run.dir=mine"]
+    execute_forked([*run, "-q"], 1, tmp_path).ok()
+    assert "finished already" in execute_forked([*run, "-v"], 1, tmp_path).ok().out
     assert "console: quiet" in (tmp_path / "mine/config.yaml").read_text()
 
 
 def test_a_sweeps_cells_are_not_called_by_q(tmp_path):
-    done = execute([*TRAIN, "-q", "-m", *SMALL, "trainer.epochs=0", "seed=1,2"], tmp_path).ok()
+    words = ["-m", "allranks.train", "-q", "-m", *SMALL, "trainer.epochs=0", "seed=1,2"]
+    done = execute_forked(words, 1, tmp_path).ok()
     [cells] = tmp_path.rglob("cells.jsonl")
     assert "console" not in cells.read_text()
     assert "ranks  " not in done.out
