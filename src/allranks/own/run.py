@@ -21,7 +21,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -39,10 +39,12 @@ from allranks.data.nests import described
 from allranks.data.randomness import mixed, reseed
 from allranks.job import pulse
 from allranks.job.identity import RankIdentity
+from allranks.own.gradients import Gradients, inner
 from allranks.own.measuring import Measuring, as_number, is_scalar
 from allranks.own.sharing import Sharing
 from allranks.own.state import KeptObjects
 from allranks.own.steps import OwnSteps
+from allranks.own.stops import EvaluationStops
 from allranks.run import best as the_best
 from allranks.run import directory as rundir
 from allranks.runtime import mpi, sharding
@@ -58,7 +60,6 @@ from allranks.training.state import weights_sha256
 from allranks.training.weight import share_weight
 
 _AFTER_STEPS = -1  # in place of a rank, for the random numbers between the steps and the epoch's end
-_UNUSED = "run.wrap(model, unused_parameters=True)"
 # How long a rank waits for the others to leave a loop, or to leave out a backward pass, as it has done. If
 # they have come to a collective by then, they wait for this rank, and it is named.
 _ALIKE_S = 1.0
@@ -95,16 +96,8 @@ class Run:
         self._in_epochs = False
         self._has_open_epoch = False  # whether an epoch has been left by `break`, with steps taken
         self._has_left = False  # whether a loop has been left by `break`, and nobody has compared the ranks
-        self._backwards = 0  # how often run.backward() was called
-        self._settled: object = None  # the state where a run would go on with what comes now
-        self._batches = 0  # that the run.mean() under way has got
-        self._can_stop = False  # whether the ranks may stop within the run.mean() under way
         self._in_hand: Dealt | None = None  # what the loop has got last of a source
         self._is_stepping = False  # whether the loop is in a body of steps()
-        self._wrapped: list[nn.Module] = []  # in DDP, on several ranks
-        self._models: list[nn.Module] = []  # all that wrap() has returned, without DDP around them
-        self._has_summed = False  # whether gradients have been added up over the ranks
-        self._pieces_left = 0  # of a batch that is cut into pieces, with the one in hand
         self._figures: dict[str, float] = {}  # logged after the last epoch
         # A first run's time includes the import of torch.
         self._began_s = process_age_s() if how.number else 0.0
@@ -119,9 +112,11 @@ class Run:
         decisive = configs.identity(config)
         is_wanted = sharding.is_wanted(config.sharding, self._runtime)
         self._kept = KeptObjects(self._runtime, decisive, is_wanted)
-        # These three are there from the first epoch or step on.
+        self._gradients = Gradients(self._runtime, config.sharding if is_wanted else None)
+        # These four are there from the first epoch or step on.
         self._loop: Loop | None = None
         self._control: Control
+        self._stops: EvaluationStops
         self._startup_s = 0.0
 
         self._path, standing = self._runtime.meeting.from_rank_0(
@@ -246,25 +241,7 @@ class Run:
         may leave out some of its parameters. Raises UserError for a model that cannot be trained.
         """
         self._check_open("run.wrap()")
-        if self._kept.is_sharded:
-            make = (lambda: model) if isinstance(model, nn.Module) else model
-            try:
-                spread = self._runtime.shard(
-                    make, self._config.sharding, "the model of run.wrap()", check=_check_module
-                )
-            except UserError as error:
-                if error.said_by is None:  # all ranks have the same model, and so the same error
-                    error.said_by = ANYONE
-                raise
-            self._models.append(spread)
-            return spread
-        made = model if isinstance(model, nn.Module) else model()
-        _check_module(made)
-        made.to(self._runtime.device)
-        wrapped = self._runtime.wrap(made, unused_parameters, _UNUSED)
-        self._wrapped.append(wrapped)
-        self._models.append(inner(wrapped))
-        return wrapped
+        return self._gradients.wrap(model, unused_parameters)
 
     def keep(self, **objects: Any) -> None:
         """Says what a checkpoint holds, by name, and restores it where the run goes on from one.
@@ -335,7 +312,7 @@ class Run:
             with self._stopping():
                 for epoch in loop.epochs(count):
                     reseed(mixed(self._config.seed, epoch), self._runtime.device)
-                    self._settled = self._signature()
+                    self._stops.settle()
                     try:
                         yield epoch
                     except GeneratorExit:
@@ -346,7 +323,7 @@ class Run:
                     self._in_hand = None
                     loop.log(self._kept.means.take())
                     self._kept.source = None
-            self._settled = self._signature()
+            self._stops.settle()
         finally:
             self._in_epochs = False
 
@@ -410,7 +387,7 @@ class Run:
                     self._steps.begin(self.step + 1, self.epoch + 1)
                     reseed(mixed(self._config.seed, self.step, self.rank), self.device)
                     pulse.count_step()
-                    backwards = self._backwards
+                    passes = self._gradients.passes
                     try:
                         with self._records.profiled():
                             yield share.batch
@@ -419,7 +396,7 @@ class Run:
                         raise
                     self._is_stepping = False
                     self._check_in_hand(share)
-                    if self._has_summed and self._backwards == backwards:
+                    if self._gradients.are_summed and self._gradients.passes == passes:
                         self._runtime.meeting.all_alike(
                             f"no run.backward() in step {self.step + 1}", _SKIPPED_ALIKE, _ALIKE_S
                         )
@@ -429,7 +406,7 @@ class Run:
         # What the program draws now, as for an evaluation, does not depend on the rank, nor on whether the
         # run has gone on just here.
         reseed(mixed(self._config.seed, position.epoch, _AFTER_STEPS), self.device)
-        self._settled = self._signature()
+        self._stops.settle()
 
     def _check_in_hand(self, share: Dealt) -> None:
         """Raises UserError where the step had a batch of another source in hand at its end."""
@@ -478,31 +455,7 @@ class Run:
         weight = share_weight(share.counted, share.total, loss.detach())
         if self._stops_at_nonfinite:
             self._kept.means.note_weight(weight)
-        aside = [] if self._pieces_left else self._put_sums_aside()
-        self._backwards += 1
-        if self._kept.is_sharded:  # FSDP sends gradients to the other ranks
-            self._runtime.progress.arrive()
-        (loss * weight).backward()
-        if self._pieces_left <= 1:
-            for model in self._wrapped:
-                self._runtime.check_summed(model, _UNUSED)
-            self._has_summed = True
-        _add_back(aside)
-
-    def _put_sums_aside(self) -> list[tuple[nn.Parameter, torch.Tensor]]:
-        """Takes gradients out of the parameters that are sums over the ranks already.
-
-        DDP adds up over the ranks whatever it finds in a gradient after the backward pass. What is a sum
-        already, as where a program adds up gradients over several steps, would be added up once more.
-        """
-        aside = []
-        for model in self._wrapped if self._has_summed and self.world_size > 1 else ():
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    # A copy, because the gradient is a view into a bucket, which DDP writes to.
-                    aside.append((parameter, parameter.grad.clone()))
-                    parameter.grad = None
-        return aside
+        self._gradients.backward(loss * weight)
 
     def pieces(self, batch: Any, count: int) -> Iterator[Any]:
         """The batch in hand in at most `count` pieces, to save memory: their gradients are added up.
@@ -512,20 +465,14 @@ class Run:
         """
         share = self._dealt("run.pieces()")
         parts = pieces_of(batch, count, largest=-(-share.total // self.world_size))
-        aside = self._put_sums_aside()
         try:
-            for number, (piece, length) in enumerate(parts):
-                self._pieces_left = len(parts) - number
-                counts = length if share.counted else 0
-                self._in_hand = Dealt(piece, counts, share.total)
-                with ExitStack() as without_sync:
-                    if self._pieces_left > 1:
-                        for model in self._wrapped:
-                            without_sync.enter_context(self._runtime.without_sync(model))
-                    yield piece
-            _add_back(aside)
+            with self._gradients.in_pieces():
+                for number, (piece, length) in enumerate(parts, 1):
+                    counts = length if share.counted else 0
+                    self._in_hand = Dealt(piece, counts, share.total)
+                    with self._gradients.piece(is_last=number == len(parts)):
+                        yield piece
         finally:
-            self._pieces_left = 0
             self._in_hand = share
 
     def log(self, figures: Mapping[str, Any]) -> None:
@@ -575,53 +522,13 @@ class Run:
         self._check_open("run.mean()")
         self._leave_alike()
         before = self._in_hand
-        with self._stopping(), self._stops_between_batches():
+        # Within a step the ranks do not stop: they may at its end anyway.
+        may_stop = self._loop is not None and not self._is_stepping
+        with self._stopping(), self._stops.between_batches() if may_stop else nullcontext():
             for figures in values:
                 measuring.add(figures, self._in_hand)
         self._in_hand = before
         return measuring.means()
-
-    @contextmanager
-    def _stops_between_batches(self) -> Iterator[None]:
-        """Within the block the ranks may agree to stop after each batch of run.batches().
-
-        They do not where the block is part of a step, at whose end they may stop anyway.
-        """
-        if self._loop is None or self._is_stepping:
-            yield
-            return
-        self._control.begin_evaluation()
-        self._batches = 0
-        self._can_stop = True
-        try:
-            yield
-        finally:
-            self._can_stop = False
-
-    def _measured_batch(self) -> None:
-        """A batch of run.batches() is done: where the ranks have agreed to stop, raises RunStopped.
-
-        A run that goes on has its last step behind it, and then does again what the program does after its
-        steps. So it may only stop here if nothing of that has changed what the program keeps.
-        """
-        if self._can_stop:
-            self._batches += 1
-            self._control.check_evaluation(self._batches, can_stop=self._is_as_settled)
-
-    def _signature(self) -> object:
-        """Another one for each state of what the program keeps; None where that cannot be saved."""
-        try:
-            return self._kept.signature()
-        except UserError:  # is told by the next save
-            return None
-
-    def _is_as_settled(self) -> bool:
-        """Whether on all ranks the state is still what it was after the last step; all ranks call."""
-        is_same = self._settled is not None and self._signature() == self._settled
-        [ranks] = self._runtime.add_up([float(is_same)])
-        # It stays changed: nobody need look again in this evaluation.
-        self._can_stop = ranks == self.world_size
-        return self._can_stop
 
     def share(self, items: Sequence[Any], work: Callable[[Any], Any], name: str = "items") -> list[Any]:
         """work(item) for each item, each on one rank; the results in the order of the items, on all ranks.
@@ -725,16 +632,18 @@ class Run:
             self._kept.check_all_kept()
         # From here on these signals are only counted, and the run saves before it ends.
         self._signals.count(signal.SIGTERM, *FROM_TERMINAL)
-        parameters = sum(p.numel() for model in self._models for p in model.parameters())
-        facts = {"model": f"{parameters:,} parameters"} if self._models else {}
+        parameters = sum(p.numel() for model in self._gradients.models for p in model.parameters())
+        facts = {"model": f"{parameters:,} parameters"} if self._gradients.models else {}
         length = RunLength(epochs or 1, 0, 0)
         position = self._kept.position
         self._report.opened(self._path, position, facts, length, self._resumed, self._saver.check)
         self._records.open(self._path, position, length, self._saver.check, self._is_new)
         self._startup_s = process_age_s() - self._began_s
         self._control = Control(runtime, self._saver, self._signals, self._config.checkpoint, epochs)
-        self._loop = Loop(runtime, position, self._control, self._report, self._records, self._models)
-        self._settled = self._signature()
+        self._loop = Loop(
+            runtime, position, self._control, self._report, self._records, self._gradients.models
+        )
+        self._stops = EvaluationStops(runtime, self._control, self._kept)
         return self._loop
 
     @contextmanager
@@ -799,36 +708,14 @@ class OwnBatches:
                     run._is_stepping = False
                     yield share.batch
                     run._runtime.progress.evaluated_batch()
-                    run._measured_batch()
+                    if run._loop is not None:
+                        run._stops.after_batch()
         finally:  # also where the loop is left by `break`
             run._in_hand = before
             run._is_stepping = is_stepping
-
-
-def inner(model: nn.Module) -> nn.Module:
-    """The user's own module, without DDP and torch.compile around it."""
-    bare: Any = model
-    while isinstance(bare, nn.parallel.DistributedDataParallel) or hasattr(bare, "_orig_mod"):
-        bare = bare.module if isinstance(bare, nn.parallel.DistributedDataParallel) else bare._orig_mod
-    assert isinstance(bare, nn.Module)
-    return bare
-
-
-def _check_module(made: Any) -> None:
-    """Raises UserError for what is no model."""
-    if not isinstance(made, nn.Module):
-        raise UserError(
-            f"run.wrap() takes a torch.nn.Module, not {described(made)}: other objects need no wrapping.",
-            said_by=ANYONE,
-        )
 
 
 def _summary_in(directory: str) -> dict[str, Any]:
     """The content of the summary.json of a run that has finished."""
     summary: dict[str, Any] = json.loads((Path(directory) / "summary.json").read_text())
     return summary
-
-
-def _add_back(aside: list[tuple[nn.Parameter, torch.Tensor]]) -> None:
-    for parameter, gradient in aside:
-        parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
