@@ -205,6 +205,20 @@ def test_the_commands_and_the_python_of_a_page_run_as_typed(page, tmp_path):
                         check(command, here, environment)
 
 
+def test_every_python_file_that_a_page_shows_is_run():
+    """By a command of the page, as a part of what one runs, or by a test that takes it from the page."""
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    for page in PAGES_WITH_COMMANDS:
+        run = [c.text for c in all_commands() if c.page == page and not unrun(c)]
+        for block in blocks(page):
+            if block.language != "python" or block.file is None:
+                continue
+            path = Path(block.file)
+            others = [other.text for other in blocks(page) if other is not block]
+            is_used = any(path.stem in text for text in [*run, *others])
+            assert is_used or f'"{path.name}")' in tests, (page, block.file)
+
+
 def check(command: Command, here: Path, environment: dict[str, str]) -> None:
     """Runs the command; compares its exit code, and allranks's messages with those that the page shows."""
     done = execute(["bash", "-c", command.text], here, environment)

@@ -10,6 +10,7 @@ import re
 import secrets
 import shutil
 import subprocess
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,83 @@ def test_a_lone_process_computes_what_the_plain_script_computes(tmp_path):
     started("forked", 1, tmp_path, code=seeded).ok()
     ours = [line["val/loss"] for line in figures(tmp_path)[0]]
     assert ours == pytest.approx(losses[:3], rel=1e-6)
+
+
+# The page's loop over the batches, without what its ranks draw at random.
+STEADY = (
+    SINE.replace("nn.Dropout(0.1), ", "")
+    .replace("shuffle=True", "shuffle=False")
+    .replace("epochs(3)", "epochs(1)")
+)
+
+
+def with_loop(name: str) -> str:
+    """The page's program with another loop over the steps, which the page shows under this name."""
+    before, after = "    model.train()\n", "    model.eval()\n"
+    head, _, rest = STEADY.partition(before)
+    return head + before + textwrap.indent(script(name), "    ") + after + rest.partition(after)[2]
+
+
+@pytest.mark.parametrize(
+    ("code", "same_as"),
+    [
+        (with_loop("pieces.py"), STEADY),
+        only_long(with_loop("groups.py"), STEADY.replace("batch_size=250", "batch_size=1000")),
+    ],
+    ids=["pieces", "groups"],
+)
+def test_gradients_in_pieces_and_over_several_steps_are_those_of_whole_batches(tmp_path, code, same_as):
+    losses = []
+    for number, each in enumerate((code, same_as)):
+        (tmp_path / str(number)).mkdir()
+        started("forked", 1, tmp_path / str(number), code=each).ok()
+        losses += [line["val/loss"] for line in figures(tmp_path / str(number))[0]]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+FOLDS_OF_THE_PAGE = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+import allranks
+
+def train(run, fold):
+    x = torch.randn(120, 4)
+    examples = TensorDataset(x, (x[:, 0] > 0).long())
+    train_batches = DataLoader(torch.utils.data.Subset(examples, range(100)), batch_size=20)
+    val_batches = DataLoader(torch.utils.data.Subset(examples, range(100, 120)), batch_size=7)
+    model = run.wrap(nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    run.keep(model=model, optimizer=optimizer)
+    for epoch in run.epochs(1):
+        for inputs, labels in run.steps(train_batches):
+            run.backward(F.cross_entropy(model(inputs), labels))
+            optimizer.step()
+            optimizer.zero_grad()
+{figures}
+def test(run, fold):
+    return fold / 4
+
+{folds}
+if run.rank == 0:
+    print(losses)
+"""
+
+
+@pytest.mark.long
+def test_folds_and_several_figures_of_one_evaluation_as_the_page_shows_them(tmp_path):
+    few = "several=True, device='cpu', threads=1, report=False, checkpoint={'every_epochs': None}"
+    code = FOLDS_OF_THE_PAGE.format(
+        figures=textwrap.indent(script("figures.py"), 8 * " "),
+        folds=script("folds.py").replace("several=True", few),
+    )
+    for _ in range(2):  # the second time all of them are finished
+        done = execute_forked(["-c", code], 2, tmp_path).ok()
+        assert done.out.splitlines()[-1] == "[0.0, 0.25, 0.5, 0.75, 1.0]"
+    [line] = own_programs.figures(tmp_path / "runs/fold-4")[0]
+    assert line["val/accuracy"] >= 0.7
+    assert 0 < line["val/loss"] < 0.7
 
 
 def test_importing_allranks_imports_no_torch():
