@@ -22,7 +22,7 @@ from allranks import train as training
 from allranks.base.errors import UserError
 from allranks.compose import from_command_line
 from allranks.job.identity import discover
-from helpers import PYTHON, SMALL, Done, execute, mpiexec, only_long, real_data, tree
+from helpers import PYTHON, SMALL, Done, execute, forked_python, mpiexec, only_long, real_data, tree
 
 FASHION = "FashionMNIST/raw"
 DIGITS = "MNIST/raw"
@@ -502,14 +502,14 @@ def test_mpi4py_bound_to_another_mpi(tmp_path):
 
 
 def test_a_rank_with_other_overrides_is_named(tmp_path):
-    words = [PYTHON, "-m", "allranks.train", *SMALL]
+    words = [forked_python(), "-m", "allranks.train", *SMALL]
     done = execute([mpiexec(), "-n", "2", *words, ":", "-n", "1", *words, "seed=1"], tmp_path)
     assert_refused(done, "^allranks: rank 2 ", "configuration other than", "same overrides")
     assert_nothing_left(done)
 
 
 def test_a_rank_with_a_bad_override_of_its_own_is_named(tmp_path):
-    words = [PYTHON, "-m", "allranks.train", *SMALL]
+    words = [forked_python(), "-m", "allranks.train", *SMALL]
     done = execute([mpiexec(), "-n", "1", *words, ":", "-n", "1", *words, "optimizer.lr=0"], tmp_path)
     assert_refused(done, "^allranks: rank 1: optimizer.lr=0 is not valid")
     assert_nothing_left(done)
