@@ -25,16 +25,12 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
-from allranks.config import Config
 from allranks.run import checkpoint
 from forkserver import Answer, Request
-
-if TYPE_CHECKING:
-    from allranks.training.building import Recipe
 
 T = TypeVar("T")
 
@@ -434,21 +430,6 @@ def rank_of(rank: int, ranks: int) -> SimpleNamespace:
     import torch  # which most tests here do without
 
     return SimpleNamespace(shares=range(rank, rank + 1), share_count=ranks, device=torch.device("cpu"))
-
-
-def recipe_of(config: Config) -> Recipe:
-    """What one rank trains by this configuration."""
-    from allranks.training import building  # with torch, which most tests here do without
-
-    return building.Recipe(
-        task=config.task,
-        model=config.model,
-        optimizer=config.optimizer,
-        scheduler=config.scheduler,
-        trainer=config.trainer,
-        seed=config.seed,
-        batch_size=building.global_batch_size(config.trainer, world_size=1),
-    )
 
 
 def tree(folder: Path) -> list[str]:

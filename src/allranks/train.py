@@ -198,17 +198,7 @@ def run(
         # If a rank ended at once with this error, the other ranks, which may still be connecting to the
         # process group, would fail with an error of their own. So the ranks agree on it, as on every error.
         with runtime.all_or_none():
-            batch_size = building.global_batch_size(config.trainer, runtime.world_size)
-        recipe = building.Recipe(
-            task=config.task,
-            model=config.model,
-            optimizer=config.optimizer,
-            scheduler=config.scheduler,
-            trainer=config.trainer,
-            seed=config.seed,
-            batch_size=batch_size,
-            sharding=config.sharding,
-        )
+            recipe = building.recipe_of(config, runtime.world_size)
         path, standing = runtime.meeting.from_rank_0(
             lambda: rundir.find(
                 _directory_in_sweep(number, sweep) or config.run.dir, config.name, decisive, config.resume
@@ -233,7 +223,7 @@ def run(
             config.data, runtime, config.seed, recipe.dtype, reading,
             limit_train=config.trainer.limit_train,
             limit_eval=config.trainer.limit_eval,
-            repeated_batch=batch_size if config.trainer.overfit_batch else None,
+            repeated_batch=recipe.batch_size if config.trainer.overfit_batch else None,
             is_labelled=recipe.is_classification,
         )  # fmt: skip
         report.data(data)

@@ -31,7 +31,7 @@ from allranks.run.cells import CELLS
 from allranks.run.directory import CONFIG
 from allranks.runtime.bringup import is_available, open_runtime
 from allranks.runtime.runtime import Runtime
-from allranks.training.building import Recipe, build_model, build_task
+from allranks.training.building import build_model, build_task, recipe_of
 from allranks.training.state import STATE, restore_model
 
 NEWEST = "newest"  # the default: summary.json was measured with the newest checkpoint of a finished run
@@ -113,14 +113,15 @@ def load(
 
     # 2. The model with its weights.
     _look_for_the_code(config)
-    model = build_model(recipe_of(here), runtime.device)
+    recipe = recipe_of(here, runtime.world_size)
+    model = build_model(recipe, runtime.device)
     state = restore_model(model, chosen.files, str(chosen.path))
     model.eval()
     return Trained(
         directory=directory,
         config=config,
         model=model,
-        task=build_task(recipe_of(here), runtime.device),
+        task=build_task(recipe, runtime.device),
         runtime=runtime,
         precision=precision,
         checkpoint=chosen.path,
@@ -128,22 +129,6 @@ def load(
         step=state["step"],
         remarks=tuple(remarks),
     )
-
-
-def recipe_of(config: Config) -> Recipe:
-    """What the model is built from. The batch size has no meaning here, where no step is taken."""
-    return Recipe(
-        task=config.task,
-        model=config.model,
-        optimizer=config.optimizer,
-        scheduler=config.scheduler,
-        trainer=config.trainer,
-        seed=config.seed,
-        batch_size=config.trainer.batch_size,
-    )
-
-
-# --- the run's configuration ---------------------------------------------------------------------------
 
 
 def read_config(directory: Path) -> Config:

@@ -11,7 +11,7 @@ from torch import nn
 
 from allranks.base.errors import UserError
 from allranks.components import build, locate, locate_targets
-from allranks.config import ShardingConfig, TrainerConfig
+from allranks.config import Config, ShardingConfig, TrainerConfig
 from allranks.data.dealing import steps_per_epoch
 from allranks.runtime import sharding
 from allranks.runtime.gradients import OrderedSum
@@ -60,6 +60,23 @@ class Recipe:
         """Whether the task is a classification: of images with labels."""
         target = locate("task", self.task["_target_"])
         return isinstance(target, type) and issubclass(target, Classification)
+
+
+def recipe_of(config: Config, world_size: int) -> Recipe:
+    """What the configuration says of the training, on so many ranks.
+
+    Raises UserError where some rank would get none of a batch.
+    """
+    return Recipe(
+        task=config.task,
+        model=config.model,
+        optimizer=config.optimizer,
+        scheduler=config.scheduler,
+        trainer=config.trainer,
+        seed=config.seed,
+        batch_size=global_batch_size(config.trainer, world_size),
+        sharding=config.sharding,
+    )
 
 
 def global_batch_size(trainer: TrainerConfig, world_size: int) -> int:
