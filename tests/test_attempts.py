@@ -146,11 +146,10 @@ def test_mpiexec_reaches_other_hosts_by_the_documents_script_over_pbsdsh(tmp_pat
 
 
 def test_a_user_may_give_the_ranks_more_time_to_come_or_less(tmp_path):
-    starts_nothing = "#!/bin/sh\n[ $1 = --version ] && echo HYDRA || exec sleep 60\n"
-    (tmp_path / "mpiexec").write_text(starts_nothing)
-    (tmp_path / "mpiexec").chmod(0o755)
+    late = "import sys, time\nif 'allranks.launch.guard' in sys.orig_argv: time.sleep(60)\n"
+    (tmp_path / "sitecustomize.py").write_text(late)
     words = ["--no-preflight", "-n", "2", "--launcher", "mpiexec", "--start-within", "1", "--", "true"]
-    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environ = {"PYTHONPATH": str(tmp_path)}
     done = execute([PYTHON, "-m", "allranks", "launch", *words], tmp_path, environ)
     assert done.code == 1
     assert "2 of 2 ranks (0, 1) did not start within 1 s" in done.err

@@ -129,7 +129,7 @@ TOLD = {"world_size": 24, "local_rank": 3, "local_world_size": 9, "master_addr":
 
 
 def variables(environ, told=None):
-    return given.of_rank(discover(environ), environ, told)
+    return given.of_rank(discover(environ, is_planned=True), environ, told)
 
 
 def test_the_supervisor_completes_what_the_launcher_does_not_tell():

@@ -110,9 +110,10 @@ _NOT_FOLLOWED = (("HOROVOD_RANK", "HOROVOD_SIZE"), ("MPIRUN_RANK", "MPIRUN_NPROC
 _ANY_MPI = re.compile(r"(\w+)_COMM_WORLD_(RANK|SIZE)")
 
 
-def discover(environ: Mapping[str, str]) -> RankIdentity:
+def discover(environ: Mapping[str, str], is_planned: bool = False) -> RankIdentity:
     """The rank that the launcher gave this process; a lone process where nothing launched it.
 
+    `is_planned`: `allranks launch` has planned this process, and knows what the launcher does not tell.
     Raises UserError where variables are missing, contradict each other, are left over from another
     launcher, or are those of a launcher that allranks does not know.
     """
@@ -132,7 +133,8 @@ def discover(environ: Mapping[str, str]) -> RankIdentity:
     elif names.name == "flux" and _number(environ, "FLUX_JOB_NNODES") == 1:
         local_world_size = world_size
     assert rank is not None  # it is part of every launcher's proof
-    _refuse_rank_of_no_job(environ, names, rank, world_size or local_world_size)
+    if not is_planned:
+        _refuse_rank_of_no_job(environ, names, rank, world_size or local_world_size)
     for what, value, size_name, size in (
         (names.rank, rank, names.world_size, world_size),
         (names.local_rank, local_rank, names.local_world_size, local_world_size),

@@ -50,7 +50,7 @@ def main() -> None:
     environ = os.environ
     try:
         program = program_of(sys.argv[1:])
-        identity = discover(environ)
+        identity = discover(environ, is_planned=True)
         if environ.get(variables.SUPERVISOR):
             sys.exit(Guard(identity, environ).attend(program))
         processes.restore_signals()
