@@ -590,13 +590,27 @@ def test_one_of_the_cells_that_end_at_the_same_moment_compares_them(sweep, tmp_p
     assert len(list(array.glob(".compared-*"))) == 1
 
 
+def test_a_cell_that_has_finished_and_not_said_so_yet_makes_no_second_comparison(
+    sweep, tmp_path, monkeypatch
+):
+    copy = tmp_path / "sizes"
+    shutil.copytree(sweep[0], copy)
+    monkeypatch.setattr(compare_sweep, "made", lambda *_: "a table")
+    assert compare_sweep.after_cell(copy / "0", "finished").endswith("a table")  # 1 has its summary
+    assert compare_sweep.after_cell(copy / "1", "finished") == ""
+
+
 def test_a_cell_that_is_started_again_brings_a_new_comparison(sweep, tmp_path, monkeypatch):
     """The other cells were trained by one command, which has left no notes of their ends."""
     copy = tmp_path / "sizes"
     shutil.copytree(sweep[0], copy)
     monkeypatch.setattr(compare_sweep, "made", lambda *_: "a table")
-    for _ in range(2):
-        assert compare_sweep.after_cell(copy / "1", "finished").endswith("a table")
+    summary = (copy / "1/summary.json").read_text()
+    (copy / "1/summary.json").unlink()
+    for end in ("failed (1)", "failed (1)"):
+        assert compare_sweep.after_cell(copy / "1", end).endswith("a table")
+    (copy / "1/summary.json").write_text(summary)
+    assert compare_sweep.after_cell(copy / "1", "finished").endswith("a table")
     assert compare_sweep.after_cell(tmp_path, "finished") == ""  # a run of no sweep
 
 

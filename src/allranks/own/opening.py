@@ -24,7 +24,7 @@ from allranks.runtime.bringup import refuse_together
 from allranks.training import ending
 
 # Keys of the configuration that have no meaning for a loop of one's own: it makes these parts itself.
-_NOT_HERE = ("trainer", "data", "model", "optimizer", "scheduler", "run", "own", "name", "seed")
+_NOT_HERE = ("trainer", "task", "data", "model", "optimizer", "scheduler", "run", "own", "name", "seed")
 
 _opened: list[Run] = []  # the runs of this process
 # They count the same signals: one that comes between two runs stops the next one.

@@ -16,7 +16,8 @@ comparison:
    the same for each of them, and tries to create the file `.compared-X`. The file system lets only one job
    create it, and this job makes the comparison.
 
-A cell that is started again later ends with another token. So X changes, and the comparison is made anew.
+A cell that has not finished, and is started again later, ends with another token or as a finished one. So X
+changes, and the comparison is made anew.
 
 The comparison is made in a child process with a limited time (report/at_end.py). If the child fails, the
 exit code and the records of the sweep stay the same.
@@ -122,12 +123,13 @@ def _notes_of_all(sweep: Path, names: Sequence[str]) -> list[str] | None:
     there = set(os.listdir(sweep))  # noqa: PTH208
     notes: list[str] = []
     for name in names:
-        if f"{_ENDED}{name}" in there:
-            notes.append((sweep / f"{_ENDED}{name}").read_text())
-        # A command that trains all cells of a sweep leaves no such files. A cell that has finished counts
-        # as ended all the same.
-        elif is_finished(sweep / name):
+        # A finished cell counts as ended, with or without its file. It may be just before step 1, and a
+        # command that trains all cells of a sweep leaves no such files. Its token does not count either:
+        # else a job that sees the cell finished, and the cell's own job soon after, would both compare.
+        if is_finished(sweep / name):
             notes.append("- finished")
+        elif f"{_ENDED}{name}" in there:
+            notes.append((sweep / f"{_ENDED}{name}").read_text())
         else:
             return None
     return notes
