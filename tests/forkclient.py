@@ -42,8 +42,9 @@ def main() -> None:
     unbuffered = words[:1] == ["-u"]
     what = words[1:] if unbuffered else words
     has_options = not what or (what[0].startswith("-") and what[0] not in ("-m", "-c"))
-    # A guard imports no torch, and watches the process that it starts.
-    if has_options or what[:2] == ["-m", "allranks.launch.guard"]:
+    # A guard imports no torch, and watches the process that it starts. What makes a page at the end of a
+    # run ends with its parent, so it has to be a child of it.
+    if has_options or what[:2] == ["-m", "allranks.launch.guard"] or "--at-end-of" in what:
         os.execv(python, [python, *words])
     files = open_files()
     ignored = [

@@ -672,3 +672,62 @@ run.finish()
     done = execute_forked(["-c", bad.replace('"work"', '"bad"')], 1, tmp_path)
     assert done.code == 2
     assert "the result of item 0 has an array of type <U1" in done.err
+
+
+def test_results_that_are_no_numbers_come_back_and_each_work_has_a_name_of_its_own(tmp_path):
+    code = """
+import math, torch, allranks
+run = allranks.open("work", device="cpu", threads=1, report=False)
+one, two = run.share([1, 2], lambda n: [math.nan, math.inf][:n], name="first")
+assert math.isnan(one[0]) and two[1] == math.inf
+drawn = [run.share([0, 1], lambda n: torch.rand(1).item(), name=name) for name in ("a", "b")]
+assert len({*drawn[0], *drawn[1]}) == 4
+run.share([1, 2], abs, name="a")
+"""
+    done = execute_forked(["-c", code], 2, tmp_path)
+    assert done.code == 2
+    assert done.err.count("run.share() has done a work with the name a in this run") == 1
+    assert "AssertionError" not in done.err
+
+
+MISTAKES = {
+    "pieces 0": ("list(run.pieces((x,), 0))", "run.pieces() got count=0: give 1 or more."),
+    "left pieces": (
+        "for piece in run.pieces((x,), 2): break",
+        "A loop over run.pieces() was left by `break`.",
+    ),
+    "a list": (
+        "run.mean([b.mean() for (b,) in run.batches(data)])",
+        "run.mean() takes its values one by one",
+    ),
+}
+
+
+@pytest.mark.parametrize(("statement", "said"), MISTAKES.values(), ids=MISTAKES)
+def test_a_step_that_would_be_weighed_wrongly_is_refused(statement, said, tmp_path):
+    code = f"""
+import torch, allranks
+from torch.utils.data import DataLoader, TensorDataset
+run = allranks.open("work", device="cpu", threads=1, report=False)
+data = DataLoader(TensorDataset(torch.arange(8.0)[:, None]), 4)
+for (x,) in run.steps(data):
+    {statement}
+run.finish()
+"""
+    done = execute_forked(["-c", code], 2, tmp_path)
+    assert done.code == 2
+    assert done.err.count(said) == 1
+
+
+def test_after_a_break_all_ranks_draw_the_same(tmp_path):
+    code = """
+import torch, allranks
+run = allranks.open("work", device="cpu", threads=1, report=False)
+for (x,) in run.steps([(torch.arange(4.0),)] * 3):
+    if run.step == 1:
+        break
+print("drawn:", torch.rand(1).item())
+run.finish()
+"""
+    out = execute_forked(["-c", code], 2, tmp_path).ok().out
+    assert len(set(re.findall("drawn: (.*)", out))) == 1 and out.count("drawn:") == 2

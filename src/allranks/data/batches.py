@@ -361,6 +361,10 @@ def _moved(batch: Any, device: torch.device) -> Any:
 def length_of(batch: Any) -> int:
     """The examples in a batch: the length of its first tensor, array or list of texts. Raises UserError."""
     length = _length(batch)
+    if length == 0:
+        raise UserError(
+            f"A batch has no examples ({described(batch)}): leave empty batches out.", said_by=ANYONE
+        )
     if length is None:
         raise UserError(
             f"How many examples a batch has cannot be told from {described(batch)}: allranks takes the "

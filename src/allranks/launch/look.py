@@ -90,6 +90,8 @@ def _written_stack(page: str) -> str:
         # guard's processes any more: another one may have its number by now, and would be killed.
         if writer not in processes.descendants(os.getppid()):
             return ""
+        memory.seek(STACK_AT)
+        memory.write(bytes(STACK_BYTES))  # an earlier stack is not to be taken for this one
         os.kill(writer, processes.DUMP_FOR_LAUNCH_SIGNAL)
         os.kill(writer, signal.SIGCONT)  # a stopped process handles no signal
         return _as_read(_when_whole(memory))

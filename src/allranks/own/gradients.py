@@ -29,9 +29,8 @@ class Gradients:
         self.passes = 0  # how many backward passes there were
         self.are_summed = False  # whether gradients have been added up over the ranks
         self._has_pieces = False  # whether a batch is gone through in pieces now
-        self._adds_up = (
-            True  # whether a backward pass now adds up over the ranks: not in pieces but the last
-        )
+        # Whether a backward pass now adds up over the ranks. In all pieces but the last it does not.
+        self._adds_up = True
 
     def wrap(self, model: nn.Module | Callable[[], nn.Module], unused_parameters: bool) -> nn.Module:
         """The model on this rank's device, in DDP or spread over the ranks where there are several.
@@ -77,7 +76,7 @@ class Gradients:
 
     @contextmanager
     def in_pieces(self) -> Iterator[None]:
-        """The block goes through a batch in pieces, whose gradients are added up."""
+        """In the block the program goes through one batch in pieces, whose gradients are added up."""
         aside = self._put_sums_aside()
         self._has_pieces = True
         try:
@@ -99,7 +98,7 @@ class Gradients:
             self._adds_up = True
 
     def _put_sums_aside(self) -> list[tuple[nn.Parameter, torch.Tensor]]:
-        """Takes gradients out of the parameters that are sums over the ranks already.
+        """Takes those gradients that are sums over the ranks already out of their parameters.
 
         DDP adds up over the ranks whatever it finds in a gradient after the backward pass. What is a sum
         already, as where a program adds up gradients over several steps, would be added up once more.

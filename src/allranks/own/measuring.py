@@ -46,11 +46,7 @@ class Measuring:
                 said_by=ANYONE,
             )
         if share is None:
-            raise UserError(
-                f"{self._what} takes its values one by one, while it goes through run.batches(): give it "
-                "`value(batch) for batch in run.batches(...)` without brackets, not a list of values.",
-                said_by=ANYONE,
-            )
+            raise self.takes_them_one_by_one()
         for name, value in figures.items():
             if not is_scalar(value):
                 of_name = f" as {name}" if name else ""
@@ -64,6 +60,14 @@ class Measuring:
             if share.counted:
                 number = value if isinstance(value, torch.Tensor) else as_number(value)
                 add_mean(self._sums[name], number, share.counted)
+
+    def takes_them_one_by_one(self) -> UserError:
+        """The error of a program that has given a list of values of several batches."""
+        return UserError(
+            f"{self._what} takes its values one by one, while it goes through run.batches(): give it "
+            "`value(batch) for batch in run.batches(...)` without brackets, not a list of values.",
+            said_by=ANYONE,
+        )
 
     def means(self) -> dict[str, float]:
         """The mean of each figure over all examples of all ranks; all ranks call.

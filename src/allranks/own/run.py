@@ -96,6 +96,8 @@ class Run:
         self._in_epochs = False
         self._has_open_epoch = False  # whether an epoch has been left by `break`, with steps taken
         self._has_left = False  # whether a loop has been left by `break`, and nobody has compared the ranks
+        self._shared: set[str] = set()  # the names of the works that run.share() has done
+        self._has_left_pieces = False  # whether a loop over run.pieces() has been left by `break`
         self._in_hand: Dealt | None = None  # what the loop has got last of a source
         self._is_stepping = False  # whether the loop is in a body of steps()
         self._figures: dict[str, float] = {}  # logged after the last epoch
@@ -403,13 +405,19 @@ class Run:
         finally:  # also where the body has left the loop by `break`
             self._is_stepping = False
             self._in_hand = None
-        # What the program draws now, as for an evaluation, does not depend on the rank, nor on whether the
-        # run has gone on just here.
-        reseed(mixed(self._config.seed, position.epoch, _AFTER_STEPS), self.device)
+            # What the program draws now, as for an evaluation, does not depend on the rank, nor on whether
+            # the run has gone on just here.
+            reseed(mixed(self._config.seed, position.epoch, _AFTER_STEPS), self.device)
         self._stops.settle()
 
     def _check_in_hand(self, share: Dealt) -> None:
-        """Raises UserError where the step had a batch of another source in hand at its end."""
+        """Raises UserError where the step has left what it has begun on a batch, or has taken another."""
+        if self._has_left_pieces:
+            raise UserError(
+                "A loop over run.pieces() was left by `break`. The ranks add up their gradients in the "
+                "last piece only, so go through all of them.",
+                said_by=ANYONE,
+            )
         if self._in_hand is not share:
             raise UserError(
                 "A step of run.steps() has taken a batch of run.batches() by next(), and has not gone "
@@ -461,9 +469,11 @@ class Run:
         """The batch in hand in at most `count` pieces, to save memory: their gradients are added up.
 
         Within the loop over them, run.backward() weighs each piece by its examples. The ranks exchange
-        gradients only in the last one.
+        gradients only in the last one. In each piece run.backward() is called once for each model.
         """
         share = self._dealt("run.pieces()")
+        if count < 1:
+            raise UserError(f"run.pieces() got count={count}: give 1 or more.", said_by=ANYONE)
         parts = pieces_of(batch, count, largest=-(-share.total // self.world_size))
         try:
             with self._gradients.in_pieces():
@@ -472,6 +482,9 @@ class Run:
                     self._in_hand = Dealt(piece, counts, share.total)
                     with self._gradients.piece(is_last=number == len(parts)):
                         yield piece
+        except GeneratorExit:
+            self._has_left_pieces = True
+            raise
         finally:
             self._in_hand = share
 
@@ -525,8 +538,12 @@ class Run:
         # Within a step the ranks do not stop: they may at its end anyway.
         may_stop = self._loop is not None and not self._is_stepping
         with self._stopping(), self._stops.between_batches() if may_stop else nullcontext():
+            of_batch_in_hand = 0
             for figures in values:
                 measuring.add(figures, self._in_hand)
+                of_batch_in_hand += self._in_hand is before
+                if of_batch_in_hand > 1:
+                    raise measuring.takes_them_one_by_one()
         self._in_hand = before
         return measuring.means()
 
@@ -539,6 +556,13 @@ class Run:
         that cannot be kept. Where the ranks have agreed to stop, the program ends here with exit code 85.
         """
         self._begin(None)
+        if name in self._shared:
+            raise UserError(
+                f"run.share() has done a work with the name {name} in this run: give each work a name of "
+                "its own, run.share(items, work, name=...), under which its results are kept.",
+                said_by=ANYONE,
+            )
+        self._shared.add(name)
         sharing = Sharing(
             self._runtime, self._control, self.directory / "share" / name, self._config.watchdog.step_s
         )
@@ -594,10 +618,12 @@ class Run:
                 self.finish()
         elif self.is_open:
             if isinstance(raised, SystemExit):
+                said = f" It says: {raised.code}" if isinstance(raised.code, str) else ""
                 missed = UserError(
-                    f"The program has ended by itself before the end of the run {self._path}."
+                    f"The program has ended by itself before the end of the run {self._path}.{said}"
                 )
-                missed.code = raised.code if isinstance(raised.code, int) and raised.code else 1
+                if isinstance(raised.code, int) and raised.code:
+                    missed.code = raised.code
                 raised = missed
             self.fail(raised)
 

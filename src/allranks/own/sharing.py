@@ -16,6 +16,7 @@ import base64
 import json
 import os
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import FileIO
@@ -54,10 +55,12 @@ class Sharing:
     def results(self, items: Sequence[Any], work: Callable[[Any], Any], seed: int) -> list[Any]:
         """work(item) for each item, in the order of the items, on every rank; all ranks call.
 
-        Before each item the generators of random numbers are seeded from `seed` and the item's number.
+        Before each item the generators of random numbers are seeded from `seed`, the work's name and the
+        item's number, and after the last one from `seed` and the name.
         Raises UserError for a result that cannot be kept, and RunStopped where the ranks have agreed to
         stop.
         """
+        of_name = zlib.crc32(self._directory.name.encode())
         done = set(self._runtime.meeting.from_rank_0(lambda: self._begin(len(items))))
         left = [number for number in range(len(items)) if number not in done]
         runtime = self._runtime
@@ -68,15 +71,17 @@ class Sharing:
             for turn in range(rounds):
                 if turn < len(mine):
                     number = mine[turn]
-                    reseed(mixed(seed, number), runtime.device)
+                    reseed(mixed(seed, of_name, number), runtime.device)
                     with runtime.progress.phase("an item of run.share() (watchdog.step_s)", self._limit_s):
                         result = work(items[number])
-                    line = files.line({"item": number, **_to_json(result, number)})
+                    # As Python's json writes it, with NaN and Infinity, which a result may hold.
+                    line = json.dumps({"item": number, **_to_json(result, number)}) + "\n"
                     with self._writing():
                         _write(file, line.encode())
                 runtime.progress.worked()
                 pulse.count_step()
                 self._control.check_evaluation(turn + 1, gains=True)
+        reseed(mixed(seed, of_name), runtime.device)
         return self._everyones(len(items))
 
     def _begin(self, count: int) -> list[int]:
@@ -125,7 +130,7 @@ class Sharing:
         return found
 
     def _everyones(self, count: int) -> list[Any]:
-        """The results of all items, on every rank, read by rank 0."""
+        """The results of all items: rank 0 reads them, and sends them to every rank."""
         runtime = self._runtime
         with runtime.all_or_none():  # every rank has come here, so its results are on disk
             pass

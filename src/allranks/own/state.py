@@ -167,15 +167,18 @@ class KeptObjects:
         self._shards: shards.Source | None = None  # where this rank reads only what it needs
 
     def signature(self) -> tuple[str, list[int]]:
-        """Something that is another one once the state of an object has changed; for this process alone.
+        """A fingerprint of the state of all objects; two of one process may be compared.
 
         Of each tensor it has where its numbers are, how often torch has seen them change, and the sum of
         its bytes, taken as whole numbers: that costs far less than a copy.
         """
+        stateful = dict(self.objects)
+        if self.loader is not None:  # one of a stream has no length, and so is neither true nor false
+            stateful["(loader)"] = self.loader
         tensors: dict[str, torch.Tensor] = {}
         rest = [
             states.taken_apart(each.state_dict(), name, tensors, torch.Tensor.detach)
-            for name, each in [*self.objects.items(), *([("(loader)", self.loader)] if self.loader else [])]
+            for name, each in stateful.items()
         ]
         numbers = [
             number

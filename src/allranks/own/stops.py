@@ -14,25 +14,26 @@ from allranks.training.control import Control
 class EvaluationStops:
     """Whether and where the ranks of a run may stop within run.mean(), between two batches.
 
-    A run that goes on has its last step behind it, and does again what the program does after its steps. So
-    the ranks may only stop where nothing of that has changed what the program keeps.
+    A run that goes on does again what the program does after its steps, the evaluation too. So the ranks
+    may only stop where the program has not changed what it keeps since the last step: otherwise that change
+    would be made twice.
     """
 
     def __init__(self, runtime: Runtime, control: Control, kept: KeptObjects) -> None:
         self._runtime = runtime
         self._control = control
         self._kept = kept
-        self._settled: object = None  # the state where a run would go on with what comes now
+        self._settled: object = None  # the signature after the last step
         self._batches = 0  # that the evaluation under way has got
         self._can_stop = False  # whether the ranks may stop within the evaluation under way
         self.settle()
 
     def settle(self) -> None:
-        """To be called where the steps of an epoch, or an epoch, are behind the program."""
+        """To be called after the steps of an epoch, and after an epoch."""
         self._settled = self._signature()
 
     def _signature(self) -> object:
-        """Another one for each state of what the program keeps; None where that cannot be saved."""
+        """Differs where what the program keeps has changed; None where that cannot be saved."""
         try:
             return self._kept.signature()
         except UserError:  # is told by the next save

@@ -187,7 +187,7 @@ def figures_of(total: Sequence[float], columns: Sequence[Column]) -> Figures:
         at += 1
         count = divisor
         if column.has_weight:
-            count = max(total[at], 1)
+            count = total[at] or 1  # 0 where no example had a weight: the mean is shown as 0
             at += 1
         values[column.name] = _shown(value, count, column.shown)
     return Figures(values, round(examples))
