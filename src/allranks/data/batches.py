@@ -194,9 +194,9 @@ class Batches:
     ) -> Iterator[Dealt]:
         """This rank's share of each global batch of the epoch from `first_step` on; both count from 0.
 
-        `seen` is the digest of the batches before the first step; None where nobody knows it. Where it is
-        another one now, UserError is raised. `is_there`: the source has been told by load_state_dict() that
-        the first step's batch is its next one.
+        `seen` is the digest of the batches before the first step; None where nobody knows it. Raises
+        UserError where the batches that are skipped have another one. `is_there`: nothing is skipped,
+        because load_state_dict() has put the source where the first step's batch comes next.
         """
         loader = self._loader
         samplers = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
@@ -231,7 +231,7 @@ class Batches:
                 )
 
     def _each_seeded(self, batches: Iterable[Any], epoch: int, first: int) -> Iterator[Any]:
-        """The batches, of which the first one has this number, with random numbers of its own for each.
+        """The batches, the first of which has the number `first`. Each is read with generators seeded anew.
 
         What draws a batch at random in this process then draws the same on all ranks, whatever the loop's
         body has drawn before, and whether or not the batches before it were only skipped.

@@ -34,8 +34,8 @@ def resources() -> str:
 def node_lists_and_counts(answer: str) -> tuple[list[str], list[tuple[int, int]]]:
     """(lists of hosts' names, (cores, GPUs) of each host in the order of the names).
 
-    The answer is an R of Flux's (RFC 20): `rank` says which hosts, by their number, a row is about. Raises
-    UserError where the answer is of another form.
+    `answer` is Flux's set of resources in JSON, called R (its RFC 20). In it `rank` says which hosts, by
+    their number, a row is about. Raises UserError where the answer is of another form.
     """
     try:
         values = json.loads(answer)["execution"]

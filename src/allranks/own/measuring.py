@@ -38,7 +38,7 @@ class Measuring:
         """Adds the figures of a batch, each the mean over the examples of this rank's share.
 
         `share` is what the program has in hand; None where it goes through no batches. Raises UserError for
-        figures that are none.
+        figures that are no numbers.
         """
         if not isinstance(figures, Mapping):
             raise UserError(
@@ -72,7 +72,7 @@ class Measuring:
     def means(self) -> dict[str, float]:
         """The mean of each figure over all examples of all ranks; all ranks call.
 
-        Raises UserError where there are no examples, and where the ranks have other names.
+        Raises UserError where there are no examples, and where the ranks have different names.
         """
         names = sorted(self._sums)
         if not self._are_names_known:
@@ -86,7 +86,7 @@ class Measuring:
         return {name: float(total / count) for name, (total, count) in zip(names, totals, strict=True)}
 
     def _check_names(self, names: list[str]) -> None:
-        """Raises UserError, on all ranks, where a rank has other names."""
+        """Raises UserError, on all ranks, where the ranks have different names."""
         # A digest has 32 bits, which float64 holds exactly.
         digest = float(zlib.crc32("\n".join(names).encode()))
         device = self._runtime.device

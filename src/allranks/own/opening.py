@@ -27,7 +27,7 @@ from allranks.training import ending
 _NOT_HERE = ("trainer", "task", "data", "model", "optimizer", "scheduler", "run", "own", "name", "seed")
 
 _opened: list[Run] = []  # the runs of this process
-# They count the same signals: one that comes between two runs stops the next one.
+# All runs share these counts: a signal that comes between two runs stops the next one.
 _signals = Signals()
 
 
@@ -149,7 +149,7 @@ def _at_exit() -> None:
 
 
 def _exiting(end: Any) -> None:
-    """Calls `end`. Where that ends the process by sys.exit(), it ends here: nobody else hears it now."""
+    """Calls `end`, and ends the process where that calls sys.exit(), which Python would ignore by now."""
     try:
         end()
     except SystemExit as exit_:

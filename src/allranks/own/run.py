@@ -61,7 +61,7 @@ from allranks.training.weight import share_weight
 
 _AFTER_STEPS = -1  # in place of a rank, for the random numbers between the steps and the epoch's end
 # How long a rank waits for the others to leave a loop, or to leave out a backward pass, as it has done. If
-# they have come to a collective by then, they wait for this rank, and it is named.
+# the others are in a collective after that time, they wait for this rank, and the watchdog names it.
 _ALIKE_S = 1.0
 _LEFT_ALIKE = "the other ranks to leave the loop by `break`, as this one has: all must, after the same step"
 _SKIPPED_ALIKE = "the other ranks to take a step without run.backward(), as this one has: all must"
@@ -98,7 +98,7 @@ class Run:
         self._has_left = False  # whether a loop has been left by `break`, and nobody has compared the ranks
         self._shared: set[str] = set()  # the names of the works that run.share() has done
         self._has_left_pieces = False  # whether a loop over run.pieces() has been left by `break`
-        self._in_hand: Dealt | None = None  # what the loop has got last of a source
+        self._in_hand: Dealt | None = None  # this rank's share of the batch that the loop has got last
         self._is_stepping = False  # whether the loop is in a body of steps()
         self._figures: dict[str, float] = {}  # logged after the last epoch
         # A first run's time includes the import of torch.
@@ -115,7 +115,7 @@ class Run:
         is_wanted = sharding.is_wanted(config.sharding, self._runtime)
         self._kept = KeptObjects(self._runtime, decisive, is_wanted)
         self._gradients = Gradients(self._runtime, config.sharding if is_wanted else None)
-        # These four are there from the first epoch or step on.
+        # _begin() makes these four.
         self._loop: Loop | None = None
         self._control: Control
         self._stops: EvaluationStops
@@ -307,7 +307,7 @@ class Run:
             raise UserError("run.epochs() is called within run.epochs(): a run has one.", said_by=ANYONE)
         loop = self._begin(count)
         self._close_left_epoch(loop)
-        if self._kept.is_over:  # left by `break` in an earlier start, which did not come to its end
+        if self._kept.is_over:  # left by `break` in an earlier start, which did not reach run.finish()
             return
         self._in_epochs = True
         try:
@@ -582,7 +582,8 @@ class Run:
         """
         self._check_open("run.finish()")
         loop = self._begin(None)
-        # What is saved from now on goes on behind the loop, also where that was left early.
+        # A run that goes on from what is saved now does not enter the loop again, even where that was left
+        # by `break`.
         epochs = self._control.epochs
         self._kept.is_over = self._has_open_epoch or (epochs is not None and self.epoch < epochs)
         self._close_left_epoch(loop)

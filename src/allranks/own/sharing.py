@@ -38,7 +38,7 @@ from allranks.training.control import Control
 
 # Without watchdog.step_s an item may take any time: what it does is not known.
 _ANY_TIME_S = 1e9
-LATE_S = 60.0  # for a shared file system to show rank 0 what other hosts have written: NFS caches so long
+LATE_S = 60.0  # NFS may hide from rank 0 for so long what other hosts have written
 LOOK_S = 0.5  # between two looks
 
 
@@ -182,7 +182,7 @@ class Sharing:
 
 
 def _write(file: FileIO, content: bytes) -> None:
-    """Writes all of it. Without a buffer, nothing is tried once more when the file is closed."""
+    """Writes all of it: without a buffer, one write may take only a part."""
     written = 0
     while written < len(content):
         written += file.write(content[written:])

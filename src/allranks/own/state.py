@@ -78,8 +78,8 @@ class Means:
     def gather(self) -> dict[str, list[list[float]]]:
         """By name the two numbers of each rank; all ranks call.
 
-        Raises UserError where the ranks have other names, or were given other batches, and where a loss was
-        not finite: then the weights are spoilt, and must not be saved.
+        Raises UserError where the ranks have different names, or were given different batches, and where a
+        loss was not finite: then the weights are spoilt, and must not be saved.
         """
         names = sorted(self._sums)
         # Digests have 32 bits, which float64 holds exactly.
@@ -155,7 +155,7 @@ class KeptObjects:
         self.objects: dict[str, Any] = {}
         self.means = Means(runtime)
         self.source: dict[str, Any] | None = None  # what the epoch's steps go through (Batches.described)
-        self.loader: Any = None  # where that has a state of its own
+        self.loader: Any = None  # the source of the epoch's batches, if it has a state_dict() of its own
         self.is_over = False  # whether the program has left its loop over the epochs for good
         self.position = TrainingPosition()
         self._first_buffers: dict[str, dict[str, torch.Tensor]] = {}  # by object, then by name
@@ -227,7 +227,8 @@ class KeptObjects:
         }
         if self.is_over:
             state["is_over"] = True
-        # What makes its batches itself may go on from epoch to epoch; a loader of a Dataset begins anew.
+        # A user's own iterable may go on from epoch to epoch. A loader of a Dataset begins anew in each,
+        # so its state is of use within an epoch only.
         goes_on = self.position.epoch_steps or not hasattr(self.loader, "dataset")
         if self.loader is not None and goes_on:
             state["loader"] = states.taken_apart(self.loader.state_dict(), "loader", loader, copied)

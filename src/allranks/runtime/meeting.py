@@ -34,8 +34,8 @@ from allranks.runtime.watch.progress import Progress
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-WAIT_S = 86_400.0  # longer than any limit of the watchdog; torch wants a number
-LEAVE_S = 10.0  # rank 0 waits so long at the end for ranks that may have died
+WAIT_S = 86_400.0  # torch wants a limit; this one never ends before the watchdog's
+LEAVE_S = 10.0  # rank 0 waits at most so long for the others at the end: some may have died
 LEAVE_TICK_S = 0.01
 Decide = Callable[[list[Any]], Sequence[Any]]
 
@@ -139,16 +139,16 @@ class Meeting:
         return self.settle(None, decide)
 
     def is_first(self, what: str) -> bool:
-        """Whether no rank has asked for `what` before; others than the ranks that find it do not call."""
+        """Whether no rank has asked for `what` before. Only a rank that has found `what` calls this."""
         return self.store is None or self.store.add(f"first/{what}", 1) == 1
 
     def tell(self, key: str, value: Any) -> None:
-        """Writes down a value, JSON, for another rank, which heard() it; may be called on any thread."""
+        """Writes down a value, JSON, for another rank, which reads it by heard(). Any thread may call."""
         assert self.store is not None
         self.store.set(f"told/{key}", json.dumps(value))
 
     def heard(self, key: str) -> Any:
-        """What a rank has told under this key; None where it has not yet. Heard once, it is forgotten."""
+        """What a rank has told under this key; None where it has not yet. Reading removes it."""
         assert self.store is not None
         if not self.store.check([f"told/{key}"]):
             return None
@@ -238,16 +238,17 @@ def serve(address: str, world_size: int, port: int = 0, far: bool = False) -> tu
 def _serve_through_mpi(comm: Any, progress: Progress) -> Store:
     """Rank 0 serves on a free port, which MPI tells the others: no port is ever guessed.
 
-    So is a secret that begins the name of every key, as torch's protocol has no password.
+    MPI also tells them a secret, with which every key begins: torch's store has no password.
     """
     from torch.distributed import PrefixStore
 
     with progress.waiting_for("the other ranks, at the first message over MPI"):
         hosts = mpi.hosts(comm)
     store: Store | None = None
-    address, port, problem, secret = "", 0, "", ""
+    address, port, problem, secret = "", 0, "", ""  # as rank 0 tells them
     if comm.rank == 0:
-        secret, far = secrets.token_hex(16), len(set(hosts)) > 1
+        secret = secrets.token_hex(16)
+        far = len(set(hosts)) > 1
         try:
             address = _address([host.name for host in hosts]) if far else "127.0.0.1"
             store, port = serve(address, comm.size, far=far)

@@ -217,7 +217,7 @@ _EXACT = {"dim_zero_sum", "dim_zero_cat", "dim_zero_max", "dim_zero_min"}
 
 
 def seeing(metric: Any, device: torch.device) -> Any:
-    """What sees an evaluation for the metric: a copy that has seen nothing yet, or an _Inputs."""
+    """The object that an evaluation's examples are given to: a fresh copy of the metric, or an _Inputs."""
     for name, reduction in metric._reductions.items():
         is_list = isinstance(metric._defaults[name], list)
         if getattr(reduction, "__name__", "") not in _EXACT and not (is_list and reduction is None):
@@ -232,7 +232,7 @@ class _Inputs:
     where all targets of one object are equal. A mean of means is not the mean of all examples. Such a
     metric sees the batches of all ranks at the end of the evaluation, on every rank.
 
-    It has the attributes of a torchmetrics object by which the states of all ranks are exchanged.
+    It has the attributes of a torchmetrics object that merged() uses.
     """
 
     def __init__(self, metric: Any) -> None:
