@@ -9,6 +9,7 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -78,6 +79,13 @@ def _put_new(temporary: Path, path: Path) -> None:
         if path.exists():
             raise
         temporary.replace(path)  # no hard links, as on DAOS: of two at the same moment one is lost
+
+
+def write_all(file: FileIO, content: bytes | memoryview) -> None:
+    """Writes all of it to a file that has no buffer, of which one write may take only a part."""
+    written = 0
+    while written < len(content):
+        written += file.write(content[written:])
 
 
 def append_line(file: TextIO, values: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from allranks.base.errors import ANYONE, UserError
 from allranks.base.text import some
 from allranks.data.batches import Dealt
 from allranks.data.nests import described
-from allranks.own.state import add_mean
+from allranks.own.state import add_mean, digest_of, no_sum
 from allranks.runtime.runtime import Runtime, sum_dtype
 
 
@@ -29,10 +28,7 @@ class Measuring:
         self._what = what
         self._are_names_known = names is not None
         # By name the sum of value * examples, and the number of examples.
-        self._sums = {name: self._no_sum() for name in names or ()}
-
-    def _no_sum(self) -> torch.Tensor:
-        return torch.zeros(2, dtype=sum_dtype(self._runtime.device), device=self._runtime.device)
+        self._sums = {name: no_sum(runtime.device) for name in names or ()}
 
     def add(self, figures: Mapping[str, Any], share: Dealt | None) -> None:
         """Adds the figures of a batch, each the mean over the examples of this rank's share.
@@ -56,7 +52,7 @@ class Measuring:
                     said_by=ANYONE,
                 )
             if name not in self._sums:
-                self._sums[name] = self._no_sum()
+                self._sums[name] = no_sum(self._runtime.device)
             if share.counted:
                 number = value if isinstance(value, torch.Tensor) else as_number(value)
                 add_mean(self._sums[name], number, share.counted)
@@ -87,10 +83,8 @@ class Measuring:
 
     def _check_names(self, names: list[str]) -> None:
         """Raises UserError, on all ranks, where the ranks have different names."""
-        # A digest has 32 bits, which float64 holds exactly.
-        digest = float(zlib.crc32("\n".join(names).encode()))
         device = self._runtime.device
-        mine = torch.tensor([[digest]], dtype=sum_dtype(device), device=device)
+        mine = torch.tensor([[digest_of(names)]], dtype=sum_dtype(device), device=device)
         if len(set(self._runtime.gather(mine).flatten().tolist())) > 1:
             raise UserError(
                 f"{self._what} has got other names, or no values, on other ranks (here "

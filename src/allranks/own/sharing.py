@@ -18,7 +18,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ class Sharing:
                     # As Python's json writes it, with NaN and Infinity, which a result may hold.
                     line = json.dumps({"item": number, **_to_json(result, number)}) + "\n"
                     with self._writing():
-                        _write(file, line.encode())
+                        files.write_all(file, line.encode())
                 runtime.progress.worked()
                 pulse.count_step()
                 self._control.check_evaluation(turn + 1, gains=True)
@@ -115,7 +115,7 @@ class Sharing:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":  # half a line, of a rank that died: the next line begins below it
-                    _write(file, b"\n")
+                    files.write_all(file, b"\n")
             return file
 
     def _lines(self, count: int) -> dict[int, str]:
@@ -158,34 +158,24 @@ class Sharing:
             self._runtime.progress.worked()
             time.sleep(LOOK_S)
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _writing(self) -> AbstractContextManager[None]:
         """Turns an OSError of the block, which writes to the directory, into a UserError."""
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"{self._directory} cannot be written ({error.strerror}): free some space or quota there, "
-                "and start the program again. It goes on with the items that are left."
-            ) from error
+        return self._told(
+            "written",
+            "free some space or quota there, and start the program again. It goes on with the items that "
+            "are left.",
+        )
+
+    def _reading(self) -> AbstractContextManager[None]:
+        """Turns an OSError of the block, which reads from the directory, into a UserError."""
+        return self._told("read", "start the program again once it can be. The results in it are kept.")
 
     @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Turns an OSError of the block, which reads from the directory, into a UserError."""
+    def _told(self, done: str, remedy: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise UserError(
-                f"{self._directory} cannot be read ({error.strerror}): start the program again once it can "
-                "be. The results in it are kept."
-            ) from error
-
-
-def _write(file: FileIO, content: bytes) -> None:
-    """Writes all of it: without a buffer, one write may take only a part."""
-    written = 0
-    while written < len(content):
-        written += file.write(content[written:])
+            raise UserError(f"{self._directory} cannot be {done} ({error.strerror}): {remedy}") from error
 
 
 def _item_of(line: str) -> int | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,16 @@ def add_mean(sums: torch.Tensor, value: torch.Tensor | float, count: int) -> Non
     sums[1] += count
 
 
+def no_sum(device: torch.device) -> torch.Tensor:
+    """What add_mean() adds to at first."""
+    return torch.zeros(2, dtype=sum_dtype(device), device=device)
+
+
+def digest_of(names: Sequence[str]) -> float:
+    """A number by which ranks find out whether they have the same names: 32 bits, which float64 holds."""
+    return float(zlib.crc32("\n".join(names).encode()))
+
+
 class Means:
     """Means over the examples of an epoch, added up on the device while its steps are taken.
 
@@ -70,8 +80,7 @@ class Means:
         """Adds a value that is the mean over `count` examples of this rank."""
         sums = self._sums.get(name)
         if sums is None:
-            sums = torch.zeros(2, dtype=self._dtype, device=self._runtime.device)
-            self._sums[name] = sums
+            sums = self._sums[name] = no_sum(self._runtime.device)
         if count:
             add_mean(sums, value, count)
 
@@ -82,9 +91,7 @@ class Means:
         loss was not finite: then the weights are spoilt, and must not be saved.
         """
         names = sorted(self._sums)
-        # Digests have 32 bits, which float64 holds exactly.
-        names_digest = float(zlib.crc32("\n".join(names).encode()))
-        mine = [[names_digest, float(len(names)), float(self.digest), float(self._not_finite)]]
+        mine = [[digest_of(names), float(len(names)), float(self.digest), float(self._not_finite)]]
         heads = mine
         if self._runtime.world_size > 1:
             everyones = torch.tensor(mine, dtype=torch.float64, device=self._runtime.device)
@@ -315,13 +322,11 @@ class KeptObjects:
                 "for the run.",
                 said_by=ANYONE,
             )
-        try:
-            with states.of_this_format(self._path):
-                tensors = self._tensors_of(name, kept)
-                parts = self._saved.pop(name)
-                saved = {part: states.put_together(parts[part], tensors) for part in ("state", "buffers")}
-        except OSError as error:  # of a model that is spread, each rank reads its slices now
-            raise UserError(f"{self._path} cannot be read ({error.strerror}).") from error
+        # Of a model that is spread, each rank reads its slices now.
+        with shards.reading(self._path), states.of_this_format(self._path):
+            tensors = self._tensors_of(name, kept)
+            parts = self._saved.pop(name)
+            saved = {part: states.put_together(parts[part], tensors) for part in ("state", "buffers")}
         self._put_back(name, kept, saved)
 
     def _put_back(self, name: str, kept: Any, saved: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ from allranks.run.shards import INDEX
 from allranks.runtime.runtime import Runtime
 from allranks.training import shards
 from allranks.training.position import TrainingPosition
-from allranks.training.shards import CapturedShards
+from allranks.training.shards import CapturedShards, reading
 from allranks.training.state import STATE, Captured
 
 log = logging.getLogger(__name__)
@@ -260,19 +260,14 @@ class Saver:
 
         def read_small() -> None:
             assert self.claim is not None
-            try:
+            with reading(path):  # it could be read a moment ago
                 small.update(checkpoint.read_some(path, [STATE, INDEX]))
-            except OSError as error:  # it could be read a moment ago
-                raise UserError(f"{path} cannot be read ({error.strerror}).") from error
             self.claim.check()  # reading takes time, and meanwhile another run may have taken the directory
 
         runtime.meeting.from_rank_0(read_small)
         shared = runtime.share_files(small)
-        with runtime.all_or_none():
-            try:
-                self.kept.restore(shared, path)
-            except OSError as error:
-                raise UserError(f"{path} cannot be read ({error.strerror}).") from error
+        with runtime.all_or_none(), reading(path):
+            self.kept.restore(shared, path)
 
     def _problem(self, path: str, names: Sequence[str]) -> str | None:
         """What is wrong with these files of the checkpoint; None for nothing."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from allranks.base import files
 from allranks.base.errors import UserError
 from allranks.run.checkpoint import About
 from allranks.run.shards import INDEX, MODEL, OPTIMIZER, PARTS, Index, Rows, Spread, file_name, header
@@ -29,6 +31,15 @@ DTYPES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
     torch.bool: "BOOL", torch.complex64: "C64",
 }  # fmt: skip
+
+
+@contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Turns an OSError of the block, which reads the checkpoint at `path`, into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}).") from error
 
 
 @dataclass(frozen=True)
@@ -118,9 +129,7 @@ def _write_file(path: Path, tensors: Mapping[str, torch.Tensor]) -> About:
     size = 0
     with os.fdopen(descriptor, "wb", buffering=0) as file:
         for piece in _pieces(tensors):
-            written = 0
-            while written < len(piece):
-                written += file.write(piece[written:])
+            files.write_all(file, piece)
             digest.update(piece)
             size += len(piece)
         os.fsync(descriptor)
