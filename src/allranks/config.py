@@ -36,6 +36,8 @@ from allranks.base.schema import (
 from allranks.base.text import did_you_mean
 
 CLASSIFICATION = "allranks.tasks.Classification"
+# The sections that a loop of the user's own (allranks.open) has no use for: it makes these parts itself.
+NOT_OF_OWN_LOOPS = ("trainer", "task", "data", "model", "optimizer", "scheduler")
 
 # What `checkpoint.best` may be: the name of a metric, and which of its values is the best.
 BEST = re.compile(r"\S+ (min|max)")

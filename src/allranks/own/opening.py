@@ -23,8 +23,9 @@ from allranks.own.run import How, Run
 from allranks.runtime.bringup import refuse_together
 from allranks.training import ending
 
-# Keys of the configuration that have no meaning for a loop of one's own: it makes these parts itself.
-_NOT_HERE = ("trainer", "task", "data", "model", "optimizer", "scheduler", "run", "own", "name", "seed")
+# Keys of the configuration that allranks.open() does not take: a loop of one's own has no use for them, or
+# they follow from its other arguments.
+_NOT_HERE = (*configs.NOT_OF_OWN_LOOPS, "run", "own", "name", "seed")
 
 _opened: list[Run] = []  # the runs of this process
 # All runs share these counts: a signal that comes between two runs stops the next one.

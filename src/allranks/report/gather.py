@@ -16,6 +16,7 @@ from typing import Any
 
 from allranks.base.errors import UserError
 from allranks.base.text import one_line
+from allranks.config import NOT_OF_OWN_LOOPS
 from allranks.run import metric_names, results
 from allranks.run.best import KEY, Rule, best_of, rule_of
 from allranks.run.directory import CONFIG
@@ -31,9 +32,7 @@ PROFILE = "profile/table.json"
 # their own number in the file: a loop may log figures alone.
 EPOCH, STEP, LINE = "epoch", "step", "line"
 
-# The sections of the configuration that have no meaning for a loop of the user's own (allranks.open), and
-# the one key in them that has.
-_NOT_OWN = ("trainer", "task", "data", "model", "optimizer", "scheduler")
+# The one key in NOT_OF_OWN_LOOPS that has a meaning for a loop of the user's own.
 _OF_OWN = "trainer.log_every_steps"
 
 
@@ -220,7 +219,9 @@ def _config(path: Path, problems: list[str]) -> dict[str, Any]:
         return config
     # A loop of the user's own makes these parts itself: what stands there are defaults that nothing reads.
     return {
-        key: value for key, value in config.items() if key == _OF_OWN or key.split(".")[0] not in _NOT_OWN
+        key: value
+        for key, value in config.items()
+        if key == _OF_OWN or key.split(".")[0] not in NOT_OF_OWN_LOOPS
     }
 
 
