@@ -57,6 +57,9 @@ class Ending:
     message: str = ""  # what this process says; where it is empty another rank speaks, or nobody
     is_traceback: bool = False  # the message is Python's own account of an error that we did not foresee
     ends_others: bool = False
+    # The error is the program's, and may be any rank's: the first one to have it speaks, and all ranks end
+    # with its exit code.
+    is_anyones: bool = False
 
 
 def ending_of(raised: BaseException, rank: int, others: Others) -> Ending:
@@ -68,6 +71,7 @@ def ending_of(raised: BaseException, rank: int, others: Others) -> Ending:
             raised.code,
             message=str(raised) if speaks else "",
             ends_others=others is not Others.NONE and not all_have_it,
+            is_anyones=others is Others.MET and raised.said_by == ANYONE,
         )
     if isinstance(raised, KeyboardInterrupt):
         if others is Others.MET:
@@ -129,7 +133,7 @@ def of_run(runtime: Runtime, report: Reporter) -> Iterator[Reporter]:
         yield report
     except BaseException as raised:
         ending = ending_of(raised, runtime.rank, others)
-        if others is Others.MET and isinstance(raised, UserError) and raised.said_by == ANYONE:
+        if ending.is_anyones:
             _wait_where_another_rank_speaks(runtime)
             _say(ending)
             report.close()

@@ -359,18 +359,21 @@ class Watchdog:
         """What is added to a word that ends ranks, where all are to have one exit code."""
         return {} if self._code_of_all is None else {"code": self._code_of_all}
 
+    def _take_code(self, word: Mapping[str, Any]) -> None:
+        """Takes over the exit code of all ranks, where a word that ends ranks has one."""
+        code = word.get("code")
+        if isinstance(code, int):
+            self._exit_code = code
+            self._code_of_all = code
+
     def _obey_other(self, rank: int, word: Mapping[str, Any]) -> None:
         """What another rank tells rank 0. Raises WireError where it says what no rank would say."""
         match word:
             case {"bye": True}:
                 self._crew.left.add(rank)
                 self._others.forget(rank)
-            case {"failed": True, "code": int(code)}:
-                self._exit_code = code
-                self._code_of_all = code
-                self._end_others(first=rank)
-                self._end()
             case {"failed": True}:
+                self._take_code(word)
                 self._end_others(first=rank)
                 self._end()
             case {"alarm": dict(report)}:
@@ -393,10 +396,8 @@ class Watchdog:
             case {"look": [int(rank), dict(peer), str(known)]}:
                 words = self._look(Peer.from_json(peer), Known(known))
                 self._others.tell(0, found=[rank, words])
-            case {"end": True, "code": int(code)}:
-                self._exit_code = code
-                self._end()
             case {"end": True}:
+                self._take_code(word)
                 self._end()
             case {"bye": True}:
                 self._others.forget(0)
