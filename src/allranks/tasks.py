@@ -62,6 +62,11 @@ def metrics_of(task: Any, outputs: Any, batch: Any) -> Mapping[str, Any]:
     return measured
 
 
+def is_classification(target: object) -> bool:
+    """Whether what makes a task makes a classification, of images with labels."""
+    return isinstance(target, type) and issubclass(target, Classification)
+
+
 # --- the shipped tasks -----------------------------------------------------------------------------------
 
 

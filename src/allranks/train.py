@@ -377,12 +377,9 @@ def _importing_torch(compiles: bool) -> Iterator[None]:
     if compiles:
         yield
     else:
-        from allranks.base.imports import without_path_lookups
+        from allranks.runtime import lean
 
-        with without_path_lookups():
-            from allranks.runtime import lean
-
-            lean.keep_compiler_out()
+        with lean.quick_import():
             yield
     gc.freeze()  # from now on the collector passes over these objects
     gc.enable()

@@ -15,7 +15,6 @@ from pathlib import Path
 from allranks.base import files
 from allranks.base.arguments import with_our_errors
 from allranks.base.errors import UserError, show
-from allranks.base.imports import without_path_lookups
 from allranks.config import CLASSIFICATION
 from allranks.report import at_end, compare_command, drawing, pictures
 from allranks.report.at_end import FOLDER, PAGE
@@ -24,6 +23,7 @@ from allranks.report.drawing import Picture
 from allranks.report.examine import Examined
 from allranks.report.gather import RunFacts, gather
 from allranks.report.page import page
+from allranks.runtime import lean
 
 SHIPPED_TASKS = "allranks.tasks."  # how the names of the tasks begin that allranks has itself
 PASS_NOT_ENDED = "The test set's part is missing: the pass of the model over it has not come to its end."
@@ -132,17 +132,13 @@ def _can_be_examined(facts: RunFacts) -> bool:
     if task.startswith(SHIPPED_TASKS):
         return task == CLASSIFICATION
     # A task of the user's own may be a subclass of Classification.
-    with without_path_lookups():  # torch is imported here
-        from allranks.runtime import lean
-
-        lean.keep_compiler_out()
+    with lean.quick_import():  # torch is imported here
         from allranks.components import locate
-        from allranks.tasks import Classification
+        from allranks.tasks import is_classification
     try:
-        target = locate("task", task)
+        return is_classification(locate("task", task))
     except UserError:
         return True  # its code is not found here: that is told when it is tried
-    return isinstance(target, type) and issubclass(target, Classification)
 
 
 def _write(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from allranks.base.imports import without_path_lookups
+from allranks.runtime import lean
 
 if TYPE_CHECKING:
     import torch
@@ -88,10 +88,7 @@ def examine(directory: Path, device: str | None = None) -> Examined:
     `device` is a value of the key `device`; None stands for the run's own. Raises UserError if there is no
     checkpoint, if another version has written it, or if the model or the data cannot be built here.
     """
-    with without_path_lookups():  # torch is imported here
-        from allranks.runtime import lean
-
-        lean.keep_compiler_out()
+    with lean.quick_import():  # torch is imported here
         from allranks.inference.forward import class_names, forward, open_part
         from allranks.inference.load import load
 

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import torch
+from allranks.base.imports import without_path_lookups
 
 NAME = "torch._dynamo"
 INDUCTOR = "torch._inductor"
@@ -37,10 +39,20 @@ class _Understudy(ModuleType):
         return getattr(_real(self.__name__), name)
 
 
+@contextmanager
+def quick_import() -> Iterator[None]:
+    """Makes the import of torch quick in the block, for a process that compiles nothing."""
+    with without_path_lookups():
+        keep_compiler_out()
+        yield
+
+
 def keep_compiler_out() -> None:
     """From here on `import torch._dynamo` costs nothing until something really needs it."""
     if NAME in sys.modules:
         return
+    import torch  # not before quick_import() has made that quick
+
     utils = _Understudy(f"{NAME}.utils")  # asked by DistributedDataParallel
     utils.answers = {"get_optimize_ddp_mode": lambda: "no_optimization"}
     rules = _Understudy(f"{NAME}.trace_rules")  # asked by init_process_group
@@ -68,6 +80,8 @@ def _real(name: str) -> ModuleType:
     All of the compiler's own modules take the place of those that stood in for them: they import each
     other, and must not find one that stands in.
     """
+    import torch
+
     standing_in = [module for module in sys.modules.values() if isinstance(module, _Understudy)]
     if standing_in:
         for module in standing_in:

@@ -16,7 +16,7 @@ from allranks.data.dealing import steps_per_epoch
 from allranks.runtime import sharding
 from allranks.runtime.gradients import OrderedSum
 from allranks.runtime.runtime import Runtime
-from allranks.tasks import Classification
+from allranks.tasks import is_classification
 from allranks.training.length import RunLength, run_length
 from allranks.training.metrics import Sums, objects_of
 from allranks.training.state import can_be_saved, first_buffers
@@ -58,8 +58,7 @@ class Recipe:
     @property
     def is_classification(self) -> bool:
         """Whether the task is a classification: of images with labels."""
-        target = locate("task", self.task["_target_"])
-        return isinstance(target, type) and issubclass(target, Classification)
+        return is_classification(locate("task", self.task["_target_"]))
 
 
 def recipe_of(config: Config, world_size: int) -> Recipe:
