@@ -194,14 +194,14 @@ def _measured(run: RunFacts, figure: str, axis: str) -> list[tuple[int, float]]:
     return [known[position] for position in thinned(len(known))]
 
 
-def _in_legend(row: Row, comparison: Comparison) -> str:
-    """The line of a row in the legend: the values of its settings. Their names are the legend's heading.
+def _in_legend(rows: Sequence[Row], comparison: Comparison) -> list[str]:
+    """The rows' lines in the legend: the values of their settings, whose names are the legend's heading.
 
     Where the settings are too many for a line, it has the names of the runs' directories.
     """
-    label = _directories(row, comparison) if _is_long(comparison) else _values_in_words(row, comparison)
-    label = label or label_of(row, comparison)
-    return f"{label} (best)" if row.is_best else label
+    in_words = _directories if _is_long(comparison) else _values_in_words
+    labels = [in_words(row, comparison) or label_of(row, comparison) for row in rows]
+    return [f"{label} (best)" if row.is_best else label for row, label in zip(rows, labels, strict=True)]
 
 
 def _heading(comparison: Comparison) -> str:
@@ -252,15 +252,15 @@ def _looks(comparison: Comparison, rows: Sequence[Row]) -> list[Look]:
     differ in one numeric key only, the strength of the colour shows its value. Otherwise each row has its
     own colour.
     """
-    named = list(range(len(rows)))[:MOST_NAMED]
+    labels = _in_legend(rows[:MOST_NAMED], comparison)
     keys = [key for key in comparison.keys if key != SEED]
     strengths = _strengths(rows, keys[0]) if len(keys) == 1 and comparison.numeric_keys() == keys else None
     looks = []
     for index, row in enumerate(rows):
-        if index not in named:
+        if index >= len(labels):
             looks.append(Look("", "grey", "solid", 0.45, 0.9))
             continue
-        label = _in_legend(row, comparison)
+        label = labels[index]
         width = 2.6 if row.is_best else 1.6
         if strengths is None:
             colour = COLOURS[index % len(COLOURS)]
@@ -364,7 +364,7 @@ def _ranking(comparison: Comparison, figure: Figure, rows: Sequence[Row]) -> Pic
     is_cut = len(rows) > MOST_ROWS
     rows = rows[:MOST_ROWS]
     title = figure.heading + (f" of the first {MOST_ROWS}" if is_cut else "")
-    labels = [_in_legend(row, comparison) for row in rows]
+    labels = _in_legend(rows, comparison)
     with style():
         picture, axes = new_figure(title, height_in=0.6 + 0.44 * len(rows))
         values = [row.values[figure.name] for row in rows]
