@@ -1,7 +1,7 @@
 """Runs that are harmed at random, started again until they finish, and compared with an undisturbed twin.
 
     scripts/chaos --trials 200 --seed 1
-    scripts/chaos --seed 1 --trial 17         the same models, faults and moments as in trial 17 above
+    scripts/chaos --seed 1 --trial 17 23     the same models, faults and moments as in 17 and 23 above
 
 Every choice of a trial follows from the seed and its number. What a machine's load decides is how far
 the run has come when a fault arrives.
@@ -29,6 +29,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from allranks.base import processes
 from allranks.run import checkpoint
 from helpers import MEASURED, PYTHON, SMALL, TRAIN, clean_environment, end, marked, mpiexec
 
@@ -86,7 +87,8 @@ BETWEEN = {
 AT_THE_END = "torn summary"
 # What is done instead where a way to start has no such process, or nobody who would notice that it is
 # stopped. Guards and the supervisor belong to `allranks launch`. MPICH's mpiexec starts a proxy on each
-# host, which starts the ranks there; by itself mpiexec waits for ever for a proxy that is stopped.
+# host, which starts the ranks there. By itself mpiexec waits for ever for a proxy that is stopped, or that
+# is killed within the first millisecond, before it has started anything.
 INSTEAD = {
     "none": {
         "kill -9 of the launcher": "kill -9 of a rank", "kill -9 of a guard": "kill -9 of a rank",
@@ -293,7 +295,10 @@ class Attempt:
             "guards": rf"{python} -m allranks\.launch\.guard ",
             "proxies": r"\S*hydra_pmi_proxy ",
         }[what]
-        return sorted(pid for pid, line in marked(self.mark).items() if re.match(command, line))
+        there = sorted(pid for pid, line in marked(self.mark).items() if re.match(command, line))
+        if what == "proxies":  # without a process that it has started, nothing of the run is there
+            there = [pid for pid in there if processes.children(pid)]
+        return there
 
     def send(self, signum: int, luck: float, what: str = "ranks") -> bool:
         """A signal to one of the ranks, guards or proxies, or to the launcher; False if none is there."""
@@ -777,7 +782,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/chaos", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--trial", type=int, help="this one alone")
+    parser.add_argument("--trial", type=int, nargs="+", metavar="K", help="these alone")
     parser.add_argument("--parallel", type=int, default=2, help="trials at the same time (default: 2)")
     parser.add_argument("--keep", type=Path, help="a new folder for all runs, which stay there")
     options = parser.parse_args(arguments)
@@ -788,7 +793,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     skipped = cannot({**LIVE, **BETWEEN})
     for kind, why in skipped.items():
         print(f"without {kind}: {why}", flush=True)
-    numbers = range(1, options.trials + 1) if options.trial is None else [options.trial]
+    numbers = options.trial or range(1, options.trials + 1)
     twins, outcomes, began = Twins(folder.absolute() / "twins"), [], time.monotonic()
 
     def go(number: int) -> Outcome:

@@ -192,6 +192,6 @@ def _of_launcher(known: Evidence) -> Conclusion:
         code = 0
     if code == 0 or known.stopped_by:
         return Conclusion(0, "", remark)
-    how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
     came = f"{len(known.ranks)} of {known.world_size} ranks had started"
-    return Conclusion(128 - code if code < 0 else code, f"{known.launcher} ended with {how}; {came}")
+    return Conclusion(128 - code if code < 0 else code, f"{known.launcher} {how}; {came}")
