@@ -258,6 +258,18 @@ def test_only_the_runtime_touches_process_groups_mpi_and_ezpz():
         assert reached == set(), module
 
 
+def test_every_training_takes_its_backward_passes_at_one_place():
+    """The shipped training and loops of one's own add up over pieces and ranks by the same code."""
+    for call in ("without_sync", "check_summed"):
+        calling = {
+            module
+            for module, source in modules().items()
+            for node in ast.walk(source)
+            if isinstance(node, ast.Attribute) and node.attr == call
+        }
+        assert calling - {"runtime.runtime"} == {"training.gradients"}, call
+
+
 def test_no_broad_except_swallows_and_only_the_command_line_prints():
     for module, source in modules().items():
         for node in ast.walk(source):

@@ -231,7 +231,7 @@ def run(
             training = building.build_training(recipe, runtime, examples=len(data.train))
         tried = trial.try_first_batch(training, data, recipe, runtime, told.best)
         records.measured_by(training, tried.flops_per_example)
-        building.distribute(training, runtime, recipe.trainer, tried.unused)
+        building.distribute(training, recipe.trainer, tried.unused)
 
         if standing == rundir.Standing.NEW:
             is_given = sweep is not None or config.run.dir is not None

@@ -39,18 +39,19 @@ from allranks.data.nests import described
 from allranks.data.randomness import mixed, reseed
 from allranks.job import pulse
 from allranks.job.identity import RankIdentity
-from allranks.own.gradients import Gradients, inner
 from allranks.own.measuring import Measuring, as_number, is_scalar
 from allranks.own.sharing import Sharing
 from allranks.own.state import KeptObjects
 from allranks.own.steps import OwnSteps
 from allranks.own.stops import EvaluationStops
+from allranks.own.wrapping import REMEDY, wrapped
 from allranks.run import best as the_best
 from allranks.run import directory as rundir
 from allranks.runtime import mpi, sharding
 from allranks.runtime.bringup import open_runtime
 from allranks.training import ending
 from allranks.training.control import Control, RunStopped
+from allranks.training.gradients import Gradients, inner
 from allranks.training.length import RunLength
 from allranks.training.loop import Loop
 from allranks.training.records import Records
@@ -114,7 +115,7 @@ class Run:
         decisive = configs.identity(config)
         is_wanted = sharding.is_wanted(config.sharding, self._runtime)
         self._kept = KeptObjects(self._runtime, decisive, is_wanted)
-        self._gradients = Gradients(self._runtime, config.sharding if is_wanted else None)
+        self._gradients = Gradients(self._runtime, config.sharding if is_wanted else None, REMEDY)
         # _begin() makes these four.
         self._loop: Loop | None = None
         self._control: Control
@@ -243,7 +244,7 @@ class Run:
         may leave out some of its parameters. Raises UserError for a model that cannot be trained.
         """
         self._check_open("run.wrap()")
-        return self._gradients.wrap(model, unused_parameters)
+        return wrapped(model, self._gradients, self._runtime.device, unused_parameters)
 
     def keep(self, **objects: Any) -> None:
         """Says what a checkpoint holds, by name, and restores it where the run goes on from one.

@@ -15,8 +15,9 @@ from allranks.config import Config, ShardingConfig, TrainerConfig
 from allranks.data.dealing import steps_per_epoch
 from allranks.runtime import sharding
 from allranks.runtime.gradients import OrderedSum
-from allranks.runtime.runtime import Runtime
+from allranks.runtime.runtime import UNUSED_IN_TRAINER, Runtime
 from allranks.tasks import is_classification
+from allranks.training.gradients import Gradients
 from allranks.training.length import RunLength, run_length
 from allranks.training.metrics import Sums, objects_of
 from allranks.training.state import can_be_saved, first_buffers
@@ -113,7 +114,8 @@ def build_training(recipe: Recipe, runtime: Runtime, examples: int) -> Training:
     """
     trainer = recipe.trainer
     is_sharded = sharding.is_wanted(recipe.sharding, runtime)
-    model = _spread_model(recipe, runtime) if is_sharded else build_model(recipe, runtime.device)
+    gradients = Gradients(runtime, recipe.sharding if is_sharded else None, UNUSED_IN_TRAINER)
+    model = _spread_model(recipe, gradients) if is_sharded else build_model(recipe, runtime.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     section = _for_slices(recipe.optimizer) if is_sharded else recipe.optimizer
@@ -125,6 +127,7 @@ def build_training(recipe: Recipe, runtime: Runtime, examples: int) -> Training:
     return Training(
         model=model,
         trained=compiled,
+        gradients=gradients,
         is_sharded=is_sharded,
         optimizer=optimizer,
         schedule=schedule,
@@ -146,14 +149,14 @@ def _for_slices(section: Mapping[str, Any]) -> Mapping[str, Any]:
     return section if takes_slices or not section.get("fused") else {**section, "fused": False}
 
 
-def distribute(training: Training, runtime: Runtime, trainer: TrainerConfig, unused: Sequence[str]) -> None:
+def distribute(training: Training, trainer: TrainerConfig, unused: Sequence[str]) -> None:
     """Has the gradients of the training added up over the ranks; all ranks call, once, before a step.
 
     `unused` are the parameters that took no part in the first batch.
     """
     has_unused = bool(unused) or trainer.unused_parameters == "always"
     if not training.is_sharded:
-        training.trained = runtime.wrap(training.trained, has_unused)
+        training.trained = training.gradients.wrap(training.trained, has_unused)
 
 
 def build_task(recipe: Recipe, device: torch.device) -> Any:
@@ -191,13 +194,12 @@ def build_model(recipe: Recipe, device: torch.device) -> nn.Module:
     return model
 
 
-def _spread_model(recipe: Recipe, runtime: Runtime) -> nn.Module:
+def _spread_model(recipe: Recipe, gradients: Gradients) -> nn.Module:
     """The model that the recipe describes, with its first weights, spread over the ranks; all call."""
     name = f"model._target_={recipe.model['_target_']}"
     torch.manual_seed(recipe.seed)
-    return runtime.shard(
+    return gradients.spread(
         lambda: build("model", recipe.model),
-        recipe.sharding,
         name,
         dtype=recipe.dtype,
         check=lambda model: _check_model(model, name, recipe.trainer.reproducible),

@@ -20,6 +20,7 @@ from allranks.base.text import one_line
 from allranks.config import TrainerConfig
 from allranks.data.dealing import (
     Batch,
+    Piece,
     evaluation_batches,
     fewest_evaluation_batches,
     most_evaluation_batches,
@@ -170,9 +171,7 @@ def evaluate(
     number = 0
     with part.explained():
         for number, (row, piece) in enumerate(evaluation_batches(part, runtime, seed), start=1):
-            with runtime.autocast(precision):
-                outputs = outputs_of(task, model, piece.examples)
-            loss_sum = task.loss(outputs, piece.examples)
+            outputs, loss_sum = _forward(model, task, piece, precision, runtime)
             sums.add(row, loss_sum, piece.length, metrics_of(task, outputs, piece.examples))
             runtime.progress.evaluated_batch()
             if control is not None and number <= last_common:
@@ -252,29 +251,35 @@ def _backward(
     loss of each piece, a scalar, summed over its examples.
     """
     task = training.task
+    gradients = training.gradients
     losses = []
-    for number, piece in enumerate(batch.pieces, start=1):
-        is_last = number == len(batch.pieces)
-        # DDP adds up over the ranks once, in the backward pass of the last piece.
-        with nullcontext() if is_last else runtime.without_sync(training.trained):
-            with _named("forward"):
-                with runtime.autocast(trainer.precision):
-                    outputs = outputs_of(task, training.trained, piece.examples)
-                loss = task.loss(outputs, piece.examples)
-            known = loss.detach()
-            with _named("backward"):
-                # The weight is a factor and not an argument of backward(), which would import sympy.
-                counts = batch.count > 0 and piece.length > 0
-                training.scaler.scale(loss * share_weight(counts, batch.total, known)).backward()
-            if is_last:
-                runtime.check_summed(training.trained)
-        losses.append(known)
-        if batch.count and piece.length and sums:
-            with torch.no_grad():
-                measured = metrics_of(task, outputs, piece.examples)
-            for each in sums:
-                each.add(row, known, piece.length, measured)
+    with gradients.in_pieces():
+        for number, piece in enumerate(batch.pieces, start=1):
+            with gradients.piece(is_last=number == len(batch.pieces)):
+                with _named("forward"):
+                    outputs, loss = _forward(training.trained, task, piece, trainer.precision, runtime)
+                known = loss.detach()
+                with _named("backward"):
+                    # The weight is a factor and not an argument of backward(), which would import sympy.
+                    counts = batch.count > 0 and piece.length > 0
+                    weighted = loss * share_weight(counts, batch.total, known)
+                    gradients.backward(training.scaler.scale(weighted))
+            losses.append(known)
+            if counts and sums:
+                with torch.no_grad():
+                    measured = metrics_of(task, outputs, piece.examples)
+                for each in sums:
+                    each.add(row, known, piece.length, measured)
     return losses
+
+
+def _forward(
+    model: nn.Module, task: Any, piece: Piece, precision: str, runtime: Runtime
+) -> tuple[Any, torch.Tensor]:
+    """What the model gives for a piece, and the task's loss, a scalar: the sum over the examples."""
+    with runtime.autocast(precision):
+        outputs = outputs_of(task, model, piece.examples)
+    return outputs, task.loss(outputs, piece.examples)
 
 
 def _named(part: str) -> AbstractContextManager[Any]:
@@ -370,9 +375,8 @@ def _find_where(
         for share, batch in zip(runtime.shares, shares, strict=True):
             reseed(mixed(seed, training.position.step, share), runtime.device)
             for piece in batch.pieces:
-                with runtime.autocast(trainer.precision):
-                    outputs = outputs_of(training.task, training.model, piece.examples)
-                loss = training.task.loss(outputs, piece.examples)
+                _, loss = _forward(training.model, training.task, piece, trainer.precision, runtime)
+                # This gradient is looked at and no more: it is not weighted, nor added up over the ranks.
                 loss.backward()
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from allranks.base.errors import UserError
 from allranks.base.text import one_line
 from allranks.runtime.gradients import OrderedSum
+from allranks.training.gradients import Gradients
 from allranks.training.metrics import Column, Sums
 from allranks.training.position import TrainingPosition
 
@@ -56,6 +57,7 @@ class Training:
 
     model: nn.Module  # as it is evaluated and saved
     trained: nn.Module  # as it takes steps: the same weights, compiled and in DDP where that is asked for
+    gradients: Gradients  # the backward passes of its steps
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     scaler: torch.amp.GradScaler

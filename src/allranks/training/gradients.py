@@ -1,0 +1,154 @@
+"""Backward passes: the gradient of a step, added up over the pieces of a share and over the ranks.
+
+    gradients = Gradients(runtime, spreading=None, remedy="...")
+    model = gradients.wrap(Net())
+    with gradients.in_pieces():
+        for number, piece in enumerate(pieces, start=1):
+            with gradients.piece(is_last=number == len(pieces)):
+                gradients.backward(weighted loss of model(piece))
+
+The shipped training (engine.py) and a loop of the user's own (own/run.py) both take this way. The ranks
+exchange gradients once in a step, in the backward pass of the last piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from allranks.config import ShardingConfig
+from allranks.runtime.runtime import Runtime
+
+
+class _InDDP(NamedTuple):
+    """A model that DDP is around."""
+
+    model: nn.Module
+    parameters: list[nn.Parameter]  # to walk through all modules in each step would take longer
+
+
+class Gradients:
+    """The models of one training, on one rank, and the backward passes through them."""
+
+    def __init__(self, runtime: Runtime, spreading: ShardingConfig | None, remedy: str) -> None:
+        """Begins without a model.
+
+        `spreading` says how models are spread over the ranks; None where every rank has all of them.
+        `remedy` is what lets a step leave parameters out, for messages.
+        """
+        self._runtime = runtime
+        self._spreading = spreading
+        self._remedy = remedy
+        self.models: list[nn.Module] = []  # all that wrap() and spread() have returned, without DDP
+        self._in_ddp: list[_InDDP] = []  # of several ranks that add up in the backward pass
+        self.passes = 0  # how many backward passes there were
+        self.are_summed = False  # whether gradients have been added up over the ranks
+        self._has_pieces = False  # whether a share is gone through in pieces now
+        # Whether a backward pass now adds up over the ranks. In all pieces but the last it does not.
+        self._adds_up = True
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether the models are spread over the ranks: spread() is to be called, and not wrap()."""
+        return self._spreading is not None
+
+    def wrap(self, model: nn.Module, unused_parameters: bool = False) -> nn.Module:
+        """The model, in DDP where ranks add up their gradients in the backward pass; all ranks call.
+
+        `unused_parameters`: whether a step may leave out some of its parameters.
+        """
+        wrapped = self._runtime.wrap(model, unused_parameters, self._remedy)
+        if wrapped is not model:
+            self._in_ddp.append(_InDDP(wrapped, list(wrapped.parameters())))
+        self.models.append(inner(model))
+        return wrapped
+
+    def spread(
+        self,
+        make: Callable[[], nn.Module],
+        name: str,
+        dtype: torch.dtype | None = None,
+        check: Callable[[nn.Module], None] = lambda model: None,
+    ) -> nn.Module:
+        """The model that `make` builds, spread over the ranks as the settings say; all ranks call.
+
+        `name` names the model in messages, `dtype` is the type of its floating-point weights (None: what
+        they have), and `check` is called with the model before its weights are made. Raises UserError where
+        the model cannot be spread.
+        """
+        assert self._spreading is not None
+        model = self._runtime.shard(make, self._spreading, name, dtype, check)
+        self.models.append(model)
+        return model
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """loss.backward(); the gradients are added up over the ranks, unless other pieces are to come.
+
+        The loss is weighted already. Raises UserError where parameters took no part that should have.
+        """
+        aside = [] if self._has_pieces else self._put_sums_aside()
+        self.passes += 1
+        if self.is_spread:  # FSDP sends gradients to the other ranks
+            self._runtime.progress.arrive()
+        loss.backward()
+        if self._adds_up:
+            for each in self._in_ddp:
+                self._runtime.check_summed(each.model, self._remedy)
+            self.are_summed = True
+        _add_back(aside)
+
+    @contextmanager
+    def in_pieces(self) -> Iterator[None]:
+        """In the block one share of a batch is gone through in pieces, whose gradients are added up."""
+        aside = self._put_sums_aside()
+        self._has_pieces = True
+        try:
+            yield
+            _add_back(aside)
+        finally:
+            self._has_pieces = False
+
+    @contextmanager
+    def piece(self, is_last: bool) -> Iterator[None]:
+        """The block works on one piece. The ranks exchange gradients only in the last one."""
+        self._adds_up = is_last
+        try:
+            with ExitStack() as without_sync:
+                for each in () if is_last else self._in_ddp:
+                    without_sync.enter_context(self._runtime.without_sync(each.model))
+                yield
+        finally:
+            self._adds_up = True
+
+    def _put_sums_aside(self) -> list[tuple[nn.Parameter, torch.Tensor]]:
+        """Takes those gradients that are sums over the ranks already out of their parameters.
+
+        DDP adds up over the ranks whatever it finds in a gradient after the backward pass. What is a sum
+        already, as where a program adds up gradients over several steps, would be added up once more.
+        """
+        aside = []
+        for each in self._in_ddp if self.are_summed else ():
+            for parameter in each.parameters:
+                if parameter.grad is not None:
+                    # A copy, because the gradient is a view into a bucket, which DDP writes to.
+                    aside.append((parameter, parameter.grad.clone()))
+                    parameter.grad = None
+        return aside
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """The user's own module, without DDP and torch.compile around it."""
+    bare: Any = model
+    while isinstance(bare, nn.parallel.DistributedDataParallel) or hasattr(bare, "_orig_mod"):
+        bare = bare.module if isinstance(bare, nn.parallel.DistributedDataParallel) else bare._orig_mod
+    assert isinstance(bare, nn.Module)
+    return bare
+
+
+def _add_back(aside: list[tuple[nn.Parameter, torch.Tensor]]) -> None:
+    for parameter, gradient in aside:
+        parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
