@@ -429,7 +429,13 @@ def rank_of(rank: int, ranks: int) -> SimpleNamespace:
     """What loaders ask of a Runtime, and the dealing of batches: this rank of so many, on the CPU."""
     import torch  # which most tests here do without
 
-    return SimpleNamespace(shares=range(rank, rank + 1), share_count=ranks, device=torch.device("cpu"))
+    return SimpleNamespace(
+        rank=rank,
+        world_size=ranks,
+        shares=range(rank, rank + 1),
+        share_count=ranks,
+        device=torch.device("cpu"),
+    )
 
 
 def tree(folder: Path) -> list[str]:

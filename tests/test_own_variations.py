@@ -484,6 +484,19 @@ def test_a_sampler_that_draws_another_order_in_each_process_is_noticed_where_a_r
     started("forked", 1, tmp_path, code.replace("SEED", "1")).ok()
 
 
+def test_an_epoch_that_was_shuffled_in_another_way_is_not_gone_on_with(tmp_path):
+    """An older version gave a Dataset to torch's own sampler, whose order is another one."""
+    older = PLAIN.replace("run.steps(batches)", "run.steps(DataLoader(data, 20, shuffle=True))")
+    newer = PLAIN.replace("run.steps(batches)", "run.steps(run.batches(data, batch_size=20))")
+    stopped = started("forked", 1, tmp_path, older, "6:SIGTERM")
+    assert stopped.code == 85, stopped.err
+    refused = started("forked", 1, tmp_path, newer)
+    assert refused.code == 2
+    assert "The examples of the TensorDataset come in another order than before" in refused.message
+    assert "older version of allranks" in refused.message
+    started("forked", 1, tmp_path, older).ok()
+
+
 def test_break_ends_the_steps_of_an_epoch_and_what_is_logged_then_is_the_epochs(tmp_path):
     code = PLAIN.replace(
         '        run.log({"train/loss": loss})\n',

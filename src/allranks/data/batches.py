@@ -1,12 +1,14 @@
 """Batches for a user's own loop: a Dataset, a DataLoader or any stream of batches, dealt out to the ranks.
 
-What a source gives is a *global* batch. Each rank takes its share of it: the examples at the positions
-rank, rank + world_size, rank + 2 * world_size, ... of the batch. So a step sees the same examples on any
-number of ranks. A share may be empty; then it carries one example as a stand-in, which does not count.
+What a source gives is a *global* batch. Each rank takes its share of it by the rule of the shipped training
+(dealing.py): the example at position p of the epoch belongs to rank p % world_size. So a step sees the same
+examples on any number of ranks. A share may be empty; then it carries one example as a stand-in, which does
+not count.
 
-The order of the examples, and what a Dataset draws at random for one of them, follow from the seed, the
-epoch and the example. What a sampler or a stream draws for a batch follows from the seed, the epoch and the
-step. So a run that goes on in the middle of an epoch sees what it would have seen.
+A Dataset comes in the order of the shipped training. That order, and what a Dataset draws at random for one
+of its examples, follow from the seed, the epoch and the example. What a sampler or a stream draws for a
+batch follows from the seed, the epoch and the step. So a run that goes on in the middle of an epoch sees
+what it would have seen.
 
 Each batch has a digest, by which the ranks notice that they were given different batches, and a run that
 goes on notices that the batches are not those which it has seen before.
@@ -28,6 +30,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from allranks.base.errors import ANYONE, UserError
+from allranks.data.dealing import EpochOrder, share_of
 from allranks.data.nests import described, is_dataclass, leaves, on_device, parts_of
 from allranks.data.randomness import mixed, reseed
 from allranks.data.workers import Workers
@@ -41,6 +44,7 @@ class Dealt(NamedTuple):
     counted: int  # examples of the share that count: all of them, or 0 where it is a stand-in
     total: int  # examples of the global batch
     digest: int = 0  # of the global batch and of all before it in the epoch
+    examples: int = 0  # of the global batch and of all before it in the epoch
 
 
 class Batches:
@@ -108,11 +112,15 @@ class Batches:
                 "step over all ranks.",
                 said_by=ANYONE,
             )
+        if not len(source):
+            raise UserError(
+                f"A {type(source).__name__} without examples cannot be dealt out.", said_by=ANYONE
+            )
         shuffle = self._given["shuffle"]
         return DataLoader(
             source,
             batch_size=batch_size,
-            shuffle=True if shuffle is None else shuffle,
+            sampler=EpochOrder(source, self._seed, shuffle=True if shuffle is None else shuffle),
             num_workers=self._given["workers"] or 0,
             collate_fn=self._given["collate"],
             pin_memory=self._runtime.device.type == "cuda",
@@ -190,13 +198,20 @@ class Batches:
     # --- the batches of an epoch -----------------------------------------------------------------------
 
     def epoch(
-        self, epoch: int, first_step: int = 0, *, seen: int | None = None, is_there: bool = False
+        self,
+        epoch: int,
+        first_step: int = 0,
+        *,
+        seen: int | None = None,
+        is_there: bool = False,
+        position: int = 0,
     ) -> Iterator[Dealt]:
         """This rank's share of each global batch of the epoch from `first_step` on; both count from 0.
 
         `seen` is the digest of the batches before the first step; None where nobody knows it. Raises
         UserError where the batches that are skipped have another one. `is_there`: nothing is skipped,
-        because load_state_dict() has put the source where the first step's batch comes next.
+        because load_state_dict() has put the source where the first step's batch comes next. Then
+        `position` says how many examples of the epoch came before; all ranks give the same.
         """
         loader = self._loader
         samplers = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
@@ -214,13 +229,20 @@ class Batches:
         if self._is_indexed:
             yield from self._indexed(epoch, first_step, seen)
         else:
-            yield from self._streamed(epoch, first_step, seen, is_there)
+            yield from self._streamed(epoch, first_step, seen, position if is_there else None)
 
     def _check_seen(self, digest: int, seen: int | None) -> None:
         """Raises UserError on all ranks where the batches that are skipped are not those seen before."""
         if seen is None:
             return
         with self._runtime.all_or_none():
+            if digest != seen and isinstance(getattr(self._loader, "sampler", None), EpochOrder):
+                raise UserError(
+                    f"The examples of the {type(self.source).__name__} come in another order than before "
+                    "the run was interrupted in this epoch, so it cannot go on in its middle. Give the "
+                    "same shuffle; where an older version of allranks has begun the epoch, which shuffled "
+                    "in another way, go on with that version, or give another name for the run."
+                )
             if digest != seen:
                 raise UserError(
                     f"The batches of the {type(self.source).__name__} come in another order than before "
@@ -260,16 +282,20 @@ class Batches:
 
         def shares() -> Iterator[list[Any]]:
             digest = 0
+            position = 0
+            stand_in: list[Any] = []  # the first example of this rank in the epoch
             for step, batch in enumerate(self._each_seeded(loader.batch_sampler, epoch, 0)):
                 if step == first_step:
                     self._check_seen(digest, seen)
                 numbers = list(batch)
                 digest = zlib.crc32(repr(numbers).encode(), digest)
+                mine = numbers[share_of(position, runtime.rank, runtime.world_size)]
+                position += len(numbers)
+                stand_in = stand_in or mine[:1] or numbers[:1]
                 if step < first_step:
                     continue
-                mine = numbers[runtime.rank :: runtime.world_size]
-                known.append(_Known(len(mine), len(numbers), digest))
-                yield mine or numbers[:1]
+                known.append(_Known(len(mine), len(numbers), digest, position))
+                yield mine or stand_in
 
         reader: DataLoader[Any] = DataLoader(
             _Seeded(loader.dataset, mixed(self._seed, epoch)),
@@ -287,23 +313,34 @@ class Batches:
         for batch in self._workers.read(reader):
             yield Dealt(_moved(batch, runtime.device), *known.popleft())
 
-    def _streamed(self, epoch: int, first_step: int, seen: int | None, is_there: bool) -> Iterator[Dealt]:
-        """Each batch comes whole, on every rank, which then keeps its share of it."""
+    def _streamed(
+        self, epoch: int, first_step: int, seen: int | None, resumed_at: int | None
+    ) -> Iterator[Dealt]:
+        """Each batch comes whole, on every rank, which then keeps its share of it.
+
+        `resumed_at`: how many examples came before, where the source stands at the first step's batch
+        already; None where the batches before that are to be skipped.
+        """
         runtime = self._runtime
         batches = self._workers.read(self._loader)  # a DataLoader of an IterableDataset may start processes
+        is_there = resumed_at is not None
         first = first_step if is_there else 0
+        position = resumed_at or 0
         digest = 0
         for step, batch in enumerate(self._each_seeded(batches, epoch, first), start=first):
             if step == first_step and not is_there:
                 self._check_seen(digest, seen)
             digest = zlib.crc32(_sample_of(batch), digest)
+            total = length_of(batch)
+            mine = share_of(position, runtime.rank, runtime.world_size)
+            position += total
             if step < first_step:
                 continue
-            total = length_of(batch)
-            count = len(range(runtime.rank, total, runtime.world_size))
-            rows = slice(runtime.rank, None, runtime.world_size) if count else slice(0, 1)
+            count = len(range(total)[mine])
+            # A stand-in for an empty share is of the same batch: no other is there.
+            rows = mine if count else slice(0, 1)
             share = batch if runtime.world_size == 1 else taken(batch, rows, total)
-            yield Dealt(_moved(share, runtime.device), count, total, digest)
+            yield Dealt(_moved(share, runtime.device), count, total, digest, position)
 
 
 class _Known(NamedTuple):
@@ -312,6 +349,7 @@ class _Known(NamedTuple):
     counted: int
     total: int
     digest: int
+    examples: int
 
 
 class _Drawn(NamedTuple):

@@ -1,8 +1,9 @@
-"""Which rank sees which examples in which step: dealt out by a sampler, in global batches.
+"""Which rank sees which examples in which step: one order of all examples, dealt out in global batches.
 
 The batch is global. In every epoch all examples are put in one order, and the example at position p of it
 belongs to rank p % world_size and to step p // batch_size. So step k sees the same examples at any world
-size. The shares of a step differ by one example at most, and a share may be empty.
+size. The shares of a step differ by one example at most, and a share may be empty. The batches of a loop of
+one's own (batches.py) are dealt out by the same rule, and those that allranks makes have the same order.
 
 As a rule a rank takes one share of each batch. Where a run is to give the same bits on any number of ranks,
 the number of shares is fixed instead, and a rank takes several (Runtime.shares).
@@ -10,13 +11,13 @@ the number of shares is fixed instead, and a rank takes several (Runtime.shares)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DistributedSampler, Sampler
 
 from allranks.data.parts import Part, Streamed
 from allranks.data.randomness import mixed
@@ -46,34 +47,47 @@ class Batch:
     total: int
 
 
-class ShareSampler(DistributedSampler[int]):
-    """torch's DistributedSampler without its padding: every example exactly once an epoch.
+class EpochOrder(Sampler[int]):
+    """The order of an epoch's examples, each exactly once: that of torch's DistributedSampler.
 
-    torch repeats examples until the ranks' shares are equal. This one deals out the very same order,
-    order[rank::world_size], and lets the last shares be one shorter.
+    `data` has as many examples as its length says. The order follows from the seed and the epoch, which
+    set_epoch() tells. Without `shuffle` it is 0, 1, 2, ... in each epoch.
     """
 
+    def __init__(self, data: Sized, seed: int, shuffle: bool = True) -> None:
+        self._data = data
+        self._seed = seed
+        self._shuffle = shuffle
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Says for which epoch the next order is, counted from 0."""
+        self._epoch = epoch
+
     def __iter__(self) -> Iterator[int]:
+        # For one replica, because torch repeats examples until the shares of several ones are equal.
+        # share_of() deals the same order out without that.
         whole: DistributedSampler[int] = DistributedSampler(
-            self.dataset, num_replicas=1, rank=0, shuffle=self.shuffle, seed=self.seed
+            self._data,  # type: ignore[arg-type]
+            num_replicas=1,
+            rank=0,
+            shuffle=self._shuffle,
+            seed=self._seed,
         )
-        whole.set_epoch(self.epoch)
-        return islice(iter(whole), self.rank, None, self.num_replicas)
+        whole.set_epoch(self._epoch)
+        return iter(whole)
 
     def __len__(self) -> int:
-        return len(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+        return len(self._data)
 
-    def share(self, step: int, batch_size: int) -> slice:
-        """Where this rank's examples of global step `step` stand in its own order."""
-        return slice(self._first_at(step * batch_size), self._first_at((step + 1) * batch_size))
 
-    def _first_at(self, position: int) -> int:
-        """The first of this rank's examples at or after this position of the whole order.
+def share_of(position: int, share: int, shares: int) -> slice:
+    """Which examples of a batch belong to a share, of so many.
 
-        This rank's example i stands at position rank + i * num_replicas of the whole order.
-        """
-        position = min(position, len(self.dataset))  # type: ignore[arg-type]
-        return -((self.rank - position) // self.num_replicas)  # rounded up
+    The example at position p of the epoch's order belongs to share p % shares. `position` is that of the
+    batch's first example.
+    """
+    return slice((share - position) % shares, None, shares)
 
 
 def steps_per_epoch(examples: int, batch_size: int) -> int:
@@ -105,29 +119,28 @@ def training_batches(
         part.set_epoch(epoch)
         shuffle = False
 
-    # 1. The order of each share's examples in this epoch.
-    samplers = []
-    orders = []
-    for share in runtime.shares:
-        positions = range(len(part))
-        sampler = ShareSampler(positions, runtime.share_count, share, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
-        sampler.set_epoch(epoch)
-        samplers.append(sampler)
-        orders.append(torch.tensor(list(sampler), dtype=torch.int64))
+    # 1. The order of the examples in this epoch.
+    epoch_order = EpochOrder(range(len(part)), seed, shuffle)
+    epoch_order.set_epoch(epoch)
+    order = torch.tensor(list(epoch_order), dtype=torch.int64)
 
-    # 2. Which examples each share has in each step, piece by piece. A stand-in fills an empty share. The
-    #    positions are cut, and not the batch, because only the part knows what its batches consist of.
-    stand_in = orders[0][:1] if len(orders[0]) else torch.zeros(1, dtype=torch.int64)
+    # 2. Which examples each share has in each step, piece by piece. A stand-in fills an empty share: the
+    #    first example of this rank in the epoch. The positions are cut, and not the batch, because only
+    #    the part knows what its batches consist of.
+    stand_in = order[share_of(0, runtime.shares[0], runtime.share_count)][:1]
+    if not len(stand_in):
+        stand_in = torch.zeros(1, dtype=torch.int64)
     in_epoch = steps_per_epoch(len(part), batch_size)
     steps = range(first_step, in_epoch if end_step is None else end_step)
     counts = []  # of each share of each step: its examples
     cuts = []  # of each share of each step: the positions of the examples of its pieces
     stand_ins = []  # of each share of each step: the positions of pieces that do not count
     for step in steps:
-        in_step = min(batch_size, len(part) - step * batch_size)
-        wanted = _most_pieces(in_step, runtime.share_count, accumulate) if equal_pieces else 0
-        for sampler, order in zip(samplers, orders, strict=True):
-            row = order[sampler.share(step, batch_size)]
+        position = step * batch_size
+        batch = order[position : position + batch_size]
+        wanted = _most_pieces(len(batch), runtime.share_count, accumulate) if equal_pieces else 0
+        for share in runtime.shares:
+            row = batch[share_of(position, share, runtime.share_count)]
             counts.append(len(row))
             cut = (row if len(row) else stand_in).chunk(accumulate)
             cuts.append(cut)
@@ -140,7 +153,7 @@ def training_batches(
     for step in steps:
         total = min(batch_size, len(part) - step * batch_size)
         batches = []
-        for count, cut, fill in islice(shares, len(samplers)):
+        for count, cut, fill in islice(shares, len(runtime.shares)):
             pieces = [Piece(next(read), len(positions)) for positions in cut]
             pieces += [Piece(next(read), 0) for _ in fill]
             batches.append(Batch(pieces, count, total))

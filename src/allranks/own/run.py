@@ -380,12 +380,19 @@ class Run:
         if is_there:
             loader.load_state_dict(saved)
         seen = self._kept.means.digest if first_step else None
-        shares = dealt.epoch(position.epoch, first_step, seen=seen, is_there=is_there)
+        shares = dealt.epoch(
+            position.epoch,
+            first_step,
+            seen=seen,
+            is_there=is_there,
+            position=self._kept.examples if first_step else 0,
+        )
         try:
             with dealt.explained(), self._stopping():
                 for share in loop.steps(shares, dealt.count, dealt.examples, steps_per_save):
                     self._in_hand = share
                     self._kept.means.digest = share.digest
+                    self._kept.examples = share.examples
                     self._is_stepping = True
                     self._steps.begin(self.step + 1, self.epoch + 1)
                     reseed(mixed(self._config.seed, self.step, self.rank), self.device)

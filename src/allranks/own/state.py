@@ -162,6 +162,7 @@ class KeptObjects:
         self.objects: dict[str, Any] = {}
         self.means = Means(runtime)
         self.source: dict[str, Any] | None = None  # what the epoch's steps go through (Batches.described)
+        self.examples = 0  # that the epoch's steps have had up to now, over all ranks
         self.loader: Any = None  # the source of the epoch's batches, if it has a state_dict() of its own
         self.is_over = False  # whether the program has left its loop over the epochs for good
         self.position = TrainingPosition()
@@ -231,6 +232,7 @@ class KeptObjects:
             "kept": kept,
             "source": self.source,
             "seen": self.means.digest,
+            "seen_examples": self.examples,
         }
         if self.is_over:
             state["is_over"] = True
@@ -289,6 +291,9 @@ class KeptObjects:
                 self._saved_loader = states.put_together(state["loader"], tensors)
             self.means.restore(state["means"])
             self.means.digest = state["seen"]
+            # Older versions of allranks did not write it. Then the ranks get other examples of each batch
+            # than they would have got, but each example is still dealt out once.
+            self.examples = state.get("seen_examples", 0)
             self.is_over = state.get("is_over", False)
             states.restore_position(self.position, state)
 
