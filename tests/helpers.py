@@ -25,12 +25,16 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
+from allranks.config import Config
 from allranks.run import checkpoint
 from forkserver import Answer, Request
+
+if TYPE_CHECKING:
+    from allranks.training.building import Recipe
 
 T = TypeVar("T")
 
@@ -435,6 +439,21 @@ def rank_of(rank: int, ranks: int) -> SimpleNamespace:
         shares=range(rank, rank + 1),
         share_count=ranks,
         device=torch.device("cpu"),
+    )
+
+
+def recipe_of(config: Config) -> Recipe:
+    """What train.py makes of a configuration for one rank."""
+    from allranks.training.building import Recipe  # needs torch, which most tests here do without
+
+    return Recipe(
+        task=config.task,
+        model=config.model,
+        optimizer=config.optimizer,
+        scheduler=config.scheduler,
+        trainer=config.trainer,
+        seed=config.seed,
+        batch_size=config.trainer.batch_size,
     )
 
 

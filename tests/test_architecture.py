@@ -158,6 +158,16 @@ def test_imports_between_packages_run_downwards():
             assert same_room or floor_of(module) < floor_of(other), f"{module} imports {other}"
 
 
+def test_no_room_in_which_ranks_train_gets_the_whole_configuration():
+    """train.py takes it apart: each room gets the values, or the sections, that it needs."""
+    for module, source in modules().items():
+        if (
+            module.startswith(("training.", "trackers.", "data.", "runtime."))
+            and module != "training.debug"
+        ):
+            assert "allranks.config.Config" not in imported(source), module
+
+
 def test_no_module_imports_itself_by_a_detour():
     left = imports_among_ours()
     while ready := {name for name, below in left.items() if not below}:

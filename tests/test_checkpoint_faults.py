@@ -30,7 +30,7 @@ os.getppid()
 try:
     checkpoint.write("run", 2, {NEW!r}, "saver", lambda: None)
     if 0 in checkpoint.steps("run"):
-        checkpoint.remove("run", (1, 2))
+        checkpoint.keep_only("run", (1, 2))
     said = "saved"
 except OSError as error:
     said = type(error).__name__
@@ -111,7 +111,7 @@ def test_a_save_that_is_stopped_or_fails_at_any_system_call(strace, before, memo
             assert checkpoint.read(checkpoint.path_of(run, 0)) == OLD
         checkpoint.sweep_up(run)  # and then the next owner can save
         checkpoint.write(run, 2, NEW, "next", lambda: None)
-        checkpoint.remove(run, (1, 2))
+        checkpoint.keep_only(run, (1, 2))
         assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
         assert checkpoint.newest_valid(run)[1:] == (NEW, [])
         shutil.rmtree(cwd)
@@ -147,7 +147,7 @@ def test_a_file_system_that_becomes_read_only(mounted):
     with pytest.raises(OSError, match="Read-only"):
         checkpoint.write(run, 2, NEW, "me", lambda: None)
     with pytest.raises(OSError, match="Read-only"):
-        checkpoint.remove(run, ())
+        checkpoint.keep_only(run, ())
     assert checkpoint.newest_valid(run) == (checkpoint.path_of(run, 1), OLD, [])
 
 

@@ -207,7 +207,7 @@ def test_who_is_no_longer_the_owner_changes_nothing(tmp_path, damaged):
     assert checkpoint.read(path) == FILES
     assert checkpoint.read(checkpoint.path_of(tmp_path, 7)) == {"state.json": b"the new owner's"}
     with pytest.raises(FileNotFoundError):
-        checkpoint.remove(tmp_path, [], before_rename=paused)
+        checkpoint.keep_only(tmp_path, [], before_rename=paused)
     assert checkpoint.steps(tmp_path) == [7, 6]
     assert len(list(path.parent.iterdir())) == 2
 
@@ -216,7 +216,7 @@ def test_the_others_are_removed(tmp_path):
     for step in (1, 2, 3, 4):
         write(tmp_path, step)
     (checkpoint.path_of(tmp_path, 4) / "empty").unlink()
-    checkpoint.remove(tmp_path, {1, 3, 99})
+    checkpoint.keep_only(tmp_path, {1, 3, 99})
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000001", "step-000003"]
 
 

@@ -27,7 +27,7 @@ from allranks.training.control import Control, Pace, RunStopped, Wishes, end_of_
 from allranks.training.saver import Saver
 from allranks.training.state import KeptTraining
 from allranks.training.training import Training
-from helpers import SMALL, TIMEOUT_S, Done, only_long, until
+from helpers import SMALL, TIMEOUT_S, Done, only_long, recipe_of, until
 
 
 class Clock:
@@ -47,9 +47,7 @@ class Lab:
         self.runtime = runtime
         self.config = config
         self.folder = folder
-        self.training: Training = building.build_training(
-            building.recipe_of(config, 1), runtime, examples=1200
-        )
+        self.training: Training = building.build_training(recipe_of(config), runtime, examples=1200)
         kept = KeptTraining(self.training, identity(config), runtime)
         self.saver = Saver(runtime, str(folder), kept, keep=config.checkpoint.keep, save_s=60)
         self.saver.resume()

@@ -23,7 +23,7 @@ from allranks.data.synthetic import generate
 from allranks.job.identity import RankIdentity
 from allranks.runtime.bringup import open_runtime
 from allranks.training import building, engine
-from helpers import SMALL, Run
+from helpers import SMALL, Run, recipe_of
 
 LINEAR = (*SMALL, "model=linear", "trainer.batch_size=100")
 EXACT = 1e-9  # fp64, one rank: only the order of additions may differ
@@ -283,7 +283,7 @@ def test_convolutions_have_their_channels_last_and_the_same_curve(train_here, mo
 )
 def test_which_models_have_their_channels_last(model, gains):
     [config] = from_command_line(["data=synthetic", f"model={model}"])
-    built = building.build_model(building.recipe_of(config, 1), torch.device("cpu"))
+    built = building.build_model(config.model, config.seed, torch.float32, torch.device("cpu"))
     weights = [p for p in built.parameters() if p.dim() == 4 and p.shape[1] > 1]
     assert all(
         p.is_contiguous(memory_format=torch.channels_last) == gains for p in weights if p.shape[2] > 1
@@ -310,7 +310,7 @@ def test_a_step_does_little_besides_what_any_loop_does():
     runtime = open_runtime(RankIdentity("none"), runtime_settings(config))
     images, labels = map(torch.from_numpy, generate(1280, "train"))
     part = InMemory(images[:, None], labels, torch.arange(1280), torch.float32)
-    training = building.build_training(building.recipe_of(config, 1), runtime, examples=1280)
+    training = building.build_training(recipe_of(config), runtime, examples=1280)
     batches = training_batches(part, runtime, batch_size=128, epoch=0, seed=0)
     shares = next(batches)
     with Operators() as plain:

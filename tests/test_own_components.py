@@ -316,7 +316,7 @@ def test_a_run_that_wakes_up_leaves_its_successors_records_alone(lab, tmp_path):
     lab(*words, "run.dir=run").ok()
     run = tmp_path / "run"
     (run / "summary.json").unlink()
-    checkpoint.remove(run, checkpoint.steps(run)[-2:])
+    checkpoint.keep_only(run, checkpoint.steps(run)[-2:])
     first = with_limits(lab, tmp_path, quick, *words, STOP_HERE="1")
     os.waitid(os.P_PID, first.pid, os.WSTOPPED)
     second = with_limits(lab, tmp_path, quick, *words)

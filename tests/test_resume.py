@@ -274,7 +274,7 @@ def finished(finished_once, tmp_path) -> Run:
 
 def unfinish(run: Run) -> None:
     (run.path / "summary.json").unlink()
-    checkpoint.remove(run.path, keep=[10])
+    checkpoint.keep_only(run.path, keep=[10])
 
 
 def test_a_finished_run_is_not_run_again(train, finished):
@@ -486,7 +486,7 @@ def test_a_damaged_newer_one_counts_for_nothing(train_here):
     run = train_here(*words)
     kept = set(checkpoint.steps(run.path))
     (run.path / "summary.json").unlink()
-    checkpoint.remove(run.path, keep=[min(kept)])
+    checkpoint.keep_only(run.path, keep=[min(kept)])
     checkpoint.path_of(run.path, 999).mkdir()
     train_here(*words)
     assert set(checkpoint.steps(run.path)) == kept | {999}

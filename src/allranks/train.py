@@ -198,7 +198,16 @@ def run(
         # If a rank ended at once with this error, the other ranks, which may still be connecting to the
         # process group, would fail with an error of their own. So the ranks agree on it, as on every error.
         with runtime.all_or_none():
-            recipe = building.recipe_of(config, runtime.world_size)
+            recipe = building.Recipe(
+                task=config.task,
+                model=config.model,
+                optimizer=config.optimizer,
+                scheduler=config.scheduler,
+                trainer=config.trainer,
+                seed=config.seed,
+                batch_size=building.global_batch_size(config.trainer, runtime.world_size),
+                sharding=config.sharding,
+            )
         path, standing = runtime.meeting.from_rank_0(
             lambda: rundir.find(
                 _directory_in_sweep(number, sweep) or config.run.dir, config.name, decisive, config.resume

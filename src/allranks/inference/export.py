@@ -30,7 +30,7 @@ from allranks.data.dealing import EVAL_BATCH
 from allranks.data.parts import Part
 from allranks.inference import forward
 from allranks.inference.load import Trained
-from allranks.training.building import build_model, recipe_of
+from allranks.training.building import build_model, dtype_of
 from allranks.training.state import weights_sha256
 
 Run = Callable[[torch.Tensor], torch.Tensor]  # images [n, ...] to logits [n, classes], on the CPU
@@ -235,7 +235,8 @@ def _load_safetensors(path: Path, trained: Trained) -> Run:
         metadata = file.metadata()
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     config = configs.typed(OmegaConf.create(metadata["config"]))
-    model = build_model(recipe_of(config, world_size=1), torch.device("cpu"))
+    dtype = dtype_of(config.trainer.precision)
+    model = build_model(config.model, config.seed, dtype, torch.device("cpu"))
     model.to(next(trained.model.parameters()).dtype)
     model.load_state_dict(weights)
     return model.eval()

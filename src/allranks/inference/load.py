@@ -31,7 +31,7 @@ from allranks.run.cells import CELLS
 from allranks.run.directory import CONFIG
 from allranks.runtime.bringup import is_available, open_runtime
 from allranks.runtime.runtime import Runtime
-from allranks.training.building import build_model, build_task, recipe_of
+from allranks.training.building import build_model, build_task, dtype_of
 from allranks.training.state import STATE, restore_model
 
 NEWEST = "newest"  # the default: summary.json was measured with the newest checkpoint of a finished run
@@ -98,13 +98,12 @@ def load(
     precision, remark = _precision_on(kind, config.trainer.precision)
     if remark:
         remarks.append(remark)
-    trainer = replace(config.trainer, precision=precision)
     here = replace(
         config,
         runtime="native",
         device=kind,
         threads=threads or config.threads or _threads_of_a_rank(directory),
-        trainer=trainer,
+        trainer=replace(config.trainer, precision=precision),
         watchdog=_NO_LIMITS,
     )
     runtime = open_runtime(RankIdentity("none"), configs.runtime_settings(here))
@@ -113,15 +112,14 @@ def load(
 
     # 2. The model with its weights.
     _look_for_the_code(config)
-    recipe = recipe_of(here, runtime.world_size)
-    model = build_model(recipe, runtime.device)
+    model = build_model(config.model, config.seed, dtype_of(precision), runtime.device)
     state = restore_model(model, chosen.files, str(chosen.path))
     model.eval()
     return Trained(
         directory=directory,
         config=config,
         model=model,
-        task=build_task(recipe, runtime.device),
+        task=build_task(config.task, config.trainer.label_smoothing, runtime.device),
         runtime=runtime,
         precision=precision,
         checkpoint=chosen.path,

@@ -176,7 +176,7 @@ def publish(
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def remove(
+def keep_only(
     run_dir: str | Path, keep: Collection[int], before_rename: Callable[[], None] = lambda: None
 ) -> None:
     """Removes the checkpoints of all steps but those in `keep`.

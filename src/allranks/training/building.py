@@ -1,4 +1,4 @@
-"""From a configuration to a Training: the model with its first weights, its optimizer, its schedule."""
+"""From a Recipe to a Training: the model with its first weights, its optimizer, its schedule."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from allranks.base.errors import UserError
 from allranks.components import build, locate, locate_targets
-from allranks.config import Config, ShardingConfig, TrainerConfig
+from allranks.config import ShardingConfig, TrainerConfig
 from allranks.data.dealing import steps_per_epoch
 from allranks.runtime import sharding
 from allranks.runtime.gradients import OrderedSum
@@ -28,7 +28,7 @@ from allranks.training.training import Schedule, Training
 class Recipe:
     """What is trained, and how: all that decides the numbers of a training, besides its data.
 
-    The sections are those of the configuration. Their `_target_` says what makes the component.
+    train.py makes it of the configuration's sections. Their `_target_` says what makes the component.
     """
 
     task: Mapping[str, Any]
@@ -59,24 +59,12 @@ class Recipe:
     @property
     def is_classification(self) -> bool:
         """Whether the task is a classification: of images with labels."""
-        return is_classification(locate("task", self.task["_target_"]))
+        return _is_of_classification(self.task)
 
 
-def recipe_of(config: Config, world_size: int) -> Recipe:
-    """What the configuration says of the training, on so many ranks.
-
-    Raises UserError where some rank would get none of a batch.
-    """
-    return Recipe(
-        task=config.task,
-        model=config.model,
-        optimizer=config.optimizer,
-        scheduler=config.scheduler,
-        trainer=config.trainer,
-        seed=config.seed,
-        batch_size=global_batch_size(config.trainer, world_size),
-        sharding=config.sharding,
-    )
+def _is_of_classification(task: Mapping[str, Any]) -> bool:
+    """Whether this section of the configuration describes a classification."""
+    return is_classification(locate("task", task["_target_"]))
 
 
 def global_batch_size(trainer: TrainerConfig, world_size: int) -> int:
@@ -115,7 +103,12 @@ def build_training(recipe: Recipe, runtime: Runtime, examples: int) -> Training:
     trainer = recipe.trainer
     is_sharded = sharding.is_wanted(recipe.sharding, runtime)
     gradients = Gradients(runtime, recipe.sharding if is_sharded else None, UNUSED_IN_TRAINER)
-    model = _spread_model(recipe, gradients) if is_sharded else build_model(recipe, runtime.device)
+    if is_sharded:
+        model = _spread_model(recipe, gradients)
+    else:
+        model = build_model(recipe.model, recipe.seed, recipe.dtype, runtime.device)
+    if trainer.reproducible:
+        _refuse_batch_norm(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     section = _for_slices(recipe.optimizer) if is_sharded else recipe.optimizer
@@ -131,7 +124,7 @@ def build_training(recipe: Recipe, runtime: Runtime, examples: int) -> Training:
         is_sharded=is_sharded,
         optimizer=optimizer,
         schedule=schedule,
-        task=build_task(recipe, runtime.device),
+        task=build_task(recipe.task, trainer.label_smoothing, runtime.device),
         scaler=torch.amp.GradScaler(runtime.device.type, enabled=trainer.precision == "fp16"),
         sums=Sums(runtime, columns=()),  # the trial of the first batch finds out what the task measures
         ordered_sum=OrderedSum(parameters, len(runtime.shares)) if trainer.reproducible else None,
@@ -159,19 +152,18 @@ def distribute(training: Training, trainer: TrainerConfig, unused: Sequence[str]
         training.trained = training.gradients.wrap(training.trained, has_unused)
 
 
-def build_task(recipe: Recipe, device: torch.device) -> Any:
-    """The task that the recipe describes; raises UserError where it cannot be built."""
-    smoothing = recipe.trainer.label_smoothing
-    task_is = f"task._target_={recipe.task['_target_']}"
-    if recipe.is_classification:
-        task = build("task", recipe.task, label_smoothing=smoothing)
-    elif smoothing:
+def build_task(section: Mapping[str, Any], label_smoothing: float, device: torch.device) -> Any:
+    """The task that the configuration's section describes; raises UserError where it cannot be built."""
+    task_is = f"task._target_={section['_target_']}"
+    if _is_of_classification(section):
+        task = build("task", section, label_smoothing=label_smoothing)
+    elif label_smoothing:
         raise UserError(
-            f"trainer.label_smoothing={smoothing} is for task=classification, and {task_is} is none: leave "
-            "it out, or give task.loss._target_=torch.nn.CrossEntropyLoss +task.loss.label_smoothing."
+            f"trainer.label_smoothing={label_smoothing} is for task=classification, and {task_is} is none: "
+            "leave it out, or give task.loss._target_=torch.nn.CrossEntropyLoss +task.loss.label_smoothing."
         )
     else:
-        task = build("task", recipe.task)
+        task = build("task", section)
     if not callable(getattr(task, "loss", None)):
         raise UserError(
             f"{task_is} has no method loss(outputs, batch), which gives the loss summed over the examples."
@@ -183,12 +175,18 @@ def build_task(recipe: Recipe, device: torch.device) -> Any:
     return task
 
 
-def build_model(recipe: Recipe, device: torch.device) -> nn.Module:
-    """The model that the recipe describes, with its first weights; raises UserError."""
-    torch.manual_seed(recipe.seed)
-    model: nn.Module = build("model", recipe.model)
-    _check_model(model, f"model._target_={recipe.model['_target_']}", recipe.trainer.reproducible)
-    _move(model, device, recipe.dtype)
+def build_model(
+    section: Mapping[str, Any], seed: int, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """The model that the configuration's section describes, with its first weights.
+
+    The weights follow from `seed`, and are of type `dtype`. Raises UserError where the model cannot be
+    built, trained or saved.
+    """
+    torch.manual_seed(seed)
+    model: nn.Module = build("model", section)
+    _check_model(model, f"model._target_={section['_target_']}")
+    _move(model, device, dtype)
     if gains_by_channels_last(model, device):
         model.to(memory_format=torch.channels_last)
     return model
@@ -202,12 +200,12 @@ def _spread_model(recipe: Recipe, gradients: Gradients) -> nn.Module:
         lambda: build("model", recipe.model),
         name,
         dtype=recipe.dtype,
-        check=lambda model: _check_model(model, name, recipe.trainer.reproducible),
+        check=lambda model: _check_model(model, name),
     )
 
 
-def _check_model(model: nn.Module, target: str, is_reproducible: bool) -> None:
-    """Raises UserError where the model cannot be trained, saved, or trained reproducibly."""
+def _check_model(model: nn.Module, target: str) -> None:
+    """Raises UserError where the model cannot be trained or saved."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"{target} has no parameters to train.")
     for name, value in model.state_dict().items():
@@ -226,8 +224,11 @@ def _check_model(model: nn.Module, target: str, is_reproducible: bool) -> None:
                 f"{target}: the parameter {name} is complex, which allranks does not train: hold it as a "
                 "real one (torch.view_as_real), and make it complex in forward."
             )
-    has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-    if is_reproducible and has_batch_norm:
+
+
+def _refuse_batch_norm(model: nn.Module) -> None:
+    """Raises UserError where a model with BatchNorm is to be trained reproducibly."""
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         raise UserError(
             "trainer.reproducible=true does not go with BatchNorm, whose figures depend on how a batch "
             "is cut: take GroupNorm or LayerNorm in the model."

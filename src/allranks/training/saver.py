@@ -468,7 +468,7 @@ class Saver:
         present = checkpoint.steps(self.run_dir)
         keep = _kept_steps(step, present, history, self.keep, self.best)
         try:
-            checkpoint.remove(self.run_dir, keep, self.claim.check)
+            checkpoint.keep_only(self.run_dir, keep, self.claim.check)
         except OSError as error:
             log.warning("earlier checkpoints could not be removed (%s)", error.strerror)
 

@@ -73,11 +73,6 @@ def try_first_batch(
 
 def _try(training: Training, data: Data, recipe: Recipe, runtime: Runtime, best: Rule) -> Tried:
     is_classification = isinstance(training.task, Classification)
-    names = _Names(
-        model=f"model._target_={recipe.model['_target_']}",
-        optimizer=f"optimizer._target_={recipe.optimizer['_target_']}",
-        task=f"task._target_={recipe.task['_target_']}",
-    )
     trainer = recipe.trainer
     with random_numbers_kept(runtime.device):
         count = min(2, len(data.train))
@@ -85,14 +80,20 @@ def _try(training: Training, data: Data, recipe: Recipe, runtime: Runtime, best:
         if is_classification:
             _check_shape(examples, data.input_shape)
         is_alone = not any(isinstance(module, nn.SyncBatchNorm) for module in training.model.modules())
-        model = training.model if training.is_sharded else _copy_of(training.model, recipe, runtime)
+        model = training.model if training.is_sharded else _copy_of(training.model, recipe, runtime.device)
         # SyncBatchNorm would wait for the other ranks in training, but not in an evaluation.
         model.train(is_alone)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        names = _Names(
+            model=f"model._target_={recipe.model['_target_']}",
+            optimizer=f"optimizer._target_={recipe.optimizer['_target_']}",
+            task=f"task._target_={recipe.task['_target_']}",
+        )
+        trial = _Trial(training.task, model, names, data, recipe, runtime)
 
         flops = Flops()
         with flops:
-            outputs = _forward(training.task, model, names, examples, trainer.precision, runtime)
+            outputs = _forward(trial, examples)
         if is_classification:
             _check_logits(outputs, names.model, examples, data.classes)
         changed = _changed(buffers, model)
@@ -103,8 +104,8 @@ def _try(training: Training, data: Data, recipe: Recipe, runtime: Runtime, best:
                 "layer without such a buffer (GroupNorm, LayerNorm), or trainer.reproducible=false."
             )
         with flops:
-            loss = _loss(training.task, names, outputs, examples)
-        columns = _columns(training.task, names, outputs, examples)
+            loss = _loss(trial, outputs, examples)
+        columns = _columns(trial, outputs, examples)
         known = _known_metrics(columns, training.task, best.metric)
         _check_monitor(recipe.scheduler, known)
         check(best, known)
@@ -118,8 +119,8 @@ def _try(training: Training, data: Data, recipe: Recipe, runtime: Runtime, best:
         else:
             _step(model, names.optimizer, recipe.optimizer)
         if not is_classification:
-            _check_that_losses_add_up(training.task, model, names, data, recipe, runtime)
-        _try_one_example(training.task, model, names, examples, data, recipe, runtime)
+            _check_that_losses_add_up(trial)
+        _try_one_example(trial, examples)
         if training.is_sharded:
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
@@ -132,6 +133,17 @@ class _Names(NamedTuple):
     model: str
     optimizer: str
     task: str
+
+
+class _Trial(NamedTuple):
+    """What is tried together."""
+
+    task: Any
+    model: nn.Module  # the copy, or the model itself where it is spread over the ranks
+    names: _Names
+    data: Data
+    recipe: Recipe
+    runtime: Runtime
 
 
 @contextmanager
@@ -157,12 +169,12 @@ def _where(error: BaseException) -> str:
     return f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
 
 
-def _copy_of(model: nn.Module, recipe: Recipe, runtime: Runtime) -> nn.Module:
+def _copy_of(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
     """A model with the same weights. The few that Python cannot copy are built once more."""
     try:
         return copy.deepcopy(model)
     except (RuntimeError, TypeError):
-        return build_model(recipe, runtime.device)
+        return build_model(recipe.model, recipe.seed, recipe.dtype, device)
 
 
 # --- what is checked -----------------------------------------------------------------------------------
@@ -177,26 +189,27 @@ def _check_shape(examples: Examples, input_shape: Sequence[int]) -> None:
         )
 
 
-def _forward(
-    task: Any, model: nn.Module, names: _Names, examples: Any, precision: str, runtime: Runtime
-) -> Any:
+def _forward(trial: _Trial, examples: Any) -> Any:
+    """What the task makes of the examples with the model; raises UserError where they do not fit."""
+    names = trial.names
     if isinstance(examples, Examples):
         images = examples.images
         taken = f"{names.model} cannot take images of shape {list(images.shape)} and type {images.dtype}"
     else:
         taken = f"{names.model}, called by {names.task}, cannot take a batch that is {described(examples)}"
-    with _told(taken), runtime.autocast(precision):
-        return outputs_of(task, model, examples)
+    with _told(taken), trial.runtime.autocast(trial.recipe.trainer.precision):
+        return outputs_of(trial.task, trial.model, examples)
 
 
-def _loss(task: Any, names: _Names, outputs: Any, examples: Any) -> torch.Tensor:
+def _loss(trial: _Trial, outputs: Any, examples: Any) -> torch.Tensor:
     """The task's loss; raises UserError unless it is a tensor of one number."""
+    names = trial.names
     what = (
         f"{names.task} has no loss of outputs that are {described(outputs)} and a batch that is "
         f"{described(examples)}"
     )
     with _told(what):
-        loss = task.loss(outputs, examples)
+        loss = trial.task.loss(outputs, examples)
     if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
         raise UserError(
             f"{names.task}: its loss is {described(loss)}, but it must be a tensor of one number: the sum "
@@ -205,10 +218,11 @@ def _loss(task: Any, names: _Names, outputs: Any, examples: Any) -> torch.Tensor
     return loss
 
 
-def _columns(task: Any, names: _Names, outputs: Any, examples: Any) -> list[Column]:
+def _columns(trial: _Trial, outputs: Any, examples: Any) -> list[Column]:
     """Which of the task's metrics are sums; raises UserError where its metrics cannot be measured."""
+    task = trial.task
     what = (
-        f"{names.task} cannot measure outputs that are {described(outputs)} and a batch that is "
+        f"{trial.names.task} cannot measure outputs that are {described(outputs)} and a batch that is "
         f"{described(examples)}"
     )
     with torch.no_grad():
@@ -250,9 +264,7 @@ def _check_monitor(scheduler: Mapping[str, Any], known: Sequence[str]) -> None:
         )
 
 
-def _check_that_losses_add_up(
-    task: Any, model: nn.Module, names: _Names, data: Data, recipe: Recipe, runtime: Runtime
-) -> None:
+def _check_that_losses_add_up(trial: _Trial) -> None:
     """Raises UserError where the loss is clearly a mean over the examples, in place of their sum.
 
     A mean would make each gradient smaller by the number of examples in a piece of a batch, and so the
@@ -260,23 +272,24 @@ def _check_that_losses_add_up(
     losses of each. Where it is neither the sum nor the mean, as with a loss that draws at random, nothing
     is said.
     """
-    if len(data.train) < 2:
+    train, recipe = trial.data.train, trial.recipe
+    if len(train) < 2:
         return
-    model.eval()
+    trial.model.eval()
     losses = []
     with torch.no_grad():
-        for examples in data.train.batches([[0, 1], [0], [1]], recipe.seed):
-            with runtime.autocast(recipe.trainer.precision):
-                outputs = outputs_of(task, model, examples)
-            losses.append(float(task.loss(outputs, examples)))
-    model.train()
+        for examples in train.batches([[0, 1], [0], [1]], recipe.seed):
+            with trial.runtime.autocast(recipe.trainer.precision):
+                outputs = outputs_of(trial.task, trial.model, examples)
+            losses.append(float(trial.task.loss(outputs, examples)))
+    trial.model.train()
     both, one, other = losses
     scale = max(abs(one), abs(other))
     is_sum = abs(both - (one + other)) <= 0.01 * scale
     is_mean = abs(both - (one + other) / 2) <= 1e-4 * scale
     if is_mean and not is_sum:
         raise UserError(
-            f"{names.task}: its loss of two examples ({both:.6g}) is the mean of the losses of each "
+            f"{trial.names.task}: its loss of two examples ({both:.6g}) is the mean of the losses of each "
             f"({one:.6g} and {other:.6g}), but it must be their sum: multiply it by the number of "
             'examples, or give torch\'s losses reduction="sum".'
         )
@@ -328,38 +341,32 @@ def _step(model: nn.Module, optimizer_is: str, section: Mapping[str, Any]) -> No
         optimizer.step()
 
 
-def _try_one_example(
-    task: Any,
-    model: nn.Module,
-    names: _Names,
-    examples: Any,
-    data: Data,
-    recipe: Recipe,
-    runtime: Runtime,
-) -> None:
+def _try_one_example(trial: _Trial, examples: Any) -> None:
     """Raises UserError where the model takes no single example, as with BatchNorm, and one will come.
 
     One comes where the training examples do not divide evenly into batches, each batch into shares, and
     each share into the pieces that gradients are added up from.
     """
-    length = len(data.train)
-    shares = runtime.share_count
-    batch_size = recipe.batch_size
-    accumulate = recipe.trainer.accumulate
+    length = len(trial.data.train)
+    shares = trial.runtime.share_count
+    batch_size = trial.recipe.batch_size
+    accumulate = trial.recipe.trainer.accumulate
     if smallest_piece(length, batch_size, shares, accumulate) > 1:
         return
     if isinstance(examples, Examples):
         one: Any = Examples(examples.images[:1], examples.labels[:1])
     else:
-        one = data.train.first(1, recipe.seed)  # nobody but the data knows how to cut such a batch
+        one = trial.data.train.first(
+            1, trial.recipe.seed
+        )  # nobody but the data knows how to cut such a batch
     what = (
-        f"{names.model} takes 2 examples in training, but not 1, and 1 is what is left of {length:,} "
+        f"{trial.names.model} takes 2 examples in training, but not 1, and 1 is what is left of {length:,} "
         f"training examples in batches of {batch_size}, each cut into shares={shares} and "
         f"trainer.accumulate={accumulate} pieces"
     )
     remedy = " Give a trainer.batch_size that leaves more, or take GroupNorm in place of BatchNorm."
     with _told(what, remedy):
-        outputs_of(task, model, one)
+        outputs_of(trial.task, trial.model, one)
 
 
 def smallest_piece(length: int, batch_size: int, shares: int, accumulate: int) -> int:
