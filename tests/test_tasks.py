@@ -106,6 +106,12 @@ class Averaging(Task):
     def loss(self, outputs, batch):
         return mse_loss(outputs.mean, batch["y"])
 
+class Several(Task):
+    """Needs two examples at least."""
+    def loss(self, outputs, batch):
+        assert len(batch["y"]) > 1
+        return mse_loss(outputs.mean, batch["y"], reduction="sum")
+
 class Many(Task):
     def loss(self, outputs, batch):
         return mse_loss(outputs.mean, batch["y"], reduction="none")
@@ -525,6 +531,26 @@ MISFITS = [
         "needs logits .* but the model gives",
     ),
 ]
+
+
+def test_a_task_that_takes_no_single_example_trains_where_none_comes(home, train_here):
+    own = words("own", "task._target_=mytasks.Several", "trainer.epochs=1")
+    assert train_here(*own, "trainer.batch_size=16").summary["epochs"] == 1
+    with pytest.raises(UserError, match="takes 2 examples in training, but not 1, and 1 is what is left"):
+        train_here(*own, "trainer.batch_size=66")  # of 67
+
+
+@pytest.mark.parametrize(
+    ("task", "outputs", "batch"),
+    [
+        (tasks.Classification(), torch.zeros(3, 10), (None, torch.tensor([-1, 4, 9]))),
+        (tasks.Segmentation(), torch.zeros(1, 10, 3), (None, torch.tensor([[9, 4, -1]]))),
+    ],
+)
+def test_the_label_that_fits_no_class_is_named(task, outputs, batch):
+    with pytest.raises(UserError, match="-1"):
+        task.loss(outputs, batch)
+        task.metrics(outputs, batch)
 
 
 @pytest.mark.parametrize(("kind", "overrides", "said"), MISFITS)

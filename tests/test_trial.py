@@ -19,6 +19,7 @@ from allranks.training.trial import smallest_piece
 from helpers import SMALL, execute_forked, tree
 
 PACKAGE = '''
+import numpy as np
 import torch
 from torch import nn
 
@@ -57,6 +58,15 @@ class Unfinished(Net):
 class Faulty(Net):
     def forward(self, images):
         return self.body(images) / (1 // 0)
+
+class Stacked(Net):
+    def forward(self, images):
+        return np.stack([np.zeros(2), np.zeros(3)])
+
+class Brain(Net):
+    """Its input has the type that the layer's weights have under autocast only."""
+    def forward(self, images):
+        return self.body(images.bfloat16())
 
 class Spare(Net):
     def __init__(self, input_shape, classes):
@@ -115,6 +125,7 @@ MISFITS = [
     (["model=tryout.Whole"], "returns a tensor of torch.int64, but logits are floating-point"),
     (["model=tryout.Detached"], "its output has no gradient that reaches its parameters"),
     (["model=tryout.Unfinished"], r"cannot take images .* \(AttributeError at tryout.py:\d+: .*'head'"),
+    (["model=tryout.Stacked"], r"cannot take images .* \(ValueError at tryout.py:\d+: .*same shape"),
     (["model=tryout.Net", "+model.outputs=7"], "has 7 outputs, but data.classes=10"),
     (
         ["model.input_shape=[1,8,8]"],
@@ -163,6 +174,11 @@ def test_what_does_not_fit_is_one_sentence_and_leaves_nothing(own, tmp_path, ove
 @pytest.mark.parametrize("model", ["spectral", "instance", "Centred", "normed", "NotCopied", "Spare"])
 def test_what_fits_trains(own, model):
     assert own(*LINEAR, f"model._target_=tryout.{model}").summary["epochs"] == 1
+
+
+def test_a_single_example_is_tried_in_the_precision_of_the_training(own):
+    words = ("model._target_=tryout.Brain", "trainer.precision=bf16", "trainer.batch_size=109")
+    assert own(*LINEAR, *words).summary["epochs"] == 1
 
 
 def test_a_traceback_of_the_users_own_stays(own):

@@ -99,8 +99,10 @@ class Classification:
         try:
             return cross_entropy(at_least_fp32(outputs), labels, reduction="sum", label_smoothing=smoothing)
         except IndexError as error:
+            classes = outputs.shape[1]
+            wrong = labels[((labels < 0) | (labels >= classes)) & (labels != IGNORED)]
             raise UserError(
-                f"Label {int(labels.max())} does not fit the model's {outputs.shape[1]} outputs: labels "
+                f"Label {int(wrong[0])} does not fit the model's {classes} outputs: labels "
                 "count from 0; give data.classes and model.classes as the data has them."
             ) from error
 
@@ -397,8 +399,9 @@ def _check_classes(task: str, what: str, outputs: Any, targets: Any, ignore: int
         return  # to look at numbers on a GPU would make the CPU wait for it, in every step
     counted = targets[targets != ignore]
     if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < outputs.shape[1]:
+        wrong = counted[(counted < 0) | (counted >= outputs.shape[1])]
         raise UserError(
-            f"A {what} is {int(counted.min())} or {int(counted.max())}, but the model gives "
+            f"A {what} is {int(wrong[0])}, but the model gives "
             f"{outputs.shape[1]} classes, which count from 0; {ignore} stands for none."
         )
 

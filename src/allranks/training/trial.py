@@ -11,9 +11,11 @@ drawn afterwards as if there had been no trial.
 from __future__ import annotations
 
 import copy
+import os
+import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,6 +74,7 @@ def try_first_batch(
 
 
 def _try(training: Training, data: Data, recipe: Recipe, runtime: Runtime, best: Rule) -> Tried:
+    """The trial itself, on this rank. Takes a step with a copy of the model, or none with a sharded one."""
     is_classification = isinstance(training.task, Classification)
     trainer = recipe.trainer
     with random_numbers_kept(runtime.device):
@@ -79,10 +82,13 @@ def _try(training: Training, data: Data, recipe: Recipe, runtime: Runtime, best:
         examples = data.train.first(count, recipe.seed)
         if is_classification:
             _check_shape(examples, data.input_shape)
-        is_alone = not any(isinstance(module, nn.SyncBatchNorm) for module in training.model.modules())
+        needs_no_others = not any(
+            isinstance(module, nn.SyncBatchNorm) for module in training.model.modules()
+        )
         model = training.model if training.is_sharded else _copy_of(training.model, recipe, runtime.device)
-        # SyncBatchNorm would wait for the other ranks in training, but not in an evaluation.
-        model.train(is_alone)
+        # SyncBatchNorm would wait for the other ranks in training, but not in an evaluation. With it this
+        # rank, which tries the model by itself, can only evaluate.
+        model.train(needs_no_others)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         names = _Names(
             model=f"model._target_={recipe.model['_target_']}",
@@ -109,7 +115,7 @@ def _try(training: Training, data: Data, recipe: Recipe, runtime: Runtime, best:
         known = _known_metrics(columns, training.task, best.metric)
         _check_monitor(recipe.scheduler, known)
         check(best, known)
-        if not is_alone:
+        if not needs_no_others:
             return Tried(None, [], columns)
         with _told(f"{names.model}: its output has no gradient that reaches its parameters"), flops:
             loss.backward()
@@ -123,7 +129,8 @@ def _try(training: Training, data: Data, recipe: Recipe, runtime: Runtime, best:
         _try_one_example(trial, examples)
         if training.is_sharded:
             for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
+                if name in buffers:  # a model may make others in its first forward pass
+                    buffer.copy_(buffers[name])
         return Tried(flops.count / count if flops.count else None, unused, columns)
 
 
@@ -160,11 +167,12 @@ def _told(what: str, remedy: str = "") -> Iterator[None]:
 
 def _where(error: BaseException) -> str:
     """The innermost line of the user's own code that the error came through: " at nets.py:12"."""
-    not_theirs = [str(Path(str(module.__file__)).parent) for module in (torch, allranks)]
+    libraries = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
+    not_theirs = [*libraries, *(str(Path(str(module.__file__)).parent) for module in (torch, allranks))]
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if not any(frame.filename.startswith(folder) for folder in (*not_theirs, "<"))
+        if not frame.filename.startswith(("<", *(folder + os.sep for folder in not_theirs)))
     ]
     return f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
 
@@ -277,12 +285,15 @@ def _check_that_losses_add_up(trial: _Trial) -> None:
         return
     trial.model.eval()
     losses = []
-    with torch.no_grad():
+    # A model or a loss may take no single example. Whether one will come, _try_one_example() looks.
+    with torch.no_grad(), suppress(*_MISFITS):
         for examples in train.batches([[0, 1], [0], [1]], recipe.seed):
             with trial.runtime.autocast(recipe.trainer.precision):
                 outputs = outputs_of(trial.task, trial.model, examples)
             losses.append(float(trial.task.loss(outputs, examples)))
     trial.model.train()
+    if len(losses) < 3:
+        return
     both, one, other = losses
     scale = max(abs(one), abs(other))
     is_sum = abs(both - (one + other)) <= 0.01 * scale
@@ -355,10 +366,8 @@ def _try_one_example(trial: _Trial, examples: Any) -> None:
         return
     if isinstance(examples, Examples):
         one: Any = Examples(examples.images[:1], examples.labels[:1])
-    else:
-        one = trial.data.train.first(
-            1, trial.recipe.seed
-        )  # nobody but the data knows how to cut such a batch
+    else:  # a batch of another form cannot be cut here
+        one = trial.data.train.first(1, trial.recipe.seed)
     what = (
         f"{trial.names.model} takes 2 examples in training, but not 1, and 1 is what is left of {length:,} "
         f"training examples in batches of {batch_size}, each cut into shares={shares} and "
@@ -366,7 +375,9 @@ def _try_one_example(trial: _Trial, examples: Any) -> None:
     )
     remedy = " Give a trainer.batch_size that leaves more, or take GroupNorm in place of BatchNorm."
     with _told(what, remedy):
-        outputs_of(trial.task, trial.model, one)
+        with trial.runtime.autocast(trial.recipe.trainer.precision):
+            outputs = outputs_of(trial.task, trial.model, one)
+        trial.task.loss(outputs, one)
 
 
 def smallest_piece(length: int, batch_size: int, shares: int, accumulate: int) -> int:
