@@ -405,6 +405,17 @@ def test_torchvision_is_imported_for_its_own_model_only(imports_of):
     assert done.out == "False\nTrue\n"
 
 
+def test_torchvisions_import_does_not_bring_the_compiler(imports_of):
+    """It imports a function of the compiler's, which only object detection calls."""
+    code = "from allranks.runtime import lean\nwith lean.quick_import():\n    from allranks import models\n"
+    code += "models.resnet18([1, 28, 28], 10)\nimport sys\nprint('sympy' in sys.modules)\n"
+    code += "from torchvision.ops import roi_align\nasked = roi_align.__globals__['is_compile_supported']\n"
+    code += "print(asked('cpu') in (True, False))"
+    done, [process] = imports_of([PYTHON, "-c", code])
+    assert done.out == "False\nTrue\n"
+    assert process["dynamo"] is not None  # now that it was asked, the real one is there
+
+
 # --- what a start costs --------------------------------------------------------------------------------
 
 

@@ -545,14 +545,15 @@ def test_a_step_is_looked_at_again_only_where_it_is_not_finite(train_here, monke
 
 
 @pytest.mark.parametrize(
-    ("words", "steps"),
+    ("words", "steps", "evaluated"),
     [
-        (["model=vit"], 20),
-        (["model=resnet18"], 2),  # each of its steps takes seconds
-        (["model=resnet18", "trainer.max_steps=5"], 5),
+        (["model=vit"], 20, 100),
+        (["model=resnet18"], 2, 20),  # each of its steps takes seconds
+        (["model=resnet18", "trainer.max_steps=5"], 5, 20),
+        (["model=resnet18", "trainer.limit_eval=100"], 2, 100),
     ],
 )
-def test_how_many_steps_debug_takes(words, steps):
+def test_how_much_debug_does(words, steps, evaluated):
     [config] = debug.configurations(["--debug", *words, "data=synthetic"], is_alone=True)
-    assert config.trainer.max_steps == steps
+    assert (config.trainer.max_steps, config.trainer.limit_eval) == (steps, evaluated)
     assert config.name == f"debug-{words[0].removeprefix('model=')}"

@@ -2,9 +2,10 @@
 
 Optimizers and DDP import torch._dynamo, and with it the whole compiler, only to say that they must not be
 compiled. That costs 1.2 s and some 15,000 file-system calls on every rank (benchmarks/startup.py). The
-profiler imports torch._inductor, to ask for one setting. Here small modules stand in for the compiler's.
-They answer the few questions that training without compilation asks. If anything else is asked of them,
-the real compiler is imported after all.
+profiler imports torch._inductor, to ask for one setting, and torchvision imports torch._dynamo.utils for a
+function that only object detection calls. Here small modules stand in for the compiler's. They answer the
+few questions that training without compilation asks. If anything else is asked of them, the real compiler
+is imported after all.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class _Understudy(ModuleType):
             return self.answers[name]
         if name == "__file__":  # asked of every module by whoever looks for the module of a piece of code
             raise AttributeError(f"{self.__name__} stands in for a module, and has no file")
+        if name == "__path__" and self.__name__ not in (NAME, INDUCTOR):  # asked by `from ... import ...`
+            raise AttributeError(f"{self.__name__} stands in for a module, which is no package")
         return getattr(_real(self.__name__), name)
 
 
@@ -53,8 +56,12 @@ def keep_compiler_out() -> None:
         return
     import torch  # not before quick_import() has made that quick
 
-    utils = _Understudy(f"{NAME}.utils")  # asked by DistributedDataParallel
-    utils.answers = {"get_optimize_ddp_mode": lambda: "no_optimization"}
+    utils = _Understudy(f"{NAME}.utils")  # asked by DistributedDataParallel, and imported by torchvision
+    utils.answers = {
+        "get_optimize_ddp_mode": lambda: "no_optimization",
+        # torchvision keeps this function when it is imported. Only a call of it needs the compiler.
+        "is_compile_supported": lambda device_type: _real(utils.__name__).is_compile_supported(device_type),
+    }
     rules = _Understudy(f"{NAME}.trace_rules")  # asked by init_process_group
     rules.answers = {"clear_lru_cache": lambda: None}
     dynamo = _Understudy(NAME)  # asked by every optimizer
@@ -68,7 +75,7 @@ def keep_compiler_out() -> None:
     settings.answers = {"triton": SimpleNamespace(cudagraphs=False)}
     inductor = _Understudy(INDUCTOR)
     inductor.answers = {"config": settings}
-    for module in (dynamo, inductor, settings):
+    for module in (dynamo, utils, inductor, settings):
         sys.modules[module.__name__] = module
     torch._dynamo = dynamo
     torch._inductor = inductor

@@ -11,18 +11,28 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from allranks.base.errors import UserError
 from allranks.compose import from_command_line
 from allranks.config import Config, RunConfig
 from allranks.run import directory as rundir
 
-# The whole command is to take less than 10 s on two cores, but for resnet18 below. Importing torch takes
-# 2 s of that.
+# The whole command is to take less than 10 s on two cores. Importing torch takes 2 s of that.
 _STEPS = 20  # of which 10 to 20 are profiled
-# A step of this model takes 2.5 s on two cores, and the second one is profiled.
-_FEWER_STEPS = {"allranks.models.resnet18": 2}
+
+
+class _Few(NamedTuple):
+    """How much a debug run does with a slow model, where the command line does not say it."""
+
+    steps: int
+    evaluated: int  # examples in each of the two evaluations
+
+
+# A step of this model takes 2.5 s on two cores, so the second one is profiled. An evaluation of 100
+# examples takes half a second.
+_SLOW_MODELS = {"allranks.models.resnet18": _Few(steps=2, evaluated=20)}
+
 # Where the command line sets one of these keys too, the value of the command line counts.
 OVERRIDES = (
     f"trainer.max_steps={_STEPS}",
@@ -51,10 +61,15 @@ def configurations(arguments: Sequence[str], is_alone: bool) -> list[Config]:
     if not configs:
         return []
     config = replace(configs[0], name=f"debug-{configs[0].name}")
-    is_typed = any(word.startswith("trainer.max_steps=") for word in others)
-    fewer = _FEWER_STEPS.get(str(config.model["_target_"]))
-    if fewer is not None and not is_typed:
-        config = replace(config, trainer=replace(config.trainer, max_steps=fewer))
+    few = _SLOW_MODELS.get(str(config.model["_target_"]))
+    if few is not None:
+        typed = {word.partition("=")[0] for word in others}
+        trainer = config.trainer
+        if "trainer.max_steps" not in typed:
+            trainer = replace(trainer, max_steps=few.steps)
+        if "trainer.limit_eval" not in typed:
+            trainer = replace(trainer, limit_eval=few.evaluated)
+        config = replace(config, trainer=trainer)
     directory = config.run.dir or rundir.choose(None, config.name)
     return [replace(config, run=RunConfig(directory))]
 

@@ -8,8 +8,10 @@ also writes a table of the operations that took longest: `profile/table.json` fo
 
 from __future__ import annotations
 
+import gzip
 import logging
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,13 +85,28 @@ class Profile:
     def _write(self, profiler: Any) -> None:
         rank = self._runtime.rank
         self._folder.mkdir(exist_ok=True)
-        profiler.export_chrome_trace(str(self._folder / f"rank-{rank}.json.gz"))
+        _export(profiler, self._folder / f"rank-{rank}.json.gz")
         if rank:
             return
         table = table_of(profiler.key_averages(), self._steps, self._runtime.device.type)
         files.write_json(self._folder / "table.json", table)
         files.write_text(self._folder / "table.md", as_markdown(table)).close()
         log.info("steps %d to %d are profiled: %s", table["steps"][0], table["steps"][1], self._folder)
+
+
+def _export(profiler: Any, trace: Path) -> None:
+    """Writes what the profiler has recorded, compressed.
+
+    The profiler could compress it by itself, but it does so line by line and as small as it can, which
+    takes longer.
+    """
+    plain = trace.with_name(f".{trace.stem}")  # hidden, as it is there for a moment only
+    try:
+        profiler.export_chrome_trace(str(plain))
+        with plain.open("rb") as source, gzip.open(trace, "wb", compresslevel=6) as target:
+            shutil.copyfileobj(source, target)
+    finally:
+        plain.unlink(missing_ok=True)
 
 
 def table_of(averages: Sequence[Any], steps: range, device_type: str) -> dict[str, Any]:
