@@ -228,7 +228,7 @@ def test_what_is_no_run_is_refused_in_one_message(tmp_path, drawn):
 def test_a_run_without_a_usable_checkpoint_is_refused(copy):
     for step in checkpoint.steps(copy):
         lose(checkpoint.path_of(copy, step))
-    with pytest.raises(UserError, match=r"has no checkpoint that can be used: step-.*; step-.*; step-"):
+    with pytest.raises(UserError, match=r"can be used: step-.*; step-.*; step-.* Bring one back"):
         load.load(copy)
     shutil.rmtree(copy / "checkpoints")
     with pytest.raises(UserError, match="has no checkpoint yet: a run saves its first one after"):
@@ -246,10 +246,17 @@ def test_a_checkpoint_that_was_named_is_not_replaced_by_another(copy):
         load.load(copy, "newset")
 
 
+def test_a_configuration_that_is_cut_off_is_refused_in_one_sentence_with_what_to_do(copy):
+    config = copy / "config.yaml"
+    config.write_text(config.read_text() + "trainer: [")
+    with pytest.raises(UserError, match=r"cannot be read .*: bring it back from a copy, or give"):
+        load.load(copy)
+
+
 def test_a_run_of_a_newer_version_is_refused_by_that_versions_number(copy):
     config, environment = copy / "config.yaml", copy / "environment.json"
     config.write_text(config.read_text() + "invented: 1\n")
-    with pytest.raises(UserError, match=r"is not as a run has written it.*invented is not a key"):
+    with pytest.raises(UserError, match=r"has a configuration that cannot be used: invented is not a key"):
         load.load(copy)
     about = json.loads(environment.read_text())
     about["versions"]["allranks"] = "9.1"
@@ -605,7 +612,11 @@ def test_evaluate_compares_only_what_can_be_compared(copy, capsys):
         out = capsys.readouterr().out
         assert said in out
         assert ("100\n" in out) == ("data.test.count=100" in words)
-    (copy / "summary.json").unlink()
+    summary = copy / "summary.json"
+    summary.write_bytes(summary.read_bytes()[:60])
+    assert command.evaluate([str(copy)]) == 0
+    assert "it is damaged, or does not hold these figures" in capsys.readouterr().out
+    summary.unlink()
     assert command.evaluate([str(copy), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["equals_summary"] is None and "has not finished" in said["comparison"]

@@ -73,6 +73,20 @@ def test_a_folder_whose_name_is_no_utf_8_is_listed(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["directory"] == str(run)
 
 
+def test_a_folder_without_runs_is_refused(tmp_path, capsys):
+    with pytest.raises(UserError, match="holds no run: give a folder with runs in it"):
+        list_runs([str(tmp_path)])
+    assert list_runs(["--json", str(tmp_path)]) == 0  # a program counts lines
+    assert capsys.readouterr().out == ""
+
+
+def test_a_summary_that_is_cut_off_is_named(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("name: mlp\n")
+    (tmp_path / "summary.json").write_text('{"state": "finis')
+    assert list_runs([str(tmp_path)]) == 0
+    assert capsys.readouterr().err.count("summary.json cannot be read: it is not a JSON object") == 1
+
+
 def test_a_record_of_jobs_may_say_anything(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("name: mlp\n")
     (tmp_path / "job.json").write_text('{"scheduler": "lsf", "job_ids": [1]}')

@@ -656,7 +656,10 @@ def _loaded(path: Path) -> DictConfig:
     try:
         return OmegaConf.create(path.read_text())  # type: ignore[return-value]
     except (OSError, ValueError, AssertionError, YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{path} cannot be read ({first_line(error)}): give another run.dir.") from error
+        raise UserError(
+            f"{path} cannot be read ({first_line(error)}): bring it back from a copy, or give the "
+            "directory of another run."
+        ) from error
 
 
 # --- the shipped files ---------------------------------------------------------------------------------

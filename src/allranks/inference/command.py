@@ -182,9 +182,9 @@ def _open(options: argparse.Namespace) -> _Opened:
 
 
 def _title(trained: Trained) -> str:
+    epochs = "1 epoch" if trained.epoch == 1 else f"{trained.epoch} epochs"
     return (
-        f"{trained.directory}: {trained.checkpoint.name}, after {trained.epoch} epochs, on "
-        f"{trained.runtime.device.type}"
+        f"{trained.directory}: {trained.checkpoint.name}, after {epochs}, on {trained.runtime.device.type}"
     )
 
 
@@ -503,6 +503,8 @@ def _compared_with_summary(
     if opened.given.is_other_data:
         return "summary.json is not compared: it is about the run's own test set.", None
     if not all(isinstance(summary.get(key), int | float) for key in measured):
+        if (trained.directory / "summary.json").exists():
+            return "summary.json is not compared: it is damaged, or does not hold these figures.", None
         return "There is no summary.json to compare with: the run has not finished.", None
     if summary.get("model/sha256") != weights_sha256(trained.model):
         return "summary.json is not compared: it was measured with other weights than these.", None

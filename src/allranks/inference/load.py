@@ -158,7 +158,7 @@ def read_config(directory: Path) -> Config:
                 f"{path} is of allranks {made_by}, and this is {allranks.__version__}: use that version, "
                 f"or one that is newer. ({error})"
             ) from error
-        raise UserError(f"{path} is not as a run has written it. ({error})") from error
+        raise UserError(f"{directory} has a configuration that cannot be used: {error}") from error
 
 
 def version_of(directory: Path) -> str | None:
@@ -261,7 +261,10 @@ def _first_valid(directory: str | Path, best_first: bool) -> Chosen:
             break
     where = checkpoint.folder(directory)
     if passed_over:
-        raise UserError(f"{where} has no checkpoint that can be used: {'; '.join(passed_over)}.")
+        raise UserError(
+            f"{where} has no checkpoint that can be used: {'; '.join(passed_over)}. Bring one back from a "
+            "copy, or give the directory of another run."
+        )
     raise UserError(
         f"{directory} has no checkpoint yet: a run saves its first one after its first epoch, unless "
         "checkpoint.every_steps says otherwise. Wait for it, or start the run again."

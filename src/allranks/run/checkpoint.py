@@ -423,7 +423,7 @@ def _parse_manifest(content: bytes) -> dict[str, tuple[int, str]]:
     if type(parsed) is not dict or set(parsed) != {"format", "files"} or type(parsed["files"]) is not dict:
         raise Damaged(f"{MANIFEST}: it is not as it was written")
     if type(parsed["format"]) is not int or parsed["format"] != 1:
-        raise Damaged(f"{MANIFEST}: its format is not known to this version")
+        raise Damaged(f"{MANIFEST}: its format is not known to this version (use the one that wrote it)")
     for name, about in parsed["files"].items():
         if not _FILE_NAME.fullmatch(name) or name == MANIFEST:
             raise Damaged(f"{MANIFEST}: {ascii(name)[:80]} is not the name of a file in the folder")

@@ -72,6 +72,11 @@ def _json_object(text: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def is_whole(record: Path) -> bool:
+    """Whether a record such as summary.json holds a JSON object; also where it is missing, as at first."""
+    return not record.exists() or bool(_json_object(text_of(record)))
+
+
 def place_in_sweep(directory: str | Path) -> str:
     """`cell 3/12` for the third of twelve cells, by the list of its sweep; empty for a run of no sweep."""
     cell = Path(directory)

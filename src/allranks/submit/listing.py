@@ -16,21 +16,28 @@ from allranks.job import scheduler
 from allranks.job.scheduler import Scheduler
 from allranks.run import metric_names
 from allranks.run.cells import JOB, read_job, runs_below
-from allranks.run.results import Figures, figures, headings, overrides_of
+from allranks.run.results import Figures, figures, headings, is_whole, overrides_of
 from allranks.run.states import RunState, states_of
 
 
 def listed(root: str, warn: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Every run below `root`: its state, job, epochs, metrics, directory and overrides."""
+    """Every run below `root`: its state, job, epochs, metrics, directory and overrides.
+
+    `warn` is called with a sentence for each record that cannot be read. Raises UserError where `root` is
+    no folder.
+    """
     if not Path(root).is_dir():
         raise UserError(f"{root} is no folder: give one with runs in it. The default is ./runs.")
     states = states_of(sorted(runs_below(root)), warn)
-    return [_row(directory, state) for directory, state in states.items()]
+    return [_row(directory, state, warn) for directory, state in states.items()]
 
 
-def _row(directory: Path, state: RunState) -> dict[str, Any]:
-    """What is shown of a run."""
+def _row(directory: Path, state: RunState, warn: Callable[[str], None]) -> dict[str, Any]:
+    """What is shown of a run; `warn` is told of a summary that cannot be read."""
     come_to = figures(directory)
+    summary = directory / "summary.json"
+    if not come_to.tests and not is_whole(summary):
+        warn(f"{as_text(str(summary))} cannot be read: it is not a JSON object.")
     try:
         overrides = overrides_of(directory)
     except UserError:  # it has been said that its job.json cannot be read
@@ -110,6 +117,8 @@ def list_runs(arguments: Sequence[str]) -> int:
     if args.json:
         print("".join(json.dumps(row) + "\n" for row in found), end="")
         return 0
+    if not found:
+        raise UserError(f"{args.root} holds no run: give a folder with runs in it. The default is ./runs.")
     figures_of = [_figures_of(row) for row in found]
     header = ("state", "job", *headings(figures_of), "directory", "overrides")
     cells = []
