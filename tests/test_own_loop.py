@@ -696,6 +696,10 @@ MISTAKES = {
         "for piece in run.pieces((x,), 2): break",
         "A loop over run.pieces() was left by `break`.",
     ),
+    "a reduction": (
+        "run.backward(x.sum(), reduction='none')",
+        "run.backward() got reduction='none': give mean",
+    ),
     "a list": (
         "run.mean([b.mean() for (b,) in run.batches(data)])",
         "run.mean() takes its values one by one",

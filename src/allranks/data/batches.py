@@ -477,19 +477,16 @@ def taken(batch: Any, rows: slice, length: int) -> Any:
     )
 
 
-def pieces_of(batch: Any, pieces: int, largest: int) -> list[tuple[Any, int]]:
+def pieces_of(batch: Any, pieces: int, wanted: int) -> list[tuple[Any, int]]:
     """(piece, its examples that count) for at most so many pieces of a rank's share of a batch, in order.
 
-    `largest` is the number of examples in the largest share. All ranks get the same number of pieces. One
-    that has fewer examples gets its first piece again, of which none counts.
+    The pieces are those of the shipped training (dealing.py). `wanted` is the number of pieces of the share
+    that has most of them. All ranks get so many: one that has fewer gets its first piece again, of which no
+    example counts.
     """
     length = length_of(batch)
-    size = -(-largest // min(pieces, largest))  # rounded up
     cut = []
-    for start in range(0, largest, size):
-        end = min(start + size, length)
-        if start < end:
-            cut.append((taken(batch, slice(start, end), length), end - start))
-        else:
-            cut.append((cut[0][0], 0))
-    return cut
+    for positions in torch.arange(length).chunk(pieces):
+        rows = slice(int(positions[0]), int(positions[-1]) + 1)
+        cut.append((taken(batch, rows, length), len(positions)))
+    return cut + [(cut[0][0], 0)] * (wanted - len(cut))

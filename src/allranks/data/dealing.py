@@ -138,7 +138,7 @@ def training_batches(
     for step in steps:
         position = step * batch_size
         batch = order[position : position + batch_size]
-        wanted = _most_pieces(len(batch), runtime.share_count, accumulate) if equal_pieces else 0
+        wanted = most_pieces(len(batch), runtime.share_count, accumulate) if equal_pieces else 0
         for share in runtime.shares:
             row = batch[share_of(position, share, runtime.share_count)]
             counts.append(len(row))
@@ -161,8 +161,10 @@ def training_batches(
     assert next(read, None) is None
 
 
-def _most_pieces(examples: int, shares: int, accumulate: int) -> int:
+def most_pieces(examples: int, shares: int, accumulate: int) -> int:
     """The pieces of the share that has most of them, of a batch with so many examples.
+
+    A share is cut as torch.chunk() cuts a tensor, into `accumulate` pieces or fewer.
 
     A share with more examples may have fewer pieces: 5 examples are cut into 2, 2 and 1, but 4 into four.
     """

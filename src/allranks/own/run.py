@@ -35,6 +35,7 @@ from allranks.base.processes import process_age_s
 from allranks.base.signals import FROM_TERMINAL, Signals
 from allranks.config import Config
 from allranks.data.batches import Batches, Dealt, pieces_of
+from allranks.data.dealing import most_pieces
 from allranks.data.nests import described
 from allranks.data.randomness import mixed, reseed
 from allranks.job import pulse
@@ -448,14 +449,21 @@ class Run:
             )
         self._kept.source = here
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: torch.Tensor, *, reduction: str = "mean") -> None:
         """loss.backward(), weighted so that every example of the global batch counts the same.
 
-        loss: a scalar, the mean over the examples of this rank's share, as torch's losses give it. Call it
-        within run.steps(). Raises UserError where the loss is no scalar, or has no gradient. A loss that is
-        not finite ends the run before its next checkpoint.
+        loss: a scalar, the mean over the examples of this rank's share, as torch's losses give it. With
+        reduction="sum" it is their sum, as torch's losses give it with the same words. Call it within
+        run.steps(). Raises UserError where the loss is no scalar, or has no gradient. A loss that is not
+        finite ends the run before its next checkpoint.
         """
         share = self._dealt("run.backward()")
+        if reduction not in ("mean", "sum"):
+            raise UserError(
+                f"run.backward() got reduction={reduction!r}: give mean, where the loss is the mean over "
+                "the examples of this rank's share, or sum.",
+                said_by=ANYONE,
+            )
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             raise UserError(
                 f"run.backward() takes a scalar loss, not {described(loss)}: take the mean over the "
@@ -468,7 +476,8 @@ class Run:
                 "computed under torch.no_grad().",
                 said_by=ANYONE,
             )
-        weight = share_weight(share.counted, share.total, loss.detach())
+        count = share.counted if reduction == "mean" else share.counted > 0
+        weight = share_weight(count, share.total, loss.detach())
         if self._stops_at_nonfinite:
             self._kept.means.note_weight(weight)
         self._gradients.backward(loss * weight)
@@ -482,7 +491,7 @@ class Run:
         share = self._dealt("run.pieces()")
         if count < 1:
             raise UserError(f"run.pieces() got count={count}: give 1 or more.", said_by=ANYONE)
-        parts = pieces_of(batch, count, largest=-(-share.total // self.world_size))
+        parts = pieces_of(batch, count, most_pieces(share.total, self.world_size, count))
         try:
             with self._gradients.in_pieces():
                 for number, (piece, length) in enumerate(parts, 1):
