@@ -24,6 +24,8 @@ from allranks.base.errors import UserError
 from allranks.compose import from_command_line
 from allranks.job.identity import RankIdentity
 from allranks.run import checkpoint
+from allranks.trackers import follower
+from allranks.trackers.follower import Trackers
 from allranks.trackers.protocol import Position, TrackedRun
 from allranks.train import run as run_training
 from allranks.training import records
@@ -336,6 +338,131 @@ def test_a_tensorboard_file_that_cannot_be_closed_does_not_keep_it_from_a_new_on
     tracker.epoch({"step": 12, "epoch": 1, "val/loss": 0.5})
     tracker.close(finished=True)
     assert in_tensorboard(Run(tmp_path), "val/loss") == [(12, 0.5)]
+
+
+# --- trackers that fail, called as the training calls them ----------------------------------------------
+
+
+class Server:
+    """A tracker that notes its calls, and whose calls raise while `down` has their names."""
+
+    def __init__(self, *down: str) -> None:
+        self.down = set(down)
+        self.calls: list[str] = []
+
+    def _call(self, name: str, said: str = "") -> None:
+        self.calls.append(f"{name}{said}")
+        if name in self.down:
+            raise RuntimeError(f"no server for {name}")
+
+    def open(self, run: TrackedRun) -> None:
+        self._call("open", f" after {run.delivered.epoch}")
+
+    def epoch(self, metrics: dict[str, Any]) -> None:
+        self._call("epoch", f" {metrics['epoch']}")
+
+    def summary(self, values: dict[str, Any]) -> None:
+        self._call("summary")
+
+    def pictures(self, paths: list[Path]) -> None:
+        self._call("pictures")
+
+    def close(self, finished: bool) -> None:
+        self._call("close", " finished" if finished else "")
+
+    def abandon(self) -> None:
+        self._call("abandon")
+
+
+def followed(server: Server, directory: Path) -> Trackers:
+    """The trackers of a run in this directory that is at its beginning: this server alone."""
+    trackers = Trackers({"own": {"_target_": "lab.Server"}, "every_steps": None})
+    trackers._trackers["own"] = server  # as build() would make it
+    trackers.start(facts(directory), directory / "metrics-steps.jsonl")
+    return trackers
+
+
+def end_of_run(trackers: Trackers, epochs: int = 1) -> None:
+    history = [{"epoch": epoch, "step": 10 * epoch} for epoch in range(1, epochs + 1)]
+    trackers.wake(0, history)
+    trackers.finished({"state": "finished"})
+    trackers.close(30)
+
+
+def test_a_tracker_that_is_opened_again_gets_what_it_has_missed(tmp_path):
+    server = Server("summary")
+    trackers = followed(server, tmp_path)
+    end_of_run(trackers)
+    assert "close" in server.calls and "close finished" not in server.calls
+    server.calls.clear()
+    server.down.clear()
+    trackers.reopen()
+    trackers.close(30, [png(tmp_path / "loss.png")])
+    assert server.calls == ["open after 1", "summary", "pictures", "close finished"]
+
+
+def test_a_tracker_that_was_never_opened_gets_the_whole_run_when_it_is_opened_again(tmp_path):
+    server = Server("open")
+    trackers = followed(server, tmp_path)
+    end_of_run(trackers, epochs=2)
+    server.calls.clear()
+    server.down.clear()
+    trackers.reopen()
+    trackers.close(30)
+    assert server.calls == ["open after 0", "epoch 1", "epoch 2", "summary", "close finished"]
+
+
+def test_a_failure_at_the_end_of_a_run_promises_no_other_epoch(tmp_path, caplog):
+    server = Server("pictures")
+    trackers = followed(server, tmp_path)
+    trackers.close(30, [png(tmp_path / "loss.png")])
+    [told] = caplog.messages
+    assert told == (
+        "tracker=own failed at the end of the run (RuntimeError: no server for pictures): it may not have "
+        "all of the run"
+    )
+
+
+def test_a_tracker_that_is_given_up_is_told(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(follower, "PAUSE_S", 0.0)
+    server = Server("epoch")
+    trackers = followed(server, tmp_path)
+    for epoch in (1, 2, 3):
+        trackers.wake(0, [{"epoch": epoch, "step": 10 * epoch}])
+        until(lambda epoch=epoch: server.calls.count(f"epoch {epoch}") == 1)
+    trackers.close(30)
+    first, last = caplog.messages
+    assert first.startswith("tracker=own failed (RuntimeError: no server for epoch): the run goes on")
+    assert "has failed 3 times in a row" in last and "is not called again" in last
+
+
+@pytest.mark.parametrize("down", ["open", "epoch", "summary", "pictures"])
+def test_a_tracker_that_has_failed_is_closed_at_the_end(tmp_path, down):
+    server = Server(down)
+    trackers = followed(server, tmp_path)
+    trackers.wake(0, [{"epoch": 1, "step": 10}])
+    trackers.finished({"state": "finished"})
+    trackers.close(30, [png(tmp_path / "loss.png")])
+    assert server.calls[-1] == ("close finished" if down == "pictures" else "close")
+
+
+def test_a_tracker_that_cannot_be_closed_is_abandoned(tmp_path, caplog):
+    """What abandon() raises ends neither the thread nor, where the tracker hangs, the training."""
+    server = Server("close", "abandon")
+    followed(server, tmp_path).close(30)
+    assert server.calls == ["open after 0", "close", "abandon"]
+    assert "tracker=own failed at the end of the run (RuntimeError: no server for close)" in caplog.text
+    assert "tracker=own: abandon() failed (RuntimeError: no server for abandon)" in caplog.text
+
+
+@pytest.mark.parametrize("note", ['{"step": "a", "epoch": 1}', '{"step": 4, "epoch": null}', "3", "{"])
+def test_a_damaged_note_stands_for_the_beginning_of_the_run(tmp_path, caplog, note):
+    (tmp_path / "tracker").mkdir()
+    (tmp_path / "tracker/own.json").write_text(note)
+    server = Server()
+    end_of_run(followed(server, tmp_path))
+    assert server.calls == ["open after 0", "epoch 1", "summary", "close finished"]
+    assert caplog.messages == []
 
 
 # --- a tracker of one's own -----------------------------------------------------------------------------

@@ -5,7 +5,8 @@ Each tracker has a thread of its own. The thread knows how far its tracker has g
 after that. So a tracker that is slow, hangs or fails delays neither the training nor other trackers. A
 tracker whose server was down for a while gets what it has missed from the records, and no buffer can run
 full. After each delivery the thread notes in `tracker/NAME.json` how far the tracker has got, for a later
-start of the run.
+start of the run. At its end the thread closes the tracker, also one that has failed: it may have a process
+or a file of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -118,8 +118,8 @@ class _State(Enum):
 
     CLOSED = "not opened yet, or to be opened again"
     OPEN = "follows"
-    FAILED = "has failed, and waits for the end of an epoch"
-    LEFT = "has failed too often"
+    FAILED = "has failed, and is opened again at the end of an epoch or of the run"
+    LEFT = "has failed MOST_FAILURES times in a row, and is only closed"
 
 
 class _Follower(threading.Thread):
@@ -128,9 +128,8 @@ class _Follower(threading.Thread):
     def __init__(
         self, name: str, tracker: Tracker, run: TrackedRun, steps_file: Path, every_steps: int | None
     ) -> None:
-        super().__init__(
-            name=f"tracker {name}", daemon=True
-        )  # a daemon: if it hangs, Python ends all the same
+        # A daemon thread: if the tracker hangs, Python ends all the same.
+        super().__init__(name=f"tracker {name}", daemon=True)
         self.tracker_name = name
         self._tracker = tracker
         self._run = run
@@ -159,10 +158,18 @@ class _Follower(threading.Thread):
         return not self.is_alive() and self._state is not _State.LEFT
 
     def again(self) -> _Follower:
-        """A new thread for the same tracker, which goes on where this one has ended."""
-        run = replace(self._run, resumed=self._at)
-        follower = _Follower(self.tracker_name, self._tracker, run, self._steps_file, self._every_steps)
+        """A new thread for the same tracker, which goes on where this one has ended.
+
+        It has all that this one was told, so the tracker gets what this one could not deliver.
+        """
+        follower = _Follower(
+            self.tracker_name, self._tracker, self._run, self._steps_file, self._every_steps
+        )
+        follower._at = self._at
         follower._has_summary = self._has_summary
+        follower._written = self._written
+        follower._epochs = self._epochs
+        follower._summary = self._summary
         return follower
 
     # --- called by the training's thread --------------------------------------------------------------
@@ -192,16 +199,22 @@ class _Follower(threading.Thread):
             self._news.notify()
 
     def abandon(self) -> None:
-        """The thread hangs: lets the tracker end whatever would keep this process from ending."""
+        """The tracker hangs or cannot be closed: lets it end what would keep this process from ending."""
         abandon = getattr(self._tracker, "abandon", None)
-        if abandon is not None:
-            with suppress(OSError):
-                abandon()
+        if abandon is None:
+            return
+        try:
+            abandon()
+        except Exception as error:  # noqa: BLE001 - a tracker may raise anything, and must not end the run
+            log.warning(
+                "tracker=%s: abandon() failed (%s: %s)",
+                self.tracker_name, type(error).__name__, one_line(error)[:300],
+            )  # fmt: skip
 
     # --- the thread -----------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Delivers whatever comes until the end. A tracker's error is told once, and never raised."""
+        """Delivers whatever comes until the end. A tracker's errors are told, and never raised."""
         while True:
             with self._news:
                 self._news.wait_for(lambda: self._has_news or self._is_over)
@@ -212,29 +225,49 @@ class _Follower(threading.Thread):
             if self._state is _State.FAILED and may_try_again:
                 self._state = _State.CLOSED
             if self._state in (_State.CLOSED, _State.OPEN):
-                self._try(self._deliver)
+                self._try(self._deliver, is_over)
             if is_over:
-                if self._state is _State.OPEN:
-                    self._try(self._close)
+                self._close()
                 return
             with self._news:
                 # The pause between two deliveries. The end of the run or of an epoch cuts it short.
                 self._news.wait_for(lambda: self._is_over or self._has_new_epoch, PAUSE_S)
 
-    def _try(self, work: Callable[[], None]) -> None:
+    def _try(self, work: Callable[[], None], is_over: bool) -> None:
+        """Calls `work`, which calls the tracker. `is_over`: nothing more comes, so this is the last try."""
         try:
             work()
         except Exception as error:  # noqa: BLE001 - a tracker may raise anything, and must not end the run
-            self._failures += 1
-            if self._failures == 1:
-                log.warning(
-                    "tracker=%s failed (%s: %s); the training goes on, and the tracker is tried again "
-                    "after the next epoch",
-                    self.tracker_name, type(error).__name__, one_line(error)[:300],
-                )  # fmt: skip
-            self._state = _State.LEFT if self._failures >= MOST_FAILURES else _State.FAILED
+            self._has_failed(error, is_over)
         else:
             self._failures = 0
+
+    def _has_failed(self, error: Exception, is_over: bool) -> None:
+        """Counts a failure of the tracker, and tells of the first, of the last, and of one at the end.
+
+        A server that is down for hours fails once in each epoch: the failures between are not told.
+        """
+        self._failures += 1
+        self._state = _State.LEFT if self._failures >= MOST_FAILURES else _State.FAILED
+        if self._state is _State.LEFT:
+            what = (
+                f"has failed {self._failures} times in a row",
+                "it is not called again in this start of the run, and may not have all of the run",
+            )
+        elif is_over:
+            failed = "failed" if self._failures == 1 else "has failed again"
+            what = (f"{failed} at the end of the run", "it may not have all of the run")
+        elif self._failures == 1:
+            what = (
+                "failed",
+                "the run goes on, and the tracker is tried again after an epoch and at the end",
+            )
+        else:
+            return
+        log.warning(
+            "tracker=%s %s (%s: %s): %s",
+            self.tracker_name, what[0], type(error).__name__, one_line(error)[:300], what[1],
+        )  # fmt: skip
 
     def _deliver(self) -> None:
         """Opens the tracker where it is not open, and hands it all that it has not got."""
@@ -249,21 +282,21 @@ class _Follower(threading.Thread):
                 self._deliver_steps(written, up_to=metrics["step"])
                 self._tracker.epoch(files.finite(metrics))
                 self._at = Position(max(self._at.step, metrics["step"]), metrics["epoch"])
-                self._remember()
+                self._write_note(self._at)
         self._deliver_steps(written)
         if summary is not None and not self._has_summary:
             self._tracker.summary(files.finite(summary))
             self._has_summary = True
 
     def _open(self) -> None:
-        run = replace(self._run, delivered=self._remembered())
+        run = replace(self._run, delivered=self._delivered_so_far())
         at = self._tracker.open(run)
         self._at = run.delivered if at is None else at
         self._offset = 0
         self._state = _State.OPEN
-        # From here on the tracker has nothing beyond this position: it has removed what it had, or it gets
-        # it once more.
-        self._remember()
+        # A tracker that returns None has removed what it had beyond this position. The note on disk must
+        # not say more than the tracker has: what it has removed is delivered once more.
+        self._write_note(self._at)
 
     def _deliver_steps(self, written: int, up_to: int | None = None) -> None:
         """Hands over the recorded steps that the tracker has not got: all, or those up to a step."""
@@ -278,11 +311,13 @@ class _Follower(threading.Thread):
             ]
             if wanted:
                 self._tracker.steps(wanted)
-                # The last of these steps may be the last step of an epoch whose metrics are not delivered
-                # yet. The note on disk therefore leaves this step out. A tracker that removes what is
-                # beyond the noted position then removes the step and the epoch's metrics, or neither.
-                self._at = self._at._replace(step=wanted[-1]["step"])
-                self._remember(step=wanted[-1]["step"] - 1)
+                last = wanted[-1]["step"]
+                self._at = self._at._replace(step=last)
+                # An epoch's metrics stand at the epoch's last step, and are delivered after it. `last` may
+                # be that step, and this process may be killed before it delivers the metrics. So the note
+                # on disk says one step less. A later start then removes the step and the metrics together,
+                # and delivers both.
+                self._write_note(self._at._replace(step=last - 1))
             is_stuck = end == self._offset  # the next line is a step beyond `up_to`
             self._offset = end
             if is_stuck:
@@ -306,22 +341,46 @@ class _Follower(threading.Thread):
         return records, end
 
     def _close(self) -> None:
-        if self._pictures:
-            self._tracker.pictures(self._pictures)
-        self._tracker.close(finished=self._has_summary)
+        """Hands over the pictures, and closes the tracker.
+
+        A tracker that has failed is closed as well, for it may have a process or a file of its own. Its
+        failure has been told, so what it raises then is not. One that cannot be closed is abandoned.
+        """
+        if self._pictures and self._state is _State.OPEN:
+            self._try(lambda: self._tracker.pictures(self._pictures), is_over=True)
+        try:
+            self._tracker.close(finished=self._has_summary)
+        except Exception as error:  # noqa: BLE001 - a tracker may raise anything, and must not end the run
+            if self._state is _State.OPEN:
+                self._has_failed(error, is_over=True)
+            self.abandon()
 
     # --- how far the tracker is, for a later start ----------------------------------------------------
 
-    def _remember(self, step: int | None = None) -> None:
-        at = self._at if step is None else self._at._replace(step=step)
-        files.write_json(self._note, at._asdict())
+    def _write_note(self, position: Position) -> None:
+        files.write_json(self._note, position._asdict())
 
-    def _remembered(self) -> Position:
-        """How far the tracker has got, but not beyond the step from which this start goes on."""
-        if self._at != Position():  # this start has opened the tracker before, and it has failed since
+    def _delivered_so_far(self) -> Position:
+        """How far the tracker has certainly got.
+
+        This start of the run knows it where it has delivered anything. Else the note of an earlier start
+        says it, but that start may have come further than the checkpoint from which this one goes on.
+        """
+        if self._at != Position():
             return self._at
-        noted = Position()
-        with suppress(OSError, ValueError, TypeError):
-            noted = Position(**json.loads(self._note.read_text()))
+        noted = _noted(self._note)
         resumed = self._run.resumed
         return Position(min(noted.step, resumed.step), min(noted.epoch, resumed.epoch))
+
+
+def _noted(path: Path) -> Position:
+    """The position that this file notes; the beginning of the run where it is missing or damaged."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return Position()
+    match values:
+        case {"step": int(step), "epoch": int(epoch)}:
+            return Position(step, epoch)
+        case _:
+            return Position()

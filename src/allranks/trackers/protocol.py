@@ -42,10 +42,11 @@ class Tracker(Protocol):
     """Gets the figures of one run. All calls come from one thread, which is not the training's.
 
     A tracker may also have a method abandon(). If one of the other methods hangs at the end of the run,
-    abandon() is called from another thread. It should end whatever keeps this process from ending.
+    abandon() is called from another thread; it is called as well if close() raises an error. It should end
+    whatever keeps this process from ending.
 
     Any method may raise any error: a warning names it once, the training goes on, and after the next epoch
-    the tracker is opened again.
+    or at the end of the run the tracker is opened again.
     """
 
     def open(self, run: TrackedRun) -> Position | None:
@@ -72,4 +73,7 @@ class Tracker(Protocol):
         """The pictures of the finished run: PNG files."""
 
     def close(self, finished: bool) -> None:
-        """Nothing more comes from this process. Without `finished` another start may go on with the run."""
+        """Nothing more comes from this process. Without `finished` another start may go on with the run.
+
+        It is called even where the tracker has failed, also in open(): it ends what may be left of it.
+        """
