@@ -551,6 +551,8 @@ def test_a_step_is_looked_at_again_only_where_it_is_not_finite(train_here, monke
         (["model=resnet18"], 2, 20),  # each of its steps takes seconds
         (["model=resnet18", "trainer.max_steps=5"], 5, 20),
         (["model=resnet18", "trainer.limit_eval=100"], 2, 100),
+        (["model=resnet18", "++trainer.max_steps=5"], 5, 20),
+        (["model=resnet18", "~trainer.max_steps"], None, 20),  # all steps, as typed
     ],
 )
 def test_how_much_debug_does(words, steps, evaluated):

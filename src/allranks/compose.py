@@ -182,9 +182,14 @@ _WITHOUT_EFFECT = {
 }
 
 
+def key_of(override: str) -> str:
+    """The key that an override in Hydra's grammar sets or removes: `seed` for `++seed=1` and `~seed`."""
+    return override.partition("=")[0].lstrip("+~")
+
+
 def _refuse_without_effect(override: str) -> None:
     """Raises UserError for a value of Hydra's own that nothing here would look at."""
-    key = override.partition("=")[0].lstrip("+~").replace("/", ".")
+    key = key_of(override).replace("/", ".")
     for beginning, instead in _WITHOUT_EFFECT.items():
         if key == beginning or key.startswith(f"{beginning}."):
             raise UserError(f"{override} has no effect: {instead}.")
@@ -235,7 +240,7 @@ def _may_set_mode(flags: Sequence[str], overrides: Sequence[str]) -> bool:
     """Whether `hydra.mode` may be set by something else than -m: a word, or a file of the user's own."""
     folders = {"-cp", "-cn", "-cd", "--config-path", "--config-name", "--config-dir"}
     return any(flag.partition("=")[0] in folders for flag in flags) or any(
-        override.lstrip("+~").startswith("hydra") for override in overrides
+        key_of(override).startswith("hydra") for override in overrides
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from allranks.base.errors import UserError
-from allranks.compose import from_command_line
+from allranks.compose import from_command_line, key_of
 from allranks.config import Config, RunConfig
 from allranks.run import directory as rundir
 
@@ -63,7 +63,7 @@ def configurations(arguments: Sequence[str], is_alone: bool) -> list[Config]:
     config = replace(configs[0], name=f"debug-{configs[0].name}")
     few = _SLOW_MODELS.get(str(config.model["_target_"]))
     if few is not None:
-        typed = {word.partition("=")[0] for word in others}
+        typed = {key_of(word) for word in others}
         trainer = config.trainer
         if "trainer.max_steps" not in typed:
             trainer = replace(trainer, max_steps=few.steps)

@@ -325,7 +325,9 @@ def going_on(
         return "the same command again, with the same run.dir"
     if launcher != "none":
         return f"the same command again, with run.dir={where}"
-    words = [word for word in argv[1:] if not word.startswith("run.dir=")]
+    from allranks.compose import key_of  # loaded already where words were typed
+
+    words = [word for word in argv[1:] if key_of(word) != "run.dir"]
     return shlex.join(["allranks", "train", *words]) + f" run.dir={where}"
 
 
