@@ -20,7 +20,7 @@ from allranks import config as configs
 from allranks.base.errors import UserError
 from allranks.base.text import did_you_mean
 from allranks.compose import from_command_line
-from allranks.config import Config, identity, typed
+from allranks.config import Config, decisive_values, typed
 from helpers import ROOT, SMALL, Run, tree
 
 GROUPS = (ROOT / "conf" / group for group in compose.GROUPS)  # a machine is no part of a training
@@ -105,8 +105,8 @@ def test_a_configuration_from_before_there_were_tasks_is_a_classification(tmp_pa
     before = OmegaConf.create(configs.freeze(config))
     del before["task"]
     assert configs.typed(before).task == config.task == {"_target_": "allranks.tasks.Classification"}
-    identity_before = {k: v for k, v in identity(config).items() if not k.startswith("task.")}
-    assert configs.with_new_keys(identity_before) == identity(config)
+    before = {k: v for k, v in decisive_values(config).items() if not k.startswith("task.")}
+    assert configs.with_new_keys(before) == decisive_values(config)
 
 
 def test_the_defaults():
@@ -424,7 +424,7 @@ def test_flags_and_overrides_may_be_mixed(words):
 def test_where_the_data_are_is_no_part_of_what_is_computed():
     def of(*overrides: str) -> dict[str, Any]:
         [config] = from_command_line(["data=mnist", *overrides])
-        return identity(config)
+        return decisive_values(config)
 
     assert of("data.root=a", "data.fetch=false") == of("data.root=b")
     assert of("data=fashion_mnist") != of()
@@ -450,7 +450,7 @@ def test_a_users_own_component_is_not_explained_with_our_words():
 def test_what_a_resume_must_agree_on_is_marked_at_the_keys():
     """All that decides what is computed, a user's own keys included; nothing of where and how it runs."""
     config = one("model=cnn", "optimizer=adam", "scheduler=step", "+data.workers=2", "+data.extra=1")
-    free = set(configs.leaves(config)) - set(identity(config))
+    free = set(configs.leaves(config)) - set(decisive_values(config))
     assert free == {
         "name", "runtime", "device", "oversubscribe", "threads", "resume", "run.dir", "trainer.nonfinite",
         "data.root", "data.train.root", "data.test.root", "data.workers",
@@ -463,4 +463,4 @@ def test_what_a_resume_must_agree_on_is_marked_at_the_keys():
         "sharding.kind", "sharding.blocks", "sharding.min_parameters", "sharding.param_dtype",
         "sharding.reduce_dtype", "sharding.activation_checkpointing", "sharding.devices",
     }  # fmt: skip
-    assert identity(config)["data.extra"] == 1
+    assert decisive_values(config)["data.extra"] == 1

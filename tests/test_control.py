@@ -17,7 +17,7 @@ import pytest
 
 from allranks.base.signals import Signals
 from allranks.compose import from_command_line
-from allranks.config import Config, identity, runtime_settings
+from allranks.config import Config, decisive_values, runtime_settings
 from allranks.job.identity import RankIdentity
 from allranks.run import checkpoint
 from allranks.runtime.bringup import open_runtime
@@ -48,7 +48,7 @@ class Lab:
         self.config = config
         self.folder = folder
         self.training: Training = building.build_training(recipe_of(config), runtime, examples=1200)
-        kept = KeptTraining(self.training, identity(config), runtime)
+        kept = KeptTraining(self.training, decisive_values(config), runtime)
         self.saver = Saver(runtime, str(folder), kept, keep=config.checkpoint.keep, save_s=60)
         self.saver.resume()
         self.signals = Signals()

@@ -608,7 +608,7 @@ def runtime_settings(config: Config) -> RuntimeSettings:
 # --- what a resume must agree on -----------------------------------------------------------------------
 
 
-def identity(config: Config) -> dict[str, Any]:
+def decisive_values(config: Config) -> dict[str, Any]:
     """The values that decide what a training computes, under their dotted keys.
 
     All others say where and how it runs, and may change when it goes on.
@@ -629,20 +629,15 @@ def must_agree(key: str) -> bool:
 
 
 def with_new_keys(there: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity that an earlier version has saved, with the defaults of the keys that it did not know."""
-    here = identity(Config())
+    """Decisive values that an earlier version has saved, with the defaults of keys that it did not know."""
+    here = decisive_values(Config())
     return {**{key: here[key] for key in here if key.startswith(("trainer.", "task."))}, **there}
 
 
 def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """The values by which two identities are not the same; "" for none."""
+    """What differs between the decisive values of two runs, as text; "" for nothing."""
     keys = [key for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
     return "; ".join(f"{key} is {there.get(key)} there, not {here.get(key)}" for key in keys)
-
-
-def frozen_identity(path: Path) -> dict[str, Any]:
-    """The values that decide what a run computes, of the run whose frozen configuration is in this file."""
-    return identity(frozen(path))
 
 
 def frozen(path: Path) -> Config:

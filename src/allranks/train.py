@@ -173,7 +173,7 @@ def run(
     # the processor busy.
     reading = early.start_reading(config.data) if identity.rank == 0 else None
     settings = configs.runtime_settings(config)
-    decisive = configs.identity(config)  # the values that a checkpoint, or another start, must agree on
+    decisive = configs.decisive_values(config)  # a checkpoint, or another start, must agree on them
     # engine and saver are used only in _train_in(). They are imported here because imports are quicker in
     # this block.
     with _importing_torch(config.trainer.compile):

@@ -113,7 +113,7 @@ class Run:
         self._best = the_best.rule_of(config.checkpoint.best)
         told = Told(title=f"Run {config.name}", console=config.console, best=self._best)
         self._report = exits.enter_context(ending.of_run(self._runtime, Reporter(self._runtime, told)))
-        decisive = configs.identity(config)
+        decisive = configs.decisive_values(config)
         is_wanted = sharding.is_wanted(config.sharding, self._runtime)
         self._kept = KeptObjects(self._runtime, decisive, is_wanted)
         self._gradients = Gradients(self._runtime, config.sharding if is_wanted else None, REMEDY)

@@ -151,14 +151,15 @@ class Means:
 class KeptObjects:
     """The objects that a loop keeps, as what the checkpoints of its run hold (saver.Kept).
 
-    `identity` holds the values that must be the same in a checkpoint and in this run (config.identity).
-    `is_sharded`: the loop's models are spread over the ranks, each of which saves its own slices.
+    `decisive` holds the values that must be the same in a checkpoint and in this run
+    (config.decisive_values). `is_sharded`: the loop's models are spread over the ranks, each of which saves
+    its own slices.
     """
 
-    def __init__(self, runtime: Runtime, identity: Mapping[str, Any], is_sharded: bool = False) -> None:
+    def __init__(self, runtime: Runtime, decisive: Mapping[str, Any], is_sharded: bool = False) -> None:
         self.runtime = runtime
         self.is_sharded = is_sharded
-        self.identity = identity
+        self.decisive = decisive
         self.objects: dict[str, Any] = {}
         self.means = Means(runtime)
         self.source: dict[str, Any] | None = None  # what the epoch's steps go through (Batches.described)
@@ -225,7 +226,7 @@ class KeptObjects:
             files[f"{name}.safetensors"] = tensors
         loader: dict[str, torch.Tensor] = {}
         state = {
-            **states.of_any_training(self.position, self.identity, self.runtime.world_size),
+            **states.of_any_training(self.position, self.decisive, self.runtime.world_size),
             "epoch_lr": 0.0,
             "sums": [],
             "means": gathered,
@@ -279,7 +280,7 @@ class KeptObjects:
                     f"{path} is a checkpoint of the training that comes with allranks, not of a loop of "
                     "one's own: give another name, or another directory."
                 )
-            differing = configs.differing(configs.with_new_keys(state["identity"]), self.identity)
+            differing = configs.differing(configs.with_new_keys(state["identity"]), self.decisive)
             if differing:
                 raise UserError(f"{path} is a checkpoint of another run: {differing}.")
             self._saved = dict(state["kept"])

@@ -95,8 +95,8 @@ def make_cells(directory: str, found: Sequence[Cell]) -> None:
     anew. Raises UserError where that is another configuration's run, or one that is under way.
     """
     for cell in found:
-        identity = configs.identity(cell.config)
-        standing = rundir.standing(cell.directory, identity, cell.config.resume)
+        decisive = configs.decisive_values(cell.config)
+        standing = rundir.standing(cell.directory, decisive, cell.config.resume)
         if standing == rundir.Standing.NEW:
             rundir.create(cell.directory, configs.freeze(cell.config))
         elif standing != rundir.Standing.FINISHED:

@@ -71,16 +71,16 @@ def _check(path: Path) -> None:
         raise UserError(f"run.dir={path} cannot be made: {above} is not writable. Give another run.dir.")
 
 
-def find(given: str | None, name: str, identity: Mapping[str, Any], resume: str) -> tuple[str, Standing]:
+def find(given: str | None, name: str, decisive: Mapping[str, Any], resume: str) -> tuple[str, Standing]:
     """The directory of a run, and how far the run has come there.
 
     `given` is the directory that the user has named, if any; else a new one is chosen below runs/<name>.
-    `identity` holds the values that decide what the run computes (config.identity), `resume` is the key of
-    that name. Raises UserError where the directory cannot be used, or where `resume` names a path that is
-    not there.
+    `decisive` holds the values that decide what the run computes (config.decisive_values), `resume` is the
+    key of that name. Raises UserError where the directory cannot be used, or where `resume` names a path
+    that is not there.
     """
     directory = choose(given, name)
-    so_far = standing(directory, identity, resume) if given else Standing.NEW
+    so_far = standing(directory, decisive, resume) if given else Standing.NEW
     if so_far == Standing.NEW and resume not in ("auto", "never"):
         try:
             Path(resume).stat()
@@ -92,14 +92,14 @@ def find(given: str | None, name: str, identity: Mapping[str, Any], resume: str)
     return directory, so_far
 
 
-def standing(directory: str, identity: Mapping[str, Any], resume: str) -> Standing:
-    """How far the run with this identity (config.identity) has come in the directory.
+def standing(directory: str, decisive: Mapping[str, Any], resume: str) -> Standing:
+    """How far the run with these decisive values (config.decisive_values) has come in the directory.
 
     Raises UserError where the directory holds the run of another configuration, where it holds an
     unfinished run and resume=never says that nothing is to be resumed, or where it cannot be read.
     """
     try:
-        return _standing(Path(directory), identity, resume)
+        return _standing(Path(directory), decisive, resume)
     except OSError as error:
         raise UserError(
             f"run.dir={directory} cannot be looked at ({error.strerror}): start the run again once it can "
@@ -107,15 +107,15 @@ def standing(directory: str, identity: Mapping[str, Any], resume: str) -> Standi
         ) from error
 
 
-def _standing(path: Path, identity: Mapping[str, Any], resume: str) -> Standing:
+def _standing(path: Path, decisive: Mapping[str, Any], resume: str) -> Standing:
     checkpoints = path / "checkpoints"
     if not (path / CONFIG).exists():
         return Standing.NEW
-    there = configs.frozen_identity(path / CONFIG)
-    differing = configs.differing(there, identity)
+    there = configs.decisive_values(configs.frozen(path / CONFIG))
+    differing = configs.differing(there, decisive)
     if differing:
         remedy = "Give another run.dir, or the same values."
-        if {key for key in identity if there.get(key) != identity[key]} == {"trainer.epochs"}:
+        if {key for key in decisive if there.get(key) != decisive[key]} == {"trainer.epochs"}:
             remedy += (
                 f" To train that run further, begin another from it: resume={path} with a new run.dir."
             )

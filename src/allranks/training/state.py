@@ -56,11 +56,12 @@ class Captured:
 class KeptTraining:
     """A training as what the checkpoints of a run hold (saver.Kept).
 
-    `identity` holds the values that must be the same in a checkpoint and in this run (config.identity).
+    `decisive` holds the values that must be the same in a checkpoint and in this run
+    (config.decisive_values).
     """
 
     training: Training
-    identity: Mapping[str, Any]
+    decisive: Mapping[str, Any]
     runtime: Runtime
 
     @property
@@ -79,7 +80,7 @@ class KeptTraining:
 
     def capture(self, gathered: torch.Tensor) -> Captured:
         """A copy of the training's state; `gathered` are the running sums of all ranks."""
-        return capture(self.training, gathered, self.identity, self.runtime.world_size)
+        return capture(self.training, gathered, self.decisive, self.runtime.world_size)
 
     def capture_shards(
         self, gathered: torch.Tensor, before: shards.CapturedShards | None
@@ -89,13 +90,13 @@ class KeptTraining:
         It takes over the memory of `before`, an earlier copy.
         """
         world_size = self.runtime.world_size
-        seen = capture(self.training, gathered, self.identity, world_size, copied=torch.Tensor.detach)
+        seen = capture(self.training, gathered, self.decisive, world_size, copied=torch.Tensor.detach)
         tensors = {MODEL_PART: seen.tensors[MODEL], OPTIMIZER_PART: seen.tensors[OPTIMIZER]}
         return shards.captured(tensors, seen.state, self.runtime.rank, world_size, before)
 
     def restore(self, files: Mapping[str, bytes], path: str) -> None:
         """Puts the training where the training of the checkpoint `path` was; raises UserError, OSError."""
-        restore(self.training, files, path, self.identity, self.runtime)
+        restore(self.training, files, path, self.decisive, self.runtime)
 
 
 # --- to bytes ------------------------------------------------------------------------------------------
@@ -104,20 +105,20 @@ class KeptTraining:
 def capture(
     training: Training,
     sums: torch.Tensor,
-    identity: Mapping[str, Any],
+    decisive: Mapping[str, Any],
     world_size: int,
     copied: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Captured:
     """A copy of all that changes while a run trains.
 
-    `sums` [share_count, columns] are the running sums of all ranks. `identity` says which training it is
-    (config.identity). `copied` makes the copy of a tensor; None: a copy on the CPU. Raises UserError where
-    the optimizer's or scheduler's state cannot be saved.
+    `sums` [share_count, columns] are the running sums of all ranks. `decisive` says which training it is
+    (config.decisive_values). `copied` makes the copy of a tensor; None: a copy on the CPU. Raises UserError
+    where the optimizer's or scheduler's state cannot be saved.
     """
     schedule = training.schedule.scheduler
     beside_the_model: dict[str, torch.Tensor] = {}  # the tensors of optimizer, scheduler and scaler
     state = {
-        **of_any_training(training.position, identity, world_size),
+        **of_any_training(training.position, decisive, world_size),
         "epoch_lr": training.epoch_lr,
         "sums": sums.tolist(),
         **{
@@ -160,7 +161,7 @@ def changed_buffers(model: nn.Module, first: Mapping[str, torch.Tensor]) -> dict
 
 
 def of_any_training(
-    position: TrainingPosition, identity: Mapping[str, Any], world_size: int
+    position: TrainingPosition, decisive: Mapping[str, Any], world_size: int
 ) -> dict[str, Any]:
     """What state.json holds of every training: where it stands, what it is, and what has made it."""
     return {
@@ -170,7 +171,7 @@ def of_any_training(
         "epoch_s": position.epoch_s,
         "history": list(position.history),
         "world_size": world_size,
-        "identity": identity,
+        "identity": decisive,
         "versions": {"allranks": allranks.__version__, "torch": torch.__version__},
     }
 
@@ -221,19 +222,19 @@ def taken_apart(
 
 
 def restore(
-    training: Training, files: Mapping[str, bytes], path: str, identity: Mapping[str, Any], runtime: Runtime
+    training: Training, files: Mapping[str, bytes], path: str, decisive: Mapping[str, Any], runtime: Runtime
 ) -> None:
     """Puts the training where the training of the checkpoint was; `path` names the checkpoint in messages.
 
-    `identity` says which training this is (config.identity). Raises UserError where the checkpoint is that
-    of another training, or not one that allranks has made.
+    `decisive` says which training this is (config.decisive_values). Raises UserError where the checkpoint
+    is that of another training, or not one that allranks has made.
     """
     with of_this_format(path):
         if not training.is_sharded:
             files = assembled(files)
         state = checkpoint.from_json(STATE, files[STATE])
         check_counters(state)
-        _check_that_it_fits(state, path, identity, runtime.world_size)
+        _check_that_it_fits(state, path, decisive, runtime.world_size)
         _restore_components(training, state, files, path)
         restore_position(training.position, state)
         training.epoch_lr = state["epoch_lr"]
@@ -297,21 +298,21 @@ def check_counters(state: Mapping[str, Any]) -> None:
 
 
 def _check_that_it_fits(
-    state: Mapping[str, Any], path: str, identity: Mapping[str, Any], world_size: int
+    state: Mapping[str, Any], path: str, decisive: Mapping[str, Any], world_size: int
 ) -> None:
-    """Raises UserError where the run with this identity cannot go on from the checkpoint's state."""
-    epochs = identity["trainer.epochs"]
+    """Raises UserError where a run with these decisive values cannot go on from the checkpoint's state."""
+    epochs = decisive["trainer.epochs"]
     there = configs.with_new_keys(state["identity"])
-    schedule = [value for key, value in identity.items() if key.startswith("scheduler.")]
+    schedule = [value for key, value in decisive.items() if key.startswith("scheduler.")]
     if "length" not in schedule:  # else the run's length decides every learning rate
         there = {**there, "trainer.epochs": epochs}
-    if differing := configs.differing(there, identity):
+    if differing := configs.differing(there, decisive):
         raise UserError(f"{path} is a checkpoint of another training: {differing}.")
     if epochs < state["epoch"]:
         raise UserError(
             f"{path} has {state['epoch']} epochs behind it already: give more than trainer.epochs={epochs}."
         )
-    per_rank = identity["trainer.per_rank_batch_size"]
+    per_rank = decisive["trainer.per_rank_batch_size"]
     if per_rank and state["world_size"] != world_size:
         raise UserError(
             f"{path} was made by {state['world_size']} ranks with trainer.per_rank_batch_size={per_rank}: "
