@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from allranks.base.errors import UserError
-from allranks.report import compare_page, compare_pictures, compare_sweep, compare_tables
+from allranks.report import compare_command, compare_page, compare_pictures, compare_sweep, compare_tables
 from allranks.report.compare import compare, is_number, short_names
 from allranks.report.gather import RunFacts
 from browsing import SCREENS, assert_readable
@@ -384,6 +384,14 @@ def test_without_matplotlib_the_page_has_its_tables(tmp_path, monkeypatch):
     assert "matplotlib is not installed" in html
     assert "94.50 ± 0.71" in html
     assert "<svg" not in html
+
+
+def test_without_matplotlib_the_command_says_so(sweep, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("allranks.report.drawing.is_available", lambda: False)
+    assert compare_command.main([str(sweep[0]), "--page", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert said.err.count("matplotlib is not installed: pip install 'allranks[report]'") == 1
+    assert f"As a page: {tmp_path}/compare.html" in said.out
 
 
 # --- the command --------------------------------------------------------------------------------------

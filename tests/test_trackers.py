@@ -29,7 +29,7 @@ from allranks.trackers.follower import Trackers
 from allranks.trackers.protocol import Position, TrackedRun
 from allranks.train import run as run_training
 from allranks.training import records
-from helpers import ROOT, SMALL, TRAIN, Run, Started, only_long, tree, until
+from helpers import PYTHON, ROOT, SMALL, TRAIN, Run, Started, execute, only_long, tree, until
 from test_resume import figures
 
 RUN = (*SMALL, "model=linear", "trainer.batch_size=100", "trainer.epochs=2")  # 12 steps in each epoch
@@ -314,6 +314,7 @@ def test_wandbs_own_process_is_ended_though_another_child_has_gone(monkeypatch):
     try:
         until(lambda: b"wandb-core" in Path(f"/proc/{core.pid}/cmdline").read_bytes())
         monkeypatch.setattr(wandb.processes, "children", lambda _: [gone.pid, core.pid, other.pid])
+        monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # abandon() sets another one
         wandb.WandB().abandon()
         assert core.wait(timeout=30) == -signal.SIGKILL
         assert other.poll() is None
@@ -321,6 +322,27 @@ def test_wandbs_own_process_is_ended_though_another_child_has_gone(monkeypatch):
         for child in (core, other):
             child.kill()
             child.wait()
+
+
+AT_EXIT = """
+import atexit
+from allranks.trackers.wandb import WandB
+
+def end_of(module, error):
+    names = {"__name__": module, "error": error}
+    exec("def end(): raise error", names)
+    atexit.register(names["end"])
+
+end_of("wandb.sdk.lib.service", ConnectionResetError("Connection lost"))
+end_of("mylab.records", ValueError("of the user's own"))
+WandB.abandon(object.__new__(WandB))
+"""
+
+
+def test_what_wandb_raises_at_exit_is_not_shown_once_it_is_abandoned(tmp_path):
+    done = execute([PYTHON, "-c", AT_EXIT], tmp_path).ok()
+    assert "Connection lost" not in done.err
+    assert done.err.count("ValueError: of the user's own") == 1
 
 
 def test_a_tensorboard_file_that_cannot_be_closed_does_not_keep_it_from_a_new_one(tmp_path):
@@ -595,6 +617,7 @@ def test_a_server_that_never_answers_does_not_hold_up_the_end_of_a_run(train):
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
         done = train(*RUN, "tracker=wandb", env={"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": address}).ok()
     assert (done.out + done.err).count("tracker=wandb did not come to its end within 30 s") == 1
+    assert "Traceback" not in done.err
     assert done.run.summary["state"] == "finished"
     assert done.left_running == []
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from allranks.base import files
 from allranks.base.arguments import with_our_errors
-from allranks.base.errors import UserError
-from allranks.report import at_end, compare_tables
+from allranks.base.errors import UserError, show
+from allranks.report import at_end, compare_tables, drawing
 from allranks.report.compare import NOT_STARTED, Comparison, compare
 from allranks.report.gather import RunFacts, gather
 from allranks.run.cells import CELLS, cells_listed, runs_below
@@ -56,7 +56,12 @@ def main(arguments: Sequence[str]) -> int:
     folder = _folder_of_page(options)
     if chosen is None and folder is not None:
         try:
-            print(f"As a page with curves: {page_of(comparison, folder, options.path)}", flush=True)
+            page = page_of(comparison, folder, options.path)
+            if drawing.is_available():
+                print(f"As a page with curves: {page}", flush=True)
+            else:
+                show(drawing.MISSING)
+                print(f"As a page: {page}", flush=True)
         except UserError as error:
             if options.page is not None:
                 raise

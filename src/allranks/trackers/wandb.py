@@ -16,6 +16,7 @@ import secrets
 import signal
 import socket
 import struct
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -106,6 +107,24 @@ class WandB:
                 command = Path(f"/proc/{pid}/cmdline").read_bytes()
                 if b"wandb-core" in command:
                     os.kill(pid, signal.SIGKILL)
+        _leave_out_errors_at_exit()
+
+
+def _leave_out_errors_at_exit() -> None:
+    """From here on Python does not show what W&B's own functions raise when this process ends.
+
+    W&B registers a function with atexit, which talks to W&B's process and ends in a traceback of 25 lines
+    if that process is gone. By then a warning has said that the tracker did not come to its end.
+    """
+    show = sys.unraisablehook
+
+    def show_others(unraisable: sys.UnraisableHookArgs) -> None:
+        trace = unraisable.exc_traceback
+        module = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__"))
+        if not module.startswith("wandb."):
+            show(unraisable)
+
+    sys.unraisablehook = show_others
 
 
 def _mode() -> str:
