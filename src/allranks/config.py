@@ -108,8 +108,8 @@ class TrainerConfig:
     compile: bool = setting(False, "whether torch.compile translates the model first", FLAG)
     train_metrics: str = setting(
         "evaluate",
-        "how train/loss and train/accuracy are had: by a pass over the training examples after each epoch "
-        "(evaluate), or from the batches while they are trained on (running)",
+        "how train/loss and train/accuracy are found: by a pass over the training examples after each "
+        "epoch (evaluate), or from the batches while they are trained on (running)",
         one_of("evaluate", "running"),
     )
     nonfinite: str = setting(

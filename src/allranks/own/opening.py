@@ -45,13 +45,18 @@ def open_run(
 ) -> Run:
     """Opens the run of this name: a new one, or where it was left off; all ranks call.
 
-    name: of the run, whose directory is runs/NAME, or `dir`. seed: of all random numbers; torch, NumPy and
-    random are seeded with it. config: values of the program that decide what it computes, such as
-    {"lr": 3e-4}; a run that goes on must have the same. log_every_steps: after so many steps what run.log()
-    got in a step goes to metrics-steps.jsonl, and to trackers. stop_at_nonfinite: whether a loss in
-    run.backward() that is not finite ends the run before its next checkpoint. several: the program opens
-    several runs, one after another. settings: keys of allranks' own configuration, such as device="cpu" or
-    checkpoint={"every_s": 600} (docs/configuration.md).
+    name:               the name of the run
+    seed:               all random numbers follow from it; torch, NumPy and random are seeded with it
+    dir:                the run directory; by default it is runs/NAME
+    config:             values of the program that decide what it computes, such as {"lr": 3e-4}. A run that
+                        goes on must have the same ones
+    log_every_steps:    the figures that run.log() gets in every N-th step go to metrics-steps.jsonl, and to
+                        trackers
+    stop_at_nonfinite:  whether a loss in run.backward() that is not finite ends the run before its next
+                        checkpoint
+    several:            whether the program opens several runs, one after another
+    settings:           keys of allranks' own configuration, such as device="cpu" or
+                        checkpoint={"every_s": 600} (docs/configuration.md)
 
     A run that has finished ends the program, with exit code 0. With `several` the program goes on instead,
     and run.is_finished is True. An error in what is given here, and an error of the program later on, ends

@@ -230,7 +230,11 @@ class Run:
 
     @property
     def examples(self) -> int:
-        """How many examples of the batch in hand count: 0 where it is a stand-in for an empty share."""
+        """How many examples this rank's share of the present batch has.
+
+        It is 0 where the batch has fewer examples than there are ranks, and this rank got one only so that
+        it has something to compute with.
+        """
         return self._dealt("run.examples").counted
 
     # --- before the loop -----------------------------------------------------------------------------
@@ -483,7 +487,7 @@ class Run:
         self._gradients.backward(loss * weight)
 
     def pieces(self, batch: Any, count: int) -> Iterator[Any]:
-        """The batch in hand in at most `count` pieces, to save memory: their gradients are added up.
+        """Cuts a batch of run.steps() into at most `count` pieces, which saves memory; gradients add up.
 
         Within the loop over them, run.backward() weighs each piece by its examples. The ranks exchange
         gradients only in the last one. In each piece run.backward() is called once for each model.
@@ -540,10 +544,12 @@ class Run:
         return self._measured(measuring, ({"": value} for value in values))[""]
 
     def means(self, values: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-        """Several means by name, as run.mean() finds one, in one pass over the batches.
+        """Several means by name, in one pass over the batches; each is over all examples of all ranks.
 
-        values: for each batch a dict of numbers or scalar tensors, the same names in each. In all else
-        run.means() is as run.mean().
+        values: for each batch of run.batches() a dict with the same names. Each value is a mean over the
+        examples of this rank's share, a number or a scalar tensor. All ranks call. Raises UserError for
+        what is no number, and where there are no examples. Where the ranks have agreed to stop between two
+        batches, the program ends here with exit code 85.
         """
         return self._measured(Measuring(self._runtime, "run.means()"), values)
 
