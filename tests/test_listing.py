@@ -9,6 +9,7 @@ import pytest
 from allranks.base.errors import UserError
 from allranks.job import scheduler
 from allranks.run import checkpoint, claim
+from allranks.run.cells import is_finished, note_job, read_list
 from allranks.run.claim import Claim
 from allranks.run.results import FIGURES, Figures, figures, headings, overrides_of, place_in_sweep
 from allranks.run.states import Seen, state_of
@@ -143,6 +144,28 @@ def test_figures_of_other_trainings_are_named():
     assert Figures(3, {"energy": -5.0}, {}).columns() == ("3", "energy -5.0000", "-")
     assert headings([own]) == ("epochs", "val", "test")
     assert headings([]) == headings([own, Figures(1, {"val/accuracy": 90.0}, {})]) == FIGURES
+
+
+def test_a_cells_job_is_noted_in_a_list_with_damaged_lines(tmp_path):
+    lines = [
+        '{"index": 0}',
+        "[1]",
+        "{",
+        '{"directory": "/moved/0"}',
+        '{"directory": "/moved/1", "job_id": "2.pbs"}',
+    ]
+    (tmp_path / "cells.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    note_job(str(tmp_path / "0"), "7.pbs")
+    assert read_list(tmp_path) == [("0", []), ("1", [])]
+    noted = [json.loads(line) for line in (tmp_path / "cells.jsonl").read_text().splitlines()]
+    assert [line["job_id"] for line in noted] == ["7.pbs", "2.pbs"]
+
+
+def test_what_is_below_a_file_is_no_finished_run(tmp_path):
+    (tmp_path / "notes").write_text("no folder")
+    assert not is_finished(tmp_path / "notes")
+    note_job(str(tmp_path / "notes/0"), "7.pbs")
+    assert figures(tmp_path / "notes") == Figures(0, {}, {})
 
 
 def test_a_cell_knows_its_place(tmp_path):

@@ -21,7 +21,7 @@ from allranks import cli
 from allranks.base.errors import UserError
 from allranks.job import batch, scheduler
 from allranks.run import checkpoint
-from allranks.run.cells import composed_cells, frozen_cells, make_cells
+from allranks.run.cells import cells_of_command_line, frozen_cells, make_cells, write_list
 from allranks.run.claim import Claim
 from conftest import SETTING
 from helpers import (
@@ -399,16 +399,16 @@ def test_a_queued_run_that_is_launched_with_other_means_stays_startable(pbs, mon
     """checkpoint.keep is no part of what a run computes; but the job knows the file by its sha256."""
     monkeypatch.chdir(pbs.folder)
     queued = [*SMALL, "run.dir=mine"]
-    make_cells(*composed_cells(queued))
-    [cell] = composed_cells(queued)[1]
+    make_cells(*cells_of_command_line(queued))
+    [cell] = cells_of_command_line(queued)[1]
     about = {"scheduler": "pbs", "job_ids": ["1.pbs"], "config_sha256": cell.sha256}
     (pbs.folder / "mine/job.json").write_text(json.dumps(about))
-    make_cells(*composed_cells([*queued, "checkpoint.keep=7"]))
+    make_cells(*cells_of_command_line([*queued, "checkpoint.keep=7"]))
     [found] = frozen_cells("mine")[1]
     assert found.config.checkpoint.keep == 7
     claim = Claim.take("mine")
     with pytest.raises(UserError, match="is in use by process"):
-        make_cells(*composed_cells([*queued, "checkpoint.keep=9"]))
+        make_cells(*cells_of_command_line([*queued, "checkpoint.keep=9"]))
     claim.release()
     assert frozen_cells("mine")[1][0].config.checkpoint.keep == 7
 
@@ -416,22 +416,54 @@ def test_a_queued_run_that_is_launched_with_other_means_stays_startable(pbs, mon
 def test_a_sweep_that_is_started_again_is_the_same_sweep(pbs, monkeypatch):
     monkeypatch.chdir(pbs.folder)
     words = [*SMALL, "-m", "optimizer.lr=0.1,0.2", "run.dir=mine"]
-    make_cells(*composed_cells(words))
+    make_cells(*cells_of_command_line(words))
     before = tree(pbs.folder)
-    assert composed_cells(words)[0] == str(pbs.folder / "mine")
-    make_cells(*composed_cells(words))
+    assert cells_of_command_line(words)[0] == str(pbs.folder / "mine")
+    make_cells(*cells_of_command_line(words))
     assert tree(pbs.folder) == before
     with pytest.raises(UserError, match="another configuration"):
-        make_cells(*composed_cells([*SMALL, "-m", "optimizer.lr=0.3,0.4", "run.dir=mine"]))
+        make_cells(*cells_of_command_line([*SMALL, "-m", "optimizer.lr=0.3,0.4", "run.dir=mine"]))
+
+
+def test_a_submitted_sweep_that_is_launched_keeps_its_list(pbs, monkeypatch):
+    """The job ids stay, and with fewer values the other cells, too. With more values the list grows."""
+    monkeypatch.chdir(pbs.folder)
+    directory, cells = cells_of_command_line([*SMALL, "-m", "seed=1,2", "run.dir=mine"])
+    make_cells(directory, cells)
+    write_list(directory, cells, ["1[0].pbs", "1[1].pbs"])
+    for seeds in ("1,2", "1", "1,2,3"):
+        make_cells(*cells_of_command_line([*SMALL, "-m", f"seed={seeds}", "run.dir=mine"]))
+    lines = [json.loads(line) for line in (pbs.folder / "mine/cells.jsonl").read_text().splitlines()]
+    assert [(line["index"], line["job_id"]) for line in lines] == [
+        (0, "1[0].pbs"),
+        (1, "1[1].pbs"),
+        (2, None),
+    ]
+
+
+def test_a_configuration_that_is_frozen_anew_is_written_before_another_launch_may_begin(pbs, monkeypatch):
+    monkeypatch.chdir(pbs.folder)
+    make_cells(*cells_of_command_line([*SMALL, "run.dir=mine"]))
+    released = []
+    release = Claim.release
+
+    def looking(claim: Claim) -> None:
+        released.append("keep: 7" in Path("mine/config.yaml").read_text())
+        release(claim)
+
+    monkeypatch.setattr(Claim, "release", looking)
+    make_cells(*cells_of_command_line([*SMALL, "run.dir=mine", "checkpoint.keep=7"]))
+    assert released == [True]
+    assert list(Path("mine").glob("owner-*.json")) == []
 
 
 def test_more_epochs_for_a_run_are_told_the_way(pbs, monkeypatch):
     monkeypatch.chdir(pbs.folder)
-    make_cells(*composed_cells([*SMALL, "run.dir=mine"]))
+    make_cells(*cells_of_command_line([*SMALL, "run.dir=mine"]))
     with pytest.raises(UserError, match=r"begin another from it: resume=\S+/mine with a new run.dir"):
-        make_cells(*composed_cells([*SMALL, "run.dir=mine", "trainer.epochs=9"]))
+        make_cells(*cells_of_command_line([*SMALL, "run.dir=mine", "trainer.epochs=9"]))
     with pytest.raises(UserError, match=r"or the same values\.$"):
-        make_cells(*composed_cells([*SMALL, "run.dir=mine", "trainer.epochs=9", "seed=9"]))
+        make_cells(*cells_of_command_line([*SMALL, "run.dir=mine", "trainer.epochs=9", "seed=9"]))
 
 
 def test_a_finished_run_is_finished_even_if_the_scheduler_is_down(pbs):

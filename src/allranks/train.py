@@ -359,17 +359,22 @@ def _directory_in_sweep(number: int, sweep: _Sweep | None) -> str | None:
         return None
     if number == 0:
         # Imported here, because a single run does not need it.
-        from allranks.run.cells import cells_of
+        from allranks.run.cells import with_directories
 
-        sweep.cells.extend(cells_of(sweep.composed, is_sweep=True)[1])
+        sweep.cells.extend(with_directories(sweep.composed, is_sweep=True)[1])
     return sweep.cells[number].directory
 
 
 def _list_cells(directory: str, sweep: Sequence[Cell]) -> None:
-    """Writes the list of a sweep's runs above the directory of one of them. Rank 0 alone calls."""
-    from allranks.run.cells import list_cells
+    """Writes the list of a sweep's runs above the directory of one of them. Rank 0 alone calls.
 
-    list_cells(str(Path(directory).parent), sweep)
+    Raises UserError where it cannot be written.
+    """
+    from allranks.run.cells import write_list
+
+    above = str(Path(directory).parent)
+    with rundir.writing(above):
+        write_list(above, sweep)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from allranks.job.machine import Machine
 from allranks.launch import dryrun, options
 from allranks.launch.plan import Request, check_least_ranks, make_plan
 from allranks.report import compare_sweep
-from allranks.run.cells import Cell, composed_cells, frozen_cells, is_finished, make_cells
+from allranks.run.cells import Cell, cells_of_command_line, frozen_cells, is_finished, make_cells
 from allranks.run.results import place_in_sweep
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def _trainings(args: argparse.Namespace, overrides: Sequence[str]) -> Wanted | N
         return Wanted(cells[0].program(), cells, directory)
     own = ["--config-dir", args.config_dir] if args.config_dir else []
     own += options.console_words(args.console)
-    directory, cells = composed_cells([*own, *overrides])
+    directory, cells = cells_of_command_line([*own, *overrides])
     if not cells:
         return None
     # For the plan, and what a dry run shows. Each cell's own program takes its place.

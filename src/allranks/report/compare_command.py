@@ -16,7 +16,7 @@ from allranks.base.errors import UserError, show
 from allranks.report import at_end, compare_tables, drawing
 from allranks.report.compare import NOT_STARTED, Comparison, compare
 from allranks.report.gather import RunFacts, gather
-from allranks.run.cells import CELLS, cells_listed, runs_below
+from allranks.run.cells import CELLS, read_list, runs_below
 from allranks.run.directory import CONFIG
 from allranks.run.states import states_of
 
@@ -186,7 +186,7 @@ def _places(path: str) -> list[Place]:
     """Where the runs at one path are. Raises UserError if the path is not a directory."""
     folder = Path(path).absolute()
     if (folder / CELLS).is_file():
-        return [Place(folder / name, overrides) for name, overrides in cells_listed(folder)]
+        return [Place(folder / name, overrides) for name, overrides in read_list(folder)]
     if not folder.is_dir():
         raise UserError(f"{path} is no folder: give a sweep's directory, or directories of runs.")
     below = [] if (folder / CONFIG).exists() else sorted(runs_below(folder))

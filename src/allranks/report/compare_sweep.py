@@ -37,7 +37,7 @@ from typing import NamedTuple
 
 from allranks.base import files
 from allranks.report import at_end
-from allranks.run.cells import cells_listed, is_finished
+from allranks.run.cells import is_finished, read_list
 
 # Several times as long as the comparison of 100 runs takes. Without a limit a hanging file system would
 # block the end of the sweep.
@@ -100,7 +100,7 @@ def after_cell(cell: str | Path, end: str, page: bool = True, ended: Ended = AT_
     """
     directory = Path(cell).absolute()
     sweep = directory.parent
-    names = [name for name, _ in cells_listed(sweep)]
+    names = [name for name, _ in read_list(sweep)]
     if directory.name not in names:
         return ""
     try:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,15 @@ from allranks.run.claim import Claim
 
 JOB = "job.json"  # in a run directory: the jobs that were queued for it, and what they were asked for
 CELLS = "cells.jsonl"  # in a sweep's directory: a line for each cell
+MOST_TRIES = 5  # to write a job's id into cells.jsonl, where other cells write at the same time
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A run, alone or one of a sweep. Ranks read its config.yaml only if that has this `sha256`, so that
-    a file that was changed meanwhile is noticed.
+    """A run, alone or one of a sweep.
+
+    Ranks read its config.yaml only if that has this `sha256`, so that a file that was changed meanwhile is
+    noticed.
     """
 
     directory: str
@@ -50,32 +53,40 @@ class Cell:
         return (sys.executable, "-m", "allranks.train", *frozen, *self.overrides)
 
 
-def composed_cells(arguments: Sequence[str]) -> tuple[str, list[Cell]]:
+def cells_of_command_line(arguments: Sequence[str]) -> tuple[str, list[Cell]]:
     """(directory, cells) of the trainings that a command line asks for; no cells after --help.
 
-    The directory of a sweep is the one above those of its cells. Nothing is written yet. Raises UserError
-    for a configuration that is not valid, and for a directory that cannot be used.
+    Composes the configurations. The directory of a sweep is the one above those of its cells. Nothing is
+    written yet. Raises UserError for a configuration that is not valid, and for a directory that cannot be
+    used.
     """
-    return cells_of(compose.cells_from_command_line(arguments), is_sweep=_is_sweep(arguments))
+    return with_directories(compose.cells_from_command_line(arguments), is_sweep=_is_sweep(arguments))
 
 
-def cells_of(composed: Sequence[tuple[Config, Sequence[str]]], is_sweep: bool) -> tuple[str, list[Cell]]:
+def with_directories(
+    composed: Sequence[tuple[Config, Sequence[str]]], is_sweep: bool
+) -> tuple[str, list[Cell]]:
     """(directory, cells) of trainings that have been composed, each with its own overrides.
 
-    Raises UserError for a directory that cannot be used.
+    Chooses the directory of each, and writes nothing. Raises UserError for a directory that cannot be used.
     """
     if not composed:
         return "", []
     first = composed[0][0]
-    given, name = first.run.dir, first.name
+    name = first.name
     if len(composed) == 1 and not is_sweep:
-        directory = compose.whole_run_dir(rundir.choose(given, name))
+        directory = compose.whole_run_dir(rundir.choose(first.run.dir, name))
         return directory, [_cell(directory, *composed[0])]
+
     if any(config.name != name for config, _ in composed):
         name = "sweep"
-    above = str(Path(given).parent) if given else None
-    goes_on = above is not None and (Path(above) / CELLS).exists()  # a sweep that was started before
-    sweep = compose.whole_run_dir(str(above) if goes_on else rundir.choose(above, name))
+    # Composing a sweep with run.dir=DIR gives its trainings DIR/0, DIR/1, ...: the sweep's own is DIR.
+    sweep = str(Path(first.run.dir).parent) if first.run.dir else None
+    if sweep is None or not (Path(sweep) / CELLS).exists():
+        # A sweep that was started before, and goes on, is not looked at by choose(): its directory is used,
+        # and has no config.yaml of its own.
+        sweep = rundir.choose(sweep, name)
+    sweep = compose.whole_run_dir(sweep)
     return sweep, [_cell(f"{sweep}/{i}", *each) for i, each in enumerate(composed)]
 
 
@@ -103,7 +114,7 @@ def make_cells(directory: str, found: Sequence[Cell]) -> None:
             _freeze_anew(cell)
     if found[0].directory != directory:
         with rundir.writing(directory):
-            write_cells(directory, found)
+            write_list(directory, found)
 
 
 def _freeze_anew(cell: Cell) -> None:
@@ -111,55 +122,106 @@ def _freeze_anew(cell: Cell) -> None:
 
     Raises UserError if the run is under way: its ranks would read two configurations.
     """
-    path, frozen = Path(cell.directory) / rundir.CONFIG, configs.freeze(cell.config)
+    path = Path(cell.directory) / rundir.CONFIG
+    frozen = configs.freeze(cell.config)
     with rundir.writing(cell.directory):
         if path.read_text() == frozen:
             return
-        Claim.take(cell.directory).release()
-        files.write_text(path, frozen).close()
-        if job := read_job(Path(cell.directory) / JOB):  # a queued job starts no other file
-            files.write_json(Path(cell.directory) / JOB, job | {"config_sha256": cell.sha256})
+        # The directory is ours until the file is written: another launch cannot begin with the old one.
+        claim = Claim.take(cell.directory)
+        try:
+            files.write_text(path, frozen).close()
+            # A job that is queued for this run starts it only if config.yaml has the sha256 in job.json.
+            job = read_job(Path(cell.directory) / JOB)
+            if job:
+                files.write_json(Path(cell.directory) / JOB, job | {"config_sha256": cell.sha256})
+        finally:
+            claim.release()
 
 
-def write_cells(sweep: str, found: Sequence[Cell], job_ids: Sequence[str | None] = ()) -> None:
-    """Writes cells.jsonl: the overrides, the directory and the job's id of each cell of a sweep."""
-    lines = []
+# --- cells.jsonl, the list of a sweep's cells ---------------------------------------------------------
+
+
+def write_list(sweep: str, found: Sequence[Cell], job_ids: Sequence[str | None] = ()) -> None:
+    """Writes cells.jsonl: index, overrides, directory and job id of each of these cells of a sweep.
+
+    A list that is there keeps its other cells, as of an earlier start with more values, and the job ids of
+    cells that have no new one. `job_ids` has an id, or None, for each of the cells; empty stands for no
+    ids. Raises OSError where the list cannot be read or written.
+    """
+    path = Path(sweep) / CELLS
+    before = {_name_of(about): about for about in _lines_of(path)}
+    after = dict(before)
     for index, cell in enumerate(found):
-        about = {
+        name = Path(cell.directory).name
+        new_id = job_ids[index] if job_ids else None
+        after[name] = {
             "index": index,
-            "overrides": cell.overrides,
+            "overrides": list(cell.overrides),
             "directory": cell.directory,
-            "job_id": job_ids[index] if job_ids else None,
+            "job_id": new_id or before.get(name, {}).get("job_id"),
         }
-        lines.append(json.dumps(about) + "\n")
-    files.write_text(Path(sweep) / CELLS, "".join(lines)).close()
+    if after != before:
+        _write_lines(path, list(after.values()))
 
 
-def list_cells(sweep: str, found: Sequence[Cell]) -> None:
-    """Writes cells.jsonl, unless it is there. Raises UserError where it cannot be written."""
-    if not (Path(sweep) / CELLS).exists():
-        with rundir.writing(sweep):
-            write_cells(sweep, found)
+def read_list(sweep: str | Path) -> list[tuple[str, list[str]]]:
+    """(name of its directory, overrides) of each cell in a sweep's cells.jsonl, in order.
 
-
-def cells_listed(sweep: str | Path) -> list[tuple[str, list[str]]]:
-    """(name of its directory, overrides) of each cell in a sweep's list, in order; lines that say something
-    else are passed over.
-
-    The list has whole paths, and the sweep may have been moved since: the names are below `sweep`.
+    Lines that say something else are passed over. The list has whole paths, and the sweep may have been
+    moved since: the names are below `sweep`.
     """
     found = []
-    for line in text_of(Path(sweep) / CELLS).splitlines():
-        try:
-            about = json.loads(line)
-        except ValueError:
-            continue
-        if not isinstance(about, dict) or not isinstance(about.get("directory"), str):
-            continue
+    for about in _lines_of(Path(sweep) / CELLS):
         overrides = about.get("overrides")
         words = [str(word) for word in overrides] if isinstance(overrides, list) else []
-        found.append((Path(about["directory"]).name, words))
+        found.append((_name_of(about), words))
     return found
+
+
+def note_job(directory: str, job_id: str) -> None:
+    """Writes the newest job of a cell into cells.jsonl of its sweep; does nothing for a run of no sweep.
+
+    Cells that stop at the same time write the list at the same time, and one may then put back what
+    another has just replaced. So each reads the list again after it has written, and repeats that a few
+    times. This makes a lost id rare, not impossible: the file is for people and for `allranks compare`, and
+    what is done with jobs is decided by job.json, which each cell has for itself.
+    """
+    cell = Path(directory)
+    path = cell.parent / CELLS
+    for _ in range(MOST_TRIES):
+        lines = _lines_of(path)
+        mine = [about for about in lines if _name_of(about) == cell.name]
+        if all(about.get("job_id") == job_id for about in mine):
+            return
+        for about in mine:
+            about["job_id"] = job_id
+        _write_lines(path, lines)
+
+
+def _lines_of(path: Path) -> list[dict[str, Any]]:
+    """The lines of a cells.jsonl that name a cell's directory, in order; none where the file is missing."""
+    found = []
+    for line in text_of(path).splitlines():
+        try:
+            about = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(about, dict) and isinstance(about.get("directory"), str):
+            found.append(about)
+    return found
+
+
+def _name_of(about: Mapping[str, Any]) -> str:
+    """The name of a cell's directory, by its line of cells.jsonl. No other cell of the sweep has it."""
+    return Path(about["directory"]).name
+
+
+def _write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    files.write_text(path, "".join(json.dumps(about) + "\n" for about in lines)).close()
+
+
+# --- runs that are there ------------------------------------------------------------------------------
 
 
 def runs_below(root: str | Path) -> Iterator[Path]:
@@ -173,34 +235,14 @@ def runs_below(root: str | Path) -> Iterator[Path]:
             yield Path(folder)
 
 
-def note_job(directory: str, job_id: str) -> None:
-    """Writes the newest job of a cell into cells.jsonl of its sweep; does nothing for a run of no sweep.
-
-    Cells that stop at the same time write at the same time, so each looks afterwards whether its own line
-    has stayed. job.json is the record that decides.
-    """
-    cell = Path(directory)
-    path = cell.parent / CELLS
-    for _ in range(5):
-        try:
-            lines = [json.loads(line) for line in path.read_text().splitlines()]
-        except (OSError, ValueError):
-            return
-        mine = [about for about in lines if Path(about["directory"]).name == cell.name]
-        if all(about["job_id"] == job_id for about in mine):
-            return
-        for about in mine:
-            about["job_id"] = job_id
-        files.write_text(path, "".join(json.dumps(about) + "\n" for about in lines)).close()
-
-
 def frozen_cells(directory: str) -> tuple[str, list[Cell]]:
     """(directory, its one cell) of a run directory that is there, with the configuration frozen in it.
 
     Raises UserError where there is none, and where it is not the file that a job was submitted for.
     """
     absolute = compose.whole_run_dir(directory)
-    path, job = Path(absolute) / "config.yaml", read_job(Path(absolute) / JOB)
+    path = Path(absolute) / rundir.CONFIG
+    job = read_job(Path(absolute) / JOB)
     if not path.is_file():
         raise UserError(f"{directory} has no config.yaml: give a directory that `allranks` made.")
     sha256 = job.get("config_sha256") or hashlib.sha256(path.read_bytes()).hexdigest()
@@ -234,5 +276,5 @@ def text_of(path: Path) -> str:
     """What a file holds, without blanks around it; empty where there is no file."""
     try:
         return path.read_text(errors="replace").strip()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return ""

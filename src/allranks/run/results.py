@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from allranks.run import metric_names
-from allranks.run.cells import JOB, cells_listed, read_job, text_of
+from allranks.run.cells import JOB, read_job, read_list, text_of
 
 
 class Figures(NamedTuple):
@@ -80,7 +80,7 @@ def is_whole(record: Path) -> bool:
 def place_in_sweep(directory: str | Path) -> str:
     """`cell 3/12` for the third of twelve cells, by the list of its sweep; empty for a run of no sweep."""
     cell = Path(directory)
-    names = [name for name, _ in cells_listed(cell.parent)]
+    names = [name for name, _ in read_list(cell.parent)]
     return f"cell {names.index(cell.name) + 1}/{len(names)}" if cell.name in names else ""
 
 
@@ -89,7 +89,7 @@ def overrides_of(directory: str | Path) -> list[str]:
     job = read_job(Path(directory) / JOB)
     if job:
         return [str(word) for word in job.get("overrides", [])]
-    for name, overrides in cells_listed(Path(directory).parent):
+    for name, overrides in read_list(Path(directory).parent):
         if name == Path(directory).name:
             return overrides
     return []

@@ -15,7 +15,7 @@ from allranks.base.errors import UserError
 from allranks.job.batch import JOB_LOG
 from allranks.job.scheduler import NoAnswer
 from allranks.run import directory as rundir
-from allranks.run.cells import JOB, make_cells, note_job, read_job, write_cells
+from allranks.run.cells import JOB, make_cells, note_job, read_job, write_list
 from allranks.submit.task import Task
 
 
@@ -98,7 +98,7 @@ def _record(task: Task, ids: Sequence[str]) -> None:
         known_ids = list(dict.fromkeys([*read_job(path).get("job_ids", []), *ids]))
         _write(path, about, known_ids, {"overrides": []})
     if task.is_sweep:
-        write_cells(task.directory, task.cells, of_cells)
+        write_list(task.directory, task.cells, of_cells)
 
 
 def _write(path: Path, about: dict[str, Any], ids: Sequence[str], of_run: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from allranks.job.scheduler import Scheduler
 from allranks.launch import options
 from allranks.launch.plan import Plan, Request, check_least_ranks, check_program, make_plan
 from allranks.run import directory as rundir
-from allranks.run.cells import CELLS, JOB, Cell, composed_cells, frozen_cells, is_finished, read_job
+from allranks.run.cells import CELLS, JOB, Cell, cells_of_command_line, frozen_cells, is_finished, read_job
 from allranks.run.claim import refuse_where_at_work
 from allranks.submit import script
 from allranks.submit.order import Order, with_options
@@ -114,7 +114,7 @@ def new_task(given: Mapping[str, Any], rest: Sequence[str]) -> Task | None:
     if program is None:
         own = ["--config-dir", config_dir] if config_dir else []
         own += options.console_words(given.get("console"))
-        directory, cells = composed_cells([*own, *overrides])
+        directory, cells = cells_of_command_line([*own, *overrides])
         if not cells:
             return None
     order = Order(
