@@ -690,6 +690,44 @@ run.share([1, 2], abs, name="a")
     assert "AssertionError" not in done.err
 
 
+def test_a_model_may_have_several_backward_passes_in_each_piece(tmp_path):
+    """Their gradient is that of one pass through the sum of the losses."""
+    code = """
+import torch, allranks
+from torch import nn
+from torch.nn import functional as F
+run = allranks.open("work", device="cpu", threads=1, report=False)
+x = torch.linspace(-1, 1, 7).double()[:, None]
+first, second = (run.wrap(nn.Linear(1, 1).double()) for _ in range(2))
+parameters = [*first.parameters(), *second.parameters()]
+
+def taken():
+    gradients = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    return gradients
+
+for batch in run.steps([(x, x ** 2)] * 3):
+    for inputs, targets in run.pieces(batch, 2):
+        run.backward(F.mse_loss(first(inputs), targets))
+        run.backward(F.mse_loss(second(inputs), targets))
+        run.backward(F.l1_loss(first(inputs), targets))
+        run.backward(F.mse_loss(second(first(inputs)), targets))
+    several = taken()
+    alone = [nn.Linear(1, 1).double() for _ in range(2)]
+    for mine, theirs in zip(alone, (first, second)):
+        mine.load_state_dict(getattr(theirs, "module", theirs).state_dict())
+    one, other = alone
+    loss = F.mse_loss(one(x), x ** 2) + F.mse_loss(other(x), x ** 2) + F.l1_loss(one(x), x ** 2)
+    loss += F.mse_loss(other(one(x)), x ** 2)
+    expected = torch.autograd.grad(loss, [*one.parameters(), *other.parameters()])
+    torch.testing.assert_close(several, list(expected), rtol=1e-12, atol=1e-12)
+print("compared")
+run.finish()
+"""
+    assert execute_forked(["-c", code], 2, tmp_path).ok().out.count("compared") == 2
+
+
 MISTAKES = {
     "pieces 0": ("list(run.pieces((x,), 0))", "run.pieces() got count=0: give 1 or more."),
     "left pieces": (

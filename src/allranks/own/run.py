@@ -490,7 +490,7 @@ class Run:
         """Cuts a batch of run.steps() into at most `count` pieces, which saves memory; gradients add up.
 
         Within the loop over them, run.backward() weighs each piece by its examples. The ranks exchange
-        gradients only in the last one. In each piece run.backward() is called once for each model.
+        gradients only in the last one.
         """
         share = self._dealt("run.pieces()")
         if count < 1:

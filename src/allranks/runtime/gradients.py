@@ -64,6 +64,15 @@ def add_up_over_ranks(wrapped: DistributedDataParallel, progress: Progress, comm
     setattr(wrapped, _SUM, state)
 
 
+def is_summed(model: nn.Module) -> bool:
+    """Whether the backward pass just made has added up the model's gradients over the ranks.
+
+    Called before left_out(), if at all.
+    """
+    state: BucketSum | None = getattr(model, _SUM, None)
+    return state is not None and state.has_last
+
+
 def left_out(model: nn.Module) -> str:
     """The parameters without which DDP could not add up the gradients of a backward pass; "" for none.
 

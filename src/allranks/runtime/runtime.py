@@ -159,15 +159,17 @@ class Runtime:
         """
         return sharding.shard(make, settings, self, name, dtype, check)
 
-    def check_summed(self, model: torch.nn.Module, remedy: str = UNUSED_IN_TRAINER) -> None:
-        """Raises UserError, on this rank, where a parameter took no part in the backward pass just made.
+    def check_summed(self, model: torch.nn.Module, remedy: str = UNUSED_IN_TRAINER) -> bool:
+        """Whether the backward pass just made has added up the model's gradients over the ranks.
 
         `model` is what wrap() has returned. This is called after each backward pass whose gradients are
-        added up over the ranks. `remedy` is what lets parameters take no part.
+        added up over the ranks. Raises UserError, on this rank, where only some parameters took part in it.
+        `remedy` is what lets parameters take no part.
         """
+        is_summed = gradients.is_summed(model)
         names = gradients.left_out(model)
         if not names:
-            return
+            return is_summed
         # Several ranks may find that in the same step. The first one speaks, and ends all ranks.
         if not self.meeting.is_first("parameters left out"):
             time.sleep(ENDED_BY_ANOTHER_S)

@@ -20,7 +20,7 @@ from torch import nn
 
 
 def settle_at_first_batch(
-    wrapped: nn.parallel.DistributedDataParallel, device: torch.device, check: Callable[[], None]
+    wrapped: nn.parallel.DistributedDataParallel, device: torch.device, check: Callable[[], object]
 ) -> None:
     """Lets the model in DDP settle its buckets when it gets its first batch in training.
 
@@ -41,7 +41,7 @@ def _settle(
     given: tuple[Any, ...],
     named: dict[str, Any],
     device: torch.device,
-    check: Callable[[], None],
+    check: Callable[[], object],
 ) -> None:
     """One forward and backward pass after which model, gradients and random numbers are as before."""
     parameters = list(wrapped.parameters())

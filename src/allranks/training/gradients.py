@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,11 +25,32 @@ from allranks.config import ShardingConfig
 from allranks.runtime.runtime import Runtime
 
 
-class _InDDP(NamedTuple):
+@dataclass
+class _InDDP:
     """A model that DDP is around."""
 
     model: nn.Module
     parameters: list[nn.Parameter]  # to walk through all modules in each step would take longer
+    # Whether its gradients are sums over the ranks already. In a share that is gone through in pieces they
+    # become that in the last piece, by the first backward pass in which the model takes part.
+    is_summed: bool = False
+
+    def gradients(self) -> list[tuple[torch.Tensor, int] | None]:
+        """Each gradient, and how often torch has seen its numbers change."""
+        found = [each.grad for each in self.parameters]
+        return [None if each is None else (each, each._version) for each in found]
+
+    def differs_from(self, before: list[tuple[torch.Tensor, int] | None]) -> bool:
+        """Whether any gradient is another one now than those that gradients() has returned."""
+        for parameter, known in zip(self.parameters, before, strict=True):
+            now = parameter.grad
+            if known is None or now is None:
+                if known is not None or now is not None:
+                    return True
+            # DDP may put a tensor of its own, which has a count of its own, in the place of a gradient.
+            elif now is not known[0] or now._version != known[1]:
+                return True
+        return False
 
 
 class Gradients:
@@ -47,7 +69,6 @@ class Gradients:
         self._in_ddp: list[_InDDP] = []  # of several ranks that add up in the backward pass
         self.passes = 0  # how many backward passes there were
         self.are_summed = False  # whether gradients have been added up over the ranks
-        self._has_pieces = False  # whether a share is gone through in pieces now
         # Whether a backward pass now adds up over the ranks. In all pieces but the last it does not.
         self._adds_up = True
 
@@ -90,14 +111,18 @@ class Gradients:
 
         The loss is weighted already. Raises UserError where parameters took no part that should have.
         """
-        aside = [] if self._has_pieces else self._put_sums_aside()
+        aside = self._put_sums_aside()
         self.passes += 1
         if self.is_spread:  # FSDP sends gradients to the other ranks
             self._runtime.progress.arrive()
+        before = [each.gradients() for each in self._in_ddp]
         loss.backward()
         if self._adds_up:
-            for each in self._in_ddp:
-                self._runtime.check_summed(each.model, self._remedy)
+            for each, known in zip(self._in_ddp, before, strict=True):
+                # A model that took no part in this pass may have gradients of earlier pieces. They are
+                # added up in a later pass of the last piece.
+                if each.differs_from(known):
+                    each.is_summed |= self._runtime.check_summed(each.model, self._remedy)
             self.are_summed = True
         _add_back(aside)
 
@@ -105,22 +130,29 @@ class Gradients:
     def in_pieces(self) -> Iterator[None]:
         """In the block one share of a batch is gone through in pieces, whose gradients are added up."""
         aside = self._put_sums_aside()
-        self._has_pieces = True
-        try:
-            yield
-            _add_back(aside)
-        finally:
-            self._has_pieces = False
+        for each in self._in_ddp:
+            each.is_summed = False
+        yield
+        _add_back(aside)
+        for each in self._in_ddp:
+            each.is_summed = True
 
     @contextmanager
     def piece(self, is_last: bool) -> Iterator[None]:
-        """The block works on one piece. The ranks exchange gradients only in the last one."""
+        """The block works on one piece. The ranks exchange gradients only in the last one.
+
+        Raises UserError where a model has gradients of earlier pieces, and took no part in the last one.
+        """
         self._adds_up = is_last
         try:
             with ExitStack() as without_sync:
                 for each in () if is_last else self._in_ddp:
                     without_sync.enter_context(self._runtime.without_sync(each.model))
                 yield
+            for each in self._in_ddp if is_last else ():
+                # Gradients of earlier pieces that no pass of the last one has added up.
+                if not each.is_summed:
+                    self._runtime.check_summed(each.model, self._remedy)
         finally:
             self._adds_up = True
 
@@ -131,8 +163,8 @@ class Gradients:
         already, as where a program adds up gradients over several steps, would be added up once more.
         """
         aside = []
-        for each in self._in_ddp if self.are_summed else ():
-            for parameter in each.parameters:
+        for each in self._in_ddp:
+            for parameter in each.parameters if each.is_summed else ():
                 if parameter.grad is not None:
                     # A copy, because the gradient is a view into a bucket, which DDP writes to.
                     aside.append((parameter, parameter.grad.clone()))
