@@ -22,6 +22,7 @@ from allranks.base.errors import UserError
 from allranks.compose import from_command_line
 from allranks.job import variables
 from allranks.launch import preflight
+from allranks.launch.outcome import Rank
 from helpers import clean_environment, guarded, serial, took_at_most
 from launching import by_hand, can_make_hosts
 
@@ -255,6 +256,22 @@ def test_rank_0_that_is_not_reached_is_named():
     assert f"no connection to rank 0 at 127.0.0.1:{place[1]} (Connection refused)" in str(error.value)
 
 
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"{}\n", b'{"sum": 3}\n'])
+def test_another_program_at_the_address_of_rank_0_is_named(answer):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def reply():
+            with listener.accept()[0] as link:
+                link.recv(1000)
+                link.sendall(answer)
+
+        thread = threading.Thread(target=reply)
+        thread.start()
+        with pytest.raises(UserError, match=r"not rank 0 but another program answers at 127\.0\.0\.1:"):
+            preflight.add_by_tcp(1, 2, listener.getsockname()[:2], None, "secret")
+        thread.join()
+
+
 def test_the_sum_is_checked_by_every_rank():
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
@@ -271,7 +288,43 @@ def test_the_sum_is_checked_by_every_rank():
         thread.join()
 
 
+@pytest.mark.parametrize(("how", "remedy"), [("TCP", preflight.NETWORK), ("MPI", preflight.FABRIC)])
+def test_a_wrong_sum_has_the_remedy_of_what_has_added(how, remedy):
+    with pytest.raises(UserError) as error:
+        preflight.check_sum([2.0, 2.0, 2.0], 2, how)
+    assert str(error.value).endswith(remedy)
+
+
+# --- what the ranks have said -------------------------------------------------------------------
+
+
+def test_what_a_library_prints_is_passed_over():
+    """A line that only begins like one of ours, and the half of a line before one of ours."""
+    heard = preflight.Heard()
+    rank = Rank(0, "alpha")
+    said = [b'{"warn: torn\n', b'{"a": \n', b"loading ...", b'\n{"problems": [], "facts": null}\n', b"ok\n"]
+    for piece in said:
+        heard.hear(rank, "out", piece)
+    assert heard.words() == {0: {"problems": [], "facts": None}}
+
+
+def test_a_rank_begins_a_line_of_its_own(capsys):
+    print("loading ...", end="")
+    preflight._tell(added="")
+    assert capsys.readouterr().out == 'loading ...\n{"added": ""}\n'
+
+
+def test_one_rank_is_fit_and_several_are():
+    assert preflight._are_fit(1, 1) == "1 rank on 1 host is fit"
+    assert preflight._are_fit(8, 2) == "8 ranks on 2 hosts are fit"
+
+
 # --- the verdict --------------------------------------------------------------------------------
+
+
+def judge(words, hosts, timed_out: bool) -> list[str]:
+    """What is wrong, as the user is shown it."""
+    return preflight.lines(preflight.complaints(words, hosts, timed_out))
 
 
 def fine(torch="2.5", **more):
@@ -280,22 +333,25 @@ def fine(torch="2.5", **more):
 
 def test_software_that_differs_is_the_minoritys():
     hosts = dict(enumerate("abcd"))
-    (problem,) = preflight.judge({0: fine("2.4"), 1: fine(), 2: fine(), 3: fine()}, hosts, False)
+    (problem,) = judge({0: fine("2.4"), 1: fine(), 2: fine(), 3: fine()}, hosts, False)
     assert problem.startswith("a: torch is 2.4 there, but 2.5 elsewhere")
-    assert preflight.judge(dict.fromkeys(range(4), fine()), hosts, False) == []
+    assert judge(dict.fromkeys(range(4), fine()), hosts, False) == []
 
 
 def test_hosts_with_the_same_problem_share_a_line():
     hosts = {r: f"n{r // 2}" for r in range(6)}
     words = {r: fine(problems=["no data"] if r > 1 else []) for r in range(6)}
-    assert preflight.judge(words, hosts, False) == ["n1, n2: no data"]
+    assert judge(words, hosts, False) == ["n1, n2: no data"]
 
 
 def test_who_hangs_is_known_by_what_it_has_not_said():
     hosts = dict(enumerate("abc"))
     without_sum = {"problems": [], "facts": fine()["facts"]}
     # b hangs in its checks: it is not the others' fault that there is no sum
-    (problem,) = preflight.judge({0: without_sum, 2: without_sum}, hosts, True)
+    (problem,) = judge({0: without_sum, 2: without_sum}, hosts, True)
     assert problem == f"b: {preflight.STUCK}"
-    (problem,) = preflight.judge({0: fine(), 1: without_sum, 2: fine()}, hosts, True)
-    assert problem.startswith("b: an all-reduce does not come to an end")
+    (problem,) = judge({0: fine(), 1: without_sum, 2: fine()}, hosts, True)
+    # nothing is known of the fabric before the ranks have reached each other
+    assert problem == f"b: the sum of all ranks by TCP does not come to an end: {preflight.NETWORK}"
+    (problem,) = judge({0: fine(), 1: {**without_sum, "reached": True}, 2: fine()}, hosts, True)
+    assert problem == f"b: the sum of all ranks by MPI does not come to an end: {preflight.FABRIC}"

@@ -57,6 +57,7 @@ FABRIC = (
     "the ranks reach each other by TCP, so look at the fabric's variables and at the MPI module, or take "
     "the host out of the job."
 )
+REMEDY_OF = {"TCP": NETWORK, "MPI": FABRIC}  # by the way in which the ranks could not add up numbers
 
 
 # --- before the launch: on the supervisor's side ------------------------------------------------
@@ -106,7 +107,7 @@ def check(
     """
     start = time.monotonic()
     token = Path(run_dir).absolute() / f".preflight-{secrets.token_hex(8)}" if run_dir else None
-    task = json.dumps({**_needs(config), "token": str(token) if token else None})
+    task = json.dumps({**_data_and_device(config), "token": str(token) if token else None})
     heard = Heard()
     try:
         if token:
@@ -134,7 +135,7 @@ def check(
         raise Stopped(outcome.failure or "stopped", outcome.code or 128 + signal.SIGTERM)
     found = complaints(heard.words(), outcome.hosts, outcome.code == EXIT_TIMED_OUT)
     if found:
-        text = "\n".join(f"preflight: {problem}" for problem in _a_line_for_each_text(found))
+        text = "\n".join(f"preflight: {problem}" for problem in lines(found))
         bad = {short(complaint.host) for complaint in found}
         unfit = [host for host in dict.fromkeys(hosts) if short(host) in bad]
         raise HostsUnfit(text, unfit) if len(bad) < len(set(hosts)) else UserError(text)
@@ -143,14 +144,22 @@ def check(
         text = f"preflight: {outcome.failure}\n{said}".rstrip()
         raise HostsUnreached(text, outcome.gone, said) if outcome.gone else UserError(text)
     count = len(set(outcome.hosts.values()))
-    return (
-        f"preflight: {world_size} rank{'s' * (world_size > 1)} on {count} host{'s' * (count > 1)} "
-        f"are fit ({time.monotonic() - start:.1f} s)"
-    )
+    return f"preflight: {_are_fit(world_size, count)} ({time.monotonic() - start:.1f} s)"
 
 
-def _needs(config: Config | None) -> dict[str, Any]:
-    """What the configuration needs on the hosts."""
+def _are_fit(ranks: int, hosts: int) -> str:
+    """`1 rank on 1 host is fit`, `8 ranks on 2 hosts are fit`."""
+    of_ranks = "1 rank" if ranks == 1 else f"{ranks} ranks"
+    of_hosts = "1 host" if hosts == 1 else f"{hosts} hosts"
+    return f"{of_ranks} on {of_hosts} {'is' if ranks == 1 else 'are'} fit"
+
+
+def _data_and_device(config: Config | None) -> dict[str, Any]:
+    """What the ranks look at by the configuration: the place of MNIST's files, and the kind of device.
+
+    The data are None unless the training reads MNIST (or Fashion-MNIST): nobody knows which files other
+    data consist of.
+    """
     if config is None:
         return {"data": None, "device": None}
     part = config.data.get("train") or {}
@@ -182,8 +191,13 @@ class Heard:
         words: dict[int, dict[str, Any]] = {}
         for rank, out in self._out.items():
             for line in out.splitlines():
-                if line.startswith(b'{"'):
-                    words.setdefault(rank, {}).update(links.parse(line))
+                if not line.startswith(b'{"'):
+                    continue
+                try:
+                    values = links.parse(line)
+                except links.WireError:  # a library has printed a line that only begins like one of ours
+                    continue
+                words.setdefault(rank, {}).update(values)
         return words
 
 
@@ -194,19 +208,14 @@ class Complaint(NamedTuple):
     text: str
 
 
-def judge(words: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str], timed_out: bool) -> list[str]:
-    """What is wrong, a line for each problem, which begins with the hosts that have it.
-
-    `words` is what each rank has said, `hosts` where each rank is. `timed_out` says that not all ranks have
-    ended in time.
-    """
-    return _a_line_for_each_text(complaints(words, hosts, timed_out))
-
-
 def complaints(
     words: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str], timed_out: bool
 ) -> list[Complaint]:
-    """What is wrong on which host, from what `judge` takes as well."""
+    """What is wrong, and on which hosts.
+
+    `words` is what each rank has said, by rank, and `hosts` where each rank is. `timed_out` says that not
+    all ranks have ended in time.
+    """
     found = _problems_that_ranks_found(words, hosts)
     found += _facts_that_differ(words, hosts)
     if timed_out:
@@ -261,12 +270,14 @@ def _sums_that_failed(
         if said.get("added"):
             found.append(Complaint(hosts[rank], said["added"]))
         elif "added" not in said and timed_out:
-            found.append(Complaint(hosts[rank], f"an all-reduce does not come to an end: {FABRIC}"))
+            how = "MPI" if said.get("reached") else "TCP"
+            text = f"the sum of all ranks by {how} does not come to an end: {REMEDY_OF[how]}"
+            found.append(Complaint(hosts[rank], text))
     return found
 
 
-def _a_line_for_each_text(found: Sequence[Complaint]) -> list[str]:
-    """Hosts with the same problem share a line."""
+def lines(found: Sequence[Complaint]) -> list[str]:
+    """A line for each problem, which begins with all hosts that have it."""
     hosts_of: dict[str, list[str]] = {}
     for host, text in found:
         hosts_here = hosts_of.setdefault(text, [])
@@ -293,6 +304,7 @@ def main() -> int:
         _tell(problems=problems(task, environ), facts=facts() if is_first_here else None)
         if size > 1:
             add_by_tcp(rank, size, place, listener, environ[variables.RANKS_SECRET])
+            _tell(reached=True)  # if this rank hangs from here on, it hangs in MPI
             add_by_mpi(environ)
     except UserError as error:
         _tell(added=str(error))
@@ -302,7 +314,11 @@ def main() -> int:
 
 
 def _tell(**values: Any) -> None:
-    print(json.dumps(values), flush=True)
+    """Tells the supervisor these values, as a line of JSON on stdout.
+
+    It begins with a line feed: a library may have printed a line without one at its end.
+    """
+    print(f"\n{json.dumps(values)}", flush=True)
 
 
 def problems(task: Mapping[str, Any], environ: Mapping[str, str]) -> list[str]:
@@ -385,15 +401,23 @@ def _data_problem(data: Mapping[str, Any] | None) -> str:
 
 
 def part(rank: int) -> list[float]:
-    """The numbers that a rank brings to the sum. A rank that is missing, or counted twice, changes it."""
+    """The three numbers that a rank brings to the sum: with fewer, mistakes could cancel each other.
+
+    The ones add up to the number of ranks: one that is missing changes it. The ranks themselves add up to
+    another number where one is counted twice in place of another. Where two are counted wrongly, as 2 and 2
+    in place of 1 and 3, only the squares add up to another number.
+    """
     return [1.0, float(rank), float(rank * rank)]
 
 
 def check_sum(total: Sequence[float], size: int, how: str) -> None:
-    """Raises UserError unless `total` is the sum of the parts of `size` ranks. `how` says what added."""
+    """Raises UserError unless `total` is the sum of the parts of `size` ranks.
+
+    `how` says by what the ranks have added: `TCP` or `MPI`.
+    """
     expected = [float(size), size * (size - 1) / 2, (size - 1) * size * (2 * size - 1) / 6]
     if list(total) != expected:
-        raise UserError(f"the ranks add up to {list(total)} by {how}, not {expected}: {FABRIC}")
+        raise UserError(f"the ranks add up to {list(total)} by {how}, not {expected}: {REMEDY_OF[how]}")
 
 
 def add_by_tcp(
@@ -410,7 +434,14 @@ def add_by_tcp(
             rank_0 = links.connect(*place, CONNECT_S)
             with contextlib.closing(rank_0):
                 rank_0.send(secret=secret, rank=rank, part=part(rank))
-                total = rank_0.next_message()["sum"]
+                answer = rank_0.next_message().get("sum")
+                if not isinstance(answer, list):
+                    raise links.WireError("a message without a sum")
+                total = answer
+        except links.WireError as error:
+            raise UserError(
+                f"not rank 0 but another program answers at {place[0]}:{place[1]} ({error}): {NETWORK}"
+            ) from error
         except (OSError, EOFError) as error:
             reason = getattr(error, "strerror", None) or error or "the connection was closed"
             raise UserError(
@@ -429,7 +460,7 @@ def _add_up_on_rank_0(size: int, listener: socket.socket, secret: str) -> list[f
             case {"rank": int(rank), "part": list(numbers)}:
                 parts[rank] = numbers
                 others.append(other)
-            case _:  # it knows the secret, but is no rank
+            case _:  # not what a rank sends, though it came with the secret of this start
                 other.close()
 
     with selectors.DefaultSelector() as selector:
@@ -442,7 +473,7 @@ def _add_up_on_rank_0(size: int, listener: socket.socket, secret: str) -> list[f
 
     total = [sum(column) for column in zip(*parts.values(), strict=True)]
     for other in others:
-        other.try_to_send(sum=total)  # a rank that has ended meanwhile is the supervisor's to name
+        other.try_to_send(sum=total)  # where a rank has ended meanwhile, the supervisor names it
         other.close()
     return total
 
