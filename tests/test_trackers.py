@@ -13,6 +13,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -475,6 +476,26 @@ def test_a_tracker_that_cannot_be_closed_is_abandoned(tmp_path, caplog):
     assert server.calls == ["open after 0", "close", "abandon"]
     assert "tracker=own failed at the end of the run (RuntimeError: no server for close)" in caplog.text
     assert "tracker=own: abandon() failed (RuntimeError: no server for abandon)" in caplog.text
+
+
+def test_of_a_tracker_that_was_abandoned_nothing_more_is_told(tmp_path, caplog):
+    abandoned = threading.Event()
+
+    class Hanging(Server):
+        def open(self, run: TrackedRun) -> None:
+            abandoned.wait(60)
+            raise ConnectionError("what it talked to is gone")
+
+        def abandon(self) -> None:
+            abandoned.set()
+
+    trackers = followed(Hanging(), tmp_path)
+    [thread] = trackers._followers
+    trackers.wake(0, [{"epoch": 1, "step": 10}])
+    trackers.close(0.1)
+    thread.join(60)
+    [told] = caplog.messages
+    assert told.startswith("tracker=own did not come to its end within 0.1 s")
 
 
 @pytest.mark.parametrize("note", ['{"step": "a", "epoch": 1}', '{"step": 4, "epoch": null}', "3", "{"])

@@ -267,7 +267,7 @@ def _first_valid(directory: str | Path, best_first: bool) -> Chosen:
         )
     raise UserError(
         f"{directory} has no checkpoint yet: a run saves its first one after its first epoch, unless "
-        "checkpoint.every_steps says otherwise. Wait for it, or start the run again."
+        "the keys below `checkpoint` say otherwise. Wait for it, or start the run again."
     )
 
 

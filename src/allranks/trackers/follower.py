@@ -141,6 +141,7 @@ class _Follower(threading.Thread):
         self._at = Position()  # how far the tracker has got
         self._offset = 0  # bytes of the file of steps that are read
         self._has_summary = False  # whether the tracker has the summary
+        self._is_abandoned = False  # it has been told that the tracker may not have all of the run
 
         # The training's thread sets the values below, while it holds this condition's lock.
         self._news = threading.Condition()
@@ -200,6 +201,7 @@ class _Follower(threading.Thread):
 
     def abandon(self) -> None:
         """The tracker hangs or cannot be closed: lets it end what would keep this process from ending."""
+        self._is_abandoned = True
         abandon = getattr(self._tracker, "abandon", None)
         if abandon is None:
             return
@@ -245,10 +247,13 @@ class _Follower(threading.Thread):
     def _has_failed(self, error: Exception, is_over: bool) -> None:
         """Counts a failure of the tracker, and tells of the first, of the last, and of one at the end.
 
-        A server that is down for hours fails once in each epoch: the failures between are not told.
+        A server that is down for hours fails once in each epoch: the failures between are not told. Nor is
+        what a tracker raises because it was abandoned.
         """
         self._failures += 1
         self._state = _State.LEFT if self._failures >= MOST_FAILURES else _State.FAILED
+        if self._is_abandoned:
+            return
         if self._state is _State.LEFT:
             what = (
                 f"has failed {self._failures} times in a row",
