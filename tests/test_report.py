@@ -387,6 +387,11 @@ def test_a_checkpoint_of_a_later_version_leaves_the_records(copy):
     assert "Loss by epoch" in Reader((copy / "report.html").read_text()).tables
 
 
+def test_a_run_whose_configuration_is_gone_says_so(copy):
+    (copy / "config.yaml").unlink()
+    assert "config.yaml is missing: the settings of the run are not known." in gather(copy).problems
+
+
 def test_a_later_versions_keys_are_shown_as_they_are(copy):
     with (copy / "config.yaml").open("a") as file:
         file.write("something_new: {deep: 7}\n")

@@ -168,6 +168,8 @@ def gather(directory: str | Path, state: str | None = None) -> RunFacts:
         raise UserError(f"{directory} holds no run: give a directory that has a config.yaml.")
 
     problems: list[str] = []
+    if CONFIG not in names:
+        problems.append(f"{CONFIG} is missing: the settings of the run are not known.")
     environment = _json_file(path / ENVIRONMENT, problems)
     return RunFacts(
         directory=path,
