@@ -6,6 +6,7 @@ import csv
 import gc
 import io
 import json
+import math
 import os
 import shutil
 import sys
@@ -599,6 +600,20 @@ def test_evaluate_says_by_how_much_the_figures_differ(copy, capsys):
     (copy / "summary.json").write_text(json.dumps(summary))
     assert command.evaluate([str(copy)]) == 0
     assert "summary.json has other figures: test/loss by +0.25." in capsys.readouterr().out
+
+
+def test_evaluate_knows_a_figure_that_is_not_finite(copy, capsys):
+    """summary.json holds null for NaN and infinity."""
+    summary = json.loads((copy / "summary.json").read_text())
+    (copy / "summary.json").write_text(json.dumps({**summary, "test/loss": None}))
+    assert command.evaluate([str(copy)]) == 0
+    assert "other figures: test/loss, which is finite in only one of them." in capsys.readouterr().out
+    assert command.evaluate([str(copy), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["equals_summary"], said["differences"]["test/loss"]) == (False, None)
+    for measured, recorded in ((math.inf, None), (math.nan, None), (0.5, 0.5)):
+        assert command._difference(measured, recorded) == 0
+    assert math.isnan(command._difference(math.inf, 0.5))
 
 
 def test_evaluate_compares_only_what_can_be_compared(copy, capsys):

@@ -584,6 +584,11 @@ def test_what_a_model_gives_is_written_as_an_array_in_the_order_of_the_data(home
     assert np.mean(np.abs(errors)) == pytest.approx(run.summary["test/mae"], rel=1e-12)
     with pytest.raises(UserError, match=r"--npy out\.npy is there already: give another name, or --force"):
         command.predict(["run", "--data", "test", "--npy", "out.npy"])
+    capsys.readouterr()
+    assert command.predict(["run", "--data", "test", "--npy", "out.npy", "--force", "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["index"] for line in lines] == list(range(31))
+    assert [line["output"] for line in lines] == np.load("out.npy").tolist()
     assert command.predict(["run", "--data", "val", "--npy", "out.npy", "--force"]) == 0
     assert np.load("out.npy").shape == (20, 1)
     train_here(*words("own", "trainer.epochs=1", "run.dir=nested"))

@@ -19,6 +19,7 @@ from allranks.base.files import finite, write_bytes, write_text
 from allranks.base.text import table
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from allranks.data.parts import Part
@@ -339,7 +340,7 @@ def _predict_part(options: argparse.Namespace) -> int:
 
     for option, file in (("--csv", options.csv), ("--npy", options.npy)):
         if file is not None and not options.force and file.exists():
-            raise _is_there_already(option, file)  # told before the data are read
+            raise _already_there_error(option, file)  # told before the data are read
     opened = _open(options)
     trained = opened.trained
     if options.npy is None or options.csv is not None:
@@ -349,6 +350,9 @@ def _predict_part(options: argparse.Namespace) -> int:
         array = forward.outputs_in_order(trained, part).numpy()
         _write_npy(options.npy, array, options.force)
         if not forward.is_classification(trained):
+            if options.json:
+                _print_outputs(array)
+                return 0
             print(_title(trained))
             print(f"an array of {array.dtype} {list(array.shape)} is in {options.npy}")
             return 0
@@ -367,6 +371,19 @@ def _predict_part(options: argparse.Namespace) -> int:
     if options.npy is not None:
         print(f"an array of {array.dtype} {list(array.shape)} is in {options.npy}")
     return 0
+
+
+def _print_outputs(array: np.ndarray) -> None:
+    """One JSON line for each example of a run without classes: what the model gives for it.
+
+    `array` has an entry for each example. NaN and infinity become null, because JSON has neither.
+    """
+    import numpy as np
+
+    values = array.astype(object)
+    values[~np.isfinite(array)] = None
+    for index, output in enumerate(values.tolist()):
+        print(json.dumps({"index": index, "output": output}))
 
 
 def _print_examples(outputs: Outputs, names: Sequence[str]) -> None:
@@ -397,7 +414,7 @@ def _write_csv(path: Path, outputs: Outputs, force: bool) -> None:
     try:
         write_text(path, text.getvalue(), new=not force).close()
     except FileExistsError:
-        raise _is_there_already("--csv", path) from None
+        raise _already_there_error("--csv", path) from None
     except OSError as error:
         raise UserError(f"--csv {path} cannot be written ({error.strerror}).") from error
 
@@ -409,14 +426,15 @@ def _write_npy(path: Path, array: Any, force: bool) -> None:
     content = io.BytesIO()
     npy.write_array(content, array, allow_pickle=False)
     if path.exists() and not force:
-        raise _is_there_already("--npy", path)
+        raise _already_there_error("--npy", path)
     try:
         write_bytes(path, content.getvalue())
     except OSError as error:
         raise UserError(f"--npy {path} cannot be written ({error.strerror}).") from error
 
 
-def _is_there_already(option: str, path: Path) -> UserError:
+def _already_there_error(option: str, path: Path) -> UserError:
+    """What is raised where the FILE of an option is there, and --force was not given."""
     return UserError(f"{option} {path} is there already: give another name, or --force.")
 
 
@@ -502,21 +520,43 @@ def _compared_with_summary(
     summary = load.read_json(trained.directory / "summary.json")
     if opened.given.is_other_data:
         return "summary.json is not compared: it is about the run's own test set.", None
-    if not all(isinstance(summary.get(key), int | float) for key in measured):
+    if not all(_is_figure(summary.get(key, "missing")) for key in measured):
         if (trained.directory / "summary.json").exists():
             return "summary.json is not compared: it is damaged, or does not hold these figures.", None
         return "There is no summary.json to compare with: the run has not finished.", None
     if summary.get("model/sha256") != weights_sha256(trained.model):
         return "summary.json is not compared: it was measured with other weights than these.", None
-    differences = {key: measured[key] - summary[key] for key in measured}
+    differences = {key: _difference(measured[key], summary[key]) for key in measured}
     if not any(differences.values()):
         return "These are the figures in summary.json, to the last digit.", differences
-    told = ", ".join(f"{key} by {difference:+.3g}" for key, difference in differences.items() if difference)
+    told = ", ".join(_as_words(key, difference) for key, difference in differences.items() if difference)
     return (
         f"summary.json has other figures: {told}. Another device, number of threads or version of torch "
         "adds up in another order.",
         differences,
     )
+
+
+def _is_figure(value: object) -> bool:
+    """Whether a value of summary.json is a figure: a number, or null for one that is not finite."""
+    return value is None or isinstance(value, int | float)
+
+
+def _difference(measured: float, recorded: float | None) -> float:
+    """A measured figure minus that in summary.json, which is None there where it is not finite.
+
+    Two figures that are not finite do not differ. Of one that is and one that is not the difference is NaN.
+    """
+    if recorded is None:
+        return math.nan if math.isfinite(measured) else 0.0
+    return measured - recorded if math.isfinite(measured) else math.nan
+
+
+def _as_words(key: str, difference: float) -> str:
+    """`test/loss by +0.25`; where the difference is NaN, that one of the figures is not finite."""
+    if math.isnan(difference):
+        return f"{key}, which is finite in only one of them"
+    return f"{key} by {difference:+.3g}"
 
 
 # --- allranks export ------------------------------------------------------------------------------------
