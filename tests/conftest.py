@@ -146,7 +146,7 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Done:
     """A finished run of two ranks, in the folder `run`, that has made its report by itself."""
     with_report = [word for word in SMALL if word != NO_REPORT]
     words = [*with_report, "model=linear", "trainer.epochs=3", f"+data.note='{EVIL}'", "run.dir=run"]
-    command = [*launcher("mpiexec", 2), "-m", "allranks.train", *words]
+    command = [*launcher("mpiexec", 2, forked_python()), "-m", "allranks.train", *words]
     return execute(command, tmp_path_factory.mktemp("reported")).ok()
 
 

@@ -1,8 +1,9 @@
 """A server that forks the processes of trainings, for tests that are not about how a process is started.
 
 To import torch takes a process longer than all the rest of a small training. This one has imported what
-every training imports, and has done nothing else; each rank is a fork of it, with arguments, environment,
-directory, output and session of its own, and runs a module or a text as `python -m` or `python -c` does.
+trainings import, has composed one configuration, and has done nothing else. Each rank is a fork of it, with
+arguments, environment, directory, output and session of its own, and runs a module or a text as
+`python -m` or `python -c` does.
 
 It serves one program at a time: it reads a line of JSON from its stdin (`Request`), and answers it by a
 line on its stdout when all processes of that program are over. Its end is the end of its stdin.
@@ -37,13 +38,17 @@ from typing import Any, NamedTuple
 OTHERS_S = 30.0  # how long the other ranks may take to end after the first one that failed
 LEFT_S = 5.0  # how long the ranks' own processes may take to end after the ranks
 AWAY = 256  # no program under test is given a file of this number, or of a higher one
-# What each training imports, by itself or by what it calls first.
+# What each training imports, by itself or by what it calls first. Only one that is spread over its ranks
+# imports FSDP, and with it torch's compiler, which all others do without: these have a server of their own,
+# to which this variable of the environment names the modules that it imports as well.
+MORE = "FORKSERVER_IMPORTS"
 IMPORTED = (
     "hydra.main", "allranks.compose", "allranks.components", "allranks.data.loader",
-    "allranks.data.synthetic", "allranks.runtime.bringup", "allranks.runtime.native",
-    "allranks.own.opening", "allranks.training.engine", "allranks.training.records",
-    "allranks.training.report", "allranks.training.saver", "allranks.training.story",
-    "allranks.training.trial", "torch.distributed.run",
+    "allranks.data.synthetic", "allranks.models", "allranks.runtime.bringup",
+    "allranks.runtime.native", "allranks.own.opening", "allranks.training.engine",
+    "allranks.training.records", "allranks.training.report", "allranks.training.saver",
+    "allranks.training.story", "allranks.training.trial", "safetensors.torch",
+    "torch.distributed.run",
 )  # fmt: skip
 
 
@@ -72,8 +77,12 @@ def import_all() -> None:
     from allranks.runtime import lean
 
     lean.keep_compiler_out()
-    for name in IMPORTED:
+    for name in (*IMPORTED, *os.environ.get(MORE, "").split()):
         importlib.import_module(name)
+    # Hydra looks for its plugins, and builds the tables of its parser, at the first configuration.
+    from allranks.compose import from_command_line
+
+    from_command_line(["data=synthetic"])
     gc.freeze()
     gc.enable()
 

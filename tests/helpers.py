@@ -31,7 +31,7 @@ import pytest
 
 from allranks.config import Config
 from allranks.run import checkpoint
-from forkserver import Answer, Request
+from forkserver import MORE, Answer, Request
 
 if TYPE_CHECKING:
     from allranks.training.building import Recipe
@@ -51,6 +51,15 @@ SMALL = (
     "data=synthetic", "data.train.count=1600", "data.test.count=400", "data.split=[1200,400]",
     "device=cpu", "threads=1", NO_REPORT,
 )  # fmt: skip
+
+# A process that does nothing but own the run directory `run`, or that of its argument.
+OWNER = """
+import sys, time
+from allranks.run.claim import Claim
+Claim.take(sys.argv[1] if sys.argv[1:] else "run")
+print("taken", flush=True)
+time.sleep(600)
+"""
 
 # The beginnings of the names of figures that differ from run to run.
 MEASURED = ("time/", "throughput/", "memory/")
@@ -125,6 +134,10 @@ class Run:
     def environment(self) -> dict[str, Any]:
         return json.loads((self.path / "environment.json").read_text())
 
+    def pid(self, rank: int) -> int:
+        """The id of the process of this rank, which may have been forked by a server."""
+        return int(self.environment["ranks"][rank]["pid"])
+
     def column(self, key: str) -> list[float]:
         """One metric, epoch after epoch."""
         return [line[key] for line in self.metrics]
@@ -181,10 +194,13 @@ def execute(
 
 
 @cache
-def _forkserver() -> subprocess.Popen[str]:
-    """The server of this process's forked trainings (tests/forkserver.py), which ends with this process."""
+def _forkserver(imports: str) -> subprocess.Popen[str]:
+    """The server of this process's forked trainings (tests/forkserver.py), which ends with this process.
+
+    There is one for each set of modules that trainings import besides the usual ones.
+    """
     server = subprocess.Popen(
-        [PYTHON, str(ROOT / "tests/forkserver.py")], env=clean_environment(), text=True,
+        [PYTHON, str(ROOT / "tests/forkserver.py")], env=clean_environment(**{MORE: imports}), text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
     atexit.register(server.communicate)  # its stdin is closed, and it is waited for
@@ -197,18 +213,20 @@ def execute_forked(
     cwd: Path,
     env: Mapping[str, str] | None = None,
     timeout_s: float = TIMEOUT_S,
+    imports: str = "",
 ) -> Done:
     """Runs `python WORDS` on each rank to its end, in processes that need not import torch.
 
     The words begin with -m MODULE or -c TEXT. No launcher starts the ranks: the variables RANK, WORLD_SIZE,
-    MASTER_ADDR and MASTER_PORT tell several of them who they are and where they meet.
+    MASTER_ADDR and MASTER_PORT tell several of them who they are and where they meet. `imports` names
+    further modules, with a space between them, that the ranks need not import either.
     """
     environments = []
     meet = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for rank in range(ranks):
         who = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks), **meet}
         environments.append(clean_environment(**{**(who if ranks > 1 else {}), **(env or {})}))
-    server = _forkserver()
+    server = _forkserver(imports)
     assert server.stdin is not None and server.stdout is not None
     with tempfile.TemporaryDirectory() as output:
         request = Request(list(words), environments, str(cwd), output, timeout_s)

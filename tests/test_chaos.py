@@ -12,8 +12,8 @@ from helpers import PYTHON, ROOT, execute
 
 
 def test_runs_that_are_harmed_at_random_have_the_bits_of_their_undisturbed_twins(tmp_path, long):
-    """Five runs with --long, and the first two of them without."""
-    trials = 5 if long else 2
+    """Five runs with --long, and the first of them without."""
+    trials = 5 if long else 1
     runs = tmp_path / "runs"
     words = ["--trials", str(trials), "--seed", "103", "--keep", str(runs)]
     done = execute(
@@ -25,12 +25,12 @@ def test_runs_that_are_harmed_at_random_have_the_bits_of_their_undisturbed_twins
     )
     assert last, done.out
     assert int(last[1]) >= trials  # nearly three times as many where none is missed and all can be made
-    assert int(last[2]) >= (5 if long else 2)
+    assert int(last[2]) >= (5 if long else 1)
 
     twins = [path for path in (runs / "twins").iterdir() if path.is_dir()]
-    assert len(twins) >= (5 if long else 2)
+    assert len(twins) >= (5 if long else 1)
     weights = {path: json.loads((path / "summary.json").read_text())["model/sha256"] for path in twins}
-    assert len(set(weights.values())) >= (5 if long else 2)  # two of the plans may make the same weights
+    assert len(set(weights.values())) >= (5 if long else 1)  # two of the plans may make the same weights
     for one, other in combinations(twins, 2):
         assert ("model/sha256: " in difference(one, other)) == (weights[one] != weights[other])
     same = shutil.copytree(twins[0], tmp_path / "same")

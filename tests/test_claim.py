@@ -21,7 +21,7 @@ from allranks.base.errors import UserError
 from allranks.base.processes import process_stat
 from allranks.run import checkpoint, claim
 from allranks.run.claim import Claim, OwnerState
-from helpers import PYTHON, clean_environment, tree
+from helpers import PYTHON, clean_environment, only_long, tree
 
 QUICK = {"BEAT_S": 0.2, "SILENT_S": 1.5}  # in place of 5 and 30 seconds
 
@@ -166,7 +166,7 @@ def test_a_stopped_writer_that_wakes_up_overwrites_nothing(writer, run):
     assert checkpoint.steps(run) == [7, 6]
 
 
-@pytest.mark.parametrize("owned", [False, True], ids=["free", "of a killed writer"])
+@pytest.mark.parametrize("owned", [only_long(False), True], ids=["free", "of a killed writer"])
 def test_of_twenty_that_come_at_once_one_wins(writer, run, owned):
     if owned:
         dead = writer()

@@ -88,10 +88,17 @@ def test_there_is_every_promised_choice():
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_every_shipped_choice_composes(choice, tmp_path):
+def test_every_shipped_choice_composes_and_each_key_is_explained(choice, tmp_path):
     config = one(choice)
     assert config.trainer.epochs >= 1
     assert tree(tmp_path) == []  # composing writes nothing
+
+    # `allranks train --help` and the reference are made from the explanations of the keys.
+    values = configs.leaves(config)
+    unexplained = {key for key in values if configs.setting_of(key, values) is None}
+    # what the functions that make our own data sets take
+    ours = ("name", "part", "count", "seed")
+    assert unexplained <= {f"data.{part}.{key}" for part in ("train", "test") for key in ours}
 
 
 def test_an_own_task_has_to_be_named():
@@ -428,17 +435,6 @@ def test_where_the_data_are_is_no_part_of_what_is_computed():
 
     assert of("data.root=a", "data.fetch=false") == of("data.root=b")
     assert of("data=fashion_mnist") != of()
-
-
-def test_every_shipped_key_is_explained():
-    """`allranks train --help` and the reference are made from these lines."""
-    unexplained: set[str] = set()
-    for choice in CHOICES:
-        values = configs.leaves(one(choice))
-        unexplained |= {key for key in values if configs.setting_of(key, values) is None}
-    # what the functions that make our own data sets take
-    ours = ("name", "part", "count", "seed")
-    assert unexplained == {f"data.{part}.{key}" for part in ("train", "test") for key in ours}
 
 
 def test_a_users_own_component_is_not_explained_with_our_words():

@@ -29,7 +29,7 @@ from allranks.training import debug, profiling
 from allranks.training.flops import PEAKS, Flops, peak_flops_per_s
 from allranks.training.length import run_length
 from allranks.training.records import StepsFile
-from helpers import SMALL, TRAIN, Run, Started, execute_forked, only_long, tree, until
+from helpers import SMALL, Run, Started, execute_forked, forked_python, only_long, tree, until
 from test_resume import EVERY_STEP, figures, stopped_after
 
 LINEAR = (*SMALL, "model=linear", "trainer.batch_size=100", "trainer.epochs=2")  # 12 steps in each epoch
@@ -283,12 +283,13 @@ def test_steps_that_are_not_recorded_cost_no_message(train_here, monkeypatch):
 
 
 def test_killed_and_gone_on_no_step_is_there_twice_and_none_is_missing(tmp_path, train):
-    overrides = (*SMALL, "model=mlp", "trainer.epochs=16", "trainer.batch_size=16",
+    overrides = (*SMALL, "model=mlp", "trainer.epochs=8", "trainer.batch_size=16",
                  "checkpoint.every_steps=50", "trainer.log_every_steps=1")  # fmt: skip
     whole = train(*overrides, "run.dir=whole").ok().run
-    with Started([*TRAIN, *overrides, "run.dir=run"], cwd=tmp_path) as started:
+    command = [forked_python(), "-m", "allranks.train", *overrides, "run.dir=run"]
+    with Started(command, cwd=tmp_path) as started:
         until(lambda: checkpoint.steps(tmp_path / "run") or started.process.poll() is not None)
-        os.kill(started.process.pid, signal.SIGKILL)
+        os.kill(Run(tmp_path / "run").pid(0), signal.SIGKILL)
         started.process.wait()
     before = steps_of(Run(tmp_path / "run"))
     assert len(before) >= checkpoint.steps(tmp_path / "run")[0]
@@ -297,7 +298,7 @@ def test_killed_and_gone_on_no_step_is_there_twice_and_none_is_missing(tmp_path,
         file.write('{"step": 17, "ep')  # the half of a line
     went_on = train(*overrides, "run.dir=run").ok().run
     assert steps_of(went_on) == steps_of(whole)
-    assert [record["step"] for record in steps_of(went_on)] == list(range(1, 75 * 16 + 1))
+    assert [record["step"] for record in steps_of(went_on)] == list(range(1, 75 * 8 + 1))
 
 
 def test_the_steps_before_a_loss_that_is_not_finite_are_recorded(train):

@@ -164,7 +164,7 @@ def start(words, tmp_path: Path):
 
     def start(under: str | None, ranks: int, *overrides: str, python: str = PYTHON) -> Started:
         if under == "launch":
-            command = [PYTHON, "-m", "allranks", "launch", "-n", str(ranks)]
+            command = [python, "-m", "allranks", "launch", "-n", str(ranks)]
         elif under == "hosts":
             command = [PYTHON, "-c", TWO_HOSTS, PYTHON, "-m", "allranks.train"]
         elif under == "containers":
@@ -214,7 +214,13 @@ def all_down(started: Started, tmp_path: Path, within_s: float) -> tuple[float, 
 
 
 @pytest.mark.parametrize(
-    ("under", "who"), [only_long("mpiexec", 1), only_long("torchrun", 1), ("torchrun", 0), ("launch", 1)]
+    ("under", "who"),
+    [
+        ("launch", 1),
+        only_long("mpiexec", 1),
+        only_long("torchrun", 0),
+        only_long("torchrun", 1),
+    ],
 )
 def test_kill_9_of_a_rank_is_named_and_all_are_down_in_2_s(start, tmp_path, under, who):
     started = start(under, 2, "model.fault=kill", f"model.who={who}")
@@ -240,7 +246,8 @@ def test_an_exception_on_one_rank_is_the_first_and_only_thing_said(start, tmp_pa
 
 @pytest.mark.parametrize("under", [only_long("torchrun"), "launch"])
 def test_a_segfault_leaves_its_stack(start, tmp_path, under):
-    _, _, err = all_down(start(under, 2, "model.fault=segv"), tmp_path, within_s=2)
+    started = start(under, 2, "model.fault=segv", python=forked_python())
+    _, _, err = all_down(started, tmp_path, within_s=2)
     assert "Fatal Python error: Segmentation fault" in err
     assert "in go_wrong" in err
     assert re.search(rf"rank 1 on {HOST}(, in step \d+:)? was killed by SIGSEGV", err), err
@@ -271,7 +278,7 @@ def test_nor_does_it_where_the_ranks_have_only_begun(start, loaded):
 
 
 @pytest.mark.parametrize(
-    ("under", "who"), [("mpiexec", 1), only_long("torchrun", 0), only_long("launch", 1)]
+    ("under", "who"), [only_long("mpiexec", 1), only_long("torchrun", 0), only_long("launch", 1)]
 )
 def test_a_stopped_rank_is_named_with_its_stack_and_killed(start, tmp_path, under, who):
     started = start(under, 2, "model.fault=stop", f"model.who={who}")
@@ -346,7 +353,7 @@ ABSENT = {
 @pytest.mark.parametrize("how", [only_long("dies"), "hangs", only_long("is stopped")])
 def test_a_rank_that_never_comes_to_mpi_does_not_keep_the_others(tmp_path, how):
     """MPI_Init keeps Python's lock until all ranks have come to it."""
-    train = [PYTHON, "-m", "allranks.train", *SMALL, f"watchdog.start_s={START_S}"]
+    train = [forked_python(), "-m", "allranks.train", *SMALL, f"watchdog.start_s={START_S}"]
     absent = [PYTHON, "-c", "import os, signal, sys, time\ntime.sleep(0.3)\n" + ABSENT[how]]
     with Started([mpiexec(), "-n", "1", *train, ":", "-n", "1", *absent], tmp_path) as started:
         code, _, err = started.finish(within_s=START_S + 60)  # torch is imported before
@@ -515,7 +522,7 @@ def test_in_containers_of_one_name_the_right_process_is_looked_at(start, tmp_pat
 @pytest.mark.parametrize(
     ("fault", "who", "host", "said", "within_s"),
     [
-        ("kill", 3, "host1", "was killed by SIGKILL", 5),
+        only_long("kill", 3, "host1", "was killed by SIGKILL", 5),
         only_long("stop", 2, "host1", r"is stopped \(state T\). It is at", STEP_S + 5),
         only_long("stop", 0, "host0", r"is stopped \(state T\). It is at", STEP_S + 5),
     ],

@@ -15,7 +15,7 @@ import pytest
 from allranks.base.errors import UserError
 from allranks.runtime.bringup import Arrival, Equipment, agreement, places
 from allranks.runtime.runtime import RankFacts
-from helpers import SMALL, execute, execute_forked, launcher
+from helpers import SMALL, execute, execute_forked, forked_python, launcher
 
 
 def found(rank: int, host: str, device: str, oversubscribe: bool = False) -> Equipment:
@@ -97,8 +97,8 @@ def test_a_rank_has_as_many_threads_as_it_has_cpus(tmp_path):
 
     done = execute_forked(words, 1, tmp_path).ok()
     assert done.run.environment["threads_per_rank"] == len(cpus)
-    assert threads("bound", "taskset", "-c", str(cpus[0]), *launcher(None, 1)) == 1
-    assert threads("shared", *launcher("mpiexec", len(cpus))) == 1
+    assert threads("bound", "taskset", "-c", str(cpus[0]), forked_python()) == 1
+    assert threads("shared", *launcher("mpiexec", len(cpus), forked_python())) == 1
 
 
 def test_two_hosts_of_one_name_are_two_hosts():

@@ -23,7 +23,7 @@ from allranks.data.synthetic import generate
 from allranks.job.identity import RankIdentity
 from allranks.runtime.bringup import open_runtime
 from allranks.training import building, engine
-from helpers import SMALL, Run, recipe_of
+from helpers import SMALL, Run, only_long, recipe_of
 
 LINEAR = (*SMALL, "model=linear", "trainer.batch_size=100")
 EXACT = 1e-9  # fp64, one rank: only the order of additions may differ
@@ -279,7 +279,7 @@ def test_convolutions_have_their_channels_last_and_the_same_curve(train_here, mo
 
 @pytest.mark.parametrize(
     ("model", "gains"),
-    [("linear", False), ("mlp", False), ("cnn", True), ("resnet18", False)],  # resnet18 has GroupNorm
+    [("linear", False), ("mlp", False), ("cnn", True), only_long("resnet18", False)],  # GroupNorm
 )
 def test_which_models_have_their_channels_last(model, gains):
     [config] = from_command_line(["data=synthetic", f"model={model}"])

@@ -16,7 +16,7 @@ import pytest
 from allranks.base.errors import UserError
 from allranks.job.hosts import first_host
 from allranks.job.identity import RankIdentity, discover, launcher_rank
-from helpers import SMALL, TIMEOUT_S, TRAIN, execute, execute_forked
+from helpers import SMALL, TIMEOUT_S, execute, execute_forked, forked_python
 
 TORCHRUN = {
     "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1",
@@ -224,11 +224,12 @@ def test_two_ranks_without_an_mpi_that_knows_them_do_not_train_alone(train, rank
     assert done.code == 2
 
 
-def test_ranks_of_an_mpiexec_that_sets_bare_pmi_only(train, tmp_path):
+def test_ranks_of_an_mpiexec_that_sets_bare_pmi_only(tmp_path):
     gforker = Path(sys.executable).with_name("mpiexec.gforker")
     if not gforker.exists():
         pytest.skip("no mpiexec.gforker: pip install mpich")
-    done = execute([str(gforker), "-n", "2", *TRAIN, *SMALL, "model=linear", "trainer.epochs=1"], tmp_path)
+    train = [forked_python(), "-m", "allranks.train"]
+    done = execute([str(gforker), "-n", "2", *train, *SMALL, "model=linear", "trainer.epochs=1"], tmp_path)
     assert done.ok().run.summary["world_size"] == 2
 
 

@@ -25,6 +25,8 @@ from allranks.follow.watch import Look, picture
 from helpers import PYTHON, SMALL, Run, Started, execute_forked, forked_python, until
 from test_terminal import Terminal
 
+# One worker trains once for all of these tests.
+pytestmark = pytest.mark.xdist_group("follow")
 ALLRANKS = [PYTHON, "-m", "allranks"]
 
 

@@ -11,10 +11,21 @@ from pathlib import Path
 import pytest
 
 from allranks.run import checkpoint
-from helpers import PYTHON, ROOT, SMALL, Run, Started, execute_forked, launcher, mpiexec, until_step
+from helpers import (
+    PYTHON,
+    ROOT,
+    SMALL,
+    Run,
+    Started,
+    execute_forked,
+    forked_python,
+    launcher,
+    mpiexec,
+    until_step,
+)
 from test_resume import figures, rank_pid
 
-TRAINING = (*SMALL, "trainer.epochs=40", "checkpoint.every_steps=5", "model=mlp")
+TRAINING = (*SMALL, "trainer.epochs=24", "checkpoint.every_steps=5", "model=mlp")
 HERE = {
     "PYTHONPATH": f"{ROOT}/src",
     "OMP_NUM_THREADS": "1",
@@ -22,12 +33,12 @@ HERE = {
 }
 
 
-def launch(folder: Path, *words: str) -> Started:
+def launch(folder: Path, *words: str, python: str = PYTHON) -> Started:
     """`allranks launch` of two ranks under mpiexec."""
     mpiexec()
     os.chdir(folder)
     argv = [
-        PYTHON,
+        python,
         "-m",
         "allranks",
         "launch",
@@ -62,13 +73,14 @@ def undisturbed(tmp_path_factory) -> Run:
 
 
 def test_killed_twice_it_is_the_same_run(tmp_path, undisturbed, long):
-    """Without --long it is killed once."""
+    """Without --long it is killed once, and its processes are forked."""
     kills = (20, 80) if long else (20,)
     run = tmp_path / "run"
-    with launch(tmp_path, "--max-restarts", "2", *TRAINING, "run.dir=run") as started:
+    python = PYTHON if long else forked_python()
+    with launch(tmp_path, "--max-restarts", "2", *TRAINING, "run.dir=run", python=python) as started:
         for step in kills:
             until_step(run, step)
-            os.kill(ranks(started, run)[0], signal.SIGKILL)
+            os.kill(ranks(started, run)[0] if long else Run(run).pid(0), signal.SIGKILL)
             time.sleep(0.5)
         code, _, err = started.finish(60)
     assert code == 0, err
@@ -160,7 +172,7 @@ def test_a_run_that_has_ended_is_not_kept_by_mpi(tmp_path):
 
 
 def test_a_run_that_is_to_stop_is_not_started_again(tmp_path):
-    started = launch(tmp_path, "--max-restarts", "2", *TRAINING, "run.dir=run")
+    started = launch(tmp_path, "--max-restarts", "2", *TRAINING, "run.dir=run", python=forked_python())
     until_step(tmp_path / "run", 10)
     started.process.send_signal(signal.SIGTERM)
     code, _, err = started.finish(30)

@@ -25,8 +25,10 @@ from allranks.inference import command, forward, images, load
 from allranks.inference import export as exporting
 from allranks.job.identity import RankIdentity
 from allranks.run import checkpoint
-from helpers import PYTHON, SMALL, Run, execute_forked, real_data, tree
+from helpers import PYTHON, SMALL, Run, execute_forked, only_long, real_data, tree
 
+# One worker trains once for all of these tests.
+pytestmark = pytest.mark.xdist_group("inference")
 QUICK = [*SMALL, "report=false"]
 WORDS = [*QUICK, "model=mlp", "model.widths=[32]", "trainer.epochs=3", "checkpoint.keep=3"]
 
@@ -359,7 +361,10 @@ VARIANTS: dict[str, Callable[[np.ndarray], Image.Image]] = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+# Hundreds of large coloured images take seconds to prepare.
+@pytest.mark.parametrize(
+    "variant", [only_long(each) if each == "photographed" else each for each in VARIANTS]
+)
 def test_a_digit_is_known_again_whatever_its_image_looks_like(digits, published, tmp_path, variant):
     """Of a hundred digits that the model knows, nearly all keep their class, and the first one surely."""
     import torch

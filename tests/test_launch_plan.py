@@ -19,7 +19,7 @@ from allranks.job.hosts import Allocation, Host, find_allocation
 from allranks.job.variables import MASTER_ADDR, MASTER_PORT
 from allranks.launch import launchers
 from allranks.launch.plan import Request, make_plan
-from helpers import PYTHON, SMALL, TIMEOUT_S, clean_environment, execute
+from helpers import PYTHON, SMALL, TIMEOUT_S, clean_environment, execute, only_long
 from helpers import launcher as started_by
 
 MAIN = """
@@ -406,7 +406,7 @@ os.write(1, f"{rank} {os.environ['ODD']}\\n".encode())  # at once: launchers mix
 """
 
 
-@pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
+@pytest.mark.parametrize("launcher", ["mpiexec", only_long("torchrun")])
 def test_the_planned_command_runs_here(launcher, tmp_path):
     """The argv of the plan starts every rank, arguments and variables as they were given."""
     if not launchers.path_of("mpiexec") and launcher == "mpiexec":

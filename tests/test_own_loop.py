@@ -207,14 +207,15 @@ LAUNCHED = [
 
 @pytest.mark.parametrize(("kind", "ranks", "count"), LAUNCHED)
 def test_a_run_that_is_disturbed_at_random_steps_has_the_bits_of_one_that_was_not(
-    kind, ranks, count, tmp_path
+    kind, ranks, count, tmp_path, long
 ):
     # gloo adds up the gradients of forked ranks. MPI adds up three numbers in another order, and two not.
     by_mpi = kind in ("mpiexec", "launch") and ranks > 2
     started("mpiexec" if by_mpi else "forked", ranks, tmp_path / "whole").ok()
     for disturbance in disturbances(count, kind, ranks):
-        # The processes that are disturbed are real ones; in the other starts the ranks are forked.
-        done = started(kind, ranks, tmp_path / "cut", disturbance, python=PYTHON)
+        # With --long the processes that are disturbed are real ones; in the other starts they are forked.
+        python = PYTHON if long else forked_python()
+        done = started(kind, ranks, tmp_path / "cut", disturbance, python=python)
         step, _, signal_name = disturbance.partition(":")
         if signal_name == "SIGKILL":
             assert done.code not in (0, 85)
@@ -612,10 +613,13 @@ run.finish()
 """
 
 
+FSDP = "torch.distributed.fsdp"
+
+
 def spread(kind: str, ranks: int, folder: Path, disturb: str = "") -> tuple[list[float], str]:
     """(losses, sha256 of the weights) of that program; an empty list where it was killed."""
     folder.mkdir(exist_ok=True)
-    done = execute_forked(["-c", SPREAD], ranks, folder, {"KIND": kind, "DISTURB": disturb})
+    done = execute_forked(["-c", SPREAD], ranks, folder, {"KIND": kind, "DISTURB": disturb}, imports=FSDP)
     if disturb:
         assert done.code not in (0, 85), done.out
         return [], ""
@@ -625,19 +629,21 @@ def spread(kind: str, ranks: int, folder: Path, disturb: str = "") -> tuple[list
     return [json.loads(line)["train/loss"] for line in metrics], summary["model/sha256"]
 
 
+@pytest.mark.xdist_group("sharding")  # in one worker, for which FSDP is imported once
 def test_a_weight_in_two_blocks_of_a_model_is_told_once(tmp_path):
     tied = "self.layers = nn.ModuleList(layers)\n"
     code = SPREAD.replace(
         tied, f"{tied}        self.layers[1].linear1.weight = self.layers[0].linear1.weight\n"
     )
     assert code != SPREAD
-    done = execute_forked(["-c", code], 2, tmp_path, {"KIND": "fsdp"})
+    done = execute_forked(["-c", code], 2, tmp_path, {"KIND": "fsdp"}, imports=FSDP)
     assert done.code == 2
     assert (done.out + done.err).count("are one weight, but stand in two blocks") == 1
 
 
+@pytest.mark.xdist_group("sharding")
 @pytest.mark.parametrize("ranks", [2, only_long(3)])
-def test_a_model_may_be_spread_over_the_ranks(ranks, tmp_path):
+def test_a_model_may_be_spread_over_the_ranks(ranks, tmp_path, long):
     pytest.importorskip("torch.distributed.fsdp", reason="this torch has no FSDP2")
     alone, _ = spread("none", 1, tmp_path / "alone")
     losses, weights = spread("fsdp", ranks, tmp_path / "whole")
@@ -648,6 +654,8 @@ def test_a_model_may_be_spread_over_the_ranks(ranks, tmp_path):
     shutil.copytree(tmp_path / "cut", tmp_path / "other")
     assert spread("fsdp", ranks, tmp_path / "cut") == (losses, weights)
 
+    if not long:
+        return
     # Gone on by one rank, which reads all slices, and from there by several again.
     spread("none", 1, tmp_path / "other", "9:0")
     assert spread("fsdp", ranks, tmp_path / "other")[0] == pytest.approx(alone, rel=1e-5)

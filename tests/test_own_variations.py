@@ -357,10 +357,7 @@ def figures(folder: Path) -> tuple[list[dict[str, float]], str]:
     return own_programs.figures(folder / "runs/own")
 
 
-QUICK = ("drawing", "endless", "steps only")
-
-
-@pytest.mark.parametrize("name", [name if name in QUICK else only_long(name) for name in CODES])
+@pytest.mark.parametrize("name", [name if name == "drawing" else only_long(name) for name in CODES])
 def test_any_loop_has_the_same_curve_on_any_number_of_ranks_and_the_same_bits_after_a_kill(name, tmp_path):
     """The bits are those of an undisturbed run of as many ranks."""
     code = CODES[name]

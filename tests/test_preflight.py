@@ -23,7 +23,7 @@ from allranks.compose import from_command_line
 from allranks.job import variables
 from allranks.launch import preflight
 from allranks.launch.outcome import Rank
-from helpers import clean_environment, guarded, serial, took_at_most
+from helpers import clean_environment, guarded, only_long, serial, took_at_most
 from launching import by_hand, can_make_hosts
 
 pytestmark = serial  # mounts, and limits of a few seconds
@@ -66,7 +66,7 @@ def on_hosts(setup=(), env=None, **more) -> str:
     )
 
 
-@pytest.mark.parametrize("name", ["mpiexec", "torchrun"])
+@pytest.mark.parametrize("name", ["mpiexec", only_long("torchrun")])
 def test_ranks_that_are_fit(name, tmp_path, data_root):
     began = time.monotonic()
     line = preflight.check(

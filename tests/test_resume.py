@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -21,11 +20,13 @@ from allranks.base.errors import UserError
 from allranks.run import checkpoint
 from helpers import (
     MEASURED,
+    OWNER,
     PYTHON,
     SMALL,
     TIMEOUT_S,
     TRAIN,
     Run,
+    Started,
     clean_environment,
     execute,
     execute_forked,
@@ -39,13 +40,15 @@ from helpers import (
 # 12 steps in each of 2 epochs, a checkpoint after each, none removed
 EVERY_STEP = (*SMALL, "trainer.epochs=2", "trainer.batch_size=100", "checkpoint.every_steps=1",
               "checkpoint.keep=100")  # fmt: skip
+# The layers of the shipped CNN, with fewer channels.
+CNN = ("model=cnn", "model.channels=[4,8]", "model.hidden=16")
 KINDS = {
     "linear": ("model=linear",),
     "mlp with dropout": ("model=mlp",),
     "adamw, warmup_cosine": ("model=mlp", "trainer.precision=fp32", "optimizer=adamw",
                              "scheduler=warmup_cosine"),
     "plateau, running metrics": ("model=mlp", "scheduler=plateau", "trainer.train_metrics=running"),
-    "cnn, accumulation": ("model=cnn", "optimizer=adam", "trainer.accumulate=2", "trainer.clip_norm=1"),
+    "cnn, accumulation": (*CNN, "optimizer=adam", "trainer.accumulate=2", "trainer.clip_norm=1"),
     "reproducible": ("model=mlp", "trainer.precision=fp32", "trainer.reproducible=true"),
 }  # fmt: skip
 
@@ -106,7 +109,7 @@ def test_a_reproducible_run_moves_from_ranks_to_ranks(train, train_here, tmp_pat
 
     Without --long it is 2 -> 1 ranks, and the last two moves are left out.
     """
-    overrides = (*EVERY_STEP, "model=cnn", "optimizer=adamw", "scheduler=plateau", "model.dropout=0.2",
+    overrides = (*EVERY_STEP, *CNN, "optimizer=adamw", "scheduler=plateau", "model.dropout=0.2",
                  "trainer.reproducible=true", "trainer.train_metrics=running")  # fmt: skip
     whole = train_here(*overrides)
     stage = train(*overrides, under="mpiexec" if long else None, ranks=4 if long else 2).ok().run
@@ -131,7 +134,7 @@ def test_without_the_flag_another_number_of_ranks_gives_the_same_losses(train, t
 
 # --- stopping ------------------------------------------------------------------------------------------
 
-LONG = (*SMALL, "model=mlp", "trainer.epochs=10", "trainer.batch_size=16", "checkpoint.keep=1")
+LONG = (*SMALL, "model=mlp", "trainer.epochs=7", "trainer.batch_size=16", "checkpoint.keep=1")
 
 
 at_work: list[subprocess.Popen[str]] = []
@@ -168,7 +171,7 @@ def started(*overrides: str, cwd: Path, **how: Any) -> subprocess.Popen[str]:
 
 
 def rank_pid(cwd: Path, rank: int) -> int:
-    return int(json.loads((cwd / "run/environment.json").read_text())["ranks"][rank]["pid"])
+    return Run(cwd / "run").pid(rank)
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +216,7 @@ def test_what_a_shell_ignores_stays_ignored(tmp_path):
     assert execute(["nohup", sys.executable, "-c", code], tmp_path).ok().out == "['SIGTERM']\n"
 
 
-@pytest.mark.parametrize(("epochs", "code"), [(60, 85), (1, 0)], ids=["stopped", "finished"])
+@pytest.mark.parametrize(("epochs", "code"), [(60, 85), only_long(1, 0)], ids=["stopped", "finished"])
 def test_asked_to_stop_again_and_again_it_keeps_its_exit_code(tmp_path, epochs, code):
     """A job that is cancelled sends more than one signal; one came when Python itself was ending."""
     process = started(*LONG, f"trainer.epochs={epochs}", cwd=tmp_path)
@@ -340,7 +343,7 @@ def test_where_no_checkpoint_can_be_used_it_does_not_begin_again(train_here, fin
     assert figures(train_here(*SHORT)) == whole
 
 
-def test_after_a_passing_error_it_goes_on_where_it_was(finished, strace, long):
+def test_after_a_passing_error_it_goes_on_where_it_was(train, finished, strace, long):
     """The server is away when the run starts again, and back at the next start."""
     whole = figures(finished)
     unfinish(finished)
@@ -352,7 +355,7 @@ def test_after_a_passing_error_it_goes_on_where_it_was(finished, strace, long):
         done = execute([strace, *fault, *command], finished.path.parent)
         assert done.code == 2, done.err
         assert "Stale file handle" in done.message
-    went_on = execute(command, finished.path.parent).ok()
+    went_on = train(*SHORT).ok()
     assert f"going on from {finished.path}/checkpoints/step-000010" in went_on.out
     assert figures(went_on.run) == whole
 
@@ -372,6 +375,16 @@ def test_a_checkpoint_that_is_a_link_is_named_and_replaced(train_here, finished,
     assert (tmp_path / "elsewhere").is_dir()
 
 
+def test_a_directory_with_an_owner_at_work_is_refused(train, finished):
+    unfinish(finished)
+    with Started([PYTHON, "-c", OWNER], cwd=finished.path.parent) as owner:
+        assert next(owner.lines()) == "taken"
+        second = train(*SHORT)
+        assert second.code == 2
+        assert f"is in use by process {owner.process.pid} on" in second.err
+
+
+@pytest.mark.long
 def test_one_writer_at_a_time(tmp_path, train):
     longer = (*LONG, "trainer.epochs=5000")
     process = started(*longer, cwd=tmp_path)
@@ -450,8 +463,33 @@ def test_a_save_that_fails_is_a_warning_and_at_the_end_an_error(tmp_path, train)
     assert train(*options).ok().run.summary["state"] == "finished"
 
 
-def test_only_rank_0_looks_for_checkpoints(tmp_path, finished, strace):
+OPENED = """
+import os, sys
+
+def noted(event, arguments):
+    if event == "open":
+        opened.append(str(arguments[0]))
+
+opened = []
+sys.addaudithook(noted)
+from allranks import train
+train.main()
+print(sum("step-000010" in path for path in opened), "opened by rank", os.environ["RANK"], file=sys.stderr)
+"""
+
+
+def test_only_rank_0_opens_checkpoints(tmp_path, finished):
     """Shared file systems show files late: what rank 0 has read is what all get."""
+    unfinish(finished)
+    done = execute_forked(["-c", OPENED, *SHORT], 2, tmp_path)
+    counts = {rank: int(count) for count, rank in re.findall(r"(\d+) opened by rank (\d)", done.ok().err)}
+    assert counts.pop("0") > 0
+    assert counts == {"1": 0}
+
+
+@pytest.mark.long
+def test_only_rank_0_looks_for_checkpoints(tmp_path, finished, strace):
+    """As the kernel sees it, whatever opens the files."""
     unfinish(finished)
     trace = [strace, "-f", "-qq", "-e", "trace=openat", "-o", "trace"]
     execute([*trace, *launcher("mpiexec", 2), "-m", "allranks.train", *SHORT], tmp_path).ok()

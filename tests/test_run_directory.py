@@ -18,6 +18,7 @@ from allranks.base import files
 from allranks.run import directory as rundir
 from helpers import (
     NO_REPORT,
+    PYTHON,
     SMALL,
     TIMEOUT_S,
     TRAIN,
@@ -26,10 +27,14 @@ from helpers import (
     clean_environment,
     execute,
     execute_forked,
+    forked_python,
     launcher,
     only_long,
     tree,
 )
+
+# One worker trains once for all of these tests.
+pytestmark = pytest.mark.xdist_group("run_directory")
 
 METRICS = [
     "epoch", "step", "lr", "train/loss", "train/accuracy", "val/loss", "val/accuracy",
@@ -58,7 +63,9 @@ def training(
     environ = {"HOME": str(home), **env}
     if under is None:
         return execute_forked(words, ranks, cwd, environ)
-    return execute([*launcher(under, ranks), *words], cwd, environ)
+    # Forked from a server that has imported torchrun, its own process would be warned of that.
+    python = PYTHON if under == "torchrun" else forked_python()
+    return execute([*launcher(under, ranks, python), *words], cwd, environ)
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory):
 def start(cwd: Path, under: str | None, ranks: int, *words: str) -> Done:
     command = ["-m", "allranks.train", *VIT, "run.dir=run", *words]
     if under is None:
-        return execute_forked(command, ranks, cwd)
+        return execute_forked(command, ranks, cwd, imports="torch.distributed.fsdp")
     return execute([*launcher(under, ranks, forked_python()), *command], cwd)
 
 

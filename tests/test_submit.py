@@ -26,6 +26,7 @@ from allranks.run.claim import Claim
 from conftest import SETTING
 from helpers import (
     NO_REPORT,
+    OWNER,
     PYTHON,
     ROOT,
     SMALL,
@@ -341,7 +342,7 @@ def test_a_program_of_whose_steps_nothing_is_known_has_no_job_after_it(pbs):
     assert json.loads((run / "job.json").read_text())["job_ids"] == ["1.pbs"]
 
 
-def test_where_a_user_may_have_one_job_the_way_on_is_told_and_is_no_failure(pbs):
+def test_where_a_user_may_have_one_job_the_way_on_is_told_and_is_no_failure(pbs, long):
     """The job that would go on is refused while this one is there; its machine file knows that."""
     state = Path(pbs.env["PBS_STANDIN"])
     state.mkdir(exist_ok=True)
@@ -356,6 +357,9 @@ def test_where_a_user_may_have_one_job_the_way_on_is_told_and_is_no_failure(pbs)
         f"{run}`"
     )
     assert told.splitlines()[-1] == f"note       {way}"
+    if not long:  # what follows waits for the end of the walltime
+        pbs.qdel("1.pbs")
+        return
     pbs.until("stopped", root=".")
     assert f"has stopped at step {max(checkpoint.steps(run))}: {way}" in (run / "job.log").read_text()
     assert pbs.job("1.pbs")["exit_status"] == 85
@@ -372,14 +376,14 @@ def unfinished(pbs, *overrides):
 
 
 def test_a_job_is_refused_where_a_run_by_hand_is_at_work(pbs):
-    words = [PYTHON, "-m", "allranks", "train", *SMALL, "trainer.epochs=100000", "run.dir=mine"]
-    with Started(words, pbs.folder, **pbs.env) as started:
-        until(lambda: list((pbs.folder / "mine").glob("owner-*.json")), TIMEOUT_S)
-        refused = pbs.refused(*PBS, *SMALL, "trainer.epochs=100000", "run.dir=mine")
-        assert f"is in use by process {started.process.pid}" in refused
+    unfinished(pbs)
+    with Started([PYTHON, "-c", OWNER, "mine"], pbs.folder, **pbs.env) as owner:
+        assert next(owner.lines()) == "taken"
+        refused = pbs.refused(*PBS, *SMALL, "run.dir=mine")
+        assert f"is in use by process {owner.process.pid}" in refused
     # What is left of a process of this host that was killed keeps nobody out.
     assert list((pbs.folder / "mine").glob("owner-*.json"))
-    answer = pbs.submit(*PBS, *SMALL, "trainer.epochs=100000", "run.dir=mine")
+    answer = pbs.submit(*PBS, *SMALL, "run.dir=mine")
     assert answer["job_ids"] == ["1.pbs"]
 
 

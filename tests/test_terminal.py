@@ -403,7 +403,12 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("command", list(COMMANDS))
+QUICK = ("train", "launch", "no argument")
+
+
+@pytest.mark.parametrize(
+    "command", [command if command in QUICK else only_long(command) for command in COMMANDS]
+)
 def test_an_error_looks_the_same_everywhere(tmp_path, command):
     """One form: in a file a plain line, at a terminal wrapped by words, its first word coloured."""
     argv = [PYTHON, "-m", "allranks", *COMMANDS[command]]

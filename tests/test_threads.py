@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from allranks.base.threads import in_thread
-from helpers import Started
+from helpers import Started, only_long
 
 # Draws digits for minutes, after it has said that it is there.
 DRAWS = (
@@ -41,7 +41,7 @@ def test_the_end_of_the_process_does_not_wait_for_it():
         assert started.finish(within_s=60)[0] == 7
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, -15), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, -15), only_long(signal.SIGINT, 130)])
 def test_a_signal_ends_a_start_that_waits_for_its_data(tmp_path, signum, code):
     """There is nothing to save yet, and the data may come from a file system that hangs."""
     training = ["-um", "allranks.train", *DRAWS, f"run.dir={tmp_path}/run"]

@@ -17,6 +17,8 @@ from torch import nn
 from allranks.run import checkpoint
 from helpers import NO_REPORT, Done, Run, execute, execute_forked, forked_python, launcher, only_long
 
+# One worker trains once for all of these tests.
+pytestmark = pytest.mark.xdist_group("unused_parameters")
 PACKAGE = '''
 from torch import nn
 
@@ -64,7 +66,10 @@ TRAINER = (
 )  # fmt: skip
 
 # The launch of one rank, and those that are compared with it.
-LAUNCHES = [("mpiexec", 3), ("torchrun", 2), only_long("mpiexec", 2), only_long("torchrun", 3)]
+LAUNCHES = [
+    ("mpiexec", 3),
+    *(only_long(*how) for how in (("mpiexec", 2), ("torchrun", 2), ("torchrun", 3))),
+]
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +135,14 @@ def test_a_step_that_leaves_some_out_ends_the_run_and_it_goes_on_with_the_key(tm
     env = {"PYTHONPATH": str(tmp_path)}
 
     def trained(*more: str) -> Done:
-        words = [*launcher(under, ranks), "-m", "allranks.train", *ALONE, "run.dir=run", *more]
+        words = [
+            *launcher(under, ranks, forked_python()),
+            "-m",
+            "allranks.train",
+            *ALONE,
+            "run.dir=run",
+            *more,
+        ]
         return execute(words, tmp_path, env=env)
 
     ended = trained()
