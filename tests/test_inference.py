@@ -499,7 +499,7 @@ def test_predict_tells_class_probability_and_what_was_done(digits, published, tm
     words = [str(digits), str(tmp_path / "seven.png"), str(tmp_path / "two.png")]
     assert command.predict(words) == 0
     title, header, *rows = capsys.readouterr().out.splitlines()
-    assert title.startswith(f"{digits}: step-000096, after 1 epochs, on cpu")
+    assert title.startswith(f"{digits}: step-000096, after 1 epoch, on cpu")
     assert header.split() == ["image", "class", "probability", "then", "prepared"]
     assert rows[0].split()[1] == "7" and rows[0].endswith("  digit fitted to 20 x 20 in 28 x 28")
     assert rows[1].split()[1] == "2" and rows[1].endswith("  inverted, as it is")
