@@ -17,7 +17,7 @@ import pytest
 
 import own_programs
 from allranks.run import checkpoint
-from helpers import PYTHON, ROOT, Done, execute, execute_forked, forked_python, only_long
+from helpers import PYTHON, ROOT, Done, execute, execute_forked, forked_python, launcher, only_long
 
 PAGE = (ROOT / "docs/your-own-loop.md").read_text()
 
@@ -616,10 +616,17 @@ run.finish()
 FSDP = "torch.distributed.fsdp"
 
 
-def spread(kind: str, ranks: int, folder: Path, disturb: str = "") -> tuple[list[float], str]:
+def spread(
+    kind: str, ranks: int, folder: Path, disturb: str = "", under: str = "forked"
+) -> tuple[list[float], str]:
     """(losses, sha256 of the weights) of that program; an empty list where it was killed."""
     folder.mkdir(exist_ok=True)
-    done = execute_forked(["-c", SPREAD], ranks, folder, {"KIND": kind, "DISTURB": disturb}, imports=FSDP)
+    environment = {"KIND": kind, "DISTURB": disturb}
+    if under == "forked":
+        done = execute_forked(["-c", SPREAD], ranks, folder, environment, imports=FSDP)
+    else:
+        (folder / "own.py").write_text(SPREAD)
+        done = execute([*launcher(under, ranks, forked_python()), "own.py"], folder, environment)
     if disturb:
         assert done.code not in (0, 85), done.out
         return [], ""
@@ -659,6 +666,14 @@ def test_a_model_may_be_spread_over_the_ranks(ranks, tmp_path, long):
     # Gone on by one rank, which reads all slices, and from there by several again.
     spread("none", 1, tmp_path / "other", "9:0")
     assert spread("fsdp", ranks, tmp_path / "other")[0] == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.long
+def test_a_spread_model_whose_rank_is_killed_under_torchrun_goes_on_with_the_same_bits(tmp_path):
+    pytest.importorskip("torch.distributed.fsdp", reason="this torch has no FSDP2")
+    undisturbed = spread("fsdp", 2, tmp_path / "whole", under="torchrun")
+    spread("fsdp", 2, tmp_path / "cut", "7:1", under="torchrun")
+    assert spread("fsdp", 2, tmp_path / "cut", under="torchrun") == undisturbed
 
 
 def test_a_result_of_shared_work_comes_back_as_it_was(tmp_path):
