@@ -227,10 +227,10 @@ def _equip(
         if ezpz.chosen(settings.library, identity.rank):
             kind = "ezpz"
         if world_size > 1:
+            watch = watchdog.prepare(world_size, one_host=place.hosts == 1)
             # Rank 0 has a connection to every rank, and so has each rank where gloo carries collectives.
             doors = int(identity.rank == 0) + int(picked.device.type == "cpu")
             links.allow_connections(doors * world_size)
-            watch = watchdog.prepare(world_size, one_host=place.hosts == 1)
     except UserError as problem:
         error = problem
     facts = RankFacts(
