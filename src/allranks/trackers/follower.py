@@ -358,7 +358,8 @@ class _Follower(threading.Thread):
         except Exception as error:  # noqa: BLE001 - a tracker may raise anything, and must not end the run
             if self._state is _State.OPEN:
                 self._has_failed(error, is_over=True)
-            self.abandon()
+            if not self._is_abandoned:  # else close() hung, and has been ended by the training's thread
+                self.abandon()
 
     # --- how far the tracker is, for a later start ----------------------------------------------------
 
@@ -368,8 +369,9 @@ class _Follower(threading.Thread):
     def _delivered_so_far(self) -> Position:
         """How far the tracker has certainly got.
 
-        This start of the run knows it where it has delivered anything. Else the note of an earlier start
-        says it, but that start may have come further than the checkpoint from which this one goes on.
+        This start of the run knows it once it has delivered something. Until then the note of an earlier
+        start says it. That start may have come further than the checkpoint from which this one goes on.
+        What lies beyond the checkpoint is delivered once more.
         """
         if self._at != Position():
             return self._at
