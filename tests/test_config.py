@@ -295,6 +295,29 @@ def test_hydras_search_path_is_obeyed(tmp_path):
     assert one(f"hydra.searchpath=[file://{tmp_path}]", "model=mine").model == {"_target_": "mylab.Net"}
 
 
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ("_target_: [mylab\n", "line 2: expected ',' or ']'"),
+        ("_target_: mylab.Net\nlayers:\n\t- 1\n", "line 3: found character"),
+        ("width: 1\nwidth: 2\n", "line 2: found duplicate key width"),
+        ("5\n", "it holds a single value"),
+        ("width: ${\n", "no viable alternative"),
+        ("a: \ud8ff", "can't decode byte"),
+    ],
+    ids=["bracket", "tab", "twice", "one value", "variable", "no UTF-8"],
+)
+def test_a_mistake_in_a_file_of_ones_own_names_file_and_line(tmp_path, content, what):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/mine.yaml").write_bytes(content.encode(errors="surrogatepass"))
+    with pytest.raises(UserError) as refused:
+        one(f"--config-dir={tmp_path}", "model=mine")
+    said = str(refused.value)
+    assert said.startswith(f"{tmp_path}/model/mine.yaml cannot be read (")
+    assert what in said
+    assert said.endswith("): put the file right.")
+
+
 @pytest.mark.parametrize("value", ["3", "null", "[ReLU,3]", "{a:1}"])
 def test_an_activation_is_a_name_or_names(value):
     with pytest.raises(UserError, match="give the name of an activation"):

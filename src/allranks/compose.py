@@ -14,6 +14,7 @@ import tempfile
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -86,6 +87,7 @@ def cells_from_command_line(arguments: Sequence[str]) -> list[tuple[Config, list
     with (
         _hydra_that_leaves_no_trace([*flags, *overrides]),
         _hydra_that_composes_once(_may_set_mode(flags, overrides)),
+        _hydra_that_names_the_file(),
         _empty_is_unset("ALLRANKS_DATA"),
     ):
         try:
@@ -267,6 +269,46 @@ def _hydra_that_composes_once(may_set_mode: bool) -> Iterator[None]:
     finally:
         for (owner, name), method in zip(left_out, methods, strict=True):
             setattr(owner, name, method)
+
+
+@contextlib.contextmanager
+def _hydra_that_names_the_file() -> Iterator[None]:
+    """In the block, a file of choices that cannot be read raises UserError with the file's name in it.
+
+    Hydra hands on what the YAML parser or the file system says, which is often without the name.
+    """
+    from hydra._internal.sources_registry import SourcesRegistry
+    from hydra.core.plugins import Plugins
+    from yaml import YAMLError  # type: ignore[import-untyped,unused-ignore]
+
+    Plugins.instance()  # imports Hydra's own plugins, of which the reader of files is one
+    reader: Any = SourcesRegistry.instance().resolve("file")
+    load = reader.load_config
+
+    def load_or_name(source: Any, config_path: str) -> object:
+        try:
+            return load(source, config_path)
+        except (YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
+            name = config_path if config_path.endswith((".yaml", ".yml")) else f"{config_path}.yaml"
+            raise UserError(
+                f"{Path(source.path) / name} cannot be read ({_what_yaml_says(error)}): put the file right."
+            ) from error
+
+    reader.load_config = load_or_name
+    try:
+        yield
+    finally:
+        reader.load_config = load
+
+
+def _what_yaml_says(error: Exception) -> str:
+    """In one line what is wrong with a YAML file, and in which line of it where the parser says that."""
+    if isinstance(error, OSError):
+        # OmegaConf raises it, without a number, for a file that holds a plain value, such as `5`.
+        return error.strerror or "it holds a single value: write `key: value` lines"
+    problem = getattr(error, "problem", None) or first_line(error)
+    mark = getattr(error, "problem_mark", None)
+    return f"line {mark.line + 1}: {problem}" if mark else str(problem)
 
 
 @contextlib.contextmanager
