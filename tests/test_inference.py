@@ -706,6 +706,36 @@ def test_the_weights_carry_what_they_belong_to(drawn, tmp_path):
     assert sorted(shapes.values()) == [[10], [10, 32], [32], [32, 784]]
 
 
+def test_a_file_says_what_its_own_data_look_like(drawn):
+    """Digits, clothes, and arrays of any kind; and a Dataset's own names of its classes."""
+    import dataclasses
+
+    import torch
+
+    from allranks.data.parts import Form, Mapped
+
+    trained = load.load(drawn)
+
+    def preprocessing(**test: str) -> str:
+        data = {**trained.config.data, "test": test}
+        other = dataclasses.replace(trained, config=dataclasses.replace(trained.config, data=data))
+        about = json.loads(exporting._metadata(other, other.model, forward.open_part(trained))["allranks"])
+        return about["input"]["preprocessing"]
+
+    assert "A digit fits 20 x 20" in preprocessing(_target_="allranks.data.synthetic.generate")
+    assert "A digit fits 20 x 20" in preprocessing(_target_="allranks.data.mnist.load", name="mnist")
+    clothes = preprocessing(_target_="allranks.data.mnist.load", name="fashion_mnist")
+    assert "light on a dark ground" in clothes and "digit" not in clothes
+    assert preprocessing(_target_="allranks.data.arrays.load").startswith("as data.test in the config")
+
+    class Named(torch.utils.data.Dataset):
+        classes = tuple("abcdefghij")
+
+    form = Form(torch.device("cpu"), torch.float32, "data.test", is_labelled=True)
+    about = exporting._metadata(trained, trained.model, Mapped(Named(), [], 0, form))["allranks"]
+    assert json.loads(about)["classes"] == list("abcdefghij")
+
+
 def test_what_does_not_agree_is_not_left_behind(drawn, tmp_path, monkeypatch):
     """The weights are changed on their way into the file."""
     write = exporting._write_safetensors

@@ -82,7 +82,7 @@ def export(trained: Trained, part: Part, path: Path, force: bool) -> Agreement:
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
         with _quiet():
-            form.write(model, example, _metadata(trained, model), temporary)
+            form.write(model, example, _metadata(trained, model, part), temporary)
             agreement = _compare(trained, model, form.load(temporary, trained), part, dtype)
         if not agreement.agrees:
             raise RunError(
@@ -134,8 +134,11 @@ def _put(temporary: Path, path: Path, force: bool) -> None:
     temporary.replace(path)
 
 
-def _metadata(trained: Trained, model: nn.Module) -> dict[str, str]:
-    """What a program that reads the file has to know. All values are texts: the formats hold only texts."""
+def _metadata(trained: Trained, model: nn.Module, part: Part) -> dict[str, str]:
+    """What a program that reads the file has to know. All values are texts: the formats hold only texts.
+
+    A Dataset may have names for its classes, so the part of the data is asked for them, too.
+    """
     config = trained.config
     about = {
         "input": {
@@ -145,7 +148,7 @@ def _metadata(trained: Trained, model: nn.Module) -> dict[str, str]:
             "preprocessing": _preprocessing(trained),
         },
         "output": {"name": OUTPUT, "meaning": "logits; softmax over the classes gives probabilities"},
-        "classes": forward.class_names(trained),
+        "classes": forward.class_names(trained, part),
         "trained": {
             "run": trained.directory.name,
             "epoch": trained.epoch,
@@ -162,12 +165,22 @@ def _metadata(trained: Trained, model: nn.Module) -> dict[str, str]:
 
 
 def _preprocessing(trained: Trained) -> str:
-    if str(trained.config.data["test"].get("_target_")).startswith("allranks.data."):
+    """What the model's input looks like, in words, by what data.test names in the configuration."""
+    test = trained.config.data["test"]
+    target = test.get("_target_")
+    is_mnist = target == "allranks.data.mnist.load"
+    is_fashion = is_mnist and test.get("name") == "fashion_mnist"
+    grey = "grey values 0..255, light on a dark ground, divided by 255; no mean is subtracted. "
+    if is_fashion:
         return (
-            "grey values 0..255, light on a dark ground, divided by 255; no mean is subtracted. A digit "
-            "fits 20 x 20 pixels, and its centre of mass is at pixel 14 of 28, counted from 0"
+            grey + "A piece of clothing fills the 28 x 28 pixels, in the middle, with its proportions kept"
         )
-    return "as the Dataset of data.test in the configuration gives it; bytes 0..255 are divided by 255"
+    if is_mnist or target == "allranks.data.synthetic.generate":
+        return (
+            grey
+            + "A digit fits 20 x 20 pixels, and its centre of mass is at pixel 14 of 28, counted from 0"
+        )
+    return "as data.test in the configuration gives it; bytes 0..255 are divided by 255"
 
 
 def _compare(trained: Trained, model: nn.Module, run: Run, part: Part, dtype: torch.dtype) -> Agreement:
