@@ -441,6 +441,101 @@ def test_the_datas_own_transform_is_used_where_it_has_one():
     assert (made.pixels.tolist(), made.how) == ([[[1, 1], [1, 1]]], "by the data's own transform")
 
 
+def test_the_datas_own_transform_gets_8_bits_and_an_opaque_image(published):
+    """A transform that, like torchvision's, makes numbers of 0..1 of 8 bits and of nothing else."""
+    import torch
+
+    def transform(image: Image.Image) -> torch.Tensor:
+        return torch.from_numpy(np.array(image.convert("L"), dtype=np.float32)).unsqueeze(0) / 255
+
+    plan = images.plan([1, 28, 28], "auto", "auto", is_fashion=False, transform=transform)
+    digit = published[0][0]
+    wide = images.prepare(VARIANTS["16 bits"](digit), plan, Path("x"))
+    assert wide.pixels[0].numpy() == pytest.approx(digit / 255)
+    ink = images.prepare(transparent(digit), plan, Path("x")).pixels[0].numpy()
+    assert ink == pytest.approx(1 - np.asarray(enlarged(digit)) / 255, abs=0.01)
+
+
+@pytest.mark.parametrize("error", [KeyError("size"), AssertionError(), RuntimeError()])
+def test_what_a_users_code_raises_is_told_in_one_message(drawn, error):
+    """A transform, and a model, that raise."""
+    import dataclasses
+
+    import torch
+
+    def fail(_: object) -> torch.Tensor:
+        raise error
+
+    kind = type(error).__name__
+    plan = images.plan([1, 2, 2], "auto", "auto", is_fashion=False, transform=fail)
+    with pytest.raises(UserError, match=rf"x: the data's own transform does not take it \({kind}: "):
+        images.prepare(Image.new("L", (9, 9), 7), plan, Path("x"))
+
+    trained = dataclasses.replace(load.load(drawn), model=torch.nn.Module())
+    trained.model.forward = fail
+    with pytest.raises(UserError, match=rf"does not take images of shape \[1, 2, 2\] \({kind}: "):
+        forward.logits_of(trained, torch.zeros(3, 1, 2, 2))
+    with pytest.raises(UserError, match=rf"does not take the batch, an Examples .* \({kind}: "):
+        forward.outputs_in_order(trained, forward.open_part(trained))
+
+
+def test_too_little_memory_is_not_told_as_a_wrong_shape(drawn):
+    import dataclasses
+
+    import torch
+
+    def take_all(_: object) -> torch.Tensor:
+        return torch.empty(1 << 60)
+
+    trained = dataclasses.replace(load.load(drawn), model=torch.nn.Module())
+    trained.model.forward = take_all
+    with pytest.raises(UserError, match=r"The memory of the cpu is too small .* with 3 examples at once"):
+        forward.logits_of(trained, torch.zeros(3, 1, 2, 2))
+
+
+def test_an_image_of_12_bits_in_a_file_of_16_bits_is_as_bright_as_one_of_8(published):
+    """Divided by 257, as an image of 16 bits, it would have nothing on it."""
+    plan = images.plan([1, 28, 28], "auto", "auto", is_fashion=False, transform=None)
+    sheet = np.asarray(enlarged(published[0][0]))
+    few = images.prepare(Image.fromarray(sheet), plan, Path("x"))
+    of_12_bits = (sheet.astype(np.int64) * 4095 // 255).astype(np.uint16)
+    wide = images.prepare(Image.fromarray(of_12_bits), plan, Path("x"))
+    assert wide.how == few.how == "digit fitted to 20 x 20 in 28 x 28"
+    assert wide.pixels.numpy() == pytest.approx(few.pixels.numpy(), abs=0.02)
+
+
+def test_a_polarity_that_hides_the_digit_is_named(published):
+    light = enlarged(published[0][0])  # light on dark
+    for polarity, image, said in (
+        ("keep", ImageOps.invert(light), "x has a light ground, and a digit has to be light"),
+        ("invert", light, "x has a light ground once light and dark are exchanged, and a digit"),
+    ):
+        plan = images.plan([1, 28, 28], "auto", polarity, is_fashion=False, transform=None)
+        with pytest.raises(UserError, match=f"{said}.*leave --polarity {polarity} out"):
+            images.prepare(image, plan, Path("x"))
+
+
+def test_single_dots_far_apart_are_no_digit():
+    sheet = np.full((3000, 3000), 255, np.uint8)
+    sheet[0, 0] = sheet[-1, -1] = 0
+    plan = images.plan([1, 28, 28], "auto", "auto", is_fashion=False, transform=None)
+    with pytest.raises(UserError, match="x has nothing on it but dots"):
+        images.prepare(Image.fromarray(sheet), plan, Path("x"))
+
+
+def test_colours_of_another_kind_are_converted_or_refused_by_name(tmp_path):
+    """Lab colours, as a TIFF may have them, for a grey model; Pillow itself converts them to RGB only."""
+    plan = images.plan([1, 32, 32], "auto", "auto", is_fashion=False, transform=None)
+    red = Image.new("RGB", (40, 40), (200, 0, 0))
+    red.convert("LAB").save(tmp_path / "red.tiff")
+    of_lab = images.read(tmp_path / "red.tiff")
+    assert of_lab.mode == "LAB"
+    expected = images.prepare(red, plan, Path("x")).pixels.numpy()
+    assert images.prepare(of_lab, plan, Path("x")).pixels.numpy() == pytest.approx(expected, abs=0.03)
+    with pytest.raises(UserError, match=r"x has colours of the kind La, .*save it as a PNG"):
+        images.prepare(Image.new("La", (40, 40)), plan, Path("x"))
+
+
 def broken(path: Path) -> Path:
     whole = io.BytesIO()
     Image.new("L", (300, 300), 7).save(whole, "PNG")

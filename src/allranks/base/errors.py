@@ -13,6 +13,9 @@ EXIT_STUCK = 86  # started again and again without gaining a step
 EXIT_TIMED_OUT = 124  # not done within its limit, as of timeout(1)
 EXIT_CANNOT_START = 127  # the program is not there, as of a shell
 
+# What libraries raise where values, types or shapes do not go together. Any other error of a user's own
+# code keeps its traceback.
+MISFITS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
 
 ANYONE = -1  # in place of a rank that shows an error
 

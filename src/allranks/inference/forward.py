@@ -6,13 +6,15 @@ logits of images.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from allranks.base.errors import UserError
+from allranks.base.errors import MISFITS, UserError
+from allranks.base.text import one_line
 from allranks.data import loader
 from allranks.data.dealing import EVAL_BATCH, evaluation_batches
 from allranks.data.nests import described
@@ -106,7 +108,7 @@ def measure(trained: Trained, part: Part) -> Figures:
     trained.model.eval()
     with part.explained():
         first = part.first(1, trained.config.seed)
-        with runtime.autocast(trained.precision):
+        with _told(trained, f"the batch, {described(first)}", 1), runtime.autocast(trained.precision):
             outputs = outputs_of(task, trained.model, first)
     columns = columns_of(task, metrics_of(task, outputs, first))
     return evaluate(trained.model, task, columns, part, trained.precision, trained.config.seed, runtime)
@@ -185,7 +187,10 @@ def outputs_in_order(trained: Trained, part: Part) -> torch.Tensor:
     pieces: list[torch.Tensor] = []
     with part.explained():
         for _, (examples, length) in evaluation_batches(part, runtime, trained.config.seed):
-            with runtime.autocast(trained.precision):
+            with (
+                _told(trained, f"the batch, {described(examples)}", length),
+                runtime.autocast(trained.precision),
+            ):
                 outputs = outputs_of(trained.task, trained.model, examples)
             if not isinstance(outputs, torch.Tensor) or outputs.shape[:1] != (length,):
                 raise UserError(
@@ -209,20 +214,45 @@ def logits_of(trained: Trained, images: torch.Tensor) -> torch.Tensor:
     """
     need_classes(trained)
     images = images.to(trained.runtime.device)
-    try:
-        with trained.runtime.autocast(trained.precision):
-            logits: torch.Tensor = trained.model(images)
-    except RuntimeError as error:
-        raise UserError(
-            f"The model of {trained.directory} does not take images of shape {list(images.shape[1:])} "
-            f"({str(error).splitlines()[0]})."
-        ) from error
+    with (
+        _told(trained, f"images of shape {list(images.shape[1:])}", len(images)),
+        trained.runtime.autocast(trained.precision),
+    ):
+        logits: torch.Tensor = trained.model(images)
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
         raise UserError(
             f"The model of {trained.directory} does not give a number for each class and image, so it "
             "cannot be used here."
         )
     return logits
+
+
+@contextmanager
+def _told(trained: Trained, given: str, count: int) -> Iterator[None]:
+    """A block in which the model computes: its errors become a UserError that says what it was `given`.
+
+    `count` is the number of examples. The model is the user's own, and may raise anything.
+    """
+    try:
+        yield
+    except MISFITS as error:
+        if _is_out_of_memory(error):
+            device = trained.runtime.device.type
+            remedy = "end other programs on this host" if device == "cpu" else "give device=cpu"
+            raise UserError(
+                f"The memory of the {device} is too small for the model of {trained.directory} with "
+                f"{count:,} example{'s' * (count != 1)} at once: {remedy}, or take a host with more memory."
+            ) from error
+        first_line = (str(error).strip().splitlines() or ["without a message"])[0]
+        raise UserError(
+            f"The model of {trained.directory} does not take {given} ({type(error).__name__}: "
+            f"{one_line(first_line)})."
+        ) from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether torch has found no memory: CUDA has a class for that error, and the CPU only its words."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def probabilities_of(logits: torch.Tensor) -> torch.Tensor:

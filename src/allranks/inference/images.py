@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 
-from allranks.base.errors import UserError
+from allranks.base.errors import MISFITS, UserError
 from allranks.base.text import one_line
 
 MOST_PIXELS = 100_000_000  # 10,000 x 10,000, some 400 MB in memory: more would fill the memory
@@ -128,25 +128,41 @@ def _check_size(path: Path, size: tuple[int, int]) -> None:
 def _as_8_bits(image: Image.Image, path: Path) -> Image.Image:
     """The image with 8 bits a channel.
 
-    An image of 16 bits is scaled down: Pillow's own conversion would make all values above 255 white.
+    An image of 16 bits is scaled down: Pillow's own conversion would make all values above 255 white. A
+    camera of 10, 12 or 14 bits saves its values in such a file, too. How many bits it has is not written
+    there, so they are counted in the largest value.
     """
     if image.mode.startswith("I"):
-        values = np.asarray(image, dtype=np.int64)
-        scale = 257 if values.max() > 255 else 1
-        return Image.fromarray(np.clip(values // scale, 0, 255).astype(np.uint8))
+        values = np.asarray(image, dtype=np.int64).clip(min=0)
+        bits = max(8, int(values.max()).bit_length())
+        white = 2**bits - 1
+        return Image.fromarray((values * 255 // white).astype(np.uint8))
     if image.mode == "F":
         raise UserError(f"{path} has floating-point pixels: save it as a PNG of 8 or 16 bits.")
     return image
 
 
-def _without_alpha(image: Image.Image) -> Image.Image:
+def _converted(image: Image.Image, mode: str, path: Path) -> Image.Image:
+    """The image with other channels, such as L (grey) or RGB. Raises UserError where Pillow cannot."""
+    try:
+        if image.mode == "LAB":  # as of some TIFFs: Pillow makes RGB of it, but no grey
+            image = image.convert("RGB")
+        return image.convert(mode)
+    except ValueError as error:
+        raise UserError(
+            f"{path} has colours of the kind {image.mode}, which Pillow cannot convert to {mode}: save it "
+            "as a PNG."
+        ) from error
+
+
+def _without_alpha(image: Image.Image, path: Path) -> Image.Image:
     """The image on an opaque ground: white under dark ink, black under light ink.
 
     A drawing with a transparent ground would vanish on a ground of its own colour.
     """
     if not image.has_transparency_data:
         return image
-    with_alpha = image.convert("RGBA")
+    with_alpha = _converted(image, "RGBA", path)
     alpha = np.asarray(with_alpha.getchannel("A"), dtype=np.float64)
     grey = np.asarray(with_alpha.convert("RGB").convert("L"), dtype=np.float64)
     ink = (grey * alpha).sum() / alpha.sum() if alpha.any() else 0.0
@@ -164,8 +180,8 @@ def prepare(image: Image.Image, plan: Plan, path: Path) -> Prepared:
     if plan.transform is not None:
         return _transformed(image, plan.transform, path)
     channels, height, width = plan.shape
-    opaque = _without_alpha(_as_8_bits(image, path))
-    pixels = opaque.convert("L" if channels == 1 else "RGB")
+    opaque = _without_alpha(_as_8_bits(image, path), path)
+    pixels = _converted(opaque, "L" if channels == 1 else "RGB", path)
 
     grey = np.asarray(pixels.convert("L"), dtype=np.float64)
     inverted = plan.polarity == "invert" or (plan.polarity == "auto" and _has_light_ground(grey))
@@ -175,7 +191,7 @@ def prepare(image: Image.Image, plan: Plan, path: Path) -> Prepared:
     if pixels.size == (width, height):
         how = "as it is"
     elif plan.fit == "digit":
-        pixels = _as_mnist_digit(np.asarray(pixels, dtype=np.float64), path)
+        pixels = _as_mnist_digit(np.asarray(pixels, dtype=np.float64), plan.polarity, path)
         how = f"digit fitted to {BOX} x {BOX} in {width} x {height}"
     elif plan.fit == "whole":
         pixels = _whole(pixels, width, height)
@@ -190,12 +206,20 @@ def prepare(image: Image.Image, plan: Plan, path: Path) -> Prepared:
 
 
 def _transformed(image: Image.Image, transform: Callable[[Any], Any], path: Path) -> Prepared:
-    """The image as the data's own transform makes it: a user's code, whose errors are quoted."""
+    """The image as the data's own transform makes it: a user's code, whose errors are quoted.
+
+    The transform gets 8 bits a channel and an opaque ground, as transforms expect. From 16 bits torchvision
+    would make a tensor that is not scaled, and of a transparent drawing in black only black would be left.
+    """
+    opaque = _without_alpha(_as_8_bits(image, path), path)
+    if opaque.mode in ("P", "CMYK", "LAB", "YCbCr"):
+        opaque = _converted(opaque, "RGB", path)
     try:
-        made = transform(image.convert("RGB") if image.mode in ("P", "RGBA", "LA", "CMYK") else image)
-    except (TypeError, ValueError, RuntimeError) as error:
+        made = transform(opaque)
+    except MISFITS as error:
+        reason = one_line(error) or "without a message"
         raise UserError(
-            f"{path}: the data's own transform does not take it ({one_line(error)})."
+            f"{path}: the data's own transform does not take it ({type(error).__name__}: {reason})."
         ) from error
     if not isinstance(made, torch.Tensor):
         raise UserError(
@@ -211,12 +235,22 @@ def _has_light_ground(grey: np.ndarray) -> bool:
     return float(np.median(border)) > (float(grey.min()) + float(grey.max())) / 2
 
 
-def _as_mnist_digit(grey: np.ndarray, path: Path) -> Image.Image:
-    """A light digit on a dark ground as MNIST has it, 28 x 28 pixels; `grey` [height, width] of 0..255."""
+def _as_mnist_digit(grey: np.ndarray, polarity: str, path: Path) -> Image.Image:
+    """A light digit on a dark ground as MNIST has it, 28 x 28 pixels; `grey` [height, width] of 0..255.
+
+    `polarity` is what the user has asked for. Raises UserError where there is no light digit.
+    """
     # 1. The ink alone: the paper is not quite black, and the pen not quite white.
     border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
     paper = float(np.median(border))
     peak = float(grey.max())
+    if peak - paper < FAINTEST <= paper - float(grey.min()):
+        # With `auto` the ground is dark by now: only a polarity that the user has given leads here.
+        exchanged = " once light and dark are exchanged" if polarity == "invert" else ""
+        raise UserError(
+            f"{path} has a light ground{exchanged}, and a digit has to be light on a dark ground: leave "
+            f"--polarity {polarity} out."
+        )
     if peak - paper < FAINTEST:
         raise UserError(f"{path} has nothing on it: all of its pixels are nearly the same.")
     ink = np.clip((grey - paper) / (peak - paper), 0, 1)
@@ -227,7 +261,11 @@ def _as_mnist_digit(grey: np.ndarray, path: Path) -> Image.Image:
     cut = ink[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
     large = _scaled(Image.fromarray((255 * cut).astype(np.uint8)), FINE * BOX, only_down=True)
     digit = np.asarray(_scaled(_with_bold_pen(large), BOX, only_down=False), dtype=np.float64)
-    digit *= 255 / max(1.0, digit.max())  # a thin pen becomes faint when it is scaled down
+    if digit.max() == 0:  # a few single pixels, far apart
+        raise UserError(
+            f"{path} has nothing on it but dots, of which nothing is left at {BOX} x {BOX} pixels."
+        )
+    digit *= 255 / digit.max()  # a thin pen becomes faint when it is scaled down
 
     # 3. The digit is moved by whole pixels until its centre of mass is in the middle. Where it would stick
     #    out of the sheet, it is moved less.

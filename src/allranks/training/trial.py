@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 import allranks
-from allranks.base.errors import UserError
+from allranks.base.errors import MISFITS, UserError
 from allranks.base.text import did_you_mean, one_line, some
 from allranks.components import build
 from allranks.data.loader import Data
@@ -38,9 +38,6 @@ from allranks.training.flops import Flops
 from allranks.training.metrics import Column, Sums, columns_of, objects_of
 from allranks.training.training import Training
 
-# What libraries raise where values, types or shapes do not go together. Any other error of a user's own
-# code keeps its traceback.
-_MISFITS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
 _SHOWN_LETTERS = 300  # of a library's message; some list every name of a model
 
 
@@ -160,7 +157,7 @@ def _told(what: str, remedy: str = "") -> Iterator[None]:
         yield
     except UserError:
         raise
-    except _MISFITS as error:
+    except MISFITS as error:
         said = one_line(error)[:_SHOWN_LETTERS].rstrip(". ")
         raise UserError(f"{what} ({type(error).__name__}{_where(error)}: {said}).{remedy}") from error
 
@@ -286,7 +283,7 @@ def _check_that_losses_add_up(trial: _Trial) -> None:
     trial.model.eval()
     losses = []
     # A model or a loss may take no single example. Whether one will come, _try_one_example() looks.
-    with torch.no_grad(), suppress(*_MISFITS):
+    with torch.no_grad(), suppress(*MISFITS):
         for examples in train.batches([[0, 1], [0], [1]], recipe.seed):
             with trial.runtime.autocast(recipe.trainer.precision):
                 outputs = outputs_of(trial.task, trial.model, examples)
