@@ -20,6 +20,7 @@ import time
 import pytest
 
 from allranks.base import links, processes
+from allranks.base.signals import TWICE_S
 from allranks.job import variables
 from allranks.launch import supervisor
 from helpers import GUARD, TIMEOUT_S, Started, only_long, serial
@@ -187,14 +188,15 @@ def test_a_second_ctrl_c_does_not_wait_for_ranks_that_ignore_the_first(start):
     started = start("mpiexec", 2, IGNORES + WAIT)
     wait_for_ranks(started, 2)
     started.process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
+    time.sleep(TWICE_S + 0.2)
     assert started.process.poll() is None
     started.process.send_signal(signal.SIGINT)
     assert started.finish(within_s=3)[0] == 130
     started.gone(within_s=1)
 
 
-def test_ranks_that_stop_in_order_on_sigterm_are_waited_for_and_asked_to_go_on_later(start, tmp_path):
+def test_ranks_that_stop_in_order_on_a_signal_are_waited_for_and_asked_to_go_on_later(start, tmp_path):
+    """A terminal that is closed sends SIGHUP twice, and a wrapper SIGTERM: each is one request."""
     # rank 0 saves for a second after the others have gone with code 85: it must not be cut short
     code = (
         "import os, signal, sys, time\n"
@@ -206,7 +208,9 @@ def test_ranks_that_stop_in_order_on_sigterm_are_waited_for_and_asked_to_go_on_l
     )
     started = start("mpiexec", 3, code)
     wait_for_ranks(started, 3)
-    started.process.terminate()
+    for signum in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGTERM):
+        started.process.send_signal(signum)
+        time.sleep(0.005)
     got, _, err = started.finish(within_s=10)
     assert (got, err) == (85, "")
     assert (tmp_path / "saved").read_text() == "whole"
@@ -532,6 +536,20 @@ def test_a_program_that_goes_on_after_ctrl_c_gets_sigterm_before_it_is_killed(st
     started.process.send_signal(signal.SIGINT)
     got, out, _ = started.finish(within_s=20)
     assert (got, out) == (85, "terminated\n")
+
+
+@pytest.mark.parametrize(
+    ("signum", "after_s", "expected"),
+    [
+        (signal.SIGINT, TWICE_S + 0.1, True),
+        (signal.SIGTERM, TWICE_S + 0.1, True),
+        (signal.SIGINT, 0.005, False),  # the same Ctrl-C
+        (signal.SIGTERM, 0.005, False),  # passed on by a wrapper
+        (signal.SIGHUP, 60.0, False),  # a terminal says nothing about time
+    ],
+)
+def test_which_further_signal_ends_all_ranks_at_once(signum, after_s, expected):
+    assert supervisor.is_impatient(signum, after_s) is expected
 
 
 @pytest.mark.parametrize("signum", [signal.SIGHUP, only_long(signal.SIGINT)])

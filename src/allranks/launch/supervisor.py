@@ -31,6 +31,7 @@ from typing import Any
 
 from allranks.base import links, processes
 from allranks.base.errors import EXIT_REQUEUE, EXIT_TIMED_OUT, UserError, as_line
+from allranks.base.signals import TWICE_S
 from allranks.base.text import printable, some
 from allranks.job import variables
 from allranks.job.hosts import address_for
@@ -66,6 +67,9 @@ LAST_WORDS_BYTES = 1 << 14
 SILENCE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN)
 
 END_THE_LAUNCH = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # signals to this process
+# With these a user who has asked before says that there is no more time to save. SIGHUP is not among them:
+# a terminal that is closed sends it, and so does the shell in it.
+IMPATIENT = (signal.SIGINT, signal.SIGTERM)
 PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2)  # to the ranks, once they run
 
 
@@ -222,6 +226,7 @@ class Supervision:
         self.guarded: dict[int, Guarded] = {}  # by rank, those that have come
         self._newcomers: list[asyncio.StreamWriter] = []  # have connected, and not shown the secret yet
         self.stopped_by = 0  # the signal that ends the launch
+        self._stopped_at = 0.0  # when that signal came, by the event loop's clock
         self.problem: Conclusion | None = None  # what no rank's end explains
         self._writer = writer
         self._on_output = on_output
@@ -680,10 +685,12 @@ class Supervision:
     def _on_signal(self, signum: int) -> None:
         if signum in PASSED_ON and self._has_begun and self.passes_on:
             self._tell_all(signal=signum)
-        elif self.stopped_by:  # asked twice: no more grace
-            self._kill()
+        elif self.stopped_by:
+            if is_impatient(signum, self._loop.time() - self._stopped_at):
+                self._kill()
         else:
             self.stopped_by = signum
+            self._stopped_at = self._loop.time()
             self._end_by_signal(signum, self.limits.grace_s if self._has_begun else 0)
 
     def _fail(self, problem: Conclusion) -> None:
@@ -923,6 +930,15 @@ def _loss_by(error: Exception) -> Loss:
     if isinstance(error, OSError) and error.errno in SILENCE:
         return Loss.SILENT
     return Loss.CUT
+
+
+def is_impatient(signum: int, after_s: float) -> bool:
+    """Whether a signal says that the ranks are to end at once, `after_s` seconds after the first signal.
+
+    One request may arrive as several signals within milliseconds: a wrapper passes on what its whole group
+    has got already.
+    """
+    return signum in IMPATIENT and after_s > TWICE_S
 
 
 def _is_to_be_ignored(signum: int) -> bool:
