@@ -96,7 +96,7 @@ class Guard:
         # The two ends of a pipe in which a byte stands for each signal that has arrived.
         self.wakeups: int | None = None
         self.wake_end = -1
-        self.terminals: list[int] = []  # those of the descriptors above that are terminals
+        self.terminals: list[int] = []  # those of `pipes` that are terminals, until they are closed
         self.stdin: int | None = None  # to write to the program's stdin, where the supervisor sends it
         self.typed = bytearray()  # for the program's stdin, which has not taken it yet
         self.typed_all = False  # no more will come
@@ -306,6 +306,8 @@ class Guard:
             data = b""
         if not data:
             os.close(fd)
+            if fd in self.terminals:  # its number may soon be another file's
+                self.terminals.remove(fd)
             if self.pipes.pop(fd) == "look":
                 self._say(looked=True)
             return
@@ -342,7 +344,9 @@ class Guard:
         import termios
 
         for fd in self.terminals:
-            fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+            # The size is for the eye alone: a system that refuses it is no reason to end the rank.
+            with contextlib.suppress(OSError):
+                fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         if self.terminals:
             self._forward(signal.SIGWINCH)
 
