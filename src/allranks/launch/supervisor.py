@@ -485,9 +485,12 @@ class Supervision:
         if "pulse" in word:
             self._idle.ranks[known.rank.rank].note(idle.Pulse(*word["pulse"]), known.heard_at)
         if "code" in word:
-            known.rank.code = int(word["code"])
-            known.rank.signal = int(word["signal"])
-            known.rank.ended_at = float(word["time"])
+            # A guard says it twice: as the program ends, and once all of its output is passed on. Which
+            # rank has failed first depends on when the programs ended, not on whose output was slow.
+            if known.rank.code is None:
+                known.rank.code = int(word["code"])
+                known.rank.signal = int(word["signal"])
+                known.rank.ended_at = float(word["time"])
             if word["last"]:
                 self._on_end(known)
         elif "took" in word:  # rank 0's program has all of its stdin that was read so far
