@@ -166,6 +166,38 @@ def test_a_sweep_is_one_configuration_for_each_cell(tmp_path):
     assert [cell.run.dir for cell in placed] == [f"{tmp_path}/all/{i}" for i in range(3)]
 
 
+def test_a_sweep_has_one_directory():
+    """Its trainings are 0, 1, ... in it, so a second run.dir would be lost."""
+    for words in (["run.dir=a,b"], ["run.dir=null,b"], ["run.dir=${name}", "name=a,b"]):
+        with pytest.raises(UserError, match=r"run\.dir=\w+,b is not the same for all trainings"):
+            from_command_line(["-m", *words])
+    assert len(from_command_line(["-m", "run.dir=a,a"])) == 2
+
+
+@pytest.mark.parametrize("word", ["run.dir=[a]", "run.dir={a: 1}", "run=null"])
+def test_what_is_no_run_directory_is_refused_in_a_sweep_too(word):
+    with pytest.raises(UserError, match=r"run(\.dir)?=\S.* is not valid"):
+        from_command_line(["-m", word, "seed=1,2"])
+
+
+def test_a_directory_may_be_called_by_a_number(tmp_path):
+    cells = from_command_line(["-m", "run.dir=7", "seed=1,2"])
+    assert [cell.run.dir for cell in cells] == [f"{tmp_path}/7/0", f"{tmp_path}/7/1"]
+
+
+def test_a_sweep_of_no_training_is_refused():
+    with pytest.raises(UserError, match="-m asks for no training at all"):
+        from_command_line(["-m", "seed=range(1,1)"])
+
+
+@pytest.mark.parametrize("words", [["seed=1", "--config-dir"], ["-cd", "-m", "seed=1"], ["--cfg"]])
+def test_a_flag_without_its_value_is_named(words):
+    """Hydra would take a word that only allranks has put after it."""
+    flag = next(word for word in words if word.startswith("-"))
+    with pytest.raises(UserError, match=f"^{flag} has no value: give it after {flag}"):
+        from_command_line(words)
+
+
 def test_paths_are_whole_once_the_configuration_is_composed(monkeypatch, tmp_path):
     """Later the ranks of other hosts, or a job's script, may have another present directory."""
     monkeypatch.setenv("HOME", "/home/me")

@@ -53,12 +53,13 @@ def cells_from_command_line(arguments: Sequence[str]) -> list[tuple[Config, list
     from hydra.types import RunMode
 
     composed: list[tuple[DictConfig, list[str]]] = []
+    sweep_dirs: list[str | None] = []  # run.dir of each training of a sweep, as it was given
     arguments, console = without_console_flags(arguments)
 
     def collect(cfg: DictConfig) -> None:
         OmegaConf.resolve(cfg)  # now, while ${hydra:...} can still be resolved
-        if HydraConfig.get().mode == RunMode.MULTIRUN and cfg.run.dir:
-            cfg.run.dir = str(Path(cfg.run.dir) / str(HydraConfig.get().job.num))
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            sweep_dirs.append(_into_own_folder(cfg, HydraConfig.get().job.num))
         composed.append((cfg, list(HydraConfig.get().overrides.task)))
 
     # Both are shown by --help.
@@ -66,6 +67,7 @@ def cells_from_command_line(arguments: Sequence[str]) -> list[tuple[Config, list
     OmegaConf.register_new_resolver("allranks.keys", _help_on_keys, replace=True)
     app = hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(collect)
     flags, overrides = split_flags(arguments)
+    _refuse_without_value(flags)
     flags = [_with_home_in_flag(flag) for flag in flags]
     overrides = [_with_home_quoted(override) for override in overrides]
     for flag in (flag.partition("=")[0] for flag in flags):
@@ -96,10 +98,35 @@ def cells_from_command_line(arguments: Sequence[str]) -> list[tuple[Config, list
             raise UserError(_explain(error, overrides)) from error
         except OmegaConfBaseException as error:
             raise UserError(f"The configuration does not hold together: {first_line(error)}") from error
+    asks_for_sweep = bool({"-m", "--multirun"} & set(flags))
+    only_shows = any(flag.partition("=")[0] in _FLAGS_THAT_SHOW for flag in flags)
+    if not composed and asks_for_sweep and not only_shows:
+        raise UserError(
+            "-m asks for no training at all, because a key has no value, as by range(1,1): give each key "
+            "one or more."
+        )
+    different = list(dict.fromkeys(as_override(directory) for directory in sweep_dirs))
+    if len(different) > 1:
+        raise UserError(
+            f"run.dir={','.join(different)} is not the same for all trainings of this sweep: give one "
+            "run.dir=PATH, in which each of them has a directory 0, 1, ..."
+        )
     configs = [(_with_whole_paths(typed(cfg)), overrides) for cfg, overrides in composed]
     for config, _ in configs:
         config.console = console or config.console
     return configs
+
+
+def _into_own_folder(cfg: DictConfig, number: int) -> str | None:
+    """Appends the number of a sweep's cell to its run.dir. The run.dir as it was; None where none is given.
+
+    What is no path at all, as `run.dir=[a]` or `run=null`, stays for typed(), which says so.
+    """
+    directory = cfg.run.get("dir") if isinstance(cfg.run, DictConfig) else None
+    if not directory or not isinstance(directory, str | int | float):
+        return None
+    cfg.run.dir = str(Path(str(directory)) / str(number))
+    return str(directory)
 
 
 def without_console_flags(arguments: Sequence[str]) -> tuple[list[str], str | None]:
@@ -148,6 +175,10 @@ def whole_run_dir(directory: str) -> str:
 _FLAGS_WITH_VALUE = frozenset(
     "-c -p -cp -cn -cd --cfg --package --config-path --config-name --config-dir --info".split()
 )
+# Those that show something instead of training. `--info` and `--cfg` are shown for one training only.
+_FLAGS_THAT_SHOW = frozenset(
+    "-h -c -i -sc --help --hydra-help --version --cfg --info --shell-completion".split()
+)
 HYDRAS = _FLAGS_WITH_VALUE.union(
     "--help --hydra-help --version --resolve --run --multirun --shell-completion "
     "--experimental-rerun".split()
@@ -165,6 +196,18 @@ def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         is_override = not argument.startswith("-") and before not in _FLAGS_WITH_VALUE
         (overrides if is_override else flags).append(argument)
     return flags, overrides
+
+
+def _refuse_without_value(flags: Sequence[str]) -> None:
+    """Raises UserError for a flag of Hydra's that needs a value and has none after it.
+
+    Hydra would take the next word of its command line, which may be one that is put there for it here.
+    """
+    for flag, following in zip(flags, [*flags[1:], "-"], strict=False):
+        if flag in _FLAGS_WITH_VALUE - {"--info"} and following.startswith("-"):
+            raise UserError(
+                f"{flag} has no value: give it after {flag}, with a blank between, or with a =."
+            )
 
 
 # What Hydra would do for another program, and allranks does in its own way: the beginning of the key, and
