@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from allranks.base import files
-from allranks.base.errors import UserError
+from allranks.base.errors import UserError, show
 from allranks.job.batch import JOB_LOG
 from allranks.job.scheduler import NoAnswer
 from allranks.run import directory as rundir
-from allranks.run.cells import JOB, make_cells, note_job, read_job, write_list
+from allranks.run.cells import CELLS, JOB, make_cells, note_job, read_job, write_list
 from allranks.submit.task import Task
 
 
@@ -26,17 +26,27 @@ def queue_new(task: Task, after: str | None) -> list[str]:
     (NoAnswer), the directory stays for it.
     """
     fresh = not Path(task.directory).exists()
-    if task.cells:
-        make_cells(task.directory, task.cells)
-    else:
-        rundir.create(task.directory, None)
+    try:
+        if task.cells:
+            make_cells(task.directory, task.cells)
+        else:
+            rundir.create(task.directory, None)
+    except UserError as error:
+        # Where the file system has failed half-way, what is there is ours. Where another run has taken the
+        # directory just now, there is no OSError behind the error, and it stays.
+        if fresh and isinstance(error.__cause__, OSError):
+            shutil.rmtree(task.directory, ignore_errors=True)
+        raise
     return _queue(task, after, fresh)
 
 
 def queue_again(task: Task, after: str | None) -> list[str]:
     """Queues another job in the directory of a run that is there, after the job `after`; the jobs' ids."""
     ids = _queue(task, after, fresh=False)
-    note_job(task.directory, ids[0])
+    try:
+        note_job(task.directory, ids[0])
+    except OSError as error:  # the list is for people: the job is queued all the same, and in job.json
+        show(f"job {ids[0]} is queued, but {CELLS} of its sweep cannot be written ({error.strerror})")
     return ids
 
 
@@ -82,24 +92,20 @@ def _record(task: Task, ids: Sequence[str]) -> None:
     }
     of_cells: list[str | None] = []
     for index, cell in enumerate(task.cells):
-        path = Path(cell.directory) / JOB
         if task.array_jobs:
             cell_ids = [task.scheduler.job_of_array(ids[0], index)] if ids else []
-            known_ids = cell_ids
-        else:  # earlier jobs of the run stay in its record
+        else:
             cell_ids = list(ids)
-            known_ids = list(dict.fromkeys([*read_job(path).get("job_ids", []), *cell_ids]))
         of_cells.append(cell_ids[0] if cell_ids else None)
-        _write(path, about, known_ids, {"overrides": cell.overrides, "config_sha256": cell.sha256})
-    path = Path(task.directory) / JOB
-    if task.is_sweep:
-        _write(path, about, ids, {"overrides": []})
-    elif not task.cells:  # a program: as of a run, its earlier jobs stay in its record
-        known_ids = list(dict.fromkeys([*read_job(path).get("job_ids", []), *ids]))
-        _write(path, about, known_ids, {"overrides": []})
+        of_run = {"overrides": cell.overrides, "config_sha256": cell.sha256}
+        _write(Path(cell.directory) / JOB, about, cell_ids, of_run)
+    if task.is_sweep or not task.cells:  # a sweep's own record, or a program's
+        _write(Path(task.directory) / JOB, about, ids, {"overrides": []})
     if task.is_sweep:
         write_list(task.directory, task.cells, of_cells)
 
 
 def _write(path: Path, about: dict[str, Any], ids: Sequence[str], of_run: dict[str, Any]) -> None:
-    files.write_json(path, about | {"job_ids": list(ids)} | of_run)
+    """Writes one job.json. The earlier jobs stay in it, before the new ones: some may still be at work."""
+    known_ids = list(dict.fromkeys([*read_job(path).get("job_ids", []), *ids]))
+    files.write_json(path, about | {"job_ids": known_ids} | of_run)
