@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 
+import pytest
+
+from allranks.launch import supervisor
 from allranks.launch.console import Console
-from allranks.launch.outcome import Rank
+from allranks.launch.outcome import Loss, Rank
 from allranks.launch.supervisor import Guarded, Limits, Phase, Supervision
 
 
@@ -35,3 +39,37 @@ def test_the_end_of_a_program_is_when_it_ended_and_not_when_its_output_was_passe
 
     rank = asyncio.run(heard())
     assert (rank.code, rank.ended_at, rank.has_ended) == (3, 100.3, True)
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_guard_that_answers_while_the_scheduler_is_asked_is_not_given_up(answers, monkeypatch):
+    """Asking the scheduler takes up to a minute and a half. A guard that stays silent is given up after."""
+    monkeypatch.setattr(supervisor, "SILENT_S", 0.0)
+    monkeypatch.setattr(supervisor, "LEAST_ASK_S", 0.01)
+    monkeypatch.setattr(supervisor, "ASK_S", 0.01)
+
+    async def asked() -> Rank:
+        loop = asyncio.get_running_loop()
+        has_answer = asyncio.Event()
+
+        def ask_scheduler() -> bool:
+            if answers:
+                loop.call_soon_threadsafe(supervision._hear, known, {"here": True})
+            loop.call_soon_threadsafe(has_answer.set)
+            return False
+
+        supervision = await running(1, ask_scheduler)
+        known = supervision.guarded[0]
+        ours, theirs = socket.socketpair()
+        _, guard = await asyncio.open_connection(sock=ours)
+        known.guard = guard
+        asking = asyncio.create_task(supervision._ask_guards())
+        await has_answer.wait()
+        while not supervision._changed.is_set():  # what follows the scheduler's answer
+            await asyncio.sleep(0)
+        asking.cancel()
+        guard.close()
+        theirs.close()
+        return known.rank
+
+    assert asyncio.run(asked()).loss is (None if answers else Loss.SILENT)

@@ -568,7 +568,7 @@ class Supervision:
                 self._idle.forgive(now)
             if not self._has_begun:
                 continue
-            asked = [g for g in self._connected() if not (g.rank.has_ended or g.awaits_room)]
+            asked = [g for g in self._connected() if _is_to_answer(g)]
             for known in asked:
                 self._tell(known, here=True)
             silent = [known for known in asked if now >= known.heard_at + SILENT_S]
@@ -580,13 +580,17 @@ class Supervision:
                     known.heard_at = self._loop.time()
                 self._idle.forgive(self._loop.time())
             elif not self._is_suspended:
-                self._give_up_silent(silent)
+                self._give_up_silent(silent, now)
             self._check_progress()
 
-    def _give_up_silent(self, silent: Sequence[Guarded]) -> None:
-        """Takes the guards that have not answered for too long as lost."""
+    def _give_up_silent(self, silent: Sequence[Guarded], asked_at: float) -> None:
+        """Takes the guards that had not answered for too long at `asked_at`, and have not since, as lost.
+
+        The scheduler may have been asked meanwhile, which takes up to SCHEDULER_ANSWER_S.
+        """
         for known in silent:
-            if known.guard is not None:  # it may have gone while the scheduler was asked
+            has_answered = known.heard_at > asked_at
+            if known.guard is not None and _is_to_answer(known) and not has_answered:
                 known.guard.close()
                 self._on_break(known, Loss.SILENT)
         self._changed.set()
@@ -881,6 +885,11 @@ async def _next_message(reader: asyncio.StreamReader, inbox: links.Inbox) -> dic
             raise EOFError
         inbox.add(piece)
     return told
+
+
+def _is_to_answer(known: Guarded) -> bool:
+    """Whether a guard that is asked has an answer to give, and it would be read."""
+    return not (known.rank.has_ended or known.awaits_room)
 
 
 def _is_stopped(known: Guarded) -> bool:
