@@ -11,7 +11,8 @@ import pytest
 from allranks.base import links
 from allranks.job import variables
 from allranks.job.identity import RankIdentity
-from allranks.launch.guard import Guard
+from allranks.launch.guard import MOST_WAITING_BYTES, Guard, OutputFile
+from helpers import until
 
 
 @pytest.fixture
@@ -50,5 +51,27 @@ def test_a_window_may_be_resized_after_the_program_has_closed_one_of_its_termina
     os.close(err_inner)
     os.close(err)
     guard._resize(rows=1, columns=2)  # the system knows this terminal no more
+    guard.link.close()
+    ours.close()
+
+
+def test_all_that_a_file_has_left_reaches_the_supervisor(supervisor, tmp_path):
+    """Each byte that is not ASCII takes six in a message, and a message may not be longer than a limit."""
+    (tmp_path / "output").write_text("in the way of the folder")
+    said = "é".encode() * (MOST_WAITING_BYTES // 2)
+    guard, ours = connected(supervisor, rank=1)
+    file = OutputFile(f"{tmp_path}/output/rank-1.out")
+    file.add(said, wake=lambda: None)
+    until(lambda: file.problem, 10)
+
+    guard._give_up_file(file)
+    heard: list[dict[str, str]] = []
+    while sum(len(word.get("out", "")) for word in heard) < len(said):
+        guard._send()
+        assert ours.receive()
+        while (word := ours.inbox.take()) is not None:
+            heard.append(word)
+    assert "going on without that file" in heard[0]["err"]
+    assert b"".join(links.output(word["out"]) for word in heard[1:]) == said
     guard.link.close()
     ours.close()

@@ -354,7 +354,11 @@ class Guard:
         """The file for stdout cannot be written: from now on stdout goes where the console's lines go."""
         self.file = None
         self._say(err=as_line(f"{file.problem}; going on without that file").encode())
-        self._say(out=file.unwritten())
+        # In pieces, as the file may have left as much as MOST_WAITING_BYTES, and a longer message than
+        # LONGEST_MESSAGE_BYTES ends the connection.
+        left = file.unwritten()
+        for start in range(0, len(left), links.PIECE_BYTES):
+            self._say(out=left[start : start + links.PIECE_BYTES])
 
     def _wake(self) -> None:
         """Wakes the loop from another thread. No signal has the number 0."""
