@@ -331,6 +331,26 @@ def test_runs_that_differ_in_much_are_named_by_their_directories():
     assert not any("UNetOfManyLayers" in word for word in words)
 
 
+def test_each_point_of_a_long_curve_is_the_mean_of_all_runs_that_have_come_so_far():
+    """A curve has 400 points at most. Its runs may have come to 1000 epochs, and to 700."""
+    high, low = (
+        replace(
+            facts(str(seed), None, seed=seed),
+            epochs=[{"epoch": epoch, "val/loss": level + 1 / epoch} for epoch in range(1, count + 1)],
+        )
+        for seed, (level, count) in enumerate([(1.0, 1000), (0.0, 700)])
+    )
+    [row] = compare([high, low]).rows
+    drawn = compare_pictures.drawn_of(row, "val/loss", "epoch")
+    assert (len(drawn), min(drawn), max(drawn)) == (400, 1, 1000)
+    assert all(len(values) == (2 if epoch <= 700 else 1) for epoch, values in drawn.items())
+
+    means = compare_pictures.means_of(row, "val/loss", "epoch")
+    assert means == {
+        epoch: pytest.approx((0.5 if epoch <= 700 else 1) + 1 / epoch) for epoch in range(1, 1001)
+    }
+
+
 def test_of_many_rows_the_best_have_names():
     runs = [facts(str(number), 50.0 + number, optimizer__lr=1 + number) for number in range(40)]
     _, _, loss, _ = compare_pictures.of_comparison(compare(runs))

@@ -156,7 +156,7 @@ def curves(comparison: Comparison, curve: Curve) -> Picture | None:
         picture, axes = new_figure(curve.title, height_in=HEIGHT_IN + legend_in)
         # Curves with a name are drawn last, so that they lie above the grey ones.
         for row, look in sorted(zip(rows, looks, strict=True), key=lambda pair: bool(pair[1].label)):
-            _draw_curve(axes, _values_of(row, curve.figure, axis), look)
+            _draw_curve(axes, drawn_of(row, curve.figure, axis), look)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
         axes.set_xlabel(axis)
         axes.set_ylabel(curve.unit)
@@ -176,6 +176,17 @@ def means_of(row: Row, figure: str, axis: str) -> dict[int, float]:
     return {place: statistics.fmean(values) for place, values in _values_of(row, figure, axis).items()}
 
 
+def drawn_of(row: Row, figure: str, axis: str) -> dict[int, list[float]]:
+    """The values of a figure of all runs of the row, at the places of the points that a curve has.
+
+    Of a long curve only some places are drawn (curves.thinned). They are chosen from the places of all runs
+    together: chosen for each run alone, they would differ between a run of 1000 epochs and one of 700, and
+    a mean at one place would be of both runs, and at the next place of one of them.
+    """
+    values = list(_values_of(row, figure, axis).items())
+    return dict(values[position] for position in thinned(len(values)))
+
+
 def _values_of(row: Row, figure: str, axis: str) -> dict[int, list[float]]:
     """The values of a figure of all runs of the row that have it, by the number of the epoch or step."""
     found: dict[int, list[float]] = {}
@@ -186,12 +197,11 @@ def _values_of(row: Row, figure: str, axis: str) -> dict[int, list[float]]:
 
 
 def _measured(run: RunFacts, figure: str, axis: str) -> list[tuple[int, float]]:
-    """Where a run has measured the figure, and its values, thinned as in the run's own curves."""
+    """Where a run has measured the figure, and its values."""
     # A run whose lines have no steps either is shown by the numbers of its lines.
     places = [line.get(axis, place) for line, place in zip(run.epochs, run.places, strict=True)]
     values = run.column(figure)
-    known = [(place, value) for place, value in zip(places, values, strict=True) if value is not None]
-    return [known[position] for position in thinned(len(known))]
+    return [(place, value) for place, value in zip(places, values, strict=True) if value is not None]
 
 
 def _in_legend(rows: Sequence[Row], comparison: Comparison) -> list[str]:
