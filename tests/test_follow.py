@@ -426,6 +426,46 @@ def test_what_only_the_jobs_log_says_stands_where_it_was_said(tmp_path):
     ]
 
 
+def test_of_a_run_that_was_started_twice_each_line_of_the_job_stands_in_its_start(tmp_path):
+    (tmp_path / "logs").mkdir()
+    said = [
+        ("00:00", "linear, 1 rank"),  # by hand, before there was a job
+        ("02:00", "linear, 1 rank"),
+        ("02:01", "a loss that\n  is not finite"),
+        ("02:30", "linear, 1 rank"),
+        ("02:31", "a loss that\n  is not finite"),
+    ]
+    (tmp_path / "logs/rank-0.log").write_text(
+        "".join(f"2026-11-26 {minute}:00,000 INFO allranks: {text}\n" for minute, text in said)
+    )
+    (tmp_path / "job.log").write_text(
+        "linear, 1 rank\na loss that\n  is not finite\nrank 0 was killed; starting again\n"
+        "linear, 1 rank\na loss that\n  is not finite\nrank 0 was killed once more\n"
+    )
+    lines = Logs(tmp_path, print).new_lines(is_over=True)
+    assert [(line.time[11:16], line.source, line.text.split("allranks: ")[-1]) for line in lines] == [
+        ("00:00", "rank 0", "linear, 1 rank"),
+        ("02:00", "rank 0", "linear, 1 rank"),
+        ("02:01", "rank 0", "a loss that"),
+        ("02:01", "rank 0", "  is not finite"),
+        ("02:01", "job", "rank 0 was killed; starting again"),
+        ("02:30", "rank 0", "linear, 1 rank"),
+        ("02:31", "rank 0", "a loss that"),
+        ("02:31", "rank 0", "  is not finite"),
+        ("02:31", "job", "rank 0 was killed once more"),
+    ]
+
+
+def test_of_what_rank_0_has_said_the_newest_lines_are_remembered(tmp_path, monkeypatch):
+    monkeypatch.setattr("allranks.follow.logs.REMEMBERED_LINES", 3)
+    (tmp_path / "logs").mkdir()
+    said = [f"2026-11-26 00:00:0{second},000 INFO allranks: line {second}\n" for second in range(5)]
+    (tmp_path / "logs/rank-0.log").write_text("".join(said))
+    (tmp_path / "job.log").write_text("line 1\nline 2\nline 4\n")
+    lines = Logs(tmp_path, print).new_lines(is_over=True)
+    assert [line.text for line in lines if line.source == "job"] == ["line 1"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,9 +161,10 @@ class Logs:
     warn: Callable[[str], None]  # called once with a sentence for each file that cannot be read
     rank: int | None = None  # None: all ranks, and the job
     _sources: dict[str, Source] = field(default_factory=dict)  # by name
-    _said: dict[str, str] = field(
-        default_factory=dict
-    )  # the texts that rank 0 has logged, with their times
+    # The texts that rank 0 has logged and that were not found in the job's log yet. A text that was logged
+    # several times, as at each start of a run, has all its times, the earliest first.
+    _said: dict[str, deque[str]] = field(default_factory=dict)
+    _remembered: int = 0  # how many times are in _said
     _warned: set[str] = field(default_factory=set)  # the sentences that `warn` was called with
 
     def check(self) -> None:
@@ -219,22 +221,44 @@ class Logs:
         return self._sources.setdefault(name, Source(name, Tail(self.directory / path)))
 
     def _remember(self, lines: Sequence[Line]) -> None:
-        """Keeps what rank 0 has logged, and when; forgets the oldest lines beyond REMEMBERED_LINES."""
+        """Keeps what rank 0 has logged, and when; forgets the oldest lines beyond REMEMBERED_LINES.
+
+        The further lines of a message, as of a traceback, are kept with the message's time.
+        """
         for line in lines:
             match = _TIMED.fullmatch(line.text)
-            if match:
-                self._said[match[3]] = match[1]
-        while len(self._said) > REMEMBERED_LINES:
-            del self._said[next(iter(self._said))]
+            text = match[3] if match else line.text
+            if text:
+                self._said.setdefault(text, deque()).append(line.time)
+                self._remembered += 1
+        while self._remembered > REMEMBERED_LINES:
+            self._take_time_of(next(iter(self._said)))
+
+    def _take_time_of(self, text: str) -> str | None:
+        """The earliest time of this text that is remembered, which is forgotten now; None without any."""
+        times = self._said.get(text)
+        if times is None:
+            return None
+        time_of_text = times.popleft()
+        self._remembered -= 1
+        if not times:
+            del self._said[text]
+        return time_of_text
 
     def _placed(self, job: Source, lines: Sequence[Line]) -> list[Line]:
         """The lines of the job's log that rank 0's log does not have, each with a time.
 
         It is the time of the last line before it that rank 0's log has, too.
         """
+        # A run may have been started by hand before it was queued: what rank 0 has logged then is not in
+        # the job's log. So if rank 0 has logged a text more often than the job's log has it here, the
+        # newest times are those of the job's lines.
+        for text, count in Counter(line.text for line in lines).items():
+            while len(self._said.get(text, ())) > count:
+                self._take_time_of(text)
         own: list[Line] = []
         for line in lines:
-            when = self._said.get(line.text)
+            when = self._take_time_of(line.text)
             if when is not None:
                 job.time = max(when, job.time)
             elif line.text:
