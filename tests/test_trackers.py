@@ -16,6 +16,7 @@ import sys
 import threading
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,62 @@ def test_mlflow_has_configuration_environment_and_pictures(tmp_path, monkeypatch
     again.close(finished=True)
     assert client.get_run(run_id).info.status == "FINISHED"
     assert len(client.search_runs([run.info.experiment_id])) == 1
+
+
+@pytest.mark.long
+def test_mlflow_has_each_epoch_of_a_loop_that_counts_no_steps(tmp_path, monkeypatch):
+    """All its figures stand at step 0."""
+    pytest.importorskip("mlflow")
+    from allranks.trackers.mlflow import MLflow
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    tracker = MLflow()
+    tracker.open(facts(tmp_path))
+    for epoch in (1, 2):
+        tracker.epoch({"epoch": epoch, "step": 0, "energy": -1.0 * epoch})
+    # A process that is killed may have logged only some of the figures of its last epoch.
+    tracker.epoch({"epoch": 3, "step": 0})
+
+    again = MLflow()
+    assert again.open(facts(tmp_path)) == Position(0, 2)
+    for epoch in (3, 4):
+        again.epoch({"epoch": epoch, "step": 0, "energy": -1.0 * epoch})
+    again.summary({"state": "finished", "test/loss": 0.5})
+    for key, values in {"epoch": [1, 2, 3, 4], "energy": [-1, -2, -3, -4], "test/loss": [0.5]}.items():
+        assert sorted(in_mlflow(Run(tmp_path), key)) == sorted((0, value) for value in values), key
+
+    # What has come already is not logged once more.
+    third = MLflow()
+    third.open(facts(tmp_path))
+    third.epoch({"epoch": 4, "step": 0, "energy": -4.0})
+    third.summary({"state": "finished", "test/loss": 0.5})
+    assert [len(in_mlflow(Run(tmp_path), key)) for key in ("epoch", "energy", "test/loss")] == [4, 4, 1]
+
+
+@pytest.mark.long
+def test_mlflow_gets_the_parameters_of_a_run_whose_beginning_it_has_missed(tmp_path, monkeypatch):
+    """The server may go away when it has made the run, and knows no parameter, or not all of them."""
+    pytest.importorskip("mlflow")
+    from allranks.trackers import mlflow
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setattr(mlflow, "_MOST_PARAMETERS", 2)
+    described = mlflow.MLflow._describe
+    for known in (0, 2):
+
+        def breaks_down(tracker, run, params, known=known):
+            first = dict(list(run.config.items())[:known])
+            described(tracker, replace(run, config=first), params)
+            raise ConnectionError
+
+        monkeypatch.setattr(mlflow.MLflow, "_describe", breaks_down)
+        with pytest.raises(ConnectionError):
+            mlflow.MLflow().open(facts(tmp_path / str(known)))
+        monkeypatch.setattr(mlflow.MLflow, "_describe", described)
+        mlflow.MLflow().open(facts(tmp_path / str(known)))
+        client, run_id = mlflow_of(Run(tmp_path / str(known)))
+        assert set(client.get_run(run_id).data.params) == {"optimizer.lr", "data.split", "name"}
+        assert [each.path for each in client.list_artifacts(run_id)] == ["environment.json"]
 
 
 @pytest.mark.long

@@ -34,6 +34,9 @@ class MLflow:
         self._client: Any = None
         self._id = ""
         self._has: dict[str, int] = {}  # the last step that MLflow has of each metric
+        self._logged_ms: dict[str, int] = {}  # when the newest value of each metric was logged
+        self._epochs_ms: dict[int, int] = {}  # when each epoch was logged, by its number
+        self._now_ms = 0  # when this process has logged something for the last time
 
     def open(self, run: TrackedRun) -> Position | None:
         """Makes the run, or finds it; returns how far MLflow has it."""
@@ -50,33 +53,46 @@ class MLflow:
         logging.getLogger("urllib3").setLevel(logging.ERROR)
         self._client = MlflowClient(tracking_uri=uri)
         self._id, is_new = kept_id(run.folder / "mlflow-run", lambda: self._make(run.name))
-        if is_new:
-            self._describe(run)
-        else:
+        if not is_new:
             self._client.update_run(self._id, status="RUNNING")
-        self._has = {key: self._last_step(key) for key in self._client.get_run(self._id).data.metrics}
+        known = self._client.get_run(self._id).data
+        self._describe(run, known.params)
+
+        histories = {key: self._client.get_metric_history(self._id, key) for key in known.metrics}
+        self._has = {key: max(each.step for each in values) for key, values in histories.items()}
+        self._logged_ms = {key: max(each.timestamp for each in values) for key, values in histories.items()}
+        self._epochs_ms = {int(each.value): each.timestamp for each in histories.get("epoch", [])}
+        self._now_ms = max(self._logged_ms.values(), default=0)
         steps = [step for key, step in self._has.items() if key.startswith("step/")]
-        epochs = []
-        if "epoch" in self._has:
-            epochs = [int(each.value) for each in self._client.get_metric_history(self._id, "epoch")]
         # A process that was killed may have handed over only some of the figures of its last step or epoch.
-        # So the position is one step and one epoch earlier. These figures come again, and _log() leaves
-        # out those that MLflow has already.
-        return Position(max(0, min(steps, default=0) - 1), max(0, max(epochs, default=0) - 1))
+        # So the position is one step and one epoch earlier. These figures come again, and those that MLflow
+        # has already are left out.
+        return Position(max(0, min(steps, default=0) - 1), max(0, max(self._epochs_ms, default=0) - 1))
 
     def steps(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Metrics of single steps."""
-        self._log([without_epoch(record) for record in records])
+        self._log([self._beyond_known(without_epoch(record)) for record in records])
 
     def epoch(self, metrics: Mapping[str, Any]) -> None:
         """Metrics of an epoch, at its last step."""
-        self._log([metrics])
+        # Several epochs may have the same last step: a loop of the user's own may count no steps at all. So
+        # it is told by the times whether MLflow has a figure of this epoch. The number of the epoch goes
+        # first, and what was logged since then is of this epoch.
+        begun_ms = self._epochs_ms.get(metrics["epoch"])
+        if begun_ms is not None:
+            missing = {
+                key: value for key, value in metrics.items() if self._logged_ms.get(key, -1) < begun_ms
+            }
+            self._log([{**missing, "step": metrics["step"]}])
+            return
+        self._log([{"epoch": metrics["epoch"], **metrics}])
+        self._epochs_ms[metrics["epoch"]] = self._now_ms
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """The figures of the test as metrics, and the whole summary as an artifact."""
         step = max(self._has.values(), default=0)
         test = {key: value for key, value in values.items() if key.startswith("test/")}
-        self._log([{"step": step, **test}])
+        self._log([self._beyond_known({"step": step, **test})])
         self._client.log_dict(self._id, dict(values), "summary.json")
 
     def pictures(self, paths: Sequence[Path]) -> None:
@@ -96,29 +112,43 @@ class MLflow:
         experiment = found.experiment_id if found else self._client.create_experiment(self._experiment)
         return str(self._client.create_run(experiment, run_name=name).info.run_id)
 
-    def _describe(self, run: TrackedRun) -> None:
+    def _describe(self, run: TrackedRun, known: Mapping[str, str]) -> None:
+        """Logs the environment, and the parameters that MLflow does not know yet.
+
+        An earlier call may have failed between the two, or between two batches of parameters. The
+        parameters come last, so a run that has all of them has its environment, too.
+        """
         from mlflow.entities import Param
 
-        values = [Param(key, str(value)[:_LONGEST_VALUE]) for key, value in run.config.items()]
+        values = [
+            Param(key, str(value)[:_LONGEST_VALUE]) for key, value in run.config.items() if key not in known
+        ]
+        if values:
+            self._client.log_dict(self._id, dict(run.environment), "environment.json")
         for begin in range(0, len(values), _MOST_PARAMETERS):
             self._client.log_batch(self._id, params=values[begin : begin + _MOST_PARAMETERS])
-        self._client.log_dict(self._id, dict(run.environment), "environment.json")
 
-    def _last_step(self, key: str) -> int:
-        return max((each.step for each in self._client.get_metric_history(self._id, key)), default=0)
+    def _beyond_known(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """The figures of a record whose step is beyond the last one that MLflow has of them."""
+        step = record["step"]
+        return {
+            key: value for key, value in record.items() if key == "step" or step > self._has.get(key, -1)
+        }
 
     def _log(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Logs what MLflow has not got yet. A figure that is not finite (None) is left out."""
+        """Logs figures, each at the step of its record. A figure that is not finite (None) is left out."""
         from mlflow.entities import Metric
 
-        now_ms = int(1000 * time.time())
+        # Each call has a time of its own, also two calls within a millisecond: epoch() tells epochs by it.
+        self._now_ms = max(int(1000 * time.time()), self._now_ms + 1)
         metrics = [
-            Metric(key, float(value), now_ms, record["step"])
+            Metric(key, float(value), self._now_ms, record["step"])
             for record in records
             for key, value in record.items()
-            if key != "step" and value is not None and record["step"] > self._has.get(key, 0)
+            if key != "step" and value is not None
         ]
         for begin in range(0, len(metrics), _MOST_METRICS):
             part = metrics[begin : begin + _MOST_METRICS]
             self._client.log_batch(self._id, metrics=part)
             self._has.update({each.key: each.step for each in part})
+            self._logged_ms.update({each.key: each.timestamp for each in part})
