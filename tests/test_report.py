@@ -327,6 +327,29 @@ def test_a_run_that_went_on_shows_its_interruptions(train, tmp_path):
     ]
 
 
+def test_a_run_that_went_on_with_more_ranks_has_the_mean_of_those_that_it_had(tmp_path):
+    lines = [
+        {"epoch": epoch, "step": 10 * epoch, "time/train_s": 1.0, "throughput/samples_per_s": speed}
+        for epoch, speed in enumerate([200.0, 200.0, 400.0], start=1)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "environment.json").write_text('{"world_size": 4}')
+    stopped = {"event": "stopped", "step": 25, "epoch": 2, "world_size": 2}
+    resumed = {**stopped, "event": "resumed", "world_size": 4}
+    again = {"event": "resumed", "step": 15, "epoch": 1, "world_size": 1}
+    for events, means in [
+        ([stopped, resumed], ["100", "100", "100"]),
+        ([resumed], ["-", "-", "100"]),  # the first start was killed: nothing tells its number of ranks
+        ([resumed, again], ["-", "200", "400"]),
+    ]:
+        (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+        facts = gather(tmp_path)
+        table = Reader(page_of(facts, None, [], [])).tables["Time and throughput by epoch"]
+        assert [row[-1] for row in table[1:]] == means
+        described = curves.throughput(facts).description
+        assert "all ranks: 200 examples/s after epoch 1, 400 examples/s after epoch 3" in described
+
+
 def test_a_run_that_was_cut_off_is_shown_up_to_there(copy):
     (copy / "summary.json").unlink()
     page = made(copy)

@@ -108,10 +108,16 @@ def draw(facts: RunFacts, wanted: Curves) -> Picture | None:
 def throughput(facts: RunFacts) -> Picture | None:
     """Training examples per second for each epoch: those of all ranks, divided by the number of ranks.
 
-    It is a mean. The ranks wait for each other in every step, so one rank's own speed is not recorded.
+    It is a mean. The ranks wait for each other in every step, so one rank's own speed is not recorded. If
+    the run went on with another number of ranks, or if that may be, the picture shows all ranks together.
     """
+    together = facts.column("throughput/samples_per_s")
+    numbers = set(facts.ranks_of_lines)
+    if len(numbers) > 1 or (None in numbers and facts.events):
+        series = [Series("all ranks", together, "blue")]
+        return curves(THROUGHPUT, "Throughput, all ranks", "examples/s", facts.places, series, facts.axis)
     ranks = facts.world_size or 1
-    mean = [None if value is None else value / ranks for value in facts.column("throughput/samples_per_s")]
+    mean = [None if value is None else value / ranks for value in together]
     title = "Throughput, mean of the ranks" if ranks > 1 else "Throughput"
     series = [Series("mean of the ranks", mean, "blue")]
     return curves(THROUGHPUT, title, "examples/s", facts.places, series, facts.axis)

@@ -116,6 +116,30 @@ class RunFacts:
             return list(range(1, len(self.epochs) + 1))
         return [int(line[self.axis]) for line in self.epochs]
 
+    @cached_property
+    def ranks_of_lines(self) -> list[int | None]:
+        """On how many ranks each line was measured; None where that is not known.
+
+        A run may go on with another number of ranks. Each resume tells its number. That of the first start
+        is told by the run's first stop, and by nothing if that start was killed.
+        """
+        if not self.events:
+            return [self.world_size] * len(self.epochs)
+        if self.axis == LINE:
+            return [None] * len(self.epochs)
+        first = self.events[0]
+        of_first_start = first.world_size if first.kind == "stopped" else None
+        resumes = [event for event in self.events if event.kind == "resumed"]
+        found = []
+        for place in self.places:
+            ranks = of_first_start
+            for event in resumes:
+                done = event.epoch if self.axis == EPOCH else event.step
+                if place > done:  # measured after this resume, unless a later one has repeated it
+                    ranks = event.world_size
+            found.append(ranks)
+        return found
+
     @property
     def epochs_done(self) -> int | None:
         """The number of completed epochs; None in a loop that counts none."""

@@ -183,12 +183,12 @@ def _time(facts: RunFacts, drawn: Mapping[str, Picture]) -> Html:
     if not spent:
         return NOTHING
     phases = table(["phase", "s"], [[n, f"{s:,.1f}"] for n, s in spent.items()], label="Time by phase")
-    ranks = facts.world_size or 1
     rows = []
     for position in curves.thinned(len(facts.epochs)):
         line = facts.epochs[position]
         together = line.get("throughput/samples_per_s")
-        mean = None if together is None else together / ranks
+        ranks = facts.ranks_of_lines[position] if facts.events else facts.world_size or 1
+        mean = None if together is None or not ranks else together / ranks
         rows.append(
             [
                 str(facts.places[position]),
