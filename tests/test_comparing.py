@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from allranks.base.errors import UserError
+from allranks.report import command as report_command
 from allranks.report import compare_command, compare_page, compare_pictures, compare_sweep, compare_tables
 from allranks.report.compare import compare, is_number, short_names
 from allranks.report.gather import RunFacts
@@ -213,6 +214,10 @@ def test_of_runs_with_different_test_sets_none_is_the_best():
     comparison = compare([facts("0"), other])
     assert not any(row.is_best for row in comparison.rows)
     assert "different data (data.test._target_)" in comparison.notes[0]
+    # By their speed one is the best all the same, and no sentence says otherwise.
+    quicker = compare([facts("0"), replace(other, epochs=other.epochs[1:])], "samples/s")
+    assert [row.is_best for row in quicker.rows] == [True, False]
+    assert quicker.notes[0].endswith("cannot be compared, and none is called the best by them.")
 
     # Where the same files lie in other places, the figures are of the same examples.
     moved = compare([facts("0", 90.0), facts("1", 99.0, data__test__root="/elsewhere")])
@@ -223,6 +228,25 @@ def test_of_runs_with_different_test_sets_none_is_the_best():
 def test_other_validation_examples_are_told():
     comparison = compare([facts("0"), facts("1", data__split=[50000, 10000])])
     assert "different validation examples (data.split)" in comparison.notes[0]
+    assert comparison.best_by == "test/accuracy"
+
+
+def test_of_runs_with_different_validation_examples_none_is_the_best_by_a_figure_of_these():
+    tested = [facts("0"), facts("1", data__split=[50000, 10000])]
+    untested = [facts("0", None), facts("1", None, data__split=[50000, 10000])]
+    for comparison in (compare(untested), compare(tested, "val/loss")):
+        assert comparison.sorted_by.startswith("val/")
+        assert comparison.best_by == ""
+        assert not any(row.is_best for row in comparison.rows)
+
+
+def test_copies_of_one_run_do_not_differ_in_their_seed():
+    text = compare_tables.text(compare([facts("0"), facts("1")]), 200)
+    assert "Their configurations are the same." in text
+    assert "A row of n runs has the mean, with the sample standard deviation." in text
+    seeds = compare_tables.text(compare([facts("0"), facts("1", seed=1)]), 200)
+    assert "They differ only in their seed." in seeds
+    assert "A row of n runs has the mean over their seeds" in seeds
 
 
 def test_one_run_is_shown_and_called_one():
@@ -351,6 +375,28 @@ def test_each_point_of_a_long_curve_is_the_mean_of_all_runs_that_have_come_so_fa
     }
 
 
+def test_a_name_that_is_no_utf_8_is_drawn_with_question_marks():
+    name = os.fsdecode(b"caf\xff")
+    [_, loss, _] = compare_pictures.of_comparison(compare([facts("0"), facts(name, optimizer__lr=name)]))
+    assert "caf?" in " ".join(re.findall(r">([^<>]+)</text>", loss.svg))
+    # Runs that differ in nothing but their seed are named by their directories.
+    seeds = [facts(f"{name}{seed}", seed=seed) for seed in range(2)]
+    [loss, _] = compare_pictures.of_comparison(compare(seeds))
+    assert "caf?0, caf?1" in re.findall(r">([^<>]+)</text>", loss.svg)
+
+
+def test_a_value_that_begins_with_an_underscore_has_its_line_in_the_legends():
+    """matplotlib leaves such labels out by itself."""
+    runs = [
+        facts(f"{name}{rate}", model__activation=name, optimizer__lr=rate)
+        for name in ("_Own", "ReLU")
+        for rate in (0.1, 0.2)
+    ]
+    for picture in compare_pictures.of_comparison(compare(runs)):
+        words = " ".join(re.findall(r">([^<>]+)</text>", picture.svg))
+        assert "_Own" in words, picture.name
+
+
 def test_of_many_rows_the_best_have_names():
     runs = [facts(str(number), 50.0 + number, optimizer__lr=1 + number) for number in range(40)]
     _, _, loss, _ = compare_pictures.of_comparison(compare(runs))
@@ -379,10 +425,15 @@ def test_the_page_is_one_file_that_shows_names_as_they_are(tmp_path):
 
 def test_the_page_leads_to_the_pages_of_its_runs(tmp_path):
     runs = [replace(run, directory=tmp_path / "sweep" / run.directory.name) for run in six_runs()]
-    runs[0].directory.mkdir(parents=True)
-    (runs[0].directory / "report.html").touch()
+    # In an address # and ? would end the path, and % would begin a quoted character.
+    odd = tmp_path / "sweep" / os.fsdecode(b"50%#1?\xff")
+    runs[1] = replace(runs[1], directory=odd)
+    for run in runs[:2]:
+        run.directory.mkdir(parents=True)
+        (run.directory / "report.html").touch()
     html = compare_page.write(compare(runs), tmp_path / "sweep", "sweep").read_text()
-    assert re.findall(r'href="([^"#]+)"', html) == ["0/report.html"]
+    addresses = re.findall(r'href="([^"#]+)"', html)
+    assert sorted(addresses) == ["0/report.html", "50%25%231%3F%FF/report.html"]
 
 
 @pytest.mark.parametrize(("width", "scheme"), SCREENS)
@@ -415,6 +466,41 @@ def test_without_matplotlib_the_command_says_so(sweep, tmp_path, monkeypatch, ca
 
 
 # --- the command --------------------------------------------------------------------------------------
+
+
+def written(directory: Path, **changes: Any) -> Path:
+    """The directory of a run that has a configuration and a line of metrics."""
+    directory.mkdir(parents=True)
+    config = {"name": "mlp", "seed": 0, "optimizer": {"lr": 0.1}, **changes}
+    (directory / "config.yaml").write_text(json.dumps(config))
+    (directory / "metrics.jsonl").write_text('{"epoch": 1, "step": 1, "val/loss": 0.5}\n')
+    return directory
+
+
+def test_a_page_that_is_asked_for_is_made_beside_each_format(tmp_path, capsys):
+    runs = [str(written(tmp_path / str(number), seed=number)) for number in range(2)]
+    for words in (["--csv"], ["--json"], ["--markdown"], ["--csv", "--to", str(tmp_path / "table")]):
+        page = tmp_path / f"page{len(words)}{words[0]}"
+        assert compare_command.main([*runs, *words, "--page", str(page)]) == 0
+        assert (page / "compare.html").is_file()
+        said = capsys.readouterr()
+        assert f"As a page with curves: {page}/compare.html" in said.err
+        assert "As a page" not in said.out
+    with pytest.raises(UserError, match="--no-page: not allowed with argument --page"):
+        compare_command.main([*runs, "--page", str(tmp_path), "--no-page"])
+
+
+def test_each_of_several_reports_has_a_folder_of_its_own(tmp_path):
+    paths = [written(tmp_path / path) for path in ("a/0", "b/0")]
+    runs = [str(path) for path in paths]
+    out = tmp_path / "out"
+    assert report_command.main([*runs, "--to", str(out), "--records-only"]) == 0
+    for name in ("a/0", "b/0"):
+        assert str(tmp_path / name) in (out / name / "report.html").read_text()
+    assert not (out / "0").exists()
+    # The name of `1/..` is that of the folder above 1.
+    folders = report_command._folders([f"{paths[0]}/1/..", str(tmp_path / "c")], str(out))
+    assert [folder for _, folder in folders] == [out / "0", out / "c"]
 
 
 @pytest.fixture(scope="module")

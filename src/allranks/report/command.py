@@ -9,6 +9,7 @@ the first step remains.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from allranks.base.errors import UserError, show
 from allranks.config import CLASSIFICATION
 from allranks.report import at_end, compare_command, drawing, pictures
 from allranks.report.at_end import FOLDER, PAGE
-from allranks.report.compare import compare
+from allranks.report.compare import compare, directory_names
 from allranks.report.drawing import Picture
 from allranks.report.examine import Examined
 from allranks.report.gather import RunFacts, gather
@@ -71,13 +72,16 @@ def _folders(runs: Sequence[str], to: str | None) -> list[tuple[Path, Path]]:
     """Each run's directory with the folder for its page.
 
     Without --to the page goes into the run's directory. With --to a single run's page goes into that
-    folder, and each of several runs gets a folder of its own below it.
+    folder, and each of several runs gets a folder of its own below it. The folder has the run's name, with
+    as many of the folders above it as tell `a/0` from `b/0`.
     """
     if to is None:
         return [(Path(run), Path(run)) for run in runs]
     if len(runs) == 1:
         return [(Path(runs[0]), Path(to))]
-    return [(Path(run), Path(to) / Path(run).absolute().name) for run in runs]
+    whole_paths = [Path(os.path.abspath(run)) for run in runs]  # noqa: PTH100 - this one takes `..` away
+    names = directory_names(whole_paths)
+    return [(Path(run), Path(to) / names[path]) for run, path in zip(runs, whole_paths, strict=True)]
 
 
 def report(run: Path, folder: Path, device: str | None = None, passes: bool = True) -> Path:

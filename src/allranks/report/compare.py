@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from allranks import config as configs
 from allranks.base.errors import UserError
-from allranks.base.text import did_you_mean
+from allranks.base.text import as_text, did_you_mean
 from allranks.compose import GROUPS, as_override
 from allranks.report.gather import RunFacts
 from allranks.run import metric_names
@@ -132,7 +132,7 @@ def compare(runs: Sequence[RunFacts], sort_by: str | None = None, each: bool = F
     by = _sort_key(sort_by, figures, keys, rows)
     rows = _sorted(rows, by, figures)
     notes = [*_about_count(runs), *_about_data(runs), *_about_problems(runs)]
-    best_by = _best_by(by, figures, rows, is_same_test=not _differ(runs, _TESTED_ON))
+    best_by = _best_by(by, figures, rows, _parts_of_different_examples(runs))
     if best_by:
         rows = _with_best(rows, best_by, figures)
     return Comparison(rows, figures, keys, by, best_by, notes)
@@ -227,8 +227,12 @@ def _comparable(settings: Mapping[str, Any], key: str) -> str:
 
 
 def shown(value: object) -> str:
-    """The value of a setting as a user would type it on the command line after `key=`."""
-    return as_override(value)
+    """The value of a setting as a user would type it on the command line after `key=`.
+
+    A path may have bytes that are no UTF-8; it has a question mark for each of them, for it goes into texts
+    and pictures.
+    """
+    return as_text(as_override(value))
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
@@ -437,16 +441,21 @@ def by_setting(settings: Mapping[str, Any], key: str) -> tuple[int, float, str]:
     return 1, 0.0, shown(value)
 
 
-def _best_by(sorted_by: str, figures: Sequence[Figure], rows: Sequence[Row], is_same_test: bool) -> str:
+def _best_by(
+    sorted_by: str, figures: Sequence[Figure], rows: Sequence[Row], not_comparable: Collection[str]
+) -> str:
     """The figure that decides which row is the best; empty if no row can be called the best.
 
     It is the figure by which the rows are sorted. If they are sorted by a key, it is the figure by which
     they would be sorted without --sort. No row is the best by a figure of which it is not known whether
-    high or low is better, by figures of different examples, or if fewer than two rows have the figure.
+    high or low is better, by a metric of a part of the data that is in `not_comparable`, or if fewer than
+    two rows have the figure.
     """
     figure = _figure_named(sorted_by, figures) or _figure_named(_first_known(figures, rows), figures)
     assert figure is not None
-    if figure.higher_is_better is None or (figure not in OF_COMPUTING and not is_same_test):
+    if figure.higher_is_better is None:
+        return ""
+    if figure not in OF_COMPUTING and metric_names.part_of(figure.name) in not_comparable:
         return ""
     known = [row for row in rows if row.values[figure.name].mean is not None]
     return figure.name if len(known) > 1 else ""
@@ -480,6 +489,17 @@ def _differ(runs: Sequence[RunFacts], beginnings: tuple[str, ...]) -> list[str]:
     ]
 
 
+def _parts_of_different_examples(runs: Sequence[RunFacts]) -> set[str]:
+    """The parts of the data whose metrics cannot be compared, as metric_names.part_of() names them.
+
+    Runs with different test sets, classes or shapes have different tasks: none of their metrics can be
+    compared. If they divide equal data in different ways, those of the test set can.
+    """
+    if _differ(runs, _TESTED_ON):
+        return {"train", "val", "test", ""}
+    return {"train", "val"} if _differ(runs, _VALIDATED_ON) else set()
+
+
 def _about_count(runs: Sequence[RunFacts]) -> list[str]:
     if len(runs) == 1:
         return ["There is one run only: nothing to compare it with."]
@@ -492,7 +512,7 @@ def _about_data(runs: Sequence[RunFacts]) -> list[str]:
     if tested:
         return [
             f"These runs have different data ({', '.join(tested[:4])}): their accuracies and losses cannot "
-            "be compared, and none is called the best."
+            "be compared, and none is called the best by them."
         ]
     validated = _differ(runs, _VALIDATED_ON)
     if validated:
@@ -514,9 +534,8 @@ def state_of(run: RunFacts) -> str:
     return "damaged"
 
 
-def directory_names(runs: Sequence[RunFacts]) -> dict[Path, str]:
-    """A short name for each run's directory: as many of its last folders as make all names different."""
-    paths = [run.directory for run in runs]
+def directory_names(paths: Sequence[Path]) -> dict[Path, str]:
+    """A short name for each directory: as many of its last folders as make all names different."""
     for depth in range(1, max((len(path.parts) for path in paths), default=1) + 1):
         names = {path: "/".join(path.parts[-depth:]) for path in paths}
         if len(set(names.values())) == len(set(paths)):

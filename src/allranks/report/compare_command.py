@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -51,23 +52,25 @@ def main(arguments: Sequence[str]) -> int:
         text = compare_tables.text(comparison, terminal_width(), plus_minus())
     if options.to:
         _write(Path(options.to), text)
-        return 0
-    print(text, flush=True)
-    folder = _folder_of_page(options)
-    if chosen is None and folder is not None:
+    else:
+        print(text, flush=True)
+    # A table for programs may go into a pipe, which must not get the page's path as well.
+    say = show if chosen else functools.partial(print, flush=True)
+    folder = _folder_of_page(options, chosen)
+    if folder is not None:
         try:
             page = page_of(comparison, folder, options.path)
             if drawing.is_available():
-                print(f"As a page with curves: {page}", flush=True)
+                say(f"As a page with curves: {page}")
             else:
                 show(drawing.MISSING)
-                print(f"As a page: {page}", flush=True)
+                say(f"As a page: {page}")
         except UserError as error:
             if options.page is not None:
                 raise
             # The user has not asked for this page with --page. That it cannot be written is no error: the
             # sweep may belong to another user.
-            print(f"Without a page: {error}", flush=True)
+            say(f"Without a page: {error}")
     return 0
 
 
@@ -82,17 +85,18 @@ def page_of(comparison: Comparison, folder: Path, paths: Sequence[str]) -> Path:
     return compare_page.write(comparison, folder, name)
 
 
-def _folder_of_page(options: argparse.Namespace) -> Path | None:
+def _folder_of_page(options: argparse.Namespace, chosen: str | None) -> Path | None:
     """The folder for the page; None if no page is to be made.
 
     It is the folder that --page names. Without --page it is the directory on the command line, if there is
-    just one, it is not itself a run, and --no-page is not given.
+    just one, it is not itself a run, and neither --no-page nor one of the FORMATS is `chosen`.
     """
     if options.page is not None:
         return Path(options.page)
-    [first, *others] = options.path
-    is_above_runs = not others and not (Path(first) / CONFIG).exists()
-    return Path(first).absolute() if is_above_runs and not options.no_page else None
+    if options.no_page or chosen is not None or len(options.path) > 1:
+        return None
+    [folder] = options.path
+    return None if (Path(folder) / CONFIG).exists() else Path(folder).absolute()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -118,13 +122,14 @@ def _parser() -> argparse.ArgumentParser:
     one_format.add_argument("--json", action="store_true", help="all figures, for programs")
     one_format.add_argument("--markdown", action="store_true", help="the table, for a document")
     parser.add_argument("--to", metavar="FILE", help="write that into a file instead of the terminal")
-    parser.add_argument(
+    page = parser.add_mutually_exclusive_group()
+    page.add_argument(
         "--page",
         metavar="FOLDER",
         help="where compare.html is put, with its pictures (default: for a sweep its directory, for single "
         "runs there is no page)",
     )
-    parser.add_argument("--no-page", action="store_true", help="the table only, also for a sweep")
+    page.add_argument("--no-page", action="store_true", help="the table only, also for a sweep")
     # Given by the sweep: how each cell that was started has ended, in order. No file tells that.
     parser.add_argument("--end", action="append", default=[], help=argparse.SUPPRESS)
     # Given by the sweep, which is this process's parent (report/compare_sweep.py).

@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from allranks.base import files
 from allranks.base.errors import UserError
@@ -180,7 +181,10 @@ def _runs(comparison: Comparison, folder: Path) -> Html:
             where = Path(os.path.relpath(run.directory, folder))
             name = as_text(str(where))
             has_page = (run.directory / PAGE_OF_RUN).is_file()
-            link = tag("a", name, href=(where / PAGE_OF_RUN).as_posix()) if has_page else name
+            # As bytes, because a directory's name need not be UTF-8. Signs such as # and ? are quoted, for
+            # they would end the path in an address.
+            address = quote(os.fsencode(where / PAGE_OF_RUN))
+            link = tag("a", name, href=address) if has_page else name
             cells = (
                 tag("th", link, scope="row"),
                 tag("td", state_of(run)),

@@ -10,8 +10,10 @@ import math
 import re
 import statistics
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from allranks.base.text import as_text, printable
 from allranks.report.compare import (
     OF_COMPUTING,
     SEED,
@@ -31,6 +33,8 @@ from allranks.run import metric_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import FigureBase
+    from matplotlib.lines import Line2D
 
 # If there are more rows, the first ones have a colour and a name each, and the others are thin and grey.
 MOST_NAMED = 10
@@ -127,7 +131,12 @@ def label_of(row: Row, comparison: Comparison) -> str:
     """
     names = short_names(comparison.keys)
     words = [f"{names[key]} {shown(row.settings[key])}" for key in comparison.keys if key in row.settings]
-    return ", ".join(words) or ", ".join(run.directory.name for run in row.runs[:3])
+    return ", ".join(words) or ", ".join(_shown_name(run.directory) for run in row.runs[:3])
+
+
+def _shown_name(directory: Path) -> str:
+    """The name of a directory, in which matplotlib can draw each character: others are escaped."""
+    return printable(as_text(directory.name))
 
 
 # --- curves ----------------------------------------------------------------------------------------------
@@ -155,16 +164,19 @@ def curves(comparison: Comparison, curve: Curve) -> Picture | None:
 
         picture, axes = new_figure(curve.title, height_in=HEIGHT_IN + legend_in)
         # Curves with a name are drawn last, so that they lie above the grey ones.
-        for row, look in sorted(zip(rows, looks, strict=True), key=lambda pair: bool(pair[1].label)):
+        lines = [
             _draw_curve(axes, drawn_of(row, curve.figure, axis), look)
+            for row, look in sorted(zip(rows, looks, strict=True), key=lambda pair: bool(pair[1].label))
+        ]
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
         axes.set_xlabel(axis)
         axes.set_ylabel(curve.unit)
         whole_in = picture.get_figheight()
         picture.subplots_adjust(right=1 - 0.15 / WIDTH_IN, bottom=(0.6 + legend_in) / whole_in)
-        picture.legend(
-            loc="lower left", bbox_to_anchor=(0.02, 0.0), ncols=per_line, frameon=False, fontsize=9,
-            handlelength=2.4, columnspacing=1.2, borderaxespad=0.1, labelspacing=0.25,
+        _add_legend(
+            picture, lines[-len(named) :], [look.label for look in named], loc="lower left",
+            bbox_to_anchor=(0.02, 0.0), ncols=per_line, frameon=False, fontsize=9, handlelength=2.4,
+            columnspacing=1.2, borderaxespad=0.1, labelspacing=0.25,
             title=heading or None, title_fontsize=9, alignment="left",
         )  # fmt: skip
         words = "; ".join(_curve_in_words(row, curve, comparison, axis) for row in rows[:MOST_NAMED])
@@ -235,24 +247,40 @@ def _directories(row: Row, comparison: Comparison) -> str:
     names = [run.directory.name for run in comparison.runs]
     found = []
     for run in row.runs[:3]:
-        name = run.directory.name
-        found.append(name if names.count(name) == 1 else f"{run.directory.parent.name}/{name}")
+        name = _shown_name(run.directory)
+        above = _shown_name(run.directory.parent)
+        found.append(name if names.count(run.directory.name) == 1 else f"{above}/{name}")
     return ", ".join(found)
 
 
-def _draw_curve(axes: Axes, by_epoch: dict[int, list[float]], look: Look) -> None:
-    """Draws the mean of the values after each epoch, and a band of one standard deviation around it."""
+def _add_legend(
+    where: Axes | FigureBase, lines: Sequence[Line2D], labels: Sequence[str], **how: Any
+) -> None:
+    """Adds a legend with these lines and their labels. `how` are further arguments of matplotlib."""
+    # matplotlib leaves out of a legend what has a label that begins with `_`, and a value may begin so. So
+    # the legend is made with other labels, which are replaced afterwards.
+    legend = where.legend(lines, ["label"] * len(lines), **how)
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        text.set_text(label)
+
+
+def _draw_curve(axes: Axes, by_epoch: dict[int, list[float]], look: Look) -> Line2D:
+    """Draws the mean of the values after each epoch, and a band of one standard deviation around it.
+
+    Returns the curve without its band.
+    """
     epochs = list(by_epoch)
     means = [statistics.fmean(values) for values in by_epoch.values()]
-    axes.plot(
+    [line] = axes.plot(
         epochs, means, color=LIGHT[look.colour], linestyle=look.dashes, alpha=look.opacity,
-        linewidth=look.width, marker="o" if len(epochs) == 1 else None, label=look.label or None,
+        linewidth=look.width, marker="o" if len(epochs) == 1 else None,
     )  # fmt: skip
     if look.label and any(len(values) > 1 for values in by_epoch.values()):
         spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in by_epoch.values()]
         low = [mean - std for mean, std in zip(means, spread, strict=True)]
         high = [mean + std for mean, std in zip(means, spread, strict=True)]
         axes.fill_between(epochs, low, high, color=LIGHT[look.colour], alpha=0.14, linewidth=0)
+    return line
 
 
 def _looks(comparison: Comparison, rows: Sequence[Row]) -> list[Look]:
@@ -336,13 +364,14 @@ def _against(
     ticks = sorted({row.settings[along] for row in rows})
     with style():
         picture, axes = new_figure(title)
-        for index, (label, points) in enumerate(lines.items()):
+        drawn = []
+        for index, points in enumerate(lines.values()):
             points.sort()
             colour = LIGHT[COLOURS[index % len(COLOURS)]]
             x = [point.x for point in points]
             y = [point.mean for point in points]
             dashes = DASHES[index // len(COLOURS) % 2]
-            axes.plot(x, y, color=colour, marker="o", linestyle=dashes, label=label)
+            drawn += axes.plot(x, y, color=colour, marker="o", linestyle=dashes)
             whiskers = [point for point in points if point.std is not None]
             axes.errorbar(
                 [point.x for point in whiskers], [point.mean for point in whiskers],
@@ -361,7 +390,10 @@ def _against(
             axes.yaxis.set_major_formatter(lambda number, _: f"{number:,.0f}")
         picture.subplots_adjust(left=LEFT_IN / WIDTH_IN, right=1 - 0.15 / WIDTH_IN)
         if other:
-            axes.legend(title=names[other], fontsize=9, title_fontsize=9, frameon=False)
+            heading = names[other]
+            _add_legend(
+                axes, drawn, list(lines), title=heading, fontsize=9, title_fontsize=9, frameon=False
+            )
         words = "; ".join(
             f"{label_of(row, comparison)}: {figure_text(figure.name, row.values[figure.name].mean)}"
             for row in rows

@@ -18,6 +18,7 @@ from allranks.base.terminal import duration
 from allranks.base.text import as_text, printable, table
 from allranks.report.compare import (
     OF_COMPUTING,
+    SEED,
     SPEED,
     Comparison,
     Figure,
@@ -78,7 +79,7 @@ def columns(comparison: Comparison, plus_minus: str = "±") -> list[Column]:
         if figure.name not in NOT_SHOWN and any(value.mean is not None for value in values):
             cells = _figure_cells(figure.name, values, plus_minus)
             found.append(Column(figure.name, figure.heading, cells, True))
-    directories = directory_names(comparison.runs)
+    directories = directory_names([run.directory for run in comparison.runs])
     places = [[printable(as_text(directories[run.directory])) for run in row.runs] for row in rows]
     return [*found, Column("run", "run", [_some(each) for each in places])]
 
@@ -161,11 +162,16 @@ def headline(comparison: Comparison) -> str:
     if comparison.keys:
         names = ["the number of ranks" if key == "world_size" else key for key in comparison.keys]
         second = f"They differ in {', '.join(names)}."
-    elif comparison.has_groups:
+    elif _differ_in_seed(comparison):
         second = "They differ only in their seed."
     else:
         second = "Their configurations are the same."
     return f"{first} {second}"
+
+
+def _differ_in_seed(comparison: Comparison) -> bool:
+    """Whether some row stands for runs of different seeds. Copies of one run, say, have the same seed."""
+    return any(len({run.config.get(SEED) for run in row.runs}) > 1 for row in comparison.rows)
 
 
 def legend(comparison: Comparison, mark: str = "*") -> list[str]:
@@ -177,7 +183,8 @@ def legend(comparison: Comparison, mark: str = "*") -> list[str]:
         extreme = "highest" if figure.higher_is_better else "lowest"
         said.append(f"The best row ({mark}) has the {extreme} {figure.heading}.")
     if comparison.has_groups:
-        said.append("A row of n runs has the mean over their seeds, with the sample standard deviation.")
+        over = " over their seeds" if _differ_in_seed(comparison) else ""
+        said.append(f"A row of n runs has the mean{over}, with the sample standard deviation.")
     has_best = any(run.best is not None for run in comparison.runs)
     if has_best and any(
         metric_names.part_of(name) == "val" and value.mean is not None
