@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from allranks.base.errors import UserError
 from allranks.base.text import did_you_mean
 from allranks.compose import from_command_line
 from allranks.config import Config, decisive_values, typed
+from allranks.run.directory import standing
 from helpers import ROOT, SMALL, Run, tree
 
 GROUPS = (ROOT / "conf" / group for group in compose.GROUPS)  # a machine is no part of a training
@@ -262,6 +264,40 @@ def test_a_misspelt_key_gets_the_nearest_right_one(typed_key, meant):
     assert str(refused.value) == f"{typed_key} is not a key of the configuration. Did you mean {meant}?"
 
 
+@pytest.mark.parametrize("section", ["checkpoint", "watchdog", "run"])
+@pytest.mark.parametrize("value", ["5", "null", "often"])
+def test_a_value_where_a_section_belongs_is_refused_by_its_name(section, value):
+    shown = "None" if value == "null" else value
+    with pytest.raises(
+        UserError, match=rf"^{section}={shown} is not valid: {section} is a section, whose "
+    ):
+        one(f"{section}={value}")
+
+
+@pytest.mark.parametrize(
+    "section", ["trainer", "sharding", "tracker", "task", "data", "model", "optimizer"]
+)
+def test_a_value_for_a_chosen_section_is_refused_by_its_name(section):
+    with pytest.raises(UserError, match=rf"^{section}=5 is not valid: {section} is a section, whose keys "):
+        typed(composed(**{section: 5}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("words", "choices"),
+    [
+        (["sharding.min_parameters=5"], "sharding=fsdp or sharding=hybrid"),
+        (["sharding.blocks=[A]"], "sharding=fsdp or sharding=hybrid"),
+        (["sharding.kind=fsdp", "sharding.blocks=[A]"], "sharding=fsdp or sharding=hybrid"),
+        (["sharding=fsdp", "sharding.devices=4"], "sharding=hybrid"),
+    ],
+)
+def test_a_key_of_another_sharding_is_answered_with_the_choice_that_has_it(words, choices):
+    key = words[-1].partition("=")[0]
+    with pytest.raises(UserError) as refused:
+        one(*words)
+    assert str(refused.value) == f"{key} has no meaning here: take {choices} with it."
+
+
 def test_keys_of_the_chosen_component_are_suggested():
     with pytest.raises(UserError, match=r"Did you mean scheduler\.step_size"):
         one("scheduler=step", "scheduler.stepsize=3")
@@ -360,6 +396,41 @@ def test_an_activation_is_a_name_or_names(value):
 def test_keys_where_a_value_belongs_are_refused(key):
     with pytest.raises(UserError, match=rf"^{key} has keys of its own \({key}\.a\): give "):
         one(f"{key}={{a:1}}")
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ("", "mine/config.yaml cannot be read (it is empty): bring it back from a copy"),
+        ("\n", "mine/config.yaml cannot be read (it is empty): bring it back from a copy"),
+        ("seed: 1\n", "model._target_ is missing"),
+        ("sead: 1\n", "sead is not a key of the configuration. Did you mean seed?"),
+    ],
+)
+def test_a_run_whose_configuration_is_none_is_named(tmp_path, content, what):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/config.yaml").write_text(content)
+    with pytest.raises(UserError) as refused:
+        standing("mine", decisive_values(one()), "auto")
+    said = str(refused.value)
+    assert said.startswith(f"run.dir=mine has a configuration that cannot be used: {what}")
+
+
+def test_the_configuration_is_that_of_the_bytes_whose_sum_was_compared(tmp_path, monkeypatch):
+    """What another process writes there right after the comparison is not trained with."""
+    path = tmp_path / "config.yaml"
+    path.write_text(configs.freeze(one("seed=1")))
+    other = configs.freeze(one("seed=2"))
+    take_sum = hashlib.sha256
+    sha256 = take_sum(path.read_bytes()).hexdigest()
+
+    def take_sum_and_change(content: bytes) -> Any:
+        found = take_sum(content)
+        path.write_text(other)
+        return found
+
+    monkeypatch.setattr(hashlib, "sha256", take_sum_and_change)
+    assert configs.thaw(str(tmp_path), sha256).seed == 1
 
 
 # --- freezing ------------------------------------------------------------------------------------------
@@ -490,6 +561,25 @@ def test_where_the_data_are_is_no_part_of_what_is_computed():
 
     assert of("data.root=a", "data.fetch=false") == of("data.root=b")
     assert of("data=fashion_mnist") != of()
+
+
+def test_where_validation_data_of_their_own_are_is_no_part_of_what_is_computed():
+    """As for the training and test data."""
+    config = one("+data.val={_target_: mylab.load, root: /here, fetch: true, seed: 3}")
+    assert [key for key in decisive_values(config) if key.startswith("data.val.")] == [
+        "data.val._target_", "data.val.seed",
+    ]  # fmt: skip
+
+
+def test_a_value_that_is_no_number_agrees_with_itself():
+    """A user's own component may take NaN, as for missing values; each reading makes a new one."""
+    there = decisive_values(one("+data.fill=nan", "+data.fills=[1,nan]"))
+    here = decisive_values(one("+data.fill=nan", "+data.fills=[1,nan]"))
+    assert configs.differing(there, here) == ""
+    other = decisive_values(one("+data.fill=0", "+data.fills=[nan,1]"))
+    assert configs.differing(there, other) == (
+        "data.fill is nan there, not 0; data.fills is [1, nan] there, not [nan, 1]"
+    )
 
 
 def test_a_users_own_component_is_not_explained_with_our_words():

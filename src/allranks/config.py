@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -335,8 +336,10 @@ SECTION_KEYS: dict[str, Setting] = {
     ),
     "data.test._target_": _free(_TARGET),
     "data.train.root": _free(_ROOT, resume_must_agree=False),
+    "data.val.root": _free(_ROOT, resume_must_agree=False),
     "data.test.root": _free(_ROOT, resume_must_agree=False),
     "data.train.fetch": _free(_FETCH, resume_must_agree=False),
+    "data.val.fetch": _free(_FETCH, resume_must_agree=False),
     "data.test.fetch": _free(_FETCH, resume_must_agree=False),
     "tracker.every_steps": Setting(
         "the trackers get the figures of one step in so many; null: those of epochs only",
@@ -416,6 +419,7 @@ def typed(composed: DictConfig) -> Config:
     try:
         config = OmegaConf.to_object(OmegaConf.merge(schema, composed))
     except ValidationError as error:
+        _refuse_values_in_place_of_sections(composed)
         key = error.full_key or str(error.key)
         known = settings().get(key)
         kind = known.rule.remedy if known and known.rule else f"a value of type {_type_name(error)}"
@@ -424,10 +428,28 @@ def typed(composed: DictConfig) -> Config:
         key = error.full_key or str(error.key)
         raise UserError(unknown_key(key, [*below(OmegaConf.to_container(schema))])) from error
     except OmegaConfBaseException as error:
+        _refuse_values_in_place_of_sections(composed)
         raise UserError(f"The configuration does not hold together: {first_line(error)}") from error
     assert isinstance(config, Config)
     _check(config)
     return config
+
+
+def _refuse_values_in_place_of_sections(composed: DictConfig) -> None:
+    """Raises UserError for a plain value or a list where a section belongs: `checkpoint=5`.
+
+    OmegaConf refuses these as well, but often without the section's name.
+    """
+    plain = OmegaConf.to_container(composed, resolve=False)
+    defaults = _plain(Config())
+    for section, default in defaults.items():
+        value = plain.get(section, default) if isinstance(plain, dict) else default
+        if isinstance(default, dict) and not isinstance(value, dict):
+            keys = [key for key in settings() if key.startswith(f"{section}.")]
+            raise UserError(
+                f"{section}={value} is not valid: {section} is a section, whose keys are given one by one, "
+                f"such as {keys[0]}=... (`allranks train --help` lists them)."
+            )
 
 
 def _check(config: Config) -> None:
@@ -521,6 +543,10 @@ def below(node: Any, prefix: str = "") -> dict[str, Any]:
 
 def unknown_key(key: str, known: Sequence[str]) -> str:
     """What to say of a key that is none of the `known` ones."""
+    if key.startswith("sharding.") and key in settings():
+        # The choice sharding=none, which is the default, has no other key than `kind`.
+        choices = "sharding=hybrid" if key == "sharding.devices" else "sharding=fsdp or sharding=hybrid"
+        return f"{key} has no meaning here: take {choices} with it."
     guess = did_you_mean(key, known) or " `allranks train --cfg job` lists the keys."
     return f"{key} is not a key of the configuration.{guess}"
 
@@ -570,8 +596,7 @@ def thaw(directory: str, sha256: str) -> Config:
             f"{path} is not the configuration that was launched: its sha256 is {found[:12]}..., not "
             f"{sha256[:12]}... Launch the run again; do not edit the file in between."
         )
-    config = typed(_loaded(path))
-    return replace(config, run=RunConfig(directory))
+    return replace(_of_file(path, content), run=RunConfig(directory))
 
 
 # --- what the ranks need to know before they can work together ------------------------------------------
@@ -636,25 +661,53 @@ def with_new_keys(there: Mapping[str, Any]) -> dict[str, Any]:
 
 def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """What differs between the decisive values of two runs, as text; "" for nothing."""
-    keys = [key for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
+    keys = keys_that_differ(there, here)
     return "; ".join(f"{key} is {there.get(key)} there, not {here.get(key)}" for key in keys)
+
+
+def keys_that_differ(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """The keys whose values differ between two runs, in the order of the alphabet."""
+    return [key for key in sorted({*there, *here}) if not _are_equal(there.get(key), here.get(key))]
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    """Whether two values are equal. NaN, which Python finds unequal to itself, is equal to NaN here."""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_are_equal, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_are_equal(one[key], other[key]) for key in one)
+    are_both_nan = one != one and other != other  # noqa: PLR0124  what only NaN says of itself
+    return bool(one == other or are_both_nan)
 
 
 def frozen(path: Path) -> Config:
     """The configuration that a run has frozen in this file; raises UserError where it is none."""
-    return typed(_loaded(path))
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return _of_file(path, content)
 
 
-def _loaded(path: Path) -> DictConfig:
+def _of_file(path: Path, content: bytes) -> Config:
+    """The configuration in the content of this file; raises UserError where it is none."""
     from yaml import YAMLError  # type: ignore[import-untyped,unused-ignore]
 
+    if not content.strip():
+        raise _unreadable(path, ValueError("it is empty"))
     try:
-        return OmegaConf.create(path.read_text())  # type: ignore[return-value]
+        # Decoded as files.write_text() has encoded it, which is by the locale.
+        loaded = OmegaConf.create(TextIOWrapper(BytesIO(content)).read())
     except (OSError, ValueError, AssertionError, YAMLError, OmegaConfBaseException) as error:
-        raise UserError(
-            f"{path} cannot be read ({first_line(error)}): bring it back from a copy, or give the "
-            "directory of another run."
-        ) from error
+        raise _unreadable(path, error) from error
+    return typed(loaded)  # type: ignore[arg-type]
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path} cannot be read ({first_line(error)}): bring it back from a copy, or give the "
+        "directory of another run."
+    )
 
 
 # --- the shipped files ---------------------------------------------------------------------------------

@@ -111,11 +111,14 @@ def _standing(path: Path, decisive: Mapping[str, Any], resume: str) -> Standing:
     checkpoints = path / "checkpoints"
     if not (path / CONFIG).exists():
         return Standing.NEW
-    there = configs.decisive_values(configs.frozen(path / CONFIG))
+    try:
+        there = configs.decisive_values(configs.frozen(path / CONFIG))
+    except UserError as error:
+        raise UserError(f"run.dir={path} has a configuration that cannot be used: {error}") from error
     differing = configs.differing(there, decisive)
     if differing:
         remedy = "Give another run.dir, or the same values."
-        if {key for key in decisive if there.get(key) != decisive[key]} == {"trainer.epochs"}:
+        if configs.keys_that_differ(there, decisive) == ["trainer.epochs"]:
             remedy += (
                 f" To train that run further, begin another from it: resume={path} with a new run.dir."
             )
