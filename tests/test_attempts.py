@@ -14,7 +14,8 @@ from allranks.base.errors import EXIT_REQUEUE, EXIT_TIMED_OUT, EXIT_USER_ERROR
 from allranks.compose import from_command_line
 from allranks.job import machine
 from allranks.job.hosts import Allocation, Host
-from allranks.launch.attempts import GROUPS, Launch, Next, TrainingProgress, unreachable, what_next
+from allranks.launch import preflight
+from allranks.launch.attempts import GROUPS, Launch, Next, TrainingProgress, run, unreachable, what_next
 from allranks.launch.outcome import Outcome
 from allranks.launch.plan import Request
 from helpers import PYTHON, ROOT, SMALL, Started, execute, until
@@ -154,6 +155,24 @@ def test_a_user_may_give_the_ranks_more_time_to_come_or_less(tmp_path):
     assert done.code == 1
     assert "2 of 2 ranks (0, 1) did not start within 1 s" in done.err
     assert "allow more time with --start-within" in done.err
+
+
+def test_an_unfit_host_that_nothing_can_replace_ends_the_launch(monkeypatch):
+    """However the host is called: the preflight is not made again with the same hosts, and again."""
+    asked = []
+    unfit: list[str] = []  # no host of the plan is known to be the one
+
+    def check(*_: object, hosts: Sequence[str], **more: object) -> str:
+        asked.append(hosts)
+        raise preflight.HostsUnfit("preflight: n2: no data", unfit)
+
+    monkeypatch.setattr(preflight, "check", check)
+    with pytest.raises(preflight.HostsUnfit, match="n2: no data"):
+        run(launched(environ={}, max_restarts=1), check=True)
+    unfit.append("n2")
+    with pytest.raises(preflight.HostsUnfit, match="n2: no data"):
+        run(launched(environ={}, max_restarts=1), check=True)
+    assert asked == [("n1", "n1", "n2", "n2")] * 2
 
 
 # --- the launcher's environment --------------------------------------------------------------------

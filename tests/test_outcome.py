@@ -9,7 +9,16 @@ from dataclasses import replace
 import pytest
 
 from allranks.base.errors import EXIT_REQUEUE, EXIT_TIMED_OUT
-from allranks.launch.outcome import LOST_CODE, Conclusion, Evidence, Loss, Rank, conclusion, hosts_gone
+from allranks.launch.outcome import (
+    LOST_CODE,
+    Conclusion,
+    Evidence,
+    Loss,
+    Rank,
+    conclusion,
+    hosts_gone,
+    planned_hosts,
+)  # fmt: skip
 
 
 def ended(number: int, code: int, at: float = 0.0, signum: int = 0) -> Rank:
@@ -134,3 +143,24 @@ def test_the_launchers_own_end_counts_where_no_rank_has_failed():
 def test_hosts_of_which_nothing_is_heard(ranks: Sequence[Rank], expected):
     """A guard says the host's short name, a hostfile may have the long one."""
     assert hosts_gone(["n0", "n1.domain"], ranks) == expected
+
+
+@pytest.mark.parametrize(
+    ("hosts", "own_names", "expected"),
+    [
+        (["n1", "n2"], {0: "n1", 1: "n2"}, {0: "n1", 1: "n2"}),
+        (["n1", "n2"], {0: "n2", 1: "n1"}, {0: "n2", 1: "n1"}),  # placed in another order than planned
+        (["10.0.0.1", "10.0.0.1", "10.0.0.2"], {1: "n1", 2: "n2"}, {1: "10.0.0.1", 2: "10.0.0.2"}),
+        (["localhost", "n2"], {0: "n1", 1: "n2"}, {0: "localhost", 1: "n2"}),
+        (["n1-ib", "n2-ib"], {1: "n2.site"}, {1: "n2-ib"}),
+        (["n1.a", "n1.b"], {0: "n1", 1: "n1"}, {0: "n1.a", 1: "n1.b"}),  # the name alone fits both
+        (["n1-ib"], {1: "n2"}, {}),
+    ],
+)
+def test_a_rank_is_on_the_planned_host_of_its_name_or_else_of_its_number(hosts, own_names, expected):
+    assert planned_hosts(hosts, own_names) == expected
+
+
+def test_hosts_that_are_listed_by_address_are_heard_of():
+    assert hosts_gone(["10.0.0.1", "localhost"], [ended(0, 0), lost(1, 1.0)]) == ("localhost",)
+    assert hosts_gone(["10.0.0.1", "localhost"], [ended(0, 0), ended(1, 0)]) == ()

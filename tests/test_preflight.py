@@ -95,6 +95,15 @@ def test_the_host_without_the_data_is_named(data_root):
 
 
 @needs_hosts
+def test_an_unfit_host_is_named_as_the_list_of_hosts_has_it(data_root):
+    hide = f'[ $1 != beta ] || mount -t tmpfs none "{data_root}"'
+    listed = ["localhost", "127.0.0.1", "::1"]  # none of them is what a host calls itself
+    with pytest.raises(preflight.HostsUnfit, match="preflight: beta: ") as error:
+        on_hosts([hide], config=config(root=data_root, fetch="false"), hosts=listed)
+    assert error.value.hosts == ["127.0.0.1"]
+
+
+@needs_hosts
 def test_the_host_that_does_not_share_the_run_directory_is_named(tmp_path):
     hide = f'[ $1 != gamma ] || mount -t tmpfs none "{tmp_path}"'
     with pytest.raises(UserError) as error:

@@ -160,6 +160,16 @@ def test_a_host_is_left_out_after_its_second_failure():
     assert record.failures == Counter(n2=3, n3=1)
 
 
+def test_a_host_that_calls_itself_otherwise_is_known_by_the_numbers_of_its_ranks():
+    record, plan = HostRecord(), plan_of(2)  # ranks 0 and 1 on n1, 2 and 3 on n2
+    names = {0: "login", 1: "login", 2: "gpu", 3: "gpu"}
+    assert record.note_failure(plan, Outcome(1, "", names, failed_host="gpu")) == []
+    assert record.note_failure(plan, Outcome(1, "", names, failed_host="gpu")) == ["n2"]
+    # Both hosts have one name: nobody knows which of them it was.
+    record.note_failure(plan, Outcome(1, "", dict.fromkeys(range(4), "box"), failed_host="box"))
+    assert record.failures == Counter(n2=2)
+
+
 # --- real launchers --------------------------------------------------------------------------------------
 
 # A network that is this process's alone: the host on which `allranks launch` runs, and a network namespace

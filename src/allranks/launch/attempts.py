@@ -34,7 +34,7 @@ from allranks.job.hosts import Allocation, Host, short
 from allranks.job.machine import Machine
 from allranks.launch import launchers, preflight, supervisor
 from allranks.launch.console import note, say
-from allranks.launch.outcome import Outcome
+from allranks.launch.outcome import Outcome, planned_hosts
 from allranks.launch.plan import Plan, Request, make_plan, room_on
 from allranks.run import checkpoint, program_progress
 from allranks.run import directory as rundir
@@ -134,11 +134,17 @@ class HostRecord:
     def note_failure(self, plan: Plan, outcome: Outcome) -> list[str]:
         """Counts the failure of a host. Returns that host if this was the second time, else nothing.
 
-        A rank says its host's own name, which may be longer or shorter than the allocation's.
+        A rank says its host's own name, which may be longer or shorter than the allocation's, or a wholly
+        different one. Then the numbers of the ranks on that host tell which host of the plan it is.
         """
         if not outcome.failed_host:
             return []
         failed = [host.name for host in plan.hosts if short(host.name) == short(outcome.failed_host)]
+        if not failed:
+            its_ranks = {rank: name for rank, name in outcome.hosts.items() if name == outcome.failed_host}
+            planned = set(planned_hosts(plan.host_of_each_rank, its_ranks).values())
+            # Several hosts of one name: nobody knows which of them is to blame.
+            failed = list(planned) if len(planned) == 1 else []
         self.failures.update(failed)
         return [name for name in failed if self.failures[name] >= MOST_FAILURES_OF_A_HOST]
 
@@ -256,7 +262,7 @@ def _attempt(launch: Launch, plan: Plan) -> Outcome:
         launch.environment(plan),
         launch.directory,
         world_size=plan.world_size,
-        hosts=[host.name for host in plan.hosts],
+        hosts=plan.host_of_each_rank,
         start_s=launch.start_s or supervisor.START_S,
         grace_s=launch.grace(),
         # A training stops on either signal in the same way. But while it still starts, Python would answer
@@ -300,7 +306,7 @@ def _checked(launch: Launch, plan: Plan, record: HostRecord) -> Plan:
             plan.argv_for,
             launch.environment(plan),
             world_size=plan.world_size,
-            hosts=[host.name for host in plan.hosts],
+            hosts=plan.host_of_each_rank,
             config=launch.config,
             run_dir=launch.directory,
             start_s=launch.start_s,
@@ -322,7 +328,7 @@ def _checked(launch: Launch, plan: Plan, record: HostRecord) -> Plan:
         return _checked(launch, launch.plan(change.hosts), record)
     except preflight.HostsUnfit as error:
         change = _change(launch, plan, (), error.hosts, record)
-        if set(error.hosts) - change.replaced.keys():
+        if not error.hosts or set(error.hosts) - change.replaced.keys():
             raise
         say(f"{error}\n{' '.join(change.sentences(why='is not fit'))}")
         return _checked(launch, launch.plan(change.hosts), record)

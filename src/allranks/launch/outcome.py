@@ -115,10 +115,36 @@ def conclusion(known: Evidence) -> Conclusion:
     return _of_launcher(known)
 
 
+def planned_hosts(hosts: Sequence[str], own_names: Mapping[int, str]) -> dict[int, str]:
+    """By rank, the name that the plan has for the host on which the rank is.
+
+    `hosts` are the planned hosts of rank 0, 1, ..., and `own_names` has, by rank, what a rank's host calls
+    itself. The two may differ: a list of hosts may hold addresses, `localhost`, or another network's names.
+    A name that fits just one planned host decides, because a launcher may number the ranks in another order
+    than was planned. Otherwise the rank's number decides. A rank beyond `hosts` is left out.
+    """
+    alike: dict[str, list[str]] = {}
+    for name in dict.fromkeys(hosts):
+        alike.setdefault(short(name), []).append(name)
+
+    found: dict[int, str] = {}
+    for rank, own_name in own_names.items():
+        fitting = alike.get(short(own_name), [])
+        if len(fitting) == 1:
+            found[rank] = fitting[0]
+        elif rank < len(hosts):
+            found[rank] = hosts[rank]
+    return found
+
+
 def hosts_gone(hosts: Sequence[str], ranks: Sequence[Rank]) -> tuple[str, ...]:
-    """The hosts among `hosts` of which nothing is heard: no rank came from there, or all are lost."""
-    heard_of = {short(r.host) for r in ranks if r.loss is None}
-    return tuple(host for host in dict.fromkeys(hosts) if short(host) not in heard_of)
+    """The planned hosts of which nothing is heard: no rank came from there, or all are lost.
+
+    `hosts` are the planned hosts of rank 0, 1, ...
+    """
+    answering = {r.rank: r.host for r in ranks if r.loss is None}
+    heard_of = set(planned_hosts(hosts, answering).values())
+    return tuple(host for host in dict.fromkeys(hosts) if host not in heard_of)
 
 
 def host_to_blame(known: Evidence) -> str:

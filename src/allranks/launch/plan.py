@@ -96,6 +96,11 @@ class Plan:
         """The number of ranks."""
         return sum(host.slots for host in self.hosts)
 
+    @cached_property
+    def host_of_each_rank(self) -> tuple[str, ...]:
+        """The names of the hosts of rank 0, 1, ..."""
+        return tuple(host.name for host in self.hosts for _ in range(host.slots))
+
     def argv_for(self, program: Sequence[str]) -> tuple[str, ...]:
         """The same command line for another program, such as a check beforehand."""
         end_of_ours = self.argv.index("--", self.argv.index(GUARD)) + 1

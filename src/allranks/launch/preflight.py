@@ -29,11 +29,10 @@ from allranks.base.agreement import majority
 from allranks.base.errors import EXIT_TIMED_OUT, EXIT_USER_ERROR, UserError
 from allranks.base.text import some
 from allranks.job import variables
-from allranks.job.hosts import short
 from allranks.job.identity import discover
 from allranks.launch import supervisor
 from allranks.launch.console import Console
-from allranks.launch.outcome import Rank
+from allranks.launch.outcome import Rank, planned_hosts
 from allranks.run import directory as rundir
 
 if TYPE_CHECKING:
@@ -101,7 +100,8 @@ def check(
 ) -> str:
     """Runs the checks on every rank; returns one line to show. Raises UserError with what is wrong.
 
-    `argv_for` gives the launcher's command line for a program, as it will be for the training. Without a
+    `argv_for` gives the launcher's command line for a program, as it will be for the training. `hosts` are
+    the planned hosts of rank 0, 1, ..., by the names that HostsUnfit and HostsUnreached have. Without a
     `config` nothing is asked about data and device. `start_s` is how long the ranks may take to come, None
     for the default, and `limit_s` how long their checks may take then.
     """
@@ -136,9 +136,12 @@ def check(
     found = complaints(heard.words(), outcome.hosts, outcome.code == EXIT_TIMED_OUT)
     if found:
         text = "\n".join(f"preflight: {problem}" for problem in lines(found))
-        bad = {short(complaint.host) for complaint in found}
-        unfit = [host for host in dict.fromkeys(hosts) if short(host) in bad]
-        raise HostsUnfit(text, unfit) if len(bad) < len(set(hosts)) else UserError(text)
+        planned = planned_hosts(hosts, outcome.hosts)
+        bad = {planned.get(complaint.rank) for complaint in found}
+        # A host that the plan does not know cannot be replaced, and if all are bad, the fault is no host's.
+        if None in bad or len(bad) == len(set(hosts)):
+            raise UserError(text)
+        raise HostsUnfit(text, [host for host in dict.fromkeys(hosts) if host in bad])
     if outcome.code:
         said = heard.said.decode(errors="replace").rstrip()
         text = f"preflight: {outcome.failure}\n{said}".rstrip()
@@ -202,9 +205,10 @@ class Heard:
 
 
 class Complaint(NamedTuple):
-    """Something that is wrong on a host."""
+    """Something that a rank has found wrong on its host, or that is wrong with the rank itself."""
 
-    host: str
+    rank: int
+    host: str  # as it calls itself
     text: str
 
 
@@ -232,7 +236,7 @@ def _problems_that_ranks_found(
     found = []
     for rank in sorted(words):
         for text in words[rank].get("problems", ()):
-            found.append(Complaint(hosts[rank], text))
+            found.append(Complaint(rank, hosts[rank], text))
     return found
 
 
@@ -250,14 +254,15 @@ def _facts_that_differ(words: Mapping[int, Mapping[str, Any]], hosts: Mapping[in
                 f"{name} is {values[position]} there, but {usual} elsewhere: start every host from the "
                 "same environment and the same copy of the code."
             )
-            found.append(Complaint(hosts[tellers[position]], text))
+            rank = tellers[position]
+            found.append(Complaint(rank, hosts[rank], text))
     return found
 
 
 def _ranks_that_hang(words: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str]) -> list[Complaint]:
     """Ranks that have not even said what they found: their own checks have not come to an end."""
     silent = [rank for rank in sorted(hosts) if "problems" not in words.get(rank, ())]
-    return [Complaint(hosts[rank], STUCK) for rank in silent]
+    return [Complaint(rank, hosts[rank], STUCK) for rank in silent]
 
 
 def _sums_that_failed(
@@ -268,21 +273,21 @@ def _sums_that_failed(
     for rank in sorted(hosts):
         said = words.get(rank, {})
         if said.get("added"):
-            found.append(Complaint(hosts[rank], said["added"]))
+            found.append(Complaint(rank, hosts[rank], said["added"]))
         elif "added" not in said and timed_out:
             how = "MPI" if said.get("reached") else "TCP"
             text = f"the sum of all ranks by {how} does not come to an end: {REMEDY_OF[how]}"
-            found.append(Complaint(hosts[rank], text))
+            found.append(Complaint(rank, hosts[rank], text))
     return found
 
 
 def lines(found: Sequence[Complaint]) -> list[str]:
     """A line for each problem, which begins with all hosts that have it."""
     hosts_of: dict[str, list[str]] = {}
-    for host, text in found:
-        hosts_here = hosts_of.setdefault(text, [])
-        if host not in hosts_here:
-            hosts_here.append(host)
+    for complaint in found:
+        hosts_here = hosts_of.setdefault(complaint.text, [])
+        if complaint.host not in hosts_here:
+            hosts_here.append(complaint.host)
     return [f"{some(where)}: {text}" for text, where in hosts_of.items()]
 
 

@@ -158,9 +158,9 @@ def run(
 ) -> Outcome:
     """Runs the launcher `argv`, which starts allranks.launch.guard on every rank; says how it went.
 
-    `env` is the launcher's whole environment. `hosts` are the hosts that the ranks will be on, so that one
-    that does not come can be named. This process's stdin goes to rank 0. Other ranks' stdout than rank 0's
-    goes to RUN_DIR/output/rank-N.out; without `run_dir` it is shown in whole lines. `start_s`,
+    `env` is the launcher's whole environment. `hosts` are the hosts that rank 0, 1, ... will be on, so that
+    one that does not come can be named. This process's stdin goes to rank 0. The stdout of other
+    ranks goes to RUN_DIR/output/rank-N.out; without `run_dir` it is shown in whole lines. `start_s`,
     `grace_s`, `run_s` and `idle_s` are the fields of Limits; without `interrupts` Ctrl-C reaches the ranks
     as SIGTERM. `watches` says whether the ranks are watched for progress: a training has its own watchdog.
     `ask_scheduler` says whether the scheduler has suspended the job. To be called from the main thread.
@@ -206,7 +206,7 @@ class Supervision:
         watches: bool = False,
         ask_scheduler: Callable[[], bool] | None = None,
     ) -> None:
-        """`hosts` are those that the ranks will be on, for messages.
+        """`hosts` are those that rank 0, 1, ... will be on.
 
         `writer` is the one behind the console, where there is one: while it is full the ranks' output
         waits. `on_output` takes what the ranks write, instead of the console. `passes_on` says whether
