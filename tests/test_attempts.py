@@ -5,20 +5,31 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from allranks.base.errors import EXIT_REQUEUE, EXIT_TIMED_OUT, EXIT_USER_ERROR
+from allranks.base.errors import EXIT_REQUEUE, EXIT_TIMED_OUT, EXIT_USER_ERROR, UserError
 from allranks.compose import from_command_line
 from allranks.job import machine
 from allranks.job.hosts import Allocation, Host
-from allranks.launch import preflight
-from allranks.launch.attempts import GROUPS, Launch, Next, TrainingProgress, run, unreachable, what_next
+from allranks.launch import attempts, command, launchers, preflight, supervisor
+from allranks.launch.attempts import (
+    GROUPS,
+    Ended,
+    Launch,
+    Next,
+    TrainingProgress,
+    run,
+    unreachable,
+    what_next,
+)
 from allranks.launch.outcome import Outcome
 from allranks.launch.plan import Request
-from helpers import PYTHON, ROOT, SMALL, Started, execute, until
+from helpers import PYTHON, ROOT, SMALL, Started, clean_environment, execute, until
 
 
 def outcome(code: int, stopped: bool = False) -> Outcome:
@@ -173,6 +184,145 @@ def test_an_unfit_host_that_nothing_can_replace_ends_the_launch(monkeypatch):
     with pytest.raises(preflight.HostsUnfit, match="n2: no data"):
         run(launched(environ={}, max_restarts=1), check=True)
     assert asked == [("n1", "n1", "n2", "n2")] * 2
+
+
+# --- what else may fail between two attempts -------------------------------------------------------
+
+
+def unreached(*_: object, **more: object) -> str:
+    raise preflight.HostsUnreached("preflight: 4 of 4 ranks did not start", ("n1", "n2"), "")
+
+
+def crashed(*_: object, **more: object) -> Outcome:
+    return Outcome(137, "rank 2 on n2 vanished.", {0: "n1", 1: "n1", 2: "n2"}, gone=("n2",))
+
+
+def test_where_hosts_cannot_be_tried_the_first_error_stays(monkeypatch):
+    """Torchrun without an MPI, and a machine whose mpiexec always takes all hosts: no part can be tried."""
+    monkeypatch.setattr(preflight, "check", unreached)
+    monkeypatch.setattr(launchers, "path_of", lambda name: None)
+    only_torchrun = Request(("/bin/true",), launcher="torchrun", installed_here=False)
+    takes_all = Request(("/bin/true",), launcher="mpiexec", installed_here=False)
+    for request, name in ((only_torchrun, "generic_pbs"), (takes_all, "vista")):
+        launch = replace(launched(environ={}), request=request, machine=machine.load(name))
+        with pytest.raises(preflight.HostsUnreached, match="4 of 4 ranks did not start"):
+            run(launch, check=True)
+
+
+def test_a_launcher_that_cannot_do_without_a_host_leaves_the_failure_named(monkeypatch, capfd):
+    monkeypatch.setattr(supervisor, "run", crashed)
+    request = Request(("true",), launcher="mpiexec", installed_here=False)
+    launch = launched(environ={}, max_restarts=1, min_ranks=1)
+    ended = run(replace(launch, request=request, machine=machine.load("vista")), check=False)
+    assert ended == Ended(137, was_stopped=False)
+    said = capfd.readouterr().err
+    assert said.startswith("allranks: rank 2 on n2 vanished. Going on without n2.")
+    assert "mpiexec of vista uses all nodes of a job" in said
+
+
+def test_checkpoints_that_cannot_be_read_leave_the_failure_named(monkeypatch, capfd, tmp_path):
+    def breaks(*_: object, **more: object) -> Outcome:
+        (tmp_path / "checkpoints").write_text("no folder any more")
+        return crashed()
+
+    monkeypatch.setattr(supervisor, "run", breaks)
+    [config] = from_command_line([])
+    launch = launched(environ={}, config=config, directory=str(tmp_path), max_restarts=3)
+    assert run(launch, check=False) == Ended(137, was_stopped=False)
+    assert capfd.readouterr().err == (
+        f"allranks: rank 2 on n2 vanished. The checkpoints in run.dir={tmp_path} cannot be read (Not a "
+        "directory). Nothing is started again.\n"
+    )
+    with pytest.raises(UserError, match=r"cannot be read \(Not a directory\)\. Look at its file system"):
+        run(launch, check=False)
+
+
+def test_a_launcher_that_is_asked_to_end_has_the_time_to_do_so(monkeypatch, tmp_path):
+    """It has processes on other hosts, which only the launcher itself can end."""
+    fake = tmp_path / "mpiexec"
+    fake.write_text(f"#!/bin/sh\ntrap 'sleep 0.2; touch {tmp_path}/tidied; exit 1' TERM\nsleep 60 & wait\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(preflight, "check", unreached)
+    monkeypatch.setattr(attempts, "TRY_S", 0.3)
+    request = Request(("true",), launcher="mpiexec", installed_here=False)
+    launch = launched(environ={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    launch = replace(
+        launch, request=request, machine=machine.load("generic_pbs", ["machine.mpiexec=hydra"])
+    )
+    with pytest.raises(UserError, match="n1, n2 cannot be reached"):
+        run(launch, check=True)
+    assert (tmp_path / "tidied").exists()
+
+
+def test_ranks_whose_output_nobody_reads_any_more_are_not_started_again(tmp_path):
+    words = ["-n", "1", "--launcher", "mpiexec", "--no-preflight", "--max-restarts", "2"]
+    code = "import itertools\nfor number in itertools.count(): print(number, flush=True)"
+    program = ["--", PYTHON, "-c", code]
+    with subprocess.Popen(
+        [PYTHON, "-m", "allranks", "launch", *words, *program], cwd=tmp_path, text=True,
+        env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "0\n"
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (141, "")
+
+
+# --- the list of hosts -----------------------------------------------------------------------------
+
+
+def test_each_launch_has_a_list_of_hosts_of_its_own_and_removes_it(monkeypatch, tmp_path):
+    """Two jobs in one folder, on whose mpiexec a part of the hosts is given in a file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tmp").mkdir()
+    launches = []
+    for names in ("abc", "xyz"):
+        pbs = Allocation("pbs", "7", tuple(Host(name, 1) for name in names), slots_given=False)
+        request = Request(("true",), nodes=2, installed_here=False)
+        environ = {"TMPDIR": str(tmp_path / "tmp")}
+        launches.append(Launch(request, machine.load("aurora"), pbs, environ, directory=str(tmp_path)))
+    plans = [launch.plan() for launch in launches]
+    read = [Path(plan.argv[plan.argv.index("--hostfile") + 1]).read_text() for plan in plans]
+    assert read == ["a\nb\n", "x\ny\n"]
+
+    def stops(*_: object, **more: object) -> str:
+        raise UserError("enough")
+
+    monkeypatch.setattr(preflight, "check", stops)
+    for launch in launches:
+        with pytest.raises(UserError, match="enough"):
+            run(launch, check=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["tmp"]
+
+    (tmp_path / "tmp" / f"allranks-{launches[0].id}").write_text("in the way")
+    with pytest.raises(UserError, match="from which the launcher reads the hosts, cannot be written"):
+        launches[0].plan()
+
+
+# --- one training after another --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ended", "started"),
+    [
+        (Ended(137, was_stopped=False), 2),  # a rank was killed, by the kernel for want of memory, say
+        (Ended(143, was_stopped=True), 1),  # the user has ended the launch
+        (Ended(EXIT_REQUEUE, was_stopped=False), 1),  # the job is at its end
+    ],
+)
+def test_only_a_signal_to_the_launch_or_the_jobs_end_ends_a_sweep(monkeypatch, tmp_path, ended, started):
+    monkeypatch.chdir(tmp_path)
+    seen = []
+
+    def run(launch: Launch, check: bool) -> Ended:
+        seen.append(launch.directory)
+        return ended
+
+    monkeypatch.setattr(attempts, "run", run)
+    words = ["-n", "1", "-m", "seed=1,2", "run.dir=s", "report=false"]
+    assert command.launch(words) == ended.code
+    assert len(seen) == started
 
 
 # --- the launcher's environment --------------------------------------------------------------------

@@ -10,6 +10,7 @@ restart   spares take the place of hosts that are gone or have failed twice; wit
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import itertools
 import os
@@ -24,20 +25,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from allranks.base import files, processes
 from allranks.base.errors import EXIT_REQUEUE, EXIT_STUCK, EXIT_USER_ERROR, UserError
 from allranks.base.text import some
 from allranks.config import Config
 from allranks.job import scheduler, variables
-from allranks.job.hosts import Allocation, Host, short
+from allranks.job.hosts import Allocation, Host, is_this_host, short
 from allranks.job.machine import Machine
 from allranks.launch import launchers, preflight, supervisor
 from allranks.launch.console import note, say
 from allranks.launch.outcome import Outcome, planned_hosts
 from allranks.launch.plan import Plan, Request, make_plan, room_on
 from allranks.run import checkpoint, program_progress
-from allranks.run import directory as rundir
 
 MOST_WITHOUT_GAIN = 3  # crashes in a row at one step: the next start would crash there too
 MOST_FAILURES_OF_A_HOST = 2  # one may be bad luck; a host with more is left out, if the run can do without
@@ -46,6 +47,7 @@ MOST_FAILURES_OF_A_HOST = 2  # one may be bad luck; a host with more is left out
 GROUPS = 16
 LOOK_S = 2.0  # for the checkpoints' names, once a signal has ended the launch
 TRY_S = 15.0  # for the launcher to start one process on each host of a group
+END_S = 1.0  # from SIGTERM to SIGKILL for that launcher, which has processes on other hosts to end
 
 
 @dataclass(frozen=True)
@@ -73,14 +75,30 @@ class Launch:
         `changes` are fields of the request that differ. Raises UserError where the plan cannot be had.
         """
         request = replace(self.request, placed=hosts, passed=(*variables.PRIVATE, variables.LAUNCH_ID))
-        if self.directory is not None:
-            request = replace(request, hosts_path=str(Path(self.directory) / "hosts"))
+        request = replace(request, hosts_path=str(self.folder / "hosts"))
         request = replace(request, **changes)  # type: ignore[arg-type]
         plan = make_plan(request, self.machine, self.allocation, self.environ)
         for path, content in plan.files:
-            with rundir.writing(str(Path(path).parent)):
+            try:
+                Path(path).parent.mkdir(mode=0o700, exist_ok=True)
                 Path(path).write_text(content)
+            except OSError as error:
+                raise UserError(
+                    f"{path}, from which the launcher reads the hosts, cannot be written "
+                    f"({error.strerror}): free some space there, or set TMPDIR to another folder."
+                ) from error
         return plan
+
+    @property
+    def folder(self) -> Path:
+        """Where this launch writes the files that its launcher reads; it may not be there.
+
+        No other launch may write there: a second job would put its own hosts into the file that the first
+        job's launcher is about to read.
+        """
+        asked = Path(self.environ.get("TMPDIR") or "/tmp")
+        there = asked if asked.is_dir() else Path("/tmp")  # a job may have the login host's TMPDIR
+        return there / f"allranks-{self.id}"
 
     def environment(self, plan: Plan) -> dict[str, str]:
         """The whole environment of the command that starts the ranks."""
@@ -173,7 +191,7 @@ def is_crash(outcome: Outcome) -> bool:
     """Whether another start may help.
 
     It does not after success, after the user's mistake, after a stop in order (exit code 85: the job is at
-    its end), and after a signal to this process.
+    its end), after a signal to this process, and where nobody reads the output any more.
     """
     return outcome.code not in (0, EXIT_USER_ERROR, EXIT_REQUEUE) and not outcome.stopped
 
@@ -187,24 +205,42 @@ def what_next(outcome: Outcome, restarts_left: int, progress: TrainingProgress |
     return Next.RESTART
 
 
-def run(launch: Launch, check: bool) -> int:
-    """Starts the ranks and watches over them, after a preflight if `check`; the exit code.
+class Ended(NamedTuple):
+    """How a launch has ended, after its last attempt."""
+
+    code: int  # the exit code
+    was_stopped: bool  # by a signal to this process, or because nobody reads its output any more
+
+
+def run(launch: Launch, check: bool) -> Ended:
+    """Starts the ranks and watches over them, after a preflight if `check`.
 
     After a crash the ranks are started again, if restarts are left. Raises UserError where they cannot be
     started at all.
     """
+    try:
+        return _run(launch, check)
+    finally:
+        shutil.rmtree(launch.folder, ignore_errors=True)
+
+
+def _run(launch: Launch, check: bool) -> Ended:
     plan = launch.plan()
     record = HostRecord()
     if check:
         plan = _checked(launch, plan, record)
-    progress = TrainingProgress(newest_step(launch)) if launch.config else None
+    progress = _progress_so_far(launch) if launch.config else None
 
     for attempt in itertools.count(1):
         outcome = _attempt(launch, plan)
         if launch.config is None and launch.directory is not None:
             _note_progress(launch.directory, outcome.progress)
         if progress is not None and is_crash(outcome):
-            progress = progress.after_crash(newest_step(launch))
+            try:
+                progress = progress.after_crash(newest_step(launch))
+            except OSError as error:
+                say(f"{outcome.failure} {_about_unreadable(launch, error)} Nothing is started again.")
+                return Ended(outcome.code, outcome.stopped)
 
         restarts_left = launch.max_restarts - (attempt - 1)
         decision = what_next(outcome, restarts_left, progress)
@@ -216,7 +252,7 @@ def run(launch: Launch, check: bool) -> int:
                 f"{outcome.failure} This was the third crash without a step gained (step "
                 f"{progress.step}): look at what fails there. Nothing is started again."
             )
-            return EXIT_STUCK
+            return Ended(EXIT_STUCK, False)
 
         gone = _gone_for_good(launch, plan, outcome, record)
         failed_twice = [name for name in record.note_failure(plan, outcome) if name not in gone]
@@ -224,11 +260,16 @@ def run(launch: Launch, check: bool) -> int:
         if change.left_over and launch.min_ranks is not None:
             break  # hosts are gone, and the ranks of those that are left are too few
         if change.hosts != plan.hosts:
-            plan = launch.plan(change.hosts)
+            try:
+                plan = launch.plan(change.hosts)
+            except UserError as error:  # not every launcher can start the ranks on these hosts
+                without = " ".join([outcome.failure, *change.sentences()])
+                say(f"{without} But there nothing can be started: {error}")
+                return Ended(outcome.code, outcome.stopped)
         say(_about_restart(outcome, change, progress, attempt, launch.max_restarts))
 
     _say_last(launch, outcome)
-    return outcome.code
+    return Ended(outcome.code, outcome.stopped)
 
 
 def _note_progress(directory: str, calls: int) -> None:
@@ -247,11 +288,15 @@ def _say_last(launch: Launch, outcome: Outcome) -> None:
     """
     failure = outcome.failure
     if outcome.stopped and failure and launch.config:
-        step = files.within(LOOK_S, partial(newest_step, launch))
-        if step == 0:
-            failure += " Nothing was saved: there is no checkpoint yet."
-        elif step is not None:
-            failure += f" Nothing was saved at the end: the newest checkpoint is of step {step}."
+        try:
+            step = files.within(LOOK_S, partial(newest_step, launch))
+        except OSError as error:
+            failure += f" {_about_unreadable(launch, error)}"
+        else:
+            if step == 0:
+                failure += " Nothing was saved: there is no checkpoint yet."
+            elif step is not None:
+                failure += f" Nothing was saved at the end: the newest checkpoint is of step {step}."
     if failure:
         say(failure, within_s=supervisor.UNREAD_S if outcome.stopped else None)
 
@@ -286,10 +331,29 @@ def _about_restart(
 
 
 def newest_step(launch: Launch) -> int:
-    """The step of the training's newest checkpoint, by its name alone; 0 without one."""
+    """The step of the training's newest checkpoint, by its name alone; 0 without one.
+
+    Raises OSError where the checkpoints cannot be listed.
+    """
     if launch.directory is None:
         return 0
     return max(checkpoint.steps(launch.directory), default=0)
+
+
+def _progress_so_far(launch: Launch) -> TrainingProgress:
+    """How far the training has come before the first attempt. Raises UserError where nobody can tell."""
+    try:
+        return TrainingProgress(newest_step(launch))
+    except OSError as error:
+        raise UserError(
+            f"{_about_unreadable(launch, error)} Look at its file system and at its permissions, or give "
+            "another run.dir."
+        ) from error
+
+
+def _about_unreadable(launch: Launch, error: OSError) -> str:
+    """A sentence that says that the checkpoints cannot be listed, and why."""
+    return f"The checkpoints in run.dir={launch.directory} cannot be read ({error.strerror})."
 
 
 # --- hosts that are not there --------------------------------------------------------------------
@@ -324,14 +388,25 @@ def _checked(launch: Launch, plan: Plan, record: HostRecord) -> Plan:
                 "the job, allow fewer ranks with --min-ranks, or keep more nodes aside with --spares."
                 f"\n{error}{_hint(launch, plan)}"
             ) from error
+        try:
+            on_others = launch.plan(change.hosts)
+        except UserError as why:  # not every launcher can start the ranks on the hosts that are left
+            raise UserError(
+                f"preflight: {some(gone)} cannot be reached, and without it nothing can be started: {why}"
+                f"\n{error}{_hint(launch, plan)}"
+            ) from error
         say(" ".join([f"{some(gone)} cannot be reached.", *change.sentences()]))
-        return _checked(launch, launch.plan(change.hosts), record)
+        return _checked(launch, on_others, record)
     except preflight.HostsUnfit as error:
         change = _change(launch, plan, (), error.hosts, record)
         if not error.hosts or set(error.hosts) - change.replaced.keys():
             raise
+        try:
+            on_others = launch.plan(change.hosts)
+        except UserError as why:
+            raise UserError(f"{error}\nWithout it nothing can be started: {why}") from error
         say(f"{error}\n{' '.join(change.sentences(why='is not fit'))}")
-        return _checked(launch, launch.plan(change.hosts), record)
+        return _checked(launch, on_others, record)
     if not launch.is_quiet:
         note(line)
     return plan
@@ -491,6 +566,8 @@ def _to_blame(launch: Launch, plan: Plan, silent: Sequence[str]) -> Sequence[str
     """
     if len(silent) < len(plan.hosts):
         return silent
+    if plan.launcher == "torchrun" and len(silent) == 1 and is_this_host(silent[0]):
+        return ()  # no other launcher has a part in this, and this host is there
     return unreachable(silent, partial(_try_groups, launch, plan))
 
 
@@ -515,17 +592,26 @@ def unreachable(
 
 
 def _try_groups(launch: Launch, plan: Plan, groups: Sequence[Sequence[str]]) -> list[bool]:
-    """For each group of hosts whether the launcher fails to start one process on each of them."""
-    launcher = plan.launcher
-    if launcher == "torchrun":  # takes seconds to start, and is itself started by one of these
-        launcher = scheduler.launchers(launch.allocation.scheduler)[0]
+    """For each group of hosts whether the launcher fails to start one process on each of them.
+
+    Where nothing can be tried, no group is said to fail: what has failed before is then all that is known.
+    """
+    launcher = _trial_launcher(launch, plan)
+    if launcher is None:
+        return [False] * len(groups)
     before = processes.descendants(os.getpid())
     with tempfile.TemporaryDirectory(prefix="allranks-") as folder:
+        trials: list[Plan] = []
+        try:
+            for number, group in enumerate(groups):
+                one_each = tuple(Host(name, 1) for name in group)
+                # Each has a file of its own for its hosts, where they are too many for an argument.
+                trials.append(launch.plan(one_each, launcher=launcher, hosts_path=f"{folder}/{number}"))
+        except UserError:  # this launcher cannot start a part of the ranks here
+            return [False] * len(groups)
+
         started: list[subprocess.Popen[bytes]] = []
-        for number, group in enumerate(groups):
-            one_each = tuple(Host(name, 1) for name in group)
-            # Each has a file of its own for its hosts, where they are too many for an argument.
-            trial = launch.plan(one_each, launcher=launcher, hosts_path=f"{folder}/{number}")
+        for trial in trials:
             started.append(
                 subprocess.Popen(
                     trial.argv_for([sys.executable, "-c", ""]),
@@ -537,8 +623,27 @@ def _try_groups(launch: Launch, plan: Plan, groups: Sequence[Sequence[str]]) -> 
             )
         deadline = time.monotonic() + TRY_S
         failed = [_has_failed(one, deadline) for one in started]
+        _wait_for_all(started, END_S)
         processes.kill_descendants(spare=before)
     return failed
+
+
+def _trial_launcher(launch: Launch, plan: Plan) -> str | None:
+    """The launcher by which a part of the hosts can be tried; None where there is none.
+
+    It is the plan's own where that can start something on some of the hosts alone. Torchrun takes seconds
+    to start, and another launcher starts it on other hosts. An mpiexec that must not be told the hosts
+    always takes all of them.
+    """
+    unfit = {"torchrun"}
+    if not launch.machine.options.name_hosts:
+        unfit.add("mpiexec")
+    if plan.launcher not in unfit:
+        return plan.launcher
+    for name in scheduler.launchers(launch.allocation.scheduler):
+        if name not in unfit and launchers.is_installed(name):
+            return name
+    return None
 
 
 def _has_failed(started: subprocess.Popen[bytes], deadline: float) -> bool:
@@ -548,3 +653,11 @@ def _has_failed(started: subprocess.Popen[bytes], deadline: float) -> bool:
     except subprocess.TimeoutExpired:
         started.terminate()  # srun and mpiexec then end what they have started
         return True
+
+
+def _wait_for_all(started: Sequence[subprocess.Popen[bytes]], within_s: float) -> None:
+    """Waits until these have ended, but not longer than this."""
+    deadline = time.monotonic() + within_s
+    for one in started:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            one.wait(max(0.0, deadline - time.monotonic()))

@@ -108,7 +108,7 @@ def _launch(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str,
     )
     checks_first = args.preflight is not False
     if not wanted.cells:
-        return run(launch, checks_first)
+        return run(launch, checks_first).code
     if not args.run:
         make_cells(wanted.directory, wanted.cells)
     return _run_cells(launch, wanted.cells, checks_first)
@@ -155,10 +155,11 @@ def _run_cells(launch: Launch, cells: Sequence[Cell], checks_first: bool) -> int
             continue
         own_request = replace(launch.request, program=cell.program())
         training = replace(launch, request=own_request, directory=cell.directory, config=cell.config)
-        code = run(training, checks_first and not codes)  # the hosts are looked at once
-        codes.append(code)
-        ends.append(_end_of(code))
-        is_stopped = code == EXIT_REQUEUE or code > 128
+        ended = run(training, checks_first and not codes)  # the hosts are looked at once
+        codes.append(ended.code)
+        ends.append(_end_of(ended.code))
+        # A training may fail by a signal, too: that is its own end, and not the sweep's.
+        is_stopped = ended.code == EXIT_REQUEUE or (ended.was_stopped and ended.code != 0)
         if is_stopped:
             break
     about_sweep = _about_sweep(cells, ends, is_stopped) if codes or len(cells) > 1 else ""

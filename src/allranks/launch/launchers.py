@@ -147,7 +147,7 @@ def choose(asked: str, machine: Machine, allocation: Allocation, installed_here:
     launcher = machine.launcher if asked == "auto" else asked
     if launcher == "auto":
         launcher = _first_installed(allocation)
-    if installed_here and not _is_installed(launcher):
+    if installed_here and not is_installed(launcher):
         raise _not_installed(launcher)
     if launcher == "srun" and allocation.scheduler == "local":
         raise UserError(
@@ -165,10 +165,11 @@ def _first_installed(allocation: Allocation) -> str:
     # Slurm's own launcher knows its jobs best. Elsewhere an MPI starts ranks on several hosts by itself,
     # and torchrun does not.
     order = scheduler.launchers(allocation.scheduler)
-    return next((name for name in order if _is_installed(name)), order[-1])
+    return next((name for name in order if is_installed(name)), order[-1])
 
 
-def _is_installed(launcher: str) -> bool:
+def is_installed(launcher: str) -> bool:
+    """Whether the launcher can be started here."""
     if launcher == "torchrun":  # started as a module of this Python
         return importlib.util.find_spec("torch") is not None
     return path_of(launcher) is not None
@@ -177,7 +178,7 @@ def _is_installed(launcher: str) -> bool:
 def _not_installed(launcher: str) -> UserError:
     remedy = next(known.remedy for known in LAUNCHERS.values() if known.name == launcher)
     names = dict.fromkeys(known.name for known in LAUNCHERS.values())
-    others = " or ".join(name for name in names if _is_installed(name))
+    others = " or ".join(name for name in names if is_installed(name))
     end = f"; --launcher {others} would work." if others else "."
     return UserError(f"--launcher {launcher} is not installed here: {remedy}{end}")
 

@@ -75,7 +75,7 @@ class Outcome:
     failure: str  # one line, empty where nothing has failed
     hosts: Mapping[int, str]  # by rank, of the ranks that came
     gone: tuple[str, ...] = ()  # hosts of which nothing is heard: no rank came, or all are lost
-    stopped: bool = False  # by a signal to `allranks launch`
+    stopped: bool = False  # by a signal to `allranks launch`, or as nobody reads its output any more
     progress: int = 0  # of a program that calls allranks.heartbeat() or should_stop(), or takes steps
     failed_host: str = ""  # of the first rank that failed; empty where no single host is to blame
 

@@ -305,7 +305,7 @@ class Supervision:
             failure=conclusion.sentence and f"{conclusion.sentence}.",
             hosts={r.rank: r.host for r in ranks},
             gone=outcome.hosts_gone(self.hosts, ranks),
-            stopped=bool(self.stopped_by),
+            stopped=bool(self.stopped_by) or evidence.nobody_reads,
             failed_host=outcome.host_to_blame(evidence),
             progress=self._idle.progress,
         )
