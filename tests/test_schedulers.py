@@ -194,6 +194,44 @@ def test_when_a_job_of_pbs_ends(commands, monkeypatch):
     assert scheduler.ends_at({}) is None
 
 
+@pytest.mark.parametrize(
+    ("environ", "squeue", "qstat"),
+    [
+        ({"SLURM_JOB_ID": "7"}, ("Unable to contact slurm controller (connect failure)", 1), ("", 0)),
+        ({"PBS_JOBID": "7.pbs"}, ("", 0), ("Connection refused\nqstat: cannot connect to server pbs", 111)),
+    ],
+    ids=["slurm", "pbs"],
+)
+def test_a_server_that_is_not_reached_has_not_said_that_a_job_has_no_end(commands, environ, squeue, qstat):
+    """Such a job would else be taken for one without a limit, and never stop before its walltime."""
+    commands(squeue=squeue, qstat=qstat)
+    with pytest.raises(ServerUnreached, match="the scheduler is down"):
+        scheduler.ends_at({"PATH": os.environ["PATH"], **environ})
+
+
+def test_a_date_that_is_not_understood_is_no_job_without_an_end(commands):
+    said = "Job Id: 7.pbs\n    Resource_List.walltime = 00:05:00\n    stime = 25.11.2026 19:53\n"
+    commands(qstat=(said, 0))
+    with pytest.raises(
+        UserError, match=r"began at '25\.11\.2026 19:53', which is no date .* ALLRANKS_DEADLINE"
+    ):
+        scheduler.ends_at({"PBS_JOBID": "7.pbs"})
+
+
+def test_a_server_is_asked_for_the_end_of_the_job_until_it_answers(commands, monkeypatch):
+    monkeypatch.setattr(scheduler, "ASK_AGAIN_S", 0.01)
+    answers = iter([("Unable to contact slurm controller", 1)] * 2 + [("UNLIMITED\n", 0)])
+    told = []
+
+    def ask():
+        commands(squeue=next(answers))
+        return scheduler.ends_at({"PATH": os.environ["PATH"], "SLURM_JOB_ID": "7"})
+
+    assert scheduler.asked_until_answered(ask, told.append) is None
+    assert list(answers) == []
+    assert len(told) == 1
+
+
 # --- answers with more in them than an id ---------------------------------------------------------
 
 BANNER = "** You have used 35 of 100 hours **\n\n"

@@ -11,6 +11,7 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Literal
 
+from allranks.base.errors import UserError
 from allranks.base.text import one_line
 from allranks.job.batch import JobRequest, NoAnswer, ThisJob, call, given, id_in, refusal, seconds, tail_of
 
@@ -65,15 +66,20 @@ class Pbs:
         job = self.this_job(environ)
         if job is None:
             return None
-        said = self._call(["qstat", "-f", job.id]).stdout
-        limit = re.search(r"Resource_List.walltime = ([\d:]+)", said)
-        start = re.search(r"stime = (.+)", said)
+        done = self._call(["qstat", "-f", job.id])
+        if done.returncode:
+            raise refusal(done)
+        limit = re.search(r"Resource_List.walltime = ([\d:]+)", done.stdout)
+        start = re.search(r"stime = (.+)", done.stdout)
         if limit is None or start is None:
             return None
         try:
             began = datetime.strptime(start[1].strip(), "%a %b %d %H:%M:%S %Y")  # in local time
-        except ValueError:
-            return None
+        except ValueError as error:
+            raise UserError(
+                f"qstat says that the job began at {start[1].strip()!r}, which is no date that is known "
+                "here: give ALLRANKS_DEADLINE, the job's end in seconds since 1970."
+            ) from error
         return int(began.timestamp()) + seconds(limit[1])
 
     # --- ids ---

@@ -29,7 +29,7 @@ from array import array
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 from allranks.base.errors import UserError, show
 from allranks.base.processes import DUMP_FOR_LAUNCH_SIGNAL, STOPPING
@@ -219,10 +219,14 @@ class Stop:
 
     def _find_end(self, environ: Mapping[str, str], asks_scheduler: bool) -> None:
         """Finds out when the job ends. A scheduler may take its time to answer, so this is a thread."""
-        try:
-            ends_at = _end_of_job(environ, asks_scheduler)
-        except UserError as error:
+
+        def warn(error: UserError) -> None:
             show(f"when this job ends is not known: {error}")
+
+        try:
+            ends_at = scheduler.asked_until_answered(partial(_end_of_job, environ, asks_scheduler), warn)
+        except UserError as error:
+            warn(error)
             return
         if ends_at is not None:
             self.job_ends_at = time.monotonic() + ends_at - time.time()

@@ -6,9 +6,10 @@ PBS is the class in allranks.job.pbs, Slurm the class in allranks.job.slurm; eac
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 from allranks.base.errors import UserError
 from allranks.job.batch import JobRequest, NoAnswer, ServerUnreached, ThisJob
@@ -16,6 +17,10 @@ from allranks.job.pbs import Pbs
 from allranks.job.slurm import Slurm
 
 __all__ = ["SCHEDULERS", "JobRequest", "NoAnswer", "Scheduler", "ServerUnreached", "ThisJob"]
+
+ASK_AGAIN_S = 60.0  # so that many jobs put no load on a server that has just come back
+
+Answer = TypeVar("Answer")
 
 
 class Scheduler(Protocol):
@@ -158,6 +163,23 @@ def ends_at(environ: Mapping[str, str]) -> int | None:
     """
     scheduler = here(environ)
     return scheduler.ends_at(environ) if scheduler else None
+
+
+def asked_until_answered(ask: Callable[[], Answer], warn: Callable[[UserError], None]) -> Answer:
+    """What `ask` answers, which asks a scheduler. It is asked again as long as the server does not answer.
+
+    `warn` is called with the first such error. For a thread, because it may take forever. Raises UserError
+    where the scheduler refuses, or is not there.
+    """
+    is_told = False
+    while True:
+        try:
+            return ask()
+        except (ServerUnreached, NoAnswer) as error:
+            if not is_told:
+                warn(error)
+            is_told = True
+        time.sleep(ASK_AGAIN_S)
 
 
 def is_suspended(environ: Mapping[str, str]) -> bool:

@@ -72,7 +72,10 @@ class Slurm:
             return None
         own = self.command_environment(environ)
         own.pop("SLURM_CLUSTERS", None)  # this job is in the cluster that is asked without it
-        left = call(["squeue", "-h", "-j", job.id, "-o", "%L"], own, self.title).stdout.strip()
+        done = call(["squeue", "-h", "-j", job.id, "-o", "%L"], own, self.title)
+        if done.returncode:
+            raise refusal(done)
+        left = done.stdout.strip()
         if not re.fullmatch(r"[\d:-]+", left):  # UNLIMITED
             return None
         return int(time.time()) + seconds(left)

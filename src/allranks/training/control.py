@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from allranks.base.errors import EXIT_REQUEUE, UserError
@@ -78,10 +79,13 @@ class JobEnd:
         threading.Thread(target=self._find, args=(dict(environ),), daemon=True).start()
 
     def _find(self, environ: Mapping[str, str]) -> None:
-        try:
-            ends_at = end_of_job(environ)
-        except UserError as error:
+        def warn(error: UserError) -> None:
             log.warning("when this job ends is not known: %s", error)
+
+        try:
+            ends_at = scheduler.asked_until_answered(partial(end_of_job, environ), warn)
+        except UserError as error:
+            warn(error)
             return
         if ends_at is not None:
             self.at = time.monotonic() + ends_at - time.time()
