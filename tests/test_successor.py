@@ -4,12 +4,18 @@ test_submit.py queues successors.
 """
 
 import json
+import os
+import re
 import time
+from functools import partial
 
 import pytest
 
+from allranks.job import batch, scheduler
 from allranks.job.scheduler import NoAnswer, ServerUnreached
-from allranks.submit import successor
+from allranks.submit import script, successor
+from allranks.submit.order import Order
+from helpers import took_at_most
 from other_trainings import make
 
 
@@ -39,6 +45,7 @@ def clock(monkeypatch):
     monkeypatch.setattr(successor.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(successor.time, "time", lambda: now[0])
     monkeypatch.delenv("ALLRANKS_DEADLINE", raising=False)
+    monkeypatch.delenv("ALLRANKS_JOB_END", raising=False)
     return pauses
 
 
@@ -56,6 +63,28 @@ def test_patience_ends_with_the_jobs_time(clock, monkeypatch):
     ):
         successor._patiently(Server(ServerUnreached, times=10**6), "a run")
     assert sum(clock) == 1 + 2 + 4 + 8
+
+
+def test_a_server_that_answers_too_late_leaves_time_to_say_how_to_go_on(tmp_path, monkeypatch):
+    """qsub takes longer than the job has left: it is given up, with some seconds for the message."""
+    (tmp_path / "qsub").write_text("#!/bin/sh\nexec sleep 30\n")
+    (tmp_path / "qsub").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("ALLRANKS_JOB_END", str(int(time.time()) + successor.LAST_S + 1))
+    began = time.monotonic()
+    with pytest.raises(NoAnswer, match="qsub does not answer within 1 s"):
+        successor._patiently(partial(scheduler.named("pbs").submit, "job.sh"), "run")
+    assert took_at_most(time.monotonic() - began, 10)
+    assert batch._limit_s() == batch.COMMAND_LIMIT_S  # as before, outside
+
+
+def test_a_long_job_leaves_a_busy_server_the_time_that_it_takes():
+    """Half a minute was seen, beside the program's own start."""
+    for walltime, least_s in (("00:09:59", 20), ("00:10:00", 60), ("24:00:00", 60)):
+        order = Order("generic_pbs", walltime=walltime)
+        deadline, end = re.findall(r"start \+ (\d+)", script._deadline(order))
+        assert int(end) == order.walltime_s
+        assert int(end) - int(deadline) == least_s
 
 
 def test_patience_ends_after_ten_minutes(clock):

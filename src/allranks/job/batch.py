@@ -9,7 +9,10 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +23,9 @@ from allranks.base.text import one_line
 COMMAND_LIMIT_S = (
     60.0  # a healthy server answers within a second, a busy one was seen to take half a minute
 )
+LEAST_LIMIT_S = 1.0  # a command is worth calling even at the last moment: most answer within this time
+_all_end_at: ContextVar[float | None] = ContextVar("_all_end_at", default=None)  # see ending_by()
+
 JOB_LOG = "job.log"  # in the run directory: what a job says, as it says it
 
 # The words of a client that has not reached its server, which so has done nothing. The last two are of
@@ -88,21 +94,43 @@ def given(option: str, value: object) -> list[str]:
     return [f"{option} {shlex.quote(str(value))}"] if value else []
 
 
+@contextmanager
+def ending_by(end_at: float) -> Iterator[None]:
+    """In the block, a command of a scheduler is given up at `end_at` (by time.monotonic()) at the latest.
+
+    Each has LEAST_LIMIT_S all the same, and never more than COMMAND_LIMIT_S.
+    """
+    token = _all_end_at.set(end_at)
+    try:
+        yield
+    finally:
+        _all_end_at.reset(token)
+
+
+def _limit_s() -> float:
+    """How long the next command may take, in seconds."""
+    end_at = _all_end_at.get()
+    if end_at is None:
+        return COMMAND_LIMIT_S
+    return min(COMMAND_LIMIT_S, max(LEAST_LIMIT_S, end_at - time.monotonic()))
+
+
 def call(
     argv: Sequence[str], environ: Mapping[str, str], scheduler: str, if_late: str = ""
 ) -> subprocess.CompletedProcess[str]:
     """Runs a command of `scheduler` in the environment `environ`; what it said and its exit code.
 
     Raises UserError where the command cannot be started, and NoAnswer, with the advice `if_late`, where it
-    has not ended after COMMAND_LIMIT_S.
+    has not ended after COMMAND_LIMIT_S, or by the time that ending_by() has set.
     """
+    limit_s = _limit_s()
     try:
         return subprocess.run(
             argv,
             capture_output=True,
             encoding="utf-8",
             errors="replace",
-            timeout=COMMAND_LIMIT_S,
+            timeout=limit_s,
             check=False,
             env=dict(environ),
             stdin=subprocess.DEVNULL,
@@ -117,7 +145,7 @@ def call(
     except subprocess.TimeoutExpired:
         advice = f"; {if_late}" if if_late else ""
         raise NoAnswer(
-            f"{argv[0]} does not answer within {COMMAND_LIMIT_S:.0f} s: the scheduler is down or busy. "
+            f"{argv[0]} does not answer within {limit_s:.0f} s: the scheduler is down or busy. "
             f"Try again later{advice}."
         ) from None
 

@@ -22,7 +22,11 @@ from allranks.job.machine import Machine
 from allranks.job.scheduler import Scheduler
 from allranks.submit.order import Order
 
-END_S = 20  # of the walltime, for what the script does after the training: queue a successor, say so
+# Of the walltime, for what the script does after the training: queue a successor, say so. A busy server was
+# seen to take half a minute for that. A short job cannot spare so much, and its user sits before it.
+END_S = 20
+END_OF_LONG_JOB_S = 60
+LONG_JOB_S = 600
 USUAL_FOLDERS = ("/usr/local/bin", "/usr/bin", "/bin")  # which are on every job's PATH
 UNSET_RANKS = """\
 # Slurm hands on what was left over in the shell of whoever submits.
@@ -121,10 +125,18 @@ def _filled(**values: str) -> str:
 
 
 def _deadline(order: Order) -> str:
-    """The lines that tell the job when it ends, as no scheduler does."""
+    """The lines that tell the job when it ends, as no scheduler does.
+
+    The ranks' programs shall stop by ALLRANKS_DEADLINE; the scheduler ends the script at ALLRANKS_JOB_END.
+    """
     if order.walltime_s is None:
-        return "unset ALLRANKS_DEADLINE"
-    return f"start=$(date +%s)\nexport ALLRANKS_DEADLINE=$((start + {order.walltime_s - END_S}))"
+        return "unset ALLRANKS_DEADLINE ALLRANKS_JOB_END"
+    end_s = END_OF_LONG_JOB_S if order.walltime_s >= LONG_JOB_S else END_S
+    return (
+        "start=$(date +%s)\n"
+        f"export ALLRANKS_DEADLINE=$((start + {order.walltime_s - end_s}))\n"
+        f"export ALLRANKS_JOB_END=$((start + {order.walltime_s}))"
+    )
 
 
 def _environment(environ: Mapping[str, str], kind: Scheduler) -> list[str]:

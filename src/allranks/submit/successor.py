@@ -5,6 +5,7 @@ The job script calls it when its training has stopped with a checkpoint, because
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import time
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 
 from allranks.base.errors import EXIT_REQUEUE, EXIT_STUCK, UserError, show
 from allranks.job import scheduler
+from allranks.job.batch import ending_by
 from allranks.job.scheduler import NoAnswer, Scheduler, ServerUnreached, ThisJob
 from allranks.report import compare_sweep
 from allranks.run import checkpoint, program_progress
@@ -109,13 +111,12 @@ def _patiently(ask: Callable[[], Answer], directory: str, is_repeatable: bool = 
     Raises ServerUnreached at the end of that time, and says how the user can go on.
     """
     passing = (ServerUnreached, NoAnswer) if is_repeatable else (ServerUnreached,)
-    deadline = os.environ.get("ALLRANKS_DEADLINE", "")
-    left_s = int(deadline) + END_S - LAST_S - time.time() if deadline.isdecimal() else MOST_PATIENCE_S
-    give_up_at = time.monotonic() + min(left_s, MOST_PATIENCE_S)
+    give_up_at = time.monotonic() + min(_left_s(), MOST_PATIENCE_S)
     pause_s = 1.0
     while True:
         try:
-            return ask()
+            with ending_by(give_up_at):
+                return ask()
         except passing as error:
             if time.monotonic() + pause_s > give_up_at:
                 raise ServerUnreached(
@@ -124,6 +125,17 @@ def _patiently(ask: Callable[[], Answer], directory: str, is_repeatable: bool = 
                 ) from error
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+
+def _left_s() -> float:
+    """For how many seconds this job may still ask its scheduler; infinity where its end is not known."""
+    job_end = os.environ.get("ALLRANKS_JOB_END", "")
+    if job_end.isdecimal():
+        return int(job_end) - LAST_S - time.time()
+    deadline = os.environ.get("ALLRANKS_DEADLINE", "")  # all that the script of an earlier version has told
+    if deadline.isdecimal():
+        return int(deadline) + END_S - LAST_S - time.time()
+    return math.inf
 
 
 def _mark_this_start(directory: str, me: ThisJob) -> Path | None:
