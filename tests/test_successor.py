@@ -11,8 +11,10 @@ from functools import partial
 
 import pytest
 
+from allranks.base.errors import UserError
 from allranks.job import batch, scheduler
 from allranks.job.scheduler import NoAnswer, ServerUnreached
+from allranks.run import checkpoint
 from allranks.submit import script, successor
 from allranks.submit.order import Order
 from helpers import took_at_most
@@ -100,6 +102,20 @@ def test_what_may_have_queued_a_job_is_not_asked_again(clock):
     assert queueing.asked == 1
     assert successor._patiently(asking, "run", is_repeatable=True) == "7.pbs"
     assert asking.asked == 2
+
+
+def test_a_damaged_checkpoint_is_no_step_that_was_gained(tmp_path):
+    checkpoint.write(tmp_path, 10, {"state.json": b"{}"}, "token", lambda: None)
+    newest = checkpoint.write(tmp_path, 20, {"state.json": b"{}", "model.pt": b"1"}, "token", lambda: None)
+    assert successor._step(str(tmp_path)) == 20
+    (newest / "model.pt").unlink()
+    assert successor._step(str(tmp_path)) == 10
+
+
+def test_a_run_directory_that_cannot_be_written_is_told(read_only):
+    me = scheduler.ThisJob("7.pbs", "7.pbs", 0)
+    with pytest.raises(UserError, match=r"cannot be written .* so no job is queued"):
+        successor._mark_this_start(str(read_only), me)
 
 
 def test_the_last_job_of_a_sweeps_last_cell_leaves_the_comparison(tmp_path, monkeypatch, capfd):

@@ -10,6 +10,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -74,7 +75,8 @@ def go_on(directory: str) -> int:
     try:
         _queue_successor(kind, directory, me)
     except ServerUnreached:
-        mark.unlink(missing_ok=True)  # no successor was queued, so another try may queue one
+        with suppress(OSError):  # no successor was queued, so another try may queue one
+            mark.unlink(missing_ok=True)
         raise
     return EXIT_REQUEUE
 
@@ -90,8 +92,18 @@ def _is_last(job: dict[str, Any], directory: str) -> bool:
 
 
 def _step(directory: str) -> int:
-    """How far the run has come: the step of its newest checkpoint, or the number of a program's calls."""
-    return max(checkpoint.steps(directory), default=0) or program_progress.read(directory)
+    """How far the run has come: the step of its newest checkpoint, or the number of a program's calls.
+
+    A checkpoint that lacks a file is passed over, as the next job will pass it over. What is in the files
+    is not looked at here: reading them may take longer than this job has left.
+    """
+    for step in checkpoint.steps(directory):
+        try:
+            checkpoint.listed(checkpoint.path_of(directory, step))
+        except (checkpoint.Damaged, OSError):
+            continue
+        return step
+    return program_progress.read(directory)
 
 
 def _cancel_rest_of_chain(kind: Scheduler, later: list[str]) -> None:
@@ -154,7 +166,8 @@ def _mark_this_start(directory: str, me: ThisJob) -> Path | None:
     except FileExistsError:
         return None
     except OSError as error:
-        mark.unlink(missing_ok=True)  # an empty one would stand for a successor
+        with suppress(OSError):  # an empty one would stand for a successor
+            mark.unlink(missing_ok=True)
         raise UserError(
             f"{directory} cannot be written ({error.strerror}), so no job is queued: free some space or "
             "quota there, then `allranks submit --cell` goes on from the newest checkpoint."
