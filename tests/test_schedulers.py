@@ -177,6 +177,28 @@ def test_refusals_of_a_real_pbs_come_with_a_remedy(commands, name, code, said, r
         assert part in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("said", "remedy"),
+    [
+        (
+            "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)",
+            "ask for",
+        ),
+        ("QOSMaxSubmitJobPerUserLimit", "wait until fewer jobs of yours are there"),
+        ("qsub: would exceed queue generic's per-user limit of jobs in 'Q' state", "wait until fewer"),
+        ("Requested time limit is invalid (missing or exceeds some limit)", "ask for less"),
+        ("Requested node configuration is not available", "ask for less"),
+        ("Invalid account or account/partition combination specified", "with --account"),
+        ("Invalid partition name specified", "give another --queue"),
+        ("Socket timed out on send/recv operation", "the scheduler is down"),
+    ],
+)
+def test_what_a_refusal_names_first_is_not_always_what_helps(commands, said, remedy):
+    commands(sbatch=(f"sbatch: error: {said}", 1))
+    with pytest.raises(UserError, match=f"What may help: .*{remedy}"):
+        SLURM.submit("job.sh")
+
+
 def test_a_real_pbs_takes_a_dependency_on_a_job_that_it_does_not_know(commands):
     """So whoever submits asks whether the job exists, before."""
     asked = commands(qsub=answer("qsub-after-unknown"))

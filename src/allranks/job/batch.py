@@ -36,9 +36,15 @@ _UNREACHED = re.compile(
     re.IGNORECASE,
 )
 
-# A pattern in a scheduler's complaint, and what helps against it. The first that fits is shown.
+# A pattern in a scheduler's complaint, and what helps against it. The first that fits is shown. Words of a
+# limit go before those of what it is for: `Job violates accounting/QOS policy (job submit limit, ...)`.
 _REMEDIES = (
     (_UNREACHED.pattern + "|connect|contact|timed out|socket", "the scheduler is down: try again later"),
+    (
+        r"violat|limits?\b|maximum number",
+        "ask for less with --nodes or --walltime, give another --queue, or wait until fewer jobs of yours "
+        "are there",
+    ),
     (r"account|project|allocation", "give one that you belong to with --account"),
     (r"queue|partition|qos", "give another --queue"),
     (r"exceed|violat|limit|max|not available|node count", "ask for less with --nodes or --walltime"),

@@ -361,5 +361,19 @@ def _check(machine: Machine) -> None:
     if (node.bind == "list" and not node.cpu_list) or (node.bind == "depth" and not node.cpus_per_rank):
         needed = "cpu_list" if node.bind == "list" else "cpus_per_rank"
         raise UserError(f"machine.node.bind={node.bind} ({machine.name}) needs node.{needed}.")
+    for key, templates in (("chunk", (machine.submit.chunk,)), ("resources", machine.submit.resources)):
+        for template in templates:
+            if not _can_be_filled(template):
+                remedy = "a text with {ranks} and {cpus}, and {{ or }} for a brace itself"
+                raise source.invalid(f"submit.{key}", template, remedy)
     if order and sorted(order) != list(range(len(order))):
         raise source.invalid("device.order", list(order), f"each of 0 to {len(order) - 1} once")
+
+
+def _can_be_filled(template: str) -> bool:
+    """Whether the numbers of ranks and of CPUs can be put into a text, at {ranks} and {cpus}."""
+    try:
+        template.format(ranks=1, cpus=1)
+    except (ValueError, LookupError, AttributeError, TypeError):
+        return False
+    return True
