@@ -85,6 +85,19 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def closed(tmp_path: Path) -> Iterator[Path]:
+    """A folder that this process may not look into; root may look into any, so it is another user here."""
+    folder = tmp_path / "closed"
+    folder.mkdir(0o000)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)  # nobody
+    yield folder
+    os.seteuid(user)
+    folder.chmod(0o700)
+
+
+@pytest.fixture
 def command(tmp_path: Path) -> Callable[..., Done]:
     """command("allranks", "--help", cwd=..., env=..., timeout_s=...): runs it, in tmp_path by default."""
 

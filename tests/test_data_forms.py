@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -89,6 +90,56 @@ def test_dicts_come_from_files_of_each_kind(values, keys, files):
         made = {key: np.stack([made[i][key] for i in range(4)]) for key in made[0]}
     assert list(made) == keys
     assert [made[key].tolist() for key in keys] == [X.tolist(), Y.tolist()]
+
+
+def test_one_name_needs_no_list(files):
+    np.savez("named.npz", images=X, labels=Y)
+    assert arrays.load("named.npz", names="images").tolist() == X.tolist()
+    assert arrays.load("xy.h5", names="inner/x").tolist() == X.tolist()
+    rows = arrays.load("xy.h5", names="inner/x", memory_map=True)
+    assert [rows[i].tolist() for i in range(4)] == X.tolist()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {**H5, "memory_map": True},
+        {"path": ["x.npy", "y.npy"], "memory_map": True},
+        {"path": {"a": "x.npy", "b": "y.npy"}, "memory_map": True},
+    ],
+)
+def test_rows_that_were_read_here_go_to_a_process_that_is_not_forked(values, files):
+    """Such a process gets the Dataset in bytes, and not what is in its files."""
+    rows = arrays.load(**values)
+    first = rows[0]
+    there = pickle.loads(pickle.dumps(rows))
+    assert len(there) == 4
+    read = there[0]
+    for key in first if isinstance(first, dict) else range(2):
+        assert read[key].tolist() == first[key].tolist()
+
+    np.lib.format.open_memmap("large.npy", mode="w+", dtype=np.uint8, shape=(1000, 1000)).flush()
+    assert len(pickle.dumps(arrays.load("large.npy", memory_map=True))) < 1000
+
+
+def test_damaged_bytes_in_an_archive_are_told(files):
+    """Every eighth byte of the archive is damaged in turn; what can still be read is an array."""
+    whole = Path("small.npz").read_bytes()
+    refused = 0
+    places = range(0, len(whole), 8)
+    for place in places:
+        Path("harmed.npz").write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            arrays.load("harmed.npz")
+        except UserError as error:
+            assert "harmed.npz" in str(error)
+            refused += 1
+    assert refused > len(places) / 2
+
+
+def test_a_file_in_a_folder_that_may_not_be_looked_into_is_said(closed):
+    with pytest.raises(UserError, match=r"closed/x\.npy cannot be read \(Permission denied\)"):
+        arrays.load(str(closed / "x.npy"))
 
 
 def test_a_file_with_one_array_gives_that_array(files):

@@ -12,7 +12,9 @@ each rank reads the examples that it needs from the file, when it needs them.
 from __future__ import annotations
 
 import os
+import stat
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,20 +26,23 @@ from allranks.base.errors import UserError
 from allranks.base.files import with_home
 from allranks.base.text import did_you_mean, one_line
 
+# Which arrays of a file are taken, and in which form they come: load() explains it.
+Names = str | Sequence[str] | Mapping[str, str] | None
+
 HDF5 = (".h5", ".hdf5", ".hdf", ".nc")
 
 
 def load(
     path: str | Sequence[str] | Mapping[str, str],
-    names: Sequence[str] | Mapping[str, str] | None = None,
+    names: Names = None,
     memory_map: bool = False,
 ) -> Any:
     """The arrays in a file, or in several .npy files.
 
     `path` is one file, a list of .npy files, or a dict of them. The arrays come in the same form: one
-    array, a tuple, or a dict. `names` says which arrays of an .npz or HDF5 file are taken: a list of names
-    gives a tuple in this order, a dict gives a dict with other keys. Without `names` all arrays come, as a
-    dict by name, or the array alone where there is only one.
+    array, a tuple, or a dict. `names` says which arrays of an .npz or HDF5 file are taken: one name gives
+    that array, a list of names gives a tuple in this order, a dict gives a dict with other keys. Without
+    `names` all arrays come, as a dict by name, or the array alone where there is only one.
 
     With `memory_map` an object with a length and examples is returned, which reads each example from its
     file. An .npz file cannot be read that way. Raises UserError.
@@ -69,8 +74,17 @@ def load(
 
 
 def _existing(path: str) -> Path:
+    """The file at this path. Raises UserError where there is none, or where it may not be looked for."""
     file = Path(with_home("path", path))
-    if not file.is_file():
+    try:
+        is_file = stat.S_ISREG(file.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        is_file = False
+    except OSError as error:
+        raise UserError(
+            f"{file.absolute()} cannot be read ({error.strerror}): give the path of a file with arrays."
+        ) from error
+    if not is_file:
         raise UserError(f"{file.absolute()} is missing: give the path of a file with arrays.")
     return file
 
@@ -95,7 +109,8 @@ def _npz(file: Path) -> dict[str, np.ndarray]:
             for member in archive.namelist():
                 with archive.open(member) as stream:
                     found[member.removesuffix(".npy")] = npy.read_array(stream, allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        # RuntimeError: damaged bytes may say that the archive is encrypted, or packed in an unknown way
         raise _unreadable(file, error) from error
     return found
 
@@ -107,10 +122,12 @@ def _unreadable(file: Path | str, error: Exception) -> UserError:
     )
 
 
-def _chosen(path: str, arrays: Mapping[str, Any], names: Sequence[str] | Mapping[str, str] | None) -> Any:
+def _chosen(path: str, arrays: Mapping[str, Any], names: Names) -> Any:
     """Those of the file's arrays that `names` asks for, in the form that it asks for."""
     if names is None:
         return next(iter(arrays.values())) if len(arrays) == 1 else dict(arrays)
+    if isinstance(names, str):
+        names = [names]
     asked = list(names.values() if isinstance(names, Mapping) else names)
     for name in asked:
         if name not in arrays:
@@ -153,7 +170,7 @@ def _datasets(file: Any) -> dict[str, Any]:
     return found
 
 
-def _hdf5(path: str, names: Sequence[str] | Mapping[str, str] | None) -> Any:
+def _hdf5(path: str, names: Names) -> Any:
     with _open_hdf5(path) as file:
         chosen = _chosen(path, _datasets(file), names)
         try:
@@ -178,6 +195,15 @@ class Rows:
     def __getitem__(self, index: int) -> Any:
         return _each(self.arrays, lambda array: np.array(array[index]))
 
+    def __getstate__(self) -> Any:
+        """What a worker process that is not forked gets: names of files, and not all that is in them."""
+        return _each(self.arrays, lambda array: str(array.filename))
+
+    def __setstate__(self, paths: Any) -> None:
+        """Maps the files again, in the worker process."""
+        self.arrays = _each(paths, lambda path: _npy(Path(path), memory_map=True))
+        self._length = _common_length(self.arrays)
+
 
 class RowsOfHDF5:
     """The examples of arrays in an HDF5 file: a map-style Dataset.
@@ -186,7 +212,7 @@ class RowsOfHDF5:
     processes share an open file.
     """
 
-    def __init__(self, path: str, names: Sequence[str] | Mapping[str, str] | None) -> None:
+    def __init__(self, path: str, names: Names) -> None:
         self.path = path
         self.names = names
         self._process_id = 0  # of the process that has opened the file
@@ -202,6 +228,10 @@ class RowsOfHDF5:
             self._arrays = _chosen(self.path, _datasets(_open_hdf5(self.path)), self.names)
             self._process_id = os.getpid()
         return _each(self._arrays, lambda array: np.array(array[index]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker process that is not forked gets: all but the open file, which stays here."""
+        return {**self.__dict__, "_process_id": 0, "_arrays": None}
 
 
 def _each(arrays: Any, read: Any) -> Any:
