@@ -249,6 +249,14 @@ def test_a_checkpoint_that_was_named_is_not_replaced_by_another(copy):
         load.load(copy, "newset")
 
 
+@pytest.mark.parametrize("which", ["newest", "best", "5"])
+def test_a_folder_of_checkpoints_that_cannot_be_read_is_told(copy, which):
+    shutil.rmtree(copy / "checkpoints")
+    (copy / "checkpoints").touch()
+    with pytest.raises(UserError, match=r"run/checkpoints cannot be read \(Not a directory\)"):
+        load.choose(copy, which)
+
+
 def test_a_configuration_that_is_cut_off_is_refused_in_one_sentence_with_what_to_do(copy):
     config = copy / "config.yaml"
     config.write_text(config.read_text() + "trainer: [")

@@ -223,7 +223,7 @@ def choose(directory: str | Path, which: str = NEWEST) -> Chosen:
         return _first_valid(directory, best_first=True)
     if which.isdecimal():
         path = checkpoint.path_of(directory, int(which))
-        there = checkpoint.steps(directory)
+        there = _steps(directory)
         if int(which) not in there:
             steps = ", ".join(map(str, there)) or "none"
             raise UserError(f"--checkpoint {which}: {directory} has no such step. It has {steps}.")
@@ -273,15 +273,20 @@ def _first_valid(directory: str | Path, best_first: bool) -> Chosen:
 
 def _in_order(directory: str | Path, best_first: bool) -> Sequence[Path]:
     """The checkpoints of a run, whether valid or not, in the order in which they are to be tried."""
+    steps = _steps(directory)
+    if best_first:
+        steps = _best_first(directory, steps)
+    return [checkpoint.path_of(directory, step) for step in steps]
+
+
+def _steps(directory: str | Path) -> list[int]:
+    """The steps of a run's checkpoints, newest first. Raises UserError where the folder cannot be read."""
     try:
-        steps = checkpoint.steps(directory)
+        return checkpoint.steps(directory)
     except OSError as error:
         raise UserError(
             f"{checkpoint.folder(directory)} cannot be read ({error.strerror}): look whether it is there."
         ) from error
-    if best_first:
-        steps = _best_first(directory, steps)
-    return [checkpoint.path_of(directory, step) for step in steps]
 
 
 def _best_first(directory: str | Path, steps: Sequence[int]) -> list[int]:
