@@ -6,9 +6,12 @@ import dataclasses
 import gzip
 import hashlib
 import multiprocessing
+import subprocess
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -329,6 +332,47 @@ def test_four_processes_at_once_ask_for_each_file_once(source, mirrors, files, t
     assert [process.exitcode for process in processes] == [0, 0, 0, 0]
     assert mirrors.asked == {f"/good/{name}": 1 for name in files}
     assert tree(tmp_path / "MNIST/raw") == sorted(files)
+
+
+# Says that it begins, waits for the lock, and says whether the file whose lock it has is there.
+WAIT_FOR_LOCK = """
+import sys
+from pathlib import Path
+from allranks.data import mnist
+path = Path(sys.argv[1])
+print("begins", flush=True)
+with mnist._lock(path):
+    print(path.exists(), flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_who_waits_for_the_lock_has_it_alone_even_if_its_folder_is_removed(tmp_path):
+    """Otherwise a third process finds no lock file, makes one, and fetches at the same time."""
+    path = tmp_path / "MNIST/raw/.fetch.lock"
+    with mnist._lock(path):
+        waiting = subprocess.Popen(
+            [PYTHON, "-c", WAIT_FOR_LOCK, str(path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert waiting.stdout.readline() == "begins\n"
+        time.sleep(0.3)  # until it waits; were it later, the test would see nothing
+    with suppress(OSError):  # it may have made its own lock file already
+        path.parent.rmdir()
+    with waiting:
+        assert waiting.stdout.readline() == "True\n"
+        waiting.stdin.close()
+    assert waiting.returncode == 0 and not path.exists()
+
+
+def test_a_root_that_may_not_be_looked_into_is_told(closed):
+    for call in (mnist.verify, mnist.fetch_files):
+        with pytest.raises(UserError, match=r"closed/MNIST/raw.* cannot be read \(Permission denied\)"):
+            call("mnist", str(closed))
+    with pytest.raises(UserError, match=r"closed/MNIST/raw.* cannot be read \(Permission denied\)"):
+        mnist.load("mnist", "train", str(closed), fetch=True)
 
 
 def test_a_folder_that_cannot_be_written(source, mirrors):

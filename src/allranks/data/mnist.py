@@ -131,13 +131,12 @@ def fetch_files(name: str, root: str) -> list[Path]:
     source = _source(name)
     folder = Path(root) / source.folder / "raw"
     new = []
-    made = [p for p in (folder, *folder.parents) if not p.exists()]  # innermost first
+    made = [p for p in (folder, *folder.parents) if not _is_there(p)]  # innermost first
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder / ".fetch.lock"):
             for stem, md5 in source.md5.items():
                 path = folder / f"{stem}.gz"
-                if not path.exists() and not (folder / stem).exists():
+                if not _is_there(path) and not _is_there(folder / stem):
                     _fetch_one(path, md5, source.mirrors, name, root)
                     new.append(path)
     except OSError as error:
@@ -169,7 +168,22 @@ def _source(name: str) -> Source:
 
 
 def _all_there(folder: Path) -> bool:
-    return all((folder / s).exists() or (folder / f"{s}.gz").exists() for s in _STEMS.values())
+    return all(_is_there(folder / s) or _is_there(folder / f"{s}.gz") for s in _STEMS.values())
+
+
+def _is_there(path: Path) -> bool:
+    """Whether the file or folder is there. Raises UserError where its folder may not be looked into."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return True
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be read ({error.strerror}): give another data.root.")
 
 
 def _differs(source: Source, stem: str, content: bytes) -> bool:
@@ -181,7 +195,7 @@ def _differs(source: Source, stem: str, content: bytes) -> bool:
 def _read(folder: Path, stem: str, source: Source, name: str, root: str) -> tuple[Path, bytes]:
     """The file of this name, packed or not, and its unpacked contents; what was packed is checked."""
     packed, plain = folder / f"{stem}.gz", folder / stem
-    path = packed if packed.exists() else plain
+    path = packed if _is_there(packed) else plain
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -189,7 +203,7 @@ def _read(folder: Path, stem: str, source: Source, name: str, root: str) -> tupl
             f"{packed} is missing.{_near_miss(source, stem, root)} {_get_it(name, root)}"
         ) from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+        raise _unreadable(path, error) from error
     if path == plain:
         return path, content
     is_published = hashlib.md5(content, usedforsecurity=False).hexdigest() == source.md5[stem]
@@ -214,12 +228,20 @@ def _near_miss(source: Source, stem: str, root: str) -> str:
     for above in (top, top.parent, top.parent.parent, *_folders(top)):
         for folder in _folders(above, source.folder):
             for raw in _folders(folder, "raw"):
-                if not (raw / stem).exists() and not (raw / f"{stem}.gz").exists():
+                if not _holds(raw, stem):
                     continue
                 if (folder.name, raw.name) == (source.folder, "raw"):
                     return f" It lies in {raw}: give data.root={above}."
                 return f" It lies in {raw}: rename that folder to {above}/{source.folder}/raw."
     return ""
+
+
+def _holds(folder: Path, stem: str) -> bool:
+    """Whether the file is in the folder, packed or not; false where the folder may not be looked into."""
+    try:
+        return _is_there(folder / stem) or _is_there(folder / f"{stem}.gz")
+    except UserError:
+        return False
 
 
 def _folders(path: Path, name: str | None = None) -> list[Path]:
@@ -296,10 +318,32 @@ def _fetch_one(path: Path, md5: str, mirrors: tuple[str, ...], name: str, root: 
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """One process at a time, on one host or over a file system with POSIX locks."""
-    with path.open("w") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
+    """One process at a time, on one host or over a file system with POSIX locks.
+
+    The folder of the lock file is made. The process that holds the lock removes the file before it lets go,
+    and may remove the folder after that. A process that waited then has the lock of a file that no other
+    process can find any more, so it looks whether that is so, and begins again.
+    """
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+            file = path.open("w")
+        except FileNotFoundError:
+            continue  # between the two lines another process has removed the folder
+        with file:
+            fcntl.lockf(file, fcntl.LOCK_EX)
+            if not _is_file_at(path, file.fileno()):
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+        return
+
+
+def _is_file_at(path: Path, descriptor: int) -> bool:
+    """Whether the open file is the one that has this name now."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
