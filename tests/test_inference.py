@@ -257,6 +257,13 @@ def test_a_folder_of_checkpoints_that_cannot_be_read_is_told(copy, which):
         load.choose(copy, which)
 
 
+def test_a_file_in_a_folder_that_may_not_be_looked_into_is_not_written(closed):
+    with pytest.raises(UserError, match=r"--to .*closed/x\.pt2 cannot be written \(Permission denied\)"):
+        exporting.check_place(closed / "x.pt2", force=False)
+    with pytest.raises(UserError, match=r"--npy .*closed/x\.npy cannot be written \(Permission denied\)"):
+        command.predict(["run", "--data", "test", "--npy", str(closed / "x.npy")])
+
+
 def test_a_configuration_that_is_cut_off_is_refused_in_one_sentence_with_what_to_do(copy):
     config = copy / "config.yaml"
     config.write_text(config.read_text() + "trainer: [")

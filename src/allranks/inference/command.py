@@ -339,8 +339,8 @@ def _predict_part(options: argparse.Namespace) -> int:
     from allranks.inference import forward
 
     for option, file in (("--csv", options.csv), ("--npy", options.npy)):
-        if file is not None and not options.force and file.exists():
-            raise _already_there_error(option, file)  # told before the data are read
+        if file is not None and not options.force:
+            _check_not_there(option, file)  # told before the data are read
     opened = _open(options)
     trained = opened.trained
     if options.npy is None or options.csv is not None:
@@ -425,12 +425,22 @@ def _write_npy(path: Path, array: Any, force: bool) -> None:
 
     content = io.BytesIO()
     npy.write_array(content, array, allow_pickle=False)
-    if path.exists() and not force:
-        raise _already_there_error("--npy", path)
+    if not force:
+        _check_not_there("--npy", path)
     try:
         write_bytes(path, content.getvalue())
     except OSError as error:
         raise UserError(f"--npy {path} cannot be written ({error.strerror}).") from error
+
+
+def _check_not_there(option: str, path: Path) -> None:
+    """Raises UserError where the FILE of an option is there, or in a folder that may not be looked into."""
+    try:
+        is_there = path.exists()
+    except OSError as error:
+        raise UserError(f"{option} {path} cannot be written ({error.strerror}).") from error
+    if is_there:
+        raise _already_there_error(option, path)
 
 
 def _already_there_error(option: str, path: Path) -> UserError:

@@ -117,11 +117,17 @@ def _format_of(path: Path) -> _Format:
 def check_place(path: Path, force: bool) -> None:
     """Raises UserError where nothing can be exported to this path: another suffix, a file that is there."""
     _format_of(path)
-    if path.is_dir():
+    try:
+        is_directory = path.is_dir()
+        is_there = path.exists()
+        has_directory = path.parent.is_dir()
+    except OSError as error:
+        raise UserError(f"--to {path} cannot be written ({error.strerror}): give another place.") from error
+    if is_directory:
         raise UserError(f"--to {path} is a directory: give the name of a file.")
-    if path.exists() and not force:
+    if is_there and not force:
         raise UserError(f"--to {path} is there already: give another name, or --force to replace it.")
-    if not path.parent.is_dir():
+    if not has_directory:
         raise UserError(f"--to {path}: there is no directory {path.parent}. Make it first.")
 
 
