@@ -98,6 +98,16 @@ def test_runs_are_offered_wherever_a_run_is_asked_for(runs):
     assert offered(f"allranks predict {runs}/runs/s") == [f"{runs}/runs/sweep/0"]
 
 
+def test_what_is_offered_begins_as_it_is_typed(runs, monkeypatch):
+    monkeypatch.setenv("HOME", str(runs))
+    for typed in ("./runs/", "runs//", "~/runs/", "runs/./", "../*/runs/".replace("*", runs.name)):
+        expected = {f"{typed}mlp/one", f"{typed}mlp/two", f"{typed}sweep/0"}
+        assert set(offered(f"allranks report {typed}")) == expected, typed
+    assert offered("allranks report ./runs/s") == ["./runs/sweep/0"]
+    assert offered("allranks report runs/mlp/one/") == []
+    assert offered("allranks report ~nobody-of-this-name/") == []
+
+
 # --- in real shells --------------------------------------------------------------------------------------
 
 # Readline is asked by the function that it would call itself.

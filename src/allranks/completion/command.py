@@ -279,8 +279,12 @@ def runs(current: str) -> list[str]:
     Where no folder is typed yet, runs are looked for below `runs`; or below the present folder, if it has
     no folder `runs`.
     """
-    typed = current.rpartition("/")[0]
-    top = Path(typed or ("/" if current.startswith("/") else "runs"))
+    head, slash, _ = current.rpartition("/")
+    typed = head + slash  # such as `./runs/`: what is offered must begin with just these letters
+    try:
+        top = Path(typed or "runs").expanduser()
+    except RuntimeError:  # ~NAME, and no user has that name
+        return []
     if not typed and not top.is_dir():
         top = Path()
     found: list[tuple[float, str]] = []
@@ -291,8 +295,11 @@ def runs(current: str) -> list[str]:
         looked_at += 1
         with suppress(OSError), os.scandir(folder) as entries:
             for entry in entries:
+                if entry.name == CONFIG and typed and folder == top:
+                    continue  # what is typed is a run already
                 if entry.name == CONFIG:
-                    found.append((entry.stat().st_mtime, str(folder)))
+                    name = f"{typed}{folder.relative_to(top)}" if typed else str(folder)
+                    found.append((entry.stat().st_mtime, name))
                 elif depth < DEPTH and not entry.name.startswith(".") and entry.is_dir():
                     folders.append((Path(entry.path), depth + 1))
     newest = [path for _, path in sorted(found, reverse=True)]
