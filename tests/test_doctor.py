@@ -14,6 +14,7 @@ import pytest
 
 from allranks import doctor
 from allranks.base.files import file_system
+from allranks.job import machine
 from helpers import clean_environment, took_at_most
 from launching import BIN
 
@@ -75,7 +76,86 @@ def test_an_error_gives_exit_code_1():
     )  # fmt: skip
     assert done.returncode == 1
     assert "error ranks      RANK=3 is set but WORLD_SIZE is not" in done.stdout
-    assert "-> unset RANK LOCAL_RANK WORLD_SIZE" in done.stdout
+    assert "-> unset RANK\n" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "left_over",
+    [
+        {"PMI_RANK": "3"},
+        {"OMPI_COMM_WORLD_RANK": "1"},
+        {"PALS_RANKID": "2"},
+        {"RANK": "3"},
+        {"WORLD_SIZE": "2"},
+        {"HOROVOD_SIZE": "2"},
+    ],
+)
+def test_the_remedy_for_variables_that_are_left_over_is_one(monkeypatch, left_over):
+    environ = clean_environment(**left_over)
+    monkeypatch.setattr(os, "environ", environ)
+    (finding,) = doctor.ranks()
+    assert finding.state == "error"
+    command, *names = finding.remedy.split()
+    assert (command, names) == ("unset", list(left_over))
+    for name in names:
+        del environ[name]
+    (finding,) = doctor.ranks()
+    assert finding.state == "ok"
+
+
+def test_where_a_machine_is_known_from_is_told():
+    (finding,) = doctor.machine()
+    name, known_by = machine.detect()
+    assert finding.text == f"{name} ({known_by}; --machine takes another)"
+    for host, environ, expected in (
+        ("nid001", {"NERSC_HOST": "perlmutter"}, ("perlmutter", "chosen by NERSC_HOST=perlmutter")),
+        ("frontier123", {}, ("frontier", "chosen by host name")),
+        (
+            "n1",
+            {"SLURM_JOB_ID": "7"},
+            ("generic_slurm", "no machine file is of this host, in a job of Slurm"),
+        ),
+    ):
+        assert machine.detect(host, environ) == expected
+
+
+def test_only_the_home_directory_itself_is_shown_as_a_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/alice")
+    for text, shown in {
+        "/home/alice/runs is writable": "~/runs is writable",
+        "--root /home/alice/data, or": "--root ~/data, or",
+        "(/home/alice/x)": "(~/x)",
+        "ALLRANKS_DATA=/home/alice/x": "ALLRANKS_DATA=~/x",
+        "/lus/gecko/home/alice/runs": "/lus/gecko/home/alice/runs",
+        "/home/alice2/runs": "/home/alice2/runs",
+    }.items():
+        assert doctor._wrapped("", text) == [shown]
+
+
+def test_a_process_that_is_killed_is_not_told_as_one_that_hangs(monkeypatch):
+    """By somebody else, such as the kernel where there is no memory."""
+    killed = doctor._result(doctor._start(["sh", "-c", "kill -9 $$"]), 30)
+    assert killed == ("", "SIGKILL", False)
+    late = doctor._result(doctor._start(["sleep", "30"]), 0.1)
+    assert late == ("", "no answer within 0 s", True)
+
+    start = doctor._start
+    monkeypatch.setattr(doctor, "CHECKS", {"torch": doctor.torch})
+    monkeypatch.setattr(doctor, "_start", lambda _: start(["sh", "-c", "kill -9 $$"]))
+    found = doctor.examine_all()["torch"]
+    assert found == [doctor.error("the check itself failed: SIGKILL", doctor.MEMORY)]
+
+
+def test_a_process_that_does_not_end_is_not_waited_for():
+    """One that SIGKILL does not reach yet, as where it waits for a disk: here one of another group."""
+    with subprocess.Popen(
+        ["sleep", "60"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        try:
+            assert doctor._result(child, 0.1).is_over_limit
+            assert child.poll() is None
+        finally:
+            child.kill()
 
 
 def test_a_check_that_hangs_or_crashes_is_a_finding_and_the_others_answer(monkeypatch, tmp_path):

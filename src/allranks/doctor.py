@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import socket
@@ -23,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import NamedTuple
 
 import allranks
 from allranks.base.arguments import with_our_errors
@@ -33,8 +35,10 @@ from allranks.job.hosts import find_allocation
 
 LIMIT_S = 30.0  # for all checks, which run side by side; torch's first import takes long on a slow disk
 TOOL_S = 8.0  # for one command of a scheduler or MPI; a scheduler that is well answers within a second
+KILLED_S = 1.0  # for a killed process to be gone, which takes milliseconds as a rule
 WIDTH = 80  # columns of text
 REINSTALL = "Reinstall what the message names; if it is allranks, report it."
+MEMORY = "Look whether this host has run out of memory, or whether somebody has ended the process."
 # What the drivers of GPUs put into /dev, whether or not torch can use them.
 DEVICE_FILES = {"NVIDIA": "/dev/nvidia0", "AMD": "/dev/kfd"}
 # Types of file systems that other nodes do not see.
@@ -92,15 +96,16 @@ def examine_all(limit_s: float = LIMIT_S) -> dict[str, list[Finding]]:
     running = {name: _start([*command, name]) for name in CHECKS}
     found = {}
     for name, child in running.items():
-        out, problem = _result(child, max(0.1, deadline - time.monotonic()))
-        answer = next((line for line in reversed(out.splitlines()) if line.startswith("[")), None)
+        result = _result(child, max(0.1, deadline - time.monotonic()))
+        answer = next((line for line in reversed(result.out.splitlines()) if line.startswith("[")), None)
         if answer is not None:
             found[name] = [Finding(**values) for values in json.loads(answer)]
-        elif child.returncode == -signal.SIGKILL:
+        elif result.is_over_limit:
             text = f"no answer within {limit_s:.0f} s: something that it looks at hangs."
             found[name] = [error(text, "Look whether a file system or a network of this host is down.")]
         else:
-            found[name] = [error(f"the check itself failed: {problem}", REINSTALL)]
+            remedy = MEMORY if child.returncode == -signal.SIGKILL else REINSTALL
+            found[name] = [error(f"the check itself failed: {result.problem}", remedy)]
     return found
 
 
@@ -142,7 +147,9 @@ def as_json(found: Mapping[str, Sequence[Finding]]) -> str:
 def _wrapped(label: str, text: str) -> list[str]:
     """Lines of at most WIDTH columns that begin with the label; the home directory is shown as ~."""
     home = os.environ.get("HOME", "")
-    text = text.replace(f"{home}/", "~/") if len(home) > 1 else text
+    if len(home) > 1:
+        # Only where a path begins: /mnt/home/alice/x is not below /home/alice.
+        text = re.sub(rf"(?<![\w/.~-]){re.escape(home)}/", "~/", text)
     return textwrap.wrap(label + text, WIDTH, subsequent_indent=" " * len(label), break_on_hyphens=False)
 
 
@@ -286,7 +293,9 @@ def machine() -> Findings:
     """Which machine file is taken for this host."""
     from allranks.job import machine
 
-    yield ok(f"{machine.load().name} (chosen by host name; --machine takes another)")
+    found = machine.detect()
+    machine.load(found.name)  # raises UserError where its file is wrong
+    yield ok(f"{found.name} ({found.known_by}; --machine takes another)")
 
 
 def ranks() -> Findings:
@@ -296,7 +305,8 @@ def ranks() -> Findings:
     try:
         identity = discover(os.environ)
     except UserError as problem:
-        yield error(str(problem), "unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT")
+        names = _to_unset(str(problem))
+        yield error(str(problem), f"unset {' '.join(names)}" if names else "As it says.")
         return
     stale = [name for name in ("MASTER_ADDR", "MASTER_PORT") if os.environ.get(name)]
     if identity.launcher == "none" and stale:
@@ -310,12 +320,26 @@ def ranks() -> Findings:
         yield ok(f"{who}, no rank variables left over")
 
 
+def _to_unset(said: str) -> list[str]:
+    """The variables that a message about ranks wants unset, of those that are set here."""
+    wanted = re.search(r"unset ([A-Z][A-Z0-9_]*(?: [A-Z][A-Z0-9_]*)*)", said)
+    return [name for name in wanted[1].split() if name in os.environ] if wanted else []
+
+
 def data() -> Findings:
     """Whether MNIST is there, and intact."""
     from allranks.data import mnist
 
     root = str(Path(os.environ.get("ALLRANKS_DATA") or "data").expanduser())
-    if any((Path(root) / mnist.SOURCES["mnist"].folder / "raw").glob("*ubyte*")):
+    raw = Path(root) / mnist.SOURCES["mnist"].folder / "raw"
+    try:
+        names = [entry.name for entry in raw.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        names = []
+    except OSError as problem:
+        yield error(f"{raw} cannot be read: {problem.strerror}.", "Set ALLRANKS_DATA to another folder.")
+        return
+    if any("ubyte" in name for name in names):
         yield ok(f"MNIST verified in {mnist.verify('mnist', root)}")
     else:
         yield warn(
@@ -393,25 +417,47 @@ def _start(command: Sequence[str]) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def _result(child: subprocess.Popen[str], limit_s: float) -> tuple[str, str]:
-    """(stdout, problem) of a process, which is ended at the limit with all that it has started."""
-    out, problem = "", f"no answer within {limit_s:.0f} s"
-    with child, contextlib.suppress(subprocess.TimeoutExpired):
-        try:
-            out, err = child.communicate(timeout=limit_s)
-            code = child.returncode
-            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            problem = f"{how}: {one_line(err or out)[-200:]}" if code else ""
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-    return out, problem
+class _Result(NamedTuple):
+    """How a process has ended."""
+
+    out: str  # its stdout
+    problem: str  # empty where all is well
+    is_over_limit: bool = False
+
+
+def _result(child: subprocess.Popen[str], limit_s: float) -> _Result:
+    """How the process has ended, which is ended at the limit with all that it has started."""
+    try:
+        out, err = child.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        return _Result("", f"no answer within {limit_s:.0f} s", is_over_limit=True)
+    finally:
+        _end(child)
+    code = child.returncode
+    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    said = one_line(err or out)[-200:]
+    return _Result(out, f"{how}: {said}".rstrip(": ") if code else "")
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    """Kills the process with all that it has started, and waits for its end, but not for ever.
+
+    A process that waits for a file system which does not answer ends only when that answers.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    for pipe in (child.stdout, child.stderr):
+        if pipe is not None:
+            pipe.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(KILLED_S)
 
 
 def _tool(command: Sequence[str]) -> tuple[str, str]:
     """(stdout, problem) of a command of a scheduler or MPI; `problem` is empty where all is well."""
     try:
-        return _result(_start(command), TOOL_S)
+        result = _result(_start(command), TOOL_S)
+        return result.out, result.problem
     except OSError as problem:
         return "", f"{command[0]}: {problem.strerror}"
 

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from allranks.base import schema
 from allranks.base.errors import UserError
@@ -174,7 +174,7 @@ def load(
     files = _files(config_dir)
     given = _overrides(overrides)
     if name is None:
-        name = _detect(files, hostname or socket.gethostname(), environ)
+        name = _detect(files, hostname or socket.gethostname(), environ).name
     if name not in files:
         raise UserError(
             f"machine={name} is not known: {', '.join(sorted(files))}.{did_you_mean(name, files)} "
@@ -186,6 +186,18 @@ def load(
     machine = schema.build(Machine, {**tree, "name": name, "overridden": tuple(given)}, _source(name))
     _check(machine)
     return machine
+
+
+class Detected(NamedTuple):
+    """The machine that this host belongs to."""
+
+    name: str
+    known_by: str  # what has decided it, in words
+
+
+def detect(hostname: str | None = None, environ: Mapping[str, str] | None = None) -> Detected:
+    """The machine that load() takes for this host where none is named, and what has decided it."""
+    return _detect(_files(None), hostname or socket.gethostname(), environ)
 
 
 def available(config_dir: str | Path | None = None) -> list[str]:
@@ -279,17 +291,23 @@ def _files(config_dir: str | Path | None) -> dict[str, Path]:
     return files
 
 
-def _detect(files: Mapping[str, Path], hostname: str, environ: Mapping[str, str] | None) -> str:
-    """The name of the machine to which this host belongs, by the `detect` section of each machine file."""
+def _detect(files: Mapping[str, Path], hostname: str, environ: Mapping[str, str] | None) -> Detected:
+    """The machine to which this host belongs, by the `detect` section of each machine file."""
     environ = os.environ if environ is None else environ
     host = hostname.partition(".")[0]
     for name in files:
         detect = schema.build(Detect, _yaml(files[name]).get("detect") or {}, _source(name), "detect")
-        by_host = any(fnmatch.fnmatchcase(host, pattern) for pattern in detect.hosts)
-        if by_host or any(environ.get(k) == value for k, value in detect.variables.items()):
-            return name
+        if any(fnmatch.fnmatchcase(host, pattern) for pattern in detect.hosts):
+            return Detected(name, "chosen by host name")
+        for variable, value in detect.variables.items():
+            if environ.get(variable) == value:
+                return Detected(name, f"chosen by {variable}={value}")
     kind = scheduler.here(environ)
-    return f"generic_{kind.name}" if kind else "local"
+    if kind:
+        return Detected(
+            f"generic_{kind.name}", f"no machine file is of this host, in a job of {kind.title}"
+        )
+    return Detected("local", "no machine file is of this host, in no job")
 
 
 def _yaml(path: Path) -> dict[str, Any]:
