@@ -198,6 +198,7 @@ class Console:
         self._begun: dict[tuple[int, str], bytearray] = {}  # other ranks' lines that have not ended yet
         self._with_bar: set[int] = set()  # rank 0's streams that have a progress bar below the cursor
         self._held: list[Piece] = []  # whole lines that wait for the end of rank 0's
+        self._held_since = 0.0  # when the first of them came
 
     @property
     def is_holding(self) -> bool:
@@ -242,15 +243,22 @@ class Console:
 
     def line(self, line: bytes, fd: int = STDERR) -> None:
         """A whole line of somebody else than rank 0."""
+        if not self._held:
+            self._held_since = time.monotonic()
         self._held.append(Piece(fd, line))
         self.flush()
 
     def flush(self, force: bool = False) -> None:
-        """Writes the lines that wait, once rank 0's line has ended or has taken too long."""
+        """Writes the lines that wait, once rank 0's line has ended, or it or they have taken too long.
+
+        Rank 0 may add to its line without end, as an ordinary progress bar does: each of its pieces makes
+        `_open_since` new, but not the time for which the others' lines have waited.
+        """
         if not self._held:
             return
         now = time.monotonic()
-        if not force and any(now - since < HOLD_S for since in self._open_since.values()):
+        is_within_line = any(now - since < HOLD_S for since in self._open_since.values())
+        if is_within_line and now - self._held_since < HOLD_S and not force:
             return
         for fd in self._open_since:
             self._write(fd, b"\n")
