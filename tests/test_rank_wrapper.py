@@ -106,6 +106,16 @@ def test_what_is_wrong_is_said_in_one_line_with_the_host(program, environ, messa
     assert message in line
 
 
+def test_a_program_that_the_system_cannot_run_is_told_why(tmp_path):
+    script = tmp_path / "run.sh"
+    script.write_text("echo hello\n")
+    script.chmod(0o755)
+    with pytest.raises(UserError, match=r"run.sh cannot be started \(Exec format error\).* #!/bin/sh"):
+        guard.execute([str(script)], {})
+    with pytest.raises(UserError, match=r"Argument list too long\).*put them into a file"):
+        guard.execute(["true", "x" * (1 << 17)], {"PATH": "/usr/bin:/bin"})
+
+
 def test_no_program_is_a_mistake_too():
     for arguments in ([], ["--"], ["true"]):
         with pytest.raises(UserError, match="needs `-- PROGRAM"):

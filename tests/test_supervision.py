@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Callable
 
 import pytest
 
+from allranks.base.errors import UserError
 from allranks.launch import supervisor
 from allranks.launch.console import Console
 from allranks.launch.outcome import Loss, Rank
@@ -39,6 +41,18 @@ def test_the_end_of_a_program_is_when_it_ended_and_not_when_its_output_was_passe
 
     rank = asyncio.run(heard())
     assert (rank.code, rank.ended_at, rank.has_ended) == (3, 100.3, True)
+
+
+@pytest.mark.parametrize(
+    ("argv", "remedy"),
+    [
+        (["no-such-launcher"], "No such file or directory.*load the module that brings it"),
+        (["true", "x" * (1 << 17)], "Argument list too long.*longer than the system takes"),
+    ],
+)
+def test_a_launcher_that_cannot_be_started_is_named_with_a_remedy_that_helps(argv, remedy):
+    with pytest.raises(UserError, match=f"launcher {argv[0]} cannot be started .{remedy}"):
+        supervisor._started(argv, dict(os.environ))
 
 
 @pytest.mark.parametrize("answers", [True, False])

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -72,10 +73,19 @@ def execute(program: Sequence[str], environ: Mapping[str, str]) -> None:
     try:
         os.execvpe(program[0], list(program), dict(environ))
     except OSError as error:
-        raise UserError(
-            f"{program[0]} cannot be started ({error.strerror}): give the path of a program that this "
-            "host has."
-        ) from error
+        raise UserError(f"{program[0]} cannot be started ({error.strerror}): {_remedy(error)}") from error
+
+
+def _remedy(error: OSError) -> str:
+    """What the user can do where a program cannot be started for this reason."""
+    if error.errno == errno.ENOEXEC:
+        return (
+            "a script needs a first line that names what runs it, such as #!/bin/sh, and another program "
+            "must be one for this host's processors."
+        )
+    if error.errno == errno.E2BIG:
+        return "its arguments and variables are longer than the system takes: put them into a file."
+    return "give the path of a program that this host has."
 
 
 class Guard:

@@ -975,7 +975,11 @@ def _started(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[by
             preexec_fn=partial(processes.die_with_parent, os.getpid(), signal.SIGTERM),  # noqa: PLW1509
         )
     except OSError as error:
-        raise UserError(
-            f"launcher {argv[0]} cannot be started ({error.strerror}): load the module that brings it, "
-            "or take another with --launcher."
-        ) from error
+        remedy = "load the module that brings it, or take another with --launcher."
+        # One argument may have 128 KiB, all of them and the variables a quarter of the stack (execve(2)).
+        if error.errno == errno.E2BIG:
+            remedy = (
+                "its arguments and variables are longer than the system takes. Start ranks on fewer hosts, "
+                "or a shorter command, or unset long variables: `env | wc -c` shows their length in all."
+            )
+        raise UserError(f"launcher {argv[0]} cannot be started ({error.strerror}): {remedy}") from error
