@@ -293,6 +293,24 @@ def test_when_nobody_reads_the_output_the_ranks_end(start):
     started.gone(within_s=1)
 
 
+def test_ranks_have_time_to_save_although_ctrl_c_has_ended_the_reader_as_well(start, tmp_path):
+    """As of `allranks launch ... | tee log` at a terminal: each of the two gets the signal."""
+    code = (
+        "import os, signal, time\n"
+        "def stop(*_):\n"
+        "    os.write(1, b'stopping\\n')\n"  # which nobody reads
+        f"    time.sleep(2); open({str(tmp_path / 'saved')!r}, 'w').write('whole'); os._exit(85)\n"
+        "signal.signal(signal.SIGTERM, stop)\n" + WAIT
+    )
+    started = start("mpiexec", 1, code, interrupts=False)
+    wait_for_ranks(started, 1)
+    started.process.stdout.close()
+    started.process.stdout = None
+    started.process.send_signal(signal.SIGINT)
+    assert started.process.wait(timeout=TIMEOUT_S) == 85
+    assert (tmp_path / "saved").read_text() == "whole"
+
+
 def test_a_pipe_that_does_not_wait_loses_nothing():
     ours, theirs = os.pipe()
     os.set_blocking(theirs, False)

@@ -342,8 +342,16 @@ class Supervision:
         self._loop.call_later(limit_s, self._loop.call_later, NOTICE_S, look)
 
     async def _until(self, condition: Callable[[], bool]) -> None:
-        """Waits for what news of ranks or processes may bring about, or until nobody reads on."""
-        while not condition() and not self._nobody_reads():
+        """Waits for what news of ranks or processes may bring about, or until nobody reads on.
+
+        After a signal the ranks have their time to save, whether or not somebody reads on. Ctrl-C at a
+        terminal ends the reader as well (`allranks launch ... | tee log`), and its end may be seen first.
+        """
+        while not condition():
+            if self._nobody_reads() and not self.stopped_by:
+                await asyncio.sleep(NEAR_S)
+                if not self.stopped_by:
+                    return
             await self._changed.wait()
             self._changed.clear()
 
