@@ -477,6 +477,15 @@ def written(directory: Path, **changes: Any) -> Path:
     return directory
 
 
+def test_a_directory_that_cannot_be_looked_at_is_named_and_the_others_are_compared(tmp_path, capsys):
+    """Here its name is too long. A folder that this user may not search fails in the same way."""
+    name = "x" * 300
+    with pytest.raises(UserError, match=f"{name} cannot be read .File name too long.: give"):
+        compare_command.main([str(tmp_path / name)])
+    assert compare_command.main([str(written(tmp_path / "0")), name]) == 0
+    assert f"{name} cannot be read (File name too long)" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_page_that_is_asked_for_is_made_beside_each_format(tmp_path, capsys):
     runs = [str(written(tmp_path / str(number), seed=number)) for number in range(2)]
     for words in (["--csv"], ["--json"], ["--markdown"], ["--csv", "--to", str(tmp_path / "table")]):

@@ -20,8 +20,9 @@ import pytest
 from allranks.base.errors import UserError
 from allranks.follow import drawing
 from allranks.follow.logs import Logs, Tail
-from allranks.follow.reading import ASK_EVERY_S, Reader, View, newest_steps
+from allranks.follow.reading import ASK_EVERY_S, Reader, View, newest_steps, runs_at, view_of
 from allranks.follow.watch import Look, picture
+from allranks.run.states import RunState
 from helpers import PYTHON, SMALL, Run, Started, execute_forked, forked_python, until
 from test_terminal import Terminal
 
@@ -270,6 +271,31 @@ def test_steps_are_shown_before_the_first_epoch_is_done(finished, tmp_path):
 
 
 # --- curves -------------------------------------------------------------------------------------------
+
+
+def test_a_directory_that_cannot_be_looked_at_is_one_message(tmp_path, monkeypatch):
+    """Here its name is too long. A folder that this user may not search fails in the same way."""
+    monkeypatch.chdir(tmp_path)
+    name = "x" * 300
+    with pytest.raises(UserError, match=f"{name} cannot be read .File name too long.: give the directory"):
+        runs_at(name)
+    with pytest.raises(UserError, match=f"{name} cannot be read .File name too long.: give the directory"):
+        Logs(Path(name), print).check()
+
+
+def test_two_slashes_at_the_beginning_of_a_path_are_one():
+    """`allranks watch //tmp/runs`"""
+    views = [View(f"//tmp/runs/{number}", "mlp", "finished") for number in range(2)]
+    assert [line.split()[0] for line in picture(views, Look(None))[3:]] == ["0", "1"]
+    views[0] = View("/tmp/runs/0", "mlp", "finished")
+    assert [line.split()[0] for line in picture(views, Look(None))[3:]] == ["0", "1"]
+
+
+def test_epochs_that_took_no_time_say_nothing_of_the_time_that_is_left(tmp_path):
+    (tmp_path / "config.yaml").write_text("name: mlp\nmodel: {_target_: a.B}\ntrainer: {epochs: 4}\n")
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "step": 10, "time/train_s": 0.0}\n')
+    view = view_of(tmp_path, RunState("running", None))
+    assert (view.epoch, view.epochs, view.share) == (1, 4, 0.25)
 
 
 def test_a_sparkline_goes_from_the_lowest_to_the_highest():

@@ -2,11 +2,15 @@
 
 import json
 import os
+import shutil
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
 from allranks.base.errors import UserError
+from allranks.follow.reading import runs_at
 from allranks.job import scheduler
 from allranks.run import checkpoint, claim
 from allranks.run.cells import is_finished, note_job, read_list
@@ -72,6 +76,43 @@ def test_a_folder_whose_name_is_no_utf_8_is_listed(tmp_path, capsys):
     assert f"{tmp_path}/caf?" in capsys.readouterr().out.encode().decode()
     assert list_runs(["--json", str(tmp_path)]) == 0
     assert json.loads(capsys.readouterr().out)["directory"] == str(run)
+
+
+def test_of_a_run_whose_files_may_not_be_looked_at_the_others_are_listed():
+    """Such a folder can be listed, and not searched: the names of its files are known, and nothing else."""
+    # Not tmp_path, which pytest makes for one user alone.
+    folder = Path(tempfile.mkdtemp())
+    for name in ("good", "hidden"):
+        (folder / name).mkdir()
+        (folder / name / "config.yaml").write_text("name: mlp\n")
+    folder.chmod(0o755)
+    (folder / "hidden").chmod(0o744 if os.geteuid() == 0 else 0o600)
+    warned: list[str] = []
+    was = os.geteuid()
+    try:
+        if was == 0:  # root may read everything
+            os.seteuid(65534)
+        rows = listed(str(folder), warned.append)
+    finally:
+        os.seteuid(was)
+        (folder / "hidden").chmod(0o700)
+        shutil.rmtree(folder)
+    assert [row["state"] for row in rows] == ["not started", "not known"]
+    assert f"The state of {folder}/hidden is not known (Permission denied)." in warned
+    assert f"{folder}/hidden/metrics.jsonl cannot be read (Permission denied)." in warned
+
+
+def test_a_run_whose_configuration_is_gone_is_listed(tmp_path):
+    for name in ("a/0", "a/1", "b"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "metrics.jsonl").write_text('{"epoch": 1, "step": 1, "val/accuracy": 50.0}\n')
+    rows = listed(str(tmp_path), pytest.fail)
+    assert sorted(row["directory"] for row in rows) == [
+        f"{tmp_path}/{name}" for name in ("a/0", "a/1", "b")
+    ]
+    [row] = listed(str(tmp_path / "b"), pytest.fail)
+    assert (row["epochs"], row["val/accuracy"]) == (1, 50.0)
+    assert len(runs_at(str(tmp_path))) == 3
 
 
 def test_a_folder_without_runs_is_refused(tmp_path, capsys):

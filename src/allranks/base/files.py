@@ -31,6 +31,14 @@ def with_home(named: str, path: str) -> str:
         ) from error
 
 
+def is_there(path: Path) -> bool:
+    """Whether something is at this path that this user can see.
+
+    Path.exists() raises PermissionError in a folder that this user may not search; this does not.
+    """
+    return os.path.exists(path)  # noqa: PTH110
+
+
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Writes a JSON file under a temporary name and renames it: a reader sees all of it or nothing."""
     write_text(path, json.dumps(finite(values), indent=2, allow_nan=False) + "\n").close()

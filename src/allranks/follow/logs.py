@@ -168,16 +168,29 @@ class Logs:
     _warned: set[str] = field(default_factory=set)  # the sentences that `warn` was called with
 
     def check(self) -> None:
-        """Raises UserError if the directory has no logs and will get none, or none of the chosen rank."""
+        """Raises UserError if the directory has no logs and will get none, or none of the chosen rank.
+
+        Raises UserError, too, for a directory that this user may not read.
+        """
         path = self.directory
-        if not path.is_dir():
+        try:
+            is_folder = path.is_dir()
+            has_job_log = (path / JOB_LOG).exists()
+            has_folder_of_logs = (path / "logs").is_dir()
+            if has_folder_of_logs:
+                os.listdir(path / "logs")  # noqa: PTH208
+        except OSError as error:
+            raise UserError(
+                f"{error.filename} cannot be read ({error.strerror}): give the directory of a run."
+            ) from error
+        if not is_folder:
             raise UserError(f"{path} is missing: give the directory of a run.")
         known = sorted(self._ranks())
         if self.rank is not None and known and self.rank not in known:
             raise UserError(
                 f"--rank {self.rank}: this run has logs of {_some_ranks(known)}. Give one of these."
             )
-        if not known and not (path / JOB_LOG).exists() and not (path / "logs").is_dir():
+        if not known and not has_job_log and not has_folder_of_logs:
             raise UserError(f"{path} has no logs: give the directory of a run.")
         # Each log stays open. A run of many ranks needs more open files than a process may have by default.
         links.allow_connections(len(known))

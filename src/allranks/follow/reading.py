@@ -17,9 +17,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from allranks.base import files
 from allranks.base.errors import UserError
-from allranks.report.gather import EPOCH, METRICS, RunFacts, as_whole, gather
-from allranks.run.cells import JOB, runs_below
+from allranks.report.gather import EPOCH, RunFacts, as_whole, gather
+from allranks.run.cells import JOB, METRICS, runs_below
 from allranks.run.metric_names import as_number
 from allranks.run.states import RunState, queue_states, states_of
 
@@ -171,16 +172,23 @@ def _each_once(directories: Sequence[Path]) -> list[Path]:
 def runs_at(path: str) -> list[Path]:
     """The directories of the runs at a path, which is a run, a sweep, or a folder with runs in it.
 
-    Raises UserError if there are none.
+    Raises UserError if there are none, or if the path is no directory that can be read.
     """
     place = Path(path)
-    if not place.exists():
+    try:
+        is_missing = not place.exists()
+        is_folder = place.is_dir()
+        (place / METRICS).exists()  # whether the folder may be searched
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): give the directory of a run, or a folder with runs "
+            "in it."
+        ) from error
+    if is_missing:
         raise UserError(f"{path} is missing: give the directory of a run, or a folder with runs in it.")
-    if not place.is_dir():
+    if not is_folder:
         raise UserError(f"{path} is a file: give the directory of a run, or a folder with runs in it.")
     found = sorted(runs_below(place))
-    if not found and (place / METRICS).exists():
-        found = [place]  # a run whose config.yaml is gone
     if not found:
         raise UserError(f"{path} holds no run: give the directory of a run, or a folder with runs in it.")
     return found
@@ -191,7 +199,7 @@ def view_of(directory: Path, state: RunState) -> View:
     try:
         facts = gather(directory, state.words)
     except UserError:
-        if not (directory / JOB).exists():
+        if not files.is_there(directory / JOB):
             raise
         # Only job.json is there: the job has not started, or it runs a program of the user's own.
         return View(str(directory), directory.name, state.words, state.job_id)
@@ -347,6 +355,6 @@ def _share(
     if not epochs:
         return None
     by_records = step / steps if step is not None and steps else done / epochs
-    if epoch_s is None or left_s is None:
+    if not epoch_s or left_s is None:  # epochs that took no time tell nothing of the time that is left
         return by_records
     return min(max(by_records, 1 - left_s / (epochs * epoch_s)), 1.0)

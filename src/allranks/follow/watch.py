@@ -198,7 +198,8 @@ def _table(views: Sequence[View], look: Look) -> list[str]:
     """A line for each run, under a line of titles, and one that counts the runs."""
     paths = [Path(view.directory).absolute() for view in views]
     above = os.path.commonpath([path.parent for path in paths])
-    names = [as_text(str(path.relative_to(above))) for path in paths]
+    # Not Path.relative_to(): for it /tmp is not above //tmp/run, where the user has typed two slashes.
+    names = [as_text(os.path.relpath(path, above)) for path in paths]
     columns = [
         _Column("run", names, is_number=False),
         _Column("state", [printable(view.state) for view in views], is_number=False),

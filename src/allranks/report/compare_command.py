@@ -96,7 +96,7 @@ def _folder_of_page(options: argparse.Namespace, chosen: str | None) -> Path | N
     if options.no_page or chosen is not None or len(options.path) > 1:
         return None
     [folder] = options.path
-    return None if (Path(folder) / CONFIG).exists() else Path(folder).absolute()
+    return None if files.is_there(Path(folder) / CONFIG) else Path(folder).absolute()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -188,14 +188,21 @@ def found_at(paths: Sequence[str]) -> Found:
 
 
 def _places(path: str) -> list[Place]:
-    """Where the runs at one path are. Raises UserError if the path is not a directory."""
+    """Where the runs at one path are. Raises UserError if the path is not a directory that can be read."""
     folder = Path(path).absolute()
-    if (folder / CELLS).is_file():
-        return [Place(folder / name, overrides) for name, overrides in read_list(folder)]
-    if not folder.is_dir():
+    try:
+        if (folder / CELLS).is_file():
+            return [Place(folder / name, overrides) for name, overrides in read_list(folder)]
+        is_folder = folder.is_dir()
+        is_run = (folder / CONFIG).exists()
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): give a sweep's directory, or directories of runs."
+        ) from error
+    if not is_folder:
         raise UserError(f"{path} is no folder: give a sweep's directory, or directories of runs.")
-    below = [] if (folder / CONFIG).exists() else sorted(runs_below(folder))
-    trainings = [Place(each) for each in below if (each / CONFIG).exists()]
+    below = [] if is_run else sorted(runs_below(folder))
+    trainings = [Place(each) for each in below if files.is_there(each / CONFIG)]
     return trainings or [Place(folder)]
 
 
@@ -209,9 +216,20 @@ def _facts(place: Place, state: str) -> RunFacts:
     except UserError as error:
         if place.overrides is None:
             raise
-        if not place.directory.exists():
+        if _is_missing(place.directory):
             return RunFacts(place.directory, NOT_STARTED, overrides=place.overrides)
         return RunFacts(place.directory, "damaged", overrides=place.overrides, problems=[str(error)])
+
+
+def _is_missing(directory: Path) -> bool:
+    """Whether there is no such directory; False for one that this user may not look at."""
+    try:
+        directory.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
 
 
 # --- where it goes ---------------------------------------------------------------------------------------

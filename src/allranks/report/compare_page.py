@@ -180,7 +180,7 @@ def _runs(comparison: Comparison, folder: Path) -> Html:
             seed = run.config.get("seed")
             where = Path(os.path.relpath(run.directory, folder))
             name = as_text(str(where))
-            has_page = (run.directory / PAGE_OF_RUN).is_file()
+            has_page = files.is_there(run.directory / PAGE_OF_RUN)
             # As bytes, because a directory's name need not be UTF-8. Signs such as # and ? are quoted, for
             # they would end the path in an address.
             address = quote(os.fsencode(where / PAGE_OF_RUN))

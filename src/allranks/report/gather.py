@@ -19,10 +19,10 @@ from allranks.base.text import one_line
 from allranks.config import NOT_OF_OWN_LOOPS
 from allranks.run import metric_names, results
 from allranks.run.best import KEY, Rule, best_of, rule_of
+from allranks.run.cells import METRICS
 from allranks.run.directory import CONFIG
 from allranks.run.states import states_of
 
-METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 ENVIRONMENT = "environment.json"
 EVENTS = "events.jsonl"

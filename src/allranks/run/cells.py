@@ -26,6 +26,7 @@ from allranks.run import directory as rundir
 from allranks.run.claim import Claim
 
 JOB = "job.json"  # in a run directory: the jobs that were queued for it, and what they were asked for
+METRICS = "metrics.jsonl"  # in a run directory: a line of figures for each epoch
 CELLS = "cells.jsonl"  # in a sweep's directory: a line for each cell
 MOST_TRIES = 5  # to write a job's id into cells.jsonl, where other cells write at the same time
 
@@ -227,10 +228,11 @@ def _write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 def runs_below(root: str | Path) -> Iterator[Path]:
     """The directories of runs below a folder, in no order, the folder itself included.
 
-    A folder that vanishes meanwhile, as checkpoints do, is passed over.
+    A run whose config.yaml is gone is known by its figures. A folder that vanishes meanwhile, as
+    checkpoints do, is passed over.
     """
     for folder, below, names in os.walk(root):
-        if (rundir.CONFIG in names or JOB in names) and CELLS not in names:
+        if CELLS not in names and {rundir.CONFIG, JOB, METRICS}.intersection(names):
             below.clear()
             yield Path(folder)
 
@@ -267,7 +269,7 @@ def read_job(path: Path) -> dict[str, Any]:
 
 def is_finished(directory: str | Path) -> bool:
     """Whether nothing is left to do there: a training has its summary, another program has ended with 0."""
-    if (Path(directory) / rundir.CONFIG).exists():
+    if files.is_there(Path(directory) / rundir.CONFIG):
         return rundir.is_finished(Path(directory))
     return text_of(Path(directory) / "exit_code") == "0"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from allranks.run import metric_names
-from allranks.run.cells import JOB, read_job, read_list, text_of
+from allranks.run.cells import JOB, METRICS, read_job, read_list, text_of
 
 
 class Figures(NamedTuple):
@@ -47,8 +47,11 @@ OTHER_FIGURES = ("epochs", "val", "test")
 
 
 def figures(directory: str | Path) -> Figures:
-    """The figures of a run: from metrics.jsonl and, if it is finished, from summary.json."""
-    lines = map(_json_object, text_of(Path(directory) / "metrics.jsonl").splitlines())
+    """The figures of a run: from metrics.jsonl and, if it is finished, from summary.json.
+
+    Raises OSError where one of these files is there and cannot be read.
+    """
+    lines = map(_json_object, text_of(Path(directory) / METRICS).splitlines())
     epochs = [line for line in lines if line]  # the last line may be half written
     newest = epochs[-1] if epochs else {}
     summary = _json_object(text_of(Path(directory) / "summary.json"))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from allranks.base.errors import EXIT_REQUEUE, UserError
+from allranks.base.text import as_text
 from allranks.job import scheduler
 from allranks.run import checkpoint
 from allranks.run.cells import JOB, is_finished, read_job, text_of
@@ -88,8 +89,8 @@ def states_of(
     """What has become of the run in each directory. Each scheduler is asked once for all of its jobs.
 
     `ask` may answer in its place, as from memory: it is given the job.json of each unfinished run. `warn`
-    is called with a sentence for each record that cannot be read, and for each scheduler that does
-    not answer.
+    is called with a sentence for each record or directory that cannot be read, and for each scheduler that
+    does not answer.
     """
     jobs: dict[Path, dict[str, Any]] = {}
     for directory in directories:
@@ -100,7 +101,14 @@ def states_of(
             jobs[directory] = {}
     unfinished = [job for directory, job in jobs.items() if job and not is_finished(directory)]
     in_queue = (ask or queue_states)(unfinished, warn)
-    return {directory: _state(directory, job, in_queue) for directory, job in jobs.items()}
+    states: dict[Path, RunState] = {}
+    for directory, job in jobs.items():
+        try:
+            states[directory] = _state(directory, job, in_queue)
+        except OSError as error:  # a directory whose files this user may not read
+            warn(f"The state of {as_text(str(directory))} is not known ({error.strerror}).")
+            states[directory] = RunState("not known", None)
+    return states
 
 
 def queue_states(jobs: Sequence[dict[str, Any]], warn: Callable[[str], None]) -> dict[str, str]:

@@ -33,11 +33,15 @@ def listed(root: str, warn: Callable[[str], None]) -> list[dict[str, Any]]:
 
 
 def _row(directory: Path, state: RunState, warn: Callable[[str], None]) -> dict[str, Any]:
-    """What is shown of a run; `warn` is told of a summary that cannot be read."""
-    come_to = figures(directory)
+    """What is shown of a run; `warn` is told of its records that cannot be read."""
+    come_to = Figures(0, {}, {})
     summary = directory / "summary.json"
-    if not come_to.tests and not is_whole(summary):
-        warn(f"{as_text(str(summary))} cannot be read: it is not a JSON object.")
+    try:
+        come_to = figures(directory)
+        if not come_to.tests and not is_whole(summary):
+            warn(f"{as_text(str(summary))} cannot be read: it is not a JSON object.")
+    except OSError as error:  # the files of another user, perhaps
+        warn(f"{as_text(str(error.filename))} cannot be read ({error.strerror}).")
     try:
         overrides = overrides_of(directory)
     except UserError:  # it has been said that its job.json cannot be read
