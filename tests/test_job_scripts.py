@@ -404,6 +404,25 @@ def test_a_job_that_is_killed_after_a_signal_leaves_that_signal(job):
     assert (made.run / "exit_code").read_text() == "143\n"
 
 
+@pytest.mark.parametrize("is_of_this_job", [False, True])
+def test_why_pbs_has_ended_an_earlier_job_is_not_said_of_this_one(job, is_of_this_job):
+    """Until the end of a job there may be an earlier one's output from PBS."""
+    made = job("polaris")
+    words = "=>> PBS: job killed: walltime 42 exceeded limit 40"
+    log = made.run / "pbs.log"
+    log.write_text(f"{words}\n")
+    long_ago = time.time() - 60
+    os.utime(log, (long_ago, long_ago))
+    process = made.start(WAIT="1")
+    made.wait_for_note()
+    if is_of_this_job:
+        log.write_text(f"{words}\n")
+    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # PBS signals all processes of the job
+    process.wait(timeout=TIMEOUT_S)
+    assert (words in (made.run / "job.log").read_text()) == is_of_this_job
+
+
 def test_usr1_for_the_shell_alone_reaches_the_program(job):
     """`#SBATCH --signal=B:USR1@60` signals the batch shell only."""
     made = job("perlmutter", code=0)

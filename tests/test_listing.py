@@ -53,19 +53,56 @@ def test_the_state_of_a_run(seen, state):
 
 def test_a_scheduler_says_why_it_has_ended_a_job(tmp_path):
     pbs, slurm = scheduler.named("pbs"), scheduler.named("slurm")
-    assert (pbs.why_ended(tmp_path), slurm.why_ended(tmp_path)) == ("", "")
+    assert (pbs.why_ended(tmp_path, ["7.pbs"]), slurm.why_ended(tmp_path, ["7"])) == ("", "")
     (tmp_path / "pbs.log").write_bytes(b"\xff\n=>> PBS: job killed: walltime 42 exceeded limit 40\n")
     (tmp_path / "job.log").write_text(
         "slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-25T20:00:00 DUE TO TIME LIMIT ***\n"
     )
-    assert pbs.why_ended(tmp_path) == "walltime 42 exceeded limit 40"
-    assert slurm.why_ended(tmp_path) == "CANCELLED AT 2026-11-25T20:00:00 DUE TO TIME LIMIT"
+    assert pbs.why_ended(tmp_path, ["7.pbs"]) == "walltime 42 exceeded limit 40"
+    for ids in (["7"], ["5", "7;big"], ["6_1"]):
+        assert slurm.why_ended(tmp_path, ids) == "CANCELLED AT 2026-11-25T20:00:00 DUE TO TIME LIMIT"
 
     with (tmp_path / "job.log").open("a") as file:
         file.write(
             "slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-25T21:00:00 DUE TO JOB REQUEUE ***\n"
         )
-    assert slurm.why_ended(tmp_path) == ""
+    assert slurm.why_ended(tmp_path, ["7"]) == ""
+
+
+def test_why_an_earlier_job_has_ended_is_not_said_of_the_last_one(tmp_path):
+    """The last one has left no word, as where its node has failed."""
+    pbs, slurm = scheduler.named("pbs"), scheduler.named("slurm")
+    (tmp_path / "pbs.log").write_text("=>> PBS: job killed: walltime 42 exceeded limit 40\n")
+    (tmp_path / "job.log").write_text(
+        "*** JOB 7 ON n1 CANCELLED AT 2026-11-25T20:00:00 DUE TO TIME LIMIT ***\n"
+    )
+    (tmp_path / ".started").touch()
+    long_ago = time.time() - 60
+    os.utime(tmp_path / "pbs.log", (long_ago, long_ago))
+    assert pbs.why_ended(tmp_path, ["7.pbs", "9.pbs"]) == ""
+    for ids in (["7", "9"], ["6_1", "9"], ["7", "9_0"]):
+        assert slurm.why_ended(tmp_path, ids) == ""
+    (tmp_path / "pbs.log").touch()
+    assert pbs.why_ended(tmp_path, ["7.pbs", "9.pbs"]) == "walltime 42 exceeded limit 40"
+
+
+def test_a_run_that_was_queued_once_and_goes_on_by_hand_is_running(tmp_path, monkeypatch):
+    """But the last sign of life of a job that has just ended is none."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    squeue = tmp_path / "squeue"
+    squeue.write_text("#!/bin/sh\n")
+    squeue.chmod(0o755)
+    (tmp_path / "job.json").write_text('{"scheduler": "slurm", "job_ids": ["72_0", "80"]}')
+    for job_id, state in ((None, "running"), ("71", "running"), ("80", "lost"), ("73", "lost")):
+        (tmp_path / "owner-1.json").write_text(json.dumps({"pid": 1, "job_id": job_id}))
+        assert [row["state"] for row in listed(str(tmp_path), print)] == [state], job_id
+
+
+def test_the_newest_job_is_shown_where_the_scheduler_does_not_answer(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no squeue
+    (tmp_path / "job.json").write_text('{"scheduler": "slurm", "job_ids": ["72", "80"]}')
+    [row] = listed(str(tmp_path), lambda sentence: None)
+    assert (row["state"], row["job_id"]) == ("not known", "80")
 
 
 def test_a_folder_whose_name_is_no_utf_8_is_listed(tmp_path, capsys):

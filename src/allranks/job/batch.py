@@ -27,6 +27,7 @@ LEAST_LIMIT_S = 1.0  # a command is worth calling even at the last moment: most 
 _all_end_at: ContextVar[float | None] = ContextVar("_all_end_at", default=None)  # see ending_by()
 
 JOB_LOG = "job.log"  # in the run directory: what a job says, as it says it
+STARTED = ".started"  # in the run directory: an empty file, whose time is when the last job's script began
 
 # The words of a client that has not reached its server, which so has done nothing. The last two are of
 # `scontrol requeue`, and of squeue that was asked about a cluster by name.

@@ -13,7 +13,18 @@ from typing import Literal
 
 from allranks.base.errors import UserError
 from allranks.base.text import one_line
-from allranks.job.batch import JobRequest, NoAnswer, ThisJob, call, given, id_in, refusal, seconds, tail_of
+from allranks.job.batch import (
+    STARTED,
+    JobRequest,
+    NoAnswer,
+    ThisJob,
+    call,
+    given,
+    id_in,
+    refusal,
+    seconds,
+    tail_of,
+)
 
 OWN_LOG = "pbs.log"  # in the run directory: what PBS itself says about the job
 FINISHED, UNKNOWN = 35, 153  # exit codes of qstat and qdel: the job has ended; no job has this id
@@ -45,8 +56,9 @@ class Pbs:
     shebang = "#!/bin/bash -l"
     directive_prefix = "#PBS"
     hands_environment_on = False
-    # PBS says it in the job's own output, before it sends the signal.
-    say_why = f'grep -hs "PBS: job killed" "$run/{OWN_LOG}"'
+    # PBS says it in the job's own output, before it sends the signal. It may put that output there at the
+    # job's end only, and until then an earlier job's is there.
+    say_why = f'[ "$run/{OWN_LOG}" -nt "$run/{STARTED}" ] && grep -hs "PBS: job killed" "$run/{OWN_LOG}"'
     owner_may_requeue = False  # `qrerun` is for PBS's managers
     array_index = "PBS_ARRAY_INDEX"
     commands: tuple[str, ...] = ("qsub", "qstat", "qdel")
@@ -90,6 +102,9 @@ class Pbs:
     def is_same_job(self, one: str, other: str) -> bool:
         """The server's name may stand short or long after the number."""
         return one.partition(".")[0] == other.partition(".")[0]
+
+    def may_be(self, job_id: str, unique_id: str) -> bool:
+        return self.is_same_job(job_id, unique_id)
 
     def job_of_array(self, array_id: str, index: int) -> str:
         """2[].pbs -> 2[1].pbs"""
@@ -142,8 +157,13 @@ class Pbs:
     def requeue(self, job_id: str) -> None:
         raise AssertionError("owner_may_requeue says that no job of PBS can be queued again")
 
-    def why_ended(self, run: Path) -> str:
-        """PBS's words are `=>> PBS: job killed: walltime 42 exceeded limit 40`, in the job's own output."""
+    def why_ended(self, run: Path, job_ids: Sequence[str]) -> str:
+        """PBS's words are `=>> PBS: job killed: walltime 42 exceeded limit 40`, in the job's own output.
+
+        Where the last job has ended without a trace, the output that is there is an earlier job's.
+        """
+        if _is_older(run / OWN_LOG, run / STARTED):
+            return ""
         said = re.findall(r"PBS: job killed: (.+)", tail_of(run / OWN_LOG))
         return said[-1].strip() if said else ""
 
@@ -181,6 +201,14 @@ class Pbs:
         if request.array_jobs:
             lines += [f"-J 0-{request.array_jobs - 1}", "-r y"]  # PBS takes no array that cannot be rerun
         return lines
+
+
+def _is_older(path: Path, other: Path) -> bool:
+    """Whether a file was last written before another one was; False where one of them is not there."""
+    try:
+        return path.stat().st_mtime_ns < other.stat().st_mtime_ns
+    except OSError:
+        return False
 
 
 def _size(request: JobRequest) -> list[str]:

@@ -95,6 +95,11 @@ class Scheduler(Protocol):
     def is_same_job(self, one: str, other: str) -> bool:
         """Whether two ids are of one job: the same id may be written in several ways."""
 
+    def may_be(self, job_id: str, unique_id: str) -> bool:
+        """Whether the job with this id may be the one whose processes know it by this unique id. For a job
+        of an array of Slurm's, whose number the array does not tell, it is said of some others as well.
+        """
+
     def job_of_array(self, array_id: str, index: int) -> str:
         """The id of one job of an array."""
 
@@ -121,9 +126,9 @@ class Scheduler(Protocol):
     def requeue(self, job_id: str) -> None:
         """Ends a job and queues it again under the same id, where `owner_may_requeue`."""
 
-    def why_ended(self, run: Path) -> str:
-        """Why the scheduler has ended the last job of a run directory, in its own words; empty where it
-        has not, or has not said so.
+    def why_ended(self, run: Path, job_ids: Sequence[str]) -> str:
+        """Why the scheduler has ended the last of the jobs of a run directory, in its own words; empty
+        where it has not, or has not said so. `job_ids` are all jobs of the run, the last one last.
         """
 
     def command_environment(self, environ: Mapping[str, str]) -> dict[str, str]:

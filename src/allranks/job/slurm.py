@@ -92,6 +92,13 @@ class Slurm:
             here.cluster == there.cluster or "" in (here.cluster, there.cluster)
         )
 
+    def may_be(self, job_id: str, unique_id: str) -> bool:
+        """A job of an array has a number of its own, from that of the array on: 72_0 may be 73."""
+        number, _, index = _parts(job_id).job.partition("_")
+        if not index or not (number.isdecimal() and unique_id.isdecimal()):
+            return number == unique_id
+        return int(unique_id) >= int(number)
+
     def job_of_array(self, array_id: str, index: int) -> str:
         """7 -> 7_1, and 7;CLUSTER -> 7_1;CLUSTER"""
         array = _parts(array_id)
@@ -145,13 +152,15 @@ class Slurm:
         if done.returncode:
             raise refusal(done)
 
-    def why_ended(self, run: Path) -> str:
+    def why_ended(self, run: Path, job_ids: Sequence[str]) -> str:
         """Slurm's words are `*** JOB 7 ON n1 CANCELLED AT 2026-11-25T20:00:00 DUE TO TIME LIMIT ***`.
 
-        It says the same of a job that it has queued again, which is no end.
+        It says the same of a job that it has queued again, which is no end. The log has the words about the
+        earlier jobs of the run as well.
         """
-        said = re.findall(r"\*\*\* JOB \d+ ON \S+ (CANCELLED .+?) \*\*\*", tail_of(run / JOB_LOG))
-        return "" if not said or "REQUEUE" in said[-1] else said[-1]
+        said = re.findall(r"\*\*\* JOB (\d+) ON \S+ (CANCELLED .+?) \*\*\*", tail_of(run / JOB_LOG))
+        of_last = [words for number, words in said if not job_ids or self.may_be(job_ids[-1], number)]
+        return "" if not of_last or "REQUEUE" in of_last[-1] else of_last[-1]
 
     def _call(self, argv: Sequence[str], if_late: str = "") -> CompletedProcess[str]:
         return call(argv, self.command_environment(os.environ), self.title, if_late)

@@ -140,16 +140,20 @@ class Claim:
                     os.utime(self.path)
 
 
-def is_beating(run_dir: str | Path) -> bool:
+def is_beating(run_dir: str | Path, is_left_out: Callable[[str], bool] = lambda job_id: False) -> bool:
     """Whether an owner has touched its file lately: a process is at work there, on this host or another.
 
+    An owner in a job is left out where `is_left_out` says so of that job's unique id, as of one that is
+    known to have ended.
     By the clocks of this host and of the file server, which may differ by a few seconds. It is for showing
     only; take() asks more carefully.
     """
     try:
-        newest = max((owner.beat for owner in _owners(Path(run_dir))), default=0)
+        owners = _owners(Path(run_dir))
     except OSError:
         return False
+    beats = [owner.beat for owner in owners if not is_left_out(str(owner.about.get("job_id") or ""))]
+    newest = max(beats, default=0)
     return time.time() - newest / 1e9 < SILENT_S
 
 

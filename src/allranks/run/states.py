@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from allranks.run.claim import is_beating
 
 STOPPED = str(EXIT_REQUEUE)  # in the file exit_code
 ENDED_BY_SIGNAL = {str(128 + number) for number in (signal.SIGTERM, signal.SIGKILL)}
+NOT_KNOWN = "not known"  # in place of a scheduler's word where it does not answer
 WAITING = ("queued", "held", "waiting")  # words of a scheduler for a job that has not started
 
 
@@ -122,14 +124,27 @@ def queue_states(jobs: Sequence[dict[str, Any]], warn: Callable[[str], None]) ->
             now |= scheduler.named(name).states(ids)
         except UserError as error:  # what is in the directories can be shown all the same
             warn(str(error))
-            now |= dict.fromkeys(ids, "not known")
+            now |= dict.fromkeys(ids, NOT_KNOWN)
     return now
 
 
 def _why_ended(directory: Path, job: dict[str, Any]) -> str:
     """The scheduler's words; empty where it has said nothing, or is one that nobody knows."""
-    known = [kind for kind in scheduler.SCHEDULERS if job and kind.name == job["scheduler"]]
-    return known[0].why_ended(directory) if known else ""
+    kind = _kind_of(job)
+    return kind.why_ended(directory, job["job_ids"]) if kind else ""
+
+
+def _kind_of(job: Mapping[str, Any]) -> scheduler.Scheduler | None:
+    """The scheduler of a run's jobs; None for a run by hand, and for a scheduler that nobody knows."""
+    return next((kind for kind in scheduler.SCHEDULERS if kind.name == job.get("scheduler")), None)
+
+
+def _is_one_of(job: Mapping[str, Any], unique_id: str) -> bool:
+    """Whether the job with this unique id may be one of a run's own; an empty one stands for no job."""
+    kind = _kind_of(job)
+    if kind is None or not unique_id:
+        return False
+    return any(kind.may_be(job_id, unique_id) for job_id in job["job_ids"])
 
 
 def _has_checkpoint(directory: Path) -> bool:
@@ -145,6 +160,8 @@ def _state(directory: Path, job: dict[str, Any], in_queue: Mapping[str, str]) ->
     ids = job.get("job_ids", [])
     alive = next((job_id for job_id in ids if job_id in in_queue), None)
     last = ids[-1] if ids else None
+    if alive and in_queue[alive] == NOT_KNOWN:  # of each of its jobs: the newest one tells most
+        alive = last
     seen = Seen(
         is_finished=is_finished(directory),
         queue_state=in_queue[alive] if alive else "",
@@ -152,7 +169,8 @@ def _state(directory: Path, job: dict[str, Any], in_queue: Mapping[str, str]) ->
         exit_code=text_of(directory / "exit_code"),
         why_ended=_why_ended(directory, job),
         has_job=bool(job),
-        is_at_work=not job and is_beating(directory),
+        # None of its jobs is in the queue, so what beats is a run by hand, or a job's last sign of life.
+        is_at_work=not alive and is_beating(directory, partial(_is_one_of, job)),
         has_checkpoint=_has_checkpoint(directory),
         has_started=(directory / "environment.json").exists() or any(directory.glob("owner-*.json")),
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 from allranks.base.errors import UserError
 from allranks.base.text import as_text, is_text
 from allranks.job import scheduler
-from allranks.job.batch import JOB_LOG, JobRequest
+from allranks.job.batch import JOB_LOG, STARTED, JobRequest
 from allranks.job.machine import Machine
 from allranks.job.scheduler import Scheduler
 from allranks.submit.order import Order
@@ -65,6 +65,7 @@ def render(
         run=shlex.quote(directory) + (f'/"${kind.array_index}"' if cells else ""),
         workdir=shlex.quote(order.workdir),
         log=JOB_LOG,
+        started=STARTED,
         finished=(
             '[ "$(cat "$run/exit_code" 2> /dev/null)" = 0 ]'
             if program
