@@ -13,7 +13,7 @@ from allranks.base.errors import UserError
 from allranks.follow.reading import runs_at
 from allranks.job import scheduler
 from allranks.run import checkpoint, claim
-from allranks.run.cells import is_finished, note_job, read_list
+from allranks.run.cells import is_finished, note_job, read_list, runs_below
 from allranks.run.claim import Claim
 from allranks.run.results import FIGURES, Figures, figures, headings, overrides_of, place_in_sweep
 from allranks.run.states import Seen, state_of
@@ -103,6 +103,21 @@ def test_the_newest_job_is_shown_where_the_scheduler_does_not_answer(tmp_path, m
     (tmp_path / "job.json").write_text('{"scheduler": "slurm", "job_ids": ["72", "80"]}')
     [row] = listed(str(tmp_path), lambda sentence: None)
     assert (row["state"], row["job_id"]) == ("not known", "80")
+
+
+def test_a_run_behind_a_link_is_listed_once(tmp_path):
+    """As where it was moved to another file system, with a link in its place."""
+    for name in ("elsewhere/one", "elsewhere/sweep/0", "elsewhere/sweep/1", "runs/two"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.yaml").write_text("name: mlp\n")
+    (tmp_path / "elsewhere/sweep/cells.jsonl").touch()
+    (tmp_path / "runs/one").symlink_to("../elsewhere/one")
+    (tmp_path / "runs/sweep").symlink_to("../elsewhere/sweep")
+    (tmp_path / "runs/latest").symlink_to("two")
+    (tmp_path / "runs/again").symlink_to("../runs")
+    (tmp_path / "runs/gone").symlink_to("nowhere")
+    found = sorted(path.relative_to(tmp_path / "runs") for path in runs_below(tmp_path / "runs"))
+    assert [str(path) for path in found] == ["one", "sweep/0", "sweep/1", "two"]
 
 
 def test_a_folder_whose_name_is_no_utf_8_is_listed(tmp_path, capsys):

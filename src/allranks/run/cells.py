@@ -229,12 +229,26 @@ def runs_below(root: str | Path) -> Iterator[Path]:
     """The directories of runs below a folder, in no order, the folder itself included.
 
     A run whose config.yaml is gone is known by its figures. A folder that vanishes meanwhile, as
-    checkpoints do, is passed over.
+    checkpoints do, is passed over. A link to a run or to a sweep stands for it, as where it was moved to
+    another file system. No run is named twice.
     """
+    files_of_run = (rundir.CONFIG, JOB, METRICS)
+    links: list[Path] = []
+    seen: set[Path] = set()
     for folder, below, names in os.walk(root):
-        if CELLS not in names and {rundir.CONFIG, JOB, METRICS}.intersection(names):
+        if CELLS not in names and set(files_of_run).intersection(names):
             below.clear()
+            seen.add(Path(folder).resolve())
             yield Path(folder)
+        links += [Path(folder) / name for name in below if (Path(folder) / name).is_symlink()]
+    # Other links are not followed: one may lead to a whole home directory, or back to where it is.
+    for link in sorted(links):
+        below_link = sorted(link.iterdir()) if (link / CELLS).is_file() else [link]
+        for directory in below_link:
+            is_run = any((directory / name).is_file() for name in files_of_run)
+            if is_run and directory.resolve() not in seen:
+                seen.add(directory.resolve())
+                yield directory
 
 
 def frozen_cells(directory: str) -> tuple[str, list[Cell]]:
