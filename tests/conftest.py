@@ -90,8 +90,11 @@ def closed(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "closed"
     folder.mkdir(0o000)
     user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)  # nobody
+    try:
+        if user == 0:
+            os.seteuid(65534)  # nobody
+    except OSError:
+        pytest.skip("in this container root may not become another user")
     yield folder
     os.seteuid(user)
     folder.chmod(0o700)
