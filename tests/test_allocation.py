@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from allranks.base import links
 from allranks.base.errors import UserError
 from allranks.job import hosts
 from allranks.job.hosts import Host, compress, expand, find_allocation, from_hostfile, is_this_host
@@ -101,6 +102,7 @@ def test_salloc_shell_in_which_nobody_asked_for_tasks():
         ({"SLURM_NTASKS_PER_NODE": "64"}, True, 64),
         ({"SLURM_GPUS_ON_NODE": "4"}, False, 4),
         ({"SLURM_NTASKS": "2", "SLURM_GPUS_ON_NODE": "a100:4"}, False, 4),
+        ({"SLURM_GPUS_ON_NODE": "a100:2,v100:2"}, False, 4),
         ({"SLURM_NTASKS": "128", "SLURM_GPUS_ON_NODE": "4"}, True, 64),  # asked for, so it is so
     ],
 )
@@ -248,6 +250,18 @@ def test_a_host_of_the_job_that_leads_back_is_refused_before_anything_waits(name
     with pytest.raises(UserError, match="host n3 of the allocation cannot be found"):
         hosts.address_for(["n3"])
     assert hosts.address_for([here, "localhost", "::1"]) == "127.0.0.1"
+
+
+@pytest.mark.parametrize("name", ["a..b", "n" * 64])
+def test_a_name_that_no_host_can_have_is_named(name):
+    """Python's own look-up raises UnicodeError for these."""
+    assert not hosts.leads_back(name)
+    with pytest.raises(UserError, match=f"host {name} .* cannot be found .*no host can have this name"):
+        hosts.address_for([name])
+    with pytest.raises(UserError, match=f"cannot listen at MASTER_ADDR={name}"):
+        links.listen(name)
+    with pytest.raises(OSError, match=f"no host can have the name {name}"):
+        links.connect(name, 9, 1.0)
 
 
 def test_hosts_that_have_ipv6_only_are_found(names):

@@ -158,6 +158,8 @@ def connect(host: str, port: int, within_s: float) -> Connection:
         try:
             sock = socket.create_connection((host, port), max(0.1, deadline - time.monotonic()))
             break
+        except UnicodeError as error:  # Python cannot even ask for a name such as `a..b`
+            raise OSError(f"no host can have the name {host}") from error
         except OSError:
             if time.monotonic() + pause_s >= deadline:
                 raise
@@ -197,7 +199,7 @@ def listen(address: str, port: int = 0, far: bool = False, connections: int = 1)
         found = {entry[0] for entry in socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)}
         family = socket.AF_INET if socket.AF_INET in found else socket.AF_INET6
         listener = socket.create_server((address, port), family=family, backlog=4096)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         where = f"MASTER_ADDR={address}" + (f" and MASTER_PORT={port}" if port else "")
         raise UserError(
             f"rank 0 on {host} cannot listen at {where} ({error}): give an address of that host and a port "

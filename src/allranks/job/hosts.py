@@ -262,14 +262,19 @@ def _asked_for_tasks(environ: Mapping[str, str], tasks: int) -> bool:
 
 
 def _slurm_gpus_here(environ: Mapping[str, str]) -> int:
-    """The GPUs that the job has on this node, 0 for none; `4`, or with a type `a100:4`."""
+    """The GPUs that the job has on this node, 0 for none: `4`, or with types `a100:4`, `a100:2,v100:2`."""
     text = environ.get("SLURM_GPUS_ON_NODE", "").strip()
     if not text:
         return 0
-    number = text.rpartition(":")[2]
-    if not re.fullmatch("[0-9]{1,4}", number):
-        raise UserError(f"SLURM_GPUS_ON_NODE={text!r} cannot be read: it is a number of GPUs, such as 4.")
-    return int(number)
+    count = 0
+    for part in text.split(","):
+        number = part.rpartition(":")[2]
+        if not re.fullmatch("[0-9]{1,4}", number):
+            raise UserError(
+                f"SLURM_GPUS_ON_NODE={text!r} cannot be read: it is a number of GPUs, such as 4."
+            )
+        count += int(number)
+    return count
 
 
 def expand(node_list: str) -> list[str]:
@@ -367,7 +372,7 @@ def leads_back(name: str) -> bool:
     """
     try:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    except OSError:
+    except (OSError, UnicodeError):  # Python cannot even ask for a name such as `a..b`
         return False
     return all(is_loopback(str(place[0])) for *_, place in found)
 
@@ -401,10 +406,13 @@ def address_for(hosts: Sequence[str]) -> str:
         with socket.socket(family, kind, protocol) as probe:
             probe.connect(place)  # only looks up the route; nothing is sent
             own = str(probe.getsockname()[0])
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        why = "no host can have this name"  # as `a..b`, or with more than 63 letters without a dot
+        if isinstance(error, OSError):
+            why = error.strerror or str(error)
         raise UserError(
             f"host {other} of the allocation cannot be found from {socket.gethostname()} "
-            f"({error.strerror or error}): look at the hostfile, or take that host out."
+            f"({why}): look at the hostfile, or take that host out."
         ) from error
     if is_loopback(own):
         raise UserError(
