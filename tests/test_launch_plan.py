@@ -16,9 +16,9 @@ from allranks import cli
 from allranks.base.errors import UserError
 from allranks.job import machine
 from allranks.job.hosts import Allocation, Host, find_allocation
-from allranks.job.variables import MASTER_ADDR, MASTER_PORT
+from allranks.job.variables import LAUNCH_ID, MASTER_ADDR, MASTER_PORT
 from allranks.launch import launchers
-from allranks.launch.plan import Request, make_plan
+from allranks.launch.plan import Request, check_program, make_plan
 from helpers import PYTHON, SMALL, TIMEOUT_S, clean_environment, execute, only_long
 from helpers import launcher as started_by
 
@@ -227,6 +227,18 @@ def test_a_script_that_may_not_be_run(tmp_path):
     assert f"chmod +x {script}" in message(launch("--dry-run", "--", str(script)))
 
 
+def test_a_script_of_this_folder_is_written_with_its_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "train.sh"
+    script.write_text("#!/bin/sh\n")
+    with pytest.raises(UserError, match=r"with `chmod \+x train\.sh`, and write \./train\.sh\.$"):
+        check_program(["train.sh"])
+    script.chmod(0o755)
+    with pytest.raises(UserError, match=r"is in this folder, .*: write \./train\.sh\.$"):
+        check_program(["train.sh"])
+    check_program(["./train.sh"])
+
+
 @pytest.mark.parametrize("text", ["", "a\r\n", "a:1\na:2\n"])
 def test_bad_hostfiles(tmp_path, text):
     hosts = tmp_path / "hosts"
@@ -314,6 +326,18 @@ def test_srun_gets_a_host_name_for_each_rank():
     ]  # fmt: skip
 
 
+def test_srun_reads_a_long_list_of_a_host_for_each_rank_from_a_file():
+    """Linux takes 128 KiB for one argument, and srun a word with a slash for a file."""
+    for path, word in (("run/hosts", "run/hosts"), ("hosts", "./hosts")):
+        many = plan(job(*[4] * 9000, 1, scheduler="slurm"), name="generic_slurm", hosts_path=path)
+        assert argv_of(many)[5:8] == ["--distribution=arbitrary", "-w", word]
+        assert many.files[0].path == word
+        names = many.files[0].content.splitlines()
+        assert (names[:5], names[-2:], len(names)) == (
+            ["n1", "n1", "n1", "n1", "n2"], ["n9000", "n9001"], 36001,
+        )  # fmt: skip
+
+
 def test_in_a_salloc_shell_there_is_room_for_a_task_on_each_cpu():
     shell = job(1, 1, scheduler="slurm", given=False, cpus_per_node=4)
     assert counts(shell, name="generic_slurm") == [1, 1]
@@ -343,6 +367,16 @@ def test_openmpi_is_given_slots_variables_and_no_binding():
     assert "HOME" not in handed_on
     crowded = argv_of(plan(job(1, given=False), "machine.mpiexec=openmpi", "machine.node.ranks=4"))
     assert crowded[4] == "ppr:4:node:OVERSUBSCRIBE"
+
+
+def test_openmpi_is_given_cpus_in_a_row_and_no_list():
+    deep = plan(
+        job(2), "machine.mpiexec=openmpi", "machine.node.bind=depth", "machine.node.cpus_per_rank=4"
+    )
+    assert argv_of(deep)[4:7] == ["ppr:2:node:PE=4", "--bind-to", "core"]
+    listed = ("machine.node.bind=list", "machine.node.cpu_list=['0-7','8-15']")
+    with pytest.raises(UserError, match=r"bind=list: mpiexec of Open MPI takes no list"):
+        plan(job(2), "machine.mpiexec=openmpi", *listed)
 
 
 def test_pals_takes_a_shorter_last_node_but_no_other_shape():
@@ -386,6 +420,18 @@ def test_the_same_command_line_for_another_program(launcher):
     told = plan(job(2, 2), launcher=launcher)
     other = plan(job(2, 2), launcher=launcher, program=("check", "--", "-x"))
     assert told.argv_for(["check", "--", "-x"]) == other.argv
+
+
+def test_the_users_own_address_of_rank_0_is_kept():
+    def address(environ):
+        request = Request(("true",), installed_here=False)
+        variables = make_plan(request, machine.load("generic_pbs"), job(2, 2), environ).variables
+        return next((v.value, v.why) for v in variables if v.name == MASTER_ADDR)
+
+    assert address({MASTER_ADDR: "10.0.0.9"}) == ("10.0.0.9", f"user: {MASTER_ADDR}")
+    assert address({}) == ("n1", "launcher: rank 0's host")
+    # A rank of another launch has that launch's address.
+    assert address({MASTER_ADDR: "10.0.0.9", LAUNCH_ID: "ab"}) == ("n1", "launcher: rank 0's host")
 
 
 def test_two_jobs_meet_on_different_ports():

@@ -287,6 +287,12 @@ def test_a_value_that_the_user_gave_is_said_to_be_his():
     why = {v.name: v.why for v in plan.variables}
     assert why["NCCL_NET"] == "user: machine.variables.NCCL_NET"
     assert why["NCCL_CROSS_NIC"].startswith("machine file polaris")
+    plan = planned("polaris", 2, "machine.variables.NCCL_NET_GDR_LEVEL=SYS")
+    why = {v.name: v.why for v in plan.variables}
+    assert why["NCCL_NET_GDR_LEVEL"] == "user: machine.variables.NCCL_NET_GDR_LEVEL"
+    assert why["NCCL_NET"].startswith("machine file polaris")  # whose name is the other's beginning
+    plan = planned("polaris", 2, "machine.variables.NCCL_NET.value=Socket")
+    assert {v.name: v.why for v in plan.variables}["NCCL_NET"].startswith("user: ")
 
 
 @pytest.mark.parametrize(
@@ -319,6 +325,12 @@ def test_a_value_that_the_user_gave_is_said_to_be_his():
         ("queue=prod", "write machine.key=value"),
         ("machine.queue", "write machine.key=value"),
         ("machine.queue=[", "cannot be read as YAML"),
+        ("machine.name=foo", r"machine\.name=foo \(polaris\) .*--machine NAME"),
+        ("machine.overridden=[queue]", r"machine\.overridden .*leave it out"),
+        ("machine.node.cpu_list=['0..3','4..7']", r"node\.cpu_list=.* give CPUs like '0-7'"),
+        ("machine.node.cpu_list=['7-0']", "give CPUs like '0-7'"),
+        ("machine.node.cpu_list=['0-3,']", "give CPUs like '0-7'"),
+        ("machine.node.cpu_list=['0-99999999999']", "give CPUs like '0-7'"),
     ],
 )
 def test_a_bad_override_is_refused_with_key_and_remedy(override, message):
@@ -331,10 +343,10 @@ def test_an_unknown_machine_is_refused_with_the_nearest_name():
         machine.load("polarys")
 
 
-@pytest.mark.parametrize("text", ["scheduler: [pbs\n", "- a\n", ""])
+@pytest.mark.parametrize("text", [b"scheduler: [pbs\n", b"- a\n", b"", b"scheduler: pbs\nabout: caf\xe9\n"])
 def test_a_file_that_is_no_machine_is_refused(tmp_path, text):
     (tmp_path / "machine").mkdir()
-    (tmp_path / "machine" / "x.yaml").write_text(text)
+    (tmp_path / "machine" / "x.yaml").write_bytes(text)
     with pytest.raises(UserError):
         machine.load("x", config_dir=tmp_path)
 
@@ -367,6 +379,16 @@ def test_jobs_that_fit_their_queue(name, queue, nodes, hours):
 def test_jobs_that_do_not_fit(name, queue, nodes, hours, message):
     with pytest.raises(UserError, match=message):
         machine.check_queue(machine.load(name), queue, nodes, hours)
+
+
+def test_where_two_limits_fit_the_more_generous_one_holds():
+    both = "machine.queues.mine.limits=[{max_nodes: 4, max_hours: 1}, {max_nodes: 8MORE}]"
+    unlimited = machine.load("polaris", [both.replace("MORE", "")])
+    machine.check_queue(unlimited, "mine", 2, 30)
+    limited = machine.load("polaris", [both.replace("MORE", ", max_hours: 3")])
+    machine.check_queue(limited, "mine", 2, 3)
+    with pytest.raises(UserError, match=r"30 h is too long for 2 nodes .* may run 3 h"):
+        machine.check_queue(limited, "mine", 2, 30)
 
 
 def test_a_walltime_that_is_too_short_is_refused():

@@ -183,6 +183,7 @@ def load(
     tree = _yaml(files[name])
     for key, value in given.items():
         _put(tree, key.split("."), value)
+    _refuse_ours(tree, name)
     machine = schema.build(Machine, {**tree, "name": name, "overridden": tuple(given)}, _source(name))
     _check(machine)
     return machine
@@ -198,6 +199,17 @@ class Detected(NamedTuple):
 def detect(hostname: str | None = None, environ: Mapping[str, str] | None = None) -> Detected:
     """The machine that load() takes for this host where none is named, and what has decided it."""
     return _detect(_files(None), hostname or socket.gethostname(), environ)
+
+
+def _refuse_ours(tree: Mapping[str, Any], name: str) -> None:
+    """Raises UserError where the user gives what is set here: whatever stood there had no effect."""
+    if tree.get("name", name) != name:
+        raise UserError(
+            f"machine.name={tree['name']} ({name}) is not valid: a machine has the name of its file. Take "
+            "another machine with --machine NAME."
+        )
+    if "overridden" in tree:
+        raise UserError(f"machine.overridden ({name}) is not a key of a machine: leave it out.")
 
 
 def available(config_dir: str | Path | None = None) -> list[str]:
@@ -246,7 +258,10 @@ def check_queue(
             f"nodes={nodes} does not fit queue {queue} of {machine.name}, which takes {taken}: "
             f"change --nodes or --queue.{_queues_that_take(machine, nodes, jobs)}"
         )
-    longest = max((n.max_hours for n in fitting if n.max_hours is not None), default=None)
+    hours_of = [n.max_hours for n in fitting]
+    known = [most for most in hours_of if most is not None]
+    # Where several limits fit, the most generous one holds; without max_hours it has no end.
+    longest = max(known) if known and len(known) == len(hours_of) else None
     if hours is not None and longest is not None and hours > longest:
         raise UserError(
             f"walltime={hours:g} h is too long for {nodes} nodes in queue {queue} of "
@@ -318,6 +333,11 @@ def _yaml(path: Path) -> dict[str, Any]:
 
     try:
         tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} cannot be read as YAML: byte {error.start + 1} is not UTF-8. Save the file as UTF-8, "
+            "or leave out accents and other special characters."
+        ) from error
     except (OSError, YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path} cannot be read as YAML: {one_line(error)}") from error
     if not isinstance(tree, dict):
@@ -384,6 +404,11 @@ def _check(machine: Machine) -> None:
             if not _can_be_filled(template):
                 remedy = "a text with {ranks} and {cpus}, and {{ or }} for a brace itself"
                 raise source.invalid(f"submit.{key}", template, remedy)
+    for cpus in node.cpu_list:
+        if not _are_cpus(cpus):
+            raise source.invalid(
+                "node.cpu_list", list(node.cpu_list), "CPUs like '0-7' or '0-3,8' for each rank"
+            )
     if order and sorted(order) != list(range(len(order))):
         raise source.invalid("device.order", list(order), f"each of 0 to {len(order) - 1} once")
 
@@ -394,4 +419,13 @@ def _can_be_filled(template: str) -> bool:
         template.format(ranks=1, cpus=1)
     except (ValueError, LookupError, AttributeError, TypeError):
         return False
+    return True
+
+
+def _are_cpus(text: str) -> bool:
+    """Whether these are the CPUs of a rank: numbers and ranges from low to high, with commas between."""
+    for span in text.split(","):
+        match = re.fullmatch("([0-9]{1,5})(?:-([0-9]{1,5}))?", span)
+        if match is None or int(match[1]) > int(match[2] or match[1]):
+            return False
     return True

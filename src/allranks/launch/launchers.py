@@ -287,6 +287,18 @@ def _mpiexec_binding(node: Node, most_on_a_host: int, cpus_each: int | None) -> 
     return Binding("depth", cpus_each, tuple(spans))
 
 
+def _openmpi_binding(node: Node, most_on_a_host: int, cpus_each: int | None) -> Binding:
+    """Open MPI's mpiexec gives each rank the next cores. Raises UserError for a list of CPUs."""
+    binding = _mpiexec_binding(node, most_on_a_host, cpus_each)
+    if binding.how == "list":
+        raise UserError(
+            "machine.node.bind=list: mpiexec of Open MPI takes no list of CPUs on its command line. Give "
+            "machine.node.bind=depth with machine.node.cpus_per_rank for CPUs in a row, or "
+            "machine.node.bind=none with options of your own in machine.options.mpiexec."
+        )
+    return binding
+
+
 def _span(first: int, count: int) -> str:
     """Neighbouring CPUs: 8-15, or 8 where it is one."""
     return f"{first}-{first + count - 1}" if count > 1 else str(first)
@@ -381,18 +393,24 @@ def _hosts_with_slots(job: Job, option: str, file_option: str, line: str) -> Com
 def _srun(job: Job, binding: Binding, per_rank: Sequence[str]) -> CommandLine:
     """Slurm's srun (`man srun`)."""
     argv = ["srun", "-N", str(len(job.hosts)), "-n", str(job.ranks)]
+    files: tuple[TextFile, ...] = ()
     if job.is_even:
         argv.append(f"--ntasks-per-node={job.most_on_a_host}")
         if not job.takes_all_hosts:
             argv += ["-w", compress(host.name for host in job.hosts)]
     else:  # the host of each rank: `man srun`, --distribution=arbitrary
         of_each_rank = [host.name for host in job.hosts for _ in range(host.slots)]
-        argv += ["--distribution=arbitrary", "-w", ",".join(of_each_rank)]
+        names = ",".join(of_each_rank)
+        if len(names) > LONGEST_ARGUMENT_BYTES:
+            # Srun takes a word with a slash for the path of a file with the names.
+            names = job.hosts_path if "/" in job.hosts_path else f"./{job.hosts_path}"
+            files = (TextFile(names, "".join(f"{name}\n" for name in of_each_rank)),)
+        argv += ["--distribution=arbitrary", "-w", names]
     # Always -c: since version 22.05 srun does not take over --cpus-per-task from sbatch.
     argv += ["-c", str(binding.cpus_each or 1)]
     # By default srun lets the other ranks wait for ever for one that has failed.
     argv.append("--kill-on-bad-exit=1")
-    return CommandLine((*argv, *job.machine.options.srun, *per_rank))
+    return CommandLine((*argv, *job.machine.options.srun, *per_rank), files)
 
 
 def _flux(job: Job, binding: Binding, per_rank: Sequence[str]) -> CommandLine:
@@ -452,7 +470,7 @@ LAUNCHERS: dict[str, Launcher] = {
     "openmpi": Launcher(
         name="mpiexec",
         command_line=_openmpi,
-        binding=_mpiexec_binding,
+        binding=_openmpi_binding,
         remedy=_GET_MPI,
         version_says=("open mpi", "openrte", "prte"),
     ),

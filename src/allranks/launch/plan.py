@@ -26,6 +26,7 @@ from allranks.job.machine import Machine
 from allranks.job.variables import (
     DEVICE_VARIABLE,
     DEVICES,
+    LAUNCH_ID,
     LOCAL_WORLD_SIZE,
     MASTER_ADDR,
     MASTER_PORT,
@@ -176,13 +177,25 @@ def check_program(program: Sequence[str]) -> None:
     name = program[0]
     if shutil.which(name) is None:
         if Path(name).is_file():
-            raise UserError(f"The program {name} cannot be run: make it so with `chmod +x {name}`.")
+            raise _cannot_be_run(name)
         raise UserError(f"The program {name} is not found: check the name, or give its path.")
     if not Path(name).name.startswith("python") or len(program) == 1:
         return
     script = program[1]
     if script and not script.startswith("-") and not Path(script).exists():
         raise UserError(f"The program {script} is not found: check the name, or give its path.")
+
+
+def _cannot_be_run(name: str) -> UserError:
+    """For a file that is there, and that the shell would not find or run by this name."""
+    path = name if "/" in name else f"./{name}"
+    if os.access(name, os.X_OK):
+        return UserError(
+            f"The program {name} is in this folder, and a program without a path is looked for on PATH "
+            f"alone: write {path}."
+        )
+    written = "" if path == name else f", and write {path}"
+    return UserError(f"The program {name} cannot be run: make it so with `chmod +x {name}`{written}.")
 
 
 def check_least_ranks(min_ranks: int | None, plan: Plan) -> None:
@@ -368,7 +381,7 @@ def _variables(
 ) -> tuple[PlannedVariable, ...]:
     """The variables that all ranks get. What differs between ranks each rank's guard sets."""
     return (
-        *_master_variables(machine, allocation, hosts),
+        *_master_variables(machine, allocation, hosts, environ),
         *_size_variables(hosts),
         *_device_variables(machine, devices),
         *_machine_variables(machine, len(hosts), environ),
@@ -376,15 +389,19 @@ def _variables(
 
 
 def _master_variables(
-    machine: Machine, allocation: Allocation, hosts: Sequence[Host]
+    machine: Machine, allocation: Allocation, hosts: Sequence[Host], environ: Mapping[str, str]
 ) -> list[PlannedVariable]:
-    """Where rank 0 is reached."""
+    """Where rank 0 is reached: at the user's own address, else by the name of its host."""
     is_local = allocation.scheduler == "local"
     address = "127.0.0.1" if is_local else hosts[0].name
     why = "launcher: rank 0's host"
     if machine.master_suffix and not is_local:
         address = short(address) + machine.master_suffix
         why = f"machine file {machine.name}: rank 0's host on the fast network"
+    # Each rank of a launch has the variable, too: for another launch within it that is no address to use.
+    if environ.get(MASTER_ADDR) and not environ.get(LAUNCH_ID):
+        address = environ[MASTER_ADDR]
+        why = f"user: {MASTER_ADDR}"
     port = port_for(allocation.job_id or "")
     return [
         PlannedVariable(MASTER_ADDR, address, why),
@@ -417,7 +434,8 @@ def _machine_variables(machine: Machine, nodes: int, environ: Mapping[str, str])
     """The machine file's variables, with the reasons that it gives."""
     found: list[PlannedVariable] = []
     for name, variable in machine.active_variables(nodes).items():
-        is_users = any(key.startswith(f"variables.{name}") for key in machine.overridden)
+        key = f"variables.{name}"
+        is_users = any(given == key or given.startswith(f"{key}.") for given in machine.overridden)
         why = f"user: machine.variables.{name}" if is_users else f"machine file {machine.name}"
         if variable.when != "always":
             why += f", on {variable.when.replace('_', ' ')}"
