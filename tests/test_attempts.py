@@ -14,7 +14,7 @@ import pytest
 
 from allranks.base.errors import EXIT_REQUEUE, EXIT_TIMED_OUT, EXIT_USER_ERROR, UserError
 from allranks.compose import from_command_line
-from allranks.job import machine
+from allranks.job import machine, variables
 from allranks.job.hosts import Allocation, Host
 from allranks.launch import attempts, command, launchers, preflight, supervisor
 from allranks.launch.attempts import (
@@ -298,6 +298,16 @@ def test_each_launch_has_a_list_of_hosts_of_its_own_and_removes_it(monkeypatch, 
     (tmp_path / "tmp" / f"allranks-{launches[0].id}").write_text("in the way")
     with pytest.raises(UserError, match="from which the launcher reads the hosts, cannot be written"):
         launches[0].plan()
+
+
+def test_the_users_address_of_rank_0_goes_with_rank_0s_host():
+    launch = launched(environ={variables.MASTER_ADDR: "10.0.0.9"})
+    first, second = launch.allocation.hosts
+
+    def address(*hosts: Host) -> str:
+        return launch.environment(launch.plan(hosts))[variables.MASTER_ADDR]
+
+    assert [address(), address(first), address(second)] == ["10.0.0.9", "10.0.0.9", "n2"]
 
 
 # --- one training after another --------------------------------------------------------------------

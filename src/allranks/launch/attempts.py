@@ -37,7 +37,7 @@ from allranks.job.machine import Machine
 from allranks.launch import launchers, preflight, supervisor
 from allranks.launch.console import note, say
 from allranks.launch.outcome import Outcome, planned_hosts
-from allranks.launch.plan import Plan, Request, make_plan, room_on
+from allranks.launch.plan import Plan, Request, make_plan, place, room_on
 from allranks.run import checkpoint, program_progress
 
 MOST_WITHOUT_GAIN = 3  # crashes in a row at one step: the next start would crash there too
@@ -77,7 +77,10 @@ class Launch:
         request = replace(self.request, placed=hosts, passed=(*variables.PRIVATE, variables.LAUNCH_ID))
         request = replace(request, hosts_path=str(self.folder / "hosts"))
         request = replace(request, **changes)  # type: ignore[arg-type]
-        plan = make_plan(request, self.machine, self.allocation, self.environ)
+        environ = dict(self.environ)
+        if hosts and hosts[0].name != place(self.request, self.machine, self.allocation)[0].name:
+            environ.pop(variables.MASTER_ADDR, None)  # the user's address was that of the host that is out
+        plan = make_plan(request, self.machine, self.allocation, environ)
         for path, content in plan.files:
             try:
                 Path(path).parent.mkdir(mode=0o700, exist_ok=True)
