@@ -461,6 +461,44 @@ def test_a_masked_pixel_counts_neither_in_the_loss_nor_in_the_accuracy():
     assert task.metrics(logits, batch)["accuracy"] == Mean(torch.tensor(1), torch.tensor(1), "percent")
 
 
+def test_a_loss_of_torch_leaves_out_what_the_task_ignores():
+    """The mean is over the places that count, as with the task's own cross entropy, which is the same."""
+    torch.manual_seed(0)
+    logits, masks = torch.randn(3, 4, 5, 2), torch.randint(0, 4, (3, 5, 2))
+    masks[0, :3] = tasks.IGNORED
+    masks[1] = tasks.IGNORED
+    tokens = torch.randint(1, 4, (3, 6))
+    tokens[2, 2:] = 0  # padding, which the loss itself does not know of
+    of_tokens = torch.randn(3, 5, 4)
+    for kind, values, outputs, batch in (
+        (tasks.Segmentation, {}, logits, (None, masks)),
+        (tasks.LanguageModel, {"ignore": 0}, of_tokens, tokens),
+    ):
+        usual = float(kind(**values).loss(outputs, batch))
+        assert float(kind(nn.CrossEntropyLoss(), **values).loss(outputs, batch)) == pytest.approx(usual)
+
+    # Where nothing is ignored, the bits are those of the mean over all places.
+    whole = masks.clamp(min=0)
+    one_by_one = nn.functional.cross_entropy(logits, whole, reduction="none")
+    plain = one_by_one.flatten(1).mean(dim=1).sum()
+    assert torch.equal(tasks.Segmentation(nn.CrossEntropyLoss()).loss(logits, (None, whole)), plain)
+
+    # A function of the user's own is taken at its word: its mean is that of the example.
+    own = tasks.Segmentation(nn.functional.cross_entropy)
+    pixels = (masks != tasks.IGNORED).sum()
+    expected = one_by_one[masks != tasks.IGNORED].sum() / pixels * len(masks)
+    assert float(own.loss(logits, (None, masks))) == pytest.approx(float(expected))
+
+
+def test_a_mask_of_bytes_has_no_pixel_of_minus_100():
+    """As a byte, -100 would be 156, and a mask of 156 would pass for ignored."""
+    masks = torch.tensor([[156, 1]], dtype=torch.uint8)
+    with pytest.raises(UserError, match="A mask is 156, but the model gives 3 classes"):
+        tasks.Segmentation().loss(torch.zeros(1, 3, 2), (None, masks))
+    with pytest.raises(UserError, match="Label 156 does not fit the model's 3 outputs"):
+        tasks.Classification().loss(torch.zeros(2, 3), (None, masks[0]))
+
+
 def test_images_of_bytes_become_numbers_up_to_1_for_an_autoencoder():
     task, model = tasks.Autoencoder(), nn.Conv2d(1, 1, 1).double()
     seen: list[torch.Tensor] = []
@@ -474,6 +512,16 @@ def test_images_of_bytes_become_numbers_up_to_1_for_an_autoencoder():
 def test_a_column_and_a_row_of_the_same_numbers_are_not_stretched_to_a_square():
     outputs, targets = torch.tensor([[1.0], [2.0]]), torch.tensor([1, 4])
     assert float(tasks.Regression().loss(outputs, (None, targets))) == 4
+
+
+@pytest.mark.parametrize("numbers", [[], [1], [5]])
+def test_a_single_example_of_a_model_that_ends_in_squeeze_is_one_example(numbers):
+    """squeeze() takes the dimension of the examples away, too."""
+    targets = torch.arange(float(max(1, *numbers, 0))).reshape(1, *numbers)
+    outputs = (targets + 2).squeeze()
+    for task in (tasks.Regression(), tasks.Regression(nn.MSELoss())):
+        assert float(task.loss(outputs, (None, targets))) == 4
+        assert float(task.metrics(outputs, (None, targets))["mae"]) == 2
 
 
 @pytest.mark.parametrize("kind", ["mean", "percent", "exp"])

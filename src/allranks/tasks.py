@@ -100,7 +100,8 @@ class Classification:
             return cross_entropy(at_least_fp32(outputs), labels, reduction="sum", label_smoothing=smoothing)
         except IndexError as error:
             classes = outputs.shape[1]
-            wrong = labels[((labels < 0) | (labels >= classes)) & (labels != IGNORED)]
+            numbers = labels.long()  # among labels of bytes, IGNORED would be compared as 156
+            wrong = numbers[((numbers < 0) | (numbers >= classes)) & (numbers != IGNORED)]
             raise UserError(
                 f"Label {int(wrong[0])} does not fit the model's {classes} outputs: labels "
                 "count from 0; give data.classes and model.classes as the data has them."
@@ -150,7 +151,8 @@ class Segmentation:
     A mask is whole numbers [n, ...]; where it is `ignore`, nothing is learned and nothing measured. Images
     of type uint8 become numbers of 0..1. loss: in place of the cross entropy, an object or function that is
     called with logits and masks; torchmetrics: objects that are given logits and masks. Both get the masks
-    as they are, `ignore` included.
+    as they are, `ignore` included. Of a loss of torch.nn that gives a number for each pixel, those of the
+    pixels that are `ignore` are left out; any other loss leaves them out by itself.
     """
 
     def __init__(
@@ -221,7 +223,8 @@ class LanguageModel:
     a target is `ignore`, nothing is learned and nothing measured. loss: in place of the cross entropy, an
     object or function that is called with logits [n, vocabulary, length - 1] and targets [n, length - 1];
     torchmetrics: objects that are given logits [n, length - 1, vocabulary] and targets. Both get the
-    targets as they are, `ignore` included.
+    targets as they are, `ignore` included. Of a loss of torch.nn that gives a number for each token, those
+    of the targets that are `ignore` are left out; any other loss leaves them out by itself.
     """
 
     def __init__(
@@ -297,9 +300,14 @@ def at_least_fp32(logits: torch.Tensor) -> torch.Tensor:
 
 def _per_example(loss: Any) -> Any:
     """The loss; one of torch.nn is told to give its numbers one by one, and not their mean."""
-    if isinstance(getattr(loss, "reduction", None), str):
+    if _gives_numbers_one_by_one(loss):
         loss.reduction = "none"
     return loss
+
+
+def _gives_numbers_one_by_one(loss: Any) -> bool:
+    """Whether the loss is one of torch.nn, or like these, which can be told how to put numbers together."""
+    return isinstance(getattr(loss, "reduction", None), str)
 
 
 def _summed(losses: Any, count: int) -> torch.Tensor:
@@ -348,8 +356,8 @@ def _with_themselves(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def _side_by_side(outputs: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Outputs and targets in one shape and type; raises UserError where they do not fit together.
 
-    torch itself would stretch [n, 1] and [n] to [n, n] with no more than a warning. Here they are taken for
-    the same numbers.
+    Both are [n, ...], with an entry for each example. torch itself would stretch [n, 1] and [n] to [n, n]
+    with no more than a warning. Here they are taken for the same numbers.
     """
     targets = _pair(batch)[1]
     if not isinstance(outputs, torch.Tensor) or not isinstance(targets, torch.Tensor):
@@ -363,6 +371,10 @@ def _side_by_side(outputs: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]
             "in one shape."
         )
     outputs = at_least_fp32(outputs)
+    if outputs.shape[:1] != targets.shape[:1]:
+        # A model that ends in squeeze() gives [] for a batch of a single example, and [5] for one of five
+        # numbers. Without a dimension for the examples nobody could tell how many they are.
+        outputs = outputs.reshape(targets.shape)
     return outputs, targets.reshape(outputs.shape).to(outputs.dtype)
 
 
@@ -397,6 +409,7 @@ def _check_classes(task: str, what: str, outputs: Any, targets: Any, ignore: int
         )
     if not targets.is_cpu:
         return  # to look at numbers on a GPU would make the CPU wait for it, in every step
+    targets = targets.long()  # in a mask of bytes, -100 would be compared as 156
     counted = targets[targets != ignore]
     if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < outputs.shape[1]:
         wrong = counted[(counted < 0) | (counted >= outputs.shape[1])]
@@ -414,10 +427,28 @@ def _losses_of_tokens(logits: torch.Tensor, targets: torch.Tensor, ignore: int) 
 def _loss_of_classes(
     own_loss: Any, logits: torch.Tensor, targets: torch.Tensor, ignore: int
 ) -> torch.Tensor:
-    """The user's own loss, or else the cross entropy of all places that are not `ignore`."""
-    if own_loss is not None:
-        return _summed(own_loss(at_least_fp32(logits), targets), len(targets))
-    return _token_loss(logits, targets, ignore)
+    """The user's own loss, or else the cross entropy of all places that are not `ignore`.
+
+    Where a loss of torch.nn gives a number for each place, the places that are `ignore` are left out of the
+    mean over an example's places. Of any other loss only its result is known: it leaves them out by itself.
+    """
+    if own_loss is None:
+        return _token_loss(logits, targets, ignore)
+    losses = own_loss(at_least_fp32(logits), targets)
+    is_by_place = (
+        _gives_numbers_one_by_one(own_loss)
+        and isinstance(losses, torch.Tensor)
+        and losses.shape == targets.shape
+        and targets.dim() > 1
+    )
+    if not is_by_place:
+        return _summed(losses, len(targets))
+    ignored = targets == ignore
+    means = _mean_of_each(losses.masked_fill(ignored, 0))  # over all places
+    places = targets[0].numel()
+    counted = (places - ignored.flatten(1).sum(dim=1)).clamp(min=1)
+    # This factor is exactly 1 where nothing is ignored, so that the bits are those of the mean.
+    return (means * (places / counted.to(means.dtype))).sum()
 
 
 def _token_loss(logits: torch.Tensor, targets: torch.Tensor, ignore: int) -> torch.Tensor:
