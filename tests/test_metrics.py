@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from allranks.tasks import Classification
-from allranks.training.metrics import Figures, Sums, columns_of
+from allranks.training.metrics import Column, Figures, Sums, columns_of, figures_of
 
 TASK = Classification()
 COLUMNS = columns_of(TASK, TASK.metrics(torch.zeros(1, 3), (None, torch.zeros(1, dtype=torch.int64))))
@@ -45,6 +45,12 @@ def test_mean_loss_accuracy_and_number_of_examples():
     assert sums.total(alone) == figures(loss=2.0, accuracy=75.0, examples=4)
     sums.rows.zero_()
     assert sums.total(alone) == figures(loss=0.0, accuracy=0.0, examples=0)
+
+
+@pytest.mark.parametrize(("mean", "shown"), [(float("nan"), "nan"), (701.0, "inf"), (0.0, "1.0")])
+def test_a_perplexity_is_nan_where_the_loss_is_nan_and_infinite_where_it_is_huge(mean, shown):
+    columns = [Column("perplexity", has_weight=False, shown="exp")]
+    assert str(figures_of([1.0, mean, 1], columns).values["perplexity"]) == shown
 
 
 def test_a_million_small_losses_lose_no_digits():

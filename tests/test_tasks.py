@@ -524,10 +524,12 @@ def test_a_single_example_of_a_model_that_ends_in_squeeze_is_one_example(numbers
         assert float(task.metrics(outputs, (None, targets))["mae"]) == 2
 
 
+@pytest.mark.parametrize("shape", [[], [1], [1, 1]])
 @pytest.mark.parametrize("kind", ["mean", "percent", "exp"])
-def test_a_mean_is_shown_as_it_says(kind):
+def test_a_mean_is_shown_as_it_says(kind, shape):
     task = SimpleNamespace()
-    measured = {"plain": torch.tensor(6.0), "other": Mean(torch.tensor(3.0), torch.tensor(4), kind)}
+    three, four, six = (torch.full(shape, number) for number in (3.0, 4, 6.0))
+    measured = {"plain": six, "other": Mean(three, four, kind)}
     runtime = SimpleNamespace(device=torch.device("cpu"), shares=range(1), gather=lambda rows: rows)
     sums = Sums(runtime, columns_of(task, measured))
     for _ in range(2):

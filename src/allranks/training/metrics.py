@@ -108,6 +108,11 @@ def _is_one_number(value: Any) -> bool:
     return isinstance(value, int | float)
 
 
+def _scalar(value: torch.Tensor | float) -> torch.Tensor | float:
+    """The one number without dimensions: torch adds no tensor of shape [1] to one of shape []."""
+    return value.reshape(()) if isinstance(value, torch.Tensor) else value
+
+
 def _told(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"a tensor of shape {list(value.shape)}"
@@ -153,11 +158,11 @@ class Sums:
         for column in self.columns:
             value = measured[column.name]
             mean = value if isinstance(value, Mean) else Mean(value)
-            sums[at] += mean.total
+            sums[at] += _scalar(mean.total)
             at += 1
             if column.has_weight:
                 assert mean.weight is not None
-                sums[at] += mean.weight
+                sums[at] += _scalar(mean.weight)
                 at += 1
         sums[at] += length
         for name, metric in self.objects.items():
@@ -198,7 +203,9 @@ def _shown(total: float, count: float, shown: str) -> float:
         return 100 * total / count
     if shown == "exp":
         mean = total / count
-        return math.exp(mean) if mean < 700 else math.inf  # math.exp raises an error beyond 709
+        if mean > 700:  # math.exp raises an error beyond 709
+            return math.inf
+        return math.exp(mean)  # of NaN it is NaN
     return total / count
 
 
