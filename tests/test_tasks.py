@@ -23,6 +23,7 @@ from allranks.inference.forward import measure, open_part
 from allranks.inference.load import load
 from allranks.tasks import Mean
 from allranks.training.metrics import Sums, columns_of, merged, seeing
+from allranks.training.training import Schedule
 from helpers import MEASURED, NO_REPORT, Done, Run, only_long
 
 PACKAGE = '''
@@ -293,6 +294,15 @@ def test_single_steps_are_recorded_with_the_metrics_of_the_task(home, train_here
     ] * 5
     for step in steps:  # all texts have one length, so that the mean over tokens is that over texts
         assert step["step/perplexity"] == pytest.approx(math.exp(step["step/loss"]), rel=1e-6)
+
+
+def test_a_plateau_schedule_whose_metric_does_not_come_says_which_do():
+    """An object of torchmetrics may give several numbers, each under a name that only an epoch shows."""
+    schedule = Schedule(SimpleNamespace(), monitor="val/scores")
+    with pytest.raises(
+        UserError, match="monitor=val/scores is not measured: give one of val/scores_one, v"
+    ):
+        schedule.after_epoch({"val/scores_one": 1.0, "val/loss": 2.0})
 
 
 def test_a_plateau_schedule_looks_at_a_metric_of_the_task(home, train_here):
@@ -577,6 +587,17 @@ MISFITS = [
         "regression",
         ["scheduler=plateau", "scheduler.monitor=val/f1"],
         "val/f1 is not measured: give one of",
+    ),
+    (
+        # A pass over the training examples alone shows them to objects of torchmetrics.
+        "regression",
+        ["scheduler=plateau", "scheduler.monitor=train/r2", "trainer.train_metrics=running"],
+        "train/r2 is not measured: give one of train/loss, train/mae, val/loss, val/mae, val/r2",
+    ),
+    (
+        "regression",
+        ["checkpoint.best=train/r2 max", "trainer.train_metrics=running"],
+        "has no metric train/r2. Its metrics are: train/loss, train/mae, val/loss, val/mae, val/r2",
     ),
     (
         "segmentation",

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from allranks.base.errors import UserError
-from allranks.base.text import one_line
+from allranks.base.text import did_you_mean, one_line
 from allranks.runtime.gradients import OrderedSum
 from allranks.training.gradients import Gradients
 from allranks.training.metrics import Column, Sums
@@ -35,13 +35,22 @@ class Schedule:
             self._step()
 
     def after_epoch(self, metrics: Mapping[str, float]) -> None:
-        """Steps the scheduler after an epoch, if it is stepped so often; `metrics` are the epoch's."""
+        """Steps the scheduler after an epoch, if it is stepped so often; `metrics` are the epoch's.
+
+        Raises UserError where the metric that it watches is not among them.
+        """
         if self.scheduler is None or self.every_step:
             return
         if self.monitor is None:
             self._step()
-        else:
-            self._step(metrics[self.monitor])
+            return
+        if self.monitor not in metrics:
+            raise UserError(
+                f"scheduler.monitor={self.monitor} is not measured: give one of {', '.join(metrics)}."
+                f"{did_you_mean(self.monitor, metrics)}",
+                said_by=0,
+            )
+        self._step(metrics[self.monitor])
 
     def _step(self, *metric: float) -> None:
         try:

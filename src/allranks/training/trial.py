@@ -109,7 +109,7 @@ def _try(training: Training, data: Data, recipe: Recipe, runtime: Runtime, best:
         with flops:
             loss = _loss(trial, outputs, examples)
         columns = _columns(trial, outputs, examples)
-        known = _known_metrics(columns, training.task, best.metric)
+        known = _known_metrics(columns, training.task, best.metric, trainer.train_metrics)
         _check_monitor(recipe.scheduler, known)
         check(best, known)
         if not needs_no_others:
@@ -245,15 +245,25 @@ def _tensors(nest: Any) -> Iterator[torch.Tensor]:
     return (leaf for leaf in leaves(nest) if isinstance(leaf, torch.Tensor))
 
 
-def _known_metrics(columns: Sequence[Column], task: Any, wanted: str) -> list[str]:
+def _known_metrics(columns: Sequence[Column], task: Any, wanted: str, train_metrics: str) -> list[str]:
     """The metrics that the task measures.
 
     An object of torchmetrics may give several numbers, whose names begin with its own and are not known
-    before the first epoch. If `wanted` may be one of these, it counts as known.
+    before the first epoch. If `wanted` may be one of these, it counts as known. Such objects see the
+    training examples in an evaluation of these only, and so not where `train_metrics` is `running`.
     """
-    names = ["loss", *(column.name for column in columns), *objects_of(task)]
-    known = [f"{part}/{name}" for part in ("train", "val") for name in names]
-    beginnings = tuple(f"{part}/{name}_" for part in ("train", "val") for name in objects_of(task))
+    sums = ["loss", *(column.name for column in columns)]
+    objects = list(objects_of(task))
+    objects_in_training = [] if train_metrics == "running" else objects
+
+    known = [
+        *(f"train/{name}" for name in [*sums, *objects_in_training]),
+        *(f"val/{name}" for name in [*sums, *objects]),
+    ]
+    beginnings = (
+        *(f"train/{name}_" for name in objects_in_training),
+        *(f"val/{name}_" for name in objects),
+    )
     return [*known, wanted] if beginnings and wanted.startswith(beginnings) else known
 
 
