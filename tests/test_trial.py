@@ -101,6 +101,14 @@ class Centred(Net):
             self.centre = 0.9 * self.centre + 0.1 * images.detach().flatten(1).mean(dim=0)
         return self.body(images.flatten(1) - self.centre)
 
+def lazy(input_shape, classes):
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(classes))
+
+class Sparse(Net):
+    def __init__(self, input_shape, classes, persistent=True):
+        super().__init__(input_shape, classes)
+        self.register_buffer("graph", torch.eye(3).to_sparse(), persistent=persistent)
+
 class TensorRate(torch.optim.SGD):
     def __init__(self, params, lr):
         super().__init__(params, torch.tensor(lr))
@@ -148,6 +156,9 @@ MISFITS = [
     (["model=tryout.normed", "trainer.reproducible=true"], "does not go with BatchNorm, whose figures"),
     (["model=tryout.instance", "trainer.reproducible=true"], "changes its buffer 0.running_mean"),
     (["model=tryout.Centred", "trainer.reproducible=true"], "changes its buffer centre in training"),
+    (["model=tryout.lazy"], "tryout.lazy: 1.weight has no shape before the first batch"),
+    (["model=tryout.Sparse"], "Sparse: graph is a tensor in the layout sparse_coo, which a checkpoint"),
+    (["model=tryout.Sparse", "+model.persistent=false"], "graph is a tensor in the layout sparse_coo"),
 ]
 
 

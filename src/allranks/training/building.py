@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from allranks.base.errors import UserError
 from allranks.components import build, locate, locate_targets
@@ -20,7 +21,7 @@ from allranks.tasks import is_classification
 from allranks.training.gradients import Gradients
 from allranks.training.length import RunLength, run_length
 from allranks.training.metrics import Sums, objects_of
-from allranks.training.state import can_be_saved, first_buffers
+from allranks.training.state import buffers_left_out, can_be_saved, first_buffers, why_not_saved
 from allranks.training.training import Schedule, Training
 
 
@@ -214,10 +215,17 @@ def _check_model(model: nn.Module, target: str) -> None:
                 f"{target}: {name} of its state_dict is a {type(value).__name__}, but a checkpoint holds "
                 "tensors: register it as a buffer."
             )
-        if not can_be_saved(value):
+        if is_lazy(value):
             raise UserError(
-                f"{target}: {name} is a tensor of {value.dtype}, a type that a checkpoint cannot hold."
+                f"{target}: {name} has no shape before the first batch, but the optimizer needs to know "
+                "each weight before: give the layer its size (Linear in place of LazyLinear)."
             )
+        if not can_be_saved(value):
+            raise UserError(f"{target}: {name} is {why_not_saved(value)}")
+    for name, buffer in buffers_left_out(model).items():
+        # Such a buffer is saved only where it has changed, and torch compares no sparse tensors.
+        if buffer.layout is not torch.strided:
+            raise UserError(f"{target}: {name} is {why_not_saved(buffer)}")
     for name, parameter in model.named_parameters():
         if parameter.is_complex():
             raise UserError(

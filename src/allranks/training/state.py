@@ -177,8 +177,17 @@ def of_any_training(
 
 
 def can_be_saved(tensor: torch.Tensor) -> bool:
-    """Whether safetensors has a name for the tensor's type."""
-    return not tensor.is_quantized and tensor.dtype not in (torch.complex128, torch.complex32)
+    """Whether safetensors has a name for the tensor's type, and the tensor is no sparse one."""
+    has_name = not tensor.is_quantized and tensor.dtype not in (torch.complex128, torch.complex32)
+    return has_name and tensor.layout is torch.strided
+
+
+def why_not_saved(tensor: torch.Tensor) -> str:
+    """What is in the way where can_be_saved() says no: to be put behind `NAME is`."""
+    if tensor.layout is not torch.strided:
+        layout = str(tensor.layout).removeprefix("torch.")
+        return f"a tensor in the layout {layout}, which a checkpoint cannot hold: hold it as a dense one."
+    return f"a tensor of {tensor.dtype}, a type that a checkpoint cannot hold."
 
 
 def copy_on_cpu(tensor: torch.Tensor) -> torch.Tensor:
@@ -200,7 +209,7 @@ def taken_apart(
         return node
     if isinstance(node, torch.Tensor):
         if not can_be_saved(node):
-            raise UserError(f"{name} is a tensor of {node.dtype}, a type that a checkpoint cannot hold.")
+            raise UserError(f"{name} is {why_not_saved(node)}")
         if name in tensors:
             raise UserError(f"The state has two tensors named {name}: rename one of them.")
         tensors[name] = (copied or copy_on_cpu)(node)
