@@ -159,6 +159,10 @@ MISFITS = [
     (["model=tryout.lazy"], "tryout.lazy: 1.weight has no shape before the first batch"),
     (["model=tryout.Sparse"], "Sparse: graph is a tensor in the layout sparse_coo, which a checkpoint"),
     (["model=tryout.Sparse", "+model.persistent=false"], "graph is a tensor in the layout sparse_coo"),
+    (
+        ["trainer.label_smoothing=0.2", "+task.loss._target_=torch.nn.CrossEntropyLoss"],
+        "label_smoothing=0.2 is for the cross entropy of task=classification, but task.loss puts another",
+    ),
 ]
 
 

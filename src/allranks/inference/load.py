@@ -119,7 +119,8 @@ def load(
         directory=directory,
         config=config,
         model=model,
-        task=build_task(config.task, config.trainer.label_smoothing, runtime.device),
+        # Labels are smoothed in training only.
+        task=build_task(config.task, label_smoothing=0.0, device=runtime.device),
         runtime=runtime,
         precision=precision,
         checkpoint=chosen.path,

@@ -157,6 +157,14 @@ def build_task(section: Mapping[str, Any], label_smoothing: float, device: torch
     """The task that the configuration's section describes; raises UserError where it cannot be built."""
     task_is = f"task._target_={section['_target_']}"
     if _is_of_classification(section):
+        if label_smoothing and section.get("loss") is not None:
+            # It is the cross entropy that is smoothed, and a loss in its place knows nothing of it.
+            raise UserError(
+                f"trainer.label_smoothing={label_smoothing} is for the cross entropy of "
+                "task=classification, but task.loss puts another loss in its place: leave "
+                "trainer.label_smoothing out, or task.loss. torch.nn.CrossEntropyLoss has a value "
+                "label_smoothing of its own (+task.loss.label_smoothing)."
+            )
         task = build("task", section, label_smoothing=label_smoothing)
     elif label_smoothing:
         raise UserError(
