@@ -6,10 +6,12 @@ import json
 import shutil
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load, load_file
+from torch import nn
 
 from allranks.base.errors import UserError
 from allranks.compose import from_command_line
@@ -280,6 +282,30 @@ def test_blocks_are_found_by_class_and_by_size():
     assert kinds == ["MultiheadAttention", "TransformerEncoderLayer"] * 3  # the inner one first
     with pytest.raises(UserError, match=r"has no module of a class Encoder\. It has .*LayerNorm"):
         sharding.blocks_of(model, ShardingConfig("fsdp", blocks=["Encoder"]), "vit")
+
+
+@pytest.mark.parametrize("made", [nn.ModuleList, nn.ModuleDict, nn.ParameterList])
+def test_a_block_that_computes_nothing_is_refused(made):
+    model = nn.Sequential(nn.Linear(3, 3))
+    model[0].held = made()
+    settings = ShardingConfig("fsdp", blocks=["Linear", made.__name__])
+    with pytest.raises(UserError, match=rf"a {made.__name__} of net holds modules or weights, but comp"):
+        sharding.blocks_of(model, settings, "net")
+
+
+def test_a_parameter_of_a_single_number_is_refused_before_anything_is_spread(monkeypatch):
+    """torch can cut a tensor along a dimension only."""
+    runtime = SimpleNamespace(progress=SimpleNamespace(arrive=lambda in_step: None))
+    monkeypatch.setattr(sharding, "_mesh", lambda *_: None)
+    monkeypatch.setattr(sharding, "_give_memory_back", lambda: None)
+
+    def make() -> nn.Module:
+        model = nn.Sequential(nn.Linear(3, 3))
+        model[0].scale = nn.Parameter(torch.tensor(2.0))
+        return model
+
+    with pytest.raises(UserError, match=r"net: the parameter 0\.scale is a single number without a dim"):
+        sharding.shard(make, ShardingConfig("fsdp"), runtime, "net")
 
 
 TIED = """

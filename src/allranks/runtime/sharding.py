@@ -137,6 +137,7 @@ def shard(
             "needs the memory for that", model_is, why,
         )  # fmt: skip
     check(model)
+    _refuse_scalars(model, model_is)
     blocks = blocks_of(model, settings, model_is)
     _refuse_shared(model, blocks, model_is)
 
@@ -242,6 +243,13 @@ def blocks_of(model: nn.Module, settings: ShardingConfig, model_is: str) -> list
                 f"sharding.blocks: {model_is} has no module of a class {name}. It has "
                 f"{some(sorted(known))}.{did_you_mean(name, sorted(known))}"
             )
+    for module in modules:
+        if type(module).__name__ in settings.blocks and isinstance(module, _NOT_CALLED):
+            raise UserError(
+                f"sharding.blocks: a {type(module).__name__} of {model_is} holds modules or weights, but "
+                "computes nothing itself, and a block is gathered right before it computes: name the class "
+                "of the modules in it, or leave sharding.blocks out."
+            )
     # modules() gives a module before those inside it.
     return [module for module in reversed(modules) if type(module).__name__ in settings.blocks]
 
@@ -253,6 +261,16 @@ def _large_members(module: nn.Module, least: int) -> Iterator[nn.Module]:
             yield child
         else:
             yield from _large_members(child, least)
+
+
+def _refuse_scalars(model: nn.Module, model_is: str) -> None:
+    """Raises UserError where a parameter has no dimension along which it could be cut."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 0:
+            raise UserError(
+                f"{model_is}: the parameter {name} is a single number without a dimension, which cannot be "
+                "spread over the ranks: give it the shape [1], or take sharding=none."
+            )
 
 
 def _refuse_shared(model: nn.Module, blocks: Sequence[nn.Module], model_is: str) -> None:
