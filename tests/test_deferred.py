@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from allranks import models
+from allranks import components, models
+from allranks.base.errors import UserError
 from allranks.runtime.deferred import CannotDefer, Deferred, build
 
 
@@ -91,16 +92,41 @@ def test_memory_that_holds_nothing_is_not_handed_out():
         nn.Linear(512, 512).weight.detach().numpy()
 
 
-def test_what_cannot_be_deferred_is_built_in_the_ordinary_way():
-    def make() -> nn.Module:
-        layer = nn.Linear(512, 512)
-        layer.bias.data += float(layer.weight.detach().numpy().mean())
-        return layer
+def reading() -> nn.Module:
+    """A layer whose constructor reads its own weights by numpy."""
+    layer = nn.Linear(512, 512)
+    layer.bias.data += float(layer.weight.detach().numpy().mean())
+    return layer
 
+
+def test_a_component_of_ours_that_cannot_be_deferred_is_built_in_the_ordinary_way(monkeypatch):
+    """components.build() tells of an error in such a component by a UserError."""
+    monkeypatch.setattr(models, "mlp", reading)
+    made, deferred, why = build(lambda: components.build("model", {"_target_": "allranks.models.mlp"}))
+    assert isinstance(made, nn.Linear)
+    assert deferred is None
+    assert "numpy() reads a large tensor" in why
+    with pytest.raises(UserError, match=r"torch\.nn\.Linear refuses its arguments"):
+        build(lambda: components.build("model", {"_target_": "torch.nn.Linear"}))
+
+
+def test_an_error_without_a_text_is_named_as_the_reason():
+    calls: list[int] = []
+
+    def make() -> nn.Module:
+        calls.append(1)
+        if len(calls) == 1:
+            raise NotImplementedError
+        return nn.Linear(3, 3)
+
+    assert build(make)[1:] == (None, "NotImplementedError")
+
+
+def test_what_cannot_be_deferred_is_built_in_the_ordinary_way():
     torch.manual_seed(1)
-    ordinary = make()
+    ordinary = reading()
     torch.manual_seed(1)
-    made, deferred, why = build(make)
+    made, deferred, why = build(reading)
     assert deferred is None
     assert "numpy()" in why
     assert torch.equal(made.bias, ordinary.bias)

@@ -30,6 +30,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from allranks.base.errors import UserError
+
 SMALL_ELEMENTS = 1 << 16  # tensors up to this size are made at once: 256 kB of fp32
 
 
@@ -327,7 +329,9 @@ def build(make: Callable[[], torch.nn.Module]) -> tuple[torch.nn.Module, Deferre
     """The model that `make` builds with its large tensors deferred.
 
     Where that does not work, the model is built in the ordinary way: then there is no Deferred, and the
-    text says why. The generator of the CPU moves on as in an ordinary construction.
+    text says why. Also a UserError may come of that, where components.build() tells of an error in a
+    component. If it does not, the ordinary construction raises it again. The generator of the CPU moves on
+    as in an ordinary construction.
     """
     before = torch.get_rng_state()
     deferred = Deferred()
@@ -335,6 +339,7 @@ def build(make: Callable[[], torch.nn.Module]) -> tuple[torch.nn.Module, Deferre
         with deferred:
             model = make()
         return model, deferred, ""
-    except (CannotDefer, NotImplementedError, RuntimeError) as error:
+    except (CannotDefer, NotImplementedError, RuntimeError, UserError) as error:
         torch.set_rng_state(before)
-        return make(), None, str(error).splitlines()[0]
+        lines = str(error).splitlines() or [type(error).__name__]  # NotImplementedError often has no text
+        return make(), None, lines[0]
