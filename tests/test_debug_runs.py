@@ -8,6 +8,7 @@ import math
 import os
 import re
 import signal
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -422,6 +423,23 @@ def test_what_devices_can_do(name, precision, tf32, tera):
 def test_which_steps_are_profiled(left, first, last):
     steps = profiling.recorded_steps(left)
     assert (steps[0], steps[-1]) == (first, last)
+
+
+@pytest.mark.parametrize(
+    ("device", "shares"), [("cpu", [0.75, 0.25]), ("mps", [0.75, 0.25]), ("cuda", [0, 1])]
+)
+def test_shares_are_of_the_times_that_are_recorded(device, shares):
+    """Of an Apple GPU torch.profiler records no time, and so the shares are those of the CPU's time."""
+    measured = [("aten::mm", 3000.0, 0.0), ("aten::add", 1000.0, 500.0)]
+    averages = [
+        SimpleNamespace(key=key, count=1, self_cpu_time_total=cpu_us, self_device_time_total=device_us)
+        for key, cpu_us, device_us in measured
+    ]
+    table = profiling.table_of(averages, range(1, 3), device)
+    assert {row["name"]: row["share"] for row in table["rows"]} == {
+        "aten::mm": shares[0], "aten::add": shares[1],
+    }  # fmt: skip
+    assert all((row["own_device_ms"] is None) == (device != "cuda") for row in table["rows"])
 
 
 def test_a_profile_has_a_trace_of_each_rank_and_a_table(train):

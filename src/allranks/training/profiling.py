@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 FIRST = 10
 LAST = 20
 ROWS = 30  # operations in the table
+# The kinds of GPU whose time torch.profiler records. Of others it sees only what the CPU does for them.
+TIMED_DEVICES = ("cuda", "xpu")
 # The parts of a step, as engine._named() calls them. They stand in the table beside torch's own operations.
 PARTS = ("forward", "backward", "optimizer")
 
@@ -61,7 +63,7 @@ class Profile:
             # The profiler's library prints notes on itself and on GPUs that are missing. They help nobody.
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")
             activities = [torch.profiler.ProfilerActivity.CPU]
-            if self._runtime.device.type in ("cuda", "xpu"):
+            if self._runtime.device.type in TIMED_DEVICES:
                 activities.append(
                     getattr(torch.profiler.ProfilerActivity, self._runtime.device.type.upper())
                 )
@@ -114,9 +116,9 @@ def table_of(averages: Sequence[Any], steps: range, device_type: str) -> dict[st
 
     `averages` are the profiler's key_averages(). An operation's own time leaves out the operations that it
     calls. `share` is its part of the own time of all operations: time on the GPU, or on the CPU where there
-    is no GPU.
+    is no GPU whose time is recorded.
     """
-    on_device = device_type != "cpu"
+    on_device = device_type in TIMED_DEVICES
 
     def own_us(each: Any) -> float:
         return float(each.self_device_time_total if on_device else each.self_cpu_time_total)
