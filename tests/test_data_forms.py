@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import sys
 from contextlib import nullcontext
@@ -15,11 +16,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import ChainDataset, IterableDataset, get_worker_info
 
 from allranks.base.errors import UserError
 from allranks.data import arrays, batches, loader, nests
 from allranks.data.dealing import evaluation_batches, steps_per_epoch, training_batches
+from allranks.data.loader import Opening, _Arrays
 from allranks.data.parts import Form, Mapped, Streamed, Table
 from helpers import rank_of
 
@@ -200,7 +202,7 @@ def opened(made: Any, **section: Any) -> Any:
     runtime = SimpleNamespace(
         progress=progress,
         all_or_none=nullcontext,
-        meeting=SimpleNamespace(from_rank_0=lambda work: work()),
+        meeting=SimpleNamespace(from_rank_0=lambda work: json.loads(json.dumps(work()))),
         is_main=True,
         device=CPU,
         broadcast=lambda tensor: tensor,
@@ -230,6 +232,16 @@ def test_arrays_of_all_types_become_batches_in_their_form():
     assert (batch["flag"].dtype, batch["flag"].tolist()) == (torch.bool, [True, True])
     assert [each.dtype for each in batch["pair"]] == [torch.uint8, torch.complex64]
     assert batch["pair"][0].tolist() == [2, 0]
+
+
+def test_a_dict_of_arrays_keeps_its_keys_and_a_named_tuple_its_names():
+    array = np.arange(3)
+    part = opened({0: array, np.int64(7): Pair(array, (array,)), True: [array], "8": {2.5: array}})
+    [batch] = part.batches([[2]], seed=0)
+    assert list(batch) == [0, 7, True, "8"]
+    assert [type(key) for key in batch] == [int, int, bool, str]
+    assert (batch[7].x.tolist(), batch[7].y[0].tolist(), batch[7]._fields) == ([2], [2], ("x", "y"))
+    assert (batch[True][0].tolist(), batch["8"][2.5].tolist()) == ([2], [2])
 
 
 def test_a_classification_takes_arrays_of_other_types_than_bytes():
@@ -434,6 +446,29 @@ def test_a_stream_that_ends_too_early_is_said():
         read(Streamed(Counting(9), range(12), 0, form()), 1, 4)
     with pytest.raises(UserError, match="must not share them out to ranks or worker processes by itself"):
         read(Streamed(Counting(12, shares_out=True), range(12), 2, form()), 1, 4)
+
+
+@pytest.mark.parametrize("error", [TypeError, NotImplementedError, AssertionError])
+def test_a_stream_that_does_not_know_its_length_is_counted(error):
+    class Unsure(Counting):
+        def __len__(self) -> int:
+            raise error
+
+    assert len(opened(Unsure(17))) == 17
+    assert len(opened(ChainDataset([Counting(17), Counting(3)]))) == 20
+
+
+def test_a_limit_beyond_the_examples_names_what_says_how_many_they_are():
+    opening = Opening({"split": [3, 2]}, SimpleNamespace(device=CPU), 0, torch.float32, is_labelled=False)
+    whole, whole_val = _Arrays(torch.arange(5), 5), _Arrays(torch.arange(2), 2)
+    with pytest.raises(
+        UserError, match=r"limit_train=9 is more than the 3 training examples of data\.split"
+    ):
+        loader._split(whole, None, opening, limit_train=9)
+    with pytest.raises(
+        UserError, match=r"limit_train=9 is more than the 5 training examples of data\.train"
+    ):
+        loader._split(whole, whole_val, opening, limit_train=9)
 
 
 def test_a_stream_has_as_many_examples_as_are_counted_or_as_the_split_says():

@@ -6,8 +6,10 @@ Where the task is classification, the examples are pairs of an image and a label
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -156,7 +158,7 @@ def _split(
     data.train has made; of a stream they are its last examples.
     """
     if whole_val is not None:
-        used = used_for_training(torch.arange(len(whole)), limit_train, repeated_batch)
+        used = used_for_training(torch.arange(len(whole)), limit_train, repeated_batch, key="data.train")
         return _part("data.train", whole, used, opening), _all_of("val", whole_val, opening, limit_eval)
     split = opening.section["split"]
     if sum(split) != len(whole):
@@ -181,9 +183,14 @@ def _all_of(name: str, whole: Any, opening: Opening, limit: int | None = None) -
 
 
 def used_for_training(
-    indices: torch.Tensor, limit: int | None = None, repeated_batch: int | None = None
+    indices: torch.Tensor,
+    limit: int | None = None,
+    repeated_batch: int | None = None,
+    key: str = "data.split",
 ) -> torch.Tensor:
     """Those of the training examples that are trained on; `indices` are all of them, in the split's order.
+
+    `key` is what in the configuration says how many they are, for messages.
 
     With a `limit` these are the first so many: the same on any number of ranks, and for any batch size.
     With `repeated_batch` they are the first so many of these, repeated to whole batches, as many as there
@@ -193,7 +200,7 @@ def used_for_training(
     if limit is not None and limit > len(indices):
         raise UserError(
             f"trainer.limit_train={limit} is more than the {len(indices):,} training examples of "
-            "data.split: give at most so many, or leave it out.",
+            f"{key}: give at most so many, or leave it out.",
             said_by=0,
         )
     used = indices[:limit]
@@ -326,8 +333,9 @@ def _stream_count(dataset: IterableDataset[Any], part: str, section: Mapping[str
                 "validation, or give data.val."
             )
         return int(sum(section["split"]))
-    if hasattr(dataset, "__len__"):
-        return len(dataset)
+    # A stream may have the method, and yet not know: torch's ChainDataset asks each of its streams.
+    with suppress(TypeError, NotImplementedError, AssertionError):
+        return len(dataset)  # type: ignore[arg-type]
     reseed(0)
     return sum(1 for _ in dataset)
 
@@ -388,19 +396,36 @@ def _sent_nest(made: Any, kind: Mapping[str, Any], opening: Opening) -> Any:
 def _outline(nest: Any, numbered: Any) -> Any:
     """JSON for a nest of arrays, with the number of each array in its place."""
     if isinstance(nest, dict):
-        return {"dict": {str(key): _outline(value, numbered) for key, value in nest.items()}}
+        # As pairs: JSON would turn keys that are numbers into texts.
+        return {"dict": [[_plain_key(key), _outline(value, numbered)] for key, value in nest.items()]}
+    if isinstance(nest, tuple) and hasattr(nest, "_fields"):  # a NamedTuple
+        parts = [_outline(each, numbered) for each in nest]
+        return {"named": [type(nest).__name__, list(nest._fields), parts]}
     if isinstance(nest, list | tuple):
         return {"list" if isinstance(nest, list) else "tuple": [_outline(each, numbered) for each in nest]}
     return next(numbered)
 
 
+def _plain_key(key: Any) -> Any:
+    """The key of a dict of arrays as JSON holds it: a number or True as itself, and all else as a text."""
+    if isinstance(key, np.generic):
+        key = key.item()
+    return key if isinstance(key, bool | int | float) else str(key)
+
+
 def _filled(outline: Any, tensors: Sequence[torch.Tensor]) -> Any:
-    """The nest of which _outline() has made JSON, with the tensors in their places."""
+    """The nest of which _outline() has made JSON, with the tensors in their places.
+
+    In place of a NamedTuple it has one of the same names: only rank 0 knows the class that the data have.
+    """
     if isinstance(outline, int):
         return tensors[outline]
     [(kind, values)] = outline.items()
     if kind == "dict":
-        return {key: _filled(value, tensors) for key, value in values.items()}
+        return {key: _filled(value, tensors) for key, value in values}
+    if kind == "named":
+        name, fields, parts = values
+        return namedtuple(name, fields)(*(_filled(each, tensors) for each in parts))
     filled = [_filled(value, tensors) for value in values]
     return filled if kind == "list" else tuple(filled)
 
