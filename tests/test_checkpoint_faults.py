@@ -17,6 +17,7 @@ from allranks.run import checkpoint
 from helpers import PYTHON, ROOT, TIMEOUT_S, clean_environment, tree
 
 OLD = {"model.safetensors": b"old" * 1000, "state.json": b"{}"}
+EARLIER = {"model.safetensors": b"new" * 30_000, "state.json": b'{"step": 2, "epoch": 0}'}
 NEW = {"model.safetensors": b"new" * 30_000, "state.json": b'{"step": 2}', "optimizer.safetensors": b""}
 FAULTS = ("signal=KILL", "error=EIO", "error=ENOSPC", "error=EINTR")
 OVER_QUOTA = "error=EDQUOT"  # at calls that may need room
@@ -28,7 +29,7 @@ import os
 from allranks.run import checkpoint
 os.getppid()
 try:
-    checkpoint.write("run", 2, {NEW!r}, "saver", lambda: None)
+    checkpoint.write("run", 2, {NEW!r}, "saver", lambda: None, is_enough=lambda there: False)
     if 0 in checkpoint.steps("run"):
         checkpoint.keep_only("run", (1, 2))
     said = "saved"
@@ -60,22 +61,52 @@ def calls_of_the_save(trace: list[str]) -> list[tuple[str, int]]:
     return found
 
 
-@pytest.fixture(params=[False, True], ids=["new step", "in place of a damaged one"])
+@pytest.fixture(params=["new step", "in place of a damaged one", "in place of one that is not as far"])
 def before(request, memory: Path) -> Path:
-    """A folder with a run that has checkpoint 1; and 0, which is removed after the save, or a damaged 2."""
+    """A run that has checkpoint 1; and 0, which is removed after the save, or an earlier 2."""
     (memory / "before/run").mkdir(parents=True)
     checkpoint.write(memory / "before/run", 1, OLD, "first", lambda: None)
-    if not request.param:
+    if request.param == "new step":
         checkpoint.write(memory / "before/run", 0, OLD, "first", lambda: None)
     else:
-        damaged = checkpoint.write(memory / "before/run", 2, NEW, "first", lambda: None)
-        (damaged / "state.json").write_bytes(b"")
+        earlier = checkpoint.write(memory / "before/run", 2, EARLIER, "first", lambda: None)
+        if request.param == "in place of a damaged one":
+            (earlier / "state.json").write_bytes(b"")
     return memory / "before"
+
+
+def content_of(run: Path) -> dict[str, bytes] | None:
+    """What checkpoint 2 of the run holds: nothing where it is damaged, and None where it is absent."""
+    if 2 not in checkpoint.steps(run):
+        return None
+    found = checkpoint.newest_valid(run)
+    return {} if found.passed_over else found.files
+
+
+def check_what_is_there(run: Path, before: dict[str, bytes] | None, said: str) -> bool:
+    """Checks the run after a save of 2 that a fault has disturbed; returns whether it has been saved.
+
+    `before` is what content_of() said before the save. An earlier checkpoint 2 may be aside for the moment.
+    """
+    path, files, passed_over = checkpoint.newest_valid(run)
+    if 0 in checkpoint.steps(run):  # is removed as a whole, or not
+        assert checkpoint.read(checkpoint.path_of(run, 0)) == OLD
+    if files == NEW:
+        assert (path, passed_over) == (checkpoint.path_of(run, 2), []), said
+        return True
+
+    assert not said.endswith("saved"), said
+    is_in_place = 2 in checkpoint.steps(run)
+    is_valid = is_in_place and before == EARLIER
+    assert files == (EARLIER if is_valid else OLD), said
+    assert path == checkpoint.path_of(run, 2 if is_valid else 1), said
+    assert len(passed_over) == int(is_in_place and not is_valid), said
+    return False
 
 
 def test_a_save_that_is_stopped_or_fails_at_any_system_call(strace, before, memory, long):
     """At every call with --long; else at one of thirteen, with each of the faults in its turn."""
-    was_damaged = 2 in checkpoint.steps(before / "run")
+    what_was_there = content_of(before / "run")
     shutil.copytree(before, memory / "undisturbed")
     done, trace = saver(strace, memory / "undisturbed")
     assert (done.returncode, done.stdout) == (0, "saved\n"), done.stderr
@@ -102,15 +133,11 @@ def test_a_save_that_is_stopped_or_fails_at_any_system_call(strace, before, memo
             assert (markers[:hit].count(True), markers.count(True)) == (1, 2), (name, nth, trace)
 
         run = cwd / "run"
-        path, files, passed_over = checkpoint.newest_valid(run)
-        is_new = files == NEW
-        assert path == checkpoint.path_of(run, 2 if is_new else 1), (fault, name, nth, said)
-        assert is_new or (files == OLD and said != "saved"), (fault, name, nth, said)
-        assert len(passed_over) == int(was_damaged and not is_new and 2 in checkpoint.steps(run))
-        if 0 in checkpoint.steps(run):  # is removed as a whole, or not
-            assert checkpoint.read(checkpoint.path_of(run, 0)) == OLD
+        is_new = check_what_is_there(run, what_was_there, f"{fault} {name} {nth}: {said}")
         checkpoint.sweep_up(run)  # and then the next owner can save
-        checkpoint.write(run, 2, NEW, "next", lambda: None)
+        if what_was_there == EARLIER and not is_new:  # it is there, or there again
+            assert checkpoint.newest_valid(run).files == EARLIER, (fault, name, nth, said)
+        checkpoint.write(run, 2, NEW, "next", lambda: None, is_enough=lambda there: there == NEW)
         checkpoint.keep_only(run, (1, 2))
         assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
         assert checkpoint.newest_valid(run)[1:] == (NEW, [])

@@ -184,6 +184,33 @@ def test_a_valid_one_stays_and_a_damaged_one_is_replaced(tmp_path):
     assert [p.name for p in sorted(path.parent.iterdir())] == ["step-000007", "step-000008"]
 
 
+def test_a_valid_one_that_will_not_do_is_replaced(tmp_path):
+    path = write(tmp_path)
+    seen = []
+
+    def is_enough(there) -> bool:
+        seen.append(there)
+        return False
+
+    newer = {"state.json": b"newer"}
+    checkpoint.write(tmp_path, 7, newer, "me", lambda: None, is_enough)
+    assert (seen, checkpoint.read(path)) == ([FILES], newer)
+    assert [p.name for p in path.parent.iterdir()] == ["step-000007"]
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_one_that_a_killed_writer_had_moved_aside_goes_back_unless_it_was_replaced(tmp_path, is_replaced):
+    path = write(tmp_path)
+    aside = path.with_name(".step-000007.other.aside.tmp")
+    aside.mkdir()
+    path.rename(aside / path.name)
+    if is_replaced:
+        write(tmp_path, files={"state.json": b"newer"})
+    checkpoint.sweep_up(tmp_path)
+    assert checkpoint.read(path) == ({"state.json": b"newer"} if is_replaced else FILES)
+    assert [p.name for p in path.parent.iterdir()] == ["step-000007"]
+
+
 @pytest.mark.parametrize("damaged", [False, True])
 def test_who_is_no_longer_the_owner_changes_nothing(tmp_path, damaged):
     """The new owner takes over in the middle of a save, sweeps up, and saves the same step."""
@@ -223,7 +250,7 @@ def test_the_others_are_removed(tmp_path):
 def test_what_writers_left_is_swept_up(tmp_path):
     write(tmp_path)
     before = tree(tmp_path)
-    for left in (".step-000008.other.tmp", ".step-000007.other.damaged.tmp", ".0123456789abcdef.tmp"):
+    for left in (".step-000008.other.tmp", ".step-000007.other.aside.tmp", ".0123456789abcdef.tmp"):
         (tmp_path / "checkpoints" / left).mkdir()
         (tmp_path / "checkpoints" / left / "model.safetensors").touch()
     checkpoint.sweep_up(tmp_path)

@@ -6,6 +6,7 @@ test_resume.py.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -330,6 +331,40 @@ def test_a_run_stopped_in_its_evaluations_has_the_bits_of_one_that_was_not(train
     assert "stopped by SIGTERM after step 24, in the test; it is saved" in out
 
     gone_on = command().ok().run
+    assert gone_on.summary["model/sha256"] == whole.summary["model/sha256"]
+    assert gone_on.losses == whole.losses
+    assert gone_on.column("epoch") == [1, 2]
+
+
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+def test_a_start_that_has_time_for_an_evaluation_only_is_a_gain(train, tmp_path, sharding):
+    """The epoch that it closes is saved at the step of the checkpoint from which it has gone on."""
+
+    def held(name: str, **environ: str) -> Done:
+        environ = {"PYTHONPATH": str(tmp_path / name), **environ}
+        words = (*HELD_RUN, f"sharding={sharding}")
+        return train(*words, under=None, ranks=2, cwd=tmp_path / name, env=environ)
+
+    def stands(done: Done) -> tuple[int, int, int]:
+        """(step, epoch, epochs with figures) of the newest checkpoint, after a start that was stopped."""
+        assert done.code == 85, done.err
+        _, files, passed_over = checkpoint.newest_valid(tmp_path / "stopped" / "run")
+        assert not passed_over
+        state = json.loads(files["state.json"])
+        return state["step"], state["epoch"], len(state["history"])
+
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "held.py").write_text(HELD)
+    whole = held("whole").ok().run
+
+    stop_while_held(tmp_path / "stopped", partial(held, "stopped"), evaluation=1, ranks=2)
+    late = {"ALLRANKS_DEADLINE": "1"}  # long ago: each start stops as soon as it has gained something
+    assert stands(held("stopped", **late)) == (12, 1, 1)
+    step, epoch, _ = stands(held("stopped", **late))
+    assert (step > 12, epoch) == (True, 1)
+
+    gone_on = held("stopped").ok().run
     assert gone_on.summary["model/sha256"] == whole.summary["model/sha256"]
     assert gone_on.losses == whole.losses
     assert gone_on.column("epoch") == [1, 2]

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 MANIFEST = "manifest.json"
 PIECE_BYTES = 1 << 26  # are read or checked in a second or less, unless the file system hangs
 _MANIFEST_BYTES = 1 << 20  # a longer manifest was not written here
+_ASIDE = ".aside.tmp"  # how the name of a folder ends to which publish() moves what stands in the place
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _STEP_NAME = re.compile(r"step-([0-9]{6,18})")
 
@@ -109,18 +110,20 @@ def write(
     files: Mapping[str, bytes],
     token: str,
     before_rename: Callable[[], None],
+    is_enough: Callable[[Mapping[str, bytes]], bool] = lambda there: True,
 ) -> Path:
-    """Writes the checkpoint of `step`, unless a valid one is there; returns its path.
+    """Writes the checkpoint of `step`, unless a valid one is there that will do; returns its path.
 
     `token` names the writer. `before_rename` is called last before the checkpoint appears, and raises where
-    the run directory has another owner by now. Whatever fails, with OSError or otherwise, leaves the
-    checkpoints that were there as they are.
+    the run directory has another owner by now. `is_enough` is given the files of the valid checkpoint that
+    is there, and says whether it will do. Whatever fails, with OSError or otherwise, leaves the checkpoints
+    that were there as they are.
     """
     assert all(_FILE_NAME.fullmatch(name) and name != MANIFEST for name in files), sorted(files)
     path = path_of(run_dir, step)
     with suppress(Damaged):
-        read(path)
-        return path
+        if is_enough(read(path)):
+            return path
     hidden = begin(run_dir, step, token)
     publish(hidden, path, files, {}, before_rename)
     return path
@@ -148,8 +151,13 @@ def publish(
     `there` are files that are in the folder, and on the disk, already. `before_rename` is called last
     before the checkpoint appears. Whatever fails, with OSError or otherwise, leaves the checkpoints that
     were there as they are, and the hidden folder is removed.
+
+    What stands in the place, a damaged checkpoint or one that is not as far, is moved aside first, as no
+    rename replaces a folder. If the writer is killed before the new one is in the place, sweep_up() puts
+    the other one back.
     """
-    aside = hidden.with_name(f"{hidden.name.removesuffix('.tmp')}.damaged.tmp")
+    aside = hidden.with_name(hidden.name.removesuffix(".tmp") + _ASIDE)
+    is_moved = False
     try:
         # The last attempt of this writer may have left it.
         shutil.rmtree(aside, ignore_errors=True)
@@ -166,14 +174,35 @@ def publish(
             aside.mkdir(0o700)  # takes what stands in the place
         before_rename()
 
-        # 3. A damaged checkpoint out of the way, and the new one into its place.
+        # 3. The earlier checkpoint out of the way, and the new one into its place.
         if aside.exists():
             path.rename(aside / path.name)
+            is_moved = True
         hidden.rename(path)
         _sync_folder(path.parent)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
+        if is_moved:
+            _put_back(aside)  # unless the new one is in the place
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _put_back(aside: Path) -> None:
+    """Moves a checkpoint that publish() has moved aside back to its place, if nothing stands there.
+
+    Raises OSError where the file system fails: then the checkpoint stays where it is, for sweep_up().
+    """
+    for moved in in_folder(aside).values():
+        place = aside.parent / moved.name
+        if os.path.lexists(place):
+            continue
+        try:
+            moved.rename(place)
+        except OSError as error:
+            # Another process, this run directory's earlier or next owner, has been quicker: it has moved
+            # this one, or has put one in the place.
+            if error.errno not in (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY):
+                raise
 
 
 def keep_only(
@@ -201,9 +230,13 @@ def sweep_up(run_dir: str | Path) -> None:
     """Removes the hidden folders that earlier writers have left in the run directory.
 
     The new owner of the run directory calls this, once it has the claim. If an earlier writer was only
-    suspended and wakes up again, it finds its folder gone and cannot publish its checkpoint.
+    suspended and wakes up again, it finds its folder gone and cannot publish its checkpoint. A checkpoint
+    that a writer had moved aside, and that nothing has replaced, goes back to its place. Raises OSError
+    where that fails.
     """
     for left in folder(run_dir).glob(".*.tmp"):
+        if left.name.endswith(_ASIDE):
+            _put_back(left)
         swept = _new_hidden_folder_name(run_dir)
         with suppress(FileNotFoundError):  # its writer was alive, and has just renamed or removed it
             left.rename(swept)  # at once: deleting takes its time, in which the writer could go on

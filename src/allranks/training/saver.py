@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -68,6 +69,18 @@ class KeptShards(Kept, Protocol):
         """
 
 
+class Place(NamedTuple):
+    """Where a training stands.
+
+    The step alone does not tell it: an epoch is closed, with its figures, at the step after which its
+    evaluation has begun, and a run may be stopped, and saved, within that evaluation.
+    """
+
+    step: int
+    epoch: int
+    epoch_steps: int
+
+
 class _Checkpoint(NamedTuple):
     path: str
     files: Mapping[str, bytes]
@@ -100,6 +113,7 @@ class Saver:
         self.claim: Claim | None = None
         self.longest_s = 0.0  # the longest time that a save has taken
         self.saved_step: int | None = None  # the newest step that was saved, or is being saved
+        self._saved: Place | None = None  # where the training stood then
         self.failure: OSError | None = None  # the error of the newest save, if it failed
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None  # the save under way
@@ -151,7 +165,7 @@ class Saver:
             shared = self.runtime.share_files(files)
             with self.runtime.all_or_none():
                 self.kept.restore(shared, path)
-            self.saved_step = self.kept.position.step
+            self._note_saved()
         return path
 
     def _chosen(self, found: checkpoint.Found) -> _Checkpoint | None:
@@ -249,7 +263,7 @@ class Saver:
             log.warning("passing over the checkpoint %s", line)
 
         self._restore_shards(path)
-        self.saved_step = self.kept.position.step
+        self._note_saved()
         assert isinstance(path, str)
         return path
 
@@ -316,13 +330,25 @@ class Saver:
             return
         gathered = self.kept.gather()
         step = self.kept.position.step
-        is_saved = self.saved_step == step and self.failure is None
-        if self.claim is None or is_saved:
+        if self.claim is None or self._is_saved():
             return
         self.wait()
-        self.saved_step = step
+        self._note_saved()
         captured = self.kept.capture(gathered)
         self._pending = self._writer.submit(self._write, step, captured)
+
+    def _place(self) -> Place:
+        position = self.kept.position
+        return Place(position.step, position.epoch, position.epoch_steps)
+
+    def _is_saved(self) -> bool:
+        """Whether the newest save was of the training as it stands now, and has not failed."""
+        return self._saved == self._place() and self.failure is None
+
+    def _note_saved(self) -> None:
+        """The training as it stands now is saved, or is about to be."""
+        self._saved = self._place()
+        self.saved_step = self._saved.step
 
     def _save_shards(self) -> None:
         """save() for a model that is spread over the ranks: each rank copies and writes what it holds.
@@ -341,10 +367,10 @@ class Saver:
 
         def begin() -> str | None:
             assert self.claim is not None
-            if self.saved_step == step and self.failure is None:
+            if self._is_saved():
                 return None
             self.wait()
-            self.saved_step = step
+            self._note_saved()
             try:
                 self.claim.check()
                 return str(checkpoint.begin(self.run_dir, step, self.claim.token))
@@ -355,7 +381,7 @@ class Saver:
         hidden = self.runtime.meeting.from_rank_0(begin)
         if hidden is None:
             return
-        self.saved_step = step
+        self._note_saved()
         self._saves += 1
         # The copy before this one is written: both kinds of rank have waited for it above.
         captured = kept.capture_shards(gathered, self._captured)
@@ -414,7 +440,14 @@ class Saver:
         assert self.claim is not None
         started = time.perf_counter()
         self.claim.check()
-        checkpoint.write(self.run_dir, step, captured.to_files(), self.claim.token, self.claim.check)
+        checkpoint.write(
+            self.run_dir,
+            step,
+            captured.to_files(),
+            self.claim.token,
+            self.claim.check,
+            is_enough=partial(_is_as_far, captured.state),
+        )
         self._remove_earlier(step, captured.state["history"])
         self._note_time(step, started)
 
@@ -476,6 +509,14 @@ class Saver:
         took_s = time.perf_counter() - started
         self.longest_s = max(self.longest_s, took_s)
         log.debug("checkpoint of step %d saved in %.2f s", step, took_s)
+
+
+def _is_as_far(state: Mapping[str, Any], there: Mapping[str, bytes]) -> bool:
+    """Whether a checkpoint with these files has completed as many epochs as this state of the same step."""
+    try:
+        return bool(checkpoint.from_json(STATE, there[STATE])["epoch"] >= state["epoch"])
+    except (checkpoint.Damaged, KeyError, TypeError):  # it is not one that allranks has made
+        return False
 
 
 def _given_newest_first(given: str) -> list[Path]:
