@@ -256,6 +256,23 @@ def test_a_signal_that_came_before_the_run_could_answer_is_answered_when_it_begi
     assert capfd.readouterr().out == "SIGUSR1: stopping after this batch; what is done so far is saved\n"
 
 
+# --- what is kept ---
+
+
+@pytest.mark.parametrize("in_its_place", ["nothing", "a file"])
+def test_a_folder_that_goes_after_the_save_is_no_failure_of_the_save(lab, caplog, in_its_place):
+    here = lab()
+    here.after_step(10)
+    here.saver.save()
+    assert here.saved() == [10]
+    folder = here.folder / "checkpoints"
+    folder.rename(here.folder / "elsewhere")
+    if in_its_place == "a file":
+        folder.touch()
+    here.saver._remove_earlier(10, [])
+    assert ("earlier checkpoints could not be removed" in caplog.text) == (in_its_place == "a file")
+
+
 # --- real ranks that are stopped in an evaluation ---
 
 # In its evaluation number $HOLD of this process, counted from 1, it waits in each batch for a file.

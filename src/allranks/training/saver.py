@@ -498,9 +498,9 @@ class Saver:
     def _remove_earlier(self, step: int, history: list[dict[str, Any]]) -> None:
         """Removes the checkpoints that are not to be kept, now that `step` is saved."""
         assert self.claim is not None
-        present = checkpoint.steps(self.run_dir)
-        keep = _kept_steps(step, present, history, self.keep, self.best)
         try:
+            present = checkpoint.steps(self.run_dir)
+            keep = _kept_steps(step, present, history, self.keep, self.best)
             checkpoint.keep_only(self.run_dir, keep, self.claim.check)
         except OSError as error:
             log.warning("earlier checkpoints could not be removed (%s)", error.strerror)
@@ -546,5 +546,6 @@ def _kept_steps(
     best = best_of([epoch for epoch in history if epoch["step"] in present], rule)
     # If there is a checkpoint of a later step, this run could not read it: otherwise it would have gone on
     # from it. It stays, and is not counted among the `keep`.
-    count = present.index(step) + keep
+    later = [each for each in present if each > step]
+    count = len(later) + keep
     return {*present[:count], best["step"] if best else step}
