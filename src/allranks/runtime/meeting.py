@@ -18,6 +18,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -157,15 +158,21 @@ class Meeting:
         return value
 
     def leave(self) -> None:
-        """Ends the meeting. Rank 0 serves the store and goes last, so that nobody is cut off."""
+        """Ends the meeting. Rank 0 serves the store and goes last, so that nobody is cut off.
+
+        Where rank 0 has gone already, there is nothing left to take leave of.
+        """
         if self.store is None:
             return
         store, self.store = self.store, None
-        present = store.add("left", 1)
-        deadline = time.monotonic() + LEAVE_S
-        while self.rank == 0 and present < self.world_size and time.monotonic() < deadline:
-            time.sleep(LEAVE_TICK_S)
-            present = store.add("left", 0)
+        # torch's DistNetworkError, a RuntimeError, where rank 0 has died. It would take the place of the
+        # error that has led here, which says what has happened.
+        with suppress(RuntimeError):
+            present = store.add("left", 1)
+            deadline = time.monotonic() + LEAVE_S
+            while self.rank == 0 and present < self.world_size and time.monotonic() < deadline:
+                time.sleep(LEAVE_TICK_S)
+                present = store.add("left", 0)
 
     def _wait_for(self, store: Store, key: str, from_rank: int) -> Any:
         """What a rank has written down, once it has. Raises UserError where rank 0's store has gone."""
