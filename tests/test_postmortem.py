@@ -97,6 +97,15 @@ def test_one_that_has_died_tells_by_what(rank, here, signum, words):
     assert postmortem.look(peer, here, Known.GONE) == FROM_AFAR[Known.GONE]
 
 
+def test_one_that_has_ended_by_itself_is_not_called_killed(here):
+    """As a program does that calls sys.exit(0) in its loop while the other ranks train on."""
+    with subprocess.Popen([PYTHON, "-c", RANK.replace("time.sleep(1000)", "")], stdout=-1) as process:
+        assert process.stdout is not None
+        peer = Peer.from_json(json.loads(process.stdout.readline()))
+        until(lambda: state(process.pid) == "Z", 10)
+        assert postmortem.look(peer, here, Known.GONE) == "ended with exit code 0"
+
+
 def other_start(process: ProcessIdentity) -> ProcessIdentity:
     """Had its number before: the process that has it now was started later."""
     assert process.started_ticks is not None

@@ -20,6 +20,7 @@ from allranks.base.processes import DUMP_SIGNAL, ProcessIdentity, ProcessStat
 from allranks.runtime.watch.verdict import FROM_AFAR, Known, Peer
 
 LOOK_S = 1.0  # for a process to write down its stack
+_DEAD = "ZX"  # the states of a process that has ended
 STACK_FRAMES = 12  # the innermost ones: where the program is, and how it came there
 
 
@@ -110,7 +111,7 @@ def _stat(process: ProcessIdentity, here: ProcessIdentity) -> ProcessStat | None
 def _how_it_ended(stat: ProcessStat) -> str:
     """How a process has ended that is gone. Linux knows until its parent, the launcher, has asked."""
     status = stat.wait_status
-    if status == 0:
+    if status == 0 and stat.state not in _DEAD:
         return FROM_AFAR[Known.GONE]
     signum = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
     return processes.how_it_ended(os.WEXITSTATUS(status), signum)
