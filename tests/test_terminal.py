@@ -292,7 +292,7 @@ def test_rows_are_as_wide_as_their_header_and_fit(columns, epochs):
         (["t.py", "model=cnn", "run.dir=old"], 1, "none", False, "allranks train model=cnn run.dir='a b'"),
         (["t.py", "model=cnn", "++run.dir=x"], 1, "none", False, "allranks train model=cnn run.dir='a b'"),
         (["t.py", "--frozen", "x", "y"], 4, "mpich", True, "allranks launch -n 4 --run 'a b'"),
-        (["t.py", "--frozen", "x", "y"], 1, "none", True, "allranks launch --run 'a b'"),
+        (["t.py", "--frozen", "x", "y"], 1, "none", True, "allranks launch -n 1 --run 'a b'"),
         (["t.py", "model=cnn"], 4, "mpich", False, "the same command again, with run.dir='a b'"),
         (["t.py", "-m", "seed=1,2"], 1, "none", False, "the same command again, with the same run.dir"),
     ],

@@ -319,8 +319,7 @@ def going_on(
     """
     where = shlex.quote(directory)
     if was_launched:
-        ranks = f"-n {world_size} " if world_size > 1 else ""
-        return f"allranks launch {ranks}--run {where}"
+        return f"allranks launch -n {world_size} --run {where}"
     if {"-m", "--multirun"} & set(argv):
         return "the same command again, with the same run.dir"
     if launcher != "none":
