@@ -191,6 +191,31 @@ def test_the_bar_tells_speed_and_time_left(tmp_path):
         shown.until(r"^  epoch 1/3  [━─]+ +\d+ %  [\d,]+/s  left: \d+:\d\d, run \d+:\d\d$")
 
 
+OWN = """
+import time, allranks
+run = allranks.open("own", device="cpu", threads=1, report=False)
+def train(epochs):
+    for epoch in run.epochs(epochs):
+        for batch in run.steps([[1.0, 2.0]] * 40):
+            time.sleep(0.01)
+train(2)
+train(3)
+run.finish()
+"""
+
+
+def test_the_bar_of_a_loop_of_ones_own_tells_what_is_known_of_it(tmp_path):
+    """No speed, no test set; and the number of epochs that it has named last."""
+    with Terminal([forked_python(), "-c", OWN], tmp_path, 100) as shown:
+        shown.until(r"epoch 1/2  [━─]+ +\d+ %  left: epoch \d+:\d\d, run \d+:\d\d")
+        shown.until(r"epoch 3/3  [━─]+")
+        assert shown.ended() == 0
+    drawn = COLOURS.sub("", shown.written.decode())
+    for wrong in ("samples/s", "test set", "3/2"):
+        assert wrong not in drawn
+    assert [line.split()[0] for line in shown.shown() if "/3 " in line] == ["3/3"]
+
+
 @pytest.mark.parametrize("environ", [{"NO_COLOR": "1"}, only_long({"TERM": "dumb"})], ids=str)
 def test_no_colours_where_none_are_wanted(tmp_path, environ):
     shown = trained(tmp_path, 100, **environ)

@@ -111,7 +111,7 @@ class Run:
         self._signals.count(signal.SIGUSR1, signal.SIGUSR2)
         self._runtime = open_runtime(how.identity, configs.runtime_settings(config), run=how.number)
         self._best = the_best.rule_of(config.checkpoint.best)
-        told = Told(title=f"Run {config.name}", console=config.console, best=self._best)
+        told = Told(title=f"Run {config.name}", console=config.console, best=self._best, is_tested=False)
         self._report = exits.enter_context(ending.of_run(self._runtime, Reporter(self._runtime, told)))
         decisive = configs.decisive_values(config)
         is_wanted = sharding.is_wanted(config.sharding, self._runtime)
@@ -458,8 +458,8 @@ class Run:
 
         loss: a scalar, the mean over the examples of this rank's share, as torch's losses give it. With
         reduction="sum" it is their sum, as torch's losses give it with the same words. Call it within
-        run.steps(). Raises UserError where the loss is no scalar, or has no gradient. A loss that is not
-        finite ends the run before its next checkpoint.
+        run.steps(). Raises UserError elsewhere, and where the loss is no scalar, or has no gradient. A loss
+        that is not finite ends the run before its next checkpoint.
         """
         share = self._dealt("run.backward()")
         if reduction not in ("mean", "sum"):
@@ -676,6 +676,7 @@ class Run:
         if self._loop is not None:
             if epochs is not None:
                 self._control.epochs = epochs
+                self._report.lengthened(epochs)
             return self._loop
         runtime = self._runtime
         with runtime.all_or_none():

@@ -89,7 +89,7 @@ class Moment(NamedTuple):
     epochs: int  # of the whole run
     step: int  # completed steps of the current epoch
     steps: int  # of the whole epoch
-    samples_per_s: float | None = None  # over all ranks; None: not known yet
+    samples_per_s: float | None = None  # over all ranks; None: not known
     epoch_left_s: float | None = None  # seconds until the steps of the epoch are done; None: not known yet
     run_left_s: float | None = None  # seconds until the last epoch is done; None: not known yet
 
@@ -122,15 +122,17 @@ def bar_text(now: Moment, columns: int, is_unicode: bool, shows_colours: bool) -
 def _words_after(now: Moment) -> Iterator[str]:
     """Texts for the place after the bar, from the longest to the shortest: the first that fits is used."""
     share = f"  {100 * now.step // max(now.steps, 1):3d} %"
-    if now.samples_per_s is None or now.epoch_left_s is None or now.run_left_s is None:
+    if now.epoch_left_s is None or now.run_left_s is None:
         yield share
         return
-    speed = f"{now.samples_per_s:,.0f}"
+    is_known = now.samples_per_s is not None
+    long_speed = f"{now.samples_per_s:,.0f} samples/s  " if is_known else ""
+    speed = f"{now.samples_per_s:,.0f}/s  " if is_known else ""
     epoch_left = terminal.short_duration(now.epoch_left_s)
     run_left = terminal.short_duration(now.run_left_s)
-    yield f"{share}  {speed} samples/s  left: epoch {epoch_left}, run {run_left}"
-    yield f"{share}  {speed}/s  left: {epoch_left}, run {run_left}"
-    yield f"{share}  {speed}/s  run {run_left}"
+    yield f"{share}  {long_speed}left: epoch {epoch_left}, run {run_left}"
+    yield f"{share}  {speed}left: {epoch_left}, run {run_left}"
+    yield f"{share}  {speed}run {run_left}"
     yield share
 
 

@@ -56,6 +56,7 @@ class Told(NamedTuple):
     console: str  # "quiet", "normal" or "verbose"
     best: the_best.Rule  # which epoch is the best
     predicts: bool = False  # whether `allranks predict` can use the trained model
+    is_tested: bool = True  # whether the trained model is evaluated on a test set at the end
 
 
 class Reporter:
@@ -72,7 +73,7 @@ class Reporter:
         self._length = RunLength(epochs=0, steps=0, steps_per_epoch=0)
         self._table = story.Table(0, told.best.metric)
         self._header = ""  # the line above the table's columns as it was last shown
-        self._batch_size = 0  # examples of one step over all ranks
+        self._batch_size = 0  # examples of one step over all ranks; 0: not known
         self._check: Callable[[], None] = lambda: None
         # metrics.jsonl, open to append to. None on other ranks than 0, and while it cannot be written.
         self._metrics: TextIO | None = None
@@ -155,9 +156,10 @@ class Reporter:
 
         `facts` are lines of the story that only the training knows, by their labels. `length` says how long
         the whole run is, with 0 for what nobody knows yet. `batch_size` is the number of examples of one
-        step over all ranks, for the progress bar. `resumed` is the checkpoint from which the run continues,
-        None for a new run. `check` is called before a record is replaced; it raises UserError if another
-        run has taken the directory. Raises UserError if the directory cannot be written.
+        step over all ranks, for the progress bar, and 0 where nobody knows it. `resumed` is the checkpoint
+        from which the run continues, None for a new run. `check` is called before a record is replaced; it
+        raises UserError if another run has taken the directory. Raises UserError if the directory cannot be
+        written.
         """
         self.directory = Path(directory)
         self._check = check
@@ -188,6 +190,11 @@ class Reporter:
             where = f"step {position.step}, in epoch {position.epoch + 1}"
             self._pair("resumed", f"going on from {resumed}: {where}")
         log.debug("the model is ready after %.1f s", process_age_s())
+
+    def lengthened(self, epochs: int) -> None:
+        """Called when a loop of the user's own has begun, and only now says how many epochs the run has."""
+        self._length = self._length._replace(epochs=epochs)
+        self._table.epochs = epochs
 
     def progress(
         self, batches: Iterable[Batch], position: TrainingPosition, steps: int | None
@@ -239,7 +246,7 @@ class Reporter:
         epoch_s = last["time/train_s"] + eval_s if last and "time/train_s" in last else steps * step_s
         epochs_left = epochs - position.epoch - 1
         return moment._replace(
-            samples_per_s=self._batch_size / step_s,
+            samples_per_s=self._batch_size / step_s if self._batch_size else None,
             epoch_left_s=epoch_left_s,
             run_left_s=epoch_left_s + eval_s + epochs_left * epoch_s,
         )
@@ -281,7 +288,8 @@ class Reporter:
         is_best = self._best is metrics
         style = (terminal.BOLD,) if is_best and self._display.shows_colours else ()
         self._say(self._table.row(metrics, is_best, columns), *style, is_row=True)
-        if metrics.get("epoch") == self._length.epochs and self._has_bar:
+        is_last = metrics.get("epoch") == self._length.epochs
+        if is_last and self.told.is_tested and self._has_bar:
             self._bar.draw("  evaluating on the test set")
 
     def _warn_of_missing_metric(self, metrics: Mapping[str, Any]) -> None:
