@@ -784,6 +784,48 @@ run.finish()
     assert done.err.count(said) == 1
 
 
+def test_a_training_without_steps_is_refused(tmp_path):
+    """Its epochs would all stand at step 0, and nothing in the middle of one could be saved."""
+    code = """
+import torch, allranks
+from torch.utils.data import TensorDataset
+run = allranks.open("work", device="cpu", threads=1, report=False)
+model = run.wrap(torch.nn.Linear(1, 1))
+run.keep(model=model)
+for epoch in run.epochs(5):
+    for (x,) in run.batches(TensorDataset(torch.ones(8, 1)), batch_size=4):
+        run.backward(model(x).mean())
+run.finish()
+"""
+    done = execute_forked(["-c", code], 2, tmp_path)
+    assert done.code == 2
+    assert done.err.count("train in a loop over run.steps(batches)") == 1
+
+
+@pytest.mark.parametrize("kind", ["none", "fsdp"])
+def test_epochs_without_steps_are_saved_each(kind, tmp_path):
+    """They all stand at step 0: another start goes on after those that are closed."""
+    code = f"""
+import os, torch, allranks
+run = allranks.open("work", device="cpu", threads=1, report=False, sharding={{"kind": "{kind}"}})
+model = run.wrap(lambda: torch.nn.Linear(4, 4))
+run.keep(model=model)
+for epoch in run.epochs(4):
+    if run.is_main:
+        print("epoch", epoch, flush=True)
+    if epoch == 3 and os.environ.get("DISTURB"):
+        run._saver.finish()
+        os._exit(9)
+run.finish()
+"""
+    command = ["-c", code]
+    killed = execute_forked(command, 2, tmp_path, {"DISTURB": "1"})
+    assert (killed.code, killed.out.count("epoch 3")) == (9, 1), killed.err
+    gone_on = execute_forked(command, 2, tmp_path).ok()
+    assert "epoch 2" not in gone_on.out
+    assert gone_on.out.count("epoch 3") == 1
+
+
 def test_after_a_break_all_ranks_draw_the_same(tmp_path):
     code = """
 import torch, allranks

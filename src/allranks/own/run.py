@@ -102,6 +102,7 @@ class Run:
         self._has_left_pieces = False  # whether a loop over run.pieces() has been left by `break`
         self._in_hand: Dealt | None = None  # this rank's share of the batch that the loop has got last
         self._is_stepping = False  # whether the loop is in a body of steps()
+        self._takes_steps = False  # the same, but also within a loop over run.batches() in that body
         self._figures: dict[str, float] = {}  # logged after the last epoch
         # A first run's time includes the import of torch.
         self._began_s = process_age_s() if how.number else 0.0
@@ -392,6 +393,7 @@ class Run:
             is_there=is_there,
             position=self._kept.examples if first_step else 0,
         )
+        self._takes_steps = True
         try:
             with dealt.explained(), self._stopping():
                 for share in loop.steps(shares, dealt.count, dealt.examples, steps_per_save):
@@ -417,6 +419,7 @@ class Run:
                         )
         finally:  # also where the body has left the loop by `break`
             self._is_stepping = False
+            self._takes_steps = False
             self._in_hand = None
             # What the program draws now, as for an evaluation, does not depend on the rank, nor on whether
             # the run has gone on just here.
@@ -462,6 +465,13 @@ class Run:
         that is not finite ends the run before its next checkpoint.
         """
         share = self._dealt("run.backward()")
+        if not self._takes_steps:
+            raise UserError(
+                "run.backward() is called in a loop over run.batches() outside of run.steps(), where no "
+                "step is counted or saved: train in a loop over run.steps(batches), and keep run.batches() "
+                "for evaluations.",
+                said_by=ANYONE,
+            )
         if reduction not in ("mean", "sum"):
             raise UserError(
                 f"run.backward() got reduction={reduction!r}: give mean, where the loss is the mean over "
