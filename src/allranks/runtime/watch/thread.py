@@ -128,6 +128,9 @@ class Watchdog:
         # Written by the main thread: at the end of a run connections end, and that means nothing.
         self._parting = False
         self._closed = False
+        # This rank ends by itself, and has told the others: nothing that is seen from now on is a fault. It
+        # is no State, as the thread, which may be about to change its State, would overwrite that.
+        self._has_failed = False
         self._code_of_all: int | None = None  # the exit code with which all ranks end; None: each its own
         threading.Thread(target=self._run, name="watchdog", daemon=True).start()
 
@@ -150,7 +153,7 @@ class Watchdog:
         if not self._others.ranks():
             return
         if self.rank == 0:
-            self._state = State.ENDING
+            self._has_failed = True
             self._end_others()
         elif not self._closed:
             self._others.tell(0, failed=True, **self._with_code())
@@ -223,10 +226,11 @@ class Watchdog:
         tick_s = TICK_S if self._state is State.WATCHING else BUSY_TICK_S
         self._others.listen(tick_s)
         self._clock.tick()
-
         if self._launcher_pid is not None and os.getppid() != self._launcher_pid:
             self._end("the launcher has ended" if self.rank == 0 else "")
 
+        if self._has_failed:
+            return  # the main thread ends this process
         if self._state is not State.WATCHING:
             self._conclude()
         elif self._clock.is_over(self._limit_s()):
@@ -431,7 +435,7 @@ class Watchdog:
 
     def _on_break(self, rank: int) -> None:
         """The connection to this rank has ended, and it had not said goodbye."""
-        if self._parting or self._state is State.ENDING:
+        if self._parting or self._has_failed or self._state is State.ENDING:
             return
         if self.rank != 0:
             self._without_rank_0(Known.GONE)
