@@ -784,6 +784,26 @@ run.finish()
     assert done.err.count(said) == 1
 
 
+def test_a_large_file_is_sent_in_pieces(tmp_path):
+    """MPI counts the bytes of a message in 32 bits, and a checkpoint may have more."""
+    code = """
+import allranks
+from allranks.runtime import runtime
+run = allranks.open("work", device="cpu", threads=1, report=False)
+runtime.MOST_BYTES_AT_ONCE = 7
+sizes, send = [], runtime.Runtime.broadcast
+def broadcast(self, tensor):
+    sizes.append(tensor.numel())
+    return send(self, tensor)
+runtime.Runtime.broadcast = broadcast
+files = {"large": bytes(range(20)), "empty": b""}
+assert run._runtime.share_files(files if run.is_main else {}) == files
+print("sent", sizes)
+run.finish()
+"""
+    assert execute_forked(["-c", code], 2, tmp_path).ok().out.count("sent [7, 7, 6]") == 2
+
+
 def test_a_training_without_steps_is_refused(tmp_path):
     """Its epochs would all stand at step 0, and nothing in the middle of one could be saved."""
     code = """

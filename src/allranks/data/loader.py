@@ -24,7 +24,7 @@ from allranks.data import nests
 from allranks.data.early import make
 from allranks.data.parts import Form, InMemory, Mapped, Part, Streamed, Table, too_high
 from allranks.data.randomness import reseed
-from allranks.runtime.runtime import Runtime
+from allranks.runtime.runtime import MOST_BYTES_AT_ONCE, Runtime
 
 FETCH_S = 1800  # rank 0 may have to download the data, while the other ranks wait
 
@@ -340,9 +340,6 @@ def _stream_count(dataset: IterableDataset[Any], part: str, section: Mapping[str
     return sum(1 for _ in dataset)
 
 
-_MOST_BYTES_AT_ONCE = 1 << 30  # MPI counts the elements of a message in 32 bits
-
-
 def _sent(
     arrays: Sequence[np.ndarray] | None, types: Sequence[torch.dtype], shapes: Any, runtime: Runtime
 ) -> list[torch.Tensor]:
@@ -360,7 +357,7 @@ def _sent(
 def _broadcast(tensor: torch.Tensor, runtime: Runtime) -> torch.Tensor:
     """Rank 0's tensor on every rank, in place: as bytes, because MPI does not know all of torch's types."""
     if tensor.numel():
-        for piece in nests.as_bytes(tensor).split(_MOST_BYTES_AT_ONCE):
+        for piece in nests.as_bytes(tensor).split(MOST_BYTES_AT_ONCE):
             runtime.broadcast(piece)
     return tensor
 

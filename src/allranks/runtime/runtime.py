@@ -29,6 +29,7 @@ from allranks.runtime.watch.thread import Watchdog
 log = logging.getLogger(__name__)
 
 ENDED_BY_ANOTHER_S = 20.0  # a rank that waits to be ended by another one ends by itself after so long
+MOST_BYTES_AT_ONCE = 1 << 30  # MPI counts the elements of a message in 32 bits
 UNUSED_IN_TRAINER = "trainer.unused_parameters=always"  # what allows parameters that take no part
 
 
@@ -218,7 +219,9 @@ class Runtime:
             content = bytearray(files[name] if self.is_main else size)
             if size and self.world_size > 1:
                 bytes_on_device = torch.frombuffer(content, dtype=torch.uint8).to(self.device)
-                content = bytearray(self.broadcast(bytes_on_device).cpu().numpy().tobytes())
+                for piece in bytes_on_device.split(MOST_BYTES_AT_ONCE):
+                    self.broadcast(piece)
+                content = bytearray(bytes_on_device.cpu().numpy().tobytes())
             shared[name] = bytes(content)
         return shared
 
