@@ -12,12 +12,27 @@ from contextlib import contextmanager, suppress
 import pytest
 
 from allranks.base import links
+from allranks.base.errors import UserError
+from allranks.job import hosts
 from helpers import PYTHON, execute
 
 SECRET = "s" * 64
 
 
 # --- the stream -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["node..x", "n" * 64], ids=["two dots", "64 letters"])
+def test_what_cannot_be_a_hosts_name_is_refused_in_a_sentence(name):
+    with pytest.raises(UserError, match=rf"cannot listen at MASTER_ADDR={re.escape(name)} \("):
+        links.listen(name)
+    began = time.monotonic()
+    with pytest.raises(OSError, match=f"no host can have the name {re.escape(name)}"):
+        links.connect(name, 1, within_s=600)
+    assert time.monotonic() - began < 60  # it is not tried again
+    assert not hosts.leads_back(name)
+    with pytest.raises(UserError, match=f"host {re.escape(name)} of the allocation cannot be found"):
+        hosts.address_for([name])
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 2, 7, 1000])

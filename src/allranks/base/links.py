@@ -150,7 +150,7 @@ class Connection:
 def connect(host: str, port: int, within_s: float) -> Connection:
     """Connects, and tries again for `within_s` seconds: many ranks at once can fill a listener's queue.
 
-    Raises OSError with the last attempt's reason.
+    Raises OSError with the last attempt's reason, and at once where `host` cannot be a host's name.
     """
     deadline = time.monotonic() + within_s
     pause_s = SHORTEST_PAUSE_S

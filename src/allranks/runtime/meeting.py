@@ -323,7 +323,7 @@ def _join_env(identity: RankIdentity, progress: Progress) -> Store:
             socket.create_connection((address, port), progress.limits.start_s).close()
         except ConnectionRefusedError:
             raise UserError(f"torchrun has ended: nobody answers at {address}:{port}.") from None
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             raise UserError(f"torchrun cannot be reached at {address}:{port} ({error}).") from None
     else:
         several_hosts = identity.local_world_size not in (None, identity.world_size)
