@@ -7,11 +7,13 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from allranks.base import files, processes
 from allranks.base.agreement import majority
 from allranks.base.errors import UserError
 from allranks.base.processes import (
@@ -184,6 +186,60 @@ def test_a_quota_of_one_cpu_gives_one_rank_and_one_thread(one_cpu, tmp_path):
     one = [*TRAIN, "data=synthetic", "data.train.count=200", "data.test.count=100", "data.split=[100,100]"]
     done = execute(one_cpu([*one, "device=cpu", "trainer.epochs=0"]), tmp_path).ok()
     assert "  ranks       1, on the CPU with 1 thread\n" in done.out
+
+
+def test_processes_that_may_not_be_killed_do_not_protect_the_others(monkeypatch):
+    """As a program that runs as root. No process here may be refused, so the kernel's answer stands in."""
+    with (
+        subprocess.Popen(["sleep", "600"]) as protected,
+        subprocess.Popen(["sleep", "600"]) as other,
+        monkeypatch.context() as patched,
+    ):
+        kill, refused = os.kill, []
+
+        def kill_or_refuse(pid: int, signum: int) -> None:
+            if pid == min(protected.pid, other.pid):  # the first that is found
+                refused.append(pid)
+                raise PermissionError(1, "Operation not permitted")
+            kill(pid, signum)
+
+        patched.setattr(os, "kill", kill_or_refuse)
+        elsewhere = processes.descendants(os.getpid()) - {protected.pid, other.pid}
+        try:
+            processes.kill_descendants(spare=elsewhere, limit_s=0.2)
+            assert process_stat(other.pid) is None  # killed, and waited for
+            assert set(refused) == {protected.pid}
+        finally:
+            for process in (protected, other):
+                with contextlib.suppress(ProcessLookupError):
+                    kill(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [("/home/me", "nfs4"), ("/home", "nfs4"), ("/home/my disk/x", "ext4"), ("/homes", "overlay")],
+)
+def test_the_file_system_of_a_path_is_that_of_the_last_and_longest_mount(tmp_path, path, kind):
+    (tmp_path / "mounts").write_text(
+        "overlay / overlay rw 0 0\n"
+        "systemd-1 /home autofs rw 0 0\n"
+        "server:/home /home nfs4 rw 0 0\n"
+        "/dev/sdb /home/my\\040disk ext4 rw 0 0\n"
+    )
+    assert files.file_system(Path(path), tmp_path / "mounts") == kind
+    assert files.file_system(Path(path), tmp_path / "missing") == "unknown"
+
+
+def test_what_a_call_with_a_limit_raises_is_raised():
+    def divide() -> float:
+        return 1 / 0
+
+    with pytest.raises(ZeroDivisionError):
+        files.within(60, divide)
+    assert files.within(60, lambda: 7) == 7
+    gate = threading.Event()
+    assert files.within(0.01, gate.wait) is None
+    gate.set()
 
 
 def test_what_a_terminal_would_obey_is_shown_escaped():

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -16,6 +17,8 @@ from typing import Any, TextIO, TypeVar
 from allranks.base.errors import UserError
 
 T = TypeVar("T")
+
+_OCTAL = re.compile(r"\\([0-7]{3})")  # how /proc/mounts writes a blank in a path: \040
 
 
 def with_home(named: str, path: str) -> str:
@@ -57,12 +60,12 @@ def write_text(path: Path, text: str, new: bool = False) -> TextIO:
         file.flush()
         os.fsync(file.fileno())
         (_put_new if new else os.replace)(temporary, path)
-    except OSError:
+    except BaseException:  # also where the text cannot be encoded, and after Ctrl-C
         with suppress(OSError):  # what the full disk did not take is tried once more
             file.close()
-        temporary.unlink(missing_ok=True)
         raise
-    temporary.unlink(missing_ok=True)
+    finally:
+        temporary.unlink(missing_ok=True)
     return file
 
 
@@ -111,8 +114,21 @@ def line(values: Mapping[str, Any]) -> str:
 
 
 def finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values, with None for NaN and infinity: JSON has neither, and writes None as null."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    """The values, with None for NaN and infinity: JSON has neither, and writes None as null.
+
+    Those in lists and in mappings inside it, too.
+    """
+    return {key: _finite(value) for key, value in values.items()}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return finite(value)
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return value
 
 
 def within(limit_s: float, call: Callable[[], T]) -> T | None:
@@ -120,34 +136,29 @@ def within(limit_s: float, call: Callable[[], T]) -> T | None:
 
     The call then goes on in a thread, which ends with the process. What it raises is raised here.
     """
-    import threading  # not needed by the guards, which start on every rank in a few milliseconds
+    # Not needed by the guards, which start on every rank in a few milliseconds.
+    from concurrent.futures import wait
 
-    returned: list[T] = []
-    raised: list[OSError] = []
+    from allranks.base.threads import in_thread
 
-    def work() -> None:
-        try:
-            returned.append(call())
-        except OSError as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(limit_s)
-    if raised:
-        raise raised[0]
-    return returned[0] if returned else None
+    future = in_thread(call, "allranks-within")
+    wait([future], limit_s)
+    return future.result() if future.done() else None
 
 
-def file_system(path: Path) -> str:
+def file_system(path: Path, mounts: Path = Path("/proc/mounts")) -> str:
     """The type of the file system that holds `path`, such as `nfs` or `lustre`; else `unknown`.
 
-    Linux tells it in /proc/mounts; elsewhere nobody does.
+    Linux tells it in `mounts`; elsewhere nobody does. Of two that are mounted at one point the later one
+    is seen there, and stands later in the list.
     """
-    mounts: list[tuple[int, str]] = [(0, "unknown")]
+    longest = 0
+    found = "unknown"
     with contextlib.suppress(OSError):
-        for line in Path("/proc/mounts").read_text().splitlines():
-            _, point, kind, *_ = line.split()
-            if path.is_relative_to(point):
-                mounts.append((len(point), kind))
-    return max(mounts, key=lambda mount: mount[0])[1]
+        for mount in mounts.read_text().splitlines():
+            _, point, kind, *_ = mount.split(" ")
+            point = _OCTAL.sub(lambda code: chr(int(code[1], 8)), point)
+            if path.is_relative_to(point) and len(point) >= longest:
+                longest = len(point)
+                found = kind
+    return found

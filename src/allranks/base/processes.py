@@ -260,12 +260,13 @@ def kill_descendants(spare: Set[int] = frozenset(), limit_s: float = 2.0) -> Non
     """Kills all descendants of this process but `spare`, and waits until they are gone.
 
     A killed process may leave children of its own, so the search is repeated until nothing is found. Gives
-    up after `limit_s` seconds: what is still there then is stuck in the kernel.
+    up after `limit_s` seconds: what is still there then is stuck in the kernel, or is another user's, which
+    this process may not kill.
     """
     deadline = time.monotonic() + limit_s
     while (left := descendants(os.getpid()) - spare) and time.monotonic() < deadline:
         for pid in left:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         for pid in left:
             with contextlib.suppress(ChildProcessError):  # a grandchild: its parent's or, soon, ours
