@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from allranks.base.errors import UserError
+from allranks.components import build
 from allranks.run import checkpoint
 from helpers import TIMEOUT_S, Done, Run, clean_environment, only_long, tree, until
 
@@ -366,6 +367,77 @@ def test_what_does_not_fit_gets_one_message(lab, train_here, monkeypatch, overri
     (Path(lab.home) / "broken.py").write_text("import nowhere_to_be_found\n")
     with pytest.raises(UserError, match=re.escape(what)):
         train_here("--config-dir", lab.conf, *MINE, override)
+
+
+PARTS = """
+def convert(text="ten"):
+    return int(text)
+
+class Outer:
+    def __init__(self, inner=None):
+        self.inner = inner
+
+class Picky:
+    def __init__(self, width):
+        if width < 0:
+            raise ValueError("a width below 0")
+        self.width = width
+"""
+
+
+@pytest.fixture
+def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module `mymodels` can be imported."""
+    (tmp_path / "mymodels.py").write_text(PARTS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mymodels", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("section", "what"),
+    [
+        ({"_target_": "mymodels.Outer", "depth": 3}, "mymodels.Outer refuses its arguments: "),
+        ({"_target_": "mymodels.Picky"}, "mymodels.Picky refuses its arguments: "),
+        (
+            {"_target_": "mymodels.Outer", "inner": {"_target_": "mymodels.Picky"}},
+            "mymodels.Picky refuses its arguments: ",
+        ),
+        (
+            {"_target_": "mymodels.Outer", "inner": {"_target_": "torch.nn.Linear", "in_features": -1}},
+            "torch.nn.modules.linear.Linear refuses its arguments: ",
+        ),
+        (
+            {"_target_": "mymodels.Outer", "inner": [{"_target_": "mymodels.Outer", "x": 1}]},
+            "mymodels.Outer refuses its arguments: ",
+        ),
+        ({"_target_": "torch.optim.Adam"}, "torch.optim.Adam refuses its arguments: "),
+    ],
+)
+def test_arguments_that_do_not_fit_are_said_of_what_was_called(parts, section, what):
+    with pytest.raises(UserError, match=f"^model: {re.escape(what)}"):
+        build("model", section)
+
+
+@pytest.mark.parametrize(
+    ("section", "what", "line"),
+    [
+        ({"_target_": "mymodels.convert"}, "invalid literal for int", "return int(text)"),
+        ({"_target_": "mymodels.Picky", "width": -1}, "a width below 0", "raise ValueError"),
+        ({"_target_": "mymodels.Picky", "width": "a"}, "not supported between", "if width < 0"),
+        (
+            {"_target_": "mymodels.Outer", "inner": {"_target_": "mymodels.Picky", "width": -1}},
+            "a width below 0",
+            "raise ValueError",
+        ),
+    ],
+)
+def test_an_error_within_the_users_code_is_raised_as_it_is(parts, section, what, line):
+    """Its traceback leads to the line."""
+    with pytest.raises((TypeError, ValueError), match=what) as raised:
+        build("model", section)
+    last = raised.traceback[-1]
+    assert Path(str(last.path)).name == "mymodels.py"
+    assert str(last.statement).strip().startswith(line)
 
 
 def test_a_wrong_target_on_two_ranks_gets_one_message(lab):

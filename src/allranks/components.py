@@ -6,6 +6,7 @@ A component is a model, an optimizer, a learning-rate schedule or a data set, ou
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,12 +16,16 @@ from hydra.utils import instantiate
 from allranks.base.errors import UserError
 from allranks.base.text import did_you_mean, one_line
 
+# What Hydra says where a target further inside a section raises an error: its name, and its key at the end.
+_CALLED_INSIDE = re.compile(r"Error in call to target '([^']+)':.*\nfull_key: \S+$", re.DOTALL)
+
 
 def build(key: str, section: Mapping[str, Any], *args: Any, **values: Any) -> Any:
     """Calls the section's `_target_` with `args`, the section's own values, and `values`.
 
-    `key` names the section in messages. Raises UserError where the target does not exist or does not
-    take these arguments; an error inside a user's own code is raised as it is, to be debugged.
+    `key` names the section in messages. Raises UserError where the target, or one further inside the
+    section, does not exist or does not take these arguments. An error inside a user's own code is raised as
+    it is, to be debugged; what torch and allranks raise is about their arguments.
     """
     target = section.get("_target_")
     locate(key, target)
@@ -36,11 +41,27 @@ def build(key: str, section: Mapping[str, Any], *args: Any, **values: Any) -> An
             ) from error
         if isinstance(cause, UserError):
             raise cause from None
-        ours = str(target).startswith(("torch.", "torchvision.", "allranks."))
-        if isinstance(cause, TypeError | ValueError) or ours:
+        called = _called(error, target)
+        ours = called.startswith(("torch.", "torchvision.", "allranks."))
+        if ours or (isinstance(cause, TypeError | ValueError) and _is_of_the_call(cause)):
             reason = one_line(cause).rstrip(".")
-            raise UserError(f"{key}: {target} refuses its arguments: {reason}.") from error
+            raise UserError(f"{key}: {called} refuses its arguments: {reason}.") from error
         raise cause from None
+
+
+def _called(error: InstantiationException, target: object) -> str:
+    """The name of what Hydra called when the error came: `target`, or one further inside its section."""
+    inside = _CALLED_INSIDE.match(str(error))
+    return inside[1] if inside else str(target)
+
+
+def _is_of_the_call(cause: BaseException) -> bool:
+    """Whether the call itself failed, as with an argument too many, so that no line of the target has run.
+
+    Python raises such an error in the function that calls, which is Hydra's: no further one is in the
+    traceback.
+    """
+    return cause.__traceback__ is not None and cause.__traceback__.tb_next is None
 
 
 def locate_targets(sections: Mapping[str, Mapping[str, Any]]) -> None:
