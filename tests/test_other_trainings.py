@@ -59,6 +59,8 @@ def test_the_loss_comes_first_and_parts_of_the_data_stand_together():
     [
         ("val/loss", False), ("test/rmse", False), ("val/perplexity", False), ("val/f1_macro", True),
         ("val/mean_iou", True), ("val/accuracy", True), ("energy", None), ("val/spread", None),
+        ("val/brier_score", False), ("val/negative_log_likelihood", False), ("val/neg-likelihood", False),
+        ("val/log_likelihood", True),
     ],
 )  # fmt: skip
 def test_what_is_better_by_its_name(name, better):
@@ -71,6 +73,8 @@ def test_what_is_better_by_its_name(name, better):
         ("val/accuracy", 97.531, "97.53"), ("val/loss", 0.08123, "0.0812"),
         ("val/loss", 1.25e-5, "1.25e-05"), ("val/perplexity", 123456.0, "1.23e+05"),
         ("val/perplexity", 4321.123, "4321.123"), ("energy", -5, "-5"),
+        ("val/perplexity", 9999.9996, "1.00e+04"), ("val/perplexity", 9999.9994, "9999.999"),
+        ("val/perplexity", -999.99996, "-1000.000"), ("val/loss", 1.5e-100, "1.5e-100"),
         ("val/loss", 0.0, "0.0000"), ("val/loss", None, "-"), ("val/loss", float("nan"), "nan"),
     ],
 )  # fmt: skip

@@ -24,6 +24,7 @@ _OF_SUMMARY = ("state", "epochs", "steps", "world_size", "global_batch_size", "v
 # Words in the names of quantities of which it is known whether a low or a high value is the better one.
 _LOWER_IS_BETTER = {
     "loss", "error", "mse", "rmse", "mae", "mape", "nll", "perplexity", "ppl", "wer", "cer", "fid",
+    "brier",
 }  # fmt: skip
 _HIGHER_IS_BETTER = {
     "accuracy", "acc", "auroc", "auc", "auprc", "f1", "iou", "jaccard", "dice", "precision", "recall", "r2",
@@ -87,6 +88,8 @@ def main_quantity(names: Iterable[str]) -> str:
 def higher_is_better(name: str) -> bool | None:
     """Whether a high value of this metric is the better one; None where its name does not tell."""
     words = set(re.split(r"[^a-z0-9]+", quantity_of(name).lower()))
+    if "likelihood" in words and words & {"neg", "negative"}:
+        return False
     if words & _LOWER_IS_BETTER:
         return False
     return True if words & _HIGHER_IS_BETTER else None
@@ -134,9 +137,12 @@ def number(name: str, value: float | None) -> str:
     size = abs(value)
     if isinstance(value, int) and size < 10_000_000:
         return str(value)
-    if size >= 10_000 or 0 < size < 0.001:
+    if 0 < size < 1e-99:  # an exponent of three digits takes the place of one decimal
+        return f"{value:.1e}"
+    # Compared as rounded: 9,999.9996 with three decimals would be 10000.000, of nine characters.
+    if round(size, 3) >= 10_000 or 0 < size < 0.001:
         return f"{value:.2e}"
-    return f"{value:.3f}" if size >= 1_000 else f"{value:.4f}"
+    return f"{value:.3f}" if round(size, 4) >= 1_000 else f"{value:.4f}"
 
 
 def with_unit(name: str, value: float | None) -> str:
