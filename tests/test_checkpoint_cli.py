@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from allranks.run import checkpoint
+from allranks.base.errors import UserError
+from allranks.run import checkpoint, show
 from allranks.run.checkpoint import Damaged
 from helpers import PYTHON, Done, execute
 
@@ -128,6 +130,50 @@ def test_show_of_a_damaged_one(run):
     done = command("show", "checkpoints/step-000030", cwd=run)
     assert (done.code, done.out) == (1, "")
     assert done.err == "checkpoints/step-000030: model.safetensors: it is missing\n"
+
+
+@pytest.mark.parametrize("verb", ["list", "verify", "show"])
+def test_a_checkpoint_that_is_not_there_is_no_damaged_one(run, verb, monkeypatch):
+    monkeypatch.chdir(run)
+    with pytest.raises(UserError, match=r"^checkpoints/step-000007 is missing: give a run directory"):
+        show.main([verb, "checkpoints/step-000007"])
+
+
+@pytest.mark.parametrize("verb", ["list", "verify"])
+def test_large_files_are_read_piece_by_piece(run, verb, monkeypatch, capsys):
+    """A checkpoint may be larger than the memory of a login node."""
+    monkeypatch.chdir(run)
+    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 1 << 20)
+    large = {"model.safetensors": bytes(40 << 20), "state.json": json.dumps(state(40)).encode()}
+    checkpoint.write(run, 40, large, "me", lambda: None)
+    del large
+    tracemalloc.start()
+    try:
+        assert show.main([verb, "--json", "checkpoints/step-000040"]) == 0
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert json.loads(capsys.readouterr().out)["problem"] is None
+    assert peak_bytes < 8 << 20
+
+
+def test_figures_that_are_no_numbers_are_null_for_programs(tmp_path, capsys):
+    own = {**state(10), "history": [{"epoch": 1, "val/loss": float("nan")}], "epoch_lr": float("inf")}
+    checkpoint.write(tmp_path, 10, {"state.json": json.dumps(own).encode()}, "me", lambda: None)
+    for verb in ("list", "show"):
+        assert show.main([verb, "--json", str(tmp_path)]) == 0
+    listed, shown = (_strictly(line) for line in capsys.readouterr().out.splitlines())
+    assert (listed["val/loss"], listed["metrics"]) == (None, {"val/loss": None})
+    assert (shown["state"]["history"][0]["val/loss"], shown["state"]["epoch_lr"]) == (None, None)
+
+
+def _strictly(line: str) -> dict:
+    """The JSON of a line, in which NaN and Infinity are no values."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    return json.loads(line, parse_constant=refuse)
 
 
 @pytest.mark.parametrize("verb", ["list", "verify", "show"])

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from allranks.base.arguments import with_our_errors
 from allranks.base.errors import UserError
+from allranks.base.files import line
 from allranks.base.text import table
 from allranks.run import checkpoint, metric_names
 from allranks.run.checkpoint import Damaged, Tensor
@@ -39,7 +40,8 @@ class _Contents(NamedTuple):
 def main(arguments: Sequence[str]) -> int:
     """Runs `allranks checkpoint` with these arguments and returns its exit code.
 
-    0, or 1 where a checkpoint is damaged. Raises UserError where there is no checkpoint at PATH.
+    `list` returns 0 whatever it finds. `verify` returns 1 where a checkpoint is damaged, and `show` where
+    none is left to show. Raises UserError where there is no checkpoint at PATH.
     """
     commands = (
         _Command("list", _list, "each one: step, epoch, a metric, size, valid or what is wrong"),
@@ -64,7 +66,7 @@ def main(arguments: Sequence[str]) -> int:
 def _checkpoints_at(path: Path) -> list[Path]:
     """The checkpoints at PATH, oldest first: those of a run, those in a folder, or PATH itself."""
     try:
-        if (path / checkpoint.MANIFEST).exists() or checkpoint.step_of(path.absolute()) is not None:
+        if (path / checkpoint.MANIFEST).exists() or _has_name_of_one(path):
             # A link that the user names is followed; one among a run's checkpoints is not.
             return [path.resolve() if path.is_symlink() else path]
         below = checkpoint.in_folder(checkpoint.folder(path)) or checkpoint.in_folder(path)
@@ -74,6 +76,11 @@ def _checkpoints_at(path: Path) -> list[Path]:
         what = "has no checkpoints" if path.exists() else "is missing"
         raise UserError(f"{path} {what}: give a run directory, its checkpoints folder, or a checkpoint.")
     return [below[step] for step in sorted(below)]
+
+
+def _has_name_of_one(path: Path) -> bool:
+    """Whether something stands at the path under the name of a checkpoint, such as step-000007."""
+    return checkpoint.step_of(path.absolute()) is not None and path.exists()
 
 
 def _read(path: Path) -> dict[str, bytes]:
@@ -87,10 +94,8 @@ def _read(path: Path) -> dict[str, bytes]:
 def _row(path: Path) -> dict[str, Any]:
     """What `list` and `verify` say of a checkpoint; `problem` is None for a valid one."""
     try:
-        files = _read(path)
+        size, state = _verified(path)
         problem = None
-        state = _state(files)
-        size = sum(len(content) for content in files.values())
     except Damaged as damaged:
         problem = str(damaged)
         state = {}
@@ -107,6 +112,21 @@ def _row(path: Path) -> dict[str, Any]:
         "bytes": size,
         "problem": problem,
     }
+
+
+def _verified(path: Path) -> tuple[int, dict[str, Any]]:
+    """(bytes of the checkpoint's files, what its state.json holds), after each of its files was verified.
+
+    The large files are read piece by piece, so that a checkpoint may be larger than this host's memory.
+    Raises Damaged, also where the file system does not give what is there.
+    """
+    try:
+        about = checkpoint.listed(path)
+        checkpoint.check(path, list(about))
+        files = checkpoint.read_some(path, ["state.json"])
+    except OSError as error:
+        raise Damaged(checkpoint.unreadable(error)) from error
+    return sum(file.size for file in about.values()), _state(files)
 
 
 def _list(paths: Sequence[Path], as_json: bool) -> int:
@@ -221,4 +241,4 @@ def _plain(value: object) -> str:
 
 
 def _print_json(rows: Sequence[Mapping[str, Any]]) -> None:
-    print("".join(json.dumps(row) + "\n" for row in rows), end="")
+    print("".join(line(row) for row in rows), end="")
