@@ -232,6 +232,33 @@ def test_what_a_watched_file_says_of_its_owner(run):
     assert claim._verdict(seen, None, silent_s) == OwnerState.REPLACED
 
 
+@pytest.mark.parametrize("number", [3, 4], ids=["under its own name", "under the next number"])
+def test_one_that_takes_a_directory_over_while_it_is_watched_is_at_work(run, monkeypatch, number):
+    """As where a job is queued for a directory in the moment in which another launch begins there."""
+    monkeypatch.setattr(claim, "_LOOK_S", 0.02)
+    before = left_by(run, **FOREIGN)
+
+    def take_over() -> None:
+        text = json.dumps({**claim._this_process(), **FOREIGN, "pid": 4711})
+        before.unlink()
+        (run / f"owner-{number}.json").write_text(text)
+
+    timer = threading.Timer(0.2, take_over)
+    timer.start()
+    with pytest.raises(UserError, match="in use by process 4711 on other: wait until it has ended"):
+        claim.refuse_where_at_work([run])
+    timer.join()
+
+
+def test_a_directory_that_is_given_up_while_it_is_watched_is_free_at_once(run, monkeypatch):
+    monkeypatch.setattr(claim, "_LOOK_S", 0.02)
+    monkeypatch.setattr(claim, "WATCH_S", 600)
+    timer = threading.Timer(0.2, left_by(run, **FOREIGN).unlink)
+    timer.start()
+    claim.refuse_where_at_work([run, run / "not there"])
+    timer.join()
+
+
 @pytest.mark.parametrize(
     ("about", "env"),
     [

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from allranks.base import files
+from allranks.base.errors import UserError
 from allranks.run import directory as rundir
 from helpers import (
     NO_REPORT,
@@ -246,6 +247,49 @@ def test_of_two_that_make_it_at_once_one_keeps_its_configuration(tmp_path):
     assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["config.yaml", "logs"]
 
 
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda at: at.write_text(""), r"runs/mlp/x cannot be made: .*/runs/mlp is a file\. Move it away"),
+        (
+            lambda at: at.parent.write_text(""),
+            r"runs/mlp/x cannot be made: .*/runs is a file\. Move it away",
+        ),
+        (
+            lambda at: (at.mkdir(), (at / "x").symlink_to("gone")),
+            r"is a link to gone, where nothing is: make",
+        ),
+        (
+            lambda at: ((at / "x").mkdir(parents=True), (at / "x/logs").touch()),
+            r"has a file named logs: move it",
+        ),
+    ],
+    ids=["runs/mlp is a file", "runs is a file", "a link to nothing", "logs is a file"],
+)
+def test_what_is_in_the_way_of_a_directory_is_named(tmp_path, make, why):
+    runs = tmp_path / "runs"
+    if "/runs is a file" not in why:
+        runs.mkdir()
+    make(runs / "mlp")
+    with pytest.raises(UserError, match=why):
+        rundir.create(str(runs / "mlp/x"), "seed: 1\n")
+
+
+def test_a_repository_without_a_commit_has_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["git", "init", "-q"], check=True)
+    assert rundir._git_commit() is None
+    author = ["-c", "user.name=A", "-c", "user.email=a@b"]
+    subprocess.run(["git", *author, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    assert re.fullmatch("[0-9a-f]{40}", rundir._git_commit() or "")
+
+
+def test_a_text_that_cannot_be_written_leaves_no_file_behind(tmp_path):
+    with pytest.raises(UnicodeEncodeError):
+        files.write_text(tmp_path / "config.yaml", "a name with a byte that is no UTF-8: \udcff")
+    assert tree(tmp_path) == []
+
+
 def test_a_file_system_without_hard_links_will_do(strace, tmp_path):
     """As DAOS at Argonne."""
     code = "from allranks.run import directory as rundir; rundir.create('mine', 'seed: 1')"
@@ -327,10 +371,10 @@ def test_figures_that_are_no_numbers_become_null(tmp_path):
     nan, infinity = float("nan"), float("inf")
     with files.write_text(tmp_path / "metrics.jsonl", "") as file:
         files.append_line(file, {"epoch": 1, "val/loss": nan, "lr": infinity})
-    files.write_json(tmp_path / "summary.json", {"test/loss": -infinity})
+    files.write_json(tmp_path / "summary.json", {"test/loss": -infinity, "of": {"parts": [1.5, nan]}})
     run = Run(tmp_path)
     assert run.metrics == [{"epoch": 1, "val/loss": None, "lr": None}]
-    assert run.summary == {"test/loss": None}
+    assert run.summary == {"test/loss": None, "of": {"parts": [1.5, None]}}
     assert tree(tmp_path) == ["metrics.jsonl", "summary.json"]
 
 

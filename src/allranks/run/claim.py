@@ -165,14 +165,32 @@ def refuse_where_at_work(run_dirs: Iterable[str | Path]) -> None:
     me = _this_process()
     seen: list[_Owner] = []
     for run_dir in run_dirs:
-        if Path(run_dir).is_dir():
-            seen += [owner for owner in _owners(Path(run_dir)) if _known_end(owner.about, me) is None]
+        seen += _perhaps_alive(Path(run_dir), me)
     give_up_at = time.monotonic() + WATCH_S
     while seen and time.monotonic() < give_up_at:
-        for owner in seen:
-            if _verdict(owner, _read(owner.path), watched_s=0) is OwnerState.ALIVE:
-                raise _in_use(owner)
-        time.sleep(_LOOK_S)
+        for owner in tuple(seen):
+            match _verdict(owner, _read(owner.path), watched_s=0):
+                case OwnerState.ALIVE:
+                    raise _in_use(owner)
+                case OwnerState.REPLACED:
+                    # It has given the directory up. Or another process has just taken that over, and is
+                    # alive: its file was not there when the watch began.
+                    seen.remove(owner)
+                    earlier = {each.identity for each in (owner, *seen)}
+                    for new in _perhaps_alive(owner.path.parent, me):
+                        if new.identity not in earlier:
+                            raise _in_use(new)
+        if seen:
+            time.sleep(_LOOK_S)
+
+
+def _perhaps_alive(directory: Path, me: Mapping[str, Any]) -> list[_Owner]:
+    """The owners of the directory, if there is one, of which it is not known that they have ended."""
+    try:
+        owners = _owners(directory)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [owner for owner in owners if _known_end(owner.about, me) is None]
 
 
 def _in_use(owner: _Owner) -> UserError:

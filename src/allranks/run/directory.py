@@ -163,6 +163,8 @@ def create(directory: str, config_yaml: str | None, exactly: bool = True) -> str
         with writing(directory):
             try:
                 _make(path, may_be_there=exactly)
+            except NotADirectoryError:
+                raise _in_the_way(path) from None
             except FileExistsError:
                 if exactly:
                     raise
@@ -171,8 +173,26 @@ def create(directory: str, config_yaml: str | None, exactly: bool = True) -> str
             if config_yaml is not None:
                 write_text(path / CONFIG, config_yaml, new=True).close()
     except FileExistsError:
-        raise UserError(f"run.dir={path} was taken by another run just now: give another one.") from None
+        raise _in_the_way(path) from None
     return str(path)
+
+
+def _in_the_way(path: Path) -> UserError:
+    """What to say where the directory could not be made because something of its name is there."""
+    above = next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None)
+    if above is not None:
+        return UserError(
+            f"run.dir={path} cannot be made: {above} is a file. Move it away, or give another run.dir."
+        )
+    if path.is_symlink() and not path.exists():
+        return UserError(
+            f"run.dir={path} is a link to {path.readlink()}, where nothing is: make that directory, or "
+            "give another run.dir."
+        )
+    logs = path / "logs"
+    if logs.exists() and not logs.is_dir():
+        return UserError(f"run.dir={path} has a file named logs: move it, or give another run.dir.")
+    return UserError(f"run.dir={path} was taken by another run just now: give another one.")
 
 
 def _make(path: Path, may_be_there: bool) -> None:
@@ -234,14 +254,21 @@ def versions() -> dict[str, str | None]:
 
 
 def _git_commit() -> str | None:
-    """The git commit of the working directory; None where it is no git checkout, or git does not answer."""
+    """The git commit of the working directory.
+
+    None where it is no git checkout, where that has no commit yet, and where git does not answer.
+    """
     try:
         done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=_GIT_LIMIT_S, check=False
+            ["git", "rev-parse", "--verify", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=_GIT_LIMIT_S,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _job_id() -> str | None:
