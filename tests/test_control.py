@@ -353,7 +353,7 @@ def test_a_run_stopped_in_its_evaluations_has_the_bits_of_one_that_was_not(train
     assert gone_on.column("epoch") == [1, 2]
 
 
-@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+@pytest.mark.parametrize("sharding", ["none", only_long("fsdp")])
 def test_a_start_that_has_time_for_an_evaluation_only_is_a_gain(train, tmp_path, sharding):
     """The epoch that it closes is saved at the step of the checkpoint from which it has gone on."""
 

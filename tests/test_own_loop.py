@@ -822,7 +822,7 @@ run.finish()
     assert done.err.count("train in a loop over run.steps(batches)") == 1
 
 
-@pytest.mark.parametrize("kind", ["none", "fsdp"])
+@pytest.mark.parametrize("kind", ["none", only_long("fsdp")])
 def test_epochs_without_steps_are_saved_each(kind, tmp_path):
     """They all stand at step 0: another start goes on after those that are closed."""
     code = f"""
