@@ -21,6 +21,7 @@ import pytest
 from allranks.base.errors import UserError
 from allranks.report import command as report_command
 from allranks.report import compare_command, compare_page, compare_pictures, compare_sweep, compare_tables
+from allranks.report.at_end import ChildEnd
 from allranks.report.compare import compare, is_number, short_names
 from allranks.report.gather import RunFacts
 from browsing import SCREENS, assert_readable
@@ -682,6 +683,9 @@ def test_a_report_of_several_runs_compares_them(sweep, tmp_path):
 # --- by itself ----------------------------------------------------------------------------------------
 
 
+A_TABLE = ChildEnd("a table", "", has_failed=False)
+
+
 def test_one_of_the_cells_that_end_at_the_same_moment_compares_them(sweep, tmp_path, monkeypatch):
     """As the jobs of an array do: exactly one makes the comparison, and knows how all have ended."""
     array = tmp_path / "array"
@@ -689,7 +693,7 @@ def test_one_of_the_cells_that_end_at_the_same_moment_compares_them(sweep, tmp_p
     for summary in array.glob("*/summary.json"):
         summary.unlink()  # a finished cell counts as ended, whether or not it has said so
     made: list[Sequence[str]] = []
-    monkeypatch.setattr(compare_sweep, "made", lambda _, ends, *__: made.append(ends) or "a table")
+    monkeypatch.setattr(compare_sweep, "_child", lambda _, ends, *__: made.append(ends) or A_TABLE)
 
     for attempt in range(1, 21):
         assert compare_sweep.after_cell(array / "5", "finished") == ""
@@ -718,7 +722,7 @@ def test_a_cell_that_has_finished_and_not_said_so_yet_makes_no_second_comparison
 ):
     copy = tmp_path / "sizes"
     shutil.copytree(sweep[0], copy)
-    monkeypatch.setattr(compare_sweep, "made", lambda *_: "a table")
+    monkeypatch.setattr(compare_sweep, "_child", lambda *_: A_TABLE)
     assert compare_sweep.after_cell(copy / "0", "finished").endswith("a table")  # 1 has its summary
     assert compare_sweep.after_cell(copy / "1", "finished") == ""
 
@@ -727,7 +731,7 @@ def test_a_cell_that_is_started_again_brings_a_new_comparison(sweep, tmp_path, m
     """The other cells were trained by one command, which has left no notes of their ends."""
     copy = tmp_path / "sizes"
     shutil.copytree(sweep[0], copy)
-    monkeypatch.setattr(compare_sweep, "made", lambda *_: "a table")
+    monkeypatch.setattr(compare_sweep, "_child", lambda *_: A_TABLE)
     summary = (copy / "1/summary.json").read_text()
     (copy / "1/summary.json").unlink()
     for end in ("failed (1)", "failed (1)"):
@@ -747,6 +751,20 @@ def test_a_comparison_that_fails_is_a_line_of_text(sweep, tmp_path, monkeypatch)
     assert "(it was not done within 0.001 s)" in compare_sweep.made(sweep[0])
     told = compare_sweep.made(sweep[0], ended=compare_sweep.Ended(is_told_to_end=lambda: True))
     assert "(this process was told to end)" in told
+
+
+def test_a_comparison_that_was_cut_off_is_made_by_a_job_that_is_started_again(tmp_path):
+    for number in range(2):
+        written(tmp_path / str(number), seed=number)
+        (tmp_path / str(number) / "summary.json").write_text('{"state": "finished"}')
+    lines = [{"index": i, "overrides": [], "directory": str(tmp_path / str(i))} for i in range(2)]
+    (tmp_path / "cells.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    told_to_end = compare_sweep.Ended(is_told_to_end=lambda: True)
+    assert "(this process was told to end)" in compare_sweep.after_cell(
+        tmp_path / "1", "finished", ended=told_to_end
+    )
+    assert "2 runs: all finished" in compare_sweep.after_cell(tmp_path / "1", "finished", page=False)
+    assert compare_sweep.after_cell(tmp_path / "0", "finished", page=False) == ""
 
 
 def test_a_job_with_little_time_left_has_the_table_only(sweep, tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ import pytest
 from allranks.base.errors import UserError
 from allranks.base.processes import cpu_ranges
 from allranks.job.identity import RankIdentity
-from allranks.report import at_end, curves, examine
+from allranks.report import at_end, curves, examine, pictures
 from allranks.report.command import report
 from allranks.report.gather import gather
 from allranks.report.html import Html, tag
@@ -186,6 +186,14 @@ def test_a_signal_ends_the_making_of_a_page_at_once(copy):
     assert made == at_end.Made([], "this process was told to end")
 
 
+def test_without_a_folder_for_temporary_files_no_page_is_made_and_no_error_raised(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    made = at_end.make_pages(["run"], 10, lambda: False, os.environ)
+    assert made.pages == []
+    assert made.problem.startswith(f"{tmp_path}/gone")
+    assert made.problem.endswith("No such file or directory")
+
+
 def test_under_srun_the_time_is_shorter():
     alone, one_of_two = RankIdentity("srun"), RankIdentity("srun", rank=0, world_size=2)
     assert at_end.limit_s(1, alone) == at_end.LIMIT_S
@@ -248,6 +256,19 @@ def test_the_confusion_matrix_counts_each_test_example_once(run, page):
         precision, recall = right / counts[:, number].sum(), right / figures.sum()
         f1 = 2 * precision * recall / (precision + recall)
         assert row[1:4] == [f"{100 * value:.1f}" for value in (precision, recall, f1)]
+
+
+def test_long_names_of_classes_leave_room_for_the_confusion_matrix():
+    """Data sets of torchvision have several names for a class, in one text."""
+    names = ["tench", "('English springer', 'English springer spaniel', 'Spaniel')"]
+    counts = np.array([[3, 1], [0, 4]])
+    seen = examine.Examined(
+        step=1, epoch=1, count=8, loss=0.5, accuracy=87.5, classes=names, confusion=counts,
+        per_class=examine.per_class(counts, names), training_digits=[], predictions=[], misclassified=[],
+        most_certain_mistakes=[], weights=[], remarks=[],
+    )  # fmt: skip
+    words = re.findall(r">([^<>]+)</text>", pictures.confusion(seen).svg)
+    assert words.count("tench") == words.count(html.escape("('English springe...", quote=False)) == 2
 
 
 def test_a_class_that_is_never_met_has_no_ratio():
@@ -557,6 +578,15 @@ def test_a_small_png_holds_its_pixels(shape):
 )
 def test_cpus_in_short(cpus, shown):
     assert cpu_ranges(cpus) == shown
+
+
+@pytest.mark.parametrize("outputs", [3, 5])
+def test_weights_are_shown_of_a_model_with_an_output_for_each_class(outputs):
+    """A model may have more outputs than it has classes, and leave some of them out afterwards."""
+    torch = pytest.importorskip("torch")
+    layers = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, outputs))
+    images = examine.weight_images(layers, [1, 2, 2], 3)
+    assert len(images) == (3 if outputs == 3 else 0)
 
 
 def test_a_long_curve_is_thinned_out_and_keeps_its_ends():

@@ -26,7 +26,7 @@ from allranks.base.errors import UserError
 from allranks.compose import from_command_line
 from allranks.job.identity import RankIdentity
 from allranks.run import checkpoint
-from allranks.trackers import follower
+from allranks.trackers import follower, wandb
 from allranks.trackers.follower import Trackers
 from allranks.trackers.protocol import Position, TrackedRun
 from allranks.train import run as run_training
@@ -297,14 +297,47 @@ def test_mlflow_gets_the_parameters_of_a_run_whose_beginning_it_has_missed(tmp_p
 @pytest.mark.long
 def test_wandb_is_offline_without_a_key_or_a_server(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
-    from allranks.trackers import wandb
-
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("HOME", str(tmp_path))
     assert wandb._mode() == "offline"
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     assert wandb._mode() == "offline"
+
+
+def test_wandbs_key_is_found_where_wandb_looks_for_it(tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert not wandb._has_key("api.wandb.ai")
+    key = "machine api.wandb.ai login user password 0123\n"
+    for path in (tmp_path / "_netrc", tmp_path / ".netrc", tmp_path / "elsewhere"):
+        path.write_text(key)
+        if path.name == "elsewhere":
+            monkeypatch.setenv("NETRC", "~/elsewhere")
+        assert wandb._has_key("api.wandb.ai"), path
+        assert not wandb._has_key("other.host"), path
+        path.unlink()
+
+
+def test_wandbs_server_is_asked_for_by_the_proxy_that_leads_to_it(monkeypatch):
+    for name in ("https_proxy", "http_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.delenv("WANDB_BASE_URL", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    # A name that no name server knows: without its proxy the server cannot be reached.
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.invalid")
+    assert wandb._mode() == "offline"
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        port = proxy.getsockname()[1]
+        for written in (f"http://user:secret@127.0.0.1:{port}", f"127.0.0.1:{port}"):
+            monkeypatch.setenv("HTTPS_PROXY", written)
+            assert wandb._mode() == "online", written
+        monkeypatch.setenv("NO_PROXY", ".invalid")
+        assert wandb._mode() == "offline"
+        monkeypatch.delenv("NO_PROXY")
+    assert wandb._mode() == "offline"  # the proxy does not answer any more
 
 
 def test_the_pictures_of_the_page_go_to_the_tracker(train):

@@ -152,6 +152,7 @@ class ChildEnd(NamedTuple):
 
     out: str  # its stdout
     problem: str  # a sentence that says what went wrong in the child; empty if all went well
+    has_failed: bool  # whether it has not done its work; it may have a problem all the same if it has
 
 
 def in_child(
@@ -164,26 +165,28 @@ def in_child(
     command = [sys.executable, "-m", "allranks", *words]
     # The child writes into files and not into pipes: nothing reads a pipe while this process waits, and the
     # child would block as soon as the pipe is full.
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        try:
+    try:
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             child = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=_without_mpi(environ)
             )
-        except OSError as error:
-            return ChildEnd("", f"{error.strerror}")
-        why_ended = _wait(child, most_s, is_stopped)
-        told = _text(out)
-        said = [line for line in _text(err).splitlines() if line.strip()]
+            why_ended = _wait(child, most_s, is_stopped)
+            told = _text(out)
+            said = [line for line in _text(err).splitlines() if line.strip()]
+    except OSError as error:  # no room for a process, or for its files: the directory TMPDIR may be gone
+        where = f"{error.filename}: " if error.filename else ""
+        return ChildEnd("", f"{where}{error.strerror}", has_failed=True)
     if why_ended:
-        return ChildEnd(told, why_ended)
+        return ChildEnd(told, why_ended, has_failed=True)
+    has_failed = child.returncode != 0
     # The last message of allranks on stderr is the problem. Libraries write there, too, also when all is
     # well: their last line is taken only if the child has failed without a message of allranks.
     ours = [line for line in said if line.startswith("allranks: ")]
     if ours:
-        return ChildEnd(told, ours[-1].removeprefix("allranks: "))
-    if child.returncode == 0:
-        return ChildEnd(told, "")
-    return ChildEnd(told, said[-1] if said else f"exit code {child.returncode}")
+        return ChildEnd(told, ours[-1].removeprefix("allranks: "), has_failed)
+    if not has_failed:
+        return ChildEnd(told, "", has_failed)
+    return ChildEnd(told, said[-1] if said else f"exit code {child.returncode}", has_failed)
 
 
 def become_child(parent: int) -> None:

@@ -14,7 +14,8 @@ comparison:
    sees the files of all other cells.
 3. Several jobs may see all files. Each of them computes the hash X of what all these files hold, which is
    the same for each of them, and tries to create the file `.compared-X`. The file system lets only one job
-   create it, and this job makes the comparison.
+   create it, and this job makes the comparison. If it does not succeed, as when it is told to end, it
+   removes the file, so that a job that is started again for one of the cells makes the comparison.
 
 A cell that has not finished, and is started again later, ends with another token or as a finished one. So X
 changes, and the comparison is made anew.
@@ -32,6 +33,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,6 +67,17 @@ def made(sweep: str | Path, ends: Sequence[str] = (), page: bool = True, ended: 
     knows them. If `page` is False, or if the job ends soon, only the table is made. If something went
     wrong, the last line of the text says what.
     """
+    return _text_of(_child(sweep, ends, page, ended), sweep)
+
+
+def _text_of(child: at_end.ChildEnd, sweep: str | Path) -> str:
+    """What the child has printed, and in a last line what went wrong, if anything did."""
+    said = child.out.rstrip("\n")
+    return f"{said}\n{_not_made(sweep, child.problem)}".lstrip("\n") if child.problem else said
+
+
+def _child(sweep: str | Path, ends: Sequence[str], page: bool, ended: Ended) -> at_end.ChildEnd:
+    """Makes the comparison in a child process, and returns how that has ended; see made()."""
     left_s = min(ended.left_s, _seconds_to_deadline())
     in_haste = ended.was_stopped or left_s < LIMIT_S
     limit_s = SHORT_LIMIT_S if in_haste else LIMIT_S
@@ -74,9 +87,7 @@ def made(sweep: str | Path, ends: Sequence[str] = (), page: bool = True, ended: 
     # The child writes to a file, and the text is for the terminal of this process.
     width = shutil.get_terminal_size((120, 24)).columns
     environ = {**os.environ, "COLUMNS": str(width)}
-    child = at_end.in_child(words, limit_s, ended.is_told_to_end, environ)
-    said = child.out.rstrip("\n")
-    return f"{said}\n{_not_made(sweep, child.problem)}".lstrip("\n") if child.problem else said
+    return at_end.in_child(words, limit_s, ended.is_told_to_end, environ)
 
 
 def _seconds_to_deadline() -> float:
@@ -107,12 +118,21 @@ def after_cell(cell: str | Path, end: str, page: bool = True, ended: Ended = AT_
         note = f"{secrets.token_hex(8)} {end}"
         files.write_text(sweep / f"{_ENDED}{directory.name}", note).close()
         notes = _notes_of_all(sweep, names)
-        if notes is None or not _is_ours_to_make(sweep, notes):
+        mark = None if notes is None else _mark_of_ours(sweep, notes)
+        if notes is None or mark is None:
             return ""
     except OSError as error:
         return _not_made(sweep, error.strerror or str(error))
     ends = [note.partition(" ")[2] for note in notes]
-    return f"All {len(names)} cells of {sweep} have ended.\n{made(sweep, ends, page, ended)}"
+    is_made = False
+    try:
+        child = _child(sweep, ends, page, ended)
+        is_made = not child.has_failed
+    finally:
+        if not is_made:
+            with suppress(OSError):  # then nothing but `allranks compare` makes it, as the text says
+                mark.unlink(missing_ok=True)
+    return f"All {len(names)} cells of {sweep} have ended.\n{_text_of(child, sweep)}"
 
 
 def _notes_of_all(sweep: Path, names: Sequence[str]) -> list[str] | None:
@@ -135,18 +155,19 @@ def _notes_of_all(sweep: Path, names: Sequence[str]) -> list[str] | None:
     return notes
 
 
-def _is_ours_to_make(sweep: Path, notes: Sequence[str]) -> bool:
-    """Whether this process makes the comparison, because it was the first to create the file `.compared-X`.
+def _mark_of_ours(sweep: Path, notes: Sequence[str]) -> Path | None:
+    """The file `.compared-X` if this process was the first to create it, and so makes the comparison.
 
-    This is step 3 of the protocol at the top of this module. X is a hash of `notes`, so equal notes are
-    compared once. The marks of earlier comparisons are removed.
+    It is None if another process makes it, or has made it. This is step 3 of the protocol at the top of
+    this module. X is a hash of `notes`, so equal notes are compared once. The marks of earlier comparisons
+    are removed.
     """
     earlier = list(sweep.glob(f"{_COMPARED}*"))
-    mark = f"{_COMPARED}{hashlib.sha256(repr(notes).encode()).hexdigest()[:16]}"
+    mark = sweep / f"{_COMPARED}{hashlib.sha256(repr(notes).encode()).hexdigest()[:16]}"
     try:
-        (sweep / mark).touch(exist_ok=False)
+        mark.touch(exist_ok=False)
     except FileExistsError:
-        return False
+        return None
     for path in earlier:
         path.unlink(missing_ok=True)
-    return True
+    return mark

@@ -136,7 +136,7 @@ def examine(directory: Path, device: str | None = None) -> Examined:
         predictions=examples(predictions.new_tensor(range(min(STRIP, len(test))))),
         misclassified=examples(wrong),
         most_certain_mistakes=examples(by_certainty),
-        weights=weight_images(trained.model, trained.config.data["input_shape"]),
+        weights=weight_images(trained.model, trained.config.data["input_shape"], len(names)),
         remarks=[f"{remark[:1].upper()}{remark[1:]}." for remark in trained.remarks],
     )
 
@@ -223,11 +223,11 @@ def _scaled(images: np.ndarray) -> np.ndarray:
     return scaled
 
 
-def weight_images(model: nn.Module, input_shape: Sequence[int]) -> list[np.ndarray]:
+def weight_images(model: nn.Module, input_shape: Sequence[int], classes: int) -> list[np.ndarray]:
     """For each class the weights of a linear model as an image [height, width]; empty for other models.
 
-    A model is linear where its only layer with parameters is one dense layer over all pixels. The weights
-    of three channels are averaged.
+    A model is linear where its only layer with parameters is one dense layer over all pixels, with one
+    output for each of the `classes`. The weights of three channels are averaged.
     """
     import torch
 
@@ -235,7 +235,7 @@ def weight_images(model: nn.Module, input_shape: Sequence[int]) -> list[np.ndarr
     if len(layers) != 1 or not isinstance(layers[0], torch.nn.Linear) or not is_image_shape(input_shape):
         return []
     weight = layers[0].weight.detach().cpu().float()
-    if weight.shape[1] != np.prod(input_shape) or len(weight) > MOST_WEIGHT_IMAGES:
+    if weight.shape != (classes, np.prod(input_shape)) or classes > MOST_WEIGHT_IMAGES:
         return []
     step = _every(input_shape)
     return list(weight.view(len(weight), *input_shape).mean(dim=1)[:, ::step, ::step].numpy())

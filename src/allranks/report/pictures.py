@@ -23,6 +23,7 @@ from allranks.report.examine import Examined, Example
 from allranks.report.gather import RunFacts
 from allranks.report.png import as_pixels
 
+LONGEST_NAME = 20  # letters of a class's name beside the confusion matrix: longer ones would take its place
 MOST_COUNTED_CLASSES = 20  # the confusion matrix of at most so many classes shows its numbers
 
 
@@ -86,7 +87,7 @@ def confusion(seen: Examined) -> Picture | None:
         axes.spines[:].set_visible(False)
         every = -(-classes // MOST_COUNTED_CLASSES)
         ticks = range(0, classes, every)
-        names = [seen.classes[number] for number in ticks]
+        names = [_cut(seen.classes[number]) for number in ticks]
         is_long = max(map(len, names)) > 3
         axes.set_xticks(ticks, names, rotation=90 if is_long else 0)
         axes.set_yticks(ticks, names)
@@ -102,6 +103,11 @@ def confusion(seen: Examined) -> Picture | None:
             "are on the diagonal, where the prediction is right."
         )
         return as_picture(figure, "confusion", "Confusion matrix", words)
+
+
+def _cut(name: str) -> str:
+    """The name of a class with LONGEST_NAME letters at most."""
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..."
 
 
 def _letters_on(colour: str, strength: float) -> str:
@@ -158,7 +164,7 @@ def weights(seen: Examined) -> Picture | None:
     if not seen.weights:
         return None
     images = weight_pixels(seen.weights)
-    names = list(seen.classes[: len(images)])
+    names = list(seen.classes)
     words = "for each class its weights as an image: blue speaks for the class, orange against it"
     return _row_of_images("weights", "Weights of each class", images, names, words)
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from allranks.base import processes
 from allranks.trackers.packages import kept_id, require, without_epoch
@@ -132,24 +132,56 @@ def _mode() -> str:
     server = os.environ.get("WANDB_BASE_URL") or _SERVER
     parts = urlsplit(server)
     host = parts.hostname or ""
-    if not _has_key(host):
+    if not _has_key(parts.netloc, host):
         log.info("wandb: offline, as there is no API key for %s: `wandb sync` sends it later", host)
         return "offline"
-    port = parts.port or (80 if parts.scheme == "http" else 443)
+    proxy, address = _first_address(parts)
     try:
-        socket.create_connection((host, port), _ANSWER_S).close()
+        socket.create_connection(address, _ANSWER_S).close()
     except OSError as error:
-        log.info("wandb: offline, as %s does not answer (%s): `wandb sync` sends it later", host, error)
+        who = f"the proxy {proxy} for {host}" if proxy else host
+        log.info("wandb: offline, as %s does not answer (%s): `wandb sync` sends it later", who, error)
         return "offline"
     return "online"
 
 
-def _has_key(host: str) -> bool:
-    """Whether there is a key for this server where W&B looks for one."""
+def _first_address(server: SplitResult) -> tuple[str, tuple[str, int]]:
+    """The proxy for this server, empty without one, and the (host, port) that W&B connects to first.
+
+    On many clusters the compute nodes reach the internet by a proxy alone, which the environment names. For
+    a server on this host W&B uses no proxy.
+    """
+    from urllib.request import getproxies, proxy_bypass
+
+    host = server.hostname or ""
+    proxy = getproxies().get(server.scheme, "")
+    if not proxy or host in ("localhost", "127.0.0.1", "::1") or proxy_bypass(host):
+        return "", (host, _port(server))
+    parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    proxy_host = parts.hostname or ""
+    return proxy_host, (proxy_host, _port(parts))
+
+
+def _port(address: SplitResult) -> int:
+    """The port in an address, or the usual one of its scheme."""
+    return address.port or (443 if address.scheme == "https" else 80)
+
+
+def _has_key(*hosts: str) -> bool:
+    """Whether there is a key for this server where W&B looks for one.
+
+    `hosts` are the names by which a .netrc may list the server: versions of W&B differ in whether the port
+    belongs to it. W&B reads the file that NETRC names, or else ~/.netrc, or else ~/_netrc.
+    """
     if os.environ.get("WANDB_API_KEY"):
         return True
-    with suppress(OSError, netrc.NetrcParseError):
-        return netrc.netrc().authenticators(host) is not None
+    given = os.environ.get("NETRC")
+    with suppress(OSError, RuntimeError, netrc.NetrcParseError):  # RuntimeError: no home directory is known
+        places = [Path(given)] if given else [Path("~/.netrc"), Path("~/_netrc")]
+        paths = [place.expanduser() for place in places]
+        found = next((path for path in paths if path.exists()), paths[0])
+        keys = netrc.netrc(str(found))
+        return any(keys.authenticators(host) is not None for host in hosts)
     return False
 
 
