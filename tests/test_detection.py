@@ -580,7 +580,8 @@ def test_nobody_without_the_secret_is_listened_to():
     watchdog.close()
 
 
-RESET = """
+# Rank 0 of two, to whose watchdog this program is connected as rank 1, too.
+CONNECTED = """
 import time
 from allranks.config import WatchdogConfig
 from allranks.base import links
@@ -595,7 +596,11 @@ other = links.connect(address, port, 5)
 other.send(secret=secret, rank=1)
 while not mine._others.ranks():
     time.sleep(0.01)
-send = links.Connection.try_to_send
+"""
+
+RESET = (
+    CONNECTED
+    + """send = links.Connection.try_to_send
 
 def busy(connection, **word):
     send(connection, **word)
@@ -605,6 +610,7 @@ def busy(connection, **word):
 links.Connection.try_to_send = busy
 mine.close()
 """
+)
 
 
 def test_a_rank_that_closes_while_another_says_goodbye_is_not_gone(tmp_path):
@@ -613,28 +619,16 @@ def test_a_rank_that_closes_while_another_says_goodbye_is_not_gone(tmp_path):
     assert (done.out, done.err) == ("", "")
 
 
-OWN_ERROR = """
-import time
-from allranks.config import WatchdogConfig
-from allranks.base import links
-from allranks.runtime.watch.thread import Watchdog
-from allranks.job.identity import RankIdentity
-
-mine = Watchdog(WatchdogConfig(), RankIdentity("none"), abort=lambda code: None)
-me = mine.prepare(2, one_host=True)
-address, port, secret = me["door"]
-mine.join([me, me], deputy=1)
-other = links.connect(address, port, 5)
-other.send(secret=secret, rank=1)
-while not mine._others.ranks():
-    time.sleep(0.01)
-mine.fail(1)
+OWN_ERROR = (
+    CONNECTED
+    + """mine.fail(1)
 print(other.next_message())
 time.sleep(1.2)  # the thread has had two turns
 other.close()  # rank 1 ends, as it was told to
 time.sleep(1.2)
 print("nobody is blamed")
 """
+)
 
 
 def test_a_rank_that_ends_by_the_error_of_rank_0_is_not_blamed(tmp_path):
