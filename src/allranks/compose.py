@@ -22,8 +22,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from allranks.base.errors import UserError
 from allranks.base.files import with_home
 from allranks.base.schema import TEXT
-from allranks.base.text import as_text, did_you_mean, is_text
-from allranks.config import Config, below, conf_dir, first_line, leaves, setting_of, typed, unknown_key
+from allranks.base.text import as_text, did_you_mean, first_line, is_text
+from allranks.config import Config, below, conf_dir, leaves, setting_of, typed, unknown_key
 
 # Flags of our own, which stand among Hydra's: the value of `console` that each stands for.
 CONSOLE_FLAGS = {"-q": "quiet", "-v": "verbose"}

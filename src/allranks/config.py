@@ -34,7 +34,7 @@ from allranks.base.schema import (
     settings_of,
     whole,
 )
-from allranks.base.text import did_you_mean
+from allranks.base.text import did_you_mean, first_line
 
 CLASSIFICATION = "allranks.tasks.Classification"
 # The sections that a loop of the user's own (allranks.open) has no use for: it makes these parts itself.
@@ -549,11 +549,6 @@ def unknown_key(key: str, known: Sequence[str]) -> str:
         return f"{key} has no meaning here: take {choices} with it."
     guess = did_you_mean(key, known) or " `allranks train --cfg job` lists the keys."
     return f"{key} is not a key of the configuration.{guess}"
-
-
-def first_line(error: BaseException) -> str:
-    """What a library's error says in its first line; the error's name where it says nothing."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _type_name(error: ValidationError) -> str:

@@ -10,6 +10,11 @@ def one_line(said: object) -> str:
     return " ".join(str(said).replace("\0", " ").split())
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says in its first line; the error's name where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def printable(text: str) -> str:
     """The text with every character that a terminal would obey, not show, in its escaped form.
 

@@ -25,7 +25,7 @@ from torch import nn
 import allranks
 from allranks import config as configs
 from allranks.base.errors import RunError, UserError
-from allranks.base.text import one_line
+from allranks.base.text import first_line, one_line
 from allranks.data.dealing import EVAL_BATCH
 from allranks.data.parts import Part
 from allranks.inference import forward
@@ -334,8 +334,8 @@ def _needed(package: str) -> Any:
 
 
 def _not_expressible(path: Path, error: Exception) -> RunError:
-    first = str(error).strip().splitlines() or [type(error).__name__]
+    reason = one_line(first_line(error))[:200]
     return RunError(
-        f"torch cannot turn this model's code into a {path.suffix} program ({one_line(first[0])[:200]}). "
+        f"torch cannot turn this model's code into a {path.suffix} program ({reason}). "
         "--to FILE.safetensors exports its weights."
     )

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from allranks import compose
 from allranks import config as configs
 from allranks.base.errors import UserError
+from allranks.base.text import first_line
 from allranks.config import Config
 
 _OVERRIDE = re.compile(r"(data|device|threads)[.=]|data\.")
@@ -85,7 +86,7 @@ def _changed(config: Config, overrides: Sequence[str]) -> Config:
         values = OmegaConf.merge(OmegaConf.structured(config), given)
         changed = configs.typed(OmegaConf.create(OmegaConf.to_container(values)))  # type: ignore[arg-type]
     except OmegaConfBaseException as error:
-        raise UserError(f"{' '.join(overrides)} is not valid: {configs.first_line(error)}") from error
+        raise UserError(f"{' '.join(overrides)} is not valid: {first_line(error)}") from error
     return replace(changed, data=_with_parts(config.data, changed.data))
 
 

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from allranks import config as configs
 from allranks.base.errors import UserError
 from allranks.base.signals import FROM_TERMINAL, Signals
+from allranks.base.text import first_line
 from allranks.config import Config
 from allranks.own.run import How, Run
 from allranks.runtime.bringup import refuse_together
@@ -122,7 +123,7 @@ def _composed(
         tree = OmegaConf.create({**settings, **ours})
     except OmegaConfBaseException as error:
         raise UserError(
-            f"allranks.open() got a value that a file cannot hold ({configs.first_line(error)}): give "
+            f"allranks.open() got a value that a file cannot hold ({first_line(error)}): give "
             "numbers, texts, lists and dicts."
         ) from error
     return configs.typed(tree)

@@ -113,7 +113,7 @@ def throughput(facts: RunFacts) -> Picture | None:
     """
     together = facts.column("throughput/samples_per_s")
     numbers = set(facts.ranks_of_lines)
-    if len(numbers) > 1 or (None in numbers and facts.events):
+    if len(numbers) > 1 or None in numbers:
         series = [Series("all ranks", together, "blue")]
         return curves(THROUGHPUT, "Throughput, all ranks", "examples/s", facts.places, series, facts.axis)
     ranks = facts.world_size or 1

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from allranks.base.errors import UserError
-from allranks.base.text import one_line
+from allranks.base.text import first_line, one_line
 from allranks.config import NOT_OF_OWN_LOOPS
 from allranks.run import metric_names, results
 from allranks.run.best import KEY, Rule, best_of, rule_of
@@ -124,7 +124,7 @@ class RunFacts:
         is told by the run's first stop, and by nothing if that start was killed.
         """
         if not self.events:
-            return [self.world_size] * len(self.epochs)
+            return [self.world_size or 1] * len(self.epochs)
         if self.axis == LINE:
             return [None] * len(self.epochs)
         first = self.events[0]
@@ -227,7 +227,7 @@ def _config(path: Path, problems: list[str]) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError  # type: ignore[import-untyped,unused-ignore]
 
-    from allranks.config import below, first_line
+    from allranks.config import below
 
     text = _text(path, problems)
     if text is None:

@@ -187,7 +187,7 @@ def _time(facts: RunFacts, drawn: Mapping[str, Picture]) -> Html:
     for position in curves.thinned(len(facts.epochs)):
         line = facts.epochs[position]
         together = line.get("throughput/samples_per_s")
-        ranks = facts.ranks_of_lines[position] if facts.events else facts.world_size or 1
+        ranks = facts.ranks_of_lines[position]
         mean = None if together is None or not ranks else together / ranks
         rows.append(
             [

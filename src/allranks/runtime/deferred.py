@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from allranks.base.errors import UserError
+from allranks.base.text import first_line
 
 SMALL_ELEMENTS = 1 << 16  # tensors up to this size are made at once: 256 kB of fp32
 
@@ -341,5 +342,4 @@ def build(make: Callable[[], torch.nn.Module]) -> tuple[torch.nn.Module, Deferre
         return model, deferred, ""
     except (CannotDefer, NotImplementedError, RuntimeError, UserError) as error:
         torch.set_rng_state(before)
-        lines = str(error).splitlines() or [type(error).__name__]  # NotImplementedError often has no text
-        return make(), None, lines[0]
+        return make(), None, first_line(error)

@@ -112,8 +112,8 @@ class Saver:
         # The claim on the run directory: on rank 0, once resume() has taken it; None on other ranks.
         self.claim: Claim | None = None
         self.longest_s = 0.0  # the longest time that a save has taken
-        self.saved_step: int | None = None  # the newest step that was saved, or is being saved
-        self._saved: Place | None = None  # where the training stood then
+        # Where the training stood at the newest save, which may be under way.
+        self._saved: Place | None = None
         self.failure: OSError | None = None  # the error of the newest save, if it failed
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None  # the save under way
@@ -348,7 +348,11 @@ class Saver:
     def _note_saved(self) -> None:
         """The training as it stands now is saved, or is about to be."""
         self._saved = self._place()
-        self.saved_step = self._saved.step
+
+    @property
+    def saved_step(self) -> int | None:
+        """The newest step that was saved, or is being saved; None where none was."""
+        return None if self._saved is None else self._saved.step
 
     def _save_shards(self) -> None:
         """save() for a model that is spread over the ranks: each rank copies and writes what it holds.
