@@ -4,6 +4,7 @@ from dataclasses import fields
 
 import pytest
 
+from allranks import cli
 from allranks.base.errors import UserError
 from allranks.launch import options
 from allranks.submit.order import Order, with_options
@@ -99,3 +100,27 @@ def test_hydras_launcher_hands_its_keys_on():
     ]  # fmt: skip
     with pytest.raises(Exception, match=r"hydra.launcher.account is for jobs that are queued"):
         AllranksLauncher(**keys | {"account": "x"})._command()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        *([each.name] for each in cli.COMMANDS if each.name != "train"),  # Hydra's: test_config.py
+        ["checkpoint", "show"],
+        ["data"],
+        ["data", "fetch"],
+    ],
+    ids=lambda words: " ".join(words) or "allranks",
+)
+def test_each_help_says_what_the_command_does_and_fits_80_columns(words, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*words, "--help"])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert said.startswith(" ".join(["usage: allranks", *words]))
+    assert max(map(len, said.splitlines())) <= 80
+    # A description stands between the usage and the first list.
+    paragraphs = said.split("\n\n")
+    assert not paragraphs[1].startswith(("options:", "positional arguments:"))

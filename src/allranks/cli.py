@@ -31,7 +31,7 @@ class Command(NamedTuple):
 
 # In the order of `allranks --help`.
 COMMANDS = (
-    Command("train", "", "", "train in this process; Hydra overrides follow"),
+    Command("train", "", "", "train in this process"),
     Command("launch", "allranks.launch.command", "launch", "start the ranks of a training or program here"),
     Command("doctor", "allranks.doctor", "main", "check this machine and installation, with remedies"),
     Command("submit", "allranks.submit.command", "submit", "queue a training or program with PBS or Slurm"),
@@ -40,15 +40,23 @@ COMMANDS = (
     Command("logs", "allranks.follow.command", "logs", "show what the ranks of a run have said"),
     Command("cancel", "allranks.submit.listing", "cancel", "end the jobs of a run"),
     Command("report", "allranks.report.command", "main", "make a page with pictures of a run"),
-    Command("compare", "allranks.report.compare_command", "main", "a table of several runs, with the best"),
-    Command("predict", "allranks.inference.command", "predict", "what a trained model says of images"),
-    Command("evaluate", "allranks.inference.command", "evaluate", "the figures of a trained model on data"),
+    Command(
+        "compare", "allranks.report.compare_command", "main", "show several runs in a table, with the best"
+    ),
+    Command("predict", "allranks.inference.command", "predict", "say what a trained model sees in images"),
+    Command(
+        "evaluate",
+        "allranks.inference.command",
+        "evaluate",
+        "measure a trained model on its test set or on other data",
+    ),
     Command("export", "allranks.inference.command", "export", "write a trained model for other programs"),
     Command("checkpoint", "allranks.run.show", "main", "list, verify or show checkpoints"),
-    Command("completion", "", "", "what the TAB key offers, for bash, zsh and fish"),
+    Command("completion", "", "", "let the TAB key complete commands, in bash, zsh and fish"),
 )
 
 DESCRIPTION = "The same PyTorch training run on one core, one GPU or every rank of a supercomputer."
+DATA = "Fetches the data sets that allranks knows, MNIST and Fashion-MNIST, and checks their files."
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -106,7 +114,9 @@ def _to_load(command: Command) -> Callable[[], Callable[[list[str]], Any]] | Non
 
 def _load_data() -> Callable[[list[str]], Any]:
     """`allranks data` is read by the parser here."""
-    return lambda _: _data_parser(argparse.ArgumentParser(prog="allranks data")).parse_args([])
+    return lambda _: _data_parser(
+        argparse.ArgumentParser(prog="allranks data", description=DATA)
+    ).parse_args([])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -116,7 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     for each in COMMANDS:
         commands.add_parser(each.name, help=f"{each.help} ({each.name} --help)")
 
-    _data_parser(commands.add_parser("data", help="fetch and check data sets"))
+    _data_parser(
+        commands.add_parser("data", help="fetch and check data sets (data --help)", description=DATA)
+    )
     return with_our_errors(parser)
 
 

@@ -22,6 +22,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from allranks.base.errors import UserError
 from allranks.base.files import with_home
 from allranks.base.schema import TEXT
+from allranks.base.terminal import USUAL_COLUMNS
 from allranks.base.text import as_text, did_you_mean, first_line, is_text
 from allranks.config import Config, below, conf_dir, leaves, setting_of, typed, unknown_key
 
@@ -394,7 +395,7 @@ def _help_on_keys(*, _root_: DictConfig) -> str:
         what = known.doc
         if known.rule not in (None, TEXT):
             what += f" ({known.rule.remedy}{', or null' if known.optional else ''})"
-        lines += textwrap.wrap(what, 100, initial_indent="    ", subsequent_indent="    ")
+        lines += textwrap.wrap(what, USUAL_COLUMNS, initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines).replace("$", "$$")  # Hydra takes $NAME for a place to fill in
 
 

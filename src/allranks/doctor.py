@@ -76,7 +76,8 @@ Findings = Iterator[Finding]
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `allranks doctor`: prints the findings; returns exit code 1 if one is an error, else 0."""
     parser = argparse.ArgumentParser(
-        prog="allranks doctor", description="Check this installation on this host."
+        prog="allranks doctor",
+        description="Checks what a training needs on this host, and says what to do about what is wrong.",
     )
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--check", choices=CHECKS, help=argparse.SUPPRESS)

@@ -27,15 +27,20 @@ def watch(arguments: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="allranks watch",
-        description="shows how far runs have come, by their files alone, until Ctrl-C or all have finished",
+        description="Shows how far runs have come, from their files alone, and draws it anew every "
+        "two seconds until all have finished or Ctrl-C is typed.",
         allow_abbrev=False,
     )
     parser.add_argument(
         "runs", nargs="*", default=["runs"], metavar="RUN",
         help="a run, a sweep, or a folder with runs in it; default: ./runs",
     )  # fmt: skip
-    parser.add_argument("--once", action="store_true", help="show it once, as where there is no terminal")
-    parser.add_argument("--json", action="store_true", help="once, for programs: one JSON line a run")
+    parser.add_argument(
+        "--once", action="store_true", help="show it once, and end; so it does where there is no terminal"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="show it once, for programs: one JSON line a run"
+    )
     args = with_our_errors(parser).parse_args(arguments)
     reader = Reader(args.runs, show)
     if args.json:
@@ -56,11 +61,11 @@ def logs(arguments: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="allranks logs",
-        description="shows what the ranks of a run have said, in the order of time, and its job",
+        description="Shows what the ranks of a run have said, and its job, in the order of time.",
         allow_abbrev=False,
     )
     parser.add_argument("run", metavar="RUN", help="the directory of a run")
-    parser.add_argument("--rank", type=int, metavar="N", help="this rank alone")
+    parser.add_argument("--rank", type=int, metavar="N", help="show this rank alone")
     parser.add_argument("-f", action="store_true", dest="follows", help="go on until the run has finished")
     args = with_our_errors(parser).parse_args(arguments)
     found = Logs(Path(args.run), show, args.rank)

@@ -50,7 +50,7 @@ def predict_parser() -> argparse.ArgumentParser:
     """The command line of `allranks predict`."""
     parser = _parser(
         "predict",
-        "What a trained model says of images, or of a part of the data.",
+        "Says what a trained model sees in images, or in each example of the data.",
         """
         examples:
           allranks predict runs/mlp/1 two.png three.jpg
@@ -59,14 +59,21 @@ def predict_parser() -> argparse.ArgumentParser:
           allranks predict runs/mlp/1 --data test --csv test.csv
           allranks predict runs/mlp/1 --data test --npy outputs.npy
 
-        An image may have any size, be grey or coloured, light on dark or dark on light. The column
-        `prepared` tells what was done to it. The exit code is 0; 1 where some of the images could
-        not be read; 2 where nothing could be predicted.
+        An image may have any size, be grey or coloured, light on dark or dark on light.
+        The column `prepared` tells what was done to it. The exit code is 0. It is 1
+        where some of the images could not be read, and 2 where nothing could be
+        predicted.
         """,
     )
     parser.add_argument("words", metavar="IMAGE|OVERRIDE", nargs="*", help="image files; " + OVERRIDES_HELP)
     parser.add_argument("--data", choices=("test", "val", "train"), help="predict this part of the data")
-    parser.add_argument("--top", type=_positive, metavar="N", default=3, help="classes that are shown (3)")
+    parser.add_argument(
+        "--top",
+        type=_positive,
+        metavar="N",
+        default=3,
+        help="how many classes are shown of each image; default: 3",
+    )
     parser.add_argument(
         "--fit",
         choices=("auto", "digit", "whole", "crop"),
@@ -81,14 +88,20 @@ def predict_parser() -> argparse.ArgumentParser:
         help="auto: an image with a light border is inverted for a model of 28 x 28 grey pixels",
     )
     parser.add_argument(
-        "--json", action="store_true", help="for programs: one JSON line an image or example"
+        "--json", action="store_true", help="for programs: one JSON line for each image or example"
     )
-    parser.add_argument("--csv", metavar="FILE", type=Path, help="with --data: a line an example into FILE")
+    parser.add_argument(
+        "--csv",
+        metavar="FILE",
+        type=Path,
+        help="with --data: write a table with a line for each example into FILE",
+    )
     parser.add_argument(
         "--npy",
         metavar="FILE",
         type=Path,
-        help="with --data: what the model itself gives, as an array with an entry for each example",
+        help="with --data: write what the model itself gives into FILE, as an array with an entry for each "
+        "example",
     )
     parser.add_argument("--force", action="store_true", help="replace FILE if it is there")
     return parser
@@ -98,7 +111,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
     """The command line of `allranks evaluate`."""
     parser = _parser(
         "evaluate",
-        "The figures of a trained model on its test set, or on other data.",
+        "Measures a trained model on its test set, or on other data.",
         """
         examples:
           allranks evaluate runs/mlp/1
@@ -106,8 +119,9 @@ def evaluate_parser() -> argparse.ArgumentParser:
           allranks evaluate runs/mlp/1 data=fashion_mnist
           allranks evaluate runs/mlp/1 data.root=/shared/data device=cpu
 
-        For the run's own test set the figures are compared with those in summary.json. They are the
-        same to the last digit on the same kind of machine. The exit code is 0 either way.
+        For the run's own test set the figures are compared with those in
+        summary.json. They are the same to the last digit on the same kind of machine.
+        The exit code is 0 even where they are not.
         """,
     )
     parser.add_argument("words", metavar="OVERRIDE", nargs="*", help=OVERRIDES_HELP)
@@ -119,19 +133,26 @@ def export_parser() -> argparse.ArgumentParser:
     """The command line of `allranks export`."""
     parser = _parser(
         "export",
-        "Write a trained model for other programs, and check what was written on the test set.",
+        "Writes a trained model for other programs, and tries the file on the test set.",
         """
         examples:
-          allranks export runs/mlp/1 --to digits.safetensors    the weights alone
-          allranks export runs/mlp/1 --to digits.pt2            for torch, without this code
-          allranks export runs/mlp/1 --to digits.onnx           for any program that reads ONNX
+          allranks export runs/mlp/1 --to digits.safetensors  the weights
+          allranks export runs/mlp/1 --to digits.pt2          for PyTorch alone
+          allranks export runs/mlp/1 --to digits.onnx         for readers of ONNX
 
-        docs/use-the-model.md says what a program has to do with its pixels. The metadata in the
-        file hold the class names, the shape of the input, and the configuration of the run.
+        docs/use-the-model.md says what a program has to do with its pixels. The
+        metadata in the file hold the class names, the shape of the input, and the
+        configuration of the run.
         """,
     )
     parser.add_argument("words", metavar="OVERRIDE", nargs="*", help=OVERRIDES_HELP)
-    parser.add_argument("--to", metavar="FILE", type=Path, required=True, help="its suffix is the format")
+    parser.add_argument(
+        "--to",
+        metavar="FILE",
+        type=Path,
+        required=True,
+        help="the file; its suffix says the format: .safetensors, .pt2 or .onnx",
+    )
     parser.add_argument("--force", action="store_true", help="replace FILE if it is there")
     parser.add_argument("--json", action="store_true", help="for programs: one JSON object")
     return parser

@@ -31,10 +31,25 @@ STOPPED = "stopped"  # how a training has ended that goes on from its checkpoint
 USAGE = """%(prog)s [options] [machine.key=value ...]
                        [overrides of the training | -- PROGRAM ARGS...]"""
 
+DESCRIPTION = """\
+Starts a training, or the program after `--`, on every rank of this job's hosts,
+or of this host alone, and watches over the ranks until all have ended."""
+
+EXAMPLES = """\
+examples:
+  allranks launch model=cnn                        a rank for each device
+  allranks launch -n 4 trainer.epochs=3            four ranks
+  allranks launch -n 4 -- python my_own_train.py   any program
+  allranks launch --dry-run --machine polaris --nodes 2 model=cnn
+
+The exit code is that of the first rank that has failed. 0: finished; 85:
+stopped with a checkpoint; 2: a mistake, which the message explains; 86: started
+again and again without gaining a step. docs/launch.md has more."""
+
 
 def launch(arguments: Sequence[str]) -> int:
     """`allranks launch ARGUMENTS`; the exit code. Raises UserError."""
-    args, rest = options.parse(options.parser("launch", USAGE), arguments)
+    args, rest = options.parse(options.parser("launch", USAGE, DESCRIPTION, EXAMPLES), arguments)
     return _launch(args, rest, os.environ)
 
 

@@ -41,18 +41,18 @@ LAUNCHER = "auto|mpiexec|srun|flux|torchrun"
 OPTIONS = (
     Option(
         "--machine", "machine", "M", in_job=True, in_sweep=True,
-        launch="machine file to use; default: the one this host belongs to",
-        submit="machine file to use; default: the one this host belongs to",
+        launch="machine file to use; default: the one that fits this host",
+        submit="machine file to use; default: the one that fits this host",
     ),
     Option(
         "--nodes", "nodes", "K", kind=int, least=1, in_sweep=True,
         launch="use the first K nodes",
-        submit="nodes (chunks, where a queue deals in those); default: 1",
+        submit="nodes of the job, or chunks in a queue that deals in those; default: 1",
     ),
     Option(
         "-n", "ranks", "RANKS", kind=int, least=1, in_job=True, in_sweep=True,
-        launch="ranks in all; default: all there are",
-        submit="ranks in all; default: the machine file's",
+        launch="ranks in all; default: as many as the hosts have room for",
+        submit="ranks in all; default: as many as the machine file says",
     ),
     Option(
         "--ppn", "ppn", "P", kind=int, least=1, in_job=True, in_sweep=True,
@@ -61,110 +61,121 @@ OPTIONS = (
     ),
     Option(
         "--launcher", "launcher", LAUNCHER, in_job=True, in_sweep=True,
-        launch="who starts the ranks",
-        submit="who starts the ranks",
+        launch="the program that starts the ranks; auto: what the machine file says, or what is installed",
+        submit="the program that starts the ranks; auto: what the machine file says, or what is installed",
     ),
     Option(
         "--walltime", "walltime", "HH:MM:SS", in_sweep=True,
         submit="how long the job may run",
     ),
-    Option("--account", "account", "NAME", in_sweep=True, submit="whose account pays"),
+    Option("--account", "account", "NAME", in_sweep=True, submit="the project or account that pays"),
     Option(
         "--queue", "queue", "Q", in_sweep=True,
-        submit="queue, partition or QOS; default: the machine file's",
+        submit="queue, partition or QOS; default: what the machine file says",
     ),
     Option("--name", "name", "N", in_sweep=True, submit="the job's name; default: the run's"),
     Option(
         "--chain", "chain", "K", kind=int, least=1, in_sweep=True,
-        submit="K jobs one after another in one run directory, and no more",
+        submit="queue K jobs that run one after another in one run directory, and no further one",
     ),
-    Option("--after", "after", "ID", submit="start once that job has ended"),
+    Option("--after", "after", "ID", submit="start after the job with this id has ended"),
     Option(
         "--cell", "cell", "DIR",
-        submit="submit a cell of a sweep (or any run that was submitted) once more",
+        submit="submit a cell of a sweep, or any run that was submitted, once more",
     ),
     Option(
         "--run", "run", "DIR",
-        launch="the run directory of `allranks submit`: starts what is frozen there",
+        launch="(in job scripts) start what `allranks submit` has frozen in this run directory",
     ),
     Option(
         "--hosts", "hosts", "FILE",
-        launch="hosts to use: `host`, `host:4` or `host slots=4` a line",
+        launch="a file with the hosts to use, one a line: `host`, `host:4` or `host slots=4`",
     ),
     Option(
         "--job-nodes", "job_nodes", "K", kind=int, least=1,
-        launch="of a job script: start nothing in a job that has got fewer nodes",
+        launch="(in job scripts) start nothing if the job has got fewer than K nodes",
     ),
     Option(
         "--max-restarts", "max_restarts", "N", kind=int, least=0, in_job=True, in_sweep=True,
-        launch="start again after a crash; default: 0",
-        submit="in the job: as for allranks launch",
+        launch="start the ranks again after a crash, up to N times; default: 0",
+        submit="in the job: start the ranks again after a crash, up to N times; default: 0",
     ),
     Option(
         "--min-ranks", "min_ranks", "M", kind=int, least=1, in_job=True, in_sweep=True,
-        launch="go on without a host that is gone, on M ranks or more",
-        submit="in the job: as for allranks launch",
+        launch="go on without a host that is gone, as long as M ranks are left",
+        submit="in the job: go on without a host that is gone, as long as M ranks are left",
     ),
     Option(
         "--spares", "spares", "S", kind=int, least=0, in_job=True, in_sweep=True,
         launch="keep S of the nodes aside: one of them replaces a node that is gone",
-        submit="keep S of the --nodes aside in the job: as for allranks launch",
+        submit="in the job: keep S of the --nodes aside: one of them replaces a node that is gone",
     ),
     Option(
         "--idle", "idle", "SECONDS", kind=int, least=1, in_job=True, in_sweep=True,
         launch="end a program whose ranks neither write nor compute for so long, and say where they are",
-        submit="in the job: as for allranks launch",
+        submit="in the job: end a program whose ranks neither write nor compute for so long",
     ),
     Option(
         "--start-within", "start_within", "SECONDS", kind=int, least=1, in_job=True, in_sweep=True,
-        launch="until every rank must have come; default: 60, and for the preflight 40",
-        submit="in the job: as for allranks launch",
+        launch="how long all ranks together may take to start; default: 60, and 40 for the preflight",
+        submit="in the job: how long all ranks together may take to start; default: 60",
     ),
     Option(
         "--grace", "grace", "SECONDS", kind=int, least=0,
-        launch="from Ctrl-C or SIGTERM to SIGKILL; default: 10, and for a training what a save may take",
+        launch="how long the ranks may take to end after Ctrl-C or SIGTERM, before they are killed; "
+        "default: 10 for a program, and for a training what its watchdog allows for a step and a save",
     ),
     Option(
         "--config-dir", "config_dir", "DIR", in_job=True, in_sweep=True,
-        launch="a folder with machine/NAME.yaml (and groups) of your own",
-        submit="a folder with machine/NAME.yaml (and groups) of your own",
+        launch="a folder of your own with YAML files, such as machine/NAME.yaml or model/NAME.yaml",
+        submit="a folder of your own with YAML files, such as machine/NAME.yaml or model/NAME.yaml",
     ),
     Option(
         "--no-preflight", "preflight", "", switched=False, in_job=True, in_sweep=True,
         launch="start at once, without checking the hosts first",
-        submit="start at once, without checking the hosts first",
+        submit="in the job: start at once, without checking the hosts first",
     ),
     Option(
         "-q", "console", "", switched="quiet",
         launch="show warnings, errors and the last line only",
-        submit="in the job: as for allranks launch",
+        submit="in the job: show warnings, errors and the last line only",
     ),
     Option(
         "-v", "console", "", switched="verbose",
-        launch="show more: the plan, what each rank does at its start, each save, all ranks' log lines",
-        submit="in the job: as for allranks launch",
+        launch="show more: the plan, each rank's start, each save, and the log lines of all ranks",
+        submit="in the job: show more: the plan, ranks' starts, saves, and the log lines of all ranks",
     ),
     Option(
         "--next", "next", "DIR",
-        submit="of a job script: what comes after this job, once it has stopped",
+        submit="(in job scripts) queue the job that goes on with this run, now that it has stopped",
     ),
     Option(
         "--dry-run", "dry_run", "",
-        launch="show the command and every rank's place, do nothing",
-        submit="show the script, the command and every rank's place",
+        launch="show the command line and every rank's place, and start nothing",
+        submit="show the job script, the command line and every rank's place, and queue nothing",
     ),
     Option(
         "--json", "json", "",
-        launch="the dry run for programs",
-        submit="the answer for programs",
+        launch="with --dry-run: the same for programs",
+        submit="print the answer for programs",
     ),
 )  # fmt: skip
 
 
-def parser(command: str, usage: str) -> argparse.ArgumentParser:
-    """The parser of `allranks launch` or `allranks submit`. An option that was not given is None."""
+def parser(command: str, usage: str, description: str = "", examples: str = "") -> argparse.ArgumentParser:
+    """The parser of `allranks launch` or `allranks submit`. An option that was not given is None.
+
+    `--help` shows `usage` and `description` before the options, and `examples` after them. The last two are
+    shown with the line breaks that they have.
+    """
     made = argparse.ArgumentParser(
-        prog=f"allranks {command}", usage=usage, allow_abbrev=False, exit_on_error=False
+        prog=f"allranks {command}",
+        usage=usage,
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
     )
     for option in OPTIONS:
         text = getattr(option, command)

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="allranks report",
-        description="Make a page of a run, report.html in its directory, and its pictures as PNG and SVG "
+        description="Makes a page of a run, report.html in its directory, and its pictures as PNG and SVG "
         "in report/ beside it. The run may be finished, at work or cut off. Of several runs, also make a "
         "page that compares them, compare.html, here.",
     )

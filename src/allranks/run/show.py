@@ -44,19 +44,21 @@ def main(arguments: Sequence[str]) -> int:
     none is left to show. Raises UserError where there is no checkpoint at PATH.
     """
     commands = (
-        _Command("list", _list, "each one: step, epoch, a metric, size, valid or what is wrong"),
+        _Command("list", _list, "list them: step, epoch, a metric, size, and whether each is valid"),
         _Command("verify", _verify, "read every file again; the exit code is 1 if one is damaged"),
-        _Command("show", _show, "what the newest valid one, or the one at PATH, holds"),
+        _Command("show", _show, "show what one of them holds: the newest valid one, or that at PATH"),
     )
-    parser = argparse.ArgumentParser(prog="allranks checkpoint", description="Look at checkpoints.")
+    parser = argparse.ArgumentParser(
+        prog="allranks checkpoint", description="Looks at checkpoints, and changes nothing."
+    )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in commands:
         subparser = subparsers.add_parser(command.name, help=command.help, description=command.help)
         subparser.add_argument(
-            "path", metavar="PATH", help="a run directory, its checkpoints/, or one of them"
+            "path", metavar="PATH", help="the directory of a run, its checkpoints folder, or one checkpoint"
         )
         subparser.add_argument(
-            "--json", action="store_true", help="for programs: one JSON line a checkpoint"
+            "--json", action="store_true", help="for programs: one JSON line for each checkpoint"
         )
         with_our_errors(subparser).set_defaults(run=command.run)
     options = with_our_errors(parser).parse_args(arguments)

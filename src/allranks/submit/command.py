@@ -19,10 +19,24 @@ from allranks.submit.task import Task, check_idle, new_task, task_again
 USAGE = """%(prog)s [options] [machine.key=value ...]
                        [overrides of the training, -m | -- PROGRAM ARGS...]"""
 
+DESCRIPTION = """\
+Writes a job script for PBS or Slurm that starts a training, or the program
+after `--`, and queues it. With -m a sweep becomes a job array."""
+
+EXAMPLES = """\
+examples:
+  allranks submit --nodes 2 --walltime 00:30:00 --account NAME model=cnn
+  allranks submit --walltime 00:30:00 --account NAME -- python my_train.py
+  allranks submit --dry-run --machine polaris --walltime 00:30:00 \\
+      --account NAME model=cnn              shown anywhere, nothing is queued
+  allranks submit --cell runs/cnn/1         once more
+
+docs/submit.md has more."""
+
 
 def submit(arguments: Sequence[str]) -> int:
     """`allranks submit ARGUMENTS`; the exit code. Raises UserError."""
-    args, rest = options.parse(options.parser("submit", USAGE), arguments)
+    args, rest = options.parse(options.parser("submit", USAGE, DESCRIPTION, EXAMPLES), arguments)
     if args.next:
         return successor.go_on(args.next)
     if args.cell:

@@ -113,9 +113,15 @@ def cancelled(run: str) -> list[str]:
 
 def list_runs(arguments: Sequence[str]) -> int:
     """`allranks runs [DIR]`; the exit code. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="allranks runs", description="lists runs", allow_abbrev=False)
-    parser.add_argument("root", nargs="?", default="runs", metavar="DIR", help="default: ./runs")
-    parser.add_argument("--json", action="store_true", help="one JSON line a run")
+    parser = argparse.ArgumentParser(
+        prog="allranks runs",
+        description="Lists the runs below a folder, with what has become of them and of their jobs.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "root", nargs="?", default="runs", metavar="DIR", help="the folder; default: ./runs"
+    )
+    parser.add_argument("--json", action="store_true", help="for programs: one JSON line a run")
     args = with_our_errors(parser).parse_args(arguments)
     found = listed(args.root, show)
     if args.json:
@@ -143,8 +149,13 @@ def _figures_of(row: Mapping[str, Any]) -> Figures:
 
 def cancel(arguments: Sequence[str]) -> int:
     """`allranks cancel RUN`; the exit code. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="allranks cancel", description="ends a run's jobs")
-    parser.add_argument("run", metavar="RUN", help="a run's directory, a sweep's, or one cell's")
+    parser = argparse.ArgumentParser(
+        prog="allranks cancel",
+        description="Ends the jobs that `allranks submit` has queued for a run, whether they wait or run.",
+    )
+    parser.add_argument(
+        "run", metavar="RUN", help="the directory of a run, of a sweep, or of one cell of it"
+    )
     args = with_our_errors(parser).parse_args(arguments)
     print(f"cancelled {', '.join(cancelled(args.run))} of {args.run}")
     return 0
