@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import own_programs
-from helpers import Run, execute_forked
+from allranks.run import checkpoint
+from helpers import Run, execute_forked, only_long
 
 EXAMPLES, VALIDATION, TEST = 200, 40, 10
 # Neither 2 nor 3 divides it, and the last batch, of 14, is smaller.
@@ -72,3 +75,83 @@ def test_a_loop_of_ones_own_has_the_bits_of_the_shipped_training(ranks, pieces, 
     assert weights == shipped.summary["model/sha256"]
     for name in ("train/loss", "val/loss"):
         assert [epoch[name] for epoch in epochs] == pytest.approx(shipped.column(name), rel=1e-6)
+
+
+# A model with layers whose buffers are each rank's own until the ranks take over those of rank 0.
+NORMED = """
+import torch
+from torch import nn
+
+def net(input_shape, classes):
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, classes)
+    )
+"""
+NORMED_SHIPPED = ["model=linear", "model._target_=normed.net", *(w for w in SHIPPED if w != "model=mlp")]
+# The loop evaluates the bare model: DDP would send the buffers to the other ranks before each forward pass.
+NORMED_OWN = (
+    OWN.replace("from allranks.models import mlp", "from normed import net")
+    .replace(
+        "model = run.wrap(mlp([1, 28, 28], 10, dropout=0.2))",
+        "bare = net([1, 28, 28], 10)\nmodel = run.wrap(bare)",
+    )
+    .replace("F.cross_entropy(model(x), y) for", "F.cross_entropy(bare(x), y) for")
+    .replace("PIECES", "1")
+)  # fmt: skip
+
+
+def tensors(run: Run) -> dict[str, torch.Tensor]:
+    """The weights and buffers in a run's newest checkpoint."""
+    return load_file(checkpoint.path_of(run.path, checkpoint.steps(run.path)[0]) / "model.safetensors")
+
+
+@pytest.mark.parametrize("ranks", [only_long(1), 2, only_long(3)])
+def test_batch_norm_has_the_same_statistics_and_figures_in_both(ranks, tmp_path):
+    """Those of rank 0, in the evaluations and in the checkpoints."""
+    (tmp_path / "normed.py").write_text(NORMED)
+    env = {"PYTHONPATH": str(tmp_path)}
+    execute_forked(["-m", "allranks.train", *NORMED_SHIPPED], ranks, tmp_path, env).ok()
+    execute_forked(["-c", NORMED_OWN], ranks, tmp_path, env).ok()
+    shipped = Run(tmp_path / "runs/shipped")
+    own = Run(tmp_path / "runs/own")
+    theirs = tensors(shipped)
+    ours = tensors(own)
+    assert theirs.keys() == ours.keys() and "2.running_var" in ours
+    for name, tensor in theirs.items():
+        assert torch.equal(tensor, ours[name]), name
+    assert own.summary["model/sha256"] == shipped.summary["model/sha256"]
+    assert own.column("val/loss") == pytest.approx(shipped.column("val/loss"), rel=1e-6)
+
+
+def test_an_average_of_weights_and_an_epoch_left_by_break_have_rank_0s_statistics(tmp_path):
+    """AveragedModel is not in DDP: each rank's has averages of that rank's own statistics."""
+    (tmp_path / "normed.py").write_text(NORMED)
+    code = """
+import torch, allranks
+from normed import net
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+run = allranks.open("own", seed=7, device="cpu", threads=1, report=False)
+data = TensorDataset(torch.rand(40, 784), torch.arange(40) % 10)
+bare = net([1, 28, 28], 10)
+model = run.wrap(bare)
+average = torch.optim.swa_utils.AveragedModel(bare, use_buffers=True)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+run.keep(model=model, average=average, optimizer=optimizer)
+for epoch in run.epochs(2):
+    for inputs, labels in run.steps(run.batches(data, batch_size=8)):
+        run.backward(F.cross_entropy(model(inputs), labels))
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(bare)
+        if run.step == 7: break
+    found = []
+    for inputs, labels in run.batches(data, batch_size=40, shuffle=False):
+        found += [*bare.buffers(), *average.buffers()]
+    print(epoch, torch.cat([each.flatten().double() for each in found]).tolist())
+run.finish()
+"""
+    done = execute_forked(["-c", code], 2, tmp_path, {"PYTHONPATH": str(tmp_path)}).ok()
+    for epoch in range(2):
+        of_rank_0, of_rank_1 = [line for line in done.out.splitlines() if line.startswith(f"{epoch} [")]
+        assert of_rank_0 == of_rank_1

@@ -347,12 +347,17 @@ class Run:
         self._kept.source = None
 
     def _leave_alike(self) -> None:
-        """Where this rank has left a loop by `break`, waits for the others to do so; raises UserError."""
+        """Where this rank has left a loop by `break`, waits for the others to do so; raises UserError.
+
+        Then the ranks do what comes after the steps of an epoch: they take over rank 0's buffers.
+        """
         if self._has_left:
             self._has_left = False
             self._runtime.meeting.all_alike(
                 f"left by `break` after step {self.step}", _LEFT_ALIKE, _ALIKE_S
             )
+            if self._loop is not None:
+                self._loop.share_buffers()
 
     def steps(self, batches: Any, *, steps_per_save: int = 1) -> Iterator[Any]:
         """The batches of the epoch that are left; the loop's body takes one step on each.
@@ -701,9 +706,10 @@ class Run:
         self._records.open(self._path, position, length, self._saver.check, self._is_new)
         self._startup_s = process_age_s() - self._began_s
         self._control = Control(runtime, self._saver, self._signals, self._config.checkpoint, epochs)
-        self._loop = Loop(
-            runtime, position, self._control, self._report, self._records, self._gradients.models
-        )
+        trained = self._gradients.models
+        kept = [each for each in self._kept.objects.values() if isinstance(each, nn.Module)]
+        averages = [each for each in kept if not any(each is model for model in trained)]
+        self._loop = Loop(runtime, position, self._control, self._report, self._records, trained, averages)
         self._stops = EvaluationStops(runtime, self._control, self._kept)
         return self._loop
 
@@ -760,6 +766,7 @@ class OwnBatches:
 
     def __iter__(self) -> Iterator[Any]:
         run = self._run
+        run._leave_alike()
         is_stepping = run._is_stepping
         before = run._in_hand
         try:

@@ -213,6 +213,16 @@ def allreduce(comm: Any, tensor: torch.Tensor) -> None:
         comm.Allreduce(MPI.IN_PLACE, tensor.numpy())
 
 
+def broadcast(comm: Any, tensor: torch.Tensor) -> None:
+    """Rank 0's contiguous CPU tensor on every rank, in place."""
+    import torch
+
+    # MPI and NumPy know no bfloat16. All numbers travel as whole numbers of the same size, bit by bit.
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    size = tensor.element_size()
+    comm.Bcast((tensor.view(whole[size]) if size in whole else tensor).numpy(), root=0)
+
+
 def end_job(code: int) -> None:
     """Joins MPI only to end every rank of the job, for a rank that could not begin."""
     try:

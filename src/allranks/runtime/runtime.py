@@ -229,10 +229,21 @@ class Runtime:
         """Rank 0's contiguous tensor on every rank, in place."""
         self.progress.arrive()
         if self.comm is not None:
-            self.comm.Bcast(tensor.numpy(), root=0)
+            mpi.broadcast(self.comm, tensor)
         elif self.world_size > 1:
             dist.broadcast(tensor, src=0)
         return tensor
+
+    def share_buffers(self, model: torch.nn.Module) -> None:
+        """Rank 0's buffers of this model on every rank; all ranks call.
+
+        In training each rank's BatchNorm layers gather statistics of that rank's examples.
+        """
+        if self.world_size == 1:
+            return
+        for buffer in model.buffers():
+            content = buffer.detach().to(self.device).contiguous()
+            buffer.copy_(self.broadcast(content))
 
     @contextmanager
     def all_or_none(self) -> Iterator[None]:

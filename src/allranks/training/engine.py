@@ -115,15 +115,9 @@ def _evaluate_epoch(training: Training, around: _Surroundings) -> None:
 
     Raises RunStopped where the ranks agreed to stop in between.
     """
-    runtime = around.runtime
-    if runtime.world_size > 1:
-        # Each rank's BatchNorm layers have statistics of their own examples. All ranks take over those of
-        # rank 0, which are evaluated and saved.
-        for buffer in training.model.buffers():
-            buffer.copy_(runtime.broadcast(buffer.contiguous()))
-    runtime.progress.compiles = False
+    around.runtime.progress.compiles = False
     if around.trainer.train_metrics == "running":
-        train = training.sums.total(runtime)
+        train = training.sums.total(around.runtime)
     else:
         train = _evaluate(training, around.data.train, around)
     val = _evaluate(training, around.data.val, around)

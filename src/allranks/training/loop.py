@@ -39,6 +39,7 @@ class Loop:
     report: Reporter  # tells the user how far the run is
     records: Records  # keeps the figures of single steps, and hands figures to the trackers
     models: Sequence[nn.Module] = ()  # their weights are the same on all ranks, which is looked at
+    averages: Sequence[nn.Module] = ()  # models besides, whose weights are not looked at
     _figures: dict[str, float | int] = field(default_factory=dict)  # of the epoch that is under way
     _started: float = 0.0  # when its steps began, as if nothing had interrupted them
     _trained: float = 0.0  # when its last step was done; both by time.perf_counter()
@@ -94,6 +95,16 @@ class Loop:
             progress.completed(position.step)
         self.runtime.synchronize()
         self._trained = time.perf_counter()
+        self.share_buffers()
+
+    def share_buffers(self) -> None:
+        """All ranks take over rank 0's buffers, which are evaluated and saved; all ranks call.
+
+        Each rank's BatchNorm layers have statistics of that rank's examples. steps() calls this at its end.
+        Where its loop was left by `break`, the ranks call it once they know that all of them have left.
+        """
+        for model in (*self.models, *self.averages):
+            self.runtime.share_buffers(model)
 
     def _meet(self, evaluates_next: bool) -> None:
         self.position.epoch_s = time.perf_counter() - self._started
