@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from allranks.runtime.gradients import OrderedSum
+from allranks.training.gradients import Gradients
 
 
 def gradients(seed: int) -> list[torch.Tensor]:
@@ -73,3 +76,33 @@ def test_a_parameter_without_a_gradient_counts_as_zeros():
     adder.give(lambda rows: rows)
     assert used.grad.tolist() == [2.0, 4.0]
     assert unused.grad.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_a_parameter_that_no_share_has_used_may_be_left_alone():
+    """What another rank has used gets a gradient here too; what nobody has used keeps none."""
+    here, there, nowhere = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
+    adders = [OrderedSum([here, there, nowhere], shares=2, gives_zeros=False) for _ in range(2)]
+    for adder, used in zip(adders, (here, there), strict=True):
+        adder.take(0)
+        used.grad = torch.tensor([1.0, 2.0])
+        adder.take(1)
+    subtotals: list[torch.Tensor] = []
+    adders[1].give(lambda rows: subtotals.append(rows) or rows)
+    adders[0].give(lambda rows: torch.cat([rows, *subtotals]))
+    assert here.grad.tolist() == [1.0, 2.0]
+    assert there.grad.tolist() == [1.0, 2.0]
+    assert nowhere.grad is None
+
+
+def test_gradients_that_were_there_before_are_added_to():
+    """As where a program adds up the gradients of several steps; with one share, too."""
+    alone = SimpleNamespace(virtual_ranks=1, world_size=1, shares=range(1), device=torch.device("cpu"))
+    alone.wrap = lambda model, *_: model
+    alone.gather = lambda rows: rows
+    gradients_of = Gradients(alone, spreading=None, remedy="")  # type: ignore[arg-type]
+    model = gradients_of.wrap(torch.nn.Linear(1, 1, bias=False))
+    for step in range(3):
+        for _ in gradients_of.each_share(seed=1, step=step):
+            (model.weight.sum() * 10.0**step).backward()
+    assert model.weight.grad.item() == 111.0
+    assert gradients_of.passes == 3

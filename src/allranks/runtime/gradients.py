@@ -107,26 +107,38 @@ class OrderedSum:
     tree from all ranks' sums. So the same additions are made in the same order on 1, 2 or 4 ranks.
 
     parameters: those that have gradients, of one type and on one device; shares: how many this rank takes
-    of a batch.
+    of a batch; gives_zeros: whether a parameter that no share has used gets a gradient of zeros, and not
+    None. An optimizer goes on moving a parameter whose gradient is 0, by its momentum or its weight decay.
     """
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter], shares: int) -> None:
+    def __init__(
+        self, parameters: Sequence[torch.nn.Parameter], shares: int, gives_zeros: bool = True
+    ) -> None:
         self.parameters = parameters
+        self.gives_zeros = gives_zeros
         # As autograd lays out a gradient in memory: a convolution's may have its channels last.
         self.strides = [torch.empty_like(p).stride() for p in parameters]
         first = parameters[0]
-        elements = sum(p.numel() for p in parameters)
-        # [shares, elements]: the gradient of each share, all parameters one after the other
-        self.rows = torch.zeros(shares, elements, dtype=first.dtype, device=first.device)
+        self._elements = sum(p.numel() for p in parameters)
+        # [shares, elements]: the gradient of each share, all parameters one after the other. Where a
+        # parameter that no share has used is to be left alone, a further number for each parameter is 1 if
+        # the share has used it, and else 0: so the sum says on every rank whether any share has.
+        width = self._elements if gives_zeros else self._elements + len(parameters)
+        self.rows = torch.zeros(shares, width, dtype=first.dtype, device=first.device)
+        self._used_here = [False] * len(parameters)  # whether any share of this rank has used it
 
     def take(self, row: int) -> None:
         """Moves the gradients of share number `row` out of the parameters; a missing one counts as 0."""
+        used = [parameter.grad is not None for parameter in self.parameters]
         for parameter, part in zip(self.parameters, self._parts(self.rows[row]), strict=True):
             if parameter.grad is None:
                 part.zero_()
             else:
                 part.copy_(parameter.grad)
                 parameter.grad = None
+        if not self.gives_zeros:
+            self.rows[row, self._elements :] = torch.tensor(used, dtype=self.rows.dtype)
+            self._used_here = [before or now for before, now in zip(self._used_here, used, strict=True)]
 
     def give(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Makes the sum over all shares of all ranks the parameters' gradient.
@@ -134,16 +146,27 @@ class OrderedSum:
         `gather` brings the ranks' tensors [1, n] together to [world_size, n], in the order of the ranks.
         """
         total = _tree(gather(_tree(self.rows)))[0]
-        for parameter, part in zip(self.parameters, self._parts(total), strict=True):
-            parameter.grad = part
+        for parameter, part, is_used in zip(
+            self.parameters, self._parts(total), self._used(total), strict=True
+        ):
+            parameter.grad = part if is_used else None
+
+    def _used(self, total: torch.Tensor) -> list[bool]:
+        """Whether each parameter gets a gradient; `total` is the sum over all shares."""
+        used_here = self._used_here
+        self._used_here = [False] * len(self.parameters)
+        if self.gives_zeros or all(used_here):
+            return [True] * len(self.parameters)
+        # To read the numbers makes the processor wait for a GPU, so they are read only where they matter.
+        return total[self._elements :].ne(0).tolist()
 
     def _parts(self, row: torch.Tensor) -> list[torch.Tensor]:
-        """Views of a row [elements], one for each parameter, in its shape and its order in memory.
+        """Views of a row, one for each parameter, in its shape and its order in memory.
 
         Fused optimizers go through the memory of a parameter and of its gradient in one order, and take it
         for the same order without looking.
         """
-        pieces = row.split([p.numel() for p in self.parameters])
+        pieces = row[: self._elements].split([p.numel() for p in self.parameters])
         return [
             piece.as_strided(p.shape, strides, piece.storage_offset())
             for piece, p, strides in zip(pieces, self.parameters, self.strides, strict=True)

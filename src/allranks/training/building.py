@@ -15,7 +15,6 @@ from allranks.components import build, locate, locate_targets
 from allranks.config import ShardingConfig, TrainerConfig
 from allranks.data.dealing import steps_per_epoch
 from allranks.runtime import sharding
-from allranks.runtime.gradients import OrderedSum
 from allranks.runtime.runtime import UNUSED_IN_TRAINER, Runtime
 from allranks.tasks import is_classification
 from allranks.training.gradients import Gradients
@@ -103,7 +102,8 @@ def build_training(recipe: Recipe, runtime: Runtime, examples: int) -> Training:
     """
     trainer = recipe.trainer
     is_sharded = sharding.is_wanted(recipe.sharding, runtime)
-    gradients = Gradients(runtime, recipe.sharding if is_sharded else None, UNUSED_IN_TRAINER)
+    spreading = recipe.sharding if is_sharded else None
+    gradients = Gradients(runtime, spreading, UNUSED_IN_TRAINER, gives_zeros=True)
     if is_sharded:
         model = _spread_model(recipe, gradients)
     else:
@@ -128,7 +128,6 @@ def build_training(recipe: Recipe, runtime: Runtime, examples: int) -> Training:
         task=build_task(recipe.task, trainer.label_smoothing, runtime.device),
         scaler=torch.amp.GradScaler(runtime.device.type, enabled=trainer.precision == "fp16"),
         sums=Sums(runtime, columns=()),  # the trial of the first batch finds out what the task measures
-        ordered_sum=OrderedSum(parameters, len(runtime.shares)) if trainer.reproducible else None,
         first_buffers=first_buffers(model),
     )
 

@@ -205,16 +205,10 @@ def train_step(
     sums_before = training.sums.rows.clone() if is_running else None
     sums = [each for each in (training.sums if is_running else None, recorded) if each is not None]
 
-    # 1. The gradient of this rank's shares, and with it that of all ranks: DDP adds up in the backward
-    #    pass. A reproducible run adds up afterwards, in one fixed order.
+    # 1. The gradient of this rank's shares, and with it that of all ranks.
     losses: list[torch.Tensor] = []
-    for row, (share, batch) in enumerate(zip(runtime.shares, shares, strict=True)):
-        reseed(mixed(seed, training.position.step, share), runtime.device)
-        losses += _backward(training, row, batch, trainer, runtime, sums)
-        if training.ordered_sum is not None:
-            training.ordered_sum.take(row)
-    if training.ordered_sum is not None:
-        training.ordered_sum.give(runtime.gather)
+    for row in training.gradients.each_share(seed, training.position.step):
+        losses += _backward(training, row, shares[row], trainer, runtime, sums)
 
     # 2. The weights follow the gradient, unless it is not finite.
     with _named("optimizer"):

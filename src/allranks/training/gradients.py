@@ -2,18 +2,22 @@
 
     gradients = Gradients(runtime, spreading=None, remedy="...")
     model = gradients.wrap(Net())
-    with gradients.in_pieces():
-        for number, piece in enumerate(pieces, start=1):
-            with gradients.piece(is_last=number == len(pieces)):
-                gradients.backward(weighted loss of model(piece))
+    for row in gradients.each_share(seed, step):
+        pieces = those of share number `row` of this rank
+        with gradients.in_pieces():
+            for number, piece in enumerate(pieces, start=1):
+                with gradients.piece(is_last=number == len(pieces)):
+                    gradients.backward(weighted loss of model(piece))
 
 The shipped training (engine.py) and a loop of the user's own (own/run.py) both take this way. The ranks
-exchange gradients once in a step, in the backward pass of the last piece.
+exchange gradients once in a step. As a rule each rank has one share, and the exchange is in the backward
+pass of its last piece. In a reproducible run a rank may have several shares. The gradient of each is put
+aside then, and after the last share those of all ranks are added up in one fixed order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +26,8 @@ import torch
 from torch import nn
 
 from allranks.config import ShardingConfig
+from allranks.data.randomness import mixed, reseed
+from allranks.runtime.gradients import OrderedSum
 from allranks.runtime.runtime import Runtime
 
 
@@ -56,18 +62,27 @@ class _InDDP:
 class Gradients:
     """The models of one training, on one rank, and the backward passes through them."""
 
-    def __init__(self, runtime: Runtime, spreading: ShardingConfig | None, remedy: str) -> None:
+    def __init__(
+        self, runtime: Runtime, spreading: ShardingConfig | None, remedy: str, gives_zeros: bool = False
+    ) -> None:
         """Begins without a model.
 
         `spreading` says how models are spread over the ranks; None where every rank has all of them.
-        `remedy` is what lets a step leave parameters out, for messages.
+        `remedy` is what lets a step leave parameters out, for messages. `gives_zeros`: whether in a
+        reproducible run a parameter that a step leaves out gets a gradient of zeros, and not None.
         """
         self._runtime = runtime
         self._spreading = spreading
         self._remedy = remedy
+        self._gives_zeros = gives_zeros
         self.models: list[nn.Module] = []  # all that wrap() and spread() have returned, without DDP
         self._in_ddp: list[_InDDP] = []  # of several ranks that add up in the backward pass
-        self.passes = 0  # how many backward passes there were
+        # In a reproducible run: all parameters of all models, each once, and the sums of those that are
+        # trained, one sum for each type of numbers.
+        self._parameters: dict[nn.Parameter, None] = {}
+        self._ordered_sums: list[OrderedSum] = []
+        # How often gradients were computed that all ranks add up.
+        self.passes = 0
         self.are_summed = False  # whether gradients have been added up over the ranks
         # Whether a backward pass now adds up over the ranks. In all pieces but the last it does not.
         self._adds_up = True
@@ -85,6 +100,9 @@ class Gradients:
         wrapped = self._runtime.wrap(model, unused_parameters, self._remedy)
         if wrapped is not model:
             self._in_ddp.append(_InDDP(wrapped, list(wrapped.parameters())))
+        if self._runtime.virtual_ranks:
+            self._parameters |= dict.fromkeys(model.parameters())
+            self._begin_alike(model)
         self.models.append(inner(model))
         return wrapped
 
@@ -105,6 +123,54 @@ class Gradients:
         model = self._runtime.shard(make, self._spreading, name, dtype, check)
         self.models.append(model)
         return model
+
+    @torch.no_grad()
+    def _begin_alike(self, model: nn.Module) -> None:
+        """Gives all ranks the weights and buffers of rank 0, as DDP does; all ranks call."""
+        if self._runtime.world_size == 1:
+            return
+        for tensor in (*model.parameters(), *model.buffers()):
+            everyones = tensor.detach().clone(memory_format=torch.contiguous_format)
+            tensor.copy_(self._runtime.broadcast(everyones))
+
+    def each_share(self, seed: int, step: int, again: int = 0) -> Iterator[int]:
+        """The number of each share that this rank takes of a step's batch; all ranks call.
+
+        The loop's body computes the gradient of that share. Before it the random numbers are seeded from
+        the seed, the step and the share. `again` counts the earlier calls for the same step, which drew
+        other numbers. In a reproducible run the sum over all shares is the gradient after the loop, in an
+        order that does not depend on the number of ranks. Gradients that were there before are added to.
+        """
+        runtime = self._runtime
+        sums = self._sums_in_order()
+        aside = _taken_out(sums)
+        for row, share in enumerate(runtime.shares):
+            place = (seed, step, share, again) if again else (seed, step, share)
+            reseed(mixed(*place), runtime.device)
+            yield row
+            for each in sums:
+                each.take(row)
+        if sums:
+            for each in sums:
+                each.give(runtime.gather)
+            self.passes += 1
+            self.are_summed = True
+        _add_back(aside)
+
+    def _sums_in_order(self) -> list[OrderedSum]:
+        """The sums of all parameters that are trained in a reproducible run; none in any other run.
+
+        A parameter may be frozen for a while, as one half of a GAN is. It stays among them.
+        """
+        summed = {parameter for each in self._ordered_sums for parameter in each.parameters}
+        wanted = [each for each in self._parameters if each.requires_grad or each in summed]
+        if len(wanted) > len(summed):
+            by_type: dict[torch.dtype, list[nn.Parameter]] = {}
+            for parameter in wanted:
+                by_type.setdefault(parameter.dtype, []).append(parameter)
+            shares = len(self._runtime.shares)
+            self._ordered_sums = [OrderedSum(each, shares, self._gives_zeros) for each in by_type.values()]
+        return self._ordered_sums
 
     def backward(self, loss: torch.Tensor) -> None:
         """loss.backward(); the gradients are added up over the ranks, unless other pieces are to come.
@@ -179,6 +245,17 @@ def inner(model: nn.Module) -> nn.Module:
         bare = bare.module if isinstance(bare, nn.parallel.DistributedDataParallel) else bare._orig_mod
     assert isinstance(bare, nn.Module)
     return bare
+
+
+def _taken_out(sums: Sequence[OrderedSum]) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """Takes the gradients that are there out of the parameters of these sums, and returns them."""
+    aside = []
+    for parameter in (parameter for each in sums for parameter in each.parameters):
+        if parameter.grad is not None:
+            # A copy, because the gradient may be a view of the numbers that the sum works with.
+            aside.append((parameter, parameter.grad.clone()))
+            parameter.grad = None
+    return aside
 
 
 def _add_back(aside: list[tuple[nn.Parameter, torch.Tensor]]) -> None:

@@ -15,7 +15,6 @@ from torch import nn
 
 from allranks.base.errors import UserError
 from allranks.base.text import did_you_mean, one_line
-from allranks.runtime.gradients import OrderedSum
 from allranks.training.gradients import Gradients
 from allranks.training.metrics import Column, Sums
 from allranks.training.position import TrainingPosition
@@ -72,7 +71,6 @@ class Training:
     scaler: torch.amp.GradScaler
     task: Any  # says what the loss is, and what is measured (allranks.tasks)
     sums: Sums  # of the running epoch, where trainer.train_metrics=running
-    ordered_sum: OrderedSum | None = None  # in a reproducible run
     # The buffers that the model's state_dict leaves out, as its constructor has made them.
     first_buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     position: TrainingPosition = field(default_factory=TrainingPosition)
