@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
-from helpers import MEASURED, Done, execute, execute_forked, forked_python, launcher
+from helpers import MEASURED, ROOT, Done, execute, execute_forked, forked_python, launcher
+
+PAGE = (ROOT / "docs/your-own-loop.md").read_text()
+
+
+def script(name: str) -> str:
+    """The program of this name on docs/your-own-loop.md."""
+    return re.search(rf"```python\n# {name}\n(.*?)```", PAGE, flags=re.S)[1]  # type: ignore[index]
 
 
 def started(kind: str, ranks: int, folder: Path, code: str, disturb: str = "", python: str = "") -> Done:

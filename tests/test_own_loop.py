@@ -17,15 +17,8 @@ import pytest
 
 import own_programs
 from allranks.run import checkpoint
-from helpers import PYTHON, ROOT, Done, execute, execute_forked, forked_python, launcher, only_long
-
-PAGE = (ROOT / "docs/your-own-loop.md").read_text()
-
-
-def script(name: str) -> str:
-    """The program of this name on the page."""
-    return re.search(rf"```python\n# {name}\n(.*?)```", PAGE, flags=re.S)[1]  # type: ignore[index]
-
+from helpers import PYTHON, Done, execute, execute_forked, forked_python, launcher, only_long
+from own_programs import script
 
 # The page's program in less time. Told so by the environment, the last rank kills itself before a step, or
 # rank 0 gets a signal there.

@@ -15,6 +15,10 @@ from allranks.data.nests import described
 from allranks.own.state import add_mean, digest_of, no_sum
 from allranks.runtime.runtime import Runtime, sum_dtype
 
+# How long a rank waits for the others to do what it has done, such as to leave a loop. If the others are in
+# a collective after that time, they wait for this rank, and the watchdog names it.
+ALIKE_S = 1.0
+
 
 class Measuring:
     """The sums of one pass over batches, on one rank; all ranks have one.

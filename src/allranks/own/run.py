@@ -40,7 +40,8 @@ from allranks.data.nests import described
 from allranks.data.randomness import mixed, reseed
 from allranks.job import pulse
 from allranks.job.identity import RankIdentity
-from allranks.own.measuring import Measuring, as_number, is_scalar
+from allranks.own.measuring import ALIKE_S, Measuring, as_number, is_scalar
+from allranks.own.metric import Metric
 from allranks.own.sharing import Sharing
 from allranks.own.state import KeptObjects
 from allranks.own.steps import OwnSteps
@@ -62,9 +63,6 @@ from allranks.training.state import weights_sha256
 from allranks.training.weight import share_weight
 
 _AFTER_STEPS = -1  # in place of a rank, for the random numbers between the steps and the epoch's end
-# How long a rank waits for the others to leave a loop, or to leave out a backward pass, as it has done. If
-# the others are in a collective after that time, they wait for this rank, and the watchdog names it.
-_ALIKE_S = 1.0
 _LEFT_ALIKE = "the other ranks to leave the loop by `break`, as this one has: all must, after the same step"
 _SKIPPED_ALIKE = "the other ranks to take a step without run.backward(), as this one has: all must"
 
@@ -353,9 +351,7 @@ class Run:
         """
         if self._has_left:
             self._has_left = False
-            self._runtime.meeting.all_alike(
-                f"left by `break` after step {self.step}", _LEFT_ALIKE, _ALIKE_S
-            )
+            self._runtime.meeting.all_alike(f"left by `break` after step {self.step}", _LEFT_ALIKE, ALIKE_S)
             if self._loop is not None:
                 self._loop.share_buffers()
 
@@ -420,7 +416,7 @@ class Run:
                     self._check_in_hand(share)
                     if self._gradients.are_summed and self._gradients.passes == passes:
                         self._runtime.meeting.all_alike(
-                            f"no run.backward() in step {self.step + 1}", _SKIPPED_ALIKE, _ALIKE_S
+                            f"no run.backward() in step {self.step + 1}", _SKIPPED_ALIKE, ALIKE_S
                         )
         finally:  # also where the body has left the loop by `break`
             self._is_stepping = False
@@ -584,6 +580,26 @@ class Run:
                     raise measuring.takes_them_one_by_one()
         self._in_hand = before
         return measuring.means()
+
+    def metric(self, metric: Any) -> Metric:
+        """A metric that is no mean, such as an AUROC, exact on any number of ranks.
+
+        metric: an object of torchmetrics. The run takes a copy of it. Call update(...) of what is returned
+        for each batch of run.batches(), and compute() after the last one. Raises UserError for another
+        object.
+        """
+        self._check_open("run.metric()")
+        return Metric(metric, self._runtime, self._evaluated)
+
+    def _evaluated(self, what: str) -> Dealt:
+        """This rank's share of the batch of run.batches() that the program has; raises UserError."""
+        if self._is_stepping or self._in_hand is None:
+            raise UserError(
+                f"{what} belongs into a loop over run.batches(). In a step of run.steps() what it has seen "
+                "would be lost where a run goes on in the middle of an epoch.",
+                said_by=ANYONE,
+            )
+        return self._in_hand
 
     def share(self, items: Sequence[Any], work: Callable[[Any], Any], name: str = "items") -> list[Any]:
         """work(item) for each item, each on one rank; the results in the order of the items, on all ranks.

@@ -20,11 +20,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from allranks.base.errors import UserError
+from allranks.base.errors import ANYONE, UserError
 from allranks.base.text import one_line
 from allranks.data import nests
 from allranks.runtime.runtime import Runtime, sum_dtype
 from allranks.tasks import Mean
+
+_LOOK_AT_THE_TASK = "look at its values, and at what the task gives it"  # a remedy
 
 
 class Column(NamedTuple):
@@ -70,7 +72,7 @@ def columns_of(task: Any, measured: Mapping[str, Any]) -> list[Column]:
                 )
             continue
         mean = value if isinstance(value, Mean) else Mean(value)
-        if not _is_one_number(mean.total) or not (mean.weight is None or _is_one_number(mean.weight)):
+        if not is_one_number(mean.total) or not (mean.weight is None or is_one_number(mean.weight)):
             raise UserError(
                 f"metrics() of the task gives {name} as {_told(value)}, but a metric is one number, the "
                 "sum over the examples of the batch, or an allranks.tasks.Mean."
@@ -88,21 +90,30 @@ def objects_of(task: Any) -> Mapping[str, Any]:
     """The torchmetrics objects of a task, by name."""
     objects = getattr(task, "torchmetrics", None) or {}
     for name, metric in objects.items():
-        if not all(hasattr(metric, each) for each in ("update", "compute", "reset", "_reductions")):
+        problem = problem_of(metric)
+        if problem:
             raise UserError(
-                f"task.torchmetrics.{name} is a {type(metric).__name__}: give the _target_ of a metric of "
-                "torchmetrics, or of a class derived from torchmetrics.Metric."
-            )
-        # Such an object's own state says nothing of what it has seen.
-        if not metric._reductions or any(hasattr(inner, "_reductions") for inner in metric.children()):
-            raise UserError(
-                f"task.torchmetrics.{name} is a {type(metric).__name__}, which holds other metrics: give "
-                "each of these by itself."
+                f"task.torchmetrics.{name} is {problem}: give the _target_ of a metric of torchmetrics, or "
+                "of a class derived from torchmetrics.Metric."
             )
     return dict(objects)
 
 
-def _is_one_number(value: Any) -> bool:
+def problem_of(metric: Any) -> str:
+    """What an object is that should be one metric of torchmetrics and is none, for a message; else ""."""
+    if isinstance(metric, type):
+        return f"the class {metric.__name__}, and no object of it"
+    kind = f"a {type(metric).__name__}"
+    if not all(hasattr(metric, each) for each in ("update", "compute", "reset", "children")):
+        return kind
+    # The state of an object that holds others says nothing of what they have seen.
+    if any(hasattr(inner, "_reductions") for inner in metric.children()):
+        return f"{kind}, which holds other metrics, of which each is to be given by itself"
+    return "" if getattr(metric, "_reductions", None) else f"{kind} without a state of its own"
+
+
+def is_one_number(value: Any) -> bool:
+    """Whether this is a number, or a tensor of one."""
     if isinstance(value, torch.Tensor):
         return value.numel() == 1
     return isinstance(value, int | float)
@@ -177,7 +188,12 @@ class Sums:
         figures = figures_of(runtime.gather(self.rows).sum(dim=0).tolist(), self.columns)
         values = dict(figures.values)
         for name, metric in self.objects.items():
-            values |= _computed(name, merged(metric, runtime)) if figures.examples else {name: 0.0}
+            if figures.examples:
+                called = f"task.torchmetrics.{name}"
+                value = computed(merged(metric, runtime), called, _LOOK_AT_THE_TASK)
+                values |= _numbers(name, value)
+            else:
+                values[name] = 0.0
         return Figures(values, figures.examples)
 
 
@@ -232,6 +248,9 @@ def seeing(metric: Any, device: torch.device) -> Any:
     return _anew(metric, device)
 
 
+_NAMED = "named_"  # the beginning of the names of lists that hold arguments with a keyword
+
+
 class _Inputs:
     """Stands for a metric whose states cannot be put together exactly: it keeps what the metric is given.
 
@@ -247,16 +266,17 @@ class _Inputs:
         self._reductions: dict[str, None] = {}  # has the names of the lists that follow
         self._update_count = 0
 
-    def update(self, *arguments: Any) -> None:
+    def update(self, *arguments: Any, **named: Any) -> None:
         """Keeps the arguments, which must be tensors; raises UserError."""
-        for number, argument in enumerate(arguments):
-            name = f"argument_{number}"
+        given = {f"argument_{number}": argument for number, argument in enumerate(arguments)}
+        given |= {_NAMED + name: argument for name, argument in named.items()}
+        for name, argument in given.items():
             if not isinstance(argument, torch.Tensor):
                 raise UserError(
                     f"{type(self._metric).__name__} keeps a state that cannot be put together exactly over "
                     f"the ranks, and is given {nests.described(argument)}: take a metric that keeps sums, "
                     "or give it tensors.",
-                    said_by=0,
+                    said_by=ANYONE,  # a rank that has no examples gives it nothing
                 )
             if name not in self._reductions:
                 self._reductions[name] = None
@@ -269,7 +289,11 @@ class _Inputs:
         whole = copy.deepcopy(self._metric)
         for state in states:
             for batch in zip(*state.values(), strict=True):
-                whole.update(*batch)
+                given = dict(zip(state, batch, strict=True))
+                named = {
+                    name.removeprefix(_NAMED): given.pop(name) for name in state if name.startswith(_NAMED)
+                }
+                whole.update(*given.values(), **named)
         whole._to_sync = False  # else compute() would gather over the ranks once more
         return whole
 
@@ -359,22 +383,25 @@ def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _computed(name: str, metric: Any) -> dict[str, float]:
-    """The metric's value: one number, or several in a dict, each under its own name."""
+def computed(metric: Any, called: str, remedy: str) -> Any:
+    """What the metric gives for all that it has seen; all ranks call, with what merged() has returned.
+
+    called: what the user calls the metric. Raises UserError, with `remedy`, where it cannot be computed.
+    """
     try:
-        value = metric.compute()
+        return metric.compute()
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise UserError(
-            f"task.torchmetrics.{name} cannot be computed ({one_line(error)}): look at its values, and at "
-            "what the task gives it.",
-            said_by=0,
-        ) from error
+        raise UserError(f"{called} cannot be computed ({one_line(error)}): {remedy}.", said_by=0) from error
+
+
+def _numbers(name: str, value: Any) -> dict[str, float]:
+    """What a task's metric has computed: one number, or several in a dict, each under its own name."""
     values = {name: value}
     if isinstance(value, Mapping):
         values = {f"{name}_{key}": each for key, each in value.items()}
     found = {}
     for key, each in values.items():
-        if not _is_one_number(each):
+        if not is_one_number(each):
             raise UserError(
                 f"task.torchmetrics.{name} gives {_told(each)}, but a metric is one number: ask it for an "
                 "average, as by `average: macro`.",
