@@ -326,7 +326,8 @@ def notes(machine: machines.Machine, name: str) -> str:
     if name == machine.queue:
         found.append("taken without `--queue`")
     if queue.jobs_per_user:
-        found.append(f"{queue.jobs_per_user} job of a user at a time")
+        jobs = "job" if queue.jobs_per_user == 1 else "jobs"
+        found.append(f"{queue.jobs_per_user} {jobs} of a user at a time")
     if queue.ranks_per_chunk:
         found.append(f"{queue.ranks_per_chunk} rank in each chunk")
     return "; ".join(found)

@@ -194,7 +194,11 @@ def test_a_table_fits_into_its_window(columns):
     lines = picture(views, Look(columns))
     assert max(map(len, lines)) <= columns
     assert all("running" in line for line in lines[3:])
-    assert all(len(line) <= columns for line in picture(views[:1], Look(columns)))
+    one = picture(views[:1], Look(columns))
+    assert all(len(line) <= columns for line in one)
+    # The values stand below each other, behind the longest label as well.
+    beginnings = [re.match(r"  (progress|train accuracy|val accuracy) +", line) for line in one]
+    assert [found.end() for found in beginnings if found] == [17, 17, 17]
 
 
 @pytest.mark.parametrize(

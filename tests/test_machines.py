@@ -404,7 +404,7 @@ def test_a_chain_that_the_queue_refuses_is_refused_with_the_queue_that_takes_it(
         UserError, match=r"--chain 3 does not fit queue debug-scaling .* 1 job of a user"
     ) as told:
         machine.check_queue(polaris, "debug-scaling", 2, 1, jobs=3)
-    assert "These take 3 jobs: debug, preemptable, capacity, demand." in str(told.value)
+    assert "These take 3 jobs: debug, preemptable, demand." in str(told.value)
     with pytest.raises(UserError, match=r"A sweep of 12 cells does not fit queue debug-scaling"):
         machine.check_queue(polaris, "debug-scaling", 2, 1, jobs=12, is_sweep=True)
 

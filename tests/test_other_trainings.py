@@ -218,20 +218,20 @@ def test_a_run_of_each_kind_is_watched(kind, columns, tmp_path):
     [view] = Following([str(run)], print).views()
     lines = picture([view], Look(columns))
     assert max(map(len, lines)) <= columns
-    labels = [line[2:16].strip() for line in lines]
+    labels = [line[2:17].strip() for line in lines]
     assert [label for label in labels if label.endswith("loss")] == [
         metric_names.words_of(name) for name in view.metrics if name.endswith("loss")
     ]
     json.dumps(view.to_json(), allow_nan=False)
     if kind == "own loop":
-        assert "progress      step 1,200" in "\n".join(lines)
+        assert "progress       step 1,200" in "\n".join(lines)
         assert any("up to step 1,200" in line for line in lines)
     if kind == "language model":
         assert "  val perplexity 4871.166, 1.16e+05 at first" in lines
-        assert "  train loss    1.5000, 9.0000 after the first epoch" in lines
+        assert "  train loss     1.5000, 9.0000 after the first epoch" in lines
         assert any(line.strip() == "epoch 1 to 6" for line in lines)
     if kind == "regression":
-        assert "best epoch    6 (lowest val/loss)" in "\n".join(lines)
+        assert "best epoch     6 (lowest val/loss)" in "\n".join(lines)
 
 
 def test_steps_without_a_loss_are_drawn_by_what_they_have(tmp_path):
