@@ -65,13 +65,69 @@ run.finish()
 """
 
 
-@pytest.mark.parametrize(("ranks", "pieces"), [(1, 1), (2, 1), (3, 1), (3, 4)])
-def test_a_loop_of_ones_own_has_the_bits_of_the_shipped_training(ranks, pieces, tmp_path):
+# In place of the lines that clip and take the step.
+TAKEN = OWN.replace(
+    "        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)\n        optimizer.step()\n",
+    "        assert run.take_step(optimizer, clip_norm=1.0)\n",
+)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "pieces", "own"),
+    [(1, 1, OWN), (2, 1, TAKEN), (3, 1, OWN), (3, 4, TAKEN)],
+    ids=["1 rank", "2 ranks, run.take_step", "3 ranks", "3 ranks, run.take_step, pieces"],
+)
+def test_a_loop_of_ones_own_has_the_bits_of_the_shipped_training(ranks, pieces, own, tmp_path):
     """The weights are equal to the last bit. Epochs' losses are sums that are added up in another way."""
     execute_forked(["-m", "allranks.train", *SHIPPED, f"trainer.accumulate={pieces}"], ranks, tmp_path).ok()
-    execute_forked(["-c", OWN.replace("PIECES", str(pieces))], ranks, tmp_path).ok()
+    execute_forked(["-c", own.replace("PIECES", str(pieces))], ranks, tmp_path).ok()
     shipped = Run(tmp_path / "runs/shipped")
     epochs, weights = own_programs.figures(tmp_path / "runs/own")
+    assert weights == shipped.summary["model/sha256"]
+    for name in ("train/loss", "val/loss"):
+        assert [epoch[name] for epoch in epochs] == pytest.approx(shipped.column(name), rel=1e-6)
+
+
+# In training its output is NaN for the one example with the most ink.
+SPOILING = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, input_shape, classes):
+        super().__init__()
+        self.layer = nn.Linear(784, classes)
+
+    def forward(self, images):
+        flat = images.flatten(1)
+        is_spoilt = self.training & (flat.mean(1) > 0.26)
+        return torch.where(is_spoilt[:, None], torch.nan, self.layer(flat))
+"""
+
+
+@pytest.mark.parametrize("ranks", [only_long(1), 2, only_long(3)])
+def test_both_leave_out_the_steps_whose_gradient_is_not_finite(ranks, tmp_path):
+    """Weights and figures are those without these steps, on all ranks."""
+    (tmp_path / "spoiling.py").write_text(SPOILING)
+    env = {"PYTHONPATH": str(tmp_path)}
+    words = [
+        "model=linear",
+        "model._target_=spoiling.Net",
+        *(word for word in SHIPPED if word != "model=mlp"),
+    ]
+    own = (
+        TAKEN.replace("from allranks.models import mlp", "from spoiling import Net")
+        .replace("mlp([1, 28, 28], 10, dropout=0.2)", "Net([1, 28, 28], 10)")
+        .replace("seed=7, ", "seed=7, stop_at_nonfinite=False, ", 1)
+        .replace("assert run.take_step(", "print('taken', run.take_step(")
+        .replace("clip_norm=1.0)", "clip_norm=1.0))")
+        .replace("PIECES", "1")
+    )  # fmt: skip
+    execute_forked(["-m", "allranks.train", *words, "trainer.nonfinite=skip"], ranks, tmp_path, env).ok()
+    done = execute_forked(["-c", own], ranks, tmp_path, env).ok()
+    shipped = Run(tmp_path / "runs/shipped")
+    epochs, weights = own_programs.figures(tmp_path / "runs/own")
+    assert (done.out.count("taken False"), done.out.count("taken True")) == (3 * ranks, 18 * ranks)
     assert weights == shipped.summary["model/sha256"]
     for name in ("train/loss", "val/loss"):
         assert [epoch[name] for epoch in epochs] == pytest.approx(shipped.column(name), rel=1e-6)

@@ -86,6 +86,10 @@ STEADY = (
     .replace("shuffle=True", "shuffle=False")
     .replace("epochs(3)", "epochs(1)")
 )
+# The same with torch's own words where the page has run.take_step().
+CLIPPED = STEADY.replace(
+    "optimizer.step()", "nn.utils.clip_grad_norm_(model.parameters(), 1.0); optimizer.step()"
+)
 
 
 def with_loop(name: str) -> str:
@@ -100,10 +104,11 @@ def with_loop(name: str) -> str:
     [
         (with_loop("pieces.py"), STEADY),
         only_long(with_loop("groups.py"), STEADY.replace("batch_size=250", "batch_size=1000")),
+        only_long(with_loop("clipped.py"), CLIPPED),
     ],
-    ids=["pieces", "groups"],
+    ids=["pieces", "groups", "clipped"],
 )
-def test_gradients_in_pieces_and_over_several_steps_are_those_of_whole_batches(tmp_path, code, same_as):
+def test_other_loops_over_the_steps_come_to_the_losses_of_the_usual_one(tmp_path, code, same_as):
     losses = []
     for number, each in enumerate((code, same_as)):
         (tmp_path / str(number)).mkdir()

@@ -54,7 +54,8 @@ def open_run(
     log_every_steps:    the figures that run.log() gets in every N-th step go to metrics-steps.jsonl, and to
                         trackers
     stop_at_nonfinite:  whether a loss in run.backward() that is not finite ends the run before its next
-                        checkpoint
+                        checkpoint, and a gradient that is not finite at once in run.take_step(). If not,
+                        run.take_step() leaves such steps out
     several:            whether the program opens several runs, one after another
     settings:           keys of allranks' own configuration, such as device="cpu" or
                         checkpoint={"every_s": 600} (docs/configuration.md)

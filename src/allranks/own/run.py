@@ -46,6 +46,7 @@ from allranks.own.sharing import Sharing
 from allranks.own.state import KeptObjects
 from allranks.own.steps import OwnSteps
 from allranks.own.stops import EvaluationStops
+from allranks.own.taking import IF_NOT_FINITE, check_arguments
 from allranks.own.wrapping import REMEDY, wrapped
 from allranks.run import best as the_best
 from allranks.run import directory as rundir
@@ -60,6 +61,7 @@ from allranks.training.records import Records
 from allranks.training.report import Reporter, Told
 from allranks.training.saver import Saver
 from allranks.training.state import weights_sha256
+from allranks.training.update import named, take_step, tell_not_finite
 from allranks.training.weight import share_weight
 
 _AFTER_STEPS = -1  # in place of a rank, for the random numbers between the steps and the epoch's end
@@ -101,6 +103,8 @@ class Run:
         self._in_hand: Dealt | None = None  # this rank's share of the batch that the loop has got last
         self._is_stepping = False  # whether the loop is in a body of steps()
         self._takes_steps = False  # the same, but also within a loop over run.batches() in that body
+        # The losses of this rank whose gradients no run.take_step() has taken, for its messages.
+        self._losses: list[torch.Tensor] = []
         self._figures: dict[str, float] = {}  # logged after the last epoch
         # A first run's time includes the import of torch.
         self._began_s = process_age_s() if how.number else 0.0
@@ -403,6 +407,9 @@ class Run:
                     self._kept.examples = share.examples
                     self._is_stepping = True
                     self._steps.begin(self.step + 1, self.epoch + 1)
+                    if self.epoch_step % steps_per_save == 0:  # gradients are added up anew
+                        self._losses.clear()
+                        self._kept.means.begin_step(may_be_left_out=not self._stops_at_nonfinite)
                     reseed(mixed(self._config.seed, self.step, self.rank), self.device)
                     pulse.count_step()
                     passes = self._gradients.passes
@@ -463,7 +470,7 @@ class Run:
         loss: a scalar, the mean over the examples of this rank's share, as torch's losses give it. With
         reduction="sum" it is their sum, as torch's losses give it with the same words. Call it within
         run.steps(). Raises UserError elsewhere, and where the loss is no scalar, or has no gradient. A loss
-        that is not finite ends the run before its next checkpoint.
+        that is not finite ends the run before its next checkpoint, or in run.take_step().
         """
         share = self._dealt("run.backward()")
         if not self._takes_steps:
@@ -495,7 +502,56 @@ class Run:
         weight = share_weight(count, share.total, loss.detach())
         if self._stops_at_nonfinite:
             self._kept.means.note_weight(weight)
-        self._gradients.backward(loss * weight)
+        self._losses.append(loss.detach())
+        with named("backward"):
+            self._gradients.backward(loss * weight)
+
+    def take_step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip_norm: float | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> bool:
+        """optimizer.step(), as the training that comes with allranks takes it; whether it was taken.
+
+        clip_norm: the gradient of the optimizer's parameters is scaled down to this L2 norm, if it is
+        larger. scaler: the GradScaler by which the loss was multiplied; its step() and update() are called.
+        All ranks call, within run.steps(), after run.backward(). Gradients are left as they are: call
+        optimizer.zero_grad() afterwards.
+
+        Where the gradient is not finite, no rank takes the step, and the run ends with a message that names
+        it, before the weights are spoilt. With allranks.open(stop_at_nonfinite=False) the run goes on: rank
+        0 warns, and what run.log() got in the step is left out of the epoch's means. A GradScaler leaves
+        out steps that overflow, and lowers its scale; their figures count, and nothing is said until the
+        scale is very low. Raises UserError for what is no optimizer, no norm or no GradScaler, and outside
+        of run.steps().
+        """
+        if not self._is_stepping:
+            raise UserError(
+                "run.take_step() belongs into a loop over run.steps(): it takes one of its steps.",
+                said_by=ANYONE,
+            )
+        check_arguments(optimizer, clip_norm, scaler)
+        parameters = [each for group in optimizer.param_groups for each in group["params"]]
+        scale = scaler.get_scale() if scaler is not None else 1.0
+        is_finite = take_step(
+            optimizer,
+            parameters,
+            clip_norm,
+            scaler,
+            self._runtime if self._gradients.is_spread else None,
+        )
+        losses = list(self._losses)
+        self._losses.clear()
+        if not is_finite:
+            tell_not_finite(
+                losses, self._kept.position, self._runtime, self._stops_at_nonfinite, IF_NOT_FINITE
+            )
+            self._kept.means.leave_out_step()
+            return False
+        # A GradScaler that has left out a step has lowered its scale, and tells it in no other way.
+        return scaler is None or scaler.get_scale() >= scale
 
     def pieces(self, batch: Any, count: int) -> Iterator[Any]:
         """Cuts a batch of run.steps() into at most `count` pieces, which saves memory; gradients add up.

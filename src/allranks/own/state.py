@@ -65,6 +65,10 @@ class Means:
         self._dtype = sum_dtype(runtime.device)
         self._sums: dict[str, torch.Tensor] = {}
         self.digest = 0  # of the epoch's batches up to now (data.batches.Dealt)
+        # The sums before the step that is under way, of the names that it has changed. None where no step
+        # is left out.
+        self._before: dict[str, torch.Tensor] | None = None
+        self._is_left_out = False  # whether the figures of this step do not count
         # How many losses of this rank were not finite; on the device, so that nothing waits for it.
         self._not_finite = torch.zeros((), dtype=self._dtype, device=runtime.device)
 
@@ -81,8 +85,21 @@ class Means:
         sums = self._sums.get(name)
         if sums is None:
             sums = self._sums[name] = no_sum(self._runtime.device)
-        if count:
+        if self._before is not None and name not in self._before:
+            self._before[name] = sums.clone()
+        if count and not self._is_left_out:
             add_mean(sums, value, count)
+
+    def begin_step(self, may_be_left_out: bool) -> None:
+        """A step begins, whose figures leave_out_step() may take back if `may_be_left_out`."""
+        self._before = {} if may_be_left_out else None
+        self._is_left_out = False
+
+    def leave_out_step(self) -> None:
+        """Takes back the figures of this step; those that are still to come do not count either."""
+        self._sums |= self._before or {}
+        self._before = {}
+        self._is_left_out = True
 
     def gather(self) -> dict[str, list[list[float]]]:
         """By name the two numbers of each rank; all ranks call.

@@ -5,18 +5,14 @@ loop.py runs around its epochs and steps.
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from allranks.base.errors import UserError
-from allranks.base.text import one_line
 from allranks.config import TrainerConfig
 from allranks.data.dealing import (
     Batch,
@@ -30,7 +26,7 @@ from allranks.data.loader import Data
 from allranks.data.parts import Part
 from allranks.data.randomness import mixed, reseed
 from allranks.runtime.runtime import Runtime
-from allranks.runtime.sharding import has_slices, local
+from allranks.runtime.sharding import has_slices
 from allranks.tasks import metrics_of, outputs_of
 from allranks.training.building import Recipe, length_of
 from allranks.training.control import Control
@@ -38,13 +34,14 @@ from allranks.training.length import RunLength
 from allranks.training.loop import Loop
 from allranks.training.metrics import Column, Figures, Sums, objects_of
 from allranks.training.training import Training
+from allranks.training.update import named, take_step, tell_not_finite
 from allranks.training.weight import share_weight
 
-log = logging.getLogger(__name__)
-
-# With fp16 GradScaler multiplies the loss by a scale, and halves the scale after each step that overflows.
-# The scale begins at 2**16. After 30 halvings it is too small to be the reason for an infinite gradient.
-_LEAST_SCALE = 2.0**-14
+# The remedy for a loss or a gradient that is not finite.
+_IF_NOT_FINITE = (
+    "Take a smaller optimizer.lr or trainer.clip_norm, look at the data, or go on without such steps by "
+    "trainer.nonfinite=skip."
+)
 
 
 # --- the loop ------------------------------------------------------------------------------------------
@@ -211,12 +208,17 @@ def train_step(
         losses += _backward(training, row, shares[row], trainer, runtime, sums)
 
     # 2. The weights follow the gradient, unless it is not finite.
-    with _named("optimizer"):
-        is_applied = _apply_gradient(training, trainer.clip_norm, runtime)
+    is_applied = take_step(
+        training.optimizer,
+        training.model.parameters(),
+        trainer.clip_norm,
+        training.scaler,
+        runtime if training.is_sharded else None,
+    )
     if not is_applied:
         if trainer.detect_anomaly:
             _find_where(training, shares, trainer, seed, runtime)
-        _tell_not_finite(training, losses, trainer.nonfinite, runtime)
+        tell_not_finite(losses, training.position, runtime, trainer.nonfinite == "stop", _IF_NOT_FINITE)
         if sums_before is not None:
             training.sums.rows.copy_(sums_before)
 
@@ -244,10 +246,10 @@ def _backward(
     with gradients.in_pieces():
         for number, piece in enumerate(batch.pieces, start=1):
             with gradients.piece(is_last=number == len(batch.pieces)):
-                with _named("forward"):
+                with named("forward"):
                     outputs, loss = _forward(training.trained, task, piece, trainer.precision, runtime)
                 known = loss.detach()
-                with _named("backward"):
+                with named("backward"):
                     # The weight is a factor and not an argument of backward(), which would import sympy.
                     counts = batch.count > 0 and piece.length > 0
                     weighted = loss * share_weight(counts, batch.total, known)
@@ -268,81 +270,6 @@ def _forward(
     with runtime.autocast(precision):
         outputs = outputs_of(task, model, piece.examples)
     return outputs, task.loss(outputs, piece.examples)
-
-
-def _named(part: str) -> AbstractContextManager[Any]:
-    """Gives the block this name in a profile (profiling.py), if one is being recorded."""
-    if torch.autograd._profiler_enabled():
-        return torch.profiler.record_function(part)
-    return nullcontext()
-
-
-def _apply_gradient(training: Training, clip_norm: float | None, runtime: Runtime) -> bool:
-    """Clips the gradient and lets the optimizer take its step; all ranks call.
-
-    Returns False, with no step taken, where the gradient is not finite. With fp16 a gradient may overflow
-    now and then: GradScaler leaves such a step out by itself, and lowers its scale. This counts as a fault,
-    and returns False, only once the scale is very low (_LEAST_SCALE).
-    """
-    scaler = training.scaler
-    if not scaler.is_enabled():
-        if not _is_finite(training.optimizer, runtime if training.is_sharded else None):
-            return False
-        _clip(training.model, clip_norm)
-        _step(training)
-        return True
-
-    scaler.unscale_(training.optimizer)
-    _clip(training.model, clip_norm)
-    scaler.step(training.optimizer)
-    scaler.update()
-    return scaler.get_scale() >= _LEAST_SCALE
-
-
-def _step(training: Training) -> None:
-    """A step of the optimizer; raises UserError, on all ranks, where it cannot work on slices."""
-    try:
-        training.optimizer.step()
-    except NotImplementedError as error:
-        if not training.is_sharded:
-            raise
-        raise UserError(
-            f"{type(training.optimizer).__name__} cannot take a step on a model that is spread over the "
-            f"ranks ({one_line(error)}): take another optimizer, such as adamw, or sharding=none.",
-            said_by=0,
-        ) from error
-
-
-def _clip(model: nn.Module, clip_norm: float | None) -> None:
-    if clip_norm is not None:
-        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
-
-
-def _is_finite(optimizer: torch.optim.Optimizer, sharded_over: Runtime | None) -> bool:
-    """Whether all gradients are finite.
-
-    Where each rank holds slices of the gradients, `sharded_over` leads to the other ranks, and all call.
-    """
-    gradients = [
-        local(parameter.grad)
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if parameter.grad is not None
-    ]
-    # If one number is not finite, the sum is not finite either. A sum is the quickest check of a tensor.
-    sums = [gradient.sum() for gradient in gradients]
-    # item() makes the CPU wait for a GPU. So on a GPU it is called once, and not once for each sum.
-    total = sum(each.item() for each in sums) if sums[0].is_cpu else torch.stack(sums).sum().item()
-    if sharded_over is not None:
-        [total] = sharded_over.add_up([total])
-    if math.isfinite(total):
-        return True
-    # The sum of large finite numbers may overflow. So each number is checked, which takes longer.
-    is_finite = all(bool(gradient.isfinite().all()) for gradient in gradients)
-    if sharded_over is not None:
-        [ranks] = sharded_over.add_up([float(is_finite)])
-        is_finite = ranks == sharded_over.world_size
-    return is_finite
 
 
 def _find_where(
@@ -366,32 +293,3 @@ def _find_where(
                 _, loss = _forward(training.model, training.task, piece, trainer.precision, runtime)
                 # This gradient is looked at and no more: it is not weighted, nor added up over the ranks.
                 loss.backward()
-
-
-def _tell_not_finite(
-    training: Training, losses: Sequence[torch.Tensor], nonfinite: str, runtime: Runtime
-) -> None:
-    """Names the ranks whose loss is not finite, in a warning or in an error; all ranks call.
-
-    `losses`: the losses of this rank, one for each piece of its shares. Raises UserError on all ranks
-    where `nonfinite` is "stop"; otherwise rank 0 logs a warning.
-    """
-    step = training.position.step + 1
-    epoch = training.position.epoch + 1
-
-    def decide(bad_losses: list[str | None]) -> list[str]:
-        ranks = [f"rank {rank} ({loss})" for rank, loss in enumerate(bad_losses) if loss]
-        what = f"The loss of {', '.join(ranks)} is" if ranks else "The gradient is"
-        text = f"{what} not finite in step {step} (epoch {epoch}); the step was not applied."
-        if nonfinite == "stop":
-            raise UserError(
-                f"{text} Take a smaller optimizer.lr or trainer.clip_norm, look at the data, or go on "
-                "without such steps by trainer.nonfinite=skip."
-            )
-        return [text] * len(bad_losses)
-
-    loss = sum(float(loss) for loss in losses)
-    mine = None if math.isfinite(loss) else str(loss)
-    text = runtime.meeting.settle(mine, decide)
-    if runtime.is_main:
-        log.warning(text)

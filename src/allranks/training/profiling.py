@@ -30,7 +30,7 @@ LAST = 20
 ROWS = 30  # operations in the table
 # The kinds of GPU whose time torch.profiler records. Of others it sees only what the CPU does for them.
 TIMED_DEVICES = ("cuda", "xpu")
-# The parts of a step, as engine._named() calls them. They stand in the table beside torch's own operations.
+# The parts of a step, as update.named() calls them. They stand in the table beside torch's own operations.
 PARTS = ("forward", "backward", "optimizer")
 
 
