@@ -927,8 +927,10 @@ def test_bad_input_is_refused_and_leaves_nothing(pbs, refusal, words, said):
 
 @pytest.mark.parametrize("place", ["/dev/shm", "/tmp"])
 def test_a_run_directory_that_only_one_node_sees(pbs, place):
-    message = pbs.refused(*PBS, "--nodes", "2", f"run.dir={place}/allranks-test-{os.getpid()}")
+    words = [*PBS, "--nodes", "2", "--spares", "1", f"run.dir={place}/allranks-test-{os.getpid()}"]
+    message = pbs.refused(*words)
     assert f"is in {place}, which each node has for itself" in message
+    assert "a directory that all 2 nodes see" in message
     assert not Path(f"{place}/allranks-test-{os.getpid()}").exists()
 
 

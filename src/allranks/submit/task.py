@@ -319,7 +319,8 @@ def _check_program(program: Sequence[str], known: Machine) -> None:
 
 def _check_shared(task: Task) -> None:
     """Raises UserError where only this node would see the run directory."""
-    if len(task.plan.hosts) + len(task.plan.spares) == 1:
+    nodes = len(task.plan.hosts) + len(task.plan.spares)
+    if nodes == 1:
         return
     path = Path(task.directory).resolve()
     local = next((place for place in NODE_LOCAL if path.is_relative_to(place)), None)
@@ -328,6 +329,6 @@ def _check_shared(task: Task) -> None:
         local = f"a {kind}" if kind in ("tmpfs", "ramfs", "devtmpfs") else None
     if local is not None:
         raise UserError(
-            f"run.dir={task.directory} is in {local}, which each node has for itself: start on one that "
-            f"all {len(task.plan.hosts)} nodes see, or give run.dir=PATH there."
+            f"run.dir={task.directory} is in {local}, which each node has for itself: submit from a "
+            f"directory that all {nodes} nodes see, or give run.dir=PATH in one."
         )
