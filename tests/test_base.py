@@ -226,6 +226,8 @@ def test_the_file_system_of_a_path_is_that_of_the_last_and_longest_mount(tmp_pat
         "server:/home /home nfs4 rw 0 0\n"
         "/dev/sdb /home/my\\040disk ext4 rw 0 0\n"
     )
+    with (tmp_path / "mounts").open("ab") as mounts:
+        mounts.write(b"/dev/sdc /media/\xe4 ext4 rw 0 0\n")  # a name in Latin 1
     assert files.file_system(Path(path), tmp_path / "mounts") == kind
     assert files.file_system(Path(path), tmp_path / "missing") == "unknown"
 

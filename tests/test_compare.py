@@ -74,6 +74,23 @@ def test_one_bit_is_seen_by_all_ranks_and_the_odd_one_is_named(tmp_path):
     assert others == ["rank 1: RunError", "rank 2: RunError"]
 
 
+def test_numbers_of_any_type_go_through_mpi(tmp_path):
+    """NumPy, which hands them to MPI, knows no bfloat16 and no float8."""
+    program = (
+        "import torch\n"
+        "from mpi4py import MPI\n"
+        "from allranks.runtime import mpi\n"
+        "for dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.complex64, torch.bool):\n"
+        "    given = torch.tensor([[0.0, 1.0]]).to(dtype)\n"
+        "    everyones = torch.empty(1, 1, 2, dtype=dtype)\n"
+        "    mpi.gather(MPI.COMM_SELF, given, everyones)\n"
+        "    mpi.broadcast(MPI.COMM_SELF, everyones)\n"
+        "    print(everyones.flatten().to(torch.complex64).real.tolist())\n"
+    )
+    done = execute_forked(["-c", program], 1, tmp_path).ok()
+    assert done.out.splitlines() == ["[0.0, 1.0]"] * 4
+
+
 def test_of_two_ranks_nobody_can_say_which_is_wrong(tmp_path):
     first, other = compared(tmp_path, "1", ranks=2)
     assert "the ranks' weights differ, though all apply the same gradients" in first

@@ -27,6 +27,7 @@ from allranks.data.synthetic import generate
 from allranks.run import checkpoint
 from allranks.runtime.runtime import Runtime
 from allranks.training import debug, profiling
+from allranks.training.anomaly import detecting
 from allranks.training.flops import PEAKS, Flops, peak_flops_per_s
 from allranks.training.length import run_length
 from allranks.training.records import StepsFile
@@ -398,6 +399,27 @@ def test_attention_is_counted_on_a_cpu_as_well():
     assert counter.count == 7 * product  # two forward, five backward
 
 
+@pytest.mark.parametrize("layer", [nn.LSTM(4, 8), nn.Bilinear(4, 4, 8)], ids=["LSTM", "Bilinear"])
+def test_work_that_is_not_counted_is_not_taken_for_none(layer):
+    counter = Flops()
+    features = torch.rand(3, 4)
+    counter.during(lambda: layer(features, features) if isinstance(layer, nn.Bilinear) else layer(features))
+    assert counter.count is None
+
+
+@pytest.mark.long
+def test_a_higher_order_operator_runs_and_its_work_is_not_known():
+    """torch lets none of them run while operations are counted."""
+    layer = nn.Linear(4, 4)
+    counter = Flops()
+    images = torch.rand(2, 4)
+    output = counter.during(lambda: torch.cond(images.sum() > 0, layer, lambda x: 2 * layer(x), (images,)))
+    assert torch.equal(output, layer(images))
+    assert counter.count is None
+    assert counter.during(lambda: layer(images)).shape == (2, 4)
+    assert counter.count is None  # what was passed over stays unknown
+
+
 @pytest.mark.parametrize(
     ("name", "precision", "tf32", "tera"),
     [
@@ -561,6 +583,21 @@ def test_a_step_is_looked_at_again_only_where_it_is_not_finite(train_here, monke
     run = train_here(*LINEAR, "trainer.max_steps=3", "trainer.detect_anomaly=true")
     assert run.summary["state"] == "finished"
     assert looked == []
+
+
+def test_what_the_command_line_has_left_out_is_not_shown(train):
+    """Neither a file nor a figure that this run does not have."""
+    done = train("--debug", *SMALL, "model=linear", "trainer.log_every_steps=null", "profile=false").ok()
+    told = done.out.partition("seen in this debug run:\n")[2].splitlines()
+    assert [line.split()[0] for line in told] == ["speed", "memory"]
+
+
+def test_the_layer_is_found_whose_output_is_a_tuple():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4))
+    with torch.no_grad():
+        model[1].bias_hh_l0.fill_(math.nan)
+    with detecting(model), pytest.raises(UserError, match=r"layer 1 \(LSTM\) is not finite"):
+        model(torch.rand(3, 4))
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,20 @@ def test_more_connections_than_descriptors_are_refused_at_the_start(tmp_path):
     assert "200 of them for other ranks" in refused
 
 
+def test_a_limit_that_the_system_does_not_raise_stays_as_it_is(monkeypatch):
+    """As where the hard limit is higher than the system allows any process."""
+    import resource
+
+    def refuse(*_: object) -> None:
+        raise ValueError("not allowed to raise maximum limit")
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (200, resource.RLIM_INFINITY))
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    links.allow_connections(10)
+    with pytest.raises(UserError, match="may have 200 files and connections open"):
+        links.allow_connections(300)
+
+
 # --- the door -------------------------------------------------------------------------------------
 
 

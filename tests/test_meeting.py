@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import threading
 import time
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from allranks.base.errors import UserError
 from allranks.config import WatchdogConfig
+from allranks.job.identity import RankIdentity
 from allranks.runtime import meeting as meetings
 from allranks.runtime.meeting import Meeting
 from allranks.runtime.watch.progress import Progress
@@ -181,6 +183,20 @@ def test_a_rank_whose_rank_0_has_died_says_so(tmp_path):
             one.settle(None, lambda said: said)
         one.leave()  # has no error of its own, which would take the place of that one
     assert error.value.said_by is None  # the other ranks may have lost it as well, or not
+
+
+def test_under_srun_a_variable_that_is_empty_says_nothing(monkeypatch):
+    """The ranks then meet where the job's step leads them."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    identity = RankIdentity("srun", rank=0, world_size=2, local_rank=0, local_world_size=2)
+    store = meetings._join_env(identity, Progress(WatchdogConfig()))
+    store.set("rank 0", "is here")
+    other = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), 2, False)
+    assert other.get("rank 0") == b"is here"
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1"
 
 
 def test_rank_0_leaves_last():

@@ -155,7 +155,7 @@ def file_system(path: Path, mounts: Path = Path("/proc/mounts")) -> str:
     longest = 0
     found = "unknown"
     with contextlib.suppress(OSError):
-        for mount in mounts.read_text().splitlines():
+        for mount in mounts.read_text(errors="surrogateescape").splitlines():
             _, point, kind, *_ = mount.split(" ")
             point = _OCTAL.sub(lambda code: chr(int(code[1], 8)), point)
             if path.is_relative_to(point) and len(point) >= longest:

@@ -226,15 +226,19 @@ def allow_connections(count: int) -> None:
     import resource  # not needed by the guards, which start on every rank in a few milliseconds
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = soft
     if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        # The system may refuse a hard limit that is higher than it allows any process.
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            limit = hard
 
     needed = _open_descriptors() + count + SPARE_DESCRIPTORS
-    if hard != resource.RLIM_INFINITY and needed > hard:
+    if limit != resource.RLIM_INFINITY and needed > limit:
         raise UserError(
-            f"a process on {socket.gethostname()} may have {hard} files and connections open, but this one "
-            f"needs {needed}, {count} of them for other ranks: ask for a higher limit there (`ulimit -Hn` "
-            "shows it), or start fewer ranks."
+            f"a process on {socket.gethostname()} may have {limit} files and connections open, but this "
+            f"one needs {needed}, {count} of them for other ranks: ask for a higher limit there "
+            "(`ulimit -Hn` shows it), or start fewer ranks."
         )
 
 

@@ -33,7 +33,7 @@ from allranks.config import RuntimeSettings, WatchdogConfig
 from allranks.job.identity import RankIdentity
 from allranks.runtime import ezpz, mpi, native
 from allranks.runtime.meeting import Meeting, merged, open_meeting, ranks_named
-from allranks.runtime.runtime import RankFacts, Runtime
+from allranks.runtime.runtime import RankFacts, Runtime, has_float64
 from allranks.runtime.watch import verdict
 from allranks.runtime.watch.thread import Watchdog
 from allranks.runtime.watch.verdict import Peer
@@ -248,10 +248,12 @@ def _equip(
 
 def _start_process_group(runtime: Runtime, backend: str, hosts: int) -> None:
     device = runtime.device
+    native.check_backend(backend, device.type)
     runtime.progress.arrive()
-    if device.type == "cpu" and hosts == 1 and sys.platform == "linux":
+    if backend == "gloo" and hosts == 1 and sys.platform == "linux":
         # Left to itself gloo looks its address up by the host's name, which fails on many a laptop.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        if not os.environ.get("GLOO_SOCKET_IFNAME"):
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     if device.type in ("cuda", "xpu"):
         getattr(torch, device.type).set_device(device)
     if runtime.kind == "ezpz":
@@ -426,13 +428,19 @@ def _set_determinism(virtual_ranks: int | None, world_size: int) -> None:
             f"of ranks that divides it, not {world_size}.",
             said_by=0,
         )
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS's results depend on chance
+    if not os.environ.get("CUBLAS_WORKSPACE_CONFIG"):
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # else cuBLAS's results depend on chance
 
 
 def _check_precision(precision: str, device: torch.device) -> None:
-    if precision == "fp64" and device.type == "mps":
-        raise UserError("trainer.precision=fp64 is not supported on mps: take fp32, or device=cpu.")
+    if precision == "fp64" and not has_float64(device):
+        raise UserError(
+            f"trainer.precision=fp64 is not supported by this {device.type} device: take fp32, or "
+            "device=cpu."
+        )
     if precision == "fp16" and device.type == "cpu":
         raise UserError("trainer.precision=fp16 needs a GPU: take bf16 or fp32 on cpu.")
-    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+    # On NVIDIA's GPUs before A100 torch imitates bf16, which is slower than fp32.
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    if precision == "bf16" and is_nvidia and torch.cuda.get_device_capability(device) < (8, 0):
         raise UserError("trainer.precision=bf16 is not supported by this GPU: take fp16 or fp32.")

@@ -27,6 +27,8 @@ SLOW_TIMES = 1.5  # it works so many times as long as the median rank: less is c
 SLOW_STEPS = 20  # in an epoch of at least so many steps: fewer say little
 SLOW_S = 0.5  # and the epoch loses more than that: less is not worth a word
 
+_UNIT_S = 1e-6  # in which the ranks tell each other their times
+
 
 def compare_ranks(runtime: Runtime, model: torch.nn.Module) -> None:
     """Raises RunError, on all ranks, where the ranks' parameters differ; warns of a rank that is slow.
@@ -36,13 +38,15 @@ def compare_ranks(runtime: Runtime, model: torch.nn.Module) -> None:
     if runtime.world_size == 1:
         return
 
-    # 1. Each rank's digest and times, brought to all ranks in one message. float64 holds each exactly.
+    # 1. Each rank's digest and times, brought to all ranks in one message, as whole numbers: not every
+    #    device has float64, and float32 would not hold the digests.
     progress = runtime.progress
-    mine = [float(_digest(model)), progress.busy_s, float(progress.busy_steps)]
+    mine = [_digest(model), round(progress.busy_s / _UNIT_S), progress.busy_steps]
     progress.busy_s = 0.0
     progress.busy_steps = 0
-    rows = runtime.gather(torch.tensor([mine], dtype=torch.float64, device=runtime.device))
-    digests, busy_s, steps = rows.T.tolist()
+    rows = runtime.gather(torch.tensor([mine], dtype=torch.int64, device=runtime.device))
+    digests, busy, steps = rows.T.tolist()
+    busy_s = [units * _UNIT_S for units in busy]
 
     # 2. Weights that differ end the run.
     _, odd = majority(digests)
@@ -80,7 +84,7 @@ def slow_ranks(busy_s: Sequence[float], steps: Sequence[float]) -> list[int]:
 
 
 def _digest(model: torch.nn.Module) -> int:
-    """48 bits, which float64 holds exactly, of a sha256 over all parameters that every rank holds."""
+    """48 bits of a sha256 over all parameters that every rank holds."""
     digest = hashlib.sha256()
     for parameter in model.parameters():
         if is_sharded(parameter):  # each rank has other numbers

@@ -137,9 +137,7 @@ def start(
 
         port = meeting.from_rank_0(open_store)
 
-    with tempfile.NamedTemporaryFile("w", prefix="allranks-hosts-") as hosts:
-        hosts.write(socket.gethostname() + "\n")
-        hosts.flush()
+    with _hosts_file() as hosts:
         variables = {
             "RANK": str(meeting.rank),
             "WORLD_SIZE": str(meeting.world_size),
@@ -150,7 +148,7 @@ def start(
             "MASTER_PORT": str(port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",  # rank 0 serves the store already
             "TORCHELASTIC_RESTART_COUNT": "0",  # part of the store's keys in torch 2.4
-            "HOSTFILE": hosts.name,  # without one it writes one into the working directory
+            "HOSTFILE": hosts,  # without one it writes one into the working directory
             "EZPZ_SCHEDULER": "none",  # it takes any host with an sbatch command for a Slurm job
             # It reports at INFO on its own, and hides the warnings of other ranks: our logs see to both.
             "EZPZ_LOG_LEVEL": "ERROR",
@@ -171,6 +169,23 @@ def start(
                 ) from error
 
             ezpz.setup_torch(timeout=int(timeout_s), device_id=device.index)
+
+
+@contextlib.contextmanager
+def _hosts_file() -> Iterator[str]:
+    """In the block there is a file that names this host, as ezpz wants one; raises UserError."""
+    with contextlib.ExitStack() as until_the_end:
+        try:
+            file = until_the_end.enter_context(tempfile.NamedTemporaryFile("w", prefix="allranks-hosts-"))
+            file.write(socket.gethostname() + "\n")
+            file.flush()
+        except OSError as error:
+            folder = os.environ.get("TMPDIR", "/tmp")
+            raise UserError(
+                f"runtime=ezpz needs a small file in {folder}, which cannot be written ({error.strerror}): "
+                "set TMPDIR to a folder with room, or take runtime=native."
+            ) from error
+        yield file.name
 
 
 @contextlib.contextmanager

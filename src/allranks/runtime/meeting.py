@@ -304,8 +304,11 @@ def _join_env(identity: RankIdentity, progress: Progress) -> Store:
 
         nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
         single = identity.local_world_size == identity.world_size
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1" if single else first_host(nodes))
-        os.environ.setdefault("MASTER_PORT", str(variables.port_for(step_id(os.environ))))
+        # A variable that is set, but empty, says nothing.
+        if not os.environ.get("MASTER_ADDR"):
+            os.environ["MASTER_ADDR"] = "127.0.0.1" if single else first_host(nodes)
+        if not os.environ.get("MASTER_PORT"):
+            os.environ["MASTER_PORT"] = str(variables.port_for(step_id(os.environ)))
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise UserError(

@@ -215,12 +215,21 @@ def allreduce(comm: Any, tensor: torch.Tensor) -> None:
 
 def broadcast(comm: Any, tensor: torch.Tensor) -> None:
     """Rank 0's contiguous CPU tensor on every rank, in place."""
+    comm.Bcast(_as_whole_numbers(tensor), root=0)
+
+
+def gather(comm: Any, tensor: torch.Tensor, everyones: torch.Tensor) -> None:
+    """Every rank's contiguous CPU tensor, in the order of the ranks, into `everyones` [ranks, ...]."""
+    comm.Allgather(_as_whole_numbers(tensor), _as_whole_numbers(everyones))
+
+
+def _as_whole_numbers(tensor: torch.Tensor) -> Any:
+    """The tensor's bits as whole numbers of the same size, as NumPy has them: it knows no bfloat16."""
     import torch
 
-    # MPI and NumPy know no bfloat16. All numbers travel as whole numbers of the same size, bit by bit.
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     size = tensor.element_size()
-    comm.Bcast((tensor.view(whole[size]) if size in whole else tensor).numpy(), root=0)
+    return (tensor.view(whole[size]) if size in whole else tensor).numpy()
 
 
 def end_job(code: int) -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from allranks.base.errors import UserError
 from allranks.runtime.meeting import Meeting
 
 
@@ -35,7 +36,22 @@ def backends() -> list[str]:
     """The backends that this torch was built with; none where it has no torch.distributed."""
     if not dist.is_available():
         return []
-    return [name for name in ("gloo", "nccl", "mpi") if getattr(dist, f"is_{name}_available")()]
+    return [name for name in ("gloo", "nccl", "xccl", "mpi") if _is_available(name)]
+
+
+def check_backend(name: str, device: str) -> None:
+    """Raises UserError where this torch cannot carry collectives by the backend, which the device needs."""
+    if not dist.is_available() or not _is_available(name):
+        raise UserError(
+            f"device={device} with several ranks needs torch's backend {name}, which this torch "
+            f"{torch.__version__} was built without: install a torch that has it, or take device=cpu.",
+            said_by=0,
+        )
+
+
+def _is_available(backend: str) -> bool:
+    ask = getattr(dist, f"is_{backend}_available", None)  # older versions know no xccl
+    return ask is not None and bool(ask())
 
 
 def wrap(model: torch.nn.Module, device: torch.device, has_unused: bool) -> DistributedDataParallel:

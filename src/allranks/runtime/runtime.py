@@ -6,6 +6,7 @@ bringup.py makes the Runtime. A collective is a call that returns only when ever
 
 from __future__ import annotations
 
+import functools
 import logging
 import socket
 import time
@@ -34,8 +35,16 @@ UNUSED_IN_TRAINER = "trainer.unused_parameters=always"  # what allows parameters
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
-    """The type in which sums are kept on the device: float64, but Apple's GPUs have only float32."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    """The type in which sums are kept on the device: float64, or float32 where the device has only that."""
+    return torch.float64 if has_float64(device) else torch.float32
+
+
+@functools.cache
+def has_float64(device: torch.device) -> bool:
+    """Whether the device computes with float64. Apple's GPUs do not, nor do some of Intel's."""
+    if device.type == "xpu":
+        return bool(getattr(torch.xpu.get_device_properties(device), "has_fp64", True))
+    return device.type != "mps"
 
 
 @dataclass(frozen=True)
@@ -205,7 +214,7 @@ class Runtime:
         rows = rows.contiguous()
         if self.comm is not None:
             everyones = rows.new_empty(self.world_size, *rows.shape)
-            self.comm.Allgather(rows.numpy(), everyones.numpy())
+            mpi.gather(self.comm, rows, everyones)
             return everyones.flatten(0, 1)
         parts = [torch.empty_like(rows) for _ in range(self.world_size)]
         dist.all_gather(parts, rows)

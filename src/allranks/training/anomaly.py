@@ -16,6 +16,7 @@ from torch import nn
 
 from allranks.base.errors import UserError
 from allranks.base.text import one_line
+from allranks.data.nests import leaves
 
 _REMEDY = "Take a smaller optimizer.lr or trainer.clip_norm, or look at the data and at this layer."
 
@@ -45,12 +46,13 @@ def detecting(model: nn.Module) -> Iterator[None]:
 
 def _hook_of(name: str) -> Any:
     def look(module: nn.Module, _: Any, output: Any) -> None:
-        if not isinstance(output, torch.Tensor) or not output.is_floating_point():
-            return
-        if not bool(output.isfinite().all()):
-            raise UserError(
-                f"The output of the model's layer {name or 'model'} ({type(module).__name__}) is not "
-                f"finite, and those of the layers before it were. {_REMEDY}"
-            )
+        for each in leaves(output):  # a recurrent layer gives its output and its state
+            if not isinstance(each, torch.Tensor) or not each.is_floating_point():
+                continue
+            if not bool(each.isfinite().all()):
+                raise UserError(
+                    f"The output of the model's layer {name or 'model'} ({type(module).__name__}) is not "
+                    f"finite, and those of the layers before it were. {_REMEDY}"
+                )
 
     return look

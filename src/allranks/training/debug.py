@@ -77,24 +77,41 @@ def configurations(arguments: Sequence[str], is_alone: bool) -> list[Config]:
 def seen(directory: str) -> str:
     """What a debugged run has shown, in a few lines, and the files that hold more."""
     path = Path(directory)
-    steps = [json.loads(line) for line in (path / "metrics-steps.jsonl").read_text().splitlines()]
-    [*_, epoch] = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    lines = [
-        f"loss      {_number(steps[0]['step/loss'])} in step {steps[0]['step']}, "
-        f"{_number(steps[-1]['step/loss'])} in step {steps[-1]['step']}",
+    steps = _records(path / "metrics-steps.jsonl")
+    [*_, epoch] = _records(path / "metrics.jsonl")
+    profile = path / "profile"
+    table = profile / "table.json"
+    trace = profile / "rank-0.json.gz"
+
+    # The command line may have asked for no single steps (trainer.log_every_steps), or for no profile.
+    lines = []
+    if steps:
+        first, last = steps[0], steps[-1]
+        lines.append(
+            f"loss      {_number(first['step/loss'])} in step {first['step']}, "
+            f"{_number(last['step/loss'])} in step {last['step']}"
+        )
+    lines += [
         f"speed     {epoch['throughput/samples_per_s']:,.0f} examples/s while all of this was looked at"
         + _flops(epoch),
         f"memory    {_memory(epoch)}",
     ]
-    table = path / "profile" / "table.json"
     if table.exists():
         lines.append(f"time      {_time(json.loads(table.read_text()))}")
-    lines += [
-        f"each step           {path / 'metrics-steps.jsonl'}",
-        f"each operation      {path / 'profile' / 'table.md'}",
-        f"what ran when       {path / 'profile' / 'rank-0.json.gz'}, for https://ui.perfetto.dev",
-    ]
+    if steps:
+        lines.append(f"each step           {path / 'metrics-steps.jsonl'}")
+    if table.exists():
+        lines.append(f"each operation      {profile / 'table.md'}")
+    if trace.exists():
+        lines.append(f"what ran when       {trace}, for https://ui.perfetto.dev")
     return "\n".join(["seen in this debug run:", *(f"  {line}" for line in lines)])
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """The records of a file with one on each line; none where there is no such file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def _number(value: float | None) -> str:

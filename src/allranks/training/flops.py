@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,8 +18,14 @@ from allranks.runtime.runtime import Runtime
 
 # --- counting ------------------------------------------------------------------------------------------
 
-# Operators that compute much, and whose work does not follow from the shapes of their arguments.
-_UNKNOWN = {"_cudnn_rnn", "miopen_rnn", "_thnn_fused_lstm_cell"}
+Result = TypeVar("Result")
+
+# Operators that compute much, and whose work does not follow from the shapes of their arguments, or which
+# nobody has counted here.
+_UNKNOWN = {
+    "_cudnn_rnn", "miopen_rnn", "mkldnn_rnn_layer", "_lstm_mps", "_thnn_fused_lstm_cell", "_trilinear",
+    "_scaled_dot_product_attention_math_for_mps", "_scaled_dot_product_fused_attention_overrideable",
+}  # fmt: skip
 
 
 class Flops(TorchDispatchMode):
@@ -31,6 +37,20 @@ class Flops(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.count: int | None = 0
+
+    def during(self, compute: Callable[[], Result]) -> Result:
+        """What `compute` returns, its operations counted.
+
+        torch's higher-order operators, such as torch.cond and flex_attention, do not run while operations
+        are counted. Where `compute` needs one, it is called once more without counting.
+        """
+        if self.count is not None:
+            try:
+                with self:
+                    return compute()
+            except NotImplementedError:
+                self.count = None
+        return compute()
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = operator(*args, **(kwargs or {}))
@@ -152,8 +172,12 @@ def peak_of_this_device(runtime: Runtime, precision: str, has_convolutions: bool
     if kind not in ("cuda", "xpu"):
         return None
     name = getattr(torch, kind).get_device_name(runtime.device)
-    # By default PyTorch computes convolutions of fp32 numbers in TF32 on NVIDIA's GPUs, but no products.
-    allows_tf32 = torch.get_float32_matmul_precision() != "highest"
-    if kind == "cuda" and has_convolutions:
-        allows_tf32 = allows_tf32 or torch.backends.cudnn.allow_tf32
+    try:
+        # By default PyTorch computes convolutions of fp32 numbers in TF32 on NVIDIA's GPUs, but no
+        # products.
+        allows_tf32 = torch.get_float32_matmul_precision() != "highest"
+        if kind == "cuda" and has_convolutions:
+            allows_tf32 = allows_tf32 or torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # where the user has set TF32 by torch's newer names, these two cannot be asked
+        return None
     return peak_flops_per_s(name, precision, allows_tf32)

@@ -102,13 +102,17 @@ def _export(profiler: Any, trace: Path) -> None:
     The profiler could compress it by itself, but it does so line by line and as small as it can, which
     takes longer.
     """
-    plain = trace.with_name(f".{trace.stem}")  # hidden, as it is there for a moment only
+    # Both are hidden, as they are there for a moment only. So a disk that is full leaves no cut trace.
+    plain = trace.with_name(f".{trace.stem}")
+    compressed = trace.with_name(f".{trace.name}")
     try:
         profiler.export_chrome_trace(str(plain))
-        with plain.open("rb") as source, gzip.open(trace, "wb", compresslevel=6) as target:
+        with plain.open("rb") as source, gzip.open(compressed, "wb", compresslevel=6) as target:
             shutil.copyfileobj(source, target)
+        compressed.rename(trace)
     finally:
         plain.unlink(missing_ok=True)
+        compressed.unlink(missing_ok=True)
 
 
 def table_of(averages: Sequence[Any], steps: range, device_type: str) -> dict[str, Any]:
@@ -152,7 +156,7 @@ def as_markdown(table: Mapping[str, Any]) -> str:
     lines = [
         f"# Where the time went: rank 0, steps {first} to {last}, on {table['device']}",
         "",
-        "| part of a step | calls | ms |",
+        "| part of a step | calls | ms on the CPU |",
         "|---|---:|---:|",
         *(f"| {name} | {part['calls']} | {part['cpu_ms']:.1f} |" for name, part in table["parts"].items()),
         "",

@@ -95,8 +95,7 @@ def _try(training: Training, data: Data, recipe: Recipe, runtime: Runtime, best:
         trial = _Trial(training.task, model, names, data, recipe, runtime)
 
         flops = Flops()
-        with flops:
-            outputs = _forward(trial, examples)
+        outputs = _forward(trial, examples, flops)
         if is_classification:
             _check_logits(outputs, names.model, examples, data.classes)
         changed = _changed(buffers, model)
@@ -106,16 +105,15 @@ def _try(training: Training, data: Data, recipe: Recipe, runtime: Runtime, best:
                 f"{some(changed)} in training: that depends on how a batch is cut into shares. Take a "
                 "layer without such a buffer (GroupNorm, LayerNorm), or trainer.reproducible=false."
             )
-        with flops:
-            loss = _loss(trial, outputs, examples)
+        loss = _loss(trial, outputs, examples, flops)
         columns = _columns(trial, outputs, examples)
         known = _known_metrics(columns, training.task, best.metric, trainer.train_metrics)
         _check_monitor(recipe.scheduler, known)
         check(best, known)
         if not needs_no_others:
             return Tried(None, [], columns)
-        with _told(f"{names.model}: its output has no gradient that reaches its parameters"), flops:
-            loss.backward()
+        with _told(f"{names.model}: its output has no gradient that reaches its parameters"):
+            flops.during(loss.backward)
         unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
         if training.is_sharded:
             model.zero_grad()
@@ -194,7 +192,7 @@ def _check_shape(examples: Examples, input_shape: Sequence[int]) -> None:
         )
 
 
-def _forward(trial: _Trial, examples: Any) -> Any:
+def _forward(trial: _Trial, examples: Any, flops: Flops) -> Any:
     """What the task makes of the examples with the model; raises UserError where they do not fit."""
     names = trial.names
     if isinstance(examples, Examples):
@@ -203,10 +201,10 @@ def _forward(trial: _Trial, examples: Any) -> Any:
     else:
         taken = f"{names.model}, called by {names.task}, cannot take a batch that is {described(examples)}"
     with _told(taken), trial.runtime.autocast(trial.recipe.trainer.precision):
-        return outputs_of(trial.task, trial.model, examples)
+        return flops.during(lambda: outputs_of(trial.task, trial.model, examples))
 
 
-def _loss(trial: _Trial, outputs: Any, examples: Any) -> torch.Tensor:
+def _loss(trial: _Trial, outputs: Any, examples: Any, flops: Flops) -> torch.Tensor:
     """The task's loss; raises UserError unless it is a tensor of one number."""
     names = trial.names
     what = (
@@ -214,7 +212,7 @@ def _loss(trial: _Trial, outputs: Any, examples: Any) -> torch.Tensor:
         f"{described(examples)}"
     )
     with _told(what):
-        loss = trial.task.loss(outputs, examples)
+        loss = flops.during(lambda: trial.task.loss(outputs, examples))
     if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
         raise UserError(
             f"{names.task}: its loss is {described(loss)}, but it must be a tensor of one number: the sum "
