@@ -190,7 +190,7 @@ def test_refusals_of_a_real_pbs_come_with_a_remedy(commands, name, code, said, r
         ("Requested node configuration is not available", "ask for less"),
         ("Invalid account or account/partition combination specified", "with --account"),
         ("Invalid partition name specified", "give another --queue"),
-        ("Socket timed out on send/recv operation", "the scheduler is down"),
+        ("Slurm temporarily unable to accept job, sleeping and retrying.", "the scheduler is down or busy"),
     ],
 )
 def test_what_a_refusal_names_first_is_not_always_what_helps(commands, said, remedy):
@@ -308,6 +308,73 @@ def test_a_server_that_is_not_reached_is_told_from_one_that_refuses(commands, co
         (PBS if command == "qsub" else SLURM).submit("job.sh")
 
 
+# As Slurm's slurm_errno.c has them, and as PBS's clients were seen to say it.
+BUSY_SLURM = [
+    "Batch job submission failed: Socket timed out on send/recv operation",
+    "Batch job submission failed: Zero Bytes were transmitted or received",
+    "Unable to contact slurm controller (receive failure)",
+    # The one that stands in for the controller was not reached; the controller itself has not answered.
+    "Socket timed out on send/recv operation. Unable to contact slurm controller (connect failure)",
+]
+
+
+@pytest.mark.parametrize("said", BUSY_SLURM)
+def test_slurm_that_is_only_busy_has_perhaps_queued_the_job(commands, said):
+    said = (f"error: {said}\n", 1)
+    commands(sbatch=said, squeue=said, scontrol=said)
+    with pytest.raises(NoAnswer, match=r"down or busy.* look for the job before you submit again"):
+        SLURM.submit("job.sh")
+    with pytest.raises(NoAnswer, match="down or busy"):
+        SLURM.states(["7"])
+    with pytest.raises(NoAnswer, match="down or busy"):
+        SLURM.requeue("7")
+    with pytest.raises(NoAnswer, match="down or busy"):
+        SLURM.ends_at(dict(os.environ) | {"SLURM_JOB_ID": "7"})
+
+
+@pytest.mark.parametrize("said", ["Premature end of message", "Failed to recv data from background qsub"])
+def test_pbs_that_is_only_busy_has_perhaps_queued_the_job(commands, said):
+    commands(qsub=(f"qsub: {said}\n", 183))
+    with pytest.raises(NoAnswer, match="look for the job before you submit again"):
+        PBS.submit("job.sh")
+
+
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [
+        ("Rate limit exceeded, please retry momentarily", 1),
+        ("slurm_load_jobs error: Slurm backup controller in standby mode", 1),
+        ("Slurm job queue full, sleeping and retrying.", 1),
+    ],
+)
+def test_slurm_that_takes_nothing_at_the_moment_may_be_asked_again(commands, said, code):
+    commands(sbatch=(said, code), squeue=(said, code))
+    with pytest.raises(ServerUnreached, match="down or busy: try again later"):
+        SLURM.submit("job.sh")
+    with pytest.raises(ServerUnreached):
+        SLURM.states(["7"])
+
+
+def test_a_refusal_that_advises_to_try_again_is_a_refusal(commands):
+    """A site's own words: asking again for ten minutes would change nothing."""
+    commands(sbatch=("sbatch: error: your project has no hours left: try again later, or retry in May", 1))
+    with pytest.raises(UserError) as raised:
+        SLURM.submit("job.sh")
+    assert type(raised.value) is UserError
+
+
+def test_options_of_slurms_commands_in_the_shell_hide_no_job(commands, monkeypatch):
+    asked = commands(squeue=("8|PENDING|Priority\n", 0), scancel=("", 0))
+    for name in ("squeue", "scancel"):
+        script = asked.parent / "bin" / name
+        script.write_text(script.read_text().replace("$*", "$(env | grep -c '^SQUEUE_\\|^SCANCEL_')"))
+    monkeypatch.setenv("SQUEUE_STATES", "R")
+    monkeypatch.setenv("SCANCEL_INTERACTIVE", "1")
+    assert SLURM.states(["8"]) == {"8": "queued"}
+    SLURM.cancel(["8"])
+    assert asked.read_text() == "squeue 0\nscancel 0\n"
+
+
 def test_two_commands_of_slurm_say_in_other_words_that_the_server_is_not_reached(commands):
     """As Slurm 22.05 has said it while its controller was down."""
     commands(
@@ -326,7 +393,10 @@ def test_two_commands_of_slurm_say_in_other_words_that_the_server_is_not_reached
 # --- answers of Slurm ----------------------------------------------------------------------------
 
 # As Slurm 22.05 writes them; test_submit.py asks a real one where there is one.
-SQUEUE = "7_0|RUNNING|None\n7_1|PENDING|Resources\n8|PENDING|PartitionConfig\n9|COMPLETING|None\n"
+SQUEUE = (
+    "7_0|RUNNING|None\n7_1|PENDING|Resources\n8|PENDING|PartitionConfig\n9|COMPLETING|None\n"
+    "10|PENDING|Dependency\n11|PENDING|DependencyNeverSatisfied\n"
+)
 
 
 def test_the_states_of_jobs_by_slurm():
@@ -335,6 +405,8 @@ def test_the_states_of_jobs_by_slurm():
         "7_1": "queued",
         "8": "queued (PartitionConfig)",
         "9": "completing",
+        "10": "queued",
+        "11": "queued (DependencyNeverSatisfied)",
     }
 
 

@@ -940,7 +940,7 @@ def test_pbs_down(pbs):
     message = pbs.refused(*PBS)
     assert "failed with exit code 162" in message
     assert "cannot connect to server" in message
-    assert "the scheduler is down: try again later" in message
+    assert "the scheduler is down or busy: try again later" in message
     assert "exit code 255" in pbs.refused(*PBS, "--after", "1.pbs")
 
 

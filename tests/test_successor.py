@@ -104,6 +104,46 @@ def test_what_may_have_queued_a_job_is_not_asked_again(clock):
     assert asking.asked == 2
 
 
+@pytest.fixture
+def job_of_slurm(tmp_path, monkeypatch):
+    """job_of_slurm("scontrol's lines"): a run directory, inside its job 7, with this script as scontrol."""
+
+    def make_run(scontrol):
+        (tmp_path / "bin").mkdir()
+        script_path = tmp_path / "bin/scontrol"
+        script_path.write_text(f"#!/bin/sh\necho $* >> {tmp_path}/asked\n{scontrol}\n")
+        script_path.chmod(0o755)
+        run = tmp_path / "run"
+        run.mkdir()
+        job = {"scheduler": "slurm", "job_ids": ["7"], "program": [], "order": {}}
+        (run / "job.json").write_text(json.dumps(job))
+        monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        return run
+
+    return make_run
+
+
+def test_a_slurm_that_is_busy_is_asked_again_to_queue_the_job(job_of_slurm, clock, tmp_path):
+    run = job_of_slurm(
+        f"[ $(wc -l < {tmp_path}/asked) -gt 2 ] && exit 0\n"
+        "echo 'Socket timed out on send/recv operation for job 7' >&2; exit 1"
+    )
+    assert successor.go_on(str(run)) == 85
+    assert (tmp_path / "asked").read_text() == "requeue 7\n" * 3
+    assert (run / ".next-7-0").exists()
+
+
+def test_a_job_that_may_not_be_queued_again_says_how_to_go_on(job_of_slurm, clock, tmp_path):
+    run = job_of_slurm("echo 'Requested operation is presently disabled for job 7' >&2; exit 1")
+    with pytest.raises(
+        UserError, match=f"presently disabled.*no job goes on: `allranks submit --cell {run}`"
+    ):
+        successor.go_on(str(run))
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+    assert not (run / ".next-7-0").exists()
+
+
 def test_a_damaged_checkpoint_is_no_step_that_was_gained(tmp_path):
     checkpoint.write(tmp_path, 10, {"state.json": b"{}"}, "token", lambda: None)
     newest = checkpoint.write(tmp_path, 20, {"state.json": b"{}", "model.pt": b"1"}, "token", lambda: None)

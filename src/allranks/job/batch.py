@@ -23,24 +23,48 @@ from allranks.base.text import one_line
 COMMAND_LIMIT_S = (
     60.0  # a healthy server answers within a second, a busy one was seen to take half a minute
 )
+LOOK_FIRST = "look for the job before you submit again"  # advice where nobody knows whether one is queued
 LEAST_LIMIT_S = 1.0  # a command is worth calling even at the last moment: most answer within this time
 _all_end_at: ContextVar[float | None] = ContextVar("_all_end_at", default=None)  # see ending_by()
 
 JOB_LOG = "job.log"  # in the run directory: what a job says, as it says it
 STARTED = ".started"  # in the run directory: an empty file, whose time is when the last job's script began
 
+# The words of a client that has sent its question, and has got no answer to it: the server may have done
+# what it was asked for. The first three lines are Slurm's, whose messages are in its slurm_errno.c, and the
+# last two those of PBS. A site whose server is busy sees them every day.
+_UNANSWERED = re.compile(
+    r"socket timed out on send/recv|zero bytes were transmitted or received|received zero length message"
+    r"|message receive failure|unable to contact slurm controller \((receive|shutdown) failure\)"
+    r"|communication shutdown failure"
+    r"|premature end of message|failed to recv data from background qsub|batch protocol error"
+    r"|q(sub|stat|del): end of file|timed out wait?ing for a reply",
+    re.IGNORECASE,
+)
 # The words of a client that has not reached its server, which so has done nothing. The last two are of
 # `scontrol requeue`, and of squeue that was asked about a cluster by name.
 _UNREACHED = re.compile(
-    "cannot connect|unable to contact|connection refused|communication failure"
-    "|unexpected message received|can't be reached now",
+    "cannot connect|unable to contact|connection refused|communication (connection )?failure"
+    "|message send failure|unexpected message received|can't be reached now",
+    re.IGNORECASE,
+)
+# The words of a server that takes no question at the moment, whatever it is. These are whole sentences,
+# because a site's own refusal may end with "try again later", too.
+_TOO_BUSY = re.compile(
+    "slurm temporarily unable to accept job|slurm job queue full|job creation temporarily unavailable"
+    "|backup controller in standby mode|rate limit exceeded, please retry|unable to create job record"
+    "|job update not available right now"
+    "|server is currently too busy|server shutting down|no free connections",
     re.IGNORECASE,
 )
 
 # A pattern in a scheduler's complaint, and what helps against it. The first that fits is shown. Words of a
 # limit go before those of what it is for: `Job violates accounting/QOS policy (job submit limit, ...)`.
 _REMEDIES = (
-    (_UNREACHED.pattern + "|connect|contact|timed out|socket", "the scheduler is down: try again later"),
+    (
+        f"{_UNREACHED.pattern}|{_TOO_BUSY.pattern}|connect|contact|timed out|socket",
+        "the scheduler is down or busy: try again later",
+    ),
     (
         r"violat|limits?\b|maximum number",
         "ask for less with --nodes or --walltime, give another --queue, or wait until fewer jobs of yours "
@@ -54,13 +78,15 @@ _REMEDIES = (
 
 
 class NoAnswer(UserError):
-    """The command took too long, or said nothing that can be understood: nobody knows what the scheduler
-    has done.
+    """The scheduler did not answer in time, or nothing that can be understood: nobody knows what it has
+    done.
     """
 
 
 class ServerUnreached(UserError):
-    """The server was not reached, so nothing was done: the same call may succeed later."""
+    """The server was not reached, or takes nothing at the moment, so nothing was done: the same call may
+    succeed later.
+    """
 
 
 class ThisJob(NamedTuple):
@@ -157,14 +183,24 @@ def call(
         ) from None
 
 
-def refusal(done: subprocess.CompletedProcess[str]) -> UserError:
-    """The error for a command that has failed: its own words, and what may help."""
+def refusal(done: subprocess.CompletedProcess[str], if_late: str = "") -> UserError:
+    """The error for a command that has failed: its own words, and what may help.
+
+    It is NoAnswer, with the advice `if_late`, where the command says that its server has not answered, and
+    ServerUnreached where it was not reached or is too busy.
+    """
     said = one_line(done.stderr + " " + done.stdout) or "no word of explanation"
+    failed = f"`{shlex.join(done.args)}` failed with exit code {done.returncode}: {said.rstrip('.')}"
+    # Looked for first: a client may say, too, that another server, which stands in for the first, was not
+    # reached.
+    if _UNANSWERED.search(said):
+        advice = f"; {if_late}" if if_late else ""
+        return NoAnswer(f"{failed}. The scheduler is down or busy. Try again later{advice}.")
     fitting = [remedy for pattern, remedy in _REMEDIES if re.search(pattern, said, flags=re.IGNORECASE)]
     remedy = fitting[0] if fitting else "put right what it names"
-    failed = f"`{shlex.join(done.args)}` failed with exit code {done.returncode}"
-    kind = ServerUnreached if _UNREACHED.search(said) else UserError
-    return kind(f"{failed}: {said.rstrip('.')}. What may help: {remedy}.")
+    is_passing = _UNREACHED.search(said) or _TOO_BUSY.search(said)
+    kind = ServerUnreached if is_passing else UserError
+    return kind(f"{failed}. What may help: {remedy}.")
 
 
 def id_in(done: subprocess.CompletedProcess[str], is_id: Callable[[str], bool], how_to_look: str) -> str:

@@ -14,6 +14,7 @@ from typing import Literal
 from allranks.base.errors import UserError
 from allranks.base.text import one_line
 from allranks.job.batch import (
+    LOOK_FIRST,
     STARTED,
     JobRequest,
     NoAnswer,
@@ -121,9 +122,9 @@ class Pbs:
         return ["qsub", *wait, script]
 
     def submit(self, script: str, after: str | None = None) -> str:
-        done = self._call(self.submit_command(script, after), "look for the job before you submit again")
+        done = self._call(self.submit_command(script, after), LOOK_FIRST)
         if done.returncode:
-            raise refusal(done)
+            raise refusal(done, LOOK_FIRST)
         return id_in(done, self.is_id, "qstat -u $USER")
 
     def exists(self, job_id: str) -> bool:

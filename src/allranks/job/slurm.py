@@ -11,13 +11,26 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Literal, NamedTuple
 
-from allranks.job.batch import JOB_LOG, JobRequest, ThisJob, call, given, id_in, refusal, seconds, tail_of
+from allranks.job.batch import (
+    JOB_LOG,
+    LOOK_FIRST,
+    JobRequest,
+    ThisJob,
+    call,
+    given,
+    id_in,
+    refusal,
+    seconds,
+    tail_of,
+)
 
 # Why a job is waiting, where that is no cause for worry: it will start by itself.
-_ORDINARY_REASON = re.compile(r"None|Priority|Resources|Dependency|BeginTime")
+_ORDINARY_REASONS = ("None", "Priority", "Resources", "Dependency", "BeginTime")
 
 # Variables that say which server is asked, and who asks.
 TO_THE_SERVER = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SBATCH_CLUSTERS")
+# How the names of variables begin that stand for options of Slurm's commands.
+OF_COMMANDS = ("SLURM_", "SBATCH_", "SQUEUE_", "SCANCEL_")
 
 
 class _Parts(NamedTuple):
@@ -117,9 +130,9 @@ class Slurm:
         return ["sbatch", "--parsable", *wait, script]
 
     def submit(self, script: str, after: str | None = None) -> str:
-        done = self._call(self.submit_command(script, after), "look for the job before you submit again")
+        done = self._call(self.submit_command(script, after), LOOK_FIRST)
         if done.returncode:
-            raise refusal(done)
+            raise refusal(done, LOOK_FIRST)
         return id_in(done, self.is_id, "squeue -u $USER")
 
     def exists(self, job_id: str) -> bool:
@@ -166,13 +179,16 @@ class Slurm:
         return call(argv, self.command_environment(os.environ), self.title, if_late)
 
     def command_environment(self, environ: Mapping[str, str]) -> dict[str, str]:
-        """Without the variables that would go before the script's own lines: SBATCH_* anywhere, and
-        inside a job those that Slurm has set for it. With those that lead to the server.
+        """The environment without the variables that would change what Slurm's commands do, and with those
+        that lead to the server.
+
+        SBATCH_* would go before the script's own lines, as would what Slurm sets inside a job. SQUEUE_*
+        would hide jobs that are there (SQUEUE_STATES=R the waiting ones), and SCANCEL_* pass some over.
         """
         return {
             name: value
             for name, value in environ.items()
-            if name in TO_THE_SERVER or not name.startswith(("SLURM_", "SBATCH_"))
+            if name in TO_THE_SERVER or not name.startswith(OF_COMMANDS)
         }
 
     # --- the job script ---
@@ -220,7 +236,7 @@ def states_in(answer: str) -> dict[str, str]:
             continue
         job_id, state, reason = line.split("|", 2)
         found[job_id] = "queued" if state == "PENDING" else state.lower()
-        if state == "PENDING" and not _ORDINARY_REASON.match(reason):
+        if state == "PENDING" and reason not in _ORDINARY_REASONS:
             found[job_id] += f" ({reason})"
     return found
 

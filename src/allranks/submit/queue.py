@@ -77,7 +77,7 @@ def _queue(task: Task, after: str | None, fresh: bool) -> list[str]:
                 "kept. Where there is no such job, `allranks submit --cell` with that directory queues one."
             ) from error
         if fresh:
-            shutil.rmtree(task.directory)
+            shutil.rmtree(task.directory, ignore_errors=True)  # a network file system may keep a file of it
         raise
     return ids
 

@@ -74,7 +74,9 @@ def go_on(directory: str) -> int:
         return EXIT_REQUEUE
     try:
         _queue_successor(kind, directory, me)
-    except ServerUnreached:
+    except NoAnswer:
+        raise
+    except UserError:
         with suppress(OSError):  # no successor was queued, so another try may queue one
             mark.unlink(missing_ok=True)
         raise
@@ -132,11 +134,16 @@ def _patiently(ask: Callable[[], Answer], directory: str, is_repeatable: bool = 
         except passing as error:
             if time.monotonic() + pause_s > give_up_at:
                 raise ServerUnreached(
-                    f"{error} It was not reached until this job's end, so no job goes on: "
-                    f"`allranks submit --cell {shlex.quote(directory)}` does, from the newest checkpoint."
+                    f"{error} No answer came until this job's end, so {_no_job_goes_on(directory)}"
                 ) from error
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+
+def _no_job_goes_on(directory: str) -> str:
+    """The end of a sentence: that the run stays where it is, and how its owner can have it go on."""
+    command = f"`allranks submit --cell {shlex.quote(directory)}`"
+    return f"no job goes on: {command} does, from the newest checkpoint."
 
 
 def _left_s() -> float:
@@ -187,7 +194,14 @@ def _queue_successor(kind: Scheduler, directory: str, me: ThisJob) -> None:
         # Said before it is done, because the scheduler ends this process with the job.
         print(f"{directory} goes on from step {step}: job {me.id} is queued again", flush=True)
         # It may be asked for again after no answer, too: there is only this one job to be queued again.
-        _patiently(partial(kind.requeue, me.id), directory, is_repeatable=True)
+        try:
+            _patiently(partial(kind.requeue, me.id), directory, is_repeatable=True)
+        except (NoAnswer, ServerUnreached):
+            raise
+        except UserError as error:  # such as at a site where no job may be queued again
+            raise UserError(
+                f"{error} Job {me.id} is not queued again, so {_no_job_goes_on(directory)}"
+            ) from error
         return
     # The training of this job has ended, so that a successor that waits for nothing does no harm.
     after = me.id if kind.can_be_waited_for(me.id) else None
