@@ -295,6 +295,29 @@ def test_a_value_that_the_user_gave_is_said_to_be_his():
     assert {v.name: v.why for v in plan.variables}["NCCL_NET"].startswith("user: ")
 
 
+@pytest.mark.parametrize("text", ["022", "12.10", "12:30", "0x10", "1_000", "1e3", "on", "true", ""])
+def test_a_text_is_what_was_typed(text, tmp_path):
+    """YAML reads 18, 12.1, 750, 16, 1000, 1000.0 and true."""
+    overrides = [f"machine.variables.UMASK={text}", f"machine.submit.options=[-x,{text or 'y'}]"]
+    known = machine.load("generic_pbs", overrides)
+    assert known.variables["UMASK"].value == text
+    assert known.submit.options == ("-x", text or "y")
+
+
+def test_a_text_in_a_file_is_what_was_written_and_a_number_is_a_number(tmp_path):
+    (tmp_path / "machine").mkdir()
+    lines = (
+        "scheduler: pbs\nqueue: 0123\nvariables: {UMASK: 022, LONG: {value: 12:30}}\nnode: {ranks: 0x10}\n"
+    )
+    (tmp_path / "machine/mine.yaml").write_text(lines)
+    known = machine.load("mine", config_dir=tmp_path)
+    assert known.queue == "0123"
+    assert [variable.value for variable in known.variables.values()] == ["022", "12:30"]
+    assert known.node.ranks == 16
+    assert machine.load("mine", ["machine.queue="], config_dir=tmp_path).queue is None
+    assert machine.load("mine", ["machine.node.ranks=1_6"], config_dir=tmp_path).node.ranks == 16
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

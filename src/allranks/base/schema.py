@@ -140,6 +140,20 @@ class Origin:
         return UserError(f"{self.prefix}{key}={value} ({self.name}) is not valid: give {remedy}.{near}")
 
 
+@dataclass(frozen=True)
+class Written:
+    """A value that YAML has read from a word, and that word: 022 is the number 18, `on` is true.
+
+    Where a text is expected, build() takes the word as it was written.
+    """
+
+    value: Any
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
 def build(kind: Any, value: Any, source: Origin, key: str = "") -> Any:
     """`value`, which YAML gave, as a `kind`: a dataclass, tuple, dict, optional or plain type.
 
@@ -147,8 +161,11 @@ def build(kind: Any, value: Any, source: Origin, key: str = "") -> Any:
     be written shorter than with keys. Raises UserError naming file, key, value and remedy.
     """
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        if value is None:
+    is_optional = origin in (types.UnionType, typing.Union)
+    if isinstance(value, Written) and not is_optional and not hasattr(kind, "from_short"):
+        value = value.text if kind is str else value.value
+    if is_optional:
+        if value is None or (isinstance(value, Written) and value.value is None):
             return None
         return build(next(k for k in inner if k is not type(None)), value, source, key)
     if dataclasses.is_dataclass(kind):

@@ -6,6 +6,7 @@ What each key means stands beside its field here; docs/machines.md tells it with
 from __future__ import annotations
 
 import fnmatch
+import io
 import os
 import re
 import socket
@@ -17,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from allranks.base import schema
 from allranks.base.errors import UserError
-from allranks.base.schema import setting, whole
+from allranks.base.schema import Written, setting, whole
 from allranks.base.text import did_you_mean, one_line
 from allranks.config import conf_dir
 from allranks.job import scheduler
@@ -203,7 +204,7 @@ def detect(hostname: str | None = None, environ: Mapping[str, str] | None = None
 
 def _refuse_ours(tree: Mapping[str, Any], name: str) -> None:
     """Raises UserError where the user gives what is set here: whatever stood there had no effect."""
-    if tree.get("name", name) != name:
+    if str(tree.get("name", name)) != name:
         raise UserError(
             f"machine.name={tree['name']} ({name}) is not valid: a machine has the name of its file. Take "
             "another machine with --machine NAME."
@@ -327,29 +328,51 @@ def _detect(files: Mapping[str, Path], hostname: str, environ: Mapping[str, str]
 
 def _yaml(path: Path) -> dict[str, Any]:
     """The keys and values of a machine file. Raises UserError where it is no such YAML."""
+    import yaml  # type: ignore[import-untyped,unused-ignore]
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError  # type: ignore[import-untyped,unused-ignore]
 
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        text = path.read_text("utf-8")
+        tree = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
+        root = yaml.compose(text, yaml.SafeLoader)
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} cannot be read as YAML: byte {error.start + 1} is not UTF-8. Save the file as UTF-8, "
             "or leave out accents and other special characters."
         ) from error
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
+    except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path} cannot be read as YAML: {one_line(error)}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds no keys: write `key: value` lines.")
-    return {str(key): value for key, value in tree.items()}
+    written = _as_written(tree, root)
+    return {str(key): value for key, value in written.items()}
+
+
+def _as_written(value: Any, node: Any) -> Any:
+    """The value with each number, true and false in it as a schema.Written, where it reads otherwise.
+
+    `node` is what yaml.compose() gives for the same text: it has the words themselves. So a variable may be
+    022, 12:30 or `on`, of which YAML makes 18, 750 and true.
+    """
+    from yaml import MappingNode, ScalarNode, SequenceNode
+
+    if isinstance(node, ScalarNode):
+        was_read = isinstance(value, int | float)  # true and false are numbers here, too
+        return Written(value, node.value) if was_read and str(value) != node.value else value
+    if isinstance(node, SequenceNode) and isinstance(value, list):
+        return [_as_written(item, at) for item, at in zip(value, node.value, strict=True)]
+    if isinstance(node, MappingNode) and isinstance(value, dict):
+        nodes = {key.value: at for key, at in node.value}
+        return {key: _as_written(item, nodes.get(str(key))) for key, item in value.items()}
+    return value
 
 
 def _overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """{key without `machine.`: value}, values being read as YAML."""
+    import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
     given: dict[str, Any] = {}
     for override in overrides:
@@ -358,10 +381,13 @@ def _overrides(overrides: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"{override} is not an override: write machine.key=value.")
         try:
             read = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
-        except (YAMLError, OmegaConfBaseException) as error:
+            node = yaml.compose(text, yaml.SafeLoader)
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise UserError(f"{override}: the value cannot be read as YAML; quote it.") from error
         assert isinstance(read, dict)
-        given[key.removeprefix("machine.")] = read["value"]
+        # Nothing after `=` is the empty text where a text is expected, as in a shell.
+        value = _as_written(read["value"], node) if text else Written(None, "")
+        given[key.removeprefix("machine.")] = value
     return given
 
 
