@@ -123,6 +123,76 @@ def test_the_rank_that_stands_out_is_to_blame(beats, looks, expected):
     assert idle.to_blame(finding, ranks, dict(enumerate(looks))) == expected
 
 
+FOREVER = -1
+
+
+@pytest.mark.parametrize(
+    ("late", "others", "looks", "expected"),
+    [
+        # 0 to 2 wait in their first step for 3, which hangs before it.
+        ([1, 1, 1], [doing()], [SLEEPS] * 4, [3]),
+        ([1, 2, 1], [doing()], [], [3]),
+        # 3 has said that it takes as long as it likes, and the others have gone on without it.
+        ([6, 6, 6], [doing(beats=5, within_ms=FOREVER)], [], [3]),
+        # All have called as often, and 3 stands elsewhere, in what was to take longer.
+        ([5, 5, 5], [doing(beats=5, within_ms=FOREVER)], [SLEEPS, SLEEPS, SLEEPS, ELSEWHERE], [3]),
+        # Rank 0 alone calls heartbeat(), and hangs, or waits for one that stands elsewhere.
+        ([50], [doing()] * 3, [SLEEPS] * 4, [0]),
+        ([50], [doing()] * 3, [SLEEPS, SLEEPS, ELSEWHERE, SLEEPS], [2]),
+        # 3 never calls it, which is not the reason of the others' hang after 50 steps.
+        ([50, 49, 50], [doing()], [], [1]),
+        # One has called it once, the others never: nobody knows whether they ever would.
+        ([1], [doing()], [SLEEPS, ELSEWHERE], [0, 1]),
+        # A rank that is stopped is to blame, even though it is not late.
+        ([1, 1, 1], [doing(beats=9, within_ms=FOREVER)], [SLEEPS, SLEEPS, SLEEPS, STOPPED], [3]),
+        # A rank that is behind and ahead of its limit makes the others wait only if it stands still.
+        ([5, 5, 5], [doing(beats=5, within_ms=FOREVER)], [SLEEPS] * 4, [0, 1, 2]),
+    ],
+)
+def test_a_rank_that_is_not_late_may_be_to_blame(late, others, looks, expected):
+    pulses = [*(doing(beats=count) for count in late), *others]
+    ranks = {rank: watch((1, pulse)) for rank, pulse in enumerate(pulses)}
+    finding = Finding(Kind.OVERDUE, tuple(range(len(late))), 10)
+    assert idle.to_blame(finding, ranks, dict(enumerate(looks))) == expected
+
+
+def test_a_slow_rank_that_goes_on_is_not_to_blame():
+    """Ranks 0 and 1 are late; rank 2 has called heartbeat() less often, and just now."""
+    ranks = {0: watch((1, doing(beats=9))), 1: watch((1, doing(beats=8)))}
+    ranks[2] = watch((1, doing(beats=3)), (10, doing(beats=4)))
+    assert idle.to_blame(Finding(Kind.OVERDUE, (0, 1), 10), ranks, {}) == [1]
+
+
+def test_ranks_that_are_all_idle_before_the_first_heartbeat_are_all_named():
+    ranks = {rank: watch((1, doing())) for rank in range(3)}
+    assert idle.to_blame(Finding(Kind.IDLE, (0, 1, 2), 10), ranks, {}) == [0, 1, 2]
+
+
+def test_those_who_may_be_waited_for_are_looked_at_first():
+    ranks = {rank: watch((1, doing(beats=rank < 100))) for rank in range(110)}
+    finding = Finding(Kind.OVERDUE, tuple(range(100)), 10)
+    order = idle.look_first(finding, ranks)
+    assert order[:9] == [*range(100, 108), 0]
+    assert sorted(order) == list(range(110))
+
+
+def test_the_sentence_says_who_is_late_and_who_is_waited_for():
+    ranks = {0: watch((1, doing(beats=1))), 1: watch((1, doing(beats=1))), 2: watch((1, doing()))}
+    names = {rank: f"{rank} on n{rank}" for rank in ranks}
+    late = Finding(Kind.OVERDUE, (0, 1), 0.4)
+    assert idle.sentence(late, [0], names, ranks) == (
+        "rank 0 on n0 has not called allranks.heartbeat() for 0.4 s, after once: see above where it is, or "
+        "give heartbeat(within_s=SECONDS) before what takes longer"
+    )
+    assert idle.sentence(late, [2], names, ranks) == (
+        "ranks 0 on n0, 1 on n1 have not called allranks.heartbeat() for 0.4 s, after once, and seem to "
+        "wait for rank 2 on n2, which has never called it: see above where rank 2 on n2 is"
+    )
+    assert idle.sentence(late, [0, 1, 2], names, ranks).endswith(
+        "for 0.4 s, after once, and rank 2 on n2 has never called it: see above where they are"
+    )
+
+
 def test_py_spys_frames_tell_the_place_as_well():
     dump = "process 9 (x)\nThread 9 (idle)\n    elsewhere (idle.py:3)\n    <module> (idle.py:4)\n"
     assert idle.place_of(dump) == "    elsewhere (idle.py:3)\n    <module> (idle.py:4)"

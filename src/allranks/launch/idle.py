@@ -6,7 +6,8 @@ OVERDUE   a rank has called allranks.heartbeat(), and the next call does not com
 IDLE      with --idle: for so long no rank at all has written anything, used the CPU or called heartbeat()
 
 A rank that waits for another one is as quiet as the one that it waits for. So when something is noticed,
-the guards look where their programs are, and to_blame() names the rank that stands out.
+the guards look where their programs are, and to_blame() names the rank that stands out. That one need not
+be late itself.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ BEAT_S = 600.0  # from one heartbeat to the next, where neither the program nor 
 # PyTorch and of monitors do, use 0.1 to 0.5 %.
 IDLE_SHARE = 0.01
 LEAST_TICKS = 2  # of CPU time between two looks: one may be the clock's own rounding
+# Where the others have called heartbeat() so often and not more, a rank that has not may still be before
+# its first step: the others do one or two before they wait for it.
+FIRST_BEATS = 2
+FEW = 8  # ranks that are not late, and are looked at before those that are
 TICKS_PER_S = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
 
@@ -126,29 +131,61 @@ def notice(
 
 
 def to_blame(finding: Finding, ranks: Mapping[int, RankWatch], looks: Mapping[int, str]) -> list[int]:
-    """The ranks to name, among those of the finding. `looks` are what the guards have seen, by rank.
+    """The ranks to name, of all that run. `looks` are what the guards have seen, by rank.
 
-    A program that is stopped is to blame, whatever the others do. Else the one with the fewest heartbeats
-    is, because the others wait for it at their next step. Where all have as many, it is the one whose stack
-    differs from that of most others. Where none stands out, all are named.
+    Those of the finding are late; the one that they wait for need not be, where it has never called
+    heartbeat(), or has said that it takes longer. So these are the rules, and the first that fits holds:
+
+    1. A program that is stopped is to blame, whatever the others do.
+    2. Of the ranks that stand still, those with the fewest heartbeats are: the others wait for them at
+       their next step. A rank without any counts here only if it seems to be on its way to the first one.
+    3. Where all have as many, it is the rank whose stack differs from that of most others.
+    4. Where none stands out, all that are late are named, with those that may be on their way to the first.
     """
-    stopped = [rank for rank in finding.ranks if re.search(r"\(state [Tt]\)", looks.get(rank, ""))]
+    stopped = [rank for rank in ranks if re.search(r"\(state [Tt]\)", looks.get(rank, ""))]
     if stopped and len(stopped) < len(ranks):
         return stopped
 
-    beats = {rank: ranks[rank].pulse.beats for rank in finding.ranks}
-    fewest = min(beats.values())
-    if fewest < max(watch.pulse.beats for watch in ranks.values()):
-        return [rank for rank, count in beats.items() if count == fewest]
+    still = _standing_still(finding, ranks)
+    beats = {rank: ranks[rank].pulse.beats for rank in still}
+    callers = [rank for rank in still if beats[rank] > 0]
+    never = [rank for rank in still if beats[rank] == 0]
+    # Many programs have rank 0 alone call heartbeat(), some all ranks but a few. A rank that has never
+    # called it is on its way to its first call only if the others have hardly got further.
+    is_at_first = bool(never) and max(beats.values()) <= FIRST_BEATS
+    counted = still if is_at_first and len(never) < len(callers) else callers
+    if counted:
+        fewest = min(beats[rank] for rank in counted)
+        if fewest < max(watch.pulse.beats for watch in ranks.values()):
+            return [rank for rank in counted if beats[rank] == fewest]
 
     seen = [rank for rank in ranks if looks.get(rank)]
-    places = [place_of(looks[rank]) for rank in seen]
     if len(seen) > 2:
-        _, odd = majority(places)
-        standing_out = [seen[position] for position in odd if seen[position] in finding.ranks]
+        _, odd = majority([place_of(looks[rank]) for rank in seen])
+        standing_out = [seen[position] for position in odd if seen[position] in still]
         if standing_out and 2 * len(odd) < len(seen):
             return standing_out
-    return list(finding.ranks)
+    return [rank for rank in still if rank in finding.ranks or (rank in never and is_at_first)]
+
+
+def _standing_still(finding: Finding, ranks: Mapping[int, RankWatch]) -> list[int]:
+    """The ranks of the finding, and those others that may have stood still as long as these.
+
+    A rank that has called heartbeat() long after the last calls of the late ones makes progress.
+    """
+    last_s = max(ranks[rank].beat_at for rank in finding.ranks)
+    latest_s = last_s + finding.limit_s / 2
+    return [rank for rank, watch in ranks.items() if rank in finding.ranks or watch.beat_at <= latest_s]
+
+
+def look_first(finding: Finding, ranks: Mapping[int, RankWatch]) -> list[int]:
+    """All ranks, in the order in which they are worth a look: there may be too many to look at all.
+
+    First a few that are not late and have the fewest heartbeats, for which the late ones may wait.
+    """
+    others = [rank for rank in ranks if rank not in finding.ranks]
+    others.sort(key=lambda rank: ranks[rank].pulse.beats)
+    return [*others[:FEW], *finding.ranks, *others[FEW:]]
 
 
 def place_of(look: str) -> str:
@@ -157,18 +194,54 @@ def place_of(look: str) -> str:
     return "\n".join(frames) or re.sub(r"\d+", "", look)
 
 
-def sentence(finding: Finding, names: Sequence[str], beats: int) -> str:
-    """What to tell the user, without its full stop. `names` are the ranks to blame, as `2 on n3`."""
-    who = f"rank {some(names)}" if len(names) == 1 else f"ranks {some(names)}"
-    has = "has" if len(names) == 1 else "have"
-    if finding.kind is Kind.OVERDUE:
-        times = "once" if beats == 1 else f"{beats} times"
+def sentence(
+    finding: Finding, blamed: Sequence[int], names: Mapping[int, str], ranks: Mapping[int, RankWatch]
+) -> str:
+    """What to tell the user, without its full stop: `blamed` are named as in `names`, such as `2 on n3`."""
+    limit = f"{finding.limit_s:.0f} s" if finding.limit_s >= 10 else f"{finding.limit_s:g} s"
+    if finding.kind is Kind.IDLE:
         return (
-            f"{who} {has} not called allranks.heartbeat() for {finding.limit_s:.0f} s, after {times}: "
-            "see above where it is, or give heartbeat(within_s=SECONDS) before what takes longer"
+            f"no rank has written anything or used its CPU for {limit} (--idle): see above where "
+            f"{_named(blamed, names)} {_is_or_are(blamed)}. A program that waits on purpose calls "
+            "allranks.heartbeat(), or writes a line now and then"
         )
-    return (
-        f"no rank has written anything or used its CPU for {finding.limit_s:.0f} s (--idle): see above "
-        f"where {who} {'is' if len(names) == 1 else 'are'}. A program that waits on purpose calls "
-        "allranks.heartbeat(), or writes a line now and then"
+    late = [rank for rank in blamed if rank in finding.ranks]
+    others = [rank for rank in blamed if rank not in finding.ranks]
+    told = late or finding.ranks
+    begin = (
+        f"{_named(told, names)} {'has' if len(told) == 1 else 'have'} not called allranks.heartbeat() for "
+        f"{limit}, after {_times(ranks[told[0]])}"
     )
+    if not others:
+        return (
+            f"{begin}: see above where it is, or give heartbeat(within_s=SECONDS) before what takes longer"
+        )
+    if late:
+        return f"{begin}, and {_named(others, names)} {_calls(others, ranks)}: see above where they are"
+    seem = "seems" if len(told) == 1 else "seem"
+    awaited = _named(others, names)
+    return (
+        f"{begin}, and {seem} to wait for {awaited}, which {_calls(others, ranks)}: "
+        f"see above where {awaited} {_is_or_are(others)}"
+    )
+
+
+def _named(ranks: Sequence[int], names: Mapping[int, str]) -> str:
+    """`rank 2 on n3`, or `ranks 2 on n3, 3 on n3`."""
+    return f"rank{'s' * (len(ranks) > 1)} {some([names[rank] for rank in ranks])}"
+
+
+def _is_or_are(ranks: Sequence[int]) -> str:
+    return "is" if len(ranks) == 1 else "are"
+
+
+def _calls(others: Sequence[int], ranks: Mapping[int, RankWatch]) -> str:
+    """How often these ranks, which are not late, have called heartbeat()."""
+    has = "has" if len(others) == 1 else "have"
+    if ranks[others[0]].pulse.beats == 0:
+        return f"{has} never called it"
+    return f"{has} called it {_times(ranks[others[0]])}"
+
+
+def _times(watch: RankWatch) -> str:
+    return "once" if watch.pulse.beats == 1 else f"{watch.pulse.beats} times"

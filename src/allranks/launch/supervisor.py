@@ -652,8 +652,7 @@ class Supervision:
 
     async def _name(self, finding: idle.Finding, watched: Mapping[int, idle.RankWatch]) -> None:
         """Has the guards look where their programs are, names the rank that stands out, and ends all."""
-        others = [rank for rank in watched if rank not in finding.ranks]
-        looking = [*finding.ranks, *others][:MOST_LOOKS]
+        looking = idle.look_first(finding, watched)[:MOST_LOOKS]
         for rank in looking:
             self._tell(self.guarded[rank], look=True)
         give_up_at = self._loop.time() + LOOK_S
@@ -666,8 +665,8 @@ class Supervision:
             seen = looks.get(rank, "").rstrip() or "its guard does not see where it is"
             words = printable(f"rank {rank} on {self.guarded[rank].rank.host}: {seen}")
             self.console.line(as_line(words, STDERR).encode())
-        names = [f"{rank} on {self.guarded[rank].rank.host}" for rank in blamed]
-        sentence = idle.sentence(finding, names, watched[blamed[0]].pulse.beats)
+        names = {rank: f"{rank} on {self.guarded[rank].rank.host}" for rank in watched}
+        sentence = idle.sentence(finding, blamed, names, watched)
         host = self.guarded[blamed[0]].rank.host if len(blamed) < self.world_size else ""
         self._fail(Conclusion(1, sentence, host=host))
 
