@@ -10,7 +10,7 @@ check() { # name, expected exit code, command...
   local name=$1 expected=$2; shift 2
   "$@" > "$out/$name.log" 2>&1
   local code=$?
-  if [ $code = "$expected" ]; then echo "ok    $name: $(grep -E '^(test|allranks:)' "$out/$name.log" | tail -n 1)"
+  if [ $code = "$expected" ]; then echo "ok    $name: $(grep -E '^ *(test|allranks:) ' "$out/$name.log" | tail -n 1)"
   else echo "FAIL  $name: exit code $code instead of $expected"; tail -n 20 "$out/$name.log"; failed=1; fi
 }
 train=(python3 -m allranks.train report=false device=cuda)
