@@ -589,6 +589,21 @@ def test_a_users_own_component_is_not_explained_with_our_words():
     assert configs.setting_of("model.widths", {"model._target_": "allranks.models.mlp"}) is not None
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["model=cnn", "scheduler=step", "tracker=[csv,jsonl]"],
+        ["sharding=fsdp", "+model.nested={of: {}, lists: [1, [2.5, {a: b}], null]}", "+data.note=[]"],
+    ],
+    ids=["shipped", "a user's own keys"],
+)
+def test_the_values_under_their_keys_are_those_that_omegaconf_gives(words):
+    config = one(*words)
+    expected = configs.below(OmegaConf.to_container(OmegaConf.structured(config)))
+    # As text, in which 1 and 1.0 differ, and a list and a tuple; in the same order.
+    assert repr(configs.leaves(config)) == repr(expected)
+
+
 def test_what_a_resume_must_agree_on_is_marked_at_the_keys():
     """All that decides what is computed, a user's own keys included; nothing of where and how it runs."""
     config = one("model=cnn", "optimizer=adam", "scheduler=step", "+data.workers=2", "+data.extra=1")
