@@ -1,16 +1,17 @@
 """A server that forks the processes of trainings, for tests that are not about how a process is started.
 
 To import torch takes a process longer than all the rest of a small training. This one has imported what
-trainings import, has composed one configuration, and has done nothing else. Each rank is a fork of it, with
+trainings import, has composed one configuration, and has done nothing else. Each process that it forks has
 arguments, environment, directory, output and session of its own, and runs a module or a text as
 `python -m` or `python -c` does.
 
-It serves one program at a time: it reads a line of JSON from its stdin (`Request`), and answers it by a
-line on its stdout when all processes of that program are over. Its end is the end of its stdin.
-`helpers.execute_forked` is its client.
+It is started with a path, and listens at a Unix socket of that path. Its end is the end of its stdin. Any
+number of programs may run at once. Two kinds of clients ask for them, each by a line of JSON:
 
-Started with a path, it serves single processes instead, any number at once, at a Unix socket of that path.
-There tests/forkclient.py asks, which takes the place of `python` on the command lines of real launchers.
+- `helpers.execute_forked` asks for all ranks of a program (`Request`), and gets an `Answer` when all
+  processes of that program are over.
+- tests/forkclient.py asks for a single process. It takes the place of `python` on the command lines of real
+  launchers.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import threading
 import time
 import types
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 OTHERS_S = 30.0  # how long the other ranks may take to end after the first one that failed
 LEFT_S = 5.0  # how long the ranks' own processes may take to end after the ranks
@@ -90,6 +91,7 @@ def import_all() -> None:
 def run(request: Request, rank: int) -> int:
     """What the fork for a rank does: the program. Returns the exit code."""
     os.setsid()
+    os.closerange(3, AWAY)  # the connection to the client, which is none of the program's files
     for number, name, flags in (
         (0, os.devnull, os.O_RDONLY),
         (1, f"{request.output}/{rank}.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND),
@@ -98,6 +100,8 @@ def run(request: Request, rank: int) -> int:
         opened = os.open(name, flags, 0o600)
         os.dup2(opened, number)
         os.close(opened)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=stream is sys.stderr)
     return be_python(request.words, request.environments[rank], request.cwd)
 
 
@@ -212,7 +216,7 @@ def _kill(pids: dict[int, str]) -> None:
             continue
 
 
-# --- single processes, for the command lines of launchers ---
+# --- clients, and the single processes that some of them ask for ---
 
 
 def listen(path: str) -> socket.socket:
@@ -225,7 +229,7 @@ def listen(path: str) -> socket.socket:
 
 
 def serve_at(listening: socket.socket) -> None:
-    """Forks a process for each connection at this socket, until stdin ends."""
+    """Forks a process for each connection at this socket, to do what is asked there, until stdin ends."""
     while True:
         ready, _, _ = select.select([0, listening], [], [], 1.0)
         with contextlib.suppress(ChildProcessError):  # which is said where there is none
@@ -239,19 +243,30 @@ def serve_at(listening: socket.socket) -> None:
         if os.fork() == 0:
             try:
                 listening.close()
-                keep(connection)
+                answer(connection)
             finally:
                 os._exit(1)
         connection.close()
 
 
-def keep(connection: socket.socket) -> None:
+def answer(connection: socket.socket) -> None:
+    """Does what a client asks for: all ranks of a program, or a single process."""
+    length, files, _, _ = socket.recv_fds(connection, 8, 64)
+    asked = json.loads(connection.recv(int.from_bytes(length, "big"), socket.MSG_WAITALL))
+    if "environments" not in asked:
+        keep(connection, asked, files)
+    from allranks.base import processes
+
+    processes.adopt_orphans()  # what the ranks leave behind becomes a child of this process
+    connection.sendall(json.dumps(serve(Request(**asked))._asdict()).encode() + b"\n")
+    os._exit(0)
+
+
+def keep(connection: socket.socket, asked: dict[str, Any], files: list[int]) -> NoReturn:
     """Starts the process that is asked for, passes signals on to it, and tells how it ended.
 
     It ends with whoever asked: where the connection closes first, as by a SIGKILL, it is killed, too.
     """
-    length, files, _, _ = socket.recv_fds(connection, 8, 64)
-    asked = json.loads(connection.recv(int.from_bytes(length, "big"), socket.MSG_WAITALL))
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -317,18 +332,11 @@ def take_place(asked: dict[str, Any], files: list[int]) -> int:
 def main() -> None:
     from allranks.base import processes
 
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a module prints while it is imported is no answer
-    processes.adopt_orphans()  # of what a rank leaves behind
-    if sys.argv[1:]:
-        listening = listen(sys.argv[1])  # those who connect wait for the imports
-        import_all()
-        serve_at(listening)
-        return
+    os.dup2(2, 1)  # what a module prints while it is imported is no output of a program
+    processes.adopt_orphans()  # of what a process leaves behind
+    listening = listen(sys.argv[1])  # those who connect wait for the imports
     import_all()
-    for line in sys.stdin:
-        answers.write(json.dumps(serve(Request(**json.loads(line)))._asdict()) + "\n")
-        answers.flush()
+    serve_at(listening)
 
 
 if __name__ == "__main__":

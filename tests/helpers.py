@@ -193,20 +193,6 @@ def execute(
         return Done(code, out, err, cwd, list(marked(started.mark).values()))
 
 
-@cache
-def _forkserver(imports: str) -> subprocess.Popen[str]:
-    """The server of this process's forked trainings (tests/forkserver.py), which ends with this process.
-
-    There is one for each set of modules that trainings import besides the usual ones.
-    """
-    server = subprocess.Popen(
-        [PYTHON, str(ROOT / "tests/forkserver.py")], env=clean_environment(**{MORE: imports}), text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
-    atexit.register(server.communicate)  # its stdin is closed, and it is waited for
-    return server
-
-
 def execute_forked(
     words: Sequence[str],
     ranks: int,
@@ -226,13 +212,9 @@ def execute_forked(
     for rank in range(ranks):
         who = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks), **meet}
         environments.append(clean_environment(**{**(who if ranks > 1 else {}), **(env or {})}))
-    server = _forkserver(imports)
-    assert server.stdin is not None and server.stdout is not None
     with tempfile.TemporaryDirectory() as output:
         request = Request(list(words), environments, str(cwd), output, timeout_s)
-        server.stdin.write(json.dumps(request._asdict()) + "\n")
-        server.stdin.flush()
-        answer = Answer(**json.loads(server.stdout.readline()))
+        answer = _forking(imports).serve(request)
         out, err = (
             "".join(Path(output, f"{rank}.{name}").read_text() for rank in range(ranks))
             for name in ("out", "err")
@@ -243,18 +225,19 @@ def execute_forked(
 
 
 class ForkedPython:
-    """A folder of programs whose `python`, `allranks` and `torchrun` import no torch (tests/forkclient.py).
+    """A server of forked processes (tests/forkserver.py), and a folder of programs that ask it for them.
 
-    `python` does what this Python does, in a process forked by a server of its own. The folder's other
-    programs are those beside this Python. `path` is an environment's PYTHONPATH, for the server.
+    In `bin`, the programs `python`, `allranks` and `torchrun` do what those beside this Python do, but
+    import no torch (tests/forkclient.py). All others are those beside this Python. `path` is an
+    environment's PYTHONPATH, for the server. `imports` names further modules that it imports.
     """
 
-    def __init__(self, path: str = "") -> None:
+    def __init__(self, path: str = "", imports: str = "") -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="forked-")
         self.bin = Path(self._folder.name, "bin")
         self.bin.mkdir()
         self.python = self.bin / "python"
-        socket_path = Path(self._folder.name, "socket")
+        self._socket_path = socket_path = Path(self._folder.name, "socket")
         client = shlex.join(
             [PYTHON, "-IS", str(ROOT / "tests/forkclient.py"), str(socket_path), str(self.python)]
         )
@@ -273,9 +256,20 @@ class ForkedPython:
                 (self.bin / program.name).symlink_to(program)
         self._server = subprocess.Popen(
             [PYTHON, str(ROOT / "tests/forkserver.py"), str(socket_path)],
-            env=clean_environment(**({"PYTHONPATH": path} if path else {})), stdin=subprocess.PIPE,
+            env=clean_environment(**{MORE: imports}, **({"PYTHONPATH": path} if path else {})),
+            stdin=subprocess.PIPE,
         )  # fmt: skip
         until(socket_path.exists)
+
+    def serve(self, request: Request) -> Answer:
+        """Has the ranks of a program forked; returns when all of its processes are over."""
+        with socket.socket(socket.AF_UNIX) as server:
+            server.connect(str(self._socket_path))
+            asked = json.dumps(request._asdict()).encode()
+            socket.send_fds(server, [len(asked).to_bytes(8, "big")], [])
+            server.sendall(asked)
+            with server.makefile() as answers:
+                return Answer(**json.loads(answers.readline()))
 
     def __enter__(self) -> ForkedPython:
         return self
@@ -290,11 +284,19 @@ class ForkedPython:
 
 
 @cache
-def forked_python() -> str:
-    """The `python` whose processes are forked; its server ends with this process."""
-    forked = ForkedPython()
+def _forking(imports: str) -> ForkedPython:
+    """The server of this process's forked trainings, which ends with this process.
+
+    There is one for each set of modules that trainings import besides the usual ones.
+    """
+    forked = ForkedPython(imports=imports)
     atexit.register(forked.close)
-    return str(forked.python)
+    return forked
+
+
+def forked_python() -> str:
+    """The `python` whose processes are forked."""
+    return str(_forking("").python)
 
 
 def free_port() -> int:
