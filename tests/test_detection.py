@@ -19,7 +19,9 @@ from allranks.job.identity import RankIdentity
 from allranks.runtime.watch.progress import Progress
 from allranks.runtime.watch.thread import Watchdog
 from helpers import (
+    NO_REPORT,
     PYTHON,
+    ROOT,
     SMALL,
     TIMEOUT_S,
     Done,
@@ -151,7 +153,7 @@ def words(tmp_path: Path):
         return [
             "data=stripes", "model=lab", "device=cpu", "threads=1", "trainer.epochs=1000",
             "trainer.batch_size=96", f"watchdog.step_s={STEP_S}", "run.dir=run",
-            "checkpoint.every_epochs=null", *overrides, "--config-dir=conf",
+            "checkpoint.every_epochs=null", NO_REPORT, *overrides, "--config-dir=conf",
         ]  # fmt: skip
 
     return words
@@ -168,10 +170,10 @@ def start(words, tmp_path: Path):
         elif under == "hosts":
             command = [PYTHON, "-c", TWO_HOSTS, PYTHON, "-m", "allranks.train"]
         elif under == "containers":
-            command = [PYTHON, "-c", TWO_CONTAINERS, PYTHON, "-m", "allranks.train"]
+            command = [PYTHON, "-c", TWO_CONTAINERS, "-m", "allranks.train"]
         else:
             command = [*launcher(under, ranks, python), "-m", "allranks.train"]
-        path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+        path = f"{tmp_path}:{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"
         more = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         started.append(Started([*command, *words(*overrides)], cwd=tmp_path, **more))
         return started[-1]
@@ -481,28 +483,46 @@ sys.exit(max([abs(rank.wait()) for rank in ranks]))
 
 
 # Two containers with one name, of two ranks each. Each counts its processes by itself, so that ranks 0 and
-# 2 have the same number, and so have 1 and 3.
+# 2 have the same number, and so have 1 and 3. All ranks are forked from this one process, which imports
+# torch once for them, as tests/forkserver.py does.
 TWO_CONTAINERS = """
-import os, socket, subprocess, sys
-inside = (
-    "import os, subprocess, sys\\n"
-    "first, *program = sys.argv[1:]\\n"
-    "ranks = [str(int(first) + here) for here in range(2)]\\n"
-    "started = [subprocess.Popen(program, env={**os.environ, 'RANK': rank}) for rank in ranks]\\n"
-    "sys.exit(max([abs(one.wait()) for one in started]))"
-)
+import ctypes, os, socket, subprocess, sys
+import forkserver
+
+CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWPID = 0x00020000, 0x04000000, 0x20000000  # <linux/sched.h>
+
+def forked(work):
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            code = work()
+        finally:
+            os._exit(code)
+    return pid
+
+def wait(pids):
+    return max(abs(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])) for pid in pids)
+
+def container(ranks):
+    assert ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWPID) == 0
+    return wait([forked(lambda: inside(ranks))])  # the first process of the container has the number 1
+
+def inside(ranks):
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(["mount", "-t", "proc", "proc", "/proc"], check=True)
+    return wait([forked(lambda: train(rank)) for rank in ranks])
+
+def train(rank):
+    return forkserver.be_python(sys.argv[1:], {**environment, "RANK": str(rank)}, os.getcwd())
+
 with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = str(free.getsockname()[1])
-containers = [
-    subprocess.Popen(
-        ["unshare", "--uts", "--pid", "--fork", "--mount-proc", sys.executable, "-c", inside, str(first),
-         *sys.argv[1:]],
-        env={**os.environ, "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-             "GLOO_SOCKET_IFNAME": "lo"})
-    for first in (0, 2)
-]
-sys.exit(max([abs(container.wait()) for container in containers]))
+environment = {**os.environ, "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+               "GLOO_SOCKET_IFNAME": "lo"}
+forkserver.import_all()
+sys.exit(wait([forked(lambda: container(ranks)) for ranks in ((0, 1), (2, 3))]))
 """
 
 
