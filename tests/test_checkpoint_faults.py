@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from allranks.run import checkpoint
-from helpers import PYTHON, ROOT, TIMEOUT_S, clean_environment, tree
+from helpers import PYTHON, ROOT, TIMEOUT_S, clean_environment, only_long, tree
 
 OLD = {"model.safetensors": b"old" * 1000, "state.json": b"{}"}
 EARLIER = {"model.safetensors": b"new" * 30_000, "state.json": b'{"step": 2, "epoch": 0}'}
@@ -61,7 +61,9 @@ def calls_of_the_save(trace: list[str]) -> list[tuple[str, int]]:
     return found
 
 
-@pytest.fixture(params=["new step", "in place of a damaged one", "in place of one that is not as far"])
+@pytest.fixture(
+    params=["new step", only_long("in place of a damaged one"), "in place of one that is not as far"]
+)
 def before(request, memory: Path) -> Path:
     """A run that has checkpoint 1; and 0, which is removed after the save, or an earlier 2."""
     (memory / "before/run").mkdir(parents=True)

@@ -31,7 +31,7 @@ from allranks.trackers.follower import Trackers
 from allranks.trackers.protocol import Position, TrackedRun
 from allranks.train import run as run_training
 from allranks.training import records
-from helpers import PYTHON, ROOT, SMALL, TRAIN, Run, Started, execute, only_long, tree, until
+from helpers import PYTHON, ROOT, SMALL, Run, Started, execute, forked_python, only_long, tree, until
 from test_resume import figures
 
 RUN = (*SMALL, "model=linear", "trainer.batch_size=100", "trainer.epochs=2")  # 12 steps in each epoch
@@ -139,10 +139,10 @@ def test_killed_and_gone_on_a_tracker_has_no_step_twice(train, tmp_path, kind):
         saved = checkpoint.steps(tmp_path / "run")
         return bool(saved and note.exists() and json.loads(note.read_text())["step"] > saved[0] + 10)
 
-    with Started([*TRAIN, *overrides], cwd=tmp_path) as started:
+    with Started([forked_python(), "-m", "allranks.train", *overrides], cwd=tmp_path) as started:
         until(lambda: is_ahead() or started.process.poll() is not None, every_s=0.005)
         assert started.process.poll() is None, started.finish()
-        os.kill(started.process.pid, signal.SIGKILL)
+        os.kill(Run(tmp_path / "run").pid(0), signal.SIGKILL)
         started.process.wait()
         until(lambda: not started.pids())  # W&B's own process writes what it has, and ends
     done = train(*overrides).ok()
@@ -340,6 +340,7 @@ def test_wandbs_server_is_asked_for_by_the_proxy_that_leads_to_it(monkeypatch):
     assert wandb._mode() == "offline"  # the proxy does not answer any more
 
 
+@pytest.mark.long
 def test_the_pictures_of_the_page_go_to_the_tracker(train):
     pytest.importorskip("tensorboard")
     pytest.importorskip("matplotlib")

@@ -36,6 +36,7 @@ def test_tutorial_linear_on_two_ranks(train):
     )
 
 
+@pytest.mark.long
 def test_tutorial_mlp(train_here):
     run = train_here("experiment=tutorial_mlp", "device=cpu", "threads=1")
     assert run.metrics[-1]["val/accuracy"] == pytest.approx(93.6, abs=0.7)
