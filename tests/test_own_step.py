@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
+import torch
 
 from allranks.run import checkpoint
+from allranks.training.update import take_step
 from helpers import execute_forked, only_long
 from own_programs import figures
 
@@ -145,3 +148,14 @@ run.finish()
         "False True",
         "True True",
     ]
+
+
+@pytest.mark.parametrize(("gradient", "is_taken"), [(1.0, True), (math.inf, False)])
+def test_a_step_that_a_scaler_with_a_low_scale_takes_counts_as_taken(gradient, is_taken):
+    """The scale stays low for a while after the gradients that lowered it."""
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-20)
+    scaler.scale((weight * gradient).sum()).backward()
+    assert take_step(optimizer, [weight], None, scaler, spread_over=None) == is_taken
+    assert (weight.item() != 1) == is_taken

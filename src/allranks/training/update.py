@@ -64,7 +64,8 @@ def take_step(
         _clip(parameters, clip_norm)
         scaler.step(optimizer)
         scaler.update()
-        return scaler.get_scale() >= _LEAST_SCALE
+        # GradScaler counts the steps that it has taken since it last lowered its scale.
+        return scaler.get_scale() >= _LEAST_SCALE or scaler.state_dict()["_growth_tracker"] > 0
 
 
 def _step(optimizer: torch.optim.Optimizer, is_spread: bool) -> None:
