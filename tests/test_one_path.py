@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import own_programs
 from allranks.run import checkpoint
-from helpers import Run, execute_forked, only_long
+from helpers import Done, Run, execute_forked, only_long
 
 EXAMPLES, VALIDATION, TEST = 200, 40, 10
 # Neither 2 nor 3 divides it, and the last batch, of 14, is smaller.
@@ -131,6 +134,75 @@ def test_both_leave_out_the_steps_whose_gradient_is_not_finite(ranks, tmp_path):
     assert weights == shipped.summary["model/sha256"]
     for name in ("train/loss", "val/loss"):
         assert [epoch[name] for epoch in epochs] == pytest.approx(shipped.column(name), rel=1e-6)
+
+
+# --- reproducible: the same bits on any number of ranks ---
+
+# The loop draws random numbers in its evaluation, too. The ranks' shares of its batches are uneven, and of
+# the last one, of two examples, some are empty.
+REPRODUCIBLE = (
+    OWN.replace("seed=7, ", 'seed=7, virtual_ranks=4, checkpoint={"every_steps": 2, "keep": 100}, ', 1)
+    .replace(
+        "for epoch in",
+        """import os, signal
+def disturbed(run):
+    if os.environ.get("DISTURB") == str(run.step) and run.rank == run.world_size - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+def noisy(x):
+    return x + 0.1 * torch.randn_like(x)
+few_batches = run.batches(val_set, batch_size=19, shuffle=False)
+for epoch in""",
+        1,
+    )
+    .replace("        for inputs, targets", "        disturbed(run)\n        for inputs, targets")
+    .replace(
+        "    schedule.step()",
+        """        noisily = (
+            {"val/noisy": F.cross_entropy(model(noisy(x)), y), "val/x": x.mean()} for x, y in few_batches
+        )
+        run.log(run.means(noisily))
+        run.log({"val/drawn": torch.rand(1)})
+    schedule.step()""",
+    )
+)
+IN_FOUR_SHARES = ["trainer.reproducible=true", "trainer.virtual_ranks=4"]
+
+
+def reproducible(ranks: int, folder: Path, disturb: str = "", pieces: int = 1) -> Done:
+    """Starts the reproducible loop in this folder, or goes on with it."""
+    folder.mkdir(exist_ok=True)
+    code = REPRODUCIBLE.replace("PIECES", str(pieces))
+    return execute_forked(["-c", code], ranks, folder, {"DISTURB": disturb})
+
+
+@pytest.mark.parametrize("pieces", [1, only_long(3)])
+def test_a_reproducible_loop_has_the_bits_of_the_shipped_training_on_any_number_of_ranks(pieces, tmp_path):
+    """All figures of the loop have the same bits on 1, 2 and 4 ranks, too."""
+    pieces_of_shipped = f"trainer.accumulate={pieces}"
+    execute_forked(["-m", "allranks.train", *SHIPPED, *IN_FOUR_SHARES, pieces_of_shipped], 2, tmp_path).ok()
+    shipped = Run(tmp_path / "runs/shipped")
+    found = []
+    for ranks in (1, 2, 4):
+        reproducible(ranks, tmp_path / str(ranks), pieces=pieces).ok()
+        found.append(own_programs.figures(tmp_path / str(ranks) / "runs/own"))
+    epochs, weights = found[0]
+    assert weights == shipped.summary["model/sha256"]
+    assert found[1:] == [(epochs, weights)] * 2
+    for name in ("train/loss", "val/loss"):
+        assert [epoch[name] for epoch in epochs] == pytest.approx(shipped.column(name), rel=1e-6)
+
+
+def test_a_reproducible_loop_that_is_killed_goes_on_on_another_number_of_ranks(tmp_path):
+    """Killed on two ranks within an epoch, it goes on on one and on four: the bits of one undisturbed."""
+    reproducible(1, tmp_path / "whole").ok()
+    whole = own_programs.figures(tmp_path / "whole/runs/own")
+    assert reproducible(2, tmp_path / "on 1", disturb="11").code not in (0, 85)
+    shutil.copytree(tmp_path / "on 1", tmp_path / "on 4")
+    for ranks in (1, 4):
+        folder = tmp_path / f"on {ranks}"
+        assert checkpoint.steps(folder / "runs/own")[0] == 10
+        reproducible(ranks, folder).ok()
+        assert own_programs.figures(folder / "runs/own") == whole
 
 
 # A model with layers whose buffers are each rank's own until the ranks take over those of rank 0.

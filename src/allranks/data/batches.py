@@ -3,7 +3,7 @@
 What a source gives is a *global* batch. Each rank takes its share of it by the rule of the shipped training
 (dealing.py): the example at position p of the epoch belongs to rank p % world_size. So a step sees the same
 examples on any number of ranks. A share may be empty; then it carries one example as a stand-in, which does
-not count.
+not count. In a reproducible run the number of shares is fixed, and a rank takes several of each batch.
 
 A Dataset comes in the order of the shipped training. That order, and what a Dataset draws at random for one
 of its examples, follow from the seed, the epoch and the example. What a sampler or a stream draws for a
@@ -38,13 +38,14 @@ from allranks.runtime.runtime import Runtime
 
 
 class Dealt(NamedTuple):
-    """This rank's share of a global batch, on the device."""
+    """A share of a global batch that this rank takes, on the device."""
 
     batch: Any
     counted: int  # examples of the share that count: all of them, or 0 where it is a stand-in
     total: int  # examples of the global batch
     digest: int = 0  # of the global batch and of all before it in the epoch
     examples: int = 0  # of the global batch and of all before it in the epoch
+    row: int = 0  # the number of the share among those that this rank takes of the batch
 
 
 class Batches:
@@ -206,11 +207,12 @@ class Batches:
         is_there: bool = False,
         position: int = 0,
     ) -> Iterator[Dealt]:
-        """This rank's share of each global batch of the epoch from `first_step` on; both count from 0.
+        """This rank's shares of each global batch of the epoch from `first_step` on; both count from 0.
 
-        `seen` is the digest of the batches before the first step; None where nobody knows it. Raises
-        UserError where the batches that are skipped have another one. `is_there`: nothing is skipped,
-        because load_state_dict() has put the source where the first step's batch comes next. Then
+        Each batch gives as many shares, one after the other, as runtime.shares has: one, or several in a
+        reproducible run. `seen` is the digest of the batches before the first step; None where nobody knows
+        it. Raises UserError where the batches that are skipped have another one. `is_there`: nothing is
+        skipped, because load_state_dict() has put the source where the first step's batch comes next. Then
         `position` says how many examples of the epoch came before; all ranks give the same.
         """
         loader = self._loader
@@ -283,19 +285,21 @@ class Batches:
         def shares() -> Iterator[list[Any]]:
             digest = 0
             position = 0
-            stand_in: list[Any] = []  # the first example of this rank in the epoch
+            stand_ins: dict[int, list[Any]] = {}  # by share its first example in the epoch
             for step, batch in enumerate(self._each_seeded(loader.batch_sampler, epoch, 0)):
                 if step == first_step:
                     self._check_seen(digest, seen)
                 numbers = list(batch)
                 digest = zlib.crc32(repr(numbers).encode(), digest)
-                mine = numbers[share_of(position, runtime.rank, runtime.world_size)]
+                first = position
                 position += len(numbers)
-                stand_in = stand_in or mine[:1] or numbers[:1]
-                if step < first_step:
-                    continue
-                known.append(_Known(len(mine), len(numbers), digest, position))
-                yield mine or stand_in
+                for row, share in enumerate(runtime.shares):
+                    mine = numbers[share_of(first, share, runtime.share_count)]
+                    stand_ins[row] = stand_ins.get(row) or mine[:1] or numbers[:1]
+                    if step < first_step:
+                        continue
+                    known.append(_Known(len(mine), len(numbers), digest, position, row))
+                    yield mine or stand_ins[row]
 
         reader: DataLoader[Any] = DataLoader(
             _Seeded(loader.dataset, mixed(self._seed, epoch)),
@@ -316,7 +320,7 @@ class Batches:
     def _streamed(
         self, epoch: int, first_step: int, seen: int | None, resumed_at: int | None
     ) -> Iterator[Dealt]:
-        """Each batch comes whole, on every rank, which then keeps its share of it.
+        """Each batch comes whole, on every rank, which then keeps its shares of it.
 
         `resumed_at`: how many examples came before, where the source stands at the first step's batch
         already; None where the batches before that are to be skipped.
@@ -332,15 +336,17 @@ class Batches:
                 self._check_seen(digest, seen)
             digest = zlib.crc32(_sample_of(batch), digest)
             total = length_of(batch)
-            mine = share_of(position, runtime.rank, runtime.world_size)
+            first_of_batch = position
             position += total
             if step < first_step:
                 continue
-            count = len(range(total)[mine])
-            # A stand-in for an empty share is of the same batch: no other is there.
-            rows = mine if count else slice(0, 1)
-            share = batch if runtime.world_size == 1 else taken(batch, rows, total)
-            yield Dealt(_moved(share, runtime.device), count, total, digest, position)
+            for row, share in enumerate(runtime.shares):
+                mine = share_of(first_of_batch, share, runtime.share_count)
+                count = len(range(total)[mine])
+                # A stand-in for an empty share is of the same batch: no other is there.
+                examples = mine if count else slice(0, 1)
+                part = batch if runtime.share_count == 1 else taken(batch, examples, total)
+                yield Dealt(_moved(part, runtime.device), count, total, digest, position, row)
 
 
 class _Known(NamedTuple):
@@ -350,6 +356,7 @@ class _Known(NamedTuple):
     total: int
     digest: int
     examples: int
+    row: int
 
 
 class _Drawn(NamedTuple):

@@ -12,7 +12,7 @@ from allranks.base.errors import ANYONE, UserError
 from allranks.base.text import some
 from allranks.data.batches import Dealt
 from allranks.data.nests import described
-from allranks.own.state import add_mean, digest_of, no_sum
+from allranks.own.state import add_mean, digest_of, no_sums, rows_of_shares
 from allranks.runtime.runtime import Runtime, sum_dtype
 
 # How long a rank waits for the others to do what it has done, such as to leave a loop. If the others are in
@@ -29,10 +29,10 @@ class Measuring:
 
     def __init__(self, runtime: Runtime, what: str, names: Iterable[str] | None = None) -> None:
         self._runtime = runtime
-        self._what = what
+        self.what = what
         self._are_names_known = names is not None
-        # By name the sum of value * examples, and the number of examples.
-        self._sums = {name: no_sum(runtime.device) for name in names or ()}
+        # By name and by share of this rank the sum of value * examples, and the number of examples.
+        self._sums = {name: no_sums(runtime) for name in names or ()}
 
     def add(self, figures: Mapping[str, Any], share: Dealt | None) -> None:
         """Adds the figures of a batch, each the mean over the examples of this rank's share.
@@ -42,7 +42,7 @@ class Measuring:
         """
         if not isinstance(figures, Mapping):
             raise UserError(
-                f"{self._what} got {described(figures)}: give a dict of figures by name for each batch.",
+                f"{self.what} got {described(figures)}: give a dict of figures by name for each batch.",
                 said_by=ANYONE,
             )
         if share is None:
@@ -51,20 +51,20 @@ class Measuring:
             if not is_scalar(value):
                 of_name = f" as {name}" if name else ""
                 raise UserError(
-                    f"{self._what} got {described(value)}{of_name}: give a number or a scalar tensor for "
+                    f"{self.what} got {described(value)}{of_name}: give a number or a scalar tensor for "
                     "each batch.",
                     said_by=ANYONE,
                 )
             if name not in self._sums:
-                self._sums[name] = no_sum(self._runtime.device)
+                self._sums[name] = no_sums(self._runtime)
             if share.counted:
                 number = value if isinstance(value, torch.Tensor) else as_number(value)
-                add_mean(self._sums[name], number, share.counted)
+                add_mean(self._sums[name][share.row], number, share.counted)
 
     def takes_them_one_by_one(self) -> UserError:
         """The error of a program that has given a list of values of several batches."""
         return UserError(
-            f"{self._what} takes its values one by one, while it goes through run.batches(): give it "
+            f"{self.what} takes its values one by one, while it goes through run.batches(): give it "
             "`value(batch) for batch in run.batches(...)` without brackets, not a list of values.",
             said_by=ANYONE,
         )
@@ -79,10 +79,12 @@ class Measuring:
             self._check_names(names)
         totals: list[list[float]] = []
         if names:
-            mine = torch.stack([self._sums[name] for name in names])
-            totals = self._runtime.gather(mine.flatten()[None]).sum(dim=0).view(-1, 2).tolist()
+            # All rows are brought together before they are added, so that the order of the additions is
+            # that of the shares.
+            mine = rows_of_shares([self._sums[name] for name in names])
+            totals = self._runtime.gather(mine).sum(dim=0).view(-1, 2).tolist()
         if not totals or not all(count for _, count in totals):
-            raise UserError(f"{self._what} got no values: there is no mean of nothing.", said_by=0)
+            raise UserError(f"{self.what} got no values: there is no mean of nothing.", said_by=0)
         return {name: float(total / count) for name, (total, count) in zip(names, totals, strict=True)}
 
     def _check_names(self, names: list[str]) -> None:
@@ -91,7 +93,7 @@ class Measuring:
         mine = torch.tensor([[digest_of(names)]], dtype=sum_dtype(device), device=device)
         if len(set(self._runtime.gather(mine).flatten().tolist())) > 1:
             raise UserError(
-                f"{self._what} has got other names, or no values, on other ranks (here "
+                f"{self.what} has got other names, or no values, on other ranks (here "
                 f"{some(names) or 'none'}): all ranks give the same.",
                 said_by=0,
             )

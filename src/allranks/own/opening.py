@@ -39,6 +39,7 @@ def open_run(
     seed: int = 0,
     dir: str | os.PathLike[str] | None = None,
     config: Mapping[str, Any] | None = None,
+    virtual_ranks: int | None = None,
     log_every_steps: int | None = None,
     stop_at_nonfinite: bool = True,
     several: bool = False,
@@ -51,6 +52,8 @@ def open_run(
     dir:                the run directory; by default it is runs/NAME
     config:             values of the program that decide what it computes, such as {"lr": 3e-4}. A run that
                         goes on must have the same ones
+    virtual_ranks:      into how many shares each batch is cut, a power of two: on any number of ranks that
+                        divides it, the run computes the same bits. A step then goes through run.pieces()
     log_every_steps:    the figures that run.log() gets in every N-th step go to metrics-steps.jsonl, and to
                         trackers
     stop_at_nonfinite:  whether a loss in run.backward() that is not finite ends the run before its next
@@ -82,7 +85,10 @@ def open_run(
                 said_by=0,
             )
         try:
-            composed = _composed(name, seed, config, log_every_steps, settings)
+            trainer: dict[str, Any] = {"log_every_steps": log_every_steps}
+            if virtual_ranks is not None:
+                trainer |= {"reproducible": True, "virtual_ranks": virtual_ranks}
+            composed = _composed(name, seed, config, trainer, settings)
         except UserError as error:
             if not identity.alone:
                 refuse_together(identity, error)
@@ -106,10 +112,13 @@ def _composed(
     name: str,
     seed: int,
     config: Mapping[str, Any] | None,
-    log_every_steps: int | None,
+    trainer: Mapping[str, Any],
     settings: Mapping[str, Any],
 ) -> Config:
-    """allranks' own configuration for the run; raises UserError for a key or value that it lacks."""
+    """allranks' own configuration for the run; raises UserError for a key or value that it lacks.
+
+    `trainer` has those keys of the section `trainer` that a loop of one's own has a use for.
+    """
     known = [key for key in Config.__dataclass_fields__ if key not in _NOT_HERE]
     for key in settings:
         if key not in known:
@@ -118,7 +127,7 @@ def _composed(
         "name": name,
         "seed": seed,
         "own": dict(config or {}),
-        "trainer": {"log_every_steps": log_every_steps},
+        "trainer": dict(trainer),
     }
     try:
         tree = OmegaConf.create({**settings, **ours})

@@ -42,6 +42,15 @@ from allranks.job import pulse
 from allranks.job.identity import RankIdentity
 from allranks.own.measuring import ALIKE_S, Measuring, as_number, is_scalar
 from allranks.own.metric import Metric
+from allranks.own.shares import (
+    StepShares,
+    as_it_came,
+    one_for_each_share,
+    outside_of_pieces,
+    shares_of,
+    together,
+    within_pieces,
+)
 from allranks.own.sharing import Sharing
 from allranks.own.state import KeptObjects
 from allranks.own.steps import OwnSteps
@@ -59,12 +68,16 @@ from allranks.training.length import RunLength
 from allranks.training.loop import Loop
 from allranks.training.records import Records
 from allranks.training.report import Reporter, Told
+from allranks.training.reproducible import buffers_of, refuse_batch_norm, refuse_changed_buffers
 from allranks.training.saver import Saver
 from allranks.training.state import weights_sha256
 from allranks.training.update import named, take_step, tell_not_finite
 from allranks.training.weight import share_weight
 
 _AFTER_STEPS = -1  # in place of a rank, for the random numbers between the steps and the epoch's end
+# In place of a share, for the random numbers of a reproducible run: in a step, but outside of run.pieces(),
+# and after a loop over run.batches().
+_OF_NO_SHARE = -2
 _LEFT_ALIKE = "the other ranks to leave the loop by `break`, as this one has: all must, after the same step"
 _SKIPPED_ALIKE = "the other ranks to take a step without run.backward(), as this one has: all must"
 
@@ -100,6 +113,11 @@ class Run:
         self._has_left = False  # whether a loop has been left by `break`, and nobody has compared the ranks
         self._shared: set[str] = set()  # the names of the works that run.share() has done
         self._has_left_pieces = False  # whether a loop over run.pieces() has been left by `break`
+        # Of a reproducible run: whether the program is in a loop over the shares of a step, how many such
+        # loops the step has had, and whether one has shown that the models leave their buffers alone.
+        self._is_in_shares = False
+        self._loops_in_step = 0
+        self._is_tried = False
         self._in_hand: Dealt | None = None  # this rank's share of the batch that the loop has got last
         self._is_stepping = False  # whether the loop is in a body of steps()
         self._takes_steps = False  # the same, but also within a loop over run.batches() in that body
@@ -240,6 +258,16 @@ class Run:
         """
         return self._dealt("run.examples").counted
 
+    @property
+    def _is_reproducible(self) -> bool:
+        """Whether the run has the same bits on any number of ranks (allranks.open(virtual_ranks=...))."""
+        return self._runtime.virtual_ranks is not None
+
+    @property
+    def _reproducible_by(self) -> str:
+        """What makes the run reproducible, for messages."""
+        return f"virtual_ranks={self._runtime.virtual_ranks}"
+
     # --- before the loop -----------------------------------------------------------------------------
 
     def wrap(
@@ -252,7 +280,11 @@ class Run:
         may leave out some of its parameters. Raises UserError for a model that cannot be trained.
         """
         self._check_open("run.wrap()")
-        return wrapped(model, self._gradients, self._runtime.device, unused_parameters)
+        made = wrapped(model, self._gradients, self._runtime.device, unused_parameters)
+        if self._is_reproducible:
+            with self._runtime.all_or_none():
+                refuse_batch_norm(made, self._reproducible_by)
+        return made
 
     def keep(self, **objects: Any) -> None:
         """Says what a checkpoint holds, by name, and restores it where the run goes on from one.
@@ -273,6 +305,8 @@ class Run:
                     )
             with self._runtime.all_or_none():
                 self._kept.keep(name, inner(given) if isinstance(given, nn.Module) else given)
+            if self._is_reproducible and isinstance(given, torch.optim.Optimizer):
+                given.register_step_pre_hook(self._before_optimizer)
 
     def batches(
         self,
@@ -354,6 +388,7 @@ class Run:
         Then the ranks do what comes after the steps of an epoch: they take over rank 0's buffers.
         """
         if self._has_left:
+            self._check_left_pieces()
             self._has_left = False
             self._runtime.meeting.all_alike(f"left by `break` after step {self.step}", _LEFT_ALIKE, ALIKE_S)
             if self._loop is not None:
@@ -361,6 +396,8 @@ class Run:
 
     def steps(self, batches: Any, *, steps_per_save: int = 1) -> Iterator[Any]:
         """The batches of the epoch that are left; the loop's body takes one step on each.
+
+        In a run with virtual_ranks, give what it yields to run.pieces(), which goes through its shares.
 
         `batches` is what run.batches() takes or gives. Where gradients are added up over several steps,
         `steps_per_save` is their number: a checkpoint then falls between two of such groups only. Where
@@ -382,22 +419,7 @@ class Run:
         self._epoch_of_steps = self.epoch
         dealt = self.batches(batches).dealt
         self._check_source(dealt)
-        position = self._kept.position
-        first_step = position.epoch_steps
-        loader = dealt.with_state
-        self._kept.loader = loader
-        saved = self._kept.loader_state()
-        is_there = saved is not None and loader is not None
-        if is_there:
-            loader.load_state_dict(saved)
-        seen = self._kept.means.digest if first_step else None
-        shares = dealt.epoch(
-            position.epoch,
-            first_step,
-            seen=seen,
-            is_there=is_there,
-            position=self._kept.examples if first_step else 0,
-        )
+        shares = self._shares_left(dealt)
         self._takes_steps = True
         try:
             with dealt.explained(), self._stopping():
@@ -410,7 +432,9 @@ class Run:
                     if self.epoch_step % steps_per_save == 0:  # gradients are added up anew
                         self._losses.clear()
                         self._kept.means.begin_step(may_be_left_out=not self._stops_at_nonfinite)
-                    reseed(mixed(self._config.seed, self.step, self.rank), self.device)
+                    self._loops_in_step = 0
+                    of_whom = _OF_NO_SHARE if self._is_reproducible else self.rank
+                    reseed(mixed(self._config.seed, self.step, of_whom), self.device)
                     pulse.count_step()
                     passes = self._gradients.passes
                     try:
@@ -431,23 +455,46 @@ class Run:
             self._in_hand = None
             # What the program draws now, as for an evaluation, does not depend on the rank, nor on whether
             # the run has gone on just here.
-            reseed(mixed(self._config.seed, position.epoch, _AFTER_STEPS), self.device)
+            reseed(mixed(self._config.seed, self.epoch, _AFTER_STEPS), self.device)
         self._stops.settle()
+
+    def _shares_left(self, dealt: Batches) -> Iterator[Dealt]:
+        """What this rank takes of each batch that is left of the epoch: a share, or several together."""
+        position = self._kept.position
+        first_step = position.epoch_steps
+        loader = dealt.with_state
+        self._kept.loader = loader
+        saved = self._kept.loader_state()
+        is_there = saved is not None and loader is not None
+        if is_there:
+            loader.load_state_dict(saved)
+        shares = dealt.epoch(
+            position.epoch,
+            first_step,
+            seen=self._kept.means.digest if first_step else None,
+            is_there=is_there,
+            position=self._kept.examples if first_step else 0,
+        )
+        return together(shares, len(self._runtime.shares)) if self._is_reproducible else shares
 
     def _check_in_hand(self, share: Dealt) -> None:
         """Raises UserError where the step has left what it has begun on a batch, or has taken another."""
-        if self._has_left_pieces:
-            raise UserError(
-                "A loop over run.pieces() was left by `break`. The ranks add up their gradients in the "
-                "last piece only, so go through all of them.",
-                said_by=ANYONE,
-            )
+        self._check_left_pieces()
         if self._in_hand is not share:
             raise UserError(
                 "A step of run.steps() has taken a batch of run.batches() by next(), and has not gone "
                 "through the rest: its loss would be weighed as one of that batch, and a run that goes on "
                 "would begin with the first batch again. Make one Dataset of both, as "
                 "torch.utils.data.StackDataset does.",
+                said_by=ANYONE,
+            )
+
+    def _check_left_pieces(self) -> None:
+        """Raises UserError where a loop over run.pieces() was left by `break`."""
+        if self._has_left_pieces:
+            raise UserError(
+                "A loop over run.pieces() was left by `break`. The ranks add up their gradients in the "
+                "last piece only, so go through all of them.",
                 said_by=ANYONE,
             )
 
@@ -473,6 +520,8 @@ class Run:
         that is not finite ends the run before its next checkpoint, or in run.take_step().
         """
         share = self._dealt("run.backward()")
+        if self._takes_steps and self._is_reproducible and not self._is_in_shares:
+            raise outside_of_pieces("run.backward()")
         if not self._takes_steps:
             raise UserError(
                 "run.backward() is called in a loop over run.batches() outside of run.steps(), where no "
@@ -532,6 +581,8 @@ class Run:
                 "run.take_step() belongs into a loop over run.steps(): it takes one of its steps.",
                 said_by=ANYONE,
             )
+        if self._is_in_shares:
+            raise within_pieces("run.take_step()")
         check_arguments(optimizer, clip_norm, scaler)
         parameters = [each for group in optimizer.param_groups for each in group["params"]]
         scale = scaler.get_scale() if scaler is not None else 1.0
@@ -553,28 +604,79 @@ class Run:
         # A GradScaler that has left out a step has lowered its scale, and tells it in no other way.
         return scaler is None or scaler.get_scale() >= scale
 
-    def pieces(self, batch: Any, count: int) -> Iterator[Any]:
+    def pieces(self, batch: Any, count: int = 1) -> Iterator[Any]:
         """Cuts a batch of run.steps() into at most `count` pieces, which saves memory; gradients add up.
 
         Within the loop over them, run.backward() weighs each piece by its examples. The ranks exchange
         gradients only in the last one.
+
+        In a run with virtual_ranks a rank may have several shares of a batch. Then the loop goes through
+        all of them, each in so many pieces, and the gradient is there after the loop.
         """
         share = self._dealt("run.pieces()")
         if count < 1:
             raise UserError(f"run.pieces() got count={count}: give 1 or more.", said_by=ANYONE)
-        parts = pieces_of(batch, count, most_pieces(share.total, self.world_size, count))
         try:
+            if isinstance(batch, StepShares) and self._is_in_shares:
+                raise within_pieces("run.pieces()")
+            if isinstance(share.batch, StepShares):
+                yield from self._pieces_of_shares(as_it_came(batch, share), count)
+                return
+            wanted = most_pieces(share.total, self._runtime.share_count, count)
+            parts = self._cut(batch, share, count, wanted)
             with self._gradients.in_pieces():
-                for number, (piece, length) in enumerate(parts, 1):
-                    counts = length if share.counted else 0
-                    self._in_hand = Dealt(piece, counts, share.total)
+                for number, part in enumerate(parts, 1):
+                    self._in_hand = part
                     with self._gradients.piece(is_last=number == len(parts)):
-                        yield piece
+                        yield part.batch
         except GeneratorExit:
             self._has_left_pieces = True
             raise
         finally:
             self._in_hand = share
+
+    def _cut(self, batch: Any, share: Dealt, count: int, wanted: int) -> list[Dealt]:
+        """The pieces of a batch of this share; `wanted` as in pieces_of()."""
+        if count == 1 and batch is share.batch:  # it need not be known how it could be cut
+            return [share]
+        parts = pieces_of(batch, count, wanted)
+        return [
+            Dealt(piece, length if share.counted else 0, share.total, row=share.row)
+            for piece, length in parts
+        ]
+
+    def _pieces_of_shares(self, batch: StepShares, count: int) -> Iterator[Any]:
+        """The pieces of each share that this rank has of a step's batch, in a reproducible run."""
+        seed = self._config.seed
+        again = self._loops_in_step
+        self._loops_in_step += 1
+        self._is_in_shares = True
+        try:
+            for row in self._gradients.each_share(seed, self.step, again):
+                share = batch.shares[row]
+                before = None if self._is_tried else [buffers_of(each) for each in self._gradients.models]
+                for part in self._cut(share.batch, share, count, wanted=0):
+                    self._in_hand = part
+                    yield part.batch
+                if before is not None:
+                    self._refuse_changed_buffers(before)
+        finally:
+            self._is_in_shares = False
+        # What the program draws now does not depend on which shares this rank has had.
+        reseed(mixed(seed, self.step, _OF_NO_SHARE, self._loops_in_step), self.device)
+
+    def _refuse_changed_buffers(self, before: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        """Raises UserError where a model has changed a buffer in the first share of a reproducible run."""
+        remedy = "leave virtual_ranks out"
+        with self._runtime.all_or_none():
+            for model, buffers in zip(self._gradients.models, before, strict=True):
+                refuse_changed_buffers(buffers, model, type(model).__name__, self._reproducible_by, remedy)
+        self._is_tried = True
+
+    def _before_optimizer(self, *_: Any) -> None:
+        """An optimizer calls this before each step. Raises UserError where gradients are not added up."""
+        if self._is_in_shares:
+            raise within_pieces("The step of an optimizer")
 
     def log(self, figures: Mapping[str, Any]) -> None:
         """Records figures, by name.
@@ -592,8 +694,9 @@ class Run:
                     said_by=ANYONE,
                 )
             if self._is_stepping and self._in_hand is not None:
-                self._kept.means.add(name, value, self._in_hand.counted)
-                self._steps.add(name, value, self._in_hand.counted)
+                for share in shares_of(self._in_hand):
+                    self._kept.means.add(name, value, share.counted, share.row)
+                    self._steps.add(name, value, share.counted, share.row)
             elif self._in_epochs and self._loop is not None:
                 self._loop.log({name: as_number(value)})
             else:
@@ -624,16 +727,25 @@ class Run:
         """What run.mean() and run.means() find in the values."""
         self._check_open("run.mean()")
         self._leave_alike()
+        if self._is_in_shares:
+            raise within_pieces(measuring.what)
         before = self._in_hand
+        # What is in hand now may have one value, or in a step of a reproducible run one for each share.
+        in_hand = () if before is None else shares_of(before)
         # Within a step the ranks do not stop: they may at its end anyway.
         may_stop = self._loop is not None and not self._is_stepping
         with self._stopping(), self._stops.between_batches() if may_stop else nullcontext():
             of_batch_in_hand = 0
             for figures in values:
-                measuring.add(figures, self._in_hand)
-                of_batch_in_hand += self._in_hand is before
-                if of_batch_in_hand > 1:
-                    raise measuring.takes_them_one_by_one()
+                share = self._in_hand
+                if share is before:
+                    if of_batch_in_hand == len(in_hand):
+                        raise _too_many(measuring, before)
+                    share = in_hand[of_batch_in_hand]
+                    of_batch_in_hand += 1
+                measuring.add(figures, share)
+            if 0 < of_batch_in_hand < len(in_hand):
+                raise one_for_each_share(measuring.what, len(in_hand), str(of_batch_in_hand))
         self._in_hand = before
         return measuring.means()
 
@@ -839,13 +951,19 @@ class OwnBatches:
     def __iter__(self) -> Iterator[Any]:
         run = self._run
         run._leave_alike()
+        if run._is_in_shares:
+            raise within_pieces("run.batches()")
         is_stepping = run._is_stepping
         before = run._in_hand
+        drawn = _drawn() if run._is_reproducible else None
         try:
             with self.dealt.explained():
-                for share in self.dealt.epoch(0):
+                for number, share in enumerate(self.dealt.epoch(0)):
                     run._in_hand = share
                     run._is_stepping = False
+                    if drawn is not None:
+                        mine = run._runtime.shares
+                        reseed(mixed(drawn, number // len(mine), mine[share.row]), run.device)
                     yield share.batch
                     run._runtime.progress.evaluated_batch()
                     if run._loop is not None:
@@ -853,6 +971,20 @@ class OwnBatches:
         finally:  # also where the loop is left by `break`
             run._in_hand = before
             run._is_stepping = is_stepping
+            if drawn is not None:
+                reseed(mixed(drawn, _OF_NO_SHARE), run.device)
+
+
+def _too_many(measuring: Measuring, in_hand: Dealt | None) -> UserError:
+    """The error of a program that has given more values to run.mean() than it has batches in hand."""
+    if in_hand is not None and isinstance(in_hand.batch, StepShares):
+        return one_for_each_share(measuring.what, len(in_hand.batch.shares), "more")
+    return measuring.takes_them_one_by_one()
+
+
+def _drawn() -> int:
+    """A random number, the same on all ranks where their random numbers have been the same up to now."""
+    return int(torch.randint(2**62, ()))
 
 
 def _summary_in(directory: str) -> dict[str, Any]:

@@ -44,9 +44,15 @@ def add_mean(sums: torch.Tensor, value: torch.Tensor | float, count: int) -> Non
     sums[1] += count
 
 
-def no_sum(device: torch.device) -> torch.Tensor:
-    """What add_mean() adds to at first."""
-    return torch.zeros(2, dtype=sum_dtype(device), device=device)
+def no_sums(runtime: Runtime) -> list[torch.Tensor]:
+    """What add_mean() adds to at first, for each share that this rank takes of a batch."""
+    device = runtime.device
+    return [torch.zeros(2, dtype=sum_dtype(device), device=device) for _ in runtime.shares]
+
+
+def rows_of_shares(sums: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+    """[shares of this rank, 2 * names]: what add_mean() has added up, of each name for each share."""
+    return torch.stack([torch.stack(list(of_name)) for of_name in sums], dim=1).flatten(1)
 
 
 def digest_of(names: Sequence[str]) -> float:
@@ -57,17 +63,19 @@ def digest_of(names: Sequence[str]) -> float:
 class Means:
     """Means over the examples of an epoch, added up on the device while its steps are taken.
 
-    Each name has two numbers: the sum of value * examples, and the number of examples, in float64.
+    Each name has two numbers for each share that this rank takes of a batch: the sum of value * examples,
+    and the number of examples, in float64. As a rule a rank has one share. The sums of several ones are
+    kept apart, so that all of them can be added in the order of the shares, whichever rank had which share.
     """
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._dtype = sum_dtype(runtime.device)
-        self._sums: dict[str, torch.Tensor] = {}
+        self._sums: dict[str, list[torch.Tensor]] = {}  # by name, of each share
         self.digest = 0  # of the epoch's batches up to now (data.batches.Dealt)
         # The sums before the step that is under way, of the names that it has changed. None where no step
         # is left out.
-        self._before: dict[str, torch.Tensor] | None = None
+        self._before: dict[str, list[torch.Tensor]] | None = None
         self._is_left_out = False  # whether the figures of this step do not count
         # How many losses of this rank were not finite; on the device, so that nothing waits for it.
         self._not_finite = torch.zeros((), dtype=self._dtype, device=runtime.device)
@@ -80,15 +88,15 @@ class Means:
         is_nan = weight.isnan() if isinstance(weight, torch.Tensor) else math.isnan(weight)
         self._not_finite += is_nan
 
-    def add(self, name: str, value: torch.Tensor | float, count: int) -> None:
-        """Adds a value that is the mean over `count` examples of this rank."""
+    def add(self, name: str, value: torch.Tensor | float, count: int, row: int = 0) -> None:
+        """Adds a value that is the mean over `count` examples of share number `row` of this rank."""
         sums = self._sums.get(name)
         if sums is None:
-            sums = self._sums[name] = no_sum(self._runtime.device)
+            sums = self._sums[name] = no_sums(self._runtime)
         if self._before is not None and name not in self._before:
-            self._before[name] = sums.clone()
+            self._before[name] = [of_share.clone() for of_share in sums]
         if count and not self._is_left_out:
-            add_mean(sums, value, count)
+            add_mean(sums[row], value, count)
 
     def begin_step(self, may_be_left_out: bool) -> None:
         """A step begins, whose figures leave_out_step() may take back if `may_be_left_out`."""
@@ -102,7 +110,7 @@ class Means:
         self._is_left_out = True
 
     def gather(self) -> dict[str, list[list[float]]]:
-        """By name the two numbers of each rank; all ranks call.
+        """By name the two numbers of each share of all ranks, in the order of the shares; all ranks call.
 
         Raises UserError where the ranks have different names, or were given different batches, and where a
         loss was not finite: then the weights are spoilt, and must not be saved.
@@ -137,9 +145,9 @@ class Means:
             )
         if not names:
             return {}
-        rows = self._runtime.gather(torch.stack([self._sums[name] for name in names]).flatten()[None])
-        by_rank = rows.view(-1, len(names), 2).tolist()
-        return {name: [of_rank[i] for of_rank in by_rank] for i, name in enumerate(names)}
+        rows = self._runtime.gather(rows_of_shares([self._sums[name] for name in names]))
+        by_share = rows.view(-1, len(names), 2).tolist()
+        return {name: [of_share[i] for of_share in by_share] for i, name in enumerate(names)}
 
     def take(self) -> dict[str, float]:
         """The mean of each name over all ranks, and begins anew; all ranks call."""
@@ -153,16 +161,19 @@ class Means:
     def restore(self, saved: Mapping[str, list[list[float]]]) -> None:
         """Puts back what gather() returned when the checkpoint was made.
 
-        Where the number of ranks is another one now, rank 0 goes on from the total.
+        Where the number of shares is another one now, rank 0 goes on from the total.
         """
+        runtime = self._runtime
         self._sums = {}
         for name, rows in saved.items():
-            if len(rows) == self._runtime.world_size:
-                mine = rows[self._runtime.rank]
+            if len(rows) == runtime.share_count:
+                mine = rows[runtime.shares.start : runtime.shares.stop]
             else:
                 total = [sum(column) for column in zip(*rows, strict=True)]
-                mine = total if self._runtime.is_main else [0.0, 0.0]
-            self._sums[name] = torch.tensor(mine, dtype=self._dtype, device=self._runtime.device)
+                mine = [[0.0, 0.0] for _ in runtime.shares]
+                if runtime.is_main:
+                    mine[0] = total
+            self._sums[name] = [torch.tensor(row, dtype=self._dtype, device=runtime.device) for row in mine]
 
 
 class KeptObjects:

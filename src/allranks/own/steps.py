@@ -31,10 +31,13 @@ class OwnSteps:
         if is_recorded:
             self._epochs[step] = epoch
 
-    def add(self, name: str, value: torch.Tensor | float, count: int) -> None:
-        """Adds a figure of the step that is going on, the mean over `count` examples of this rank."""
+    def add(self, name: str, value: torch.Tensor | float, count: int, row: int = 0) -> None:
+        """Adds a figure of the step that is going on, the mean over `count` examples of a share.
+
+        `row` is the number of the share among those of this rank.
+        """
         if self._now is not None:
-            self._means.add(f"{self._now} {name}", value, count)
+            self._means.add(f"{self._now} {name}", value, count, row)
 
     def collect(self) -> list[dict[str, Any]]:
         """The figures of the steps recorded since the last call, over all ranks; all ranks call."""

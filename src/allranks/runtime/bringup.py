@@ -187,7 +187,7 @@ def _bring_up(
         watchdog.join(agreed.watched, agreed.deputy)
 
     # 5. connect
-    _set_determinism(settings.virtual_ranks, meeting.world_size)
+    _set_determinism(is_wanted=settings.virtual_ranks is not None)
     # Another number of threads may change the last bits of sums: a reproducible run takes always one.
     threads = settings.threads or (1 if settings.virtual_ranks else place.threads)
     torch.set_num_threads(threads)
@@ -224,6 +224,7 @@ def _equip(
     try:
         picked = pick_device(settings.device, place)
         _check_precision(settings.precision, picked.device)
+        _check_virtual_ranks(settings.virtual_ranks, world_size)
         if ezpz.chosen(settings.library, identity.rank):
             kind = "ezpz"
         if world_size > 1:
@@ -408,28 +409,26 @@ def is_available(name: str) -> bool:
     return backend is not None and backend.is_available() and backend.device_count() > 0
 
 
-def _set_determinism(virtual_ranks: int | None, world_size: int) -> None:
-    """Sets torch for a reproducible run, which has a number of virtual ranks, or back for any other run.
-
-    Raises UserError where the virtual ranks cannot be dealt out evenly.
-    """
+def _set_determinism(is_wanted: bool) -> None:
+    """Sets torch for a reproducible run, or back for any other run."""
     # torch's modes: 2 raises an error for an operation whose result depends on chance, 0 allows all. Also
     # set back, because the runs of a sweep share this process.
-    wanted_mode = 2 if virtual_ranks else 0
+    wanted_mode = 2 if is_wanted else 0
     if torch.get_deterministic_debug_mode() != wanted_mode:
         torch.set_deterministic_debug_mode(wanted_mode)
         # It would fill new memory with NaN, which takes time; nothing here reads memory before writing it.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    if virtual_ranks is None:
-        return
-    if virtual_ranks % world_size:
-        raise UserError(
-            f"trainer.reproducible=true with trainer.virtual_ranks={virtual_ranks}: start a number "
-            f"of ranks that divides it, not {world_size}.",
-            said_by=0,
-        )
-    if not os.environ.get("CUBLAS_WORKSPACE_CONFIG"):
+    if is_wanted and not os.environ.get("CUBLAS_WORKSPACE_CONFIG"):
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # else cuBLAS's results depend on chance
+
+
+def _check_virtual_ranks(virtual_ranks: int | None, world_size: int) -> None:
+    """Raises UserError where the virtual ranks of a reproducible run cannot be dealt out evenly."""
+    if virtual_ranks is not None and virtual_ranks % world_size:
+        raise UserError(
+            f"The ranks of a reproducible run share out trainer.virtual_ranks={virtual_ranks}: start a "
+            f"number of ranks that divides it, not {world_size}."
+        )
 
 
 def _check_precision(precision: str, device: torch.device) -> None:

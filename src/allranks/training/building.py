@@ -20,6 +20,7 @@ from allranks.tasks import is_classification
 from allranks.training.gradients import Gradients
 from allranks.training.length import RunLength, run_length
 from allranks.training.metrics import Sums, objects_of
+from allranks.training.reproducible import refuse_batch_norm
 from allranks.training.state import buffers_left_out, can_be_saved, first_buffers, why_not_saved
 from allranks.training.training import Schedule, Training
 
@@ -109,7 +110,7 @@ def build_training(recipe: Recipe, runtime: Runtime, examples: int) -> Training:
     else:
         model = build_model(recipe.model, recipe.seed, recipe.dtype, runtime.device)
     if trainer.reproducible:
-        _refuse_batch_norm(model)
+        refuse_batch_norm(model, "trainer.reproducible=true")
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     section = _for_slices(recipe.optimizer) if is_sharded else recipe.optimizer
@@ -239,15 +240,6 @@ def _check_model(model: nn.Module, target: str) -> None:
                 f"{target}: the parameter {name} is complex, which allranks does not train: hold it as a "
                 "real one (torch.view_as_real), and make it complex in forward."
             )
-
-
-def _refuse_batch_norm(model: nn.Module) -> None:
-    """Raises UserError where a model with BatchNorm is to be trained reproducibly."""
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-        raise UserError(
-            "trainer.reproducible=true does not go with BatchNorm, whose figures depend on how a batch "
-            "is cut: take GroupNorm or LayerNorm in the model."
-        )
 
 
 def _move(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:

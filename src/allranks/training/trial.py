@@ -36,6 +36,7 @@ from allranks.tasks import Classification, metrics_of, outputs_of
 from allranks.training.building import Recipe, build_model
 from allranks.training.flops import Flops
 from allranks.training.metrics import Column, Sums, columns_of, objects_of
+from allranks.training.reproducible import buffers_of, refuse_changed_buffers
 from allranks.training.training import Training
 
 _SHOWN_LETTERS = 300  # of a library's message; some list every name of a model
@@ -86,7 +87,7 @@ def _try(training: Training, data: Data, recipe: Recipe, runtime: Runtime, best:
         # SyncBatchNorm would wait for the other ranks in training, but not in an evaluation. With it this
         # rank, which tries the model by itself, can only evaluate.
         model.train(needs_no_others)
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        buffers = buffers_of(model)
         names = _Names(
             model=f"model._target_={recipe.model['_target_']}",
             optimizer=f"optimizer._target_={recipe.optimizer['_target_']}",
@@ -98,12 +99,9 @@ def _try(training: Training, data: Data, recipe: Recipe, runtime: Runtime, best:
         outputs = _forward(trial, examples, flops)
         if is_classification:
             _check_logits(outputs, names.model, examples, data.classes)
-        changed = _changed(buffers, model)
-        if trainer.reproducible and changed:
-            raise UserError(
-                f"trainer.reproducible=true does not go with {names.model}, which changes its buffer "
-                f"{some(changed)} in training: that depends on how a batch is cut into shares. Take a "
-                "layer without such a buffer (GroupNorm, LayerNorm), or trainer.reproducible=false."
+        if trainer.reproducible:
+            refuse_changed_buffers(
+                buffers, model, names.model, "trainer.reproducible=true", "trainer.reproducible=false"
             )
         loss = _loss(trial, outputs, examples, flops)
         columns = _columns(trial, outputs, examples)
@@ -333,14 +331,6 @@ def _check_logits(logits: Any, model_is: str, examples: Examples, classes: int |
             f"{model_is} has {outputs} outputs, but data.classes={classes} and labels up to {highest}: "
             "labels count from 0; give data.classes and model.classes as the data has them."
         )
-
-
-def _changed(before: Mapping[str, torch.Tensor], model: nn.Module) -> list[str]:
-    """The names of the buffers that are not any more as they were."""
-    now = dict(model.named_buffers())
-    return [
-        name for name, buffer in now.items() if name not in before or not torch.equal(buffer, before[name])
-    ]
 
 
 def _step(model: nn.Module, optimizer_is: str, section: Mapping[str, Any]) -> None:
