@@ -42,6 +42,7 @@ def open_run(
     virtual_ranks: int | None = None,
     log_every_steps: int | None = None,
     stop_at_nonfinite: bool = True,
+    detect_anomaly: bool = False,
     several: bool = False,
     **settings: Any,
 ) -> Run:
@@ -59,6 +60,9 @@ def open_run(
     stop_at_nonfinite:  whether a loss in run.backward() that is not finite ends the run before its next
                         checkpoint, and a gradient that is not finite at once in run.take_step(). If not,
                         run.take_step() leaves such steps out
+    detect_anomaly:     whether in each step the output of each layer and each operation of a backward pass
+                        is looked at: the first one that is not finite is named, and the run ends. Each step
+                        takes longer
     several:            whether the program opens several runs, one after another
     settings:           keys of allranks' own configuration, such as device="cpu" or
                         checkpoint={"every_s": 600} (docs/configuration.md)
@@ -85,7 +89,10 @@ def open_run(
                 said_by=0,
             )
         try:
-            trainer: dict[str, Any] = {"log_every_steps": log_every_steps}
+            trainer: dict[str, Any] = {
+                "log_every_steps": log_every_steps,
+                "detect_anomaly": detect_anomaly,
+            }
             if virtual_ranks is not None:
                 trainer |= {"reproducible": True, "virtual_ranks": virtual_ranks}
             composed = _composed(name, seed, config, trainer, settings)

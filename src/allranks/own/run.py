@@ -21,7 +21,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -55,7 +55,7 @@ from allranks.own.sharing import Sharing
 from allranks.own.state import KeptObjects
 from allranks.own.steps import OwnSteps
 from allranks.own.stops import EvaluationStops
-from allranks.own.taking import IF_NOT_FINITE, check_arguments
+from allranks.own.taking import IF_FOUND, IF_NOT_FINITE, check_arguments
 from allranks.own.wrapping import REMEDY, wrapped
 from allranks.run import best as the_best
 from allranks.run import directory as rundir
@@ -422,7 +422,7 @@ class Run:
         shares = self._shares_left(dealt)
         self._takes_steps = True
         try:
-            with dealt.explained(), self._stopping():
+            with dealt.explained(), self._stopping(), self._detecting_anomalies():
                 for share in loop.steps(shares, dealt.count, dealt.examples, steps_per_save):
                     self._in_hand = share
                     self._kept.means.digest = share.digest
@@ -552,8 +552,41 @@ class Run:
         if self._stops_at_nonfinite:
             self._kept.means.note_weight(weight)
         self._losses.append(loss.detach())
-        with named("backward"):
-            self._gradients.backward(loss * weight)
+        if not self._config.trainer.detect_anomaly:
+            with named("backward"):
+                self._gradients.backward(loss * weight)
+            return
+        # The weight of a loss that is not finite is NaN: it would be the first anomaly.
+        with self._naming_operations():
+            self._gradients.backward(loss * (count / share.total))
+        if not bool(loss.isfinite()):
+            raise self._anomaly(
+                f"The loss is {as_number(loss)}, though all layers' outputs are finite: look at how it is "
+                "computed."
+            )
+
+    def _detecting_anomalies(self) -> AbstractContextManager[None]:
+        """With allranks.open(detect_anomaly=True) the steps in the block are looked at."""
+        if not self._config.trainer.detect_anomaly:
+            return nullcontext()
+        from allranks.training.anomaly import detecting
+
+        models = self._gradients.models
+        kept = {id(each): name for name, each in self._kept.objects.items()}
+        names = [kept.get(id(model), f"model {number}") for number, model in enumerate(models, 1)]
+        prefixes = names if len(models) > 1 else [""] * len(models)
+        return detecting(dict(zip(prefixes, models, strict=True)), self._anomaly)
+
+    def _naming_operations(self) -> AbstractContextManager[None]:
+        """The block is a backward pass. An operation of it that gives NaN is named by a UserError."""
+        from allranks.training.anomaly import named_operation
+
+        return named_operation(self._anomaly)
+
+    def _anomaly(self, found: str) -> UserError:
+        """The error of a rank that has found something that is not finite."""
+        place = f"rank {self.rank} in step {self.step + 1} (epoch {self.epoch + 1})"
+        return UserError(f"{found} This was on {place}. {IF_FOUND}", said_by=ANYONE)
 
     def take_step(
         self,

@@ -1,4 +1,4 @@
-"""`run.take_step()`: what it is given, and what is said where the gradient is not finite."""
+"""`run.take_step()`: what it is given, and the remedies for a loss or a gradient that is not finite."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ IF_NOT_FINITE = (
     "Take a smaller learning rate or clip_norm, look at the data, or go on without such steps by "
     "allranks.open(stop_at_nonfinite=False)."
 )
+IF_FOUND = "Take a smaller learning rate or clip the gradient, or look at the data and at this layer."
 
 
 def check_arguments(optimizer: Any, clip_norm: Any, scaler: Any) -> None:

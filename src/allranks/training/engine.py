@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from allranks.base.errors import UserError
 from allranks.config import TrainerConfig
 from allranks.data.dealing import (
     Batch,
@@ -42,6 +43,8 @@ _IF_NOT_FINITE = (
     "Take a smaller optimizer.lr or trainer.clip_norm, look at the data, or go on without such steps by "
     "trainer.nonfinite=skip."
 )
+# The remedy where trainer.detect_anomaly has found a layer or an operation.
+_IF_FOUND = "Take a smaller optimizer.lr or trainer.clip_norm, or look at the data and at this layer."
 
 
 # --- the loop ------------------------------------------------------------------------------------------
@@ -281,12 +284,15 @@ def _find_where(
     Weights and random numbers are those of the first time, so the same numbers come again. Where all are
     finite, as with a model that changes by itself, nothing is raised.
     """
-    from allranks.training.anomaly import detecting
+    from allranks.training.anomaly import detecting, named_operation
+
+    def told(found: str) -> UserError:
+        return UserError(f"{found} {_IF_FOUND}")
 
     # The ranks agree on the error. In the passes of a model that is spread over them they wait for each
     # other: there only the rank that computed the number raises the error, and that ends all.
     agreement = nullcontext() if training.is_sharded else runtime.all_or_none()
-    with agreement, detecting(training.model):
+    with agreement, named_operation(told), detecting({"": training.model}, told):
         for share, batch in zip(runtime.shares, shares, strict=True):
             reseed(mixed(seed, training.position.step, share), runtime.device)
             for piece in batch.pieces:
