@@ -1,5 +1,8 @@
 """The one table of options: every command line, job script and Hydra launcher follows from it."""
 
+import json
+import os
+import signal
 from dataclasses import fields
 
 import pytest
@@ -7,7 +10,9 @@ import pytest
 from allranks import cli
 from allranks.base.errors import UserError
 from allranks.launch import options
+from allranks.submit import task
 from allranks.submit.order import Order, with_options
+from helpers import PYTHON, execute
 from hydra_plugins.allranks_launcher import KEYS, AllranksLauncher
 
 
@@ -79,6 +84,20 @@ def test_an_order_hands_all_that_a_job_needs_to_its_launch():
     assert Order("polaris", 2).launch_words(2) == ["--machine", "polaris", "--job-nodes", "2"]
 
 
+def test_a_folder_given_anew_is_taken_with_its_whole_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    order = with_options(Order("mine", config_dir="/own"), {"config_dir": "other", "nodes": None})
+    assert order.config_dir == f"{tmp_path}/other"
+
+
+@pytest.mark.parametrize(("flag", "console"), [("-q", "quiet"), ("-v", "verbose")])
+def test_how_much_a_program_shows_is_kept_for_its_job(flag, console):
+    order = with_options(Order("polaris"), vars(parsed("submit", flag)[0]))
+    assert order.launch_words(1) == ["--machine", "polaris", flag]
+    assert order.as_kept()["console"] == console
+    assert "console" not in Order("polaris").as_kept()  # which an earlier version could not read
+
+
 def test_every_option_for_jobs_is_kept_in_an_order_and_is_one_of_hydras_launcher():
     kept = {field.name for field in fields(Order)}
     for option in options.OPTIONS:
@@ -124,3 +143,108 @@ def test_each_help_says_what_the_command_does_and_fits_80_columns(words, capsys,
     # A description stands between the usage and the first list.
     paragraphs = said.split("\n\n")
     assert not paragraphs[1].startswith(("options:", "positional arguments:"))
+
+
+# --- the door ---------------------------------------------------------------------------------------------
+
+
+def typed_with_stubs(folder, words, **stubs):
+    """`allranks WORDS` as a process in the folder, with these shell scripts as commands on its PATH."""
+    (folder / "bin").mkdir()
+    for name, script in stubs.items():
+        (folder / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / "bin" / name).chmod(0o755)
+    path = f"{folder}/bin:{os.environ['PATH']}"
+    return execute([PYTHON, "-m", "allranks", *words], folder, {"PATH": path})
+
+
+def make_job(run):
+    """A run directory of a job of PBS."""
+    run.mkdir(parents=True)
+    job = {
+        "scheduler": "pbs",
+        "job_ids": ["7.pbs"],
+        "program": ["true"],
+        "order": {"machine": "generic_pbs"},
+    }
+    job["order"]["machine_overrides"] = []
+    (run / "job.json").write_text(json.dumps(job))
+    return run
+
+
+def test_ctrl_c_ends_a_command_with_one_line(tmp_path):
+    """While it waits for qstat, which here sends the signal itself."""
+    make_job(tmp_path / "run")
+    done = typed_with_stubs(tmp_path, ["cancel", "run"], qstat="kill -INT $PPID; exec sleep 60")
+    assert done.err == "allranks: interrupted by Ctrl-C\n"
+    assert done.code == -signal.SIGINT
+
+
+def test_a_full_disk_and_an_encoding_without_accents_end_no_command_with_a_traceback(tmp_path):
+    make_job(tmp_path / "runs/caf\u00e9")
+    runs = f"'{PYTHON}' -m allranks runs"
+    shell = f"export PYTHONIOENCODING=ascii; {runs}; {runs} > /dev/full"
+    (tmp_path / "qstat").write_text("#!/bin/sh\nexit 153\n")
+    (tmp_path / "qstat").chmod(0o755)
+    done = execute(["sh", "-c", shell], tmp_path, {"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    assert "caf\\xe9" in done.out
+    assert done.err == (
+        "allranks: the output of this command cannot be written (No space left on device): free some space "
+        "or quota.\n"
+    )
+    assert done.code == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["launch", "--dry-run", "model=linear"],
+        ["submit", "--machine", "generic_pbs", "--walltime", "00:10:00", "--dry-run", "--", "true"],
+        ["data", "verify"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_present_directory_that_has_been_removed_is_said(words, tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert ended.value.code == 2
+    assert "The present directory has been removed: `cd` into" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("root", "said"),
+    [("~nobody-at-all/x", "--root=~nobody-at-all/x: no home directory is known"), ("", "--root is empty")],
+)
+def test_a_root_for_data_that_is_none(root, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["data", "verify", "--root", root])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_job_that_is_queued_again_takes_another_folder_of_machines(tmp_path, monkeypatch, capsys):
+    """And how much a program shows, which a training has in its frozen configuration."""
+    run = make_job(tmp_path / "run")
+    (tmp_path / "mine/machine").mkdir(parents=True)
+    (tmp_path / "mine/machine/mypbs.yaml").write_text("scheduler: pbs\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(task, "NODE_LOCAL", (str(tmp_path),))
+    words = ["submit", "--cell", str(run), "--config-dir", "mine", "--machine", "mypbs", "-q", "--dry-run"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert f"--machine mypbs --config-dir {tmp_path}/mine -q" in out
+    assert f"Note: {run} is in {tmp_path}, which each node has for itself" in out
+
+
+def test_how_much_a_training_shows_is_frozen(tmp_path, capsys):
+    run = make_job(tmp_path / "run")
+    job = json.loads((run / "job.json").read_text())
+    (run / "job.json").write_text(json.dumps(job | {"program": []}))
+    with pytest.raises(SystemExit):
+        cli.main(["submit", "--cell", str(run), "-v", "--dry-run"])
+    assert "-v cannot be given with --cell: its configuration is frozen" in capsys.readouterr().err

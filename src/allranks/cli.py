@@ -7,7 +7,9 @@ its own, which imports torch.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +18,8 @@ from typing import Any, NamedTuple
 
 import allranks
 from allranks.base.arguments import with_our_errors
-from allranks.base.errors import UserError, end_unread, show
+from allranks.base.errors import UserError, end_interrupted, end_unread, show
+from allranks.base.files import in_present_directory, with_home
 from allranks.base.text import did_you_mean
 
 
@@ -55,6 +58,7 @@ COMMANDS = (
     Command("completion", "", "", "let the TAB key complete commands, in bash, zsh and fish"),
 )
 
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 DESCRIPTION = "The same PyTorch training run on one core, one GPU or every rank of a supercomputer."
 DATA = "Fetches the data sets that allranks knows, MNIST and Fashion-MNIST, and checks their files."
 
@@ -62,17 +66,34 @@ DATA = "Fetches the data sets that allranks knows, MNIST and Fashion-MNIST, and 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line `arguments` (by default this process's own) and exits with its exit code.
 
-    A UserError becomes one message on stderr, and the exit code is that of the error.
+    A UserError becomes one message on stderr, and the exit code is that of the error. After Ctrl-C there is
+    one line, too, and the process ends by SIGINT.
     """
     try:
-        code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        _let_stdout_take_any_text()
+        with in_present_directory():
+            code = _run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
         sys.exit(code)
     except BrokenPipeError:
         end_unread()
+    except KeyboardInterrupt:
+        end_interrupted()
     except UserError as error:
         show(error)
         sys.exit(error.code)
+    except OSError as error:
+        if error.errno not in DISK_IS_FULL:
+            raise
+        what = error.filename or "the output of this command"
+        show(f"{what} cannot be written ({error.strerror}): free some space or quota.")
+        end_unread()
+
+
+def _let_stdout_take_any_text() -> None:
+    """What stdout's encoding lacks is shown escaped, as an accent in a run's name is in ASCII."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _run(given: list[str]) -> int:
@@ -143,12 +164,19 @@ def _data_parser(data: argparse.ArgumentParser) -> argparse.ArgumentParser:
         command.add_argument("set", nargs="?", default="mnist", help="mnist (default) or fashion_mnist")
         command.add_argument(
             "--root",
-            type=os.path.expanduser,
+            type=_root,
             default=os.environ.get("ALLRANKS_DATA") or "data",
             help="the folder for all data sets (default: $ALLRANKS_DATA, else ./data)",
         )
         with_our_errors(command).set_defaults(run=run)
     return with_our_errors(data)
+
+
+def _root(word: str) -> str:
+    """The folder that --root gives. Raises UserError for `~nobody`, and for nothing at all."""
+    if not word.strip():
+        raise UserError("--root is empty: give the folder for all data sets.")
+    return with_home("--root", word)
 
 
 def _fetch(options: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from allranks.base.errors import UserError
-from allranks.base.files import with_home
+from allranks.base.files import in_present_directory, with_home
 from allranks.base.schema import TEXT
 from allranks.base.terminal import USUAL_COLUMNS
 from allranks.base.text import as_text, did_you_mean, first_line, is_text
@@ -92,6 +92,7 @@ def cells_from_command_line(arguments: Sequence[str]) -> list[tuple[Config, list
         _hydra_that_composes_once(_may_set_mode(flags, overrides)),
         _hydra_that_names_the_file(),
         _empty_is_unset("ALLRANKS_DATA"),
+        in_present_directory(),
     ):
         try:
             app()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from contextlib import suppress
 from typing import NoReturn
@@ -69,6 +70,19 @@ def show(message: object) -> None:
 
 
 def end_unread() -> NoReturn:
-    """Ends a command whose console was closed, as by `| head`, without Python's own message about it."""
+    """Ends a command whose stdout takes nothing more, without Python's own message about it.
+
+    That is so where its reader has ended, as `| head` does, or where the disk is full.
+    """
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(1)
+
+
+def end_interrupted() -> NoReturn:
+    """Ends a command after Ctrl-C: with one line, and by the signal, which tells a shell the reason."""
+    show("interrupted by Ctrl-C")
+    with suppress(OSError):  # what was printed before belongs to the user
+        sys.stdout.flush()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)
+    sys.exit(128 + signal.SIGINT)  # not reached, unless the signal is blocked

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
@@ -32,6 +32,21 @@ def with_home(named: str, path: str) -> str:
         raise UserError(
             f"{named}={path}: no home directory is known for {path.partition('/')[0]}. Give the whole path."
         ) from error
+
+
+@contextlib.contextmanager
+def in_present_directory() -> Iterator[None]:
+    """In the block, a relative path raises UserError where the present directory has been removed."""
+    try:
+        yield
+    except FileNotFoundError:
+        try:
+            Path.cwd()
+        except FileNotFoundError as error:
+            raise UserError(
+                "The present directory has been removed: `cd` into one that is there."
+            ) from error
+        raise
 
 
 def is_there(path: Path) -> bool:

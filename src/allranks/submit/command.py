@@ -74,8 +74,8 @@ def _say(task: Task, ids: Sequence[str], as_json: bool) -> None:
     print(f"directory  {task.directory}{number_of_cells}")
     # The * is the shell's to read, whatever is in the rest.
     print(f"follow     tail -F {shlex.quote(task.directory)}{below}")
-    if task.has_no_successor:
-        print(f"note       {task.how_to_go_on}")
+    for note in task.notes:
+        print(f"note       {note}")
 
 
 def _commands(task: Task, after: str | None) -> list[list[str]]:
@@ -110,7 +110,6 @@ def _dry_run(task: Task, after: str | None) -> str:
     if task.is_sweep:
         rows = [(Path(cell.directory).name, *cell.overrides) for cell in task.cells]
         parts.append("Cells:\n" + table(rows))
-    if task.has_no_successor:
-        parts.append(f"Note: {task.how_to_go_on}")
+    parts += [f"Note: {note}" for note in task.notes]
     parts.append("In the job:\n" + dryrun.text(task.plan, "placeholders, as there is no job yet"))
     return "\n\n".join(parts)

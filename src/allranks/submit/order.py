@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from allranks.job.batch import seconds
@@ -33,6 +34,7 @@ class Order:
     config_dir: str | None = None
     machine_overrides: tuple[str, ...] = ()
     workdir: str = "."
+    console: str | None = None  # quiet or verbose, for a program; a training has it in its configuration
 
     @property
     def walltime_s(self) -> int | None:
@@ -52,11 +54,26 @@ class Order:
 
     def _hands_on(self, name: str) -> bool:
         """--nodes says how -n is dealt out. Without -n, or with --ppn, the job's own hosts say it."""
-        return name == "job_nodes" or (name == "nodes" and self.ranks is not None and self.ppn is None)
+        deals_out = name == "nodes" and self.ranks is not None and self.ppn is None
+        return deals_out or name in ("job_nodes", "console")
+
+    def as_kept(self) -> dict[str, Any]:
+        """The values for job.json. Without `console`, which an earlier version does not know, where none
+        was given.
+        """
+        values = asdict(self)
+        if self.console is None:
+            del values["console"]
+        return values
 
 
 def with_options(order: Order, given: Mapping[str, Any]) -> Order:
-    """The order with the options that were given, None being one that was not."""
-    names = {field.name for field in fields(Order)} - {"config_dir"}
+    """The order with the options that were given, None being one that was not.
+
+    The folder of --config-dir gets its whole path, because the job has another present directory.
+    """
+    names = {field.name for field in fields(Order)}
     changed = {name: value for name, value in given.items() if name in names and value is not None}
+    if "config_dir" in changed:
+        changed["config_dir"] = str(Path(changed["config_dir"]).absolute())
     return replace(order, **changed)

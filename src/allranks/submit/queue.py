@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -86,7 +85,7 @@ def _record(task: Task, ids: Sequence[str]) -> None:
     """Writes job.json of the run, or of the sweep and of every cell of it."""
     about = {
         "scheduler": task.scheduler.name,
-        "order": asdict(task.order),
+        "order": task.order.as_kept(),
         "program": task.program,
         "submitted_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

@@ -82,6 +82,20 @@ class Task:
         )
 
     @property
+    def notes(self) -> list[str]:
+        """What the user should know of this task, although it can be queued: a sentence each."""
+        notes: list[str] = []
+        local = local_place(self.directory)
+        if local is not None:
+            notes.append(
+                f"{self.directory} is in {local}, which each node has for itself: if the job runs on "
+                "another node than this one, nothing of it will be here"
+            )
+        if self.has_no_successor:
+            notes.append(self.how_to_go_on)
+        return notes
+
+    @property
     def job_directory(self) -> str:
         """The directory in which the job, or its array, has its script."""
         return self.cells[0].directory if len(self.cells) == 1 else self.directory
@@ -117,10 +131,10 @@ def new_task(given: Mapping[str, Any], rest: Sequence[str]) -> Task | None:
         directory, cells = cells_of_command_line([*own, *overrides])
         if not cells:
             return None
+        given = {**given, "console": None}  # it is in the configuration now
     order = Order(
         machine="",
         name=_job_name(directory, cells, program),
-        config_dir=str(Path(config_dir).absolute()) if config_dir else None,
         machine_overrides=tuple(machine_overrides),
         workdir=str(Path.cwd()),
     )
@@ -153,6 +167,9 @@ def task_again(run: str, given: Mapping[str, Any], must_be_idle: bool) -> Task:
     if is_finished(directory):
         raise UserError(f"--cell {run} is finished: there is nothing left to do.")
     order, program = _asked_before(job, Path(directory) / JOB)
+    if not program and given.get("console"):
+        [flag] = options.console_words(given["console"])
+        raise UserError(f"{flag} cannot be given with --cell: its configuration is frozen.")
     cells = [] if program else frozen_cells(directory)[1]
     order, known, plan = _checked(with_options(order, given), program or cells[0].program())
     if not program:
@@ -322,13 +339,19 @@ def _check_shared(task: Task) -> None:
     nodes = len(task.plan.hosts) + len(task.plan.spares)
     if nodes == 1:
         return
-    path = Path(task.directory).resolve()
-    local = next((place for place in NODE_LOCAL if path.is_relative_to(place)), None)
-    if local is None:
-        kind = file_system(path)
-        local = f"a {kind}" if kind in ("tmpfs", "ramfs", "devtmpfs") else None
+    local = local_place(task.directory)
     if local is not None:
         raise UserError(
             f"run.dir={task.directory} is in {local}, which each node has for itself: submit from a "
             f"directory that all {nodes} nodes see, or give run.dir=PATH in one."
         )
+
+
+def local_place(directory: str) -> str | None:
+    """The folder or file system of a directory that each node has for itself; None where none is known."""
+    path = Path(directory).resolve()
+    place = next((place for place in NODE_LOCAL if path.is_relative_to(place)), None)
+    if place is not None:
+        return place
+    kind = file_system(path)
+    return f"a {kind}" if kind in ("tmpfs", "ramfs", "devtmpfs") else None
