@@ -600,7 +600,7 @@ def test_the_layer_is_found_whose_output_is_a_tuple():
     model = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4))
     with torch.no_grad():
         model[1].bias_hh_l0.fill_(math.nan)
-    with detecting(model), pytest.raises(UserError, match=r"layer 1 \(LSTM\) is not finite"):
+    with detecting({"": model}, UserError), pytest.raises(UserError, match=r"1 \(LSTM\) is not finite"):
         model(torch.rand(3, 4))
 
 
