@@ -139,6 +139,33 @@ def test_damaged_bytes_in_an_archive_are_told(files):
     assert refused > len(places) / 2
 
 
+def test_a_head_that_is_no_python_is_told(files):
+    whole = Path("x.npy").read_bytes()
+    Path("harmed.npy").write_bytes(whole[:12] + b"(" + whole[13:])
+    with pytest.raises(UserError, match=r"harmed\.npy cannot be read"):
+        arrays.load("harmed.npy")
+
+
+def test_numbers_in_another_order_of_bytes_are_turned_round(files):
+    """As programs in Fortran and Java write them. torch takes only the machine's own."""
+    np.save("big.npy", X.astype(">f4"))
+    example = arrays.load("big.npy", memory_map=True)[1]
+    assert torch.from_numpy(example).tolist() == X[1].tolist()
+
+
+def test_a_link_in_a_file_leads_to_its_array(files):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File("linked.h5", "w") as file:
+        file["there"] = Y
+        file["soft"] = h5py.SoftLink("/there")
+        file["external"] = h5py.ExternalLink("xy.h5", "inner/x")
+    for memory_map in (False, True):
+        read = arrays.load("linked.h5", names=["external", "soft"], memory_map=memory_map)
+        x, y = read[1] if memory_map else (read[0][1], read[1][1])
+        assert (x.tolist(), y.tolist()) == (X[1].tolist(), Y[1])
+    assert arrays.load("linked.h5").tolist() == Y.tolist()  # what is linked is not there twice
+
+
 def test_a_file_in_a_folder_that_may_not_be_looked_into_is_said(closed):
     with pytest.raises(UserError, match=r"closed/x\.npy cannot be read \(Permission denied\)"):
         arrays.load(str(closed / "x.npy"))

@@ -13,6 +13,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from PIL import Image, ImageOps
 from allranks.base.errors import RunError, UserError
 from allranks.compose import from_command_line
 from allranks.data import mnist
-from allranks.inference import command, forward, images, load
+from allranks.inference import command, forward, images, load, overrides
 from allranks.inference import export as exporting
 from allranks.job.identity import RankIdentity
 from allranks.run import checkpoint
@@ -454,6 +455,38 @@ def test_the_datas_own_transform_is_used_where_it_has_one():
     plan = images.plan([1, 2, 2], "auto", "auto", is_fashion=False, transform=lambda _: torch.ones(1, 2, 2))
     made = images.prepare(Image.new("L", (9, 9), 7), plan, Path("x"))
     assert (made.pixels.tolist(), made.how) == ([[[1, 1], [1, 1]]], "by the data's own transform")
+
+
+def test_a_grey_image_is_one_in_colours_for_a_model_that_takes_these():
+    """So the data's own transform gets what torchvision's ImageFolder gave it in training."""
+    import torch
+
+    seen = []
+
+    def transform(image: Image.Image) -> torch.Tensor:
+        seen.append(image.mode)
+        return torch.ones(3, 2, 2)
+
+    plan = images.plan([3, 2, 2], "auto", "auto", is_fashion=False, transform=transform)
+    for mode in ("L", "LA", "1", "P"):
+        images.prepare(Image.new(mode, (9, 9), 0), plan, Path("x"))
+    assert seen == ["RGB"] * 4
+
+
+def test_classes_beyond_those_of_the_data_have_numbers_as_names():
+    """A model may have more outputs than the data has classes."""
+    trained = SimpleNamespace(config=SimpleNamespace(data={"classes": 2, "class_names": ["cat", "dog"]}))
+    assert forward.class_names(trained, outputs=4) == ["cat", "dog", "2", "3"]
+
+
+def test_data_of_another_kind_are_composed_without_a_model(tmp_path):
+    """The default model asks for the shape of images, which a table does not have."""
+    (tmp_path / "data").mkdir()
+    table = {"train": {"_target_": "x.table"}, "test": {"_target_": "x.table"}, "split": [6, 4]}
+    (tmp_path / "data/table.yaml").write_text(json.dumps(table))
+    [config] = from_command_line(["data=synthetic"])
+    given = overrides.apply(config, ["data=table", "threads=1"], str(tmp_path))
+    assert (given.data, given.threads) == (table, 1)
 
 
 def test_the_datas_own_transform_gets_8_bits_and_an_opaque_image(published):

@@ -120,6 +120,17 @@ def test_a_run_behind_a_link_is_listed_once(tmp_path):
     assert [str(path) for path in found] == ["one", "sweep/0", "sweep/1", "two"]
 
 
+def test_a_link_to_where_this_user_may_not_look_is_passed_over(closed):
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are for one user
+        (Path(folder) / "one").mkdir()
+        (Path(folder) / "one/config.yaml").write_text("name: mlp\n")
+        (Path(folder) / "theirs").mkdir(0o000)
+        (Path(folder) / "runs").mkdir()
+        for name in ("one", "theirs"):
+            (Path(folder) / "runs" / name).symlink_to(f"../{name}")
+        assert [run.name for run in runs_below(Path(folder) / "runs")] == ["one"]
+
+
 def test_a_folder_whose_name_is_no_utf_8_is_listed(tmp_path, capsys):
     run = tmp_path / os.fsdecode(b"caf\xe9")
     run.mkdir()

@@ -63,6 +63,11 @@ class Stripes(torch.utils.data.Dataset):
         noise += lines[:, None] if label == 0 else lines[None, :] if label == 1 else 0.5
         return noise / 2, label
 
+class OneShort(Stripes):
+    """As where the copy of the data on one host is not complete."""
+    def __len__(self):
+        return self.count - (rank() == 1)
+
 def rank():
     return int(os.environ.get("RANK") or os.environ.get("PMI_RANK") or 0)
 
@@ -187,6 +192,14 @@ def test_own_model_optimizer_scheduler_and_data_train(lab, tmp_path):
         assert run.summary["model/parameters"] == 64 * 16 + 16 + 16 * 3 + 3
         assert (run.summary["val/count"], run.summary["test/count"]) == (60, 61)
     assert alone.summary["test/accuracy"] > 90
+
+
+def test_a_rank_with_other_data_is_named_before_anything_is_made(lab):
+    """The ranks would take different numbers of steps, and wait for each other."""
+    done = lab(*MINE, "data.train._target_=mylab.OneShort", ranks=2)
+    assert done.code == 2
+    assert "rank 1: data.train has 262 examples here, but 263 on rank 0" in done.message
+    assert not (done.cwd / "runs").exists()
 
 
 def test_one_own_component_among_ours(lab):

@@ -116,6 +116,8 @@ def test_arrays_that_are_no_pair_are_refused():
         _check_pair("data.train", (array, array, array))
     with pytest.raises(UserError, match=r"labels of shape \[3, 1\]"):
         _check_pair("data.train", (array, array[:, None]))
+    with pytest.raises(UserError, match="must have one entry for each example"):
+        _check_pair("data.train", (array, np.array(3)))
     with pytest.raises(UserError, match="has 3 images but 2 labels"):
         _check_pair("data.train", (array, array[:2]))
     with pytest.raises(UserError, match="labels of type float64, but a label is the number of a class"):

@@ -524,6 +524,16 @@ def test_a_column_and_a_row_of_the_same_numbers_are_not_stretched_to_a_square():
     assert float(tasks.Regression().loss(outputs, (None, targets))) == 4
 
 
+def test_no_part_of_a_number_is_dropped():
+    """torch makes real numbers of complex ones, and whole ones of others, with no more than a warning."""
+    with pytest.raises(UserError, match="takes no complex numbers"):
+        tasks.Regression().loss(torch.ones(2, dtype=torch.complex64), (None, torch.ones(2)))
+    tokens = torch.ones(2, 3, dtype=torch.int64)
+    for targets in (tokens + 0.5, None):
+        with pytest.raises(UserError, match="what follows each token as whole numbers"):
+            tasks.LanguageModel().loss(torch.ones(2, 3, 5), (tokens, targets))
+
+
 @pytest.mark.parametrize("numbers", [[], [1], [5]])
 def test_a_single_example_of_a_model_that_ends_in_squeeze_is_one_example(numbers):
     """squeeze() takes the dimension of the examples away, too."""
@@ -578,6 +588,12 @@ MISFITS = [
     ("own", ["+task.loss=1"], "Task refuses its arguments"),
     ("own", ["task=regression"], r"batches that are a pair \(inputs, targets\), but got a dict with x, y"),
     ("own", ["model=my_language_model"], r"take a batch that is a dict \(x: float64 \[2, 4\], y: float64"),
+    ("regression", ["data.test.count=0"], "data.test has no examples: give at least one"),
+    (
+        "regression",
+        ["+task.loss._target_=torch.nn.KLDivLoss", "+task.loss.reduction=batchmean"],
+        "task.loss.reduction=batchmean: the loss of a batch is the mean over its examples",
+    ),
     ("regression", ["+model.outputs=3"], r"gives a tensor \[2, 3\] of float64, but the targets are a tens"),
     ("regression", ["task=language_model"], r"takes batches of tokens \[n, length\], whole numbers, but g"),
     ("regression", ["task=classification"], "labels of type float32, but a label is the number of a class"),

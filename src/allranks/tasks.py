@@ -268,7 +268,13 @@ class LanguageModel:
             )
         if isinstance(batch, torch.Tensor):
             return tokens[:, :-1].long(), tokens[:, 1:].long()
-        return tokens.long(), _pair(batch)[1].long()
+        targets = _pair(batch)[1]
+        if not isinstance(targets, torch.Tensor) or targets.is_floating_point():
+            raise UserError(
+                "The task language_model takes what follows each token as whole numbers [n, length], but "
+                f"got {_told(targets)}."
+            )
+        return tokens.long(), targets.long()
 
     def _both(self, outputs: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [n, vocabulary, length] and targets [n, length], as torch's cross entropy takes them."""
@@ -299,8 +305,16 @@ def at_least_fp32(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _per_example(loss: Any) -> Any:
-    """The loss; one of torch.nn is told to give its numbers one by one, and not their mean."""
+    """The loss; one of torch.nn is told to give its numbers one by one, and not their mean.
+
+    Raises UserError where it is to put them together in another way than by the mean.
+    """
     if _gives_numbers_one_by_one(loss):
+        if loss.reduction not in ("mean", "none"):
+            raise UserError(
+                f"task.loss.reduction={loss.reduction}: the loss of a batch is the mean over its examples, "
+                "which is taken here. Leave reduction out, or give a loss of your own."
+            )
         loss.reduction = "none"
     return loss
 
@@ -364,6 +378,11 @@ def _side_by_side(outputs: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]
         raise UserError(
             f"The task needs outputs that are a tensor like the targets, but the model gives "
             f"{_told(outputs)} and the data {_told(targets)}."
+        )
+    if outputs.is_complex() or targets.is_complex():
+        raise UserError(
+            f"The task takes no complex numbers, but the model gives {_told(outputs)} and the data "
+            f"{_told(targets)}: give real and imaginary part as two numbers (torch.view_as_real)."
         )
     if [size for size in outputs.shape if size > 1] != [size for size in targets.shape if size > 1]:
         raise UserError(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import stat
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -89,6 +90,10 @@ def _existing(path: str) -> Path:
     return file
 
 
+# NumPy reads the head of a .npy file as Python's own words, and so may find all that is wrong with these.
+_DAMAGED = (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError, MemoryError, RecursionError)
+
+
 def _npy(file: Path, memory_map: bool) -> np.ndarray:
     if file.suffix != ".npy":
         raise UserError(f"{file} is no .npy file: several files are given as .npy, one array each.")
@@ -97,7 +102,7 @@ def _npy(file: Path, memory_map: bool) -> np.ndarray:
             return npy.open_memmap(file, mode="r")
         with file.open("rb") as stream:
             return npy.read_array(stream, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except _DAMAGED as error:
         raise _unreadable(file, error) from error
 
 
@@ -109,7 +114,7 @@ def _npz(file: Path) -> dict[str, np.ndarray]:
             for member in archive.namelist():
                 with archive.open(member) as stream:
                     found[member.removesuffix(".npy")] = npy.read_array(stream, allow_pickle=False)
-    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+    except (*_DAMAGED, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         # RuntimeError: damaged bytes may say that the archive is encrypted, or packed in an unknown way
         raise _unreadable(file, error) from error
     return found
@@ -156,8 +161,12 @@ def _open_hdf5(path: str) -> Any:
         raise _unreadable(path, error) from error
 
 
-def _datasets(file: Any) -> dict[str, Any]:
-    """All data sets of an HDF5 file, by their path in it, such as `group/x`."""
+def _datasets(file: Any, names: Names) -> dict[str, Any]:
+    """All data sets of an HDF5 file, by their path in it, such as `group/x`.
+
+    One that a link in the file leads to is there only under a path that `names` has: it is another one's,
+    or stands in another file.
+    """
     import h5py
 
     found: dict[str, Any] = {}
@@ -167,12 +176,15 @@ def _datasets(file: Any) -> dict[str, Any]:
             found[name] = item
 
     file.visititems(note)
+    asked = [names] if isinstance(names, str) else names or []
+    for name in asked.values() if isinstance(asked, Mapping) else asked:
+        note(name, file.get(name))
     return found
 
 
 def _hdf5(path: str, names: Names) -> Any:
     with _open_hdf5(path) as file:
-        chosen = _chosen(path, _datasets(file), names)
+        chosen = _chosen(path, _datasets(file, names), names)
         try:
             return _each(chosen, lambda dataset: np.asarray(dataset[()]))
         except OSError as error:
@@ -193,7 +205,7 @@ class Rows:
         return self._length
 
     def __getitem__(self, index: int) -> Any:
-        return _each(self.arrays, lambda array: np.array(array[index]))
+        return _each(self.arrays, lambda array: _example(array, index))
 
     def __getstate__(self) -> Any:
         """What a worker process that is not forked gets: names of files, and not all that is in them."""
@@ -218,20 +230,27 @@ class RowsOfHDF5:
         self._process_id = 0  # of the process that has opened the file
         self._arrays: Any = None
         with _open_hdf5(path) as file:
-            self._length = _common_length(_chosen(path, _datasets(file), names))
+            self._length = _common_length(_chosen(path, _datasets(file, names), names))
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> Any:
         if self._process_id != os.getpid():
-            self._arrays = _chosen(self.path, _datasets(_open_hdf5(self.path)), self.names)
+            arrays = _datasets(_open_hdf5(self.path), self.names)
+            self._arrays = _chosen(self.path, arrays, self.names)
             self._process_id = os.getpid()
-        return _each(self._arrays, lambda array: np.array(array[index]))
+        return _each(self._arrays, lambda array: _example(array, index))
 
     def __getstate__(self) -> dict[str, Any]:
         """What a worker process that is not forked gets: all but the open file, which stays here."""
         return {**self.__dict__, "_process_id": 0, "_arrays": None}
+
+
+def _example(array: Any, index: int) -> np.ndarray:
+    """A copy of one example, with its numbers in this machine's order of bytes: torch takes no other."""
+    example = np.array(array[index])
+    return example.astype(example.dtype.newbyteorder("="), copy=False)
 
 
 def _each(arrays: Any, read: Any) -> Any:

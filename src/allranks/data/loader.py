@@ -178,7 +178,12 @@ def _split(
 
 
 def _all_of(name: str, whole: Any, opening: Opening, limit: int | None = None) -> Part:
-    """All examples that the section's part of this name has made; with a `limit` the first so many."""
+    """All examples that the section's part of this name has made; with a `limit` the first so many.
+
+    Raises UserError where there are none: of no examples there are no figures.
+    """
+    if not len(whole):
+        raise UserError(f"data.{name} has no examples: give at least one.", said_by=0)
     return _part(f"data.{name}", whole, torch.arange(len(whole))[:limit], opening)
 
 
@@ -277,7 +282,7 @@ def _open_set(part: str, opening: Opening) -> Any:
                 f"{key} made {nests.described(made)}: it must be arrays of numpy, a map-style Dataset, "
                 "with a length and items, or an IterableDataset."
             )
-        return {}
+        return {"length": len(made)}
 
     limit_s = max(FETCH_S, runtime.progress.limits.start_s)
     with runtime.progress.phase("fetching the data (watchdog.start_s allows more)", limit_s):
@@ -290,12 +295,25 @@ def _open_set(part: str, opening: Opening) -> Any:
             with runtime.all_or_none():
                 if not runtime.is_main:
                     dataset = make(section, part)
+                _check_length(key, dataset, kind.get("length"))
             return _Stream(dataset, kind["stream"]) if "stream" in kind else dataset
 
     # 3. Arrays are sent by rank 0.
     if "images" in kind:
         return _Images(*_sent(made, [torch.uint8] * 2, [kind["images"], kind["images"][:1]], runtime))
     return _Arrays(_sent_nest(made, kind, opening), kind["arrays"])
+
+
+def _check_length(key: str, dataset: Any, length: int | None) -> None:
+    """Raises UserError where this rank's Dataset has not as many examples as rank 0's; None for a stream.
+
+    The ranks would take different numbers of steps, and wait for each other for ever.
+    """
+    if length is not None and len(dataset) != length:
+        raise UserError(
+            f"{key} has {len(dataset):,} examples here, but {length:,} on rank 0: every rank needs the "
+            "same ones. Look whether this host has an incomplete or an older copy of the data."
+        )
 
 
 def is_arrays(made: Any) -> bool:
@@ -440,6 +458,10 @@ def _check_pair(key: str, made: Any) -> None:
     if len(made) != 2:
         raise UserError(f"{key} gives {len(made)} arrays: two are expected, images and labels.")
     images, labels = made
+    if not images.ndim or not labels.ndim:
+        raise UserError(
+            f"{key} gives {nests.described(made)}: each array must have one entry for each example."
+        )
     if len(images) != len(labels):
         raise UserError(
             f"{key} has {len(images):,} images but {len(labels):,} labels: they must be equal in number."

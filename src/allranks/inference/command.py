@@ -258,8 +258,6 @@ def _predict_images(options: argparse.Namespace) -> int:
         is_fashion=section["test"].get("name") == "fashion_mnist",
         transform=None if part is None else getattr(part.dataset, "transform", None),  # type: ignore[union-attr]
     )
-    names = forward.class_names(trained, part)
-
     said: list[_Said] = []
     problems: list[UserError] = []
     for path in map(Path, opened.others):
@@ -271,6 +269,7 @@ def _predict_images(options: argparse.Namespace) -> int:
         raise problems[0]
     if not said:
         raise UserError(f"None of the {len(problems)} images can be used. {' '.join(map(str, problems))}")
+    names = forward.class_names(trained, part, len(said[0].probabilities))
     if options.json:
         for each in said:
             print(json.dumps(_image_as_json(each, names, options.top)))
@@ -378,7 +377,7 @@ def _predict_part(options: argparse.Namespace) -> int:
             print(f"an array of {array.dtype} {list(array.shape)} is in {options.npy}")
             return 0
     outputs = forward.forward(trained, part)
-    names = forward.class_names(trained, part)
+    names = forward.class_names(trained, part, outputs.logits.shape[1])
     if options.csv is not None:
         _write_csv(options.csv, outputs, options.force)
     if options.json:

@@ -94,7 +94,8 @@ def export(trained: Trained, part: Part, path: Path, force: bool) -> Agreement:
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror or one_line(error)}).") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a name that is too long
+            temporary.unlink(missing_ok=True)
     return agreement
 
 

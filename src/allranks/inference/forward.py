@@ -269,11 +269,18 @@ def images_at(trained: Trained, part: Part, positions: Iterable[int]) -> torch.T
     return torch.cat(images) if images else torch.empty(0, *trained.config.data["input_shape"])
 
 
-def class_names(trained: Trained, part: Part | None = None) -> list[str]:
+def class_names(trained: Trained, part: Part | None = None, outputs: int = 0) -> list[str]:
     """A name for each class: `data.class_names`, or those of the Dataset, or else the numbers from 0.
 
-    A Dataset of torchvision has its names in the attribute `classes`.
+    A Dataset of torchvision has its names in the attribute `classes`. A model may have more `outputs` than
+    the data has classes: those beyond have their number as name.
     """
+    names = _names_of_data(trained, part)
+    return names + [str(number) for number in range(len(names), outputs)]
+
+
+def _names_of_data(trained: Trained, part: Part | None) -> list[str]:
+    """A name for each class of the data."""
     count = int(trained.config.data["classes"])
     names: Sequence[Any] = trained.config.data.get("class_names") or ()
     if not names and isinstance(part, Mapped):

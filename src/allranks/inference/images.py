@@ -178,7 +178,7 @@ def _without_alpha(image: Image.Image, path: Path) -> Image.Image:
 def prepare(image: Image.Image, plan: Plan, path: Path) -> Prepared:
     """The image as the model takes it; `path` names it in messages. Raises UserError for an empty sheet."""
     if plan.transform is not None:
-        return _transformed(image, plan.transform, path)
+        return _transformed(image, plan.transform, path, is_colour=plan.shape[0] == 3)
     channels, height, width = plan.shape
     opaque = _without_alpha(_as_8_bits(image, path), path)
     pixels = _converted(opaque, "L" if channels == 1 else "RGB", path)
@@ -205,14 +205,17 @@ def prepare(image: Image.Image, plan: Plan, path: Path) -> Prepared:
     return Prepared(tensor / 255, inverted, how)
 
 
-def _transformed(image: Image.Image, transform: Callable[[Any], Any], path: Path) -> Prepared:
+def _transformed(
+    image: Image.Image, transform: Callable[[Any], Any], path: Path, is_colour: bool
+) -> Prepared:
     """The image as the data's own transform makes it: a user's code, whose errors are quoted.
 
     The transform gets 8 bits a channel and an opaque ground, as transforms expect. From 16 bits torchvision
     would make a tensor that is not scaled, and of a transparent drawing in black only black would be left.
+    Where the model takes colours (`is_colour`), a grey image is one in colours, as torchvision reads it.
     """
     opaque = _without_alpha(_as_8_bits(image, path), path)
-    if opaque.mode in ("P", "CMYK", "LAB", "YCbCr"):
+    if is_colour or opaque.mode in ("P", "CMYK", "LAB", "YCbCr"):
         opaque = _converted(opaque, "RGB", path)
     try:
         made = transform(opaque)

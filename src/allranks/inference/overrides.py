@@ -37,6 +37,9 @@ class Given:
     threads: int | None
 
 
+_NO_MODEL = ("~model", "+model={_target_: none}", "name=none")
+
+
 def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Separates overrides from other words, such as names of images: (others, overrides)."""
     overrides = [word for word in words if _OVERRIDE.match(word) and "=" in word]
@@ -64,7 +67,8 @@ def apply(config: Config, overrides: Sequence[str], config_dir: str | None = Non
         return Given(None, False, None, None)
     if "data" in keys:
         flags = ["--config-dir", config_dir] if config_dir else []
-        [composed] = compose.from_command_line([*flags, *overrides])
+        # Only the data are wanted. The default model asks for keys that other data do not have.
+        [composed] = compose.from_command_line([*flags, *overrides, *_NO_MODEL])
     else:
         composed = _changed(config, overrides)
     return Given(

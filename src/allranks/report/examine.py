@@ -96,9 +96,7 @@ def examine(directory: Path, device: str | None = None) -> Examined:
     test = open_part(trained, "test")
     train = open_part(trained, "train")
     outputs = forward(trained, test)
-    names = class_names(trained, test)
-    # A model may have more outputs than the data has class names: these classes get their number as name.
-    names += [str(number) for number in range(len(names), outputs.logits.shape[1])]
+    names = class_names(trained, test, outputs.logits.shape[1])
 
     probabilities = outputs.probabilities
     certainty = probabilities.max(dim=1).values
@@ -128,7 +126,8 @@ def examine(directory: Path, device: str | None = None) -> Examined:
         epoch=trained.epoch,
         count=outputs.figures.examples,
         loss=outputs.figures.loss,
-        accuracy=outputs.figures.values["accuracy"],
+        # A task of the user's own may measure other things.
+        accuracy=100 * (predictions == outputs.labels).sum().item() / len(predictions),
         classes=names,
         confusion=confusion,
         per_class=per_class(confusion, names),

@@ -8,6 +8,7 @@ allranks.submit."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -243,12 +244,13 @@ def runs_below(root: str | Path) -> Iterator[Path]:
         links += [Path(folder) / name for name in below if (Path(folder) / name).is_symlink()]
     # Other links are not followed: one may lead to a whole home directory, or back to where it is.
     for link in sorted(links):
-        below_link = sorted(link.iterdir()) if (link / CELLS).is_file() else [link]
-        for directory in below_link:
-            is_run = any((directory / name).is_file() for name in files_of_run)
-            if is_run and directory.resolve() not in seen:
-                seen.add(directory.resolve())
-                yield directory
+        with contextlib.suppress(OSError):  # a link to where this user may not look
+            below_link = sorted(link.iterdir()) if (link / CELLS).is_file() else [link]
+            for directory in below_link:
+                is_run = any((directory / name).is_file() for name in files_of_run)
+                if is_run and directory.resolve() not in seen:
+                    seen.add(directory.resolve())
+                    yield directory
 
 
 def frozen_cells(directory: str) -> tuple[str, list[Cell]]:
@@ -263,7 +265,7 @@ def frozen_cells(directory: str) -> tuple[str, list[Cell]]:
         raise UserError(f"{directory} has no config.yaml: give a directory that `allranks` made.")
     sha256 = job.get("config_sha256") or hashlib.sha256(path.read_bytes()).hexdigest()
     config = configs.thaw(absolute, str(sha256))
-    return absolute, [Cell(absolute, config, tuple(job.get("overrides", ())), str(sha256))]
+    return absolute, [Cell(absolute, config, tuple(job.get("overrides") or ()), str(sha256))]
 
 
 def read_job(path: Path) -> dict[str, Any]:

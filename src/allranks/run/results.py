@@ -91,7 +91,7 @@ def overrides_of(directory: str | Path) -> list[str]:
     """The overrides of a run that was queued, or that is a cell of a sweep; of others nobody noted them."""
     job = read_job(Path(directory) / JOB)
     if job:
-        return [str(word) for word in job.get("overrides", [])]
+        return [str(word) for word in job.get("overrides") or []]
     for name, overrides in read_list(Path(directory).parent):
         if name == Path(directory).name:
             return overrides
