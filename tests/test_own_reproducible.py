@@ -126,6 +126,21 @@ run.finish()
 """,
     ),
 }
+# An evaluation whose last batch has fewer examples than there are shares, and a metric of torchmetrics.
+IN_PIECES["metric"] = (
+    IN_PIECES["stream"]
+    .replace("run = allranks", "import torchmetrics\nrun = allranks")
+    .replace(
+        "    with torch.no_grad():\n",
+        """    r2 = run.metric(torchmetrics.R2Score())
+    with torch.no_grad():
+        for inputs, targets in run.batches(data, batch_size=50, shuffle=False):
+            r2.update(model(inputs)[:, 0].float(), targets[:, 0].float())
+    run.log({"val/r2": r2.compute()})
+    with torch.no_grad():
+""",
+    )
+)
 PROGRAMS = {
     "the page": (OF_THE_PAGE, "sine"),
     **{

@@ -385,12 +385,40 @@ def test_a_metric_is_that_of_all_examples_at_once(ranks, examples):
             for first in range(runtime.rank, examples, 7 * ranks):  # in batches of at most 7
                 chosen = slice(first, min(first + 7 * ranks, examples), ranks)
                 mine.update(*arguments(chosen))
-            return float(merged(mine, runtime).compute())
+            return float(merged([mine], runtime).compute())
 
         whole = metric.clone()
         whole.update(*arguments(slice(None)))
         expected = float(whole.compute())
         assert Ranks(ranks).run(on_rank) == pytest.approx([expected] * ranks, rel=1e-6), name
+
+
+def bits_of_metrics(ranks: int, shares: int) -> dict[str, float]:
+    """Metrics of the same examples, float32, which so many ranks have in so many objects."""
+    generator = torch.Generator().manual_seed(11)
+    predicted, targets = torch.randn(2, 4, 50, generator=generator).exp()
+    found = {}
+    for name in ("r2", "correlation", "rank_correlation"):
+        metric = kinds_of_metrics()[name]
+
+        def on_rank(runtime: Any, metric: Any = metric) -> float:
+            mine = [seeing(metric, torch.device("cpu")) for _ in range(shares // ranks)]
+            for batch in (slice(0, 30), slice(30, 50)):
+                for quarter in range(runtime.rank * 4 // ranks, (runtime.rank + 1) * 4 // ranks):
+                    of_share = mine[quarter % len(mine)]
+                    of_share.update(predicted[quarter, batch], targets[quarter, batch])
+            return float(merged(mine, runtime).compute())
+
+        found[name] = Ranks(ranks).run(on_rank)[0]
+    return found
+
+
+def test_objects_of_four_shares_give_the_same_bits_on_any_number_of_ranks():
+    alone = bits_of_metrics(ranks=1, shares=4)
+    assert bits_of_metrics(ranks=2, shares=4) == alone
+    assert bits_of_metrics(ranks=4, shares=4) == alone
+    # One object for each rank adds the same numbers up in another order.
+    assert bits_of_metrics(ranks=1, shares=1) != alone
 
 
 def test_ranks_whose_targets_are_all_equal_do_not_spoil_a_correlation():
@@ -402,7 +430,7 @@ def test_ranks_whose_targets_are_all_equal_do_not_spoil_a_correlation():
     def on_rank(runtime: Any) -> float:
         mine = seeing(torchmetrics.PearsonCorrCoef(), torch.device("cpu"))
         mine.update(predicted[runtime.rank], targets[runtime.rank])
-        return float(merged(mine, runtime).compute())
+        return float(merged([mine], runtime).compute())
 
     expected = torch.corrcoef(torch.stack([torch.cat(predicted), torch.cat(targets)]))[0, 1]
     assert Ranks(2).run(on_rank) == pytest.approx([float(expected)] * 2, rel=1e-6)
@@ -427,7 +455,7 @@ def test_a_metric_that_keeps_means_sees_the_batches_of_all_ranks():
         with pytest.raises(UserError, match="is given a str: take a metric that keeps sums"):
             mine.update("text")
         mine.update(torch.tensor(2.0 + runtime.rank))
-        return float(merged(mine, runtime).compute())
+        return float(merged([mine], runtime).compute())
 
     assert Ranks(2).run(on_rank) == [3.0, 3.0]
 

@@ -18,7 +18,7 @@ from allranks.base.errors import ANYONE, UserError
 from allranks.data.batches import Dealt
 from allranks.own.measuring import ALIKE_S
 from allranks.runtime.runtime import Runtime
-from allranks.training.metrics import computed, is_one_number, merged, problem_of, seeing
+from allranks.training.metrics import computed, is_one_number, merged, problem_of, seeing_shares
 
 _ALIKE = "the other ranks to call compute() of a run.metric(), as this one has: all must"
 
@@ -48,7 +48,7 @@ class Metric:
 
     def reset(self) -> None:
         """Forgets what the metric has seen, as after an evaluation that was left before compute()."""
-        self._seen = seeing(self._metric, self._runtime.device)
+        self._seen = seeing_shares(self._metric, self._runtime)
 
     def update(self, *arguments: Any, **named: Any) -> None:
         """Shows the metric this rank's share of a batch: the arguments are those of torchmetrics' update().
@@ -56,8 +56,9 @@ class Metric:
         Call it for each batch of run.batches(). A share that does not count, where a batch has fewer
         examples than there are ranks, is left out. Raises UserError outside of such a loop.
         """
-        if self._evaluated(f"{self._called}.update()").counted:
-            self._seen.update(*arguments, **named)
+        share = self._evaluated(f"{self._called}.update()")
+        if share.counted:
+            self._seen[share.row].update(*arguments, **named)
 
     def compute(self) -> Any:
         """The metric of all that was shown to it on all ranks; it then begins anew. All ranks call.
@@ -69,7 +70,7 @@ class Metric:
         self._runtime.meeting.all_alike(f"{self._called}.compute()", _ALIKE, ALIKE_S)
         seen = self._seen
         self.reset()
-        [updates] = self._runtime.add_up([seen._update_count])
+        [updates] = self._runtime.add_up([sum(of_share._update_count for of_share in seen)])
         if not updates:
             raise UserError(
                 f"{self._called}.compute() has no examples: call update() in a loop over run.batches() "

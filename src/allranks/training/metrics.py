@@ -149,7 +149,8 @@ class Sums:
         self.rows = torch.zeros(
             len(runtime.shares), width, dtype=sum_dtype(runtime.device), device=runtime.device
         )
-        self.objects = {name: seeing(metric, runtime.device) for name, metric in (objects or {}).items()}
+        # By name, for each share of this rank.
+        self.objects = {name: seeing_shares(metric, runtime) for name, metric in (objects or {}).items()}
 
     @torch.no_grad()
     def add(self, row: int, loss_sum: torch.Tensor, length: int, measured: Mapping[str, Any]) -> None:
@@ -176,8 +177,8 @@ class Sums:
                 sums[at] += _scalar(mean.weight)
                 at += 1
         sums[at] += length
-        for name, metric in self.objects.items():
-            metric.update(*measured[name])
+        for name, of_shares in self.objects.items():
+            of_shares[row].update(*measured[name])
 
     def total(self, runtime: Runtime) -> Figures:
         """Figures over all ranks' examples; all ranks call. Of no examples all figures are 0.
@@ -187,10 +188,10 @@ class Sums:
         """
         figures = figures_of(runtime.gather(self.rows).sum(dim=0).tolist(), self.columns)
         values = dict(figures.values)
-        for name, metric in self.objects.items():
+        for name, of_shares in self.objects.items():
             if figures.examples:
                 called = f"task.torchmetrics.{name}"
-                value = computed(merged(metric, runtime), called, _LOOK_AT_THE_TASK)
+                value = computed(merged(of_shares, runtime), called, _LOOK_AT_THE_TASK)
                 values |= _numbers(name, value)
             else:
                 values[name] = 0.0
@@ -248,6 +249,15 @@ def seeing(metric: Any, device: torch.device) -> Any:
     return _anew(metric, device)
 
 
+def seeing_shares(metric: Any, runtime: Runtime) -> list[Any]:
+    """An object for each share that this rank takes of a batch: what merged() puts together.
+
+    As a rule a rank has one share. Those of a reproducible run are kept apart, so that their states are put
+    together in the order of the shares, whichever rank had which share.
+    """
+    return [seeing(metric, runtime.device) for _ in runtime.shares]
+
+
 _NAMED = "named_"  # the beginning of the names of lists that hold arguments with a keyword
 
 
@@ -301,13 +311,15 @@ class _Inputs:
 State = dict[str, list[torch.Tensor]]  # of a metric: a tensor, or several where it is a list, by name
 
 
-def merged(metric: Any, runtime: Runtime) -> Any:
-    """A copy of the object as if it had seen the examples of all ranks; all ranks call.
+def merged(of_shares: Sequence[Any], runtime: Runtime) -> Any:
+    """A copy of an object as if it had seen the examples of all ranks; all ranks call.
 
-    A rank that has seen no example takes no part: its state is as reset() leaves it, and torchmetrics would
-    count it like the others. Raises UserError where the object's states cannot be put together.
+    `of_shares` are the objects of this rank, one for each of its shares. One that has seen no example takes
+    no part: its state is as reset() leaves it, and torchmetrics would count it like the others. Raises
+    UserError where the objects' states cannot be put together.
     """
-    states = [state for state in _states_of_all_ranks(metric, runtime) if state]
+    states = [state for state in _states_of_all_shares(of_shares, runtime) if state]
+    metric = of_shares[0]
     whole = copy.copy(metric)
     if isinstance(metric, _Inputs):
         return metric.seen_by_all(states)
@@ -324,37 +336,45 @@ def merged(metric: Any, runtime: Runtime) -> Any:
     return whole
 
 
-def _states_of_all_ranks(metric: Any, runtime: Runtime) -> list[State]:
-    """The states of this object on all ranks, in the order of the ranks; empty for one that saw nothing.
+def _states_of_all_shares(of_shares: Sequence[Any], runtime: Runtime) -> list[State]:
+    """The states of these objects on all ranks, in the order of the shares; empty for one that saw nothing.
 
-    What each rank sends is its state as bytes, after a description of it in JSON. All ranks send as many
+    What each rank sends is its states as bytes, after a description of them in JSON. All ranks send as many
     bytes as the one that has the most.
     """
-    mine: State = {}
-    for name in metric._reductions if metric._update_count else ():
-        state = getattr(metric, name)
-        mine[name] = [each.detach() for each in (state if isinstance(state, list) else [state])]
+    mine = [_state_of(metric) for metric in of_shares]
     if runtime.world_size == 1:
-        return [mine]
+        return mine
     content = _as_bytes(mine).to(runtime.device)
     lengths = runtime.gather(torch.tensor([[len(content)]], device=runtime.device)).flatten().tolist()
     row = torch.zeros(1, max(lengths), dtype=torch.uint8, device=runtime.device)
     row[0, : len(content)] = content
-    return [_from_bytes(everyones) for everyones in runtime.gather(row)]
+    return [state for of_rank in runtime.gather(row) for state in _from_bytes(of_rank)]
+
+
+def _state_of(metric: Any) -> State:
+    """The state of an object; empty where it has seen nothing."""
+    state: State = {}
+    for name in metric._reductions if metric._update_count else ():
+        value = getattr(metric, name)
+        state[name] = [each.detach() for each in (value if isinstance(value, list) else [value])]
+    return state
 
 
 _HEAD_BYTES = 8  # they hold the length of the JSON text that follows
 
 
-def _as_bytes(state: State) -> torch.Tensor:
-    """The state as a tensor of bytes: the length of a JSON text, the text, and the numbers."""
-    outline = {
-        name: [[_name_of(t.dtype), list(t.shape)] for t in tensors] for name, tensors in state.items()
-    }
+def _as_bytes(states: Sequence[State]) -> torch.Tensor:
+    """The states as a tensor of bytes: the length of a JSON text, the text, and the numbers."""
+    outline = [
+        {name: [[_name_of(t.dtype), list(t.shape)] for t in tensors] for name, tensors in state.items()}
+        for state in states
+    ]
     text = json.dumps(outline).encode()
     head = bytearray(len(text).to_bytes(_HEAD_BYTES, "little") + text)
     numbers = [
         nests.as_bytes(tensor.cpu().contiguous())
+        for state in states
         for tensors in state.values()
         for tensor in tensors
         if tensor.numel()
@@ -362,21 +382,24 @@ def _as_bytes(state: State) -> torch.Tensor:
     return torch.cat([torch.frombuffer(head, dtype=torch.uint8), *numbers])
 
 
-def _from_bytes(row: torch.Tensor) -> State:
-    """The state of which _as_bytes() has made these bytes, on their device."""
+def _from_bytes(row: torch.Tensor) -> list[State]:
+    """The states of which _as_bytes() has made these bytes, on their device."""
     length = int.from_bytes(row[:_HEAD_BYTES].cpu().numpy().tobytes(), "little")
     at = _HEAD_BYTES + length
     outline = json.loads(row[_HEAD_BYTES:at].cpu().numpy().tobytes())
-    state: State = {}
-    for name, tensors in outline.items():
-        state[name] = []
-        for kind, shape in tensors:
-            dtype = getattr(torch, kind)
-            size = dtype.itemsize * prod(shape)
-            # A copy, because the numbers of a type must stand at addresses that are multiples of its size.
-            state[name].append(row[at : at + size].clone().view(dtype).view(shape))
-            at += size
-    return state
+    states: list[State] = []
+    for of_share in outline:
+        state: State = {}
+        states.append(state)
+        for name, tensors in of_share.items():
+            state[name] = []
+            for kind, shape in tensors:
+                dtype = getattr(torch, kind)
+                size = dtype.itemsize * prod(shape)
+                # A copy: the numbers of a type must stand at addresses that are multiples of its size.
+                state[name].append(row[at : at + size].clone().view(dtype).view(shape))
+                at += size
+    return states
 
 
 def _name_of(dtype: torch.dtype) -> str:
