@@ -551,6 +551,11 @@ def test_of_a_loop_of_ones_own_only_what_it_reads_is_shown(tmp_path):
     assert facts.config == {"name": "pi", "own": {}, "trainer.log_every_steps": 10}
     # It has shared work out, and has no epochs.
     assert "of 1" not in page_of(facts, None, [], [])
+    # Whether it is reproducible is shown where it is.
+    for is_reproducible in (True, False):
+        shares = f"trainer: {{reproducible: {str(is_reproducible).lower()}, virtual_ranks: 4}}\n"
+        (tmp_path / "config.yaml").write_text(f"name: pi\nown: {{}}\n{shares}")
+        assert gather(tmp_path).config.get("trainer.virtual_ranks") == (4 if is_reproducible else None)
 
 
 # --- its pieces ----------------------------------------------------------------------------------------

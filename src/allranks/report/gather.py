@@ -32,8 +32,10 @@ PROFILE = "profile/table.json"
 # their own number in the file: a loop may log figures alone.
 EPOCH, STEP, LINE = "epoch", "step", "line"
 
-# The one key in NOT_OF_OWN_LOOPS that has a meaning for a loop of the user's own.
-_OF_OWN = "trainer.log_every_steps"
+# The keys in NOT_OF_OWN_LOOPS that have a meaning for a loop of the user's own, and those that have one
+# where the loop is reproducible.
+_OF_OWN = ("trainer.log_every_steps",)
+_OF_REPRODUCIBLE = ("trainer.reproducible", "trainer.virtual_ranks")
 
 
 @dataclass(frozen=True)
@@ -244,10 +246,11 @@ def _config(path: Path, problems: list[str]) -> dict[str, Any]:
     if config.get("own") is None and not any(key.startswith("own.") for key in config):
         return config
     # A loop of the user's own makes these parts itself: what stands there are defaults that nothing reads.
+    read = (*_OF_OWN, *_OF_REPRODUCIBLE) if config.get("trainer.reproducible") else _OF_OWN
     return {
         key: value
         for key, value in config.items()
-        if key == _OF_OWN or key.split(".")[0] not in NOT_OF_OWN_LOOPS
+        if key in read or key.split(".")[0] not in NOT_OF_OWN_LOOPS
     }
 
 
