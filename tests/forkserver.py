@@ -72,13 +72,16 @@ class Answer(NamedTuple):
 
 
 def import_all() -> None:
-    """Imports what trainings need, as they do it themselves: without torch's compiler."""
+    """Imports what trainings need, as they do themselves: without the compiler, unless MORE names it."""
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     gc.disable()
     from allranks.runtime import lean
 
+    more = os.environ.get(MORE, "").split()
+    if lean.NAME in more:
+        importlib.import_module(lean.NAME)  # before anything stands in for it
     lean.keep_compiler_out()
-    for name in (*IMPORTED, *os.environ.get(MORE, "").split()):
+    for name in (*IMPORTED, *more):
         importlib.import_module(name)
     # Hydra looks for its plugins, and builds the tables of its parser, at the first configuration.
     from allranks.compose import from_command_line

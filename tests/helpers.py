@@ -75,6 +75,11 @@ LEAKY = re.compile(
 serial = pytest.mark.xdist_group("serial")
 
 
+# What the ranks of a model that is spread over them import besides (`execute_forked(imports=FSDP)`). Each
+# of them needs torch's compiler, which takes half a second.
+FSDP = "torch._dynamo torch.distributed.fsdp"
+
+
 def only_long(*values: object) -> Any:
     """Values for a parametrized test that are tried with --long only."""
     return pytest.param(*values, marks=pytest.mark.long)

@@ -17,7 +17,7 @@ import pytest
 
 import own_programs
 from allranks.run import checkpoint
-from helpers import PYTHON, Done, execute, execute_forked, forked_python, launcher, only_long
+from helpers import FSDP, PYTHON, Done, execute, execute_forked, forked_python, launcher, only_long
 from own_programs import script
 
 # The page's program in less time. Told so by the environment, the last rank kills itself before a step, or
@@ -610,9 +610,6 @@ for epoch in run.epochs(2):
         optimizer.zero_grad()
 run.finish()
 """
-
-
-FSDP = "torch.distributed.fsdp"
 
 
 def spread(

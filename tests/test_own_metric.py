@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
@@ -10,7 +11,11 @@ import torch
 from helpers import execute_forked, only_long
 from own_programs import script
 
-torchmetrics = pytest.importorskip("torchmetrics")
+# One worker has the server that imports torchmetrics for the ranks. The tests are collected without it.
+pytestmark = [
+    pytest.mark.xdist_group("torchmetrics"),
+    pytest.mark.skipif(importlib.util.find_spec("torchmetrics") is None, reason="pip install torchmetrics"),
+]
 
 EXAMPLES = 61
 # What both this process and the ranks make. The batches are of 20 examples. The last one has 1 example, so
@@ -68,6 +73,8 @@ def test_each_metric_is_that_of_all_examples_and_begins_anew(ranks, tmp_path):
 
 
 def test_the_metric_of_the_page(tmp_path):
+    from torchmetrics.classification import BinaryAUROC
+
     code = """
 import torch, torchmetrics, allranks
 from torch import nn
@@ -86,7 +93,7 @@ def train(epoch):
     scores, labels = map(
         json.loads, done.out.splitlines()[-1].replace("T", "t").replace("F", "f").split("|")
     )
-    whole = torchmetrics.classification.BinaryAUROC()
+    whole = BinaryAUROC()
     whole.update(torch.tensor(scores), torch.tensor(labels).long())
     epochs = [json.loads(line) for line in (tmp_path / "runs/own/metrics.jsonl").read_text().splitlines()]
     assert [epoch["val/auroc"] for epoch in epochs] == pytest.approx([float(whole.compute())] * 2, rel=1e-6)

@@ -13,8 +13,6 @@ from allranks.training.update import take_step
 from helpers import execute_forked, only_long
 from own_programs import figures
 
-FSDP = "torch.distributed.fsdp torch.distributed.tensor"
-
 # A regression whose steps are told to the test. The last rank's loss is not finite in the step SPOILT.
 PROGRAM = """
 import math, torch, allranks
@@ -93,7 +91,7 @@ def test_the_gradient_of_a_model_that_is_spread_is_clipped_as_a_whole(ranks, tmp
     for kind in ("none", "fsdp"):
         (tmp_path / kind).mkdir()
         more = f'stop_at_nonfinite=False, sharding={{"kind": "{kind}"}}'
-        done = execute_forked(program(4, more=more), ranks, tmp_path / kind, imports=FSDP).ok()
+        done = execute_forked(program(4, more=more), ranks, tmp_path / kind).ok()
         assert done.out.count("taken 1 1 1 1 0 1 1 1 1 1 1 1 scale 1.0") == ranks
         found.append([epoch["train/after"] for epoch in figures(tmp_path / kind / "runs/own")[0]])
     assert found[0] == pytest.approx(found[1], rel=1e-5)

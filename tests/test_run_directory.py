@@ -22,7 +22,6 @@ from helpers import (
     PYTHON,
     SMALL,
     TIMEOUT_S,
-    TRAIN,
     Done,
     Run,
     clean_environment,
@@ -304,7 +303,8 @@ def test_a_file_system_without_hard_links_will_do(strace, tmp_path):
 def test_a_full_disk_delays_the_metrics_and_ends_no_training(mounted, tmp_path):
     disk = mounted("size=4m")
     process = subprocess.Popen(
-        [*TRAIN, *SMALL, "model=linear", "trainer.epochs=60", f"run.dir={disk}/run"], cwd=tmp_path,
+        [forked_python(), "-m", "allranks.train", *SMALL, "model=linear", "trainer.epochs=60",
+         f"run.dir={disk}/run"], cwd=tmp_path,
         env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert process.stdout is not None

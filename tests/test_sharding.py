@@ -19,15 +19,15 @@ from allranks.config import ShardingConfig
 from allranks.models import vit
 from allranks.run import checkpoint, shards
 from allranks.runtime import sharding
-from helpers import NO_REPORT, Done, Run, execute, execute_forked, forked_python, launcher, only_long
+from helpers import FSDP, NO_REPORT, Done, Run, execute, execute_forked, forked_python, launcher, only_long
 
 # One worker trains once for all of these tests.
 pytestmark = pytest.mark.xdist_group("sharding")
 
-# 402 examples over 2, 3 or 4 ranks, in batches of 50: shares differ, and the last batch has 2 examples.
+# 202 examples over 2, 3 or 4 ranks, in batches of 50: shares differ, and the last batch has 2 examples.
 VIT = (
     "model=vit", "model.depth=2", "model.dropout=0", "trainer.precision=fp64", "optimizer=adamw",
-    "data=synthetic", "data.train.count=500", "data.split=[402,98]", "data.test.count=101",
+    "data=synthetic", "data.train.count=300", "data.split=[202,98]", "data.test.count=101",
     "trainer.epochs=2", "trainer.batch_size=50", "device=cpu", "threads=1", NO_REPORT,
 )  # fmt: skip
 BY_SIZE = ("sharding=fsdp", "sharding.min_parameters=10000")
@@ -61,7 +61,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory):
 def start(cwd: Path, under: str | None, ranks: int, *words: str) -> Done:
     command = ["-m", "allranks.train", *VIT, "run.dir=run", *words]
     if under is None:
-        return execute_forked(command, ranks, cwd, imports="torch.distributed.fsdp")
+        return execute_forked(command, ranks, cwd, imports=FSDP)
     return execute([*launcher(under, ranks, forked_python()), *command], cwd)
 
 
@@ -175,7 +175,7 @@ def test_a_lost_shard_is_passed_over_and_told(trained, tmp_path):
     newest, before = checkpoint.steps(copy)
     (checkpoint.path_of(copy, newest) / "optimizer-00001-of-00002.safetensors").unlink()
     done = start(tmp_path, None, 2, *BY_SIZE).ok()
-    said = "passing over the checkpoint step-000018: optimizer-00001-of-00002.safetensors: it is missing"
+    said = "passing over the checkpoint step-000010: optimizer-00001-of-00002.safetensors: it is missing"
     assert said in done.out + done.err
     assert done.run.losses == run.losses
 
