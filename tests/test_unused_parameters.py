@@ -158,3 +158,44 @@ def test_a_step_that_leaves_some_out_ends_the_run_and_it_goes_on_with_the_key(tm
     went_on = trained("trainer.unused_parameters=always").ok().run
     execute_forked(["-m", "allranks.train", *ALONE, "run.dir=alone"], 1, tmp_path, env).ok()
     assert went_on.losses == pytest.approx(Run(tmp_path / "alone").losses, rel=1e-6)
+
+
+# A loop of the user's own. A layer takes no part: in no step, or in the last rank's third step.
+OWN = """
+import torch, allranks
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head, self.spare = nn.Linear(4, 1), nn.Linear(4, 1)
+
+    def forward(self, x):
+        is_used = run.step != 2 or run.rank != run.world_size - 1 if "WHEN" == "later" else False
+        return self.head(x) + self.spare(x) if is_used else self.head(x)
+
+run = allranks.open("own", seed=1, device="cpu", threads=1, report=False)
+model = run.wrap(Net(), REMEDY)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+run.keep(model=model, optimizer=optimizer)
+for batch in run.steps([torch.randn(6, 4) for _ in range(4)]):
+    run.backward(model(batch).square().mean())
+    optimizer.step()
+    optimizer.zero_grad()
+run.finish()
+"""
+
+
+@pytest.mark.parametrize(("when", "ranks"), [("never", 2), only_long("never", 3), only_long("later", 2)])
+def test_a_loop_of_ones_own_is_told_once_which_parameters_and_what_to_write(when, ranks, tmp_path):
+    code = OWN.replace("WHEN", when)
+    ended = execute_forked(["-c", code.replace("REMEDY", "")], ranks, tmp_path)
+    assert ended.code == 2
+    said = re.findall(
+        r"spare\.weight, spare\.bias took no part in a step on rank \d, .*"
+        r"start the run again with run\.wrap\(model, unused_parameters=True\); it goes on",
+        ended.out + ended.err,
+    )
+    assert len(said) == 1, ended.err
+    assert "Traceback" not in ended.out + ended.err
+    execute_forked(["-c", code.replace("REMEDY", "unused_parameters=True")], ranks, tmp_path).ok()

@@ -184,9 +184,9 @@ class Runtime:
         if not self.meeting.is_first("parameters left out"):
             time.sleep(ENDED_BY_ANOTHER_S)
         raise UserError(
-            f"{names} took no part in a step on rank {self.rank}, though all parameters did in the first "
-            "batch, and the other ranks wait for their gradients: start the run again with "
-            f"{remedy}, which goes on from the newest checkpoint."
+            f"{names} took no part in a step on rank {self.rank}, and the other ranks wait for their "
+            f"gradients: start the run again with {remedy}; it goes on from its newest checkpoint, if "
+            "there is one."
         )
 
     def without_sync(self, model: torch.nn.Module) -> AbstractContextManager[None]:
