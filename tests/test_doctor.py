@@ -15,7 +15,7 @@ import pytest
 from allranks import doctor
 from allranks.base.files import file_system
 from allranks.job import machine
-from helpers import clean_environment, took_at_most
+from helpers import clean_environment, execute, forked_python, took_at_most
 from launching import BIN
 
 
@@ -36,17 +36,18 @@ def executable(path: Path, script: str) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The doctor as a user runs it, for people and for programs."""
+    """The doctor as a user runs it, for people; and for programs, in a process that is forked."""
     folder = tmp_path_factory.mktemp("here")
     path = f"{BIN}:{os.environ['PATH']}"
     environ = clean_environment(PATH=path, ALLRANKS_DATA=str(folder / "none"))
+
+    def says(*command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, env=environ, cwd=folder, capture_output=True, text=True, check=False)
+
     return [
-        subprocess.run(
-            [sys.executable, "-m", "allranks.doctor", *more], env=environ, cwd=folder,
-            capture_output=True, text=True, check=False,
-        )
-        for more in ([], ["--json"])
-    ]  # fmt: skip
+        says(sys.executable, "-m", "allranks.doctor"),
+        says(forked_python(), "-m", "allranks.doctor", "--json"),
+    ]
 
 
 def test_a_report_is_80_columns_wide_and_has_every_check(whole):
@@ -68,15 +69,11 @@ def test_programs_get_json_and_a_remedy_for_whatever_is_not_ok(whole):
         assert bool(finding["remedy"]) == (finding["state"] != "ok"), finding
 
 
-def test_an_error_gives_exit_code_1():
-    environ = clean_environment(RANK="3")
-    done = subprocess.run(
-        [sys.executable, "-m", "allranks.doctor"], env=environ, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert "error ranks      RANK=3 is set but WORLD_SIZE is not" in done.stdout
-    assert "-> unset RANK\n" in done.stdout
+def test_an_error_gives_exit_code_1(tmp_path):
+    done = execute([forked_python(), "-m", "allranks.doctor"], tmp_path, {"RANK": "3"})
+    assert done.code == 1
+    assert "error ranks      RANK=3 is set but WORLD_SIZE is not" in done.out
+    assert "-> unset RANK\n" in done.out
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ TAKEN = OWN.replace(
 
 @pytest.mark.parametrize(
     ("ranks", "pieces", "own"),
-    [(1, 1, OWN), (2, 1, TAKEN), (3, 1, OWN), (3, 4, TAKEN)],
+    [(1, 1, OWN), (2, 1, TAKEN), only_long(3, 1, OWN), (3, 4, TAKEN)],
     ids=["1 rank", "2 ranks, run.take_step", "3 ranks", "3 ranks, run.take_step, pieces"],
 )
 def test_a_loop_of_ones_own_has_the_bits_of_the_shipped_training(ranks, pieces, own, tmp_path):

@@ -15,7 +15,7 @@ import torch
 from allranks.base.errors import UserError
 from allranks.data.loader import _check_labels, _check_pair, _image_shape
 from allranks.data.parts import Form, Mapped
-from helpers import NO_REPORT, PYTHON, Done, execute, execute_forked
+from helpers import NO_REPORT, PYTHON, Done, execute, execute_forked, only_long
 
 
 class Items(torch.utils.data.Dataset):
@@ -203,7 +203,7 @@ def test_a_folder_for_sockets_with_a_long_name_is_refused_at_once(read, tmp_path
 @pytest.mark.parametrize(
     ("size", "code", "said"),
     [
-        (
+        only_long(
             "16k",
             2,
             "data.workers=2: the processes that read the data cannot start: No space left on device",
