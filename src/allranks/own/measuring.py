@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
 from allranks.base.errors import ANYONE, UserError
 from allranks.base.text import some
 from allranks.data.batches import Dealt
 from allranks.data.nests import described
+from allranks.own.figures import as_number, check_figure
 from allranks.own.state import add_mean, digest_of, no_sums, rows_of_shares
 from allranks.runtime.runtime import Runtime, sum_dtype
 
@@ -48,13 +48,7 @@ class Measuring:
         if share is None:
             raise self.takes_them_one_by_one()
         for name, value in figures.items():
-            if not is_scalar(value):
-                of_name = f" as {name}" if name else ""
-                raise UserError(
-                    f"{self.what} got {described(value)}{of_name}: give a number or a scalar tensor for "
-                    "each batch.",
-                    said_by=ANYONE,
-                )
+            check_figure(self.what, name, value, "give a number or a scalar tensor for each batch.")
             if name not in self._sums:
                 self._sums[name] = no_sums(self._runtime)
             if share.counted:
@@ -97,17 +91,3 @@ class Measuring:
                 f"{some(names) or 'none'}): all ranks give the same.",
                 said_by=0,
             )
-
-
-def is_scalar(value: Any) -> bool:
-    """Whether this is one number: a Python or NumPy number, or a tensor of one."""
-    if isinstance(value, torch.Tensor):
-        return value.numel() == 1 and not value.is_complex()
-    if isinstance(value, np.generic) and np.iscomplexobj(value):  # float() would drop a part of it
-        return False
-    return isinstance(value, int | float) or hasattr(value, "__float__")
-
-
-def as_number(value: Any) -> float:
-    """A scalar as a Python number. torch warns where a tensor that has a gradient is taken for one."""
-    return float(value.detach() if isinstance(value, torch.Tensor) else value)

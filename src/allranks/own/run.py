@@ -40,7 +40,8 @@ from allranks.data.nests import described
 from allranks.data.randomness import mixed, reseed
 from allranks.job import pulse
 from allranks.job.identity import RankIdentity
-from allranks.own.measuring import ALIKE_S, Measuring, as_number, is_scalar
+from allranks.own.figures import as_number, check_log
+from allranks.own.measuring import ALIKE_S, Measuring
 from allranks.own.metric import Metric
 from allranks.own.shares import (
     StepShares,
@@ -717,15 +718,12 @@ class Run:
         Within run.steps(): each is a mean over this rank's share, a number or a scalar tensor. The epoch
         gets the mean over all of its examples and all ranks. After run.steps(): each is a figure of the
         epoch as it is, the same on all ranks, such as one of run.mean(). After run.epochs(): a figure of
-        the whole run, for summary.json. Raises UserError for what is no number.
+        the whole run, for summary.json. Raises UserError for what is no number, and for a name that
+        allranks writes itself, such as epoch.
         """
         self._check_open("run.log()")
+        check_log(figures, is_of_epoch=self._in_epochs)
         for name, value in figures.items():
-            if not is_scalar(value):
-                raise UserError(
-                    f"run.log() got {described(value)} as {name}: give a number or a scalar tensor.",
-                    said_by=ANYONE,
-                )
             if self._is_stepping and self._in_hand is not None:
                 for share in shares_of(self._in_hand):
                     self._kept.means.add(name, value, share.counted, share.row)

@@ -1,0 +1,85 @@
+"""What run.log() and run.means() take: numbers by name, and no name that allranks writes itself.
+
+A line of metrics.jsonl holds the figures of an epoch beside where the run stands and what allranks has
+measured, and summary.json holds those of the whole run likewise. A figure of the same name would replace
+one of these: a run whose records have another step cannot go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from allranks.base.errors import ANYONE, UserError
+from allranks.data.nests import described
+from allranks.training.records import OF_THE_RUN
+
+_OF_EACH_RECORD = {"epoch", "step"}
+# What else Loop.close_epoch() writes of an epoch.
+_OF_AN_EPOCH = {"time/train_s", "time/eval_s", "throughput/samples_per_s", *OF_THE_RUN}
+# What else run.finish() writes of a run.
+_OF_A_RUN = {
+    "state", "epochs", "steps", "world_size", "model/parameters", "model/sha256", "time/total_s",
+    "time/startup_s", *OF_THE_RUN,
+}  # fmt: skip
+
+
+def check_log(figures: Any, is_of_epoch: bool) -> None:
+    """Raises UserError for figures that run.log() cannot record; `is_of_epoch`: not of the whole run."""
+    if not isinstance(figures, Mapping):
+        raise UserError(
+            f"run.log() got {described(figures)}: give a dict of figures by name.", said_by=ANYONE
+        )
+    for name, value in figures.items():
+        check_figure("run.log()", name, value, "give a number or a scalar tensor.")
+        if name in _OF_EACH_RECORD:
+            raise UserError(
+                f"run.log() got a figure with the name {name}, which allranks writes to each record by "
+                "itself: leave it out.",
+                said_by=ANYONE,
+            )
+        if name in (_OF_AN_EPOCH if is_of_epoch else _OF_A_RUN):
+            where = "metrics.jsonl" if is_of_epoch else "summary.json"
+            raise UserError(
+                f"run.log() got a figure with the name {name}, which allranks writes to {where} by itself: "
+                "give it another name.",
+                said_by=ANYONE,
+            )
+
+
+def check_figure(what: str, name: Any, value: Any, remedy: str) -> None:
+    """Raises UserError where a figure has no text for a name, or is not one number.
+
+    `what` is the call that the program has made, and `remedy` ends the message about a value.
+    """
+    if not isinstance(name, str):
+        raise UserError(
+            f"{what} got {name!r} as the name of a figure: give texts as names, such as 'val/loss'.",
+            said_by=ANYONE,
+        )
+    if not is_scalar(value):
+        of_name = f" as {name}" if name else ""
+        raise UserError(f"{what} got {described(value)}{of_name}: {remedy}", said_by=ANYONE)
+
+
+def is_scalar(value: Any) -> bool:
+    """Whether this is one number: a Python or NumPy number, or a tensor or an array of one."""
+    if isinstance(value, int | float):
+        return True
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    if not hasattr(value, "__float__"):
+        return False
+    array = np.asarray(value)
+    # float() would drop a part of a complex number, and read a text as one. A fraction is an object.
+    return array.size == 1 and array.dtype.kind in "biufO"
+
+
+def as_number(value: Any) -> float:
+    """A scalar as a Python number. torch warns where a tensor that has a gradient is taken for one."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach()
+    return float(value.item() if isinstance(value, np.ndarray) else value)

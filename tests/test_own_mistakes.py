@@ -1,0 +1,148 @@
+"""Loops of the user's own: programs that hold a mistake are told so, and odd ones work as they read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from helpers import Done, execute_forked
+
+# refused(f) prints what allranks says of f(), and that it was taken where it says nothing.
+HEAD = """
+import torch, allranks
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from allranks.base.errors import UserError
+
+def refused(call):
+    try:
+        call()
+    except UserError as error:
+        print("said:", error)
+    else:
+        print("said: nothing, it was taken")
+
+data = DataLoader(TensorDataset(torch.arange(8.0)[:, None]), 4)
+run = allranks.open("work", device="cpu", threads=1, report=False)
+"""
+
+
+def program(folder: Path, body: str, ranks: int = 1) -> Done:
+    """What becomes of a program that goes on so after allranks.open()."""
+    return execute_forked(["-c", HEAD + body], ranks, folder)
+
+
+def said_by(done: Done) -> list[str]:
+    """What allranks has said of each call that the program has given to refused()."""
+    lines = done.ok().out.splitlines()
+    return [line.removeprefix("said: ") for line in lines if line.startswith("said: ")]
+
+
+def lines_of(folder: Path) -> list[dict[str, float]]:
+    """The metrics of each epoch of the program's run."""
+    return [json.loads(line) for line in (folder / "runs/work/metrics.jsonl").read_text().splitlines()]
+
+
+# --- figures ---
+
+
+def test_a_figure_takes_no_name_that_allranks_writes_itself(tmp_path):
+    """A step in metrics.jsonl that is a mean of steps would be one from which no run can go on."""
+    body = """
+for epoch in run.epochs(1):
+    for (x,) in run.steps(data):
+        refused(lambda: run.log({"epoch": epoch, "loss": x.mean()}))
+        run.log({"state": 1.0, "steps": 5})
+    refused(lambda: run.log({"step": run.step}))
+    refused(lambda: run.log({"time/train_s": 1.0}))
+refused(lambda: run.log({"epoch": 3}))
+refused(lambda: run.log({"state": 3}))
+refused(lambda: run.log({"time/total_s": 3}))
+run.log({"time/train_s": 1.5})
+run.finish()
+"""
+    by_itself = "run.log() got a figure with the name {}, which allranks writes to {} by itself: {}."
+    assert said_by(program(tmp_path, body)) == [
+        *[by_itself.format("epoch", "each record", "leave it out")] * 2,
+        by_itself.format("step", "each record", "leave it out"),
+        by_itself.format("time/train_s", "metrics.jsonl", "give it another name"),
+        by_itself.format("epoch", "each record", "leave it out"),
+        by_itself.format("state", "summary.json", "give it another name"),
+        by_itself.format("time/total_s", "summary.json", "give it another name"),
+    ]
+    [line] = lines_of(tmp_path)
+    assert (line["epoch"], line["step"], line["state"], line["steps"]) == (1, 2, 1.0, 5.0)
+    summary = json.loads((tmp_path / "runs/work/summary.json").read_text())
+    assert (summary["state"], summary["time/train_s"]) == ("finished", 1.5)
+
+
+def test_figures_are_numbers_with_texts_for_names(tmp_path):
+    body = """
+import numpy as np
+for value in (np.ones(2), np.array("3"), np.array(1j)):
+    refused(lambda: run.log({"a": value}))
+refused(lambda: run.log({1: 2.0}))
+refused(lambda: run.log([1.0]))
+refused(lambda: run.means({2: x.mean()} for (x,) in run.batches(data)))
+run.log({"one": np.array([1.5]), "two": np.float32(2)})
+run.finish()
+"""
+    assert said_by(program(tmp_path, body)) == [
+        "run.log() got float64 [2] as a: give a number or a scalar tensor.",
+        "run.log() got <U1 [] as a: give a number or a scalar tensor.",
+        "run.log() got complex128 [] as a: give a number or a scalar tensor.",
+        "run.log() got 1 as the name of a figure: give texts as names, such as 'val/loss'.",
+        "run.log() got a list (float): give a dict of figures by name.",
+        "run.means() got 2 as the name of a figure: give texts as names, such as 'val/loss'.",
+    ]
+    summary = json.loads((tmp_path / "runs/work/summary.json").read_text())
+    assert (summary["one"], summary["two"]) == (1.5, 2.0)
+
+
+# --- what is kept ---
+
+
+def test_a_module_with_buffers_only_is_kept_and_put_back(tmp_path):
+    body = """
+class Norm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1), persistent=False)
+
+norm = Norm()
+run.keep(norm=norm)
+print("mean", norm.mean.item())
+for (x,) in run.steps(data):
+    norm.mean += x.mean()
+    if run.step == 1 and not norm.mean.item() == 7.0:
+        raise SystemExit(f"the mean is {norm.mean.item()}")
+    if run.step == 0:
+        import os, signal
+        os.kill(os.getpid(), signal.SIGTERM)
+run.finish()
+"""
+    assert program(tmp_path, body).code == 85
+    assert "mean 1.5" in program(tmp_path, body).ok().out
+
+
+def test_dicts_with_tuples_as_keys_come_back_as_they_were(tmp_path):
+    body = """
+import numpy as np
+class Table:
+    def __init__(self): self.values = {}
+    def state_dict(self): return {"values": self.values}
+    def load_state_dict(self, state): self.values = state["values"]
+
+table = Table()
+run.keep(table=table)
+print("table", table.values)
+print(run.share([1, 2], lambda n: {(n, ("a", n)): n, np.int64(n): torch.ones(1)}))
+for (x,) in run.steps(data):
+    table.values[run.step, "left"] = x.mean().item()
+refused(lambda: run.share([1], lambda n: {frozenset(): n}, name="sets"))
+"""
+    assert program(tmp_path, body + "raise SystemExit(3)").code != 0
+    again = program(tmp_path, body + "run.finish()").ok().out
+    assert "table {(0, 'left'): 1.5, (1, 'left'): 5.5}" in again
+    assert "[{(1, ('a', 1)): 1, 1: tensor([1.])}, {(2, ('a', 2)): 2, 2: tensor([1.])}]" in again
+    assert "gave what cannot be kept: result has a frozenset as a key of a dict: give numbers" in again
