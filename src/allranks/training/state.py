@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -220,10 +221,30 @@ def taken_apart(
     if isinstance(node, Mapping):
         # As pairs: JSON would turn keys that are numbers into texts.
         prefix = f"{name}." if name else ""
-        pairs = [[k, taken_apart(v, f"{prefix}{k}", tensors, copied)] for k, v in node.items()]
+        pairs = [
+            [_as_json_key(k, name), taken_apart(v, f"{prefix}{k}", tensors, copied)]
+            for k, v in node.items()
+        ]
         return {"items": pairs}
     raise UserError(
         f"{name} is a {type(node).__name__}, but a checkpoint holds only numbers, texts and tensors."
+    )
+
+
+def _as_json_key(key: Any, name: str) -> Any:
+    """The key of a dict as JSON holds it; raises UserError for a key that could not be put together again.
+
+    `name` says where the dict stands.
+    """
+    if key is None or isinstance(key, bool | int | float | str):
+        return key
+    if isinstance(key, np.integer):  # equal to the number that comes back, also as a key
+        return int(key)
+    if isinstance(key, tuple):
+        return [_as_json_key(part, name) for part in key]
+    raise UserError(
+        f"{name or 'The state'} has a {type(key).__name__} as a key of a dict: give numbers, texts, or "
+        "tuples of these."
     )
 
 
@@ -390,13 +411,16 @@ def _as_saved(loaded: Any, saved: Any, parameter: torch.Tensor) -> Any:
 
 def restore_buffers(model: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
     """Puts back the buffers that the model's state_dict leaves out."""
-    device = next(model.parameters()).device
     for name, tensor in saved.items():
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         if leaf not in module._buffers:
             raise KeyError(f"the model has no buffer {name}")
-        setattr(module, leaf, tensor.to(device))
+        # A buffer that is None until the model is used has no device: then it goes to that of the weights.
+        # A module may have no weights at all.
+        replaced = module._buffers[leaf]
+        device_of = next(model.parameters(), tensor) if replaced is None else replaced
+        setattr(module, leaf, tensor.to(device_of.device))
 
 
 def restore_position(position: TrainingPosition, state: Mapping[str, Any]) -> None:
@@ -448,7 +472,12 @@ def put_together(node: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
         return tensors[node["tensor"]]
     if "tuple" in node:
         return tuple(put_together(item, tensors) for item in node["tuple"])
-    return {key: put_together(value, tensors) for key, value in node["items"]}
+    return {_from_json_key(key): put_together(value, tensors) for key, value in node["items"]}
+
+
+def _from_json_key(key: Any) -> Any:
+    """The key of a dict: JSON has made lists of tuples."""
+    return tuple(_from_json_key(part) for part in key) if isinstance(key, list) else key
 
 
 # --- one number for all weights ------------------------------------------------------------------------
