@@ -17,6 +17,11 @@ EXPECTED = {  # the same recipe over 8 seeds, in percent: validation, test, and 
 }
 
 
+def spread(values: list[float]) -> str:
+    """By how much the values differ: their standard deviation; nothing for a single one, which has none."""
+    return f"+-{stdev(values):5.2f}" if len(values) > 1 else ""
+
+
 def main() -> None:
     seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 4
     good = True
@@ -36,8 +41,8 @@ def main() -> None:
                 tests = [run["test/accuracy"] for run in runs]
                 good &= abs(mean(vals) - val) <= margin and abs(mean(tests) - test) <= margin
                 print(
-                    f"{name:<17}{ranks:>6}{mean(vals):>9.2f} +-{stdev(vals):5.2f}{val:>10.1f}"
-                    f"{mean(tests):>9.2f} +-{stdev(tests):5.2f}{test:>10.1f}"
+                    f"{name:<17}{ranks:>6}{mean(vals):>9.2f} {spread(vals):>7}{val:>10.1f}"
+                    f"{mean(tests):>9.2f} {spread(tests):>7}{test:>10.1f}"
                 )
     sys.exit(0 if good else "a mean is further off than it may be")
 

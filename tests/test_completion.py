@@ -98,6 +98,13 @@ def test_runs_are_offered_wherever_a_run_is_asked_for(runs):
     assert offered(f"allranks predict {runs}/runs/s") == [f"{runs}/runs/sweep/0"]
 
 
+@pytest.mark.parametrize("typed", [r"runs/a\ ", '"runs/a ', "'runs/a r"])
+def test_a_run_with_a_blank_in_its_path_is_offered(typed, runs):
+    (runs / "runs/a run").mkdir()
+    (runs / "runs/a run/config.yaml").touch()
+    assert offered(f"allranks report {typed}") == ["runs/a run"]
+
+
 def test_what_is_offered_begins_as_it_is_typed(runs, monkeypatch):
     monkeypatch.setenv("HOME", str(runs))
     for typed in ("./runs/", "runs//", "~/runs/", "runs/./", "../*/runs/".replace("*", runs.name)):
@@ -114,7 +121,7 @@ def test_what_is_offered_begins_as_it_is_typed(runs, monkeypatch):
 BASH = """
 eval "$(allranks completion bash)"
 try() {
-    COMP_LINE=$1 COMP_POINT=${#1} COMPREPLY=()
+    COMP_LINE=$1 COMP_POINT=${#1} COMPREPLY=() COMP_WORDS=("${@:2}") COMP_CWORD=0
     _allranks allranks 2>/dev/null
     echo "${COMPREPLY[@]}"
 }
@@ -122,6 +129,9 @@ try 'allranks predi'
 try 'allranks train model=l'
 try 'allranks predict runs/sw'
 try 'allranks train trainer.precision=b'
+try 'allranks predict runs/a'
+try 'allranks predict runs/a\\ \\('
+try 'allranks predict "runs/a (' '"runs/a ('
 """
 
 
@@ -131,8 +141,12 @@ def environment() -> dict[str, str]:
 
 
 def test_bash_offers_what_follows_its_own_cut_at_the_equals_sign(runs):
+    (runs / "runs/a (run)").mkdir()
+    (runs / "runs/a (run)/config.yaml").touch()
     done = execute(["bash", "--norc", "-c", BASH], runs, environment()).ok()
-    assert done.out.splitlines() == ["predict", "linear", "runs/sweep/0", "bf16"]
+    assert done.out.splitlines() == [
+        "predict", "linear", "runs/sweep/0", "bf16", r"runs/a\ \(run\)", r"runs/a\ \(run\)", "runs/a (run)",
+    ]  # fmt: skip
 
 
 def shell(name: str) -> str:
@@ -161,6 +175,8 @@ zpty -w z 'autoload -Uz compinit; compinit -u -D; eval "$(allranks completion zs
 wait_for SETUP >/dev/null || exit 3
 zpty -w -n z $'allranks predi\\t'
 wait_for 'predict ' || exit 4
+zpty -w -n z $'\\x15cd . && allranks comple\\t'
+wait_for 'completion ' || exit 6
 zpty -w -n z $'\\x15allranks train model=l\\t'
 wait_for 'model=linear' || exit 5
 zpty -d z

@@ -12,7 +12,7 @@ from allranks.base import links
 from allranks.job import variables
 from allranks.job.identity import RankIdentity
 from allranks.launch.guard import MOST_WAITING_BYTES, Guard, OutputFile
-from helpers import until
+from helpers import PYTHON, execute, until
 
 
 @pytest.fixture
@@ -75,3 +75,24 @@ def test_all_that_a_file_has_left_reaches_the_supervisor(supervisor, tmp_path):
     assert b"".join(links.output(word["out"]) for word in heard[1:]) == said
     guard.link.close()
     ours.close()
+
+
+# --- files of the user's in the present directory ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["allranks.launch.guard", "--", "true"], 0),
+        (["allranks.launch.preflight"], 1),  # without its task
+        (["allranks.launch.look", "1", ""], 0),
+        (["allranks", "--version"], 0),
+    ],
+    ids=lambda words: words[0] if isinstance(words, list) else "",
+)
+def test_a_file_named_as_a_module_of_python_is_not_taken_for_it(words, code, tmp_path):
+    for name in ("random", "socket", "secrets", "select", "selectors", "shutil", "json", "argparse"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('mine')\n")
+    done = execute([PYTHON, "-m", *words], tmp_path)
+    assert "mine" not in done.err
+    assert done.code == code

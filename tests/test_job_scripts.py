@@ -108,6 +108,63 @@ def test_the_ready_scripts_are_sound(path):
     shellcheck(str(path))
 
 
+@pytest.mark.parametrize("kind", ["pbs", "slurm"])
+def test_a_chain_goes_on_from_the_highest_step(kind, tmp_path):
+    """From a million steps on, the names of checkpoints have one more digit."""
+    for step in (999_999, 1_000_000, 20):
+        (tmp_path / f"run/checkpoints/step-{step:06}").mkdir(parents=True)
+    text = (ROOT / f"scripts/{kind}/chain.sh").read_text()
+    [line] = re.findall("^newest=.+", text, flags=re.MULTILINE)
+    words = ["bash", "-c", f"run=run; {line}; echo $newest"]
+    found = subprocess.run(words, cwd=tmp_path, check=True, timeout=20, capture_output=True, text=True)
+    assert found.stdout == "run/checkpoints/step-1000000\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "root", "code", "trains_on"),
+    [
+        (["model=cnn"], "data", 0, "data=synthetic model=cnn"),  # nothing is there, and nothing is fetched
+        (
+            ["data.root=/my data", "model=cnn"],
+            "/my data",
+            2,
+            None,
+        ),  # nor where the user has said that it is
+        (["data=fashion_mnist"], None, 0, "data=fashion_mnist"),
+    ],
+    ids=["fetched in vain", "a root of one's own", "other data"],
+)
+def test_the_quick_start_fetches_the_data_to_where_they_are_looked_for(
+    words, root, code, trains_on, tmp_path
+):
+    """With programs in place of those that it would install; the one that fetches has no network."""
+    folder, bin_ = tmp_path / "scripts", tmp_path / "bin"
+    folder.mkdir()
+    bin_.mkdir()
+    shutil.copy(ROOT / "scripts/quickstart", folder)
+    (folder / "venv.sh").write_text(f"venv() {{ PATH={bin_}:$PATH; }}\n")
+    for name, lines in {
+        "python": "echo real",
+        "allranks": f'echo "$5" > {tmp_path}/root; echo "no network" >&2; exit 2',
+        "mpiexec": f'shift 5; echo "$*" > {tmp_path}/trained',
+    }.items():
+        (bin_ / name).write_text(f"#!/bin/sh\n{lines}\n")
+        (bin_ / name).chmod(0o755)
+    environ = {name: value for name, value in os.environ.items() if name != "ALLRANKS_DATA"}
+    done = subprocess.run(
+        [folder / "quickstart", *words],
+        env=environ,
+        check=False,
+        timeout=20,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done.stderr
+    fetched, trained = tmp_path / "root", tmp_path / "trained"
+    assert (fetched.read_text().strip() if fetched.exists() else None) == root
+    assert (trained.read_text().strip() if trained.exists() else None) == trains_on
+
+
 def test_polaris_asks_for_what_its_pages_do():
     assert directives(rendered("polaris", 2)) == [
         "-N try-1", "-A proj", "-q debug", "-l select=2:system=polaris", "-l walltime=00:30:00",

@@ -231,6 +231,14 @@ def test_a_server_that_is_not_reached_has_not_said_that_a_job_has_no_end(command
         scheduler.ends_at({"PATH": os.environ["PATH"], **environ})
 
 
+@pytest.mark.parametrize("environ", [{"SLURM_JOB_ID": "7"}, {"PBS_JOBID": "7.pbs"}], ids=["slurm", "pbs"])
+def test_a_node_without_the_schedulers_commands_says_what_to_give(environ, tmp_path, monkeypatch):
+    """That it is no login node is no news inside a job."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"no command of (PBS|Slurm) to ask: give ALLRANKS_DEADLINE"):
+        scheduler.ends_at({"PATH": str(tmp_path), **environ})
+
+
 def test_a_date_that_is_not_understood_is_no_job_without_an_end(commands):
     said = "Job Id: 7.pbs\n    Resource_List.walltime = 00:05:00\n    stime = 25.11.2026 19:53\n"
     commands(qstat=(said, 0))

@@ -32,7 +32,7 @@ if grep -qs '"state": "finished"' "$run/summary.json"; then
   echo "$run is finished: nothing is left to do"
   exit 0
 fi
-newest=$(find "$run/checkpoints" -name 'step-*' 2> /dev/null | sort | tail -n 1)
+newest=$(find "$run/checkpoints" -name 'step-*' 2> /dev/null | sort -V | tail -n 1)
 if [ "$link" -gt 1 ] && [ "$newest" = "${NEWEST:-}" ]; then
   echo "the job before this one has not gained a step: the chain ends here"
   exit 86

@@ -1,7 +1,8 @@
 # What TAB offers after `allranks` in zsh. In ~/.zshrc, after compinit:  eval "$(allranks completion zsh)"
 _allranks() {
     local -a found open closed
-    found=("${(@f)$(allranks completion --line "$LBUFFER" 2>/dev/null)}")
+    # The words of this command alone: others may stand before it in the line, as in `cd X && allranks`.
+    found=("${(@f)$(allranks completion --line "${(j: :)words[1,CURRENT]}" 2>/dev/null)}")
     found=(${found:#})
     if (( $#found == 0 )); then
         _files

@@ -68,11 +68,7 @@ def candidates(line: str, commands: Mapping[str, Callable[[], Main] | None]) -> 
 
     The list is empty where the shell should offer the names of files.
     """
-    try:
-        words = shlex.split(line)
-    except ValueError:  # a quote that is still open
-        words = line.split()
-    current = "" if not line or line[-1].isspace() else words.pop()
+    words, current = _words_of(line)
     _, *before = words or [""]
     if not before:
         return _beginning_with(current, [*sorted(commands), "--help", "--version"])
@@ -97,6 +93,22 @@ def candidates(line: str, commands: Mapping[str, Callable[[], Main] | None]) -> 
         found += _hydra_flags(current) if command == "train" else []
         found += _overrides(current, ("",))
     return found
+
+
+def _words_of(line: str) -> tuple[list[str], str]:
+    """The words of a line before its last one, and that last one, which may be empty; without quotes."""
+    ends_with_blank = line[-1:].isspace() and not line[:-1].endswith("\\")
+    # A quote that is still open belongs to the last word, with the blanks after it.
+    for quote in ("", '"', "'"):
+        with suppress(ValueError):
+            words = shlex.split(line + quote)
+            ends_with_blank = ends_with_blank and not quote
+            break
+    else:
+        words = line.split()
+    if not words or ends_with_blank:
+        return words, ""
+    return words[:-1], words[-1]
 
 
 def _beginning_with(current: str, known: Iterable[str]) -> list[str]:

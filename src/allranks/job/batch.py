@@ -83,6 +83,10 @@ class NoAnswer(UserError):
     """
 
 
+class CommandMissing(UserError):
+    """A command of the scheduler is not on this host, as on the compute nodes of some clusters."""
+
+
 class ServerUnreached(UserError):
     """The server was not reached, or takes nothing at the moment, so nothing was done: the same call may
     succeed later.
@@ -153,8 +157,9 @@ def call(
 ) -> subprocess.CompletedProcess[str]:
     """Runs a command of `scheduler` in the environment `environ`; what it said and its exit code.
 
-    Raises UserError where the command cannot be started, and NoAnswer, with the advice `if_late`, where it
-    has not ended after COMMAND_LIMIT_S, or by the time that ending_by() has set.
+    Raises CommandMissing where there is no such command, UserError where it cannot be started, and
+    NoAnswer, with the advice `if_late`, where it has not ended after COMMAND_LIMIT_S, or by the time that
+    ending_by() has set.
     """
     limit_s = _limit_s()
     try:
@@ -169,7 +174,7 @@ def call(
             stdin=subprocess.DEVNULL,
         )
     except FileNotFoundError:
-        raise UserError(
+        raise CommandMissing(
             f"{argv[0]} is not found: work on a login node of a cluster with {scheduler}, or give another "
             "--machine; `allranks launch` needs no scheduler."
         ) from None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
 from allranks.base.errors import UserError
-from allranks.job.batch import JobRequest, NoAnswer, ServerUnreached, ThisJob
+from allranks.job.batch import CommandMissing, JobRequest, NoAnswer, ServerUnreached, ThisJob
 from allranks.job.pbs import Pbs
 from allranks.job.slurm import Slurm
 
@@ -167,7 +167,15 @@ def ends_at(environ: Mapping[str, str]) -> int | None:
     Asks the scheduler, and raises UserError as it does.
     """
     scheduler = here(environ)
-    return scheduler.ends_at(environ) if scheduler else None
+    if scheduler is None:
+        return None
+    try:
+        return scheduler.ends_at(environ)
+    except CommandMissing as error:
+        raise UserError(
+            f"this job's node has no command of {scheduler.title} to ask: give ALLRANKS_DEADLINE, the "
+            "job's end in seconds since 1970."
+        ) from error
 
 
 def asked_until_answered(ask: Callable[[], Answer], warn: Callable[[UserError], None]) -> Answer:

@@ -18,6 +18,12 @@ this start is made on every rank.
 
 from __future__ import annotations
 
+import sys
+
+# `python -m` puts the present directory first. A file there, such as the user's random.py, is not Python's.
+if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+    del sys.path[0]
+
 import _thread
 import contextlib
 import errno
@@ -25,7 +31,6 @@ import os
 import select
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple

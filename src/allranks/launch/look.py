@@ -12,11 +12,16 @@ shows it, where that is installed. What Linux tells of a process is shown of eve
 
 from __future__ import annotations
 
+import sys
+
+# `python -m` puts the present directory first. A file there, such as the user's random.py, is not Python's.
+if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+    del sys.path[0]
+
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress

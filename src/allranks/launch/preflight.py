@@ -8,6 +8,12 @@ meet, and gets one back. The supervisor ends a rank that hangs, and knows it by 
 
 from __future__ import annotations
 
+import sys
+
+# `python -m` puts the present directory first. A file there, such as the user's random.py, is not Python's.
+if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+    del sys.path[0]
+
 import contextlib
 import hashlib
 import json
@@ -17,7 +23,6 @@ import secrets
 import selectors
 import signal
 import socket
-import sys
 import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
