@@ -60,6 +60,7 @@ COMMANDS = (
 
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 DESCRIPTION = "The same PyTorch training run on one core, one GPU or every rank of a supercomputer."
+MORE = "`allranks COMMAND --help` explains a command. A first look: `allranks doctor`."
 DATA = "Fetches the data sets that allranks knows, MNIST and Fashion-MNIST, and checks their files."
 
 
@@ -141,15 +142,13 @@ def _load_data() -> Callable[[list[str]], Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="allranks", description=DESCRIPTION)
+    parser = argparse.ArgumentParser(prog="allranks", description=DESCRIPTION, epilog=MORE)
     parser.add_argument("--version", action="version", version=f"allranks {allranks.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for each in COMMANDS:
-        commands.add_parser(each.name, help=f"{each.help} ({each.name} --help)")
+        commands.add_parser(each.name, help=each.help)
 
-    _data_parser(
-        commands.add_parser("data", help="fetch and check data sets (data --help)", description=DATA)
-    )
+    _data_parser(commands.add_parser("data", help="fetch and check data sets", description=DATA))
     return with_our_errors(parser)
 
 

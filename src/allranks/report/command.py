@@ -38,8 +38,8 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="allranks report",
         description="Makes a page of a run, report.html in its directory, and its pictures as PNG and SVG "
-        "in report/ beside it. The run may be finished, at work or cut off. Of several runs, also make a "
-        "page that compares them, compare.html, here.",
+        "in report/ beside it. The run may be finished, at work or cut off. For several runs it also makes "
+        "a page that compares them, compare.html, in the present folder.",
     )
     parser.add_argument("run", metavar="RUN", nargs="+", help="the directory of a run")
     parser.add_argument(

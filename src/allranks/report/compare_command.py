@@ -112,24 +112,25 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--sort",
         metavar="KEY",
-        help="a figure or a key in which the runs differ (default: the first one over the test set)",
+        help="sort by this figure, or by this key in which the runs differ (default: by the accuracy, else "
+        "by the loss, or by the metric of checkpoint.best where that is another one)",
     )
     parser.add_argument(
-        "--each", action="store_true", help="a row for each run, also where only seeds differ"
+        "--each", action="store_true", help="show a row for each run, also where only seeds differ"
     )
     one_format = parser.add_mutually_exclusive_group()
-    one_format.add_argument("--csv", action="store_true", help="all figures, for a spreadsheet")
-    one_format.add_argument("--json", action="store_true", help="all figures, for programs")
-    one_format.add_argument("--markdown", action="store_true", help="the table, for a document")
+    one_format.add_argument("--csv", action="store_true", help="print all figures, for a spreadsheet")
+    one_format.add_argument("--json", action="store_true", help="print all figures, for programs")
+    one_format.add_argument("--markdown", action="store_true", help="print the table, for a document")
     parser.add_argument("--to", metavar="FILE", help="write that into a file instead of the terminal")
     page = parser.add_mutually_exclusive_group()
     page.add_argument(
         "--page",
         metavar="FOLDER",
-        help="where compare.html is put, with its pictures (default: for a sweep its directory, for single "
-        "runs there is no page)",
+        help="put the page, compare.html, and its pictures into this folder (default: for a sweep into its "
+        "directory; for single runs no page is made)",
     )
-    page.add_argument("--no-page", action="store_true", help="the table only, also for a sweep")
+    page.add_argument("--no-page", action="store_true", help="make no page, also for a sweep")
     # Given by the sweep: how each cell that was started has ended, in order. No file tells that.
     parser.add_argument("--end", action="append", default=[], help=argparse.SUPPRESS)
     # Given by the sweep, which is this process's parent (report/compare_sweep.py).
