@@ -26,7 +26,7 @@ from allranks.inference import command, forward, images, load, overrides
 from allranks.inference import export as exporting
 from allranks.job.identity import RankIdentity
 from allranks.run import checkpoint
-from helpers import PYTHON, SMALL, Run, execute_forked, only_long, real_data, tree
+from helpers import PYTHON, ROOT, SMALL, Run, execute_forked, only_long, real_data, tree
 
 # One worker trains once for all of these tests.
 pytestmark = pytest.mark.xdist_group("inference")
@@ -796,6 +796,24 @@ def test_data_that_have_moved_are_found_by_data_root_and_are_the_same(digits, tm
 
 
 # --- allranks export -----------------------------------------------------------------------------------
+
+
+def test_programs_find_the_keys_that_the_document_names(drawn, tmp_path, capsys):
+    picture = tmp_path / "digit.png"
+    Image.new("L", (28, 28), 0).save(picture)
+    weights = tmp_path / "digits.safetensors"
+    commands = {
+        "predict RUN IMAGE...": lambda: command.predict([str(drawn), str(picture), "--json"]),
+        "predict RUN --data test": lambda: command.predict([str(drawn), "--data", "test", "--json"]),
+        "evaluate RUN": lambda: command.evaluate([str(drawn), "--json"]),
+        "export RUN --to FILE": lambda: command.export([str(drawn), "--to", str(weights), "--json"]),
+    }
+    document = (ROOT / "docs/use-the-model.md").read_text()
+    for words, run_command in commands.items():
+        [row] = [line for line in document.splitlines() if line.startswith(f"| `allranks {words} --json`")]
+        assert run_command() == 0
+        for key in json.loads(capsys.readouterr().out.splitlines()[0]):
+            assert f"`{key}`" in row or key == "test/accuracy", (words, key)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt2", ".onnx"])
