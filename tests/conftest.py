@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+import forkserver
 from allranks.compose import from_command_line
 from allranks.job.identity import RankIdentity
 from helpers import (
@@ -72,6 +73,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def long(pytestconfig: pytest.Config) -> bool:
     """Whether there is time for all of it: `10_000 if long else 1_000`."""
     return pytestconfig.getoption("--long")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def digits_once() -> None:
+    """The trainings in this process draw their digits once. test_synthetic.py calls the real function."""
+    forkserver.remember_digits()
 
 
 @pytest.fixture(autouse=True)

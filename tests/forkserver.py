@@ -1,9 +1,9 @@
 """A server that forks the processes of trainings, for tests that are not about how a process is started.
 
 To import torch takes a process longer than all the rest of a small training. This one has imported what
-trainings import, has composed one configuration, and has done nothing else. Each process that it forks has
-arguments, environment, directory, output and session of its own, and runs a module or a text as
-`python -m` or `python -c` does.
+trainings import, has composed one configuration, and has drawn the digits that most of them train on. Each
+process that it forks has arguments, environment, directory, output and session of its own, and runs a
+module or a text as `python -m` or `python -c` does.
 
 It is started with a path, and listens at a Unix socket of that path. Its end is the end of its stdin. Any
 number of programs may run at once. Two kinds of clients ask for them, each by a line of JSON:
@@ -20,6 +20,7 @@ import atexit
 import contextlib
 import ctypes
 import fcntl
+import functools
 import gc
 import importlib
 import json
@@ -71,6 +72,24 @@ class Answer(NamedTuple):
     left: list[str]  # command lines
 
 
+def remember_digits() -> None:
+    """From here on, this process and its forks draw the digits of data=synthetic once for each request.
+
+    Nearly every training here begins with the same 1,600 and 400 digits (`helpers.SMALL`), and to draw them
+    takes a fifth of its processor time. They follow from the arguments alone. Each caller gets a copy.
+    """
+    from allranks.data import synthetic
+
+    drawn = functools.lru_cache(maxsize=8)(synthetic.generate)
+
+    @functools.wraps(synthetic.generate)
+    def generate(count: int, part: str, seed: int = 0) -> tuple[Any, Any]:
+        images, labels = drawn(count, part, seed)
+        return images.copy(), labels.copy()
+
+    synthetic.generate = generate
+
+
 def import_all() -> None:
     """Imports what trainings need, as they do themselves: without the compiler, unless MORE names it."""
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -83,6 +102,11 @@ def import_all() -> None:
     lean.keep_compiler_out()
     for name in (*IMPORTED, *more):
         importlib.import_module(name)
+    from allranks.data import synthetic
+
+    remember_digits()
+    for count, part in ((1600, "train"), (400, "test")):
+        synthetic.generate(count, part)
     # Hydra looks for its plugins, and builds the tables of its parser, at the first configuration.
     from allranks.compose import from_command_line
 
