@@ -341,6 +341,17 @@ def test_a_full_disk_delays_the_lines_of_steps_and_loses_none(mounted, caplog):
     assert file.written == (folder / "steps").stat().st_size
 
 
+def test_a_file_of_steps_that_was_removed_begins_anew_without_zero_bytes(tmp_path):
+    path = tmp_path / "steps"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+    file = StepsFile(path, 2, wanted=True)
+    path.unlink()
+    file.append([{"step": 3}])
+    file.close()
+    assert path.read_text() == '{"step": 3}\n'
+    assert file.written == path.stat().st_size
+
+
 # --- memory, operations, profile ------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import logging
 import os
 import pty
 import re
@@ -21,6 +22,7 @@ from allranks.base import terminal
 from allranks.base.errors import as_line
 from allranks.launch.console import Console
 from allranks.training import story
+from allranks.training.console import DisplayHandler
 from allranks.training.display import Display, Moment, Pace, bar_text
 from helpers import (
     PYTHON,
@@ -462,3 +464,34 @@ def test_long_words_stay_whole_when_a_message_is_wrapped():
 def test_in_a_file_a_message_is_one_line(tmp_path):
     with (tmp_path / "log").open("w") as file:
         assert as_line("x " * 200, file.fileno()) == "allranks: " + "x " * 200 + "\n"
+
+
+# A training whose console knows ASCII only.
+ASCII = """
+import sys
+from allranks import train
+sys.stdout.reconfigure(encoding="ascii")
+train.main()
+"""
+
+
+def test_a_character_that_the_console_does_not_know_is_shown_escaped(tmp_path):
+    words = [*SMALL, "model=linear", "trainer.epochs=1", "run.dir=tägliche"]
+    done = execute_forked(["-c", ASCII, *words], 1, tmp_path, timeout_s=60).ok()
+    assert done.err == ""
+    assert f"directory    {tmp_path}/t\\xe4gliche" in done.out
+    log = (tmp_path / "tägliche/logs/rank-0.log").read_text(encoding="utf-8")
+    assert f"directory    {tmp_path}/tägliche" in log
+
+
+def test_a_log_line_that_cannot_be_formatted_does_not_end_a_training(capsys):
+    handler = DisplayHandler(Display(io.StringIO()), shows_story=True)
+    handler.emit(logging.makeLogRecord({"msg": "%d files", "args": ("no number",), "levelno": 30}))
+    assert "Logging error" in capsys.readouterr().err
+
+
+def test_what_no_work_depends_on_may_be_said_to_a_full_disk(monkeypatch):
+    with open("/dev/full", "w", buffering=1) as full:  # noqa: PTH123
+        monkeypatch.setattr("sys.stdout", full)
+        terminal.say("the page is there")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # what it still holds goes there

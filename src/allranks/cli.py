@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import allranks
 from allranks.base.arguments import with_our_errors
-from allranks.base.errors import UserError, end_interrupted, end_unread, show
+from allranks.base.errors import UserError, end_interrupted, end_unread, is_unread, show
 from allranks.base.files import in_present_directory, with_home
 from allranks.base.text import did_you_mean
 
@@ -77,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.flush()
         sys.exit(code)
     except BrokenPipeError:
+        if not is_unread():  # it is the pipe of another process, and no reason to say nothing
+            raise
         end_unread()
     except KeyboardInterrupt:
         end_interrupted()

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from allranks import config as configs
-from allranks.base.errors import EXIT_REQUEUE, UserError
+from allranks.base import terminal
+from allranks.base.errors import EXIT_REQUEUE, UserError, flush_console
 from allranks.base.processes import process_age_s
 from allranks.base.signals import FROM_TERMINAL, Signals
 from allranks.config import CheckpointConfig, Config
@@ -87,7 +88,7 @@ def main() -> None:
         if DEBUG in sys.argv[1:] and ends == ["finished"]:
             from allranks.training import debug
 
-            print(debug.seen(str(config.run.dir)), flush=True)
+            terminal.say(debug.seen(str(config.run.dir)))
         left_s = to_report[-1].left_s if to_report else math.inf
         job_ends_at = time.monotonic() + left_s
         if to_report and "stopped" not in ends:
@@ -96,6 +97,7 @@ def main() -> None:
         if sweep is not None and len(sweep.cells) > 1:
             _compare(sweep.cells, ends, signals, left_s=job_ends_at - time.monotonic())
         mpi.leave(EXIT_REQUEUE if "stopped" in ends else 0)
+        flush_console()  # a closed console does not change the exit code of runs that are done
         if "stopped" in ends:
             sys.exit(EXIT_REQUEUE)
         # Before it ends, Python looks through all of torch's objects once more. freeze() spares that time.
@@ -122,7 +124,7 @@ def _compare(sweep: Sequence[Cell], ends: Sequence[str], signals: Signals, left_
     config = sweep[0].config
     ended = compare_sweep.Ended("stopped" in ends, left_s, lambda: bool(signals.names))
     text = compare_sweep.made(Path(sweep[0].directory).parent, ends, config.report, ended)
-    print(text.splitlines()[-1] if config.console == "quiet" else text, flush=True)
+    terminal.say(text.splitlines()[-1] if config.console == "quiet" else text)
 
 
 def compose(identity: RankIdentity) -> list[tuple[Config, list[str]]]:

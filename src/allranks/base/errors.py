@@ -69,6 +69,31 @@ def show(message: object) -> None:
         sys.stderr.flush()
 
 
+def flush_console() -> None:
+    """Hands on what stdout and stderr hold. What a closed console or a full disk does not take is lost.
+
+    Python tries it once more at its end, and would say so and change the exit code to 120: so such a stream
+    leads nowhere from now on.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if stream is None or stream.closed:
+            continue
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def is_unread() -> bool:
+    """Whether nobody reads stdout or stderr: the other end of its pipe is closed, as by `| head`."""
+    import select  # seldom: a guard's start does without that module
+
+    poll = select.poll()
+    for fd in (1, 2):
+        poll.register(fd, 0)  # no event is asked for: that nobody reads is told in any case
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
+
+
 def end_unread() -> NoReturn:
     """Ends a command whose stdout takes nothing more, without Python's own message about it.
 

@@ -7,8 +7,11 @@ its lines are not wrapped, so that programs can read it and people can search it
 from __future__ import annotations
 
 import os
+import sys
 import textwrap
 from collections.abc import Mapping
+from contextlib import suppress
+from typing import TextIO
 
 # Wider text is tiring to read, so a wide window is not filled.
 MOST_COLUMNS = 100
@@ -71,6 +74,26 @@ def wrapped(text: str, columns: int, indent: str = "") -> str:
             drop_whitespace=True,
         )
     return "\n".join(lines)
+
+
+def write(stream: TextIO, text: str) -> None:
+    """Writes the text to a console's stream, all of it at once, and hands it to the operating system.
+
+    Characters that the stream's encoding lacks are shown escaped, such as those of a file name that is no
+    UTF-8. Raises OSError where the console is closed or the disk is full.
+    """
+    try:
+        stream.write(text)
+    except UnicodeEncodeError:
+        encoding = stream.encoding
+        stream.write(text.encode(encoding, errors="backslashreplace").decode(encoding))
+    stream.flush()
+
+
+def say(text: str) -> None:
+    """Writes a line to stdout that no work depends on: a closed console or a full disk is no error."""
+    with suppress(OSError):
+        write(sys.stdout, f"{text}\n")
 
 
 def message(text: str, fd: int, environ: Mapping[str, str] = os.environ) -> str:

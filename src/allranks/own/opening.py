@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from allranks import config as configs
-from allranks.base.errors import UserError
+from allranks.base.errors import UserError, flush_console
 from allranks.base.signals import FROM_TERMINAL, Signals
 from allranks.base.text import first_line
 from allranks.config import Config
@@ -177,6 +177,5 @@ def _exiting(end: Any) -> None:
     try:
         end()
     except SystemExit as exit_:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush_console()
         os._exit(exit_.code if isinstance(exit_.code, int) else 1)

@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
 
-from allranks.base import processes
+from allranks.base import processes, terminal
 from allranks.base.errors import show
 from allranks.base.signals import Signals
 from allranks.job.identity import RankIdentity
@@ -108,7 +108,7 @@ def _make_and_tell(
     made = make_pages(directories, most_s, is_stopped, os.environ)
     if not is_quiet:
         for page in made.pages:
-            print(story.pair("report", page), flush=True)
+            terminal.say(story.pair("report", page))
     if made.problem:
         what = "the report lacks something" if made.pages else "no report was made"
         show(f"{what} ({made.problem.rstrip('.')}): allranks report {names}")

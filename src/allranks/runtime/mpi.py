@@ -8,11 +8,11 @@ import os
 import socket
 import sys
 import threading
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from allranks.base import processes
-from allranks.base.errors import UserError
+from allranks.base.errors import UserError, flush_console
 from allranks.base.text import one_line
 from allranks.job.identity import RankIdentity
 from allranks.runtime.watch.timer import time_limit
@@ -183,10 +183,11 @@ def leave(code: int) -> None:
             problem = f"MPI_Finalize has not returned within {FINALIZE_S:.0f} s; does the launcher hang?"
         else:
             return
-        os.write(2, f"allranks: {name} ends without MPI: {problem}\n".encode())
+        with suppress(OSError):  # nobody may be reading any more
+            os.write(2, f"allranks: {name} ends without MPI: {problem}\n".encode())
         os._exit(code)
 
-    sys.stdout.flush()
+    flush_console()  # after MPI_Finalize some launchers take no more output
     threading.Thread(target=watch, name="mpi-end", daemon=True).start()
     module.COMM_WORLD.Barrier()
     all_there.set()

@@ -44,7 +44,10 @@ class Shown(NamedTuple):
 
 
 class Console(logging.StreamHandler):
-    """A log handler for a stream that may be closed or full: the training goes on all the same."""
+    """A log handler for a stream that may be closed or full: the training goes on all the same.
+
+    What it cannot write for another reason, logging itself tells on stderr.
+    """
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Ignores an OSError, as when `| head` has closed the console or the disk is full."""
@@ -68,7 +71,7 @@ class DisplayHandler(Console):
             return
         try:
             self.display.write_line(self._text(self.format(record), record.levelno, shown))
-        except OSError:
+        except Exception:  # noqa: BLE001  any handler of logging does so: no log line ends a training
             self.handleError(record)
 
     def _text(self, text: str, level: int, shown: Shown) -> str:

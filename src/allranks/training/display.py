@@ -75,8 +75,7 @@ class Display:
 
     def _write(self, text: str) -> None:
         # All in one write: otherwise the text of another process could come between the control sequences.
-        self.stream.write(text)
-        self.stream.flush()
+        terminal.write(self.stream, text)
 
 
 # --- the bar ------------------------------------------------------------------------------------------

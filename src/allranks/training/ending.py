@@ -27,12 +27,12 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, NoReturn
 
-from allranks.base.errors import ANYONE, UserError, end_unread, show
+from allranks.base.errors import ANYONE, UserError, flush_console, is_unread, show
 from allranks.job.identity import LeftOver, RankIdentity, discover, launcher_rank, started_by_mpi
 from allranks.runtime import mpi
 
@@ -62,8 +62,11 @@ class Ending:
     is_anyones: bool = False
 
 
-def ending_of(raised: BaseException, rank: int, others: Others) -> Ending:
-    """What the process of this rank does after `raised` has ended its run."""
+def ending_of(raised: BaseException, rank: int, others: Others, console_is_closed: bool = False) -> Ending:
+    """What the process of this rank does after `raised` has ended its run.
+
+    `console_is_closed`: nobody reads what this process writes to stdout or stderr, as after `| head`.
+    """
     if isinstance(raised, UserError):
         all_have_it = raised.said_by not in (None, ANYONE)
         speaks = raised.said_by == rank or not all_have_it
@@ -77,7 +80,8 @@ def ending_of(raised: BaseException, rank: int, others: Others) -> Ending:
         if others is Others.MET:
             return Ending(1, ends_others=True)
         return Ending(128 + signal.SIGINT, message="interrupted")
-    if isinstance(raised, BrokenPipeError) and others is not Others.MET:
+    # Only the console's own: that a server of the program's has gone is an error like any other.
+    if isinstance(raised, BrokenPipeError) and console_is_closed and others is not Others.MET:
         return Ending(1)
     return Ending(
         1,
@@ -108,10 +112,10 @@ def of_process(environ: Mapping[str, str]) -> Iterator[RankIdentity]:
 
     try:
         yield identity
-    except BrokenPipeError:  # as when the output goes to `| head`
-        end_unread()
     except (Exception, KeyboardInterrupt) as raised:
-        ending = ending_of(raised, rank, Others.NONE if identity.alone else Others.STARTED)
+        others = Others.NONE if identity.alone else Others.STARTED
+        ending = ending_of(raised, rank, others, is_unread())
+        flush_console()  # what a closed console does not take must not change the exit code
         if ending.is_traceback and not mpi.at_work():
             raise  # Python prints the traceback, and exits with 1
         _say(ending)
@@ -156,7 +160,8 @@ def of_run(runtime: Runtime, report: Reporter) -> Iterator[Reporter]:
 
 def _say(ending: Ending) -> None:
     if ending.is_traceback:
-        print(ending.message.rstrip("\n"), file=sys.stderr, flush=True)
+        with suppress(OSError):  # nobody may be reading any more
+            print(ending.message.rstrip("\n"), file=sys.stderr, flush=True)
     elif ending.message:
         show(ending.message)
 
@@ -171,8 +176,7 @@ def _wait_where_another_rank_speaks(runtime: Runtime) -> None:
 
 def _end_all_ranks(runtime: Runtime, exit_code: int, for_all: bool = False) -> NoReturn:
     """Ends this rank at once, and all others with it; `for_all`: they have the same exit code."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_console()
     runtime.watchdog.fail(exit_code, for_all)
     mpi.abort(exit_code)
     os._exit(exit_code)  # a regular exit would wait for threads, and for other ranks

@@ -80,9 +80,13 @@ def fit_and_test(training: Training, data: Data, recipe: Recipe, loop: Loop) -> 
     )
     # The last batch of an epoch may be smaller: then torch.compile compiles the model once more, and the
     # watchdog has to allow the time for it.
-    around.runtime.progress.compiles = around.trainer.compile
+    progress = around.runtime.progress
+    progress.compiles = around.trainer.compile
     for _ in loop.epochs(around.length.epochs):
+        is_whole = training.position.epoch_steps == 0
         _train_epoch(training, around)
+        if is_whole:  # this process has had batches of all sizes, unlike one that went on within the epoch
+            progress.compiles = False
         _evaluate_epoch(training, around)
     return _evaluate(training, data.test, around)
 
@@ -115,7 +119,6 @@ def _evaluate_epoch(training: Training, around: _Surroundings) -> None:
 
     Raises RunStopped where the ranks agreed to stop in between.
     """
-    around.runtime.progress.compiles = False
     if around.trainer.train_metrics == "running":
         train = training.sums.total(around.runtime)
     else:

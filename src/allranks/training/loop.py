@@ -75,7 +75,7 @@ class Loop:
         progress = self.runtime.progress
         self._examples = examples
         is_due = False
-        progress.completed(position.step)
+        progress.begin_steps(position.step)
         for batch in self.report.progress(batches, position, count):
             try:
                 yield batch

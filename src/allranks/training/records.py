@@ -176,7 +176,8 @@ class Records:
         """Brings the figures of the recorded steps together, and writes them; all ranks call."""
         records = self.recorder.collect()
         if records and self._file is not None:
-            self._file.append(records)
+            with self._runtime.progress.writing():
+                self._file.append(records)
             self._wake()
 
     # --- epochs --------------------------------------------------------------------------------------
@@ -206,14 +207,18 @@ class Records:
         """The run is over, and this is its summary.json. close() follows."""
         if self._trackers is not None and self._runtime.is_main:
             self._trackers.finished(summary)
-        if self._file is not None:
-            self._file.close()
+        self._close_file()
 
     def stopped(self) -> None:
         """The run stops, and another start goes on with it. Waits a moment for the trackers."""
-        if self._file is not None:
-            self._file.close()
+        self._close_file()
         self._close_trackers(STOP_S)
+
+    def _close_file(self) -> None:
+        """Closes metrics-steps.jsonl, on rank 0, where steps are recorded."""
+        if self._file is not None:
+            with self._runtime.progress.writing():
+                self._file.close()
 
     def close(self, pictures: Sequence[Path] = ()) -> None:
         """Hands the finished run's `pictures`, PNG files, to the trackers, and waits until they are done.
@@ -294,6 +299,8 @@ class StepsFile:
         try:
             if self._file is None:
                 self._file = self._path.open("r+b" if self._path.exists() else "w+b")
+                # Somebody may have removed or cut the file: truncate() would fill it up with zero bytes.
+                self.written = min(self.written, self._file.seek(0, os.SEEK_END))
                 # A write that failed may have left half a line behind.
                 self._file.truncate(self.written)
                 self._file.seek(0, os.SEEK_END)

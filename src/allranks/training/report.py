@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, TypeVar
@@ -107,7 +108,9 @@ class Reporter:
         """Closes the records and log files, and disconnects Python's logging. May be called twice."""
         self._bar.clear()
         if self._metrics is not None:
-            self._metrics.close()
+            # Some file systems tell only here that the disk is full. The other ranks must still be ended.
+            with suppress(OSError):
+                self._metrics.close()
         for handler in list(self._handlers):
             self._remove(handler)
             handler.close()
@@ -170,7 +173,12 @@ class Reporter:
                 check()
                 rundir.describe(directory, {**self.runtime.describe(), "epochs": length.epochs})
                 self._metrics = self._all_metrics()
-            file = LogFile(self.directory / "logs" / f"rank-{self.runtime.rank}.log")
+            # A path in a log line may have any bytes, and the locale's encoding may know few characters.
+            file = LogFile(
+                self.directory / "logs" / f"rank-{self.runtime.rank}.log",
+                encoding="utf-8",
+                errors="backslashreplace",
+            )
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self._early.setTarget(file)
         self._early.flush()
@@ -261,16 +269,25 @@ class Reporter:
 
         `metrics` is the epoch's line of metrics.jsonl.
         """
-        if self.runtime.is_main:
-            try:
-                if self._metrics is None:
-                    self._metrics = self._all_metrics()
-                else:
-                    files.append_line(self._metrics, metrics)
-            except OSError as error:
-                # The next call writes the whole file anew, with the epochs that are missing in it.
-                self._metrics = None
-                log.warning("metrics.jsonl could not be written (%s); the training goes on", error)
+        with self.runtime.progress.writing():
+            if self.runtime.is_main:
+                self._record_epoch(metrics)
+            self._show_epoch(metrics)
+
+    def _record_epoch(self, metrics: Mapping[str, float | int]) -> None:
+        """Appends an epoch's line to metrics.jsonl."""
+        try:
+            if self._metrics is None:
+                self._metrics = self._all_metrics()
+            else:
+                files.append_line(self._metrics, metrics)
+        except OSError as error:
+            # The next call writes the whole file anew, with the epochs that are missing in it.
+            self._metrics = None
+            log.warning("metrics.jsonl could not be written (%s); the training goes on", error)
+
+    def _show_epoch(self, metrics: Mapping[str, float | int]) -> None:
+        """Shows an epoch as a row of the table."""
         self._bar.clear()
         columns = self._display.columns
         self._table.add(metrics)
@@ -338,8 +355,13 @@ class Reporter:
 
         `command` is how, in words; without it that is worked out for `allranks train` and its like.
         """
+        with self.runtime.progress.writing():
+            self._note_event("stopped", position, reason)
+            self._tell_stopped(reason, position, command)
+
+    def _tell_stopped(self, reason: str, position: TrainingPosition, command: str | None) -> None:
+        """The end of the story of a run that has stopped: where it stands, and how it goes on."""
         self._bar.clear()
-        self._note_event("stopped", position, reason)
         epochs = self._length.epochs
         where = f"in epoch {position.epoch + 1} of {epochs}" if position.epoch < epochs else "in the test"
         self._close_story(
@@ -371,13 +393,22 @@ class Reporter:
         Writes summary.json, and writes the whole metrics.jsonl once more, because single lines may be
         missing. Raises UserError if they cannot be written.
         """
-        if self.runtime.is_main:
-            assert self.directory is not None
-            with rundir.writing(str(self.directory)):
-                if self._metrics is not None:
-                    self._metrics.close()
-                self._metrics = self._all_metrics()
-                files.write_json(self.directory / "summary.json", summary)
+        with self.runtime.progress.writing():
+            if self.runtime.is_main:
+                self._write_summary(summary)
+            self._tell_result(summary)
+
+    def _write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Writes metrics.jsonl and summary.json, on rank 0."""
+        assert self.directory is not None
+        with rundir.writing(str(self.directory)):
+            if self._metrics is not None:
+                self._metrics.close()
+            self._metrics = self._all_metrics()
+            files.write_json(self.directory / "summary.json", summary)
+
+    def _tell_result(self, summary: Mapping[str, Any]) -> None:
+        """The end of the story: what the run has come to, and where it is."""
         self._bar.clear()
         tested = story.test_figures(summary)
         if self.told.console == "quiet":

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 from allranks.config import WatchdogConfig
@@ -38,7 +39,9 @@ class Progress:
         self.limits = limits
         self.main_thread = threading.get_ident()
         self.step = 0  # the number of steps completed, those before a resume included
-        self.begun = 0  # the number of steps that this process has begun
+        # 0 before this process has begun with steps; from then on 1, and 1 more for each step that it has
+        # completed: the number of the step that is going on.
+        self.begun = 0
         self.batches = 0  # the number of batches evaluated
         self.pieces = 0  # of other work that takes long, such as reading a checkpoint
         self.arrivals = 0  # how often this rank has come to a collective
@@ -56,6 +59,18 @@ class Progress:
         self._durations_s: deque[float] = deque(maxlen=REMEMBERED_STEPS)
 
     # --- what the training says -----------------------------------------------------------------------
+
+    def begin_steps(self, step: int) -> None:
+        """The steps of an epoch begin, after `step` steps in all; perhaps none is left of this epoch.
+
+        A run that goes on at an evaluation has no step left there. This process's first step, which may
+        compile, then comes in the next epoch.
+        """
+        self.step = step
+        self.begun = max(self.begun, 1)
+        self.pieces += 1  # what has come before is done, such as writing the records of an epoch
+        self._began_s = time.perf_counter()
+        self._busy = self.begun > 1
 
     def completed(self, step: int) -> None:
         """`step` steps are completed, and the next one begins."""
@@ -105,6 +120,10 @@ class Progress:
             yield
         finally:
             self.waits_for = ""
+
+    def writing(self) -> AbstractContextManager[None]:
+        """A stretch in which records are written: a shared file system may stand still for a minute."""
+        return self.phase("writing records (watchdog.save_s)", self.limits.save_s)
 
     # --- what the watchdog asks -----------------------------------------------------------------------
 
