@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -188,7 +189,7 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(lab, name):
 
 def test_the_jobs_end_stops_while_a_save_and_the_next_meeting_still_fit(lab):
     here = lab()
-    here.saver.longest_s = 7.0
+    here.saver._longest_s = 7.0
     here.control.job_end.at = 1100.0
     # kept free: 10 s, twice the longest save, and the longest time between two meetings, here 20 s
     for step, (now, stops) in enumerate(
@@ -198,6 +199,65 @@ def test_the_jobs_end_stops_while_a_save_and_the_next_meeting_still_fit(lab):
         assert here.after_step(step) is stops
     assert here.control.reason == "the job's end"
     assert here.saved() == [4]
+
+
+def test_a_training_whose_epochs_are_longer_than_its_job_saves_once_and_knows_how_long_that_takes(lab):
+    here = lab("checkpoint.every_epochs=1")
+    here.control.job_end.at = 1000.0 + 6 * 3600
+    for step, now in enumerate((1299, 1300, 1700), start=1):
+        here.clock.now = now
+        assert here.after_step(step) is False
+    assert here.saved() == [2]
+    here.saver._longest_s = 60.0
+    # The longest time between two meetings has been 400 s so far.
+    for step, (left_s, stops) in enumerate([(531, False), (529, True)], start=4):
+        here.control._longest_s = 400.0
+        here.control._met_at = None
+        here.clock.now = here.control.job_end.at - left_s
+        assert here.after_step(step) is stops
+    assert here.saved() == [2, 5]
+
+
+def test_in_a_short_job_that_first_save_comes_at_half_of_its_time(lab):
+    here = lab()
+    here.control.job_end.at = 1100.0
+    for step, now in enumerate((1049, 1050, 1051), start=1):
+        here.clock.now = now
+        here.after_step(step)
+    assert here.saved() == [2]
+
+
+def test_a_save_under_way_counts_for_the_time_that_is_kept_free(lab):
+    here = lab()
+    here.saver._begun_at = time.perf_counter() - 70
+    assert here.saver.longest_s >= 70
+
+
+def test_in_a_long_evaluation_the_first_save_comes_as_well(lab):
+    here = lab()
+    here.control.job_end.at = 10_000.0
+    here.after_step(10)
+    here.control.begin_evaluation()
+    here.control.check_evaluation(1)
+    assert here.saved() == []
+    here.clock.now = 1300.0
+    here.control.check_evaluation(2, can_stop=lambda: False)
+    assert here.saved() == []
+    here.control.check_evaluation(3)
+    assert here.saved() == [10]
+
+
+def test_where_a_run_has_saved_or_knows_no_end_of_its_job_no_such_save_is_made(lab):
+    here = lab("checkpoint.every_s=100", "checkpoint.every_epochs=100")
+    here.control.job_end.at = 10_000.0
+    for step, now in enumerate((1100, 1310, 1311), start=1):
+        here.clock.now = now
+        here.after_step(step)
+    assert here.saved() == [1, 2]
+    here = lab()
+    here.clock.now = 9000.0
+    here.after_step(1)
+    assert here.saved() == []
 
 
 def test_a_deadline_goes_before_what_the_scheduler_says_and_nonsense_is_told(caplog):

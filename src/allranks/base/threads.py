@@ -41,6 +41,8 @@ def in_thread(work: Callable[[], Result], name: str) -> Future[Result]:
             future.set_result(result)
 
     thread = threading.Thread(target=run, name=name, daemon=True)
+    # A run begins a thread for each of its saves: those that have ended need not be waited for any more.
+    _threads[:] = [each for each in _threads if each.is_alive()]
     _threads.append(thread)
     thread.start()
     return future

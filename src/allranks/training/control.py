@@ -45,6 +45,13 @@ MOST_STEPS_BETWEEN_MEETINGS = 10_000
 MARGIN_S = 10.0
 
 
+# Where the job's end is known, a process saves for the first time after so many seconds at the latest, and
+# by half of its time in the job. How long a save takes is known only from a save. Without one, a training
+# whose epochs are longer than its jobs would begin its only save MARGIN_S before the end, and on a slow
+# file system the job would end within it, in each of its jobs.
+FIRST_SAVE_S = 300.0
+
+
 class RunStopped(SystemExit):
     """All ranks have agreed to stop. What was trained is saved, and another start goes on from there.
 
@@ -113,7 +120,7 @@ class Wishes:
 
     signals: Sequence[float]  # for each of STOPPING, the number of ranks that have got it
     late: float  # rank 0's: the job ends soon
-    overdue: float  # rank 0's: checkpoint.every_s has passed
+    overdue: float  # rank 0's: checkpoint.every_s has passed, or the first save is due
     pause: float  # rank 0's: after how many steps or batches to meet again
 
     def to_numbers(self) -> list[float]:
@@ -191,7 +198,9 @@ class Control:
         self._clock = clock
         self._steps = Pace()
         self._batches = Pace()  # of the evaluation under way
-        self._saved_at = clock()
+        self._began_at = clock()
+        self._saved_at = self._began_at
+        self._has_saved = False  # whether this process has saved the training
         self._met_at: float | None = None
         self._longest_s = 0.0  # between two meetings
         self._has_gained = False  # whether this process has taken a step
@@ -226,7 +235,9 @@ class Control:
         A run that `evaluates_next` saves after that, unless it stops: then the checkpoint has the metrics.
         """
         position = self.position
-        agreed = self._meet(self._steps, position.step)
+        now = self._clock()
+        is_overdue = self._is_overdue(now) or self._is_first_save_due(now)
+        agreed = self._meet(self._steps, position.step, now, is_overdue)
         if position.epoch_steps:
             self._has_gained = True
         is_done = position.epoch_steps == 0 and position.epoch == self.epochs
@@ -259,33 +270,39 @@ class Control:
     ) -> None:
         """Where the run is to stop after this batch, saves and raises RunStopped, on all ranks.
 
+        Where only the first save is due, the run saves, and the evaluation goes on.
         What is saved is the training as it was when the evaluation began, which does not change it. The
         evaluation is done again after the resume. The job's end alone does not stop a process that has not
         taken a step: what it can gain in its time is the end of this evaluation. It does where the work
-        done so far is kept, that is where it `gains`. Where the run is to stop, `can_stop` is asked, on all
-        ranks, whether it may do so here. All ranks call, after the same batches.
+        done so far is kept, that is where it `gains`. Before it saves, `can_stop` is asked, on all ranks,
+        whether it may do so here. All ranks call, after the same batches.
         """
         if not self._batches.is_due(batch):
             return
-        agreed = self._meet(self._batches, batch)
-        is_wanted = agreed.signal_names or (agreed.late and (self._has_gained or gains))
-        if is_wanted and can_stop():
+        now = self._clock()
+        agreed = self._meet(self._batches, batch, now, self._is_first_save_due(now))
+        stops = agreed.signal_names or (agreed.late and (self._has_gained or gains))
+        if not (stops or agreed.overdue) or not can_stop():
+            return
+        self._save()
+        if stops:
             self.reason = agreed.reason
-            self._save()
             raise RunStopped
 
     # --- for both ---
 
-    def _meet(self, pace: Pace, number: int) -> Wishes:
-        """The ranks add up what each of them wishes, after step or batch `number`."""
-        now = self._clock()
+    def _meet(self, pace: Pace, number: int, now: float, is_overdue: bool) -> Wishes:
+        """The ranks add up what each of them wishes, after step or batch `number`.
+
+        `is_overdue`: whether rank 0 wishes a save.
+        """
         if self._met_at is not None:
             self._longest_s = max(self._longest_s, now - self._met_at)
         is_main = self.runtime.is_main
         mine = Wishes(
             signals=[float(self.signals.counts[number] > 0) for number in STOPPING],
             late=is_main and self._is_late(now),
-            overdue=is_main and self._is_overdue(now),
+            overdue=is_main and is_overdue,
             pause=pace.pause(number, now) if is_main else 0,
         )
         agreed = Wishes.from_numbers(self.runtime.add_up(mine.to_numbers()))
@@ -304,6 +321,15 @@ class Control:
         every_s = self.when.every_s
         return every_s is not None and now - self._saved_at >= every_s
 
+    def _is_first_save_due(self, now: float) -> bool:
+        """Whether to save only in order to know, before the job's end, how long a save takes."""
+        if self._has_saved or self.job_end is None or self.job_end.at is None:
+            return False
+        half_s = (self.job_end.at - self._began_at) / 2
+        # What a run went on from is saved already: nothing would be written.
+        return now - self._began_at >= min(FIRST_SAVE_S, half_s) and not self.saver.is_saved()
+
     def _save(self) -> None:
+        self._has_saved |= not self.saver.is_saved()
         self.saver.save()
         self._saved_at = self._clock()

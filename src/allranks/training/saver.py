@@ -10,14 +10,16 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
 from allranks.base.errors import UserError
+from allranks.base.threads import in_thread
 from allranks.run import checkpoint
 from allranks.run.best import BY_DEFAULT, Rule, best_of
 from allranks.run.claim import Claim
@@ -111,12 +113,12 @@ class Saver:
         self.save_s = save_s
         # The claim on the run directory: on rank 0, once resume() has taken it; None on other ranks.
         self.claim: Claim | None = None
-        self.longest_s = 0.0  # the longest time that a save has taken
+        self._longest_s = 0.0  # the longest time that a save has taken
+        self._begun_at: float | None = None  # by time.perf_counter(), of a save that is being written
         # Where the training stood at the newest save, which may be under way.
         self._saved: Place | None = None
         self.failure: OSError | None = None  # the error of the newest save, if it failed
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None  # the save under way
+        self._pending: Future[None] | None = None  # the save under way, on a thread of its own
         self._saves = 0  # of a model that is spread over the ranks
         self._captured: CapturedShards | None = None  # the copy of the last save, of a sharded model
 
@@ -127,9 +129,13 @@ class Saver:
         # After an error that is no UserError the process ends at once. It does not wait for the save under
         # way, which may hang.
         if kind is None or issubclass(kind, UserError):
-            self._writer.shutdown()
-            if self.claim is not None:
-                self.claim.release()
+            # The limit of a save holds here. That of a step is shorter: the watchdog would end this process
+            # before the save is done, and before the error is said.
+            with self._saving():
+                if self._pending is not None:
+                    futures.wait([self._pending])
+                if self.claim is not None:
+                    self.claim.release()
 
     def check(self) -> None:
         """Raises UserError, on rank 0, where another run has taken the directory."""
@@ -330,24 +336,31 @@ class Saver:
             return
         gathered = self.kept.gather()
         step = self.kept.position.step
-        if self.claim is None or self._is_saved():
+        if self.claim is None or self.is_saved():
             return
         self.wait()
         self._note_saved()
         captured = self.kept.capture(gathered)
-        self._pending = self._writer.submit(self._write, step, captured)
+        self._begin_writing(step, partial(self._write, step, captured))
 
     def _place(self) -> Place:
         position = self.kept.position
         return Place(position.step, position.epoch, position.epoch_steps)
 
-    def _is_saved(self) -> bool:
+    def is_saved(self) -> bool:
         """Whether the newest save was of the training as it stands now, and has not failed."""
         return self._saved == self._place() and self.failure is None
 
     def _note_saved(self) -> None:
         """The training as it stands now is saved, or is about to be."""
         self._saved = self._place()
+
+    @property
+    def longest_s(self) -> float:
+        """The most seconds that a save of this process has taken, one under way included; 0 before any."""
+        begun_at = self._begun_at
+        so_far_s = 0.0 if begun_at is None else time.perf_counter() - begun_at
+        return max(self._longest_s, so_far_s)
 
     @property
     def saved_step(self) -> int | None:
@@ -371,7 +384,7 @@ class Saver:
 
         def begin() -> str | None:
             assert self.claim is not None
-            if self._is_saved():
+            if self.is_saved():
                 return None
             self.wait()
             self._note_saved()
@@ -382,7 +395,8 @@ class Saver:
                 self._note_failure(error)
                 return None
 
-        hidden = self.runtime.meeting.from_rank_0(begin)
+        with self._saving():  # rank 0 makes a folder
+            hidden = self.runtime.meeting.from_rank_0(begin)
         if hidden is None:
             return
         self._note_saved()
@@ -390,7 +404,25 @@ class Saver:
         # The copy before this one is written: both kinds of rank have waited for it above.
         captured = kept.capture_shards(gathered, self._captured)
         self._captured = captured
-        self._pending = self._writer.submit(self._write_shards, step, Path(hidden), self._saves, captured)
+        write = partial(self._write_shards, step, Path(hidden), self._saves, captured)
+        self._begin_writing(step, write)
+
+    def _begin_writing(self, step: int, write: Callable[[], None]) -> None:
+        """Calls `write`, which writes the checkpoint of this step, on a thread, and measures its time."""
+        begun_at = time.perf_counter()
+        self._begun_at = begun_at
+
+        def measured() -> None:
+            try:
+                write()
+                took_s = time.perf_counter() - begun_at
+                self._longest_s = max(self._longest_s, took_s)
+                if self.runtime.is_main:
+                    log.debug("checkpoint of step %d saved in %.2f s", step, took_s)
+            finally:
+                self._begun_at = None
+
+        self._pending = in_thread(measured, "checkpoint")
 
     def wait(self) -> None:
         """Waits until the save under way is done; raises UserError where another run has the directory.
@@ -442,7 +474,6 @@ class Saver:
     def _write(self, step: int, captured: Captured) -> None:
         """On the writer's thread: writes the checkpoint, and removes those that are not to be kept."""
         assert self.claim is not None
-        started = time.perf_counter()
         self.claim.check()
         checkpoint.write(
             self.run_dir,
@@ -453,7 +484,6 @@ class Saver:
             is_enough=partial(_is_as_far, captured.state),
         )
         self._remove_earlier(step, captured.state["history"])
-        self._note_time(step, started)
 
     def _write_shards(self, step: int, hidden: Path, number: int, captured: CapturedShards) -> None:
         """On the writer's thread of each rank: writes this rank's files, and on rank 0 all that is left.
@@ -461,7 +491,6 @@ class Saver:
         `number` counts the saves, the same on all ranks.
         """
         runtime = self.runtime
-        started = time.perf_counter()
         told: dict[str, Any]
         try:
             told = {"files": shards.write(str(hidden), runtime.rank, captured)}
@@ -490,7 +519,6 @@ class Saver:
         finally:
             shutil.rmtree(hidden, ignore_errors=True)  # where it has failed
         self._remove_earlier(step, captured.state["history"])
-        self._note_time(step, started)
 
     def _heard(self, key: str) -> dict[str, Any]:
         """What another rank's thread has told, once it has. The watchdog looks after ranks that died."""
@@ -508,11 +536,6 @@ class Saver:
             checkpoint.keep_only(self.run_dir, keep, self.claim.check)
         except OSError as error:
             log.warning("earlier checkpoints could not be removed (%s)", error.strerror)
-
-    def _note_time(self, step: int, started: float) -> None:
-        took_s = time.perf_counter() - started
-        self.longest_s = max(self.longest_s, took_s)
-        log.debug("checkpoint of step %d saved in %.2f s", step, took_s)
 
 
 def _is_as_far(state: Mapping[str, Any], there: Mapping[str, bytes]) -> bool:
