@@ -20,7 +20,8 @@ from helpers import SMALL, execute, execute_forked, forked_python, launcher
 
 def found(rank: int, host: str, device: str, oversubscribe: bool = False) -> Equipment:
     facts = RankFacts(rank, host, pid=1, local_rank=rank, device=device)
-    return Equipment(facts, oversubscribe, watch=None, error=None)
+    device_type = "cpu" if device == "cpu" else "cuda"
+    return Equipment(facts, device_type, oversubscribe, watch=None, error=None)
 
 
 def test_a_device_each_is_fine_on_every_host():
@@ -54,6 +55,16 @@ def test_sharing_may_be_asked_for_and_is_told():
 
 def test_cpus_are_shared_as_a_matter_of_course():
     assert {told.shared_devices for told in agreement([found(r, "a", "cpu") for r in range(4)])} == {False}
+
+
+def test_with_device_auto_a_host_without_its_gpu_is_named():
+    ranks = [found(r, "abc"[r // 2], f"GPU-{r}") for r in range(6)]
+    ranks[2:4] = [found(2, "b", "cpu"), found(3, "b", "cpu")]
+    with pytest.raises(UserError) as refused:
+        agreement(ranks)
+    assert str(refused.value).startswith(
+        "ranks 2, 3 (on b) came with the device cpu, but the other ranks with cuda: look whether torch sees"
+    )
 
 
 def test_a_rank_without_its_device_is_named():

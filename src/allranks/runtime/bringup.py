@@ -29,6 +29,7 @@ from allranks.base import links
 from allranks.base.agreement import majority
 from allranks.base.errors import UserError
 from allranks.base.processes import boot_id, cpu_affinity, cpu_quota, cpu_ranges
+from allranks.base.text import one_line
 from allranks.config import RuntimeSettings, WatchdogConfig
 from allranks.job.identity import RankIdentity
 from allranks.runtime import ezpz, mpi, native
@@ -78,6 +79,7 @@ class Equipment:
     """What a rank works with: its device, and how the others can look after it."""
 
     facts: RankFacts
+    device_type: str  # cpu, cuda, xpu or mps
     oversubscribe: bool  # whether ranks may share a device
     watch: dict[str, Any] | None  # what the other ranks need to watch over this one; None for a lone rank
     error: str | None  # why it can not go on
@@ -184,7 +186,12 @@ def _bring_up(
     # 4. agree
     agreed = _ask_rank_0(meeting, equipment, agreement, _to_equipment, _to_agreement)
     if equipment.watch is not None:
-        watchdog.join(agreed.watched, agreed.deputy)
+        problem: UserError | None = None
+        try:
+            watchdog.join(agreed.watched, agreed.deputy)
+        except UserError as unreachable:
+            problem = unreachable
+        meeting.agree(problem)  # a rank that ended alone would be waited for in the process group
 
     # 5. connect
     _set_determinism(is_wanted=settings.virtual_ranks is not None)
@@ -215,7 +222,7 @@ def _equip(
 ) -> tuple[torch.device, str, Equipment]:
     """This rank's device, `ezpz` or `native`, and what the other ranks must know.
 
-    A UserError is told to rank 0, not raised: all ranks raise it when rank 0 has heard them all.
+    An error is told to rank 0, not raised: all ranks raise it when rank 0 has heard them all.
     """
     picked = PickedDevice(torch.device("cpu"), "")
     kind = "native"
@@ -234,6 +241,11 @@ def _equip(
             links.allow_connections(doors * world_size)
     except UserError as problem:
         error = problem
+    except RuntimeError as problem:  # of a GPU that does not work
+        error = UserError(
+            f"device={settings.device} does not work on {socket.gethostname()} ({one_line(problem)}): look "
+            "at the host's GPUs and driver, or leave the host out."
+        )
     facts = RankFacts(
         rank=identity.rank,
         host=socket.gethostname(),
@@ -243,7 +255,13 @@ def _equip(
         cpus=cpu_ranges(cpu_affinity()),
         boot_id=boot_id(),
     )
-    equipment = Equipment(facts, settings.oversubscribe, watch, str(error) if error else None)
+    equipment = Equipment(
+        facts=facts,
+        device_type=picked.device.type,
+        oversubscribe=settings.oversubscribe,
+        watch=watch,
+        error=str(error) if error else None,
+    )
     return picked.device, kind, equipment
 
 
@@ -276,14 +294,15 @@ def _start_process_group(runtime: Runtime, backend: str, hosts: int) -> None:
 def places(arrivals: Sequence[Arrival]) -> list[Place]:
     """Where each rank sits; raises UserError where the ranks are not all of one run."""
     _raise_errors([arrival.error for arrival in arrivals])
+    hosts = [arrival.host for arrival in arrivals]
     _must_agree(
-        arrivals,
+        hosts,
         [arrival.digest for arrival in arrivals],
         lambda odd, usual: "a configuration other than the other ranks'",
         "give every rank the same overrides and the same configuration files",
     )
     _must_agree(
-        arrivals,
+        hosts,
         [arrival.version for arrival in arrivals],
         lambda odd, usual: f"{odd}, but the other ranks {usual}",
         "start every rank from the same environment",
@@ -312,20 +331,33 @@ def places(arrivals: Sequence[Arrival]) -> list[Place]:
 
 
 def _must_agree(
-    arrivals: Sequence[Arrival], values: Sequence[str], came_with: Callable[[str, str], str], remedy: str
+    hosts: Sequence[str], values: Sequence[str], came_with: Callable[[str, str], str], remedy: str
 ) -> None:
-    """Raises UserError that names the ranks, and their hosts, whose value is not the usual one."""
+    """Raises UserError that names the ranks, and their hosts, whose value is not the usual one.
+
+    `hosts` and `values` have an entry for each rank.
+    """
     usual, odd = majority(values)
     if odd:
-        hosts = ", ".join(dict.fromkeys(arrivals[rank].host for rank in odd[:8]))
+        odd_hosts = ", ".join(dict.fromkeys(hosts[rank] for rank in odd[:8]))
         what = came_with(values[odd[0]], usual)
-        raise UserError(f"{ranks_named(odd)} (on {hosts}) came with {what}: {remedy}.")
+        raise UserError(f"{ranks_named(odd)} (on {odd_hosts}) came with {what}: {remedy}.")
 
 
 def agreement(equipments: Sequence[Equipment]) -> list[Agreement]:
-    """What the ranks go on with. Two ranks on one device raise UserError, unless that is asked for."""
+    """What the ranks go on with.
+
+    Raises UserError where ranks have devices of different types, which no collective can connect, and where
+    two ranks are on one device, unless that is asked for.
+    """
     _raise_errors([equipment.error for equipment in equipments])
     ranks = [equipment.facts for equipment in equipments]
+    _must_agree(
+        [facts.host for facts in ranks],
+        [equipment.device_type for equipment in equipments],
+        lambda odd, usual: f"the device {odd}, but the other ranks with {usual}",
+        "look whether torch sees the GPUs there, leave the host out, or give all ranks device=cpu",
+    )
     shared_devices = _share_devices(ranks, allowed=all(e.oversubscribe for e in equipments))
     watched = [equipment.watch for equipment in equipments if equipment.watch is not None]
 

@@ -155,6 +155,7 @@ def start(
             "EZPZ_WARN_FROM_ALL_RANKS": "1",
         }
         with _environment(variables, hide_mpi=not is_started_by_mpi):
+            problem: UserError | None = None
             try:
                 if meeting.world_size > 1 and not is_started_by_mpi:
                     mpi.start_alone()
@@ -162,11 +163,12 @@ def start(
                     mpi.do_not_start_at_import()
                 import ezpz
             except (ImportError, RuntimeError) as error:
-                raise UserError(
+                problem = UserError(
                     f"runtime=ezpz: ezpz cannot be loaded ({one_line(error)}). It needs its own "
                     "requirements, and for several ranks mpi4py with an MPI library, under torchrun too: "
                     f"{INSTALL} mpi4py mpich   (or take runtime=native)"
-                ) from error
+                )
+            meeting.agree(problem)  # else the other ranks would wait for this one in ezpz
 
             ezpz.setup_torch(timeout=int(timeout_s), device_id=device.index)
 
