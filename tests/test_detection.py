@@ -18,6 +18,7 @@ from allranks.config import WatchdogConfig
 from allranks.job.identity import RankIdentity
 from allranks.runtime.watch.progress import Progress
 from allranks.runtime.watch.thread import Watchdog
+from allranks.runtime.watch.timer import time_limit
 from helpers import (
     NO_REPORT,
     PYTHON,
@@ -740,12 +741,123 @@ def test_a_step_that_compiles_has_the_first_steps_time():
     progress = Progress(WatchdogConfig(step_s=1, first_step_s=77))
     progress.compiles = True
     limits_s = []
+    progress.begin_steps(0)
     for step in (0, 1, 2):
-        progress.completed(step)
+        if step:
+            progress.completed(step)
         limits_s.append(progress.allowance().limit_s)
     progress.compiles = False
     limits_s.append(progress.allowance().limit_s)
     assert limits_s == [77, 77, 77, 1]
+
+
+def test_a_process_that_goes_on_at_an_evaluation_has_its_first_step_in_the_next_epoch():
+    """Its checkpoint has all steps of the epoch: none is left, and the evaluation comes first."""
+    progress = Progress(WatchdogConfig(step_s=1, first_step_s=77))
+    progress.begin_steps(10)
+    before = progress.mark()
+    progress.evaluated_batch()
+    progress.begin_steps(10)
+    assert progress.mark() != before
+    assert progress.allowance().limit_s == 77
+    progress.completed(11)
+    assert progress.allowance().limit_s == 1
+
+
+# Its watchdog fails with an error whose text is no UTF-8, like the path of a user's file may be.
+FAILS_ODDLY = FAILS.replace(
+    'OSError(5, "Input/output error")', "type('Odd', (Exception,), {'__repr__': lambda _: chr(0xDCFF)})()"
+)
+
+
+def test_what_is_no_utf_8_is_said_with_escapes(tmp_path):
+    done = execute_forked(["-c", FAILS_ODDLY], 1, tmp_path, timeout_s=30)
+    assert done.code == 1
+    assert "the watch over the ranks has failed (\\udcff)" in done.message
+
+
+# A call that does not return, in a process whose stderr goes to a disk that is full.
+OVERDUE = """
+import os, time
+from allranks.runtime.watch.timer import time_limit
+os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+with time_limit(0.2, "rank 0", "hangs"):
+    time.sleep(600)
+"""
+
+
+def test_a_call_that_hangs_is_ended_though_nobody_takes_the_sentence(tmp_path):
+    assert execute_forked(["-c", OVERDUE], 1, tmp_path, timeout_s=30).code == -signal.SIGTERM
+
+
+def test_a_time_limit_works_where_the_end_of_children_is_ignored():
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with time_limit(60, "rank 0", "hangs"):
+            pass
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+# Rank 0 dies in its second step, in which the other ranks have an error of their own: gloo's.
+RANK_0_DIES = """
+import os, signal
+import torch, allranks
+run = allranks.open("own", device="cpu", threads=1, report=False)
+model = run.wrap(torch.nn.Linear(1, 1))
+run.keep(model=model)
+for epoch in run.epochs(1):
+    for batch in run.steps([torch.ones(6, 1)] * 4):
+        if run.step == 1 and run.rank == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        run.backward(model(batch).mean())
+run.finish()
+"""
+
+
+def test_where_rank_0_dies_its_deputy_alone_speaks(tmp_path):
+    done = execute_forked(["-c", RANK_0_DIES], 4, tmp_path, timeout_s=60)
+    assert done.err.count("allranks: rank 0 on ") == 1
+    assert "Traceback" not in done.err
+    assert "in step 2: was killed by SIGKILL" in done.err
+
+
+# Rank 1 has a GPU that does not work, or cannot reach rank 0 to watch over it.
+BROKEN_START = """
+import os
+from allranks import train
+from allranks.runtime import bringup
+from allranks.runtime.watch.connections import Connections
+
+def broken(*_):
+    raise BROKEN
+
+if os.environ["RANK"] == "1":
+    PLACE = broken
+train.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "said"),
+    [
+        (
+            "bringup.pick_device",
+            "RuntimeError('CUDA error: an uncorrectable ECC error')",
+            f"rank 1: device=cpu does not work on {HOST} (CUDA error: an uncorrectable ECC error): look",
+        ),
+        (
+            "Connections.connect_to_rank_0",
+            "ConnectionRefusedError(111, 'Connection refused')",
+            f"rank 1: {HOST} cannot reach rank 0 at 127.0.0.1:",
+        ),
+    ],
+)
+def test_a_rank_that_cannot_start_is_an_error_of_all_ranks(tmp_path, place, error, said):
+    program = BROKEN_START.replace("BROKEN", error).replace("PLACE", place)
+    done = execute_forked(["-c", program, *SMALL, "model=linear"], 2, tmp_path, timeout_s=60)
+    assert done.code == 2
+    assert done.message.startswith(f"allranks: {said}")
 
 
 def test_an_address_that_other_hosts_cannot_reach_is_refused():

@@ -132,15 +132,18 @@ class Watchdog:
         # is no State, as the thread, which may be about to change its State, would overwrite that.
         self._has_failed = False
         self._code_of_all: int | None = None  # the exit code with which all ranks end; None: each its own
+        # Written by the thread: the connection to rank 0 has broken. The thread ends this process, but it
+        # first looks what has become of rank 0, or leaves the deputy time for that.
+        self._has_lost_rank_0 = False
         threading.Thread(target=self._run, name="watchdog", daemon=True).start()
 
     # --- said by the main thread ----------------------------------------------------------------------
 
     def hold(self) -> None:
         """Gives the news of another rank's death time to come: that explains an error better."""
-        if self._others.ranks():
+        if self._crew.peers:  # the ranks have been in touch
             time.sleep(NEWS_S)
-        while self._state is State.ENDING:
+        while self._state is State.ENDING or self._has_lost_rank_0:
             time.sleep(NEWS_S)  # the thread ends this process
 
     def fail(self, code: int, for_all: bool = False) -> None:
@@ -201,7 +204,7 @@ class Watchdog:
             self._others.connect_to_rank_0(self.rank, DoorPlace(*door))
         except OSError as error:
             raise UserError(
-                f"{self._name()} cannot reach rank 0 at {door[0]}:{door[1]} ({error}): "
+                f"{self._me.host} cannot reach rank 0 at {door[0]}:{door[1]} ({error}): "
                 "look whether MASTER_ADDR is the same host's there, and whether a firewall is between."
             ) from error
 
@@ -438,6 +441,7 @@ class Watchdog:
         if self._parting or self._has_failed or self._state is State.ENDING:
             return
         if self.rank != 0:
+            self._has_lost_rank_0 = True
             self._without_rank_0(Known.GONE)
         elif not self._inquiry.findings.get(rank):
             self._look_at([rank], Known.GONE)
@@ -462,7 +466,8 @@ class Watchdog:
             faulthandler.dump_traceback_later(END_S, exit=True, file=self._devnull_fd)
             if message:
                 with contextlib.suppress(OSError):  # nobody may be reading any more
-                    os.write(2, f"allranks: {message}\n".encode())
+                    # A stack may lead through a file whose name is no UTF-8.
+                    os.write(2, f"allranks: {message}\n".encode(errors="backslashreplace"))
                 file_log.info(message)
             # Not before they are named: when one of them is gone, its launcher may kill us all.
             for process in self._condemned:

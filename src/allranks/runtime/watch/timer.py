@@ -45,7 +45,9 @@ def time_limit(limit_s: float, who: str, words: str, spare_s: float = 0.0) -> It
         if is_pythons:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         os.kill(helper, signal.SIGKILL)
-        os.waitpid(helper, 0)
+        # Where SIGCHLD is ignored, as by a parent's doing, Linux has forgotten a child once it has ended.
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(helper, 0)
 
 
 def _help(parent: int, limit_s: float, who: str, words: str, spare_s: float) -> None:
@@ -61,7 +63,8 @@ def _help(parent: int, limit_s: float, who: str, words: str, spare_s: float) -> 
             words = "is stopped (state T): all ranks end."
         else:
             time.sleep(spare_s)
-        os.write(2, f"allranks: {who} {words}\n".encode())
+        with contextlib.suppress(OSError):  # nobody may be reading any more
+            os.write(2, f"allranks: {who} {words}\n".encode(errors="backslashreplace"))
 
         os.kill(parent, signal.SIGTERM)
         os.kill(parent, signal.SIGCONT)  # a stopped process ends only when it goes on
