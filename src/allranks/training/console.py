@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from allranks.base import terminal
+from allranks.base.errors import MISFITS
 from allranks.training import story
 from allranks.training.display import Display
 
@@ -71,7 +72,7 @@ class DisplayHandler(Console):
             return
         try:
             self.display.write_line(self._text(self.format(record), record.levelno, shown))
-        except Exception:  # noqa: BLE001  any handler of logging does so: no log line ends a training
+        except (OSError, *MISFITS):  # a log line that cannot be put together does not end a training either
             self.handleError(record)
 
     def _text(self, text: str, level: int, shown: Shown) -> str:
