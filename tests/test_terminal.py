@@ -476,12 +476,12 @@ train.main()
 
 
 def test_a_character_that_the_console_does_not_know_is_shown_escaped(tmp_path):
-    words = [*SMALL, "model=linear", "trainer.epochs=1", "run.dir=tägliche"]
+    words = [*SMALL, "model=linear", "trainer.epochs=1", "run.dir='tägliche'"]
     done = execute_forked(["-c", ASCII, *words], 1, tmp_path, timeout_s=60).ok()
     assert done.err == ""
-    assert f"directory    {tmp_path}/t\\xe4gliche" in done.out
+    assert f"directory   {tmp_path}/t\\xe4gliche" in done.out
     log = (tmp_path / "tägliche/logs/rank-0.log").read_text(encoding="utf-8")
-    assert f"directory    {tmp_path}/tägliche" in log
+    assert f"directory   {tmp_path}/tägliche" in log
 
 
 def test_a_log_line_that_cannot_be_formatted_does_not_end_a_training(capsys):
