@@ -208,7 +208,7 @@ def test_the_bits_are_those_of_a_training_without_a_trial(train_here, monkeypatc
     words = (*SMALL, *kind, "trainer.epochs=1", "trainer.batch_size=100")
     tried = train_here(*words)
     columns = [Column("accuracy", has_weight=False, shown="percent")]
-    monkeypatch.setattr(trial, "_try", lambda *_: (None, [], columns))
+    monkeypatch.setattr(trial, "_try", lambda *_: (None, False, [], columns))
     untried = train_here(*words)
     assert tried.summary["model/sha256"] == untried.summary["model/sha256"]
     assert tried.losses == untried.losses

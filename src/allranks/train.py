@@ -241,7 +241,7 @@ def run(
         with runtime.all_or_none():
             training = building.build_training(recipe, runtime, examples=len(data.train))
         tried = trial.try_first_batch(training, data, recipe, runtime, told.best)
-        records.measured_by(training, tried.flops_per_example)
+        records.counted(tried.flops_per_example, tried.has_convolutions, recipe.trainer.precision)
         building.distribute(training, recipe.trainer, tried.unused)
 
         if standing == rundir.Standing.NEW:

@@ -56,14 +56,16 @@ from allranks.own.sharing import Sharing
 from allranks.own.state import KeptObjects
 from allranks.own.steps import OwnSteps
 from allranks.own.stops import EvaluationStops
-from allranks.own.taking import IF_FOUND, IF_NOT_FINITE, check_arguments
+from allranks.own.taking import IF_FOUND, IF_NOT_FINITE, check_arguments, check_counted
 from allranks.own.wrapping import REMEDY, wrapped
 from allranks.run import best as the_best
 from allranks.run import directory as rundir
 from allranks.runtime import mpi, sharding
 from allranks.runtime.bringup import open_runtime
+from allranks.runtime.settling import random_numbers_kept
 from allranks.training import ending
 from allranks.training.control import Control, RunStopped
+from allranks.training.flops import Flops
 from allranks.training.gradients import Gradients, inner
 from allranks.training.length import RunLength
 from allranks.training.loop import Loop
@@ -337,6 +339,28 @@ class Run:
             collate=collate,
         )
         return OwnBatches(self, made)
+
+    def count_flops(
+        self, compute: Callable[[], object], *, examples: int, precision: str = "fp32"
+    ) -> float | None:
+        """Counts the floating-point operations of a training step, of which each epoch's record then tells.
+
+        compute: takes a forward and a backward pass over so many `examples`, and is called once, or twice
+        where torch has to. It changes gradients, and buffers such as those of BatchNorm: let it use a copy
+        of the model. All ranks call; random numbers stay as they are. precision: fp64, fp32, bf16 or fp16,
+        in which most of it is computed: a GPU's share of its peak follows from it.
+
+        Returns the operations for one example. It is None where an operation ran whose work is not known:
+        then nothing is recorded. Raises UserError for arguments that are not such.
+        """
+        self._check_open("run.count_flops()")
+        check_counted(compute, examples, precision)
+        flops = Flops()
+        with random_numbers_kept(self.device):
+            flops.during(compute)
+        per_example = flops.count / examples if flops.count else None
+        self._records.counted(per_example, flops.has_convolutions, precision)
+        return per_example
 
     # --- the loop ------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""`run.take_step()`: what it is given, and the remedies for a loss or a gradient that is not finite."""
+"""Calls of a loop of one's own around a step: what they are given, and remedies for what is not finite."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from allranks.base.errors import ANYONE, UserError
 from allranks.data.nests import described
+from allranks.training.flops import Peak
 
 IF_NOT_FINITE = (
     "Take a smaller learning rate or clip_norm, look at the data, or go on without such steps by "
@@ -33,6 +34,25 @@ def check_arguments(optimizer: Any, clip_norm: Any, scaler: Any) -> None:
             f"run.take_step() got {described(scaler)} as scaler: give a torch.amp.GradScaler, by whose "
             "scale() the loss was multiplied.",
             said_by=ANYONE,
+        )
+
+
+def check_counted(compute: Any, examples: Any, precision: Any) -> None:
+    """Raises UserError for arguments of run.count_flops() that are not what it needs."""
+    if not callable(compute):
+        raise UserError(
+            f"run.count_flops() got {described(compute)}: give a function that takes a forward and a "
+            "backward pass, as in `lambda: loss(model(x), y).backward()`.",
+            said_by=ANYONE,
+        )
+    if not isinstance(examples, int) or examples < 1:
+        raise UserError(
+            f"run.count_flops() got examples={examples!r}: give the number of examples, 1 or more.",
+            said_by=ANYONE,
+        )
+    if precision not in Peak._fields or precision == "tf32":
+        raise UserError(
+            f"run.count_flops() got precision={precision!r}: give fp64, fp32, bf16 or fp16.", said_by=ANYONE
         )
 
 

@@ -1,8 +1,9 @@
 """How much a model computes: floating-point operations of an example, and what the device could do at most.
 
-They are counted once, in the trial before a training (trial.py), from the shapes of the matrix products,
-convolutions and attentions of a forward and a backward pass. All else in a model is small beside these. The
-counts are those of torch.utils.flop_counter, which costs an import of 0.7 s and is not used here.
+They are counted once, in the trial before a training (trial.py) or by run.count_flops() in a loop of the
+user's own, from the shapes of the matrix products, convolutions and attentions of a forward and a backward
+pass. All else in a model is small beside these. The counts are those of torch.utils.flop_counter, which
+costs an import of 0.7 s and is not used here.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Flops(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.count: int | None = 0
+        self.has_convolutions = False  # whether some of the operations were convolutions
 
     def during(self, compute: Callable[[], Result]) -> Result:
         """What `compute` returns, its operations counted.
@@ -57,6 +59,8 @@ class Flops(TorchDispatchMode):
         name = operator.overloadpacket.__name__
         if name in _UNKNOWN:
             self.count = None
+        if name in _CONVOLUTIONS:
+            self.has_convolutions = True
         counted = _COUNTED.get(name)
         if counted is not None and self.count is not None:
             self.count += counted(args, result)
@@ -97,6 +101,7 @@ def _attention_backward(args: Sequence[Any], _: Any) -> int:
     return 2 * prod(queries.shape[:3]) * keys.shape[2] * features
 
 
+_CONVOLUTIONS = ("convolution", "_convolution")
 _COUNTED: dict[str, Callable[[Sequence[Any], Any], int]] = {
     "mm": lambda args, _: _product(args[0], args[1]),
     "bmm": lambda args, _: _product(args[0], args[1]),

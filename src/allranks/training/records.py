@@ -15,8 +15,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
-import torch
-
 from allranks.base import files
 from allranks.base.errors import UserError
 from allranks.config import TrainerConfig
@@ -79,7 +77,6 @@ class Records:
         """
         self._flops_per_example: float | None = None  # of a forward and a backward pass
         self._peak_flops_per_s: float | None = None  # of one device; None where it is not known
-        self._precision = trainer.precision
         self._values = values
         self._wants_profile = profile
         self._save_s = save_s
@@ -98,15 +95,15 @@ class Records:
         self._file: StepsFile | None = None  # rank 0's, where steps are recorded
         self._profile: Profile | None = None
 
-    def measured_by(self, training: Training, flops_per_example: float | None) -> None:
-        """Notes what the trial before the training has measured.
+    def counted(self, flops_per_example: float | None, has_convolutions: bool, precision: str) -> None:
+        """Notes how much the training computes.
 
         `flops_per_example` is the number of floating-point operations of a forward and a backward pass for
-        one example; None where they could not be counted.
+        one example; None where they could not be counted. `precision` is that of these operations, as in
+        `trainer.precision`.
         """
-        convolutions = any(isinstance(m, torch.nn.modules.conv._ConvNd) for m in training.model.modules())
         self._flops_per_example = flops_per_example
-        self._peak_flops_per_s = peak_of_this_device(self._runtime, self._precision, convolutions)
+        self._peak_flops_per_s = peak_of_this_device(self._runtime, precision, has_convolutions)
 
     def open(
         self,
@@ -185,10 +182,10 @@ class Records:
     def of_epoch(self, samples_per_s: float) -> dict[str, float | int]:
         """The memory and the FLOP/s of an epoch, for its line in metrics.jsonl; all ranks call.
 
-        `samples_per_s`: training examples per second, of all ranks together.
+        `samples_per_s`: training examples per second, of all ranks together; 0 where nobody knows it.
         """
         measured: dict[str, float | int] = {**peaks_of_ranks(self._runtime)}
-        if self._flops_per_example:
+        if self._flops_per_example and samples_per_s:
             measured["throughput/model_flops_per_s"] = self._flops_per_example * samples_per_s
             if self._peak_flops_per_s:
                 peak_of_all_ranks = self._peak_flops_per_s * self._runtime.world_size

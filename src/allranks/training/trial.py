@@ -48,6 +48,7 @@ class Tried(NamedTuple):
     # Floating-point operations of a forward and a backward pass for one example; None where they could not
     # be counted.
     flops_per_example: float | None
+    has_convolutions: bool
     unused: list[str]  # the parameters that took no part
     columns: Sequence[Column]  # the task's metrics that are sums
 
@@ -109,7 +110,7 @@ def _try(training: Training, data: Data, recipe: Recipe, runtime: Runtime, best:
         _check_monitor(recipe.scheduler, known)
         check(best, known)
         if not needs_no_others:
-            return Tried(None, [], columns)
+            return Tried(None, False, [], columns)
         with _told(f"{names.model}: its output has no gradient that reaches its parameters"):
             flops.during(loss.backward)
         unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
@@ -124,7 +125,8 @@ def _try(training: Training, data: Data, recipe: Recipe, runtime: Runtime, best:
             for name, buffer in model.named_buffers():
                 if name in buffers:  # a model may make others in its first forward pass
                     buffer.copy_(buffers[name])
-        return Tried(flops.count / count if flops.count else None, unused, columns)
+        flops_per_example = flops.count / count if flops.count else None
+        return Tried(flops_per_example, flops.has_convolutions, unused, columns)
 
 
 class _Names(NamedTuple):
