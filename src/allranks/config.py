@@ -413,9 +413,15 @@ def setting_of(key: str, values: Mapping[str, Any]) -> Setting | None:
 # --- checking ----------------------------------------------------------------------------------------
 
 
+@cache
+def _schema() -> DictConfig:
+    """Keys, types and defaults of a configuration, for OmegaConf, whose merge() copies it."""
+    return OmegaConf.structured(Config)
+
+
 def typed(composed: DictConfig) -> Config:
     """The composed configuration as dataclasses; raises UserError naming key, value and remedy."""
-    schema = OmegaConf.structured(Config)
+    schema = _schema()
     try:
         config = OmegaConf.to_object(OmegaConf.merge(schema, composed))
     except ValidationError as error:
@@ -590,7 +596,7 @@ def freeze(config: Config) -> str:
 
 def digest(config: Config) -> str:
     """sha256 of the whole configuration, the run directory included: equal on all ranks of a run."""
-    return hashlib.sha256(OmegaConf.to_yaml(OmegaConf.structured(config)).encode()).hexdigest()
+    return hashlib.sha256(repr(_plain(config)).encode()).hexdigest()
 
 
 def thaw(directory: str, sha256: str) -> Config:
