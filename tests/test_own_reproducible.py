@@ -286,6 +286,11 @@ WRONG = {
         "",
         "virtual_ranks=4 does not go with BatchNorm, whose figures depend on how a batch is cut",
     ),
+    "a buffer that changes in a second loop": (
+        "model = run.wrap(nn.Linear(1, 4))\nsecond = run.wrap(nn.utils.spectral_norm(nn.Linear(1, 4)))",
+        "    for inputs, targets in run.pieces(batch):\n        run.backward(second(inputs).mean())\n",
+        "virtual_ranks=4 does not go with Linear, which changes its buffer weight_u, weight_v in training",
+    ),
     "a buffer that changes": (
         "model = run.wrap(nn.utils.spectral_norm(nn.Linear(1, 4)))",
         "",

@@ -117,10 +117,10 @@ class Run:
         self._shared: set[str] = set()  # the names of the works that run.share() has done
         self._has_left_pieces = False  # whether a loop over run.pieces() has been left by `break`
         # Of a reproducible run: whether the program is in a loop over the shares of a step, how many such
-        # loops the step has had, and whether one has shown that the models leave their buffers alone.
+        # loops the step has had, and the models that are known to leave their buffers alone.
         self._is_in_shares = False
         self._loops_in_step = 0
-        self._is_tried = False
+        self._tried: set[nn.Module] = set()
         self._in_hand: Dealt | None = None  # this rank's share of the batch that the loop has got last
         self._is_stepping = False  # whether the loop is in a body of steps()
         self._takes_steps = False  # the same, but also within a loop over run.batches() in that body
@@ -712,24 +712,33 @@ class Run:
         try:
             for row in self._gradients.each_share(seed, self.step, again):
                 share = batch.shares[row]
-                before = None if self._is_tried else [buffers_of(each) for each in self._gradients.models]
+                untried = [each for each in self._gradients.models if each not in self._tried]
+                before = [buffers_of(each) for each in untried]
                 for part in self._cut(share.batch, share, count, wanted=0):
                     self._in_hand = part
                     yield part.batch
-                if before is not None:
-                    self._refuse_changed_buffers(before)
+                for model, buffers in zip(untried, before, strict=True):
+                    self._try(model, buffers)
         finally:
             self._is_in_shares = False
         # What the program draws now does not depend on which shares this rank has had.
         reseed(mixed(seed, self.step, _OF_NO_SHARE, self._loops_in_step), self.device)
 
-    def _refuse_changed_buffers(self, before: Sequence[Mapping[str, torch.Tensor]]) -> None:
-        """Raises UserError where a model has changed a buffer in the first share of a reproducible run."""
-        remedy = "leave virtual_ranks out"
-        with self._runtime.all_or_none():
-            for model, buffers in zip(self._gradients.models, before, strict=True):
-                refuse_changed_buffers(buffers, model, type(model).__name__, self._reproducible_by, remedy)
-        self._is_tried = True
+    def _try(self, model: nn.Module, before: Mapping[str, torch.Tensor]) -> None:
+        """Raises UserError where a model has changed a buffer, in the first share that it has computed.
+
+        `before` are its buffers before that share.
+        """
+        try:
+            refuse_changed_buffers(
+                before, model, type(model).__name__, self._reproducible_by, "leave virtual_ranks out"
+            )
+        except UserError as error:
+            error.said_by = ANYONE
+            raise
+        # A model that has no gradient yet has taken no part, as one half of a GAN in the other's loop.
+        if any(parameter.grad is not None for parameter in model.parameters()):
+            self._tried.add(model)
 
     def _before_optimizer(self, *_: Any) -> None:
         """An optimizer calls this before each step. Raises UserError where gradients are not added up."""
