@@ -205,10 +205,19 @@ def test_bad_hostfiles_are_refused_with_one_message(tmp_path, text, message):
         find_allocation({}, file(tmp_path, text))
 
 
-def test_this_host_by_its_short_name():
+def test_this_host_by_its_short_name(monkeypatch):
     assert is_this_host(socket.gethostname().partition(".")[0] + ".some.domain")
     assert is_this_host("127.0.0.1")
     assert not is_this_host("10.9.8.7")
+    monkeypatch.setattr(socket, "gethostname", lambda: "Node1.some.domain")
+    assert is_this_host("node1") and is_this_host("NODE1.other.domain")
+
+
+def test_a_shell_on_a_part_of_the_jobs_nodes_is_called_that():
+    """By `srun -N1 --pty bash` in a job of three: Slurm tells it the step's tasks and the job's nodes."""
+    step = {**SLURM, "SLURM_TASKS_PER_NODE": "1", "SLURM_STEP_NODELIST": "n1"}
+    with pytest.raises(UserError, match=r"a step of the job on n1, a part of its nodes \(n\[1-3\]\)"):
+        find_allocation(step)
 
 
 # --- names and addresses -------------------------------------------------------------------------

@@ -386,6 +386,16 @@ def test_a_mistake_in_a_file_of_ones_own_names_file_and_line(tmp_path, content, 
     assert said.endswith("): put the file right.")
 
 
+def test_a_model_in_a_folder_of_ones_own_names_the_run_by_its_last_part(tmp_path):
+    (tmp_path / "model/mine").mkdir(parents=True)
+    (tmp_path / "model/mine/wide.yaml").write_text("_target_: allranks.models.mlp\nwidths: [64]\n")
+    own = f"--config-dir={tmp_path}"
+    assert one(own, "model=mine/wide").name == "wide"
+    assert one(own, "model=mine/wide", "name=other").name == "other"
+    with pytest.raises(UserError, match="name=a/b is not valid"):
+        one(own, "model=mine/wide", "name=a/b")
+
+
 @pytest.mark.parametrize("value", ["3", "null", "[ReLU,3]", "{a:1}"])
 def test_an_activation_is_a_name_or_names(value):
     with pytest.raises(UserError, match="give the name of an activation"):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 
-from allranks.launch import console
+from allranks.launch import console, keyboard
 from allranks.launch.console import STDERR, STDOUT, Console
 
 
@@ -24,3 +25,16 @@ def test_a_progress_bar_of_rank_0_does_not_hold_the_lines_of_others_for_ever(mon
     assert (STDERR, b"[rank 1 on n1] a warning\n") in written
     assert bar.count(b"\n") == 1  # the warning stands in a line of its own
     assert not shown.is_holding
+
+
+def test_an_input_that_has_nothing_just_now_has_not_ended(monkeypatch):
+    """As where another process on the same terminal has set it to non-blocking, and reads it as well."""
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    monkeypatch.setattr(keyboard, "STDIN", reading)
+    assert keyboard._read() is None
+    os.write(writing, b"line\n")
+    assert keyboard._read() == b"line\n"
+    os.close(writing)
+    assert keyboard._read() == b""
+    os.close(reading)

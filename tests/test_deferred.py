@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -108,6 +110,14 @@ def test_a_component_of_ours_that_cannot_be_deferred_is_built_in_the_ordinary_wa
     assert "numpy() reads a large tensor" in why
     with pytest.raises(UserError, match=r"torch\.nn\.Linear refuses its arguments"):
         build(lambda: components.build("model", {"_target_": "torch.nn.Linear"}))
+
+
+def test_a_package_that_a_component_of_ours_needs_is_named(monkeypatch):
+    for name in ("torchvision", "torchvision.models"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    section = {"_target_": "allranks.models.resnet18", "input_shape": [1, 28, 28], "classes": 10}
+    with pytest.raises(UserError, match=r"resnet18 needs torchvision, .*`pip install torchvision`"):
+        components.build("model", section)
 
 
 def test_an_error_without_a_text_is_named_as_the_reason():

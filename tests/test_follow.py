@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 
 from allranks.base.errors import UserError
-from allranks.follow import drawing
+from allranks.follow import drawing, watch
 from allranks.follow.logs import Logs, Tail
 from allranks.follow.reading import ASK_EVERY_S, Reader, View, newest_steps, runs_at, view_of
 from allranks.follow.watch import Look, picture
@@ -169,6 +170,41 @@ def test_a_sweep_is_a_table(tmp_path):
         assert cells["val loss"] == f"{run.metrics[-1]['val/loss']:.4f}"
         assert cells["test %"] == f"{run.summary['test/accuracy']:.2f}"
     assert len(watched(tmp_path, "sweep/0", "sweep/2")) == 5
+
+
+@pytest.mark.parametrize("columns", [36, 40, 50])
+def test_one_run_fits_into_a_narrow_window(columns):
+    losses = [1.0 / (epoch + 1) for epoch in range(50)]
+    metrics = {"train/loss": losses, "val/loss": losses, "test/loss": losses}
+    steps = {"step": 1_234_567, "steps": 9_876_543, "share": 0.1}
+    view = View("runs/cnn", "cnn", "running", epoch=50, epochs=300, metrics=metrics, **steps)
+    lines = picture([view], Look(columns))
+    assert max(map(len, lines)) <= columns
+    assert any("train loss (dots)" in line for line in lines)
+    painted = picture([view], Look(columns, colours=True))
+    assert [re.sub(r"\x1b\[[0-9;]*m", "", line).rstrip() for line in painted] == [x.rstrip() for x in lines]
+
+
+STOPPED_BY_CTRL_Z = """
+import os, signal, sys
+from allranks.follow.watch import _other_screen
+with _other_screen():
+    os.kill(os.getpid(), signal.SIGTSTP)
+    print("goes on", flush=True)
+"""
+
+
+def test_a_watch_that_is_stopped_gives_the_terminal_back_until_it_goes_on(tmp_path):
+    """It has a process group of its own, as a shell gives each command; SIGTSTP stops no other one."""
+    command = [PYTHON, "-c", STOPPED_BY_CTRL_Z]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, preexec_fn=os.setpgrp) as started:  # noqa: PLW1509
+        _, status = os.waitpid(started.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status), status
+        shown = os.read(started.stdout.fileno(), 1000).decode()
+        started.send_signal(signal.SIGCONT)
+        after = started.stdout.read().decode()
+    assert shown == watch._ENTER + watch._LEAVE
+    assert after == watch._ENTER + "goes on\n" + watch._LEAVE
 
 
 @pytest.mark.parametrize("columns", [60, 80, 100])

@@ -16,7 +16,7 @@ import time
 
 import pytest
 
-from allranks.job import machine
+from allranks.job import machine, scheduler
 from allranks.submit import script
 from allranks.submit.order import Order
 from helpers import PYTHON, ROOT, TIMEOUT_S
@@ -362,6 +362,15 @@ def test_the_submitters_python_paths_come_first(job):
     )
     assert made.do() == 0
     assert made.note["env"]["PYTHONPATH"] == "/my own:/other:/site"
+
+
+def test_relative_folders_of_the_submitter_are_whole_in_the_script(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/qsub").touch(0o755)
+    lines = script._environment({"PATH": "bin", "PYTHONPATH": "src:/other:"}, scheduler.named("pbs"))
+    assert f'export PATH="$PATH":{tmp_path}/bin  # the scheduler\'s commands' in lines
+    assert f'export PYTHONPATH={tmp_path}/src:/other"${{PYTHONPATH:+:$PYTHONPATH}}"' in lines
 
 
 def test_the_setup_may_use_unset_variables_and_the_log_shows_what_it_says(job):

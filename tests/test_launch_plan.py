@@ -216,6 +216,25 @@ def test_bad_input(capsys, monkeypatch, arguments, said):
     assert said in told.err
 
 
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        (
+            {"PBS_JOBID": "7.pbs"},
+            "This is a job of PBS, but PBS_NODEFILE, which tells its hosts, is not set",
+        ),
+        ({"SLURM_JOB_ID": "7"}, "This is a job of Slurm, but SLURM_JOB_NODELIST, which tells its hosts,"),
+    ],
+)
+def test_a_job_that_does_not_tell_its_hosts_is_called_one(environ, said, monkeypatch, capsys):
+    """As in a container that does not hand all variables on."""
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        cli.main(["launch", "--no-preflight", "--", "true"])
+    assert said in capsys.readouterr().err
+
+
 def test_a_launcher_that_is_not_installed(tmp_path):
     done = launch("--launcher", "srun", "--dry-run", "--", "/bin/ls", PATH=str(tmp_path))
     assert "--launcher srun is not installed here: srun comes with Slurm" in message(done)

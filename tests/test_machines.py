@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 
 import pytest
 
@@ -205,6 +206,10 @@ def test_lumi_maps_each_rank_to_the_core_beside_its_gcd():
         ("57", "1, seen as 0"),
     ]
     assert value(plan, DEVICE_VARIABLE) == "ROCR_VISIBLE_DEVICES"
+
+
+def test_a_user_has_a_name_of_their_own_for_what_stands_on_a_shared_node():
+    assert value(planned("lumi", 1), "MIOPEN_USER_DB_PATH") == f"/tmp/miopen-cache-{os.getuid()}"
 
 
 def test_vista_is_told_neither_hosts_nor_gpus():

@@ -43,6 +43,12 @@ def build(key: str, section: Mapping[str, Any], *args: Any, **values: Any) -> An
             raise cause from None
         called = _called(error, target)
         ours = called.startswith(("torch.", "torchvision.", "allranks."))
+        if ours and isinstance(cause, ImportError):
+            missing = (cause.name or "a package").partition(".")[0]
+            raise UserError(
+                f"{key}: {called} needs {missing}, which cannot be imported here ({one_line(cause)}): "
+                f"`pip install {missing}`, or choose another one."
+            ) from error
         if ours or (isinstance(cause, TypeError | ValueError) and _is_of_the_call(cause)):
             reason = one_line(cause).rstrip(".")
             raise UserError(f"{key}: {called} refuses its arguments: {reason}.") from error

@@ -59,6 +59,7 @@ def cells_from_command_line(arguments: Sequence[str]) -> list[tuple[Config, list
 
     def collect(cfg: DictConfig) -> None:
         OmegaConf.resolve(cfg)  # now, while ${hydra:...} can still be resolved
+        _name_by_the_last_part(cfg, HydraConfig.get().runtime.choices.get("model"))
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             sweep_dirs.append(_into_own_folder(cfg, HydraConfig.get().job.num))
         composed.append((cfg, list(HydraConfig.get().overrides.task)))
@@ -117,6 +118,15 @@ def cells_from_command_line(arguments: Sequence[str]) -> list[tuple[Config, list
     for config, _ in configs:
         config.console = console or config.console
     return configs
+
+
+def _name_by_the_last_part(cfg: DictConfig, model: str | None) -> None:
+    """Calls a run of `model=mine/wide` wide. A name is a folder's, and so has no slash.
+
+    A name that the user has given is left as it is.
+    """
+    if model and "/" in model and cfg.get("name") == model:
+        cfg.name = model.rpartition("/")[2]
 
 
 def _into_own_folder(cfg: DictConfig, number: int) -> str | None:

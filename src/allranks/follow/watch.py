@@ -82,7 +82,7 @@ def _detail(view: View, look: Look) -> list[str]:
             lines.append(look.paint(head, DIM) + _fitting(value, look, len(head)))
 
     if view.epochs and view.counts == "epoch":
-        words = _progress_words(view)
+        words = _fitting(_progress_words(view), look, LABEL_COLUMNS + 4)
         room = look.width - LABEL_COLUMNS - 4 - len(words)
         length = min(max(room, 0), 40)
         bar = drawing.bar(view.share or 0.0, length, look.is_unicode)
@@ -167,10 +167,7 @@ def _curves(view: View, look: Look) -> list[str]:
     # Of several curves the first one is dotted.
     colours = [YELLOW, CYAN, GREEN][: len(curves)] if len(curves) > 1 else [CYAN]
     signs = ["dots", "line", "line"][: len(curves)] if len(curves) > 1 else ["line"]
-    legend = "  ".join(
-        look.paint(f"{name} ({sign})", colour)
-        for name, sign, colour in zip(names, signs, colours, strict=True)
-    )
+    legend = _legend(names, signs, colours, look, used=scale_columns + 4)
     if not look.is_unicode:
         lines = [
             f"  {name[:13]:14}{drawing.sparkline(curve, columns - 4, is_unicode=False)}"
@@ -183,7 +180,19 @@ def _curves(view: View, look: Look) -> list[str]:
         scale = {0: top, CHART_ROWS - 1: bottom}.get(number, "")
         drawn = "".join(sign if who is None else look.paint(sign, colours[who]) for sign, who in cells)
         lines.append(look.paint(f"  {scale:>{scale_columns}}  ", DIM) + drawn.rstrip())
-    return [*lines, look.paint(f"  {'':{scale_columns}}  {axis}", DIM)]
+    return [*lines, look.paint(_fitting(f"  {'':{scale_columns}}  {axis}", look), DIM)]
+
+
+def _legend(
+    names: Sequence[str], signs: Sequence[str], colours: Sequence[str], look: Look, used: int
+) -> str:
+    """Which curve is drawn how, in its colour, cut so that it fits beside `used` other characters."""
+    shown: list[str] = []
+    for name, sign, colour in zip(names, signs, colours, strict=True):
+        text = _fitting(f"{name} ({sign})", look, used)
+        used += len(text) + 2
+        shown.append(look.paint(text, colour) if text else "")
+    return "  ".join(shown).rstrip()
 
 
 class _Column(NamedTuple):
@@ -352,17 +361,29 @@ def _other_screen() -> Iterator[None]:
     """Within this context the terminal shows its second screen, without a cursor.
 
     Afterwards it shows the first screen and the cursor again, also if this process is told to end by
-    SIGTERM.
+    SIGTERM. While it is stopped by Ctrl-Z the shell has them as well.
     """
+
+    def show(screen: str) -> None:
+        sys.stdout.write(screen)
+        sys.stdout.flush()
+
+    def stop(number: int, _: object) -> None:
+        show(_LEAVE)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)  # stops this process here, until `fg` lets it go on
+        signal.signal(number, stop)
+        show(_ENTER)
+
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    sys.stdout.write(_ENTER)
-    sys.stdout.flush()
+    before_stop = signal.signal(signal.SIGTSTP, stop)
+    show(_ENTER)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-        sys.stdout.write(_LEAVE)
-        sys.stdout.flush()
+        signal.signal(signal.SIGTSTP, before_stop)
+        show(_LEAVE)
 
 
 @contextmanager

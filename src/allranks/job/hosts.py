@@ -216,6 +216,13 @@ def _from_slurm(environ: Mapping[str, str]) -> Allocation:
     text = environ.get("SLURM_TASKS_PER_NODE", "")
     tasks = repeated(text, "SLURM_TASKS_PER_NODE") if text else [1] * len(names)
     if len(tasks) != len(names):
+        step = environ.get("SLURM_STEP_NODELIST", "")
+        if step and len(expand(step)) < len(names):
+            raise UserError(
+                f"This is a step of the job on {step}, a part of its nodes "
+                f"({environ['SLURM_JOB_NODELIST']}): as in a shell by `srun -N1 --pty bash`. Start in the "
+                "job's script or its first shell, or name the hosts with --hosts FILE."
+            )
         raise UserError(
             f"SLURM_TASKS_PER_NODE={text} is for {len(tasks)} nodes, but "
             f"SLURM_JOB_NODELIST={environ['SLURM_JOB_NODELIST']} names {len(names)}: "
@@ -350,8 +357,10 @@ def _bracketed(stem: str, digits: Sequence[str]) -> str:
 
 
 def is_this_host(name: str) -> bool:
-    """Whether a host of a list is the one this runs on, by its short name."""
-    return name in ("localhost", "127.0.0.1", "::1") or short(name) == short(socket.gethostname())
+    """Whether a host of a list is the one this runs on, by its short name, in which case does not count."""
+    if name in ("localhost", "127.0.0.1", "::1"):
+        return True
+    return short(name).lower() == short(socket.gethostname()).lower()
 
 
 def short(name: str) -> str:

@@ -67,7 +67,7 @@ class Device:
 class Variable:
     """An environment variable for every rank, on this condition, unless its switch is off."""
 
-    value: str
+    value: str  # {uid} in it becomes the user's number
     when: Literal["always", "one_node", "several_nodes"] = "always"
     switch: str | None = None
     prepend: bool = False  # put before what is there, with a colon

@@ -61,6 +61,7 @@ class Pbs:
     # job's end only, and until then an earlier job's is there.
     say_why = f'[ "$run/{OWN_LOG}" -nt "$run/{STARTED}" ] && grep -hs "PBS: job killed" "$run/{OWN_LOG}"'
     owner_may_requeue = False  # `qrerun` is for PBS's managers
+    hosts_variable = "PBS_NODEFILE"
     array_index = "PBS_ARRAY_INDEX"
     commands: tuple[str, ...] = ("qsub", "qstat", "qdel")
     server_check: tuple[str, ...] = ("qstat", "-B")

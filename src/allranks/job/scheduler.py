@@ -69,6 +69,10 @@ class Scheduler(Protocol):
         """Whether who owns a job may have it queued again, rather than queue another one."""
 
     @property
+    def hosts_variable(self) -> str:
+        """The variable by which it tells a job its hosts."""
+
+    @property
     def array_index(self) -> str:
         """The variable that tells a job of an array its number."""
 

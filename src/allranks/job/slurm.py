@@ -61,6 +61,7 @@ class Slurm:
     hands_environment_on = True
     say_why = ""  # Slurm says it in the job's log itself
     owner_may_requeue = True
+    hosts_variable = "SLURM_JOB_NODELIST"
     array_index = "SLURM_ARRAY_TASK_ID"
     commands: tuple[str, ...] = ("sbatch", "squeue", "srun")
     server_check: tuple[str, ...] = ("scontrol", "ping")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from allranks.base.errors import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
-from allranks.job import machine
+from allranks.job import machine, scheduler
 from allranks.job.hosts import Allocation, compress, find_allocation, placeholder_allocation
 from allranks.job.identity import discover
 from allranks.job.machine import Machine
@@ -84,7 +84,7 @@ def _launch(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str,
     given = find_allocation(environ, args.hosts)
     if args.job_nodes is not None:
         _check_nodes(given, args.job_nodes)
-    allocation = _fitting(given, known, args)
+    allocation = _fitting(given, known, args, environ)
     request = Request(
         wanted.program,
         args.ranks,
@@ -220,11 +220,19 @@ def _check_nodes(given: Allocation, asked: int) -> None:
     )
 
 
-def _fitting(given: Allocation, known: Machine, args: argparse.Namespace) -> Allocation:
+def _fitting(
+    given: Allocation, known: Machine, args: argparse.Namespace, environ: Mapping[str, str]
+) -> Allocation:
     """The allocation found, or, for a dry run outside a job, hosts that stand for a job's."""
     if given.scheduler != "local" or (known.scheduler == "local" and (args.nodes or 1) == 1):
         return given
     if not args.dry_run:
+        here = scheduler.here(environ)
+        if here is not None:
+            raise UserError(
+                f"This is a job of {here.title}, but {here.hosts_variable}, which tells its hosts, is not "
+                "set: hand it on, as to a container, or give --hosts FILE."
+            )
         raise UserError(
             f"There is no job here: {socket.gethostname()} is one host, outside PBS and Slurm. "
             + (f"--nodes {args.nodes} needs a job: " if args.nodes else "Get a job first: ")

@@ -52,13 +52,14 @@ class Keyboard:
 
     def _on_readable(self) -> None:
         self._loop.remove_reader(STDIN)
-        if _is_in_foreground():
-            self._take(_read())
-        else:
+        piece = _read() if _is_in_foreground() else None
+        if piece is None:
             self.read_on()
+        else:
+            self._take(piece)
 
     def _read_file(self) -> None:
-        data = _read()
+        data = _read() or b""
         with suppress(RuntimeError):  # the launch is over, and with it the loop
             self._loop.call_soon_threadsafe(self._take, data)
 
@@ -76,8 +77,11 @@ def _is_in_foreground() -> bool:
         return True
 
 
-def _read() -> bytes:
+def _read() -> bytes | None:
+    """The next piece, empty at the end; None where there is none just now."""
     try:
         return os.read(STDIN, PIECE_BYTES)
+    except BlockingIOError:  # another process has set it to non-blocking, and has perhaps read the piece
+        return None
     except OSError:  # a terminal that has gone: no more will come
         return b""

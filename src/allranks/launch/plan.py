@@ -441,7 +441,7 @@ def _machine_variables(machine: Machine, nodes: int, environ: Mapping[str, str])
             why += f", on {variable.when.replace('_', ' ')}"
         if variable.why:
             why += f": {variable.why}"
-        value = variable.value
+        value = variable.value.replace("{uid}", str(os.getuid()))  # the same on all nodes of a cluster
         if variable.prepend and environ.get(name):
             value = f"{value}:{environ[name]}"
         found.append(PlannedVariable(name, value, why))

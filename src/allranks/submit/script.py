@@ -149,11 +149,13 @@ def _environment(environ: Mapping[str, str], kind: Scheduler) -> list[str]:
     if python_folder not in USUAL_FOLDERS:
         lines.append(f'export PATH={shlex.quote(python_folder)}:"$PATH"')
     command = shutil.which(kind.commands[0], path=environ.get("PATH", ""))
-    folder = str(Path(command).parent) if command else None
+    folder = str(Path(command).parent.absolute()) if command else None
     if folder and folder not in USUAL_FOLDERS:
         lines.append(f'export PATH="$PATH":{shlex.quote(folder)}  # the scheduler\'s commands')
     if environ.get("PYTHONPATH"):
-        paths = shlex.quote(environ["PYTHONPATH"])
+        # The job may have another present directory, as with --cell.
+        given = [str(Path(path).absolute()) for path in environ["PYTHONPATH"].split(":") if path]
+        paths = shlex.quote(":".join(given))
         lines.append(f'export PYTHONPATH={paths}"${{PYTHONPATH:+:$PYTHONPATH}}"')
     return lines
 
