@@ -860,6 +860,37 @@ def test_a_rank_that_cannot_start_is_an_error_of_all_ranks(tmp_path, place, erro
     assert done.message.startswith(f"allranks: {said}")
 
 
+# A training that tells before each step whether it may compile. Nothing is compiled: that takes a minute.
+# With $STOP it stops before the last step of its first epoch.
+COMPILES = """
+import os, signal
+import torch
+from allranks import train
+from allranks.runtime.watch.progress import Progress
+
+torch.compile = lambda module, **_: module
+usual = Progress.completed
+def completed(progress, step):
+    usual(progress, step)
+    print(f"after step {step}: {progress.compiles}")
+    if step == 8 and "STOP" in os.environ:
+        os.kill(os.getpid(), signal.SIGTERM)
+Progress.completed = completed
+train.main()
+"""
+
+
+def test_a_process_that_goes_on_within_an_epoch_may_compile_in_the_next_one_too(tmp_path):
+    """In the rest of its first epoch it may have batches of one size only."""
+    words = [*SMALL, "model=linear", "trainer.epochs=3", "run.dir=run", "trainer.compile=true"]
+    command = ["-c", COMPILES, *words, "checkpoint.every_steps=9"]  # 10 steps an epoch
+    assert execute_forked(command, 1, tmp_path, {"STOP": "1"}, timeout_s=60).code == 85
+    told = execute_forked(command, 1, tmp_path, timeout_s=60).ok().out
+    after = dict(re.findall(r"after step (\d+): (\w+)", told))
+    assert [int(step) for step, compiles in after.items() if compiles == "True"] == list(range(10, 21))
+    assert after["30"] == "False"
+
+
 def test_an_address_that_other_hosts_cannot_reach_is_refused():
     with pytest.raises(UserError, match="MASTER_ADDR=localhost is the loopback of rank 0's host"):
         links.listen("localhost", far=True)

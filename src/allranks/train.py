@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from allranks import config as configs
 from allranks.base import terminal
-from allranks.base.errors import EXIT_REQUEUE, UserError, flush_console
+from allranks.base.errors import EXIT_REQUEUE, UserError
 from allranks.base.processes import process_age_s
 from allranks.base.signals import FROM_TERMINAL, Signals
 from allranks.config import CheckpointConfig, Config
@@ -97,7 +97,6 @@ def main() -> None:
         if sweep is not None and len(sweep.cells) > 1:
             _compare(sweep.cells, ends, signals, left_s=job_ends_at - time.monotonic())
         mpi.leave(EXIT_REQUEUE if "stopped" in ends else 0)
-        flush_console()  # a closed console does not change the exit code of runs that are done
         if "stopped" in ends:
             sys.exit(EXIT_REQUEUE)
         # Before it ends, Python looks through all of torch's objects once more. freeze() spares that time.

@@ -173,7 +173,8 @@ class Sharing:
     @contextmanager
     def _told(self, done: str, remedy: str) -> Iterator[None]:
         try:
-            yield
+            with self._runtime.progress.writing():  # a file system that stands still holds up reading, too
+                yield
         except OSError as error:
             raise UserError(f"{self._directory} cannot be {done} ({error.strerror}): {remedy}") from error
 

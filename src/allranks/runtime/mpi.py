@@ -168,6 +168,9 @@ def leave(code: int) -> None:
     this host is stopped, it never returns: a run that has ended well would hang for ever. So the call is
     made without the lock, and a thread ends the process with its code where it takes too long.
     """
+    # After MPI_Finalize some launchers take no more output. Without MPI this is done as well: what a closed
+    # console does not take must not change the exit code.
+    flush_console()
     if not at_work():
         return
     module = sys.modules["mpi4py.MPI"]
@@ -187,7 +190,6 @@ def leave(code: int) -> None:
             os.write(2, f"allranks: {name} ends without MPI: {problem}\n".encode())
         os._exit(code)
 
-    flush_console()  # after MPI_Finalize some launchers take no more output
     threading.Thread(target=watch, name="mpi-end", daemon=True).start()
     module.COMM_WORLD.Barrier()
     all_there.set()

@@ -140,11 +140,17 @@ class Watchdog:
     # --- said by the main thread ----------------------------------------------------------------------
 
     def hold(self) -> None:
-        """Gives the news of another rank's death time to come: that explains an error better."""
+        """Gives the news of another rank's death time to come: that explains an error better.
+
+        Where it has come, the thread ends this process within this call.
+        """
         if self._crew.peers:  # the ranks have been in touch
             time.sleep(NEWS_S)
+        give_up_at_s = time.monotonic() + END_S
         while self._state is State.ENDING or self._has_lost_rank_0:
-            time.sleep(NEWS_S)  # the thread ends this process
+            if time.monotonic() > give_up_at_s:
+                return  # the thread is stuck: this rank's own error is better than no word
+            time.sleep(NEWS_S)
 
     def fail(self, code: int, for_all: bool = False) -> None:
         """This rank ends with an error that it has told the user: the others end too, without a word.
