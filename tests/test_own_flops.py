@@ -58,6 +58,10 @@ def test_the_operations_are_those_that_torch_counts_and_nothing_else_changes(ran
         assert flops_per_example == pytest.approx(expected, rel=1e-9)
         assert "throughput/share_of_peak" not in line  # nobody knows what a CPU could do at most
 
+    summary = json.loads((tmp_path / "counted/runs/own/summary.json").read_text())
+    for name in ("throughput/model_flops_per_s", "memory/process_peak_bytes"):
+        assert summary[name] == lines[-1][name]
+
     plain, drawn_without = trained(tmp_path / "plain", ranks, "model = run.wrap(model)")
     assert drawn == drawn_without
     assert not any("throughput/model_flops_per_s" in line for line in plain)

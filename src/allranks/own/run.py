@@ -69,7 +69,7 @@ from allranks.training.flops import Flops
 from allranks.training.gradients import Gradients, inner
 from allranks.training.length import RunLength
 from allranks.training.loop import Loop
-from allranks.training.records import Records
+from allranks.training.records import Records, last_of
 from allranks.training.report import Reporter, Told
 from allranks.training.reproducible import buffers_of, refuse_batch_norm, refuse_changed_buffers
 from allranks.training.saver import Saver
@@ -930,7 +930,7 @@ class Run:
         summary |= self._figures
         summary["time/total_s"] = process_age_s() - self._began_s
         summary["time/startup_s"] = self._startup_s
-        return summary
+        return summary | last_of(self._kept.position.history)
 
     def _begin(self, epochs: int | None) -> Loop:
         """The loop; where it has not begun, it begins here, with everything that the program keeps."""
