@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from helpers import Done, execute_forked
@@ -23,7 +24,7 @@ def refused(call):
         print("said: nothing, it was taken")
 
 data = DataLoader(TensorDataset(torch.arange(8.0)[:, None]), 4)
-run = allranks.open("work", device="cpu", threads=1, report=False)
+run = allranks.open("work", device="cpu", threads=1, report=False, checkpoint={"every_steps": 4})
 """
 
 
@@ -146,3 +147,103 @@ refused(lambda: run.share([1], lambda n: {frozenset(): n}, name="sets"))
     assert "table {(0, 'left'): 1.5, (1, 'left'): 5.5}" in again
     assert "[{(1, ('a', 1)): 1, 1: tensor([1.])}, {(2, ('a', 2)): 2, 2: tensor([1.])}]" in again
     assert "gave what cannot be kept: result has a frozenset as a key of a dict: give numbers" in again
+
+
+# --- epochs and steps ---
+
+
+def test_steps_outside_of_epochs_are_gone_through_once(tmp_path):
+    """Also where the run goes on after its only epoch, which then has no step left."""
+    body = """
+print("steps", len([x for (x,) in run.steps(data)]))
+"""
+    again = """
+refused(lambda: list(run.steps(data)))
+run.finish()
+"""
+    assert program(tmp_path, body + "raise SystemExit(3)").code != 0
+    done = program(tmp_path, body + again)
+    assert "steps 0" in done.ok().out
+    [said] = said_by(done)
+    assert said.startswith("run.steps() is called outside of run.epochs() after the end of an epoch.")
+
+
+def test_an_epoch_without_a_batch_is_refused(tmp_path):
+    """As where a generator is to give the batches of a second epoch."""
+    body = """
+source = ((x,) for x in torch.ones(3, 4, 1))
+def train():
+    for epoch in run.epochs(2):
+        print("steps", len(list(run.steps(source))))
+refused(train)
+raise SystemExit(3)
+"""
+    out = program(tmp_path, body).out
+    assert out.count("steps 3") == 1
+    assert (
+        "said: run.steps() got no batch of its generator in epoch 1. It can be gone through only once"
+        in out
+    )
+    shutil.rmtree(tmp_path / "runs")
+    few = body.replace("((x,) for x in torch.ones(3, 4, 1))", "DataLoader(range(3), 4, drop_last=True)")
+    out = program(tmp_path, few).out
+    assert "said: run.steps() got no batch of its DataLoader in epoch 0. An epoch has one step" in out
+
+
+def test_fewer_batches_than_the_epoch_has_had_are_refused(tmp_path):
+    body = """
+import os, signal
+class Stream:
+    def __iter__(self):
+        return iter(torch.ones(COUNT, 4, 1))
+for x in run.steps(Stream()):
+    if run.step == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+run.finish()
+"""
+    assert program(tmp_path, body.replace("COUNT", "6")).code == 85
+    done = program(tmp_path, body.replace("COUNT", "3"))
+    assert done.code == 2
+    assert "The Stream gives 3 batches, but 4 steps of this epoch were taken before" in done.err
+    program(tmp_path, body.replace("COUNT", "4")).ok()
+
+
+def test_steps_that_are_held_by_the_program_end_with_their_epoch(tmp_path):
+    """A program that calls next() takes as many steps as it calls it."""
+    body = """
+for epoch in run.epochs(2):
+    held = iter(run.steps(data))
+    (x,) = next(held)
+    run.log({"mean": x.mean()})
+run.finish()
+"""
+    program(tmp_path, body).ok()
+    assert [(line["step"], line["mean"]) for line in lines_of(tmp_path)] == [(1, 1.5), (2, 1.5)]
+    assert json.loads((tmp_path / "runs/work/summary.json").read_text())["steps"] == 2
+
+
+def test_steps_without_epochs_that_are_held_end_with_the_run(tmp_path):
+    body = """
+held = iter(run.steps(data))
+(x,) = next(held)
+run.log({"mean": x.mean()})
+run.finish()
+"""
+    program(tmp_path, body).ok()
+    assert [(line["step"], line["mean"]) for line in lines_of(tmp_path)] == [(1, 1.5)]
+
+
+def test_a_run_does_not_finish_in_the_middle_of_its_epochs(tmp_path):
+    body = """
+for epoch in run.epochs(2):
+    for (x,) in run.steps(data):
+        pass
+    if epoch == 0:
+        refused(run.finish)
+run.finish()
+"""
+    [said] = said_by(program(tmp_path, body))
+    assert said.startswith(
+        "run.finish() is called within run.epochs(), before the epoch has come to its end"
+    )
+    assert json.loads((tmp_path / "runs/work/summary.json").read_text())["epochs"] == 2

@@ -254,6 +254,24 @@ class Batches:
                     "seeds."
                 )
 
+    def _check_end(self, given: int, first_step: int, digest: int, seen: int | None) -> None:
+        """Raises UserError on all ranks where an epoch that goes on has no batch left, and should have.
+
+        The source has `given` batches, of which none is left for the step `first_step`. That is in order
+        where they are those that were seen before.
+        """
+        if seen is None or given > first_step:
+            return
+        if given == first_step:
+            self._check_seen(digest, seen)
+            return
+        with self._runtime.all_or_none():
+            raise UserError(
+                f"The {type(self.source).__name__} gives {given:,} batches, but {first_step:,} steps of "
+                "this epoch were taken before the run was interrupted: give the same batches, or another "
+                "name for the run."
+            )
+
     def _each_seeded(self, batches: Iterable[Any], epoch: int, first: int) -> Iterator[Any]:
         """The batches, the first of which has the number `first`. Each is read with generators seeded anew.
 
@@ -285,10 +303,12 @@ class Batches:
         def shares() -> Iterator[list[Any]]:
             digest = 0
             position = 0
+            given = 0
             stand_ins: dict[int, list[Any]] = {}  # by share its first example in the epoch
             for step, batch in enumerate(self._each_seeded(loader.batch_sampler, epoch, 0)):
                 if step == first_step:
                     self._check_seen(digest, seen)
+                given = step + 1
                 numbers = list(batch)
                 digest = zlib.crc32(repr(numbers).encode(), digest)
                 first = position
@@ -300,6 +320,7 @@ class Batches:
                         continue
                     known.append(_Known(len(mine), len(numbers), digest, position, row))
                     yield mine or stand_ins[row]
+            self._check_end(given, first_step, digest, seen)
 
         reader: DataLoader[Any] = DataLoader(
             _Seeded(loader.dataset, mixed(self._seed, epoch)),
@@ -331,9 +352,11 @@ class Batches:
         first = first_step if is_there else 0
         position = resumed_at or 0
         digest = 0
+        given = first
         for step, batch in enumerate(self._each_seeded(batches, epoch, first), start=first):
             if step == first_step and not is_there:
                 self._check_seen(digest, seen)
+            given = step + 1
             digest = zlib.crc32(_sample_of(batch), digest)
             total = length_of(batch)
             first_of_batch = position
@@ -347,6 +370,8 @@ class Batches:
                 examples = mine if count else slice(0, 1)
                 part = batch if runtime.share_count == 1 else taken(batch, examples, total)
                 yield Dealt(_moved(part, runtime.device), count, total, digest, position, row)
+        if not is_there:
+            self._check_end(given, first_step, digest, seen)
 
 
 class _Known(NamedTuple):

@@ -17,10 +17,12 @@ docs/your-own-loop.md explains each piece. All ranks run the same program and ma
 
 from __future__ import annotations
 
+import inspect
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
@@ -112,6 +114,10 @@ class Run:
         self._summary: Mapping[str, Any] | None = None  # of a run that has finished
         self._epoch_of_steps: int | None = None  # the epoch in which steps() was called last
         self._in_epochs = False
+        self._has_had_epochs = False  # whether the program has begun a loop over epochs, or over all steps
+        # What run.steps() has returned last. Only the program keeps it alive: a loop over it that is left
+        # by `break` drops it, which ends it. A program that calls next() on it may hold it for longer.
+        self._newest_steps: weakref.ref[Generator[Any]] | None = None
         self._has_open_epoch = False  # whether an epoch has been left by `break`, with steps taken
         self._has_left = False  # whether a loop has been left by `break`, and nobody has compared the ranks
         self._shared: set[str] = set()  # the names of the works that run.share() has done
@@ -373,6 +379,7 @@ class Run:
         """
         if self._in_epochs:
             raise UserError("run.epochs() is called within run.epochs(): a run has one.", said_by=ANYONE)
+        self._has_had_epochs = True
         loop = self._begin(count)
         self._close_left_epoch(loop)
         if self._kept.is_over:  # left by `break` in an earlier start, which did not reach run.finish()
@@ -389,6 +396,7 @@ class Run:
                         self._has_left = True
                         self._has_open_epoch = self.epoch_step > 0
                         raise
+                    self._end_held_steps()
                     self._leave_alike()
                     self._in_hand = None
                     loop.log(self._kept.means.take())
@@ -396,6 +404,16 @@ class Run:
             self._stops.settle()
         finally:
             self._in_epochs = False
+
+    def _end_held_steps(self) -> None:
+        """Ends what run.steps() has returned, where the program still holds it: its last step counts.
+
+        That is so where the program has called next() on it, and not gone through all of it.
+        """
+        held = self._newest_steps() if self._newest_steps is not None else None
+        # Without run.epochs() the epoch runs within it, and ends it by itself.
+        if held is not None and inspect.getgeneratorstate(held) == inspect.GEN_SUSPENDED:
+            held.close()
 
     def _close_left_epoch(self, loop: Loop) -> None:
         """Closes an epoch that was left by `break`: its steps and its figures count."""
@@ -429,9 +447,16 @@ class Run:
         the ranks have agreed to stop, the program ends here with exit code 85. Outside of run.epochs() all
         steps are one epoch.
         """
+        steps = self._steps_of_epoch(batches, steps_per_save)
+        self._newest_steps = weakref.ref(steps)
+        return steps
+
+    def _steps_of_epoch(self, batches: Any, steps_per_save: int) -> Generator[Any]:
+        """What run.steps() returns."""
         if not self._in_epochs:
+            self._check_first_epochs()
             for _ in self.epochs(1):
-                yield from self.steps(batches, steps_per_save=steps_per_save)
+                yield from self._steps_of_epoch(batches, steps_per_save)
             return
         loop = self._begin(None)
         if self._epoch_of_steps == self.epoch:
@@ -474,6 +499,7 @@ class Run:
                         self._runtime.meeting.all_alike(
                             f"no run.backward() in step {self.step + 1}", _SKIPPED_ALIKE, ALIKE_S
                         )
+            self._check_took_steps(dealt)
         finally:  # also where the body has left the loop by `break`
             self._is_stepping = False
             self._takes_steps = False
@@ -482,6 +508,16 @@ class Run:
             # the run has gone on just here.
             reseed(mixed(self._config.seed, self.epoch, _AFTER_STEPS), self.device)
         self._stops.settle()
+
+    def _check_first_epochs(self) -> None:
+        """Raises UserError where a loop over run.steps() would take no step, as its epoch is over."""
+        if self._has_had_epochs:
+            raise UserError(
+                "run.steps() is called outside of run.epochs() after the end of an epoch. Without "
+                "run.epochs() all steps of a run are one epoch, so this loop would take none. Put it into "
+                "a loop over run.epochs(), or give one loop itertools.chain(first, second).",
+                said_by=ANYONE,
+            )
 
     def _shares_left(self, dealt: Batches) -> Iterator[Dealt]:
         """What this rank takes of each batch that is left of the epoch: a share, or several together."""
@@ -513,6 +549,26 @@ class Run:
                 "torch.utils.data.StackDataset does.",
                 said_by=ANYONE,
             )
+
+    def _check_took_steps(self, dealt: Batches) -> None:
+        """Raises UserError where the source of an epoch's steps has given no batch."""
+        if self.epoch_step:
+            return
+        if isinstance(dealt.source, Iterator):
+            remedy = (
+                "It can be gone through only once: give a list, a DataLoader, or an object whose "
+                "__iter__() begins anew in each epoch."
+            )
+        else:
+            remedy = (
+                "An epoch has one step at least. With drop_last=True the data needs as many examples as a "
+                "batch has."
+            )
+        kind = type(dealt.source).__name__
+        raise UserError(
+            f"run.steps() got no batch of its {kind} in epoch {self.epoch}. {remedy}",
+            said_by=ANYONE,
+        )
 
     def _check_left_pieces(self) -> None:
         """Raises UserError where a loop over run.pieces() was left by `break`."""
@@ -867,6 +923,13 @@ class Run:
         Started again, the program then ends at once in allranks.open().
         """
         self._check_open("run.finish()")
+        self._end_held_steps()
+        if self._in_epochs:
+            raise UserError(
+                "run.finish() is called within run.epochs(), before the epoch has come to its end: call it "
+                "after the loop, and leave the loop by `break` where the run is to end early.",
+                said_by=ANYONE,
+            )
         loop = self._begin(None)
         # A run that goes on from what is saved now does not enter the loop again, even where that was left
         # by `break`.
