@@ -6,7 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
-from helpers import Done, execute_forked
+import pytest
+
+from helpers import Done, execute_forked, only_long
 
 # refused(f) prints what allranks says of f(), and that it was taken where it says nothing.
 HEAD = """
@@ -247,3 +249,54 @@ run.finish()
         "run.finish() is called within run.epochs(), before the epoch has come to its end"
     )
     assert json.loads((tmp_path / "runs/work/summary.json").read_text())["epochs"] == 2
+
+
+# --- evaluations ---
+
+STREAM = """
+import time
+class Stream:
+    def __iter__(self):
+        for number in range({count}):
+            {pause}
+            yield torch.full((4, 1), number + {first})
+for epoch in run.epochs(1):
+    for (x,) in run.steps(data):
+        pass
+    {mean}
+run.finish()
+"""
+MEAN = "run.log({'mean': run.mean(x.double().mean() for x in run.batches(Stream()))})"
+MEANS = "run.log(run.means({'mean': x.double().mean()} for x in run.batches(Stream())))"
+
+
+@pytest.mark.parametrize(
+    ("count", "pause", "first", "mean"),
+    [
+        ("6 - 2 * run.rank", "time.sleep(0.4)", "0", MEAN),
+        only_long("4 + 2 * run.rank", "time.sleep(0.4)", "0", MEANS),
+        ("6 - 2 * run.rank", "pass", "0", MEANS),
+        only_long("6", "pass", "run.rank", MEAN),
+    ],
+    ids=["fewer and slow", "more and slow", "fewer", "others"],
+)
+def test_ranks_that_evaluate_on_different_batches_are_told(count, pause, first, mean, tmp_path):
+    """Those that have none left wait for the others, where these may just agree on a stop."""
+    code = STREAM.format(count=count, pause=pause, first=first, mean=mean)
+    done = program(tmp_path, code, ranks=2)
+    assert done.code == 2
+    assert done.err.count("run.mean() has gone through other batches of run.batches() on other ranks") == 1
+    assert "Traceback" not in done.err
+
+
+def test_ranks_evaluate_on_the_same_batches_each_of_which_counts_once(tmp_path):
+    """Within a step as well, and in several passes."""
+    code = STREAM.format(count="6", pause="", first="0", mean=MEAN).replace(
+        "        pass\n",
+        """        print("in a step", run.mean([torch.tensor(2.0)]), run.mean(
+            y.double().mean() for _ in range(2) for y in run.batches(Stream())))
+""",
+    )
+    done = program(tmp_path, code, ranks=2).ok()
+    assert done.out.count("in a step 2.0 2.5") == 4
+    assert lines_of(tmp_path)[0]["mean"] == 2.5

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from allranks.base.errors import ANYONE, UserError
 from allranks.base.text import some
@@ -14,6 +15,7 @@ from allranks.data.nests import described
 from allranks.own.figures import as_number, check_figure
 from allranks.own.state import add_mean, digest_of, no_sums, rows_of_shares
 from allranks.runtime.runtime import Runtime, sum_dtype
+from allranks.training.control import OTHER_BATCHES
 
 # How long a rank waits for the others to do what it has done, such as to leave a loop. If the others are in
 # a collective after that time, they wait for this rank, and the watchdog names it.
@@ -63,10 +65,11 @@ class Measuring:
             said_by=ANYONE,
         )
 
-    def means(self) -> dict[str, float]:
+    def means(self, passed: int) -> dict[str, float]:
         """The mean of each figure over all examples of all ranks; all ranks call.
 
-        Raises UserError where there are no examples, and where the ranks have different names.
+        `passed` is a digest of the batches that this rank has gone through, 32 bits. Raises UserError where
+        there are no examples, and where the ranks have different names or digests.
         """
         names = sorted(self._sums)
         if not self._are_names_known:
@@ -76,10 +79,26 @@ class Measuring:
             # All rows are brought together before they are added, so that the order of the additions is
             # that of the shares.
             mine = rows_of_shares([self._sums[name] for name in names])
-            totals = self._runtime.gather(mine).sum(dim=0).view(-1, 2).tolist()
+            totals = self._added_up(mine, passed)
         if not totals or not all(count for _, count in totals):
             raise UserError(f"{self.what} got no values: there is no mean of nothing.", said_by=0)
         return {name: float(total / count) for name, (total, count) in zip(names, totals, strict=True)}
+
+    def _added_up(self, mine: torch.Tensor, passed: int) -> list[list[float]]:
+        """For each name the two numbers of mine [shares of this rank, 2 * names], added over all ranks.
+
+        Raises UserError, on all ranks, where they have different digests of what they have gone through.
+        """
+        if self._runtime.world_size == 1:
+            return mine.sum(dim=0).view(-1, 2).tolist()
+        rows = self._runtime.gather(nn.functional.pad(mine, (0, 1), value=passed))
+        totals = rows[:, :-1].contiguous().sum(dim=0)
+        digests = torch.stack(rows[:, -1].aminmax())
+        # As one tensor, so that a GPU is waited for once.
+        *pairs, [lowest, highest] = torch.cat([totals, digests]).view(-1, 2).tolist()
+        if lowest != highest:
+            raise UserError(OTHER_BATCHES, said_by=0)
+        return pairs
 
     def _check_names(self, names: list[str]) -> None:
         """Raises UserError, on all ranks, where the ranks have different names."""

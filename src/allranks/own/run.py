@@ -22,6 +22,7 @@ import json
 import signal
 import sys
 import weakref
+import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -128,6 +129,7 @@ class Run:
         self._loops_in_step = 0
         self._tried: set[nn.Module] = set()
         self._in_hand: Dealt | None = None  # this rank's share of the batch that the loop has got last
+        self._passed = 0  # a digest of the batches that run.batches() has given for a run.mean()
         self._is_stepping = False  # whether the loop is in a body of steps()
         self._takes_steps = False  # the same, but also within a loop over run.batches() in that body
         # The losses of this rank whose gradients no run.take_step() has taken, for its messages.
@@ -850,6 +852,7 @@ class Run:
         if self._is_in_shares:
             raise within_pieces(measuring.what)
         before = self._in_hand
+        self._passed = 0
         # What is in hand now may have one value, or in a step of a reproducible run one for each share.
         in_hand = () if before is None else shares_of(before)
         # Within a step the ranks do not stop: they may at its end anyway.
@@ -866,8 +869,10 @@ class Run:
                 measuring.add(figures, share)
             if 0 < of_batch_in_hand < len(in_hand):
                 raise one_for_each_share(measuring.what, len(in_hand), str(of_batch_in_hand))
+            if may_stop:
+                self._stops.after_last_batch()
         self._in_hand = before
-        return measuring.means()
+        return measuring.means(self._passed)
 
     def metric(self, metric: Any) -> Metric:
         """A metric that is no mean, such as an AUROC, exact on any number of ranks.
@@ -1088,6 +1093,7 @@ class OwnBatches:
                 for number, share in enumerate(self.dealt.epoch(0)):
                     run._in_hand = share
                     run._is_stepping = False
+                    run._passed = zlib.crc32(b"%d %d " % (share.digest, share.examples), run._passed)
                     if drawn is not None:
                         mine = run._runtime.shares
                         reseed(mixed(drawn, number // len(mine), mine[share.row]), run.device)

@@ -56,6 +56,11 @@ class EvaluationStops:
             self._batches += 1
             self._control.check_evaluation(self._batches, can_stop=self._is_as_settled)
 
+    def after_last_batch(self) -> None:
+        """The evaluation has no batch left. Raises UserError, on all ranks, where it has on others."""
+        if self._can_stop:
+            self._control.end_evaluation(self._batches)
+
     def _is_as_settled(self) -> bool:
         """Whether on all ranks the state is still what it was after the last step; all ranks call."""
         is_same = self._settled is not None and self._signature() == self._settled

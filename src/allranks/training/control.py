@@ -50,6 +50,12 @@ MARGIN_S = 10.0
 # whose epochs are longer than its jobs would begin its only save MARGIN_S before the end, and on a slow
 # file system the job would end within it, in each of its jobs.
 FIRST_SAVE_S = 300.0
+# Said where the ranks of a loop of the user's own evaluate on different batches.
+OTHER_BATCHES = (
+    "run.mean() has gone through other batches of run.batches() on other ranks. Their source must give "
+    "the same batches on all ranks, of which each rank keeps its share: leave out what depends on the "
+    "rank, and let random numbers come from the generators of torch, NumPy or random, which allranks seeds."
+)
 
 
 class RunStopped(SystemExit):
@@ -122,16 +128,17 @@ class Wishes:
     late: float  # rank 0's: the job ends soon
     overdue: float  # rank 0's: checkpoint.every_s has passed, or the first save is due
     pause: float  # rank 0's: after how many steps or batches to meet again
+    ended: float = 0  # the number of ranks whose evaluation has no batch left
 
     def to_numbers(self) -> list[float]:
         """The wishes as a row of numbers, which the ranks can add up."""
-        return [*self.signals, self.late, self.overdue, self.pause]
+        return [*self.signals, self.late, self.overdue, self.pause, self.ended]
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[float]) -> Wishes:
         """The wishes that to_numbers() has turned into a row of numbers, or a sum of such rows."""
-        *signals, late, overdue, pause = numbers
-        return cls(signals, late, overdue, pause)
+        *signals, late, overdue, pause, ended = numbers
+        return cls(signals, late, overdue, pause, ended)
 
     @property
     def signal_names(self) -> list[str]:
@@ -275,12 +282,14 @@ class Control:
         evaluation is done again after the resume. The job's end alone does not stop a process that has not
         taken a step: what it can gain in its time is the end of this evaluation. It does where the work
         done so far is kept, that is where it `gains`. Before it saves, `can_stop` is asked, on all ranks,
-        whether it may do so here. All ranks call, after the same batches.
+        whether it may do so here. All ranks call, after the same batches. Raises UserError, on all of them,
+        where another rank is in end_evaluation().
         """
         if not self._batches.is_due(batch):
             return
         now = self._clock()
         agreed = self._meet(self._batches, batch, now, self._is_first_save_due(now))
+        self._refuse_unequal(agreed)
         stops = agreed.signal_names or (agreed.late and (self._has_gained or gains))
         if not (stops or agreed.overdue) or not can_stop():
             return
@@ -289,12 +298,28 @@ class Control:
             self.reason = agreed.reason
             raise RunStopped
 
+    def end_evaluation(self, batches: int) -> None:
+        """The evaluation has no batch left on this rank, after so many; all ranks call.
+
+        Only where their number is not known to be the same on all ranks need this be called. Raises
+        UserError, on all ranks, where others have some left: they meet this rank in check_evaluation().
+        """
+        if self.runtime.world_size > 1:
+            now = self._clock()
+            self._refuse_unequal(self._meet(self._batches, batches, now, is_overdue=False, ended=True))
+
+    def _refuse_unequal(self, agreed: Wishes) -> None:
+        """Raises UserError where some ranks have no batch left in an evaluation, and others have."""
+        if 0 < agreed.ended < self.runtime.world_size:
+            raise UserError(OTHER_BATCHES, said_by=0)
+
     # --- for both ---
 
-    def _meet(self, pace: Pace, number: int, now: float, is_overdue: bool) -> Wishes:
+    def _meet(self, pace: Pace, number: int, now: float, is_overdue: bool, ended: bool = False) -> Wishes:
         """The ranks add up what each of them wishes, after step or batch `number`.
 
-        `is_overdue`: whether rank 0 wishes a save.
+        `is_overdue`: whether rank 0 wishes a save. `ended`: whether this rank has no batch left in an
+        evaluation.
         """
         if self._met_at is not None:
             self._longest_s = max(self._longest_s, now - self._met_at)
@@ -304,6 +329,7 @@ class Control:
             late=is_main and self._is_late(now),
             overdue=is_main and is_overdue,
             pause=pace.pause(number, now) if is_main else 0,
+            ended=ended,
         )
         agreed = Wishes.from_numbers(self.runtime.add_up(mine.to_numbers()))
         pace.met(number, now, round(agreed.pause))
