@@ -417,7 +417,7 @@ def test_a_checkpoint_that_is_not_there_leaves_nothing(train_here, tmp_path):
 def test_more_epochs_where_they_decide_the_learning_rates(train_here):
     words = (*SMALL, "model=linear", "scheduler=cosine")
     train_here(*words, "trainer.epochs=2", "run.dir=run")
-    said = "is a checkpoint of another training: trainer.epochs is 2 there, not 4."
+    said = "is a checkpoint of another training: trainer.epochs is 2 there, not 4. The learning rates of"
     with pytest.raises(UserError, match=said):
         train_here(*words, "trainer.epochs=4", "run.dir=other", "resume=run")
 

@@ -334,10 +334,13 @@ def _check_that_it_fits(
     epochs = decisive["trainer.epochs"]
     there = configs.with_new_keys(state["identity"])
     schedule = [value for key, value in decisive.items() if key.startswith("scheduler.")]
+    why = ""
     if "length" not in schedule:  # else the run's length decides every learning rate
         there = {**there, "trainer.epochs": epochs}
+    elif there.get("trainer.epochs") != epochs:
+        why = " The learning rates of this schedule follow from the length of the whole run."
     if differing := configs.differing(there, decisive):
-        raise UserError(f"{path} is a checkpoint of another training: {differing}.")
+        raise UserError(f"{path} is a checkpoint of another training: {differing}.{why}")
     if epochs < state["epoch"]:
         raise UserError(
             f"{path} has {state['epoch']} epochs behind it already: give more than trainer.epochs={epochs}."
