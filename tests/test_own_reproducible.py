@@ -21,7 +21,7 @@ from test_own_variations import CODES
 OF_THE_PAGE = (
     SINE.replace("seed=1, ", "seed=1, virtual_ranks=4, ")
     .partition("    for inputs, targets in run.steps")[0]
-    .replace("epochs(3)", "epochs(2)")
+    .replace("epochs(3)", "epochs(1)")
     + "    "
     + script("reproducible.py").rstrip().replace("\n", "\n    ")
     + "\n    model.eval()"
@@ -327,7 +327,7 @@ OPENED = 'import allranks\nrun = allranks.open("work", device="cpu", report=Fals
     ("arguments", "ranks", "said"),
     [
         ("virtual_ranks=3", 1, "trainer.virtual_ranks=3"),
-        ("virtual_ranks=2", 4, "virtual_ranks=2: start a number of ranks that divides it, not 4."),
+        ("virtual_ranks=1", 2, "virtual_ranks=1: start a number of ranks that divides it, not 2."),
         ("virtual_ranks=4, sharding={'kind': 'fsdp'}", 1, "virtual_ranks=4 does not go with sharding=fsdp"),
     ],
 )
