@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +21,7 @@ from allranks.base.errors import UserError, flush_console
 from allranks.base.signals import FROM_TERMINAL, Signals
 from allranks.base.text import first_line
 from allranks.config import Config
+from allranks.data.nests import is_dataclass, parts_of
 from allranks.own.run import How, Run
 from allranks.runtime.bringup import refuse_together
 from allranks.training import ending
@@ -38,7 +40,7 @@ def open_run(
     *,
     seed: int = 0,
     dir: str | os.PathLike[str] | None = None,
-    config: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | argparse.Namespace | None = None,
     virtual_ranks: int | None = None,
     log_every_steps: int | None = None,
     stop_at_nonfinite: bool = True,
@@ -51,8 +53,8 @@ def open_run(
     name:               the name of the run
     seed:               all random numbers follow from it; torch, NumPy and random are seeded with it
     dir:                the run directory; by default it is runs/NAME
-    config:             values of the program that decide what it computes, such as {"lr": 3e-4}. A run that
-                        goes on must have the same ones
+    config:             values of the program that decide what it computes, such as {"lr": 3e-4}, or what
+                        argparse gives. A run that goes on must have the same ones
     virtual_ranks:      into how many shares each batch is cut, a power of two: on any number of ranks that
                         divides it, the run computes the same bits. A step then goes through run.pieces()
     log_every_steps:    the figures that run.log() gets in every N-th step go to metrics-steps.jsonl, and to
@@ -118,7 +120,7 @@ def open_run(
 def _composed(
     name: str,
     seed: int,
-    config: Mapping[str, Any] | None,
+    config: Mapping[str, Any] | argparse.Namespace | None,
     trainer: Mapping[str, Any],
     settings: Mapping[str, Any],
 ) -> Config:
@@ -133,7 +135,7 @@ def _composed(
     ours = {
         "name": name,
         "seed": seed,
-        "own": dict(config or {}),
+        "own": _own_value("config", config if config is not None else {}),
         "trainer": dict(trainer),
     }
     try:
@@ -144,6 +146,28 @@ def _composed(
             "numbers, texts, lists and dicts."
         ) from error
     return configs.typed(tree)
+
+
+def _own_value(key: str, value: Any) -> Any:
+    """A value of the program's config as files hold it, in which paths are texts; raises UserError."""
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    elif is_dataclass(value):
+        value = parts_of(value)
+    if isinstance(value, Mapping):
+        return {name: _own_value(f"{key}.{name}", each) for name, each in value.items()}
+    if key == "config":
+        raise UserError(f"config={value!r}: give a dict of values by name.")
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+        return [_own_value(f"{key}[{number}]", each) for number, each in enumerate(value)]
+    raise UserError(
+        f"{key} is a {type(value).__name__}, which the run's files cannot hold: give numbers, texts, "
+        "paths, lists and dicts."
+    )
 
 
 # --- the end of the program ----------------------------------------------------------------------------
