@@ -300,3 +300,134 @@ def test_ranks_evaluate_on_the_same_batches_each_of_which_counts_once(tmp_path):
     done = program(tmp_path, code, ranks=2).ok()
     assert done.out.count("in a step 2.0 2.5") == 4
     assert lines_of(tmp_path)[0]["mean"] == 2.5
+
+
+# --- what is given to allranks ---
+
+
+def test_values_of_the_program_may_come_from_argparse_and_hold_paths(tmp_path):
+    opening = 'allranks.open("work", '
+    given = "config=argparse.Namespace(data=Path('/x'), sizes=(1, 2), lr=0.5), "
+    code = "import argparse\nfrom pathlib import Path\n" + HEAD
+    code = code.replace(opening, opening + given)
+    execute_forked(["-c", code + "list(run.steps(data))\nrun.finish()"], 1, tmp_path).ok()
+    [state] = (tmp_path / "runs/work/checkpoints").glob("*/state.json")
+    identity = json.loads(state.read_text())["identity"]
+    own = {key: value for key, value in identity.items() if key.startswith("own.")}
+    assert own == {"own.data": "/x", "own.sizes": [1, 2], "own.lr": 0.5}
+
+    wrong = code.replace("Path('/x')", "b'x'").replace('"work"', '"other"')
+    done = execute_forked(["-c", wrong], 1, tmp_path)
+    assert done.code == 2
+    assert "config.data is a bytes, which the run's files cannot hold: give numbers, texts" in done.err
+
+
+def test_what_run_batches_and_run_share_cannot_use_is_refused(tmp_path):
+    body = """
+for options in ({"batch_size": 0}, {"batch_size": 4.0}, {"batch_size": 4, "workers": -1}):
+    refused(lambda: run.batches(data.dataset, **options))
+refused(lambda: run.share({"a", "b"}, len))
+print(run.share(data.dataset, lambda item: int(item[0]), name="a Dataset"))
+print(run.share((number for number in (3, 4)), lambda number: number * number, name="squares"))
+run.finish()
+"""
+    done = program(tmp_path, body)
+    assert [said.partition(":")[0] for said in said_by(done)] == [
+        "run.batches() got batch_size=0",
+        "run.batches() got batch_size=4.0",
+        "run.batches() got workers=-1",
+        "run.share() got a set for its items",
+    ]
+    assert "[0, 1, 2, 3, 4, 5, 6, 7]" in done.out
+    assert "[9, 16]" in done.out
+
+
+def test_a_load_state_dict_that_asserts_is_told_as_one_that_raises(tmp_path):
+    body = """
+class Table:
+    def state_dict(self): return {"size": 2}
+    def load_state_dict(self, state): assert state["size"] == 3, "another size"
+
+run.keep(table=Table())
+list(run.steps(data))
+raise SystemExit(3)
+"""
+    program(tmp_path, body)
+    done = program(tmp_path, body)
+    assert done.code == 2
+    assert "does not fit this program's table: another size." in done.err
+
+
+# --- batches ---
+
+
+def test_a_batch_sampler_alone_knows_how_many_examples_it_gives(tmp_path):
+    body = """
+half = DataLoader(data.dataset, batch_sampler=[[0, 1], [2, 3]])
+for epoch in run.epochs(2):
+    for (x,) in run.steps(half if epoch else data):
+        pass
+run.finish()
+"""
+    program(tmp_path, body).ok()
+    whole, half = lines_of(tmp_path)
+    assert "throughput/samples_per_s" in whole
+    assert "throughput/samples_per_s" not in half
+
+
+def test_batches_that_are_a_user_dict_stay_one_and_are_told_apart(tmp_path):
+    """As the batches of a tokenizer are."""
+    body = """
+from collections import UserDict
+class Stream:
+    def __iter__(self):
+        return (UserDict(ids=torch.full((3, 1), n + OTHER), one=1) for n in range(2))
+for batch in run.steps(Stream()):
+    print(type(batch).__name__, batch["ids"].shape[0], batch["one"])
+run.finish()
+"""
+    done = program(tmp_path, body.replace("OTHER", "0"), ranks=2).ok()
+    lines = [line for line in done.out.splitlines() if line.startswith("UserDict")]
+    assert sorted(lines) == ["UserDict 1 1", "UserDict 1 1", "UserDict 2 1", "UserDict 2 1"]
+    shutil.rmtree(tmp_path / "runs")
+    done = program(tmp_path, body.replace("OTHER", "run.rank"), ranks=2)
+    assert "run.steps() has got other batches on other ranks" in done.err
+
+
+def test_a_process_that_cannot_send_a_batch_of_a_stream_ends_the_run(tmp_path):
+    """torch alone prints the error on a thread of the process, and waits for the batch for ever."""
+    body = """
+import tempfile
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        tempfile.tempdir = "/nowhere"  # where the socket would be through which batches are sent
+        yield torch.ones(100, 100)
+
+def begin(worker):
+    print("begun", worker, flush=True)
+
+loader = DataLoader(Stream(), 1, num_workers=1, worker_init_fn=begin)
+for x in run.steps(loader):
+    assert loader.worker_init_fn is begin
+run.finish()
+"""
+    done = program(tmp_path, body)
+    assert done.code == 1
+    assert "A process that reads the data has ended (num_workers=1): " in done.err
+    assert "FileNotFoundError: [Errno 2] No such file" in done.err
+    assert "begun 0" in done.out
+
+
+def test_the_loss_and_the_training_loss_of_a_step_are_two_figures(tmp_path):
+    body = """
+for (x,) in run.steps(data):
+    run.log({"loss": 1.0, "train/loss": 2.0, "train/size": 3.0})
+run.finish()
+"""
+    code = HEAD.replace('open("work"', 'open("work", log_every_steps=1')
+    execute_forked(["-c", code + body], 1, tmp_path).ok()
+    lines = (tmp_path / "runs/work/metrics-steps.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"step": step, "epoch": 1, "step/loss": 1.0, "step/train/loss": 2.0, "step/size": 3.0}
+        for step in (1, 2)
+    ]

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from allranks.base.errors import ANYONE, UserError
 from allranks.data.dealing import EpochOrder, share_of
-from allranks.data.nests import described, is_dataclass, leaves, on_device, parts_of
+from allranks.data.nests import described, is_dataclass, leaves, like, on_device, parts_of
 from allranks.data.randomness import mixed, reseed
 from allranks.data.workers import Workers
 from allranks.runtime.runtime import Runtime
@@ -113,6 +113,8 @@ class Batches:
                 "step over all ranks.",
                 said_by=ANYONE,
             )
+        _check_count("batch_size", batch_size, least=1)
+        _check_count("workers", self._given["workers"] or 0, least=0)
         if not len(source):
             raise UserError(
                 f"A {type(source).__name__} without examples cannot be dealt out.", said_by=ANYONE
@@ -173,7 +175,15 @@ class Batches:
 
     @property
     def examples(self) -> int | None:
-        """Examples of an epoch; None where the source does not say it."""
+        """Examples of an epoch; None where the source does not say it.
+
+        A batch_sampler alone knows which examples its batches have, and need not have all of them.
+        """
+        return None if self.batch_size is None else self._examples_to_draw
+
+    @property
+    def _examples_to_draw(self) -> int | None:
+        """How many examples the source's batches are made of; None where it does not say it."""
         if not self._is_indexed:
             return None
         if self.batch_size is not None and getattr(self._loader, "drop_last", False):
@@ -194,7 +204,7 @@ class Batches:
 
     def described(self) -> dict[str, int | None]:
         """What a run that goes on in the middle of an epoch must find again."""
-        return {"batch_size": self.batch_size, "steps": self.count, "examples": self.examples}
+        return {"batch_size": self.batch_size, "steps": self.count, "examples": self._examples_to_draw}
 
     # --- the batches of an epoch -----------------------------------------------------------------------
 
@@ -235,7 +245,7 @@ class Batches:
 
     def _check_seen(self, digest: int, seen: int | None) -> None:
         """Raises UserError on all ranks where the batches that are skipped are not those seen before."""
-        if seen is None:
+        if not seen:  # None, or 0: of batches of which an older version of allranks could read nothing
             return
         with self._runtime.all_or_none():
             if digest != seen and isinstance(getattr(self._loader, "sampler", None), EpochOrder):
@@ -338,6 +348,19 @@ class Batches:
         for batch in self._workers.read(reader):
             yield Dealt(_moved(batch, runtime.device), *known.popleft())
 
+    def _read_stream(self) -> Iterator[Any]:
+        """Begins to read the stream. A DataLoader of an IterableDataset may start its processes now."""
+        loader = self._loader
+        if not isinstance(loader, DataLoader) or not self._workers.count:
+            return self._workers.read(loader)
+        # The DataLoader is the user's: it gets back what it had.
+        theirs = loader.worker_init_fn
+        loader.worker_init_fn = partial(_begin_both, self._workers.begin(), theirs)
+        try:
+            return self._workers.read(loader)
+        finally:
+            loader.worker_init_fn = theirs
+
     def _streamed(
         self, epoch: int, first_step: int, seen: int | None, resumed_at: int | None
     ) -> Iterator[Dealt]:
@@ -347,7 +370,7 @@ class Batches:
         already; None where the batches before that are to be skipped.
         """
         runtime = self._runtime
-        batches = self._workers.read(self._loader)  # a DataLoader of an IterableDataset may start processes
+        batches = self._read_stream()
         is_there = resumed_at is not None
         first = first_step if is_there else 0
         position = resumed_at or 0
@@ -372,6 +395,15 @@ class Batches:
                 yield Dealt(_moved(part, runtime.device), count, total, digest, position, row)
         if not is_there:
             self._check_end(given, first_step, digest, seen)
+
+
+def _check_count(option: str, value: Any, least: int) -> None:
+    """Raises UserError where what was given for the option is no whole number of at least so many."""
+    if not isinstance(value, int | np.integer) or value < least:
+        raise UserError(
+            f"run.batches() got {option}={value!r}: give a whole number of {least} or more.",
+            said_by=ANYONE,
+        )
 
 
 class _Known(NamedTuple):
@@ -491,7 +523,7 @@ def taken(batch: Any, rows: slice, length: int) -> Any:
         return taken(part, rows, length)
 
     if isinstance(batch, Mapping):
-        return {key: from_part(value) for key, value in batch.items()}
+        return like(batch, {key: from_part(value) for key, value in batch.items()})
     if is_dataclass(batch):
         return dataclasses.replace(
             batch, **{name: from_part(part) for name, part in parts_of(batch).items()}

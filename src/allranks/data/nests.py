@@ -6,7 +6,9 @@ whole: it needs a method `to(device)` if it holds tensors.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,8 +20,8 @@ from allranks.base.errors import UserError
 
 def mapped(nest: Any, change: Callable[[Any], Any]) -> Any:
     """The same nest with `change` applied to everything in it that is no dict, list, tuple or dataclass."""
-    if isinstance(nest, dict):
-        return {key: mapped(value, change) for key, value in nest.items()}
+    if isinstance(nest, dict) or (isinstance(nest, UserDict) and not hasattr(nest, "to")):
+        return like(nest, {key: mapped(value, change) for key, value in nest.items()})
     if isinstance(nest, tuple) and hasattr(nest, "_fields"):  # a NamedTuple
         return type(nest)(*(mapped(value, change) for value in nest))
     if isinstance(nest, list | tuple):
@@ -30,9 +32,18 @@ def mapped(nest: Any, change: Callable[[Any], Any]) -> Any:
     return change(nest)
 
 
+def like(nest: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, Any]:
+    """The values as a dict, or as the same kind of UserDict as the nest, such as a tokenizer's batch."""
+    if not isinstance(nest, UserDict):
+        return values
+    made = copy.copy(nest)
+    made.data = values
+    return made
+
+
 def leaves(nest: Any) -> Iterator[Any]:
     """Everything in the nest that is no dict, list, tuple or dataclass, in the order of the nest."""
-    if isinstance(nest, dict):
+    if isinstance(nest, dict | UserDict):
         nest = nest.values()
     elif is_dataclass(nest):
         nest = parts_of(nest).values()

@@ -23,7 +23,7 @@ import signal
 import sys
 import weakref
 import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
@@ -894,7 +894,7 @@ class Run:
             )
         return self._in_hand
 
-    def share(self, items: Sequence[Any], work: Callable[[Any], Any], name: str = "items") -> list[Any]:
+    def share(self, items: Iterable[Any], work: Callable[[Any], Any], name: str = "items") -> list[Any]:
         """work(item) for each item, each on one rank; the results in the order of the items, on all ranks.
 
         Each result is kept in the run directory as soon as it is there: numbers, texts, tensors, arrays, in

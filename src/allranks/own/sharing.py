@@ -17,7 +17,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
 from io import FileIO
 from pathlib import Path
@@ -27,9 +27,9 @@ import numpy as np
 import torch
 
 from allranks.base import files
-from allranks.base.errors import UserError
+from allranks.base.errors import ANYONE, UserError
 from allranks.base.text import some
-from allranks.data.nests import as_tensor, mapped
+from allranks.data.nests import as_tensor, described, mapped
 from allranks.data.randomness import mixed, reseed
 from allranks.job import pulse
 from allranks.runtime.runtime import Runtime
@@ -52,14 +52,15 @@ class Sharing:
         self._directory = directory
         self._limit_s = _ANY_TIME_S if step_s is None else step_s
 
-    def results(self, items: Sequence[Any], work: Callable[[Any], Any], seed: int) -> list[Any]:
-        """work(item) for each item, in the order of the items, on every rank; all ranks call.
+    def results(self, given: Iterable[Any], work: Callable[[Any], Any], seed: int) -> list[Any]:
+        """work(item) for each item given, in their order, on every rank; all ranks call.
 
         Before each item the generators of random numbers are seeded from `seed`, the work's name and the
         item's number, and after the last one from `seed` and the name.
-        Raises UserError for a result that cannot be kept, and RunStopped where the ranks have agreed to
-        stop.
+        Raises UserError for items without an order, for a result that cannot be kept, and RunStopped where
+        the ranks have agreed to stop.
         """
+        items = _in_order(given)
         of_name = zlib.crc32(self._directory.name.encode())
         done = set(self._runtime.meeting.from_rank_0(lambda: self._begin(len(items))))
         left = [number for number in range(len(items)) if number not in done]
@@ -177,6 +178,20 @@ class Sharing:
                 yield
         except OSError as error:
             raise UserError(f"{self._directory} cannot be {done} ({error.strerror}): {remedy}") from error
+
+
+def _in_order(items: Iterable[Any]) -> Sequence[Any]:
+    """The items as a sequence. Raises UserError where the ranks could not number them alike."""
+    has_no_order = isinstance(items, Mapping | Set)
+    if not has_no_order and hasattr(items, "__len__") and hasattr(items, "__getitem__"):
+        return items  # type: ignore[return-value]  # such as a Dataset
+    if has_no_order or not isinstance(items, Iterable):
+        raise UserError(
+            f"run.share() got {described(items)} for its items: give a list, in the same order on all "
+            "ranks, such as sorted(items).",
+            said_by=ANYONE,
+        )
+    return list(items)
 
 
 def _item_of(line: str) -> int | None:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from allranks import config as configs
-from allranks.base.errors import ANYONE, UserError
+from allranks.base.errors import ANYONE, MISFITS, UserError
 from allranks.base.text import one_line, some
 from allranks.run import checkpoint
 from allranks.run.shards import INDEX, MODEL, OPTIMIZER, assembled
@@ -373,10 +373,11 @@ class KeptObjects:
                 states.restore_buffers(kept, saved["buffers"])
             else:
                 kept.load_state_dict(saved["state"])
-        except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
+        except MISFITS as error:
             said = error.args[0] if isinstance(error, KeyError) and error.args else error
+            reason = one_line(said) or type(error).__name__
             raise UserError(
-                f"The {name} in {self._path} does not fit this program's {name}: {one_line(said)}. Take "
+                f"The {name} in {self._path} does not fit this program's {name}: {reason}. Take "
                 "the program that made it, or another name for the run.",
                 said_by=ANYONE,
             ) from error

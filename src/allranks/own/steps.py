@@ -46,7 +46,12 @@ class OwnSteps:
         if not epochs:  # then no other rank has recorded a step either
             return []
         records = {step: {"step": step, "epoch": epoch} for step, epoch in epochs.items()}
-        for key, value in self._means.take().items():
+        figures = self._means.take()
+        for key, value in figures.items():
             step, _, name = key.partition(" ")
-            records[int(step)][f"step/{name.removeprefix('train/')}"] = value  # type: ignore[assignment]
+            short = name.removeprefix("train/")
+            # A step may have both loss and train/loss. Then the second one keeps its whole name.
+            is_taken = short != name and f"{step} {short}" in figures
+            record: dict[str, Any] = records[int(step)]
+            record[f"step/{name if is_taken else short}"] = value
         return list(records.values())
