@@ -175,7 +175,7 @@ def make_job(run):
 def test_ctrl_c_ends_a_command_with_one_line(tmp_path):
     """While it waits for qstat, which here sends the signal itself."""
     make_job(tmp_path / "run")
-    done = typed_with_stubs(tmp_path, ["cancel", "run"], qstat="kill -INT $PPID; exec sleep 60")
+    done = typed_with_stubs(tmp_path, ["cancel", "run"], qstat="kill -INT $PPID; exec sleep 1")
     assert done.err == "allranks: interrupted by Ctrl-C\n"
     assert done.code == -signal.SIGINT
 
