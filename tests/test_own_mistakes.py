@@ -431,3 +431,86 @@ run.finish()
         {"step": step, "epoch": 1, "step/loss": 1.0, "step/train/loss": 2.0, "step/size": 3.0}
         for step in (1, 2)
     ]
+
+
+# --- gradients and what is kept ---
+
+
+@pytest.mark.parametrize("who", ["True", "run.rank == 1"])
+def test_a_backward_of_the_programs_own_is_told_on_several_ranks(who, tmp_path):
+    """The gradients of the ranks' shares would count alike, and their sum would be taken for a mean."""
+    body = f"""
+model = run.wrap(nn.Linear(1, 1))
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+run.keep(model=model, optimizer=optimizer)
+for (x,) in run.steps(data):
+    loss = model(x).square().mean()
+    loss.backward() if {who} else run.backward(loss)
+    optimizer.step()
+"""
+    done = program(tmp_path, body, ranks=2)
+    assert done.code == 2
+    assert "write run.backward(loss) in its place" in done.message
+
+
+def test_a_model_that_a_step_uses_without_training_it_is_none_of_that(tmp_path):
+    """As the generator of a GAN, in the steps of the discriminator alone."""
+    body = """
+one, two = run.wrap(nn.Linear(1, 1)), run.wrap(nn.Linear(1, 1))
+run.keep(one=one, two=two)
+for (x,) in run.steps(data):
+    run.backward(two(one(x).detach()).square().mean())
+run.finish()
+"""
+    program(tmp_path, body, ranks=2).ok()
+
+
+def test_a_backward_of_the_programs_own_is_told_in_a_reproducible_run(tmp_path):
+    body = """
+model = run.wrap(nn.Linear(1, 1))
+run.keep(model=model)
+for batch in run.steps(data):
+    for (x,) in run.pieces(batch):
+        model(x).square().mean().backward()
+"""
+    head = HEAD.replace("report=False", "report=False, virtual_ranks=2")
+    done = execute_forked(["-c", head + body], 1, tmp_path)
+    assert done.code == 2
+    assert "write run.backward(loss) in its place" in done.message
+
+
+FORGETS = """
+model = run.wrap(nn.Linear(1, 1))
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+KEEP
+for epoch in run.epochs(2):
+    for (x,) in run.steps(data):
+        run.backward(model(x).square().mean())
+        optimizer.step()
+    if epoch == 1 and STOPS:
+        raise SystemExit("is stopped")
+run.finish()
+"""
+
+
+@pytest.mark.parametrize(
+    ("keep", "told"),
+    [
+        ("", ["the model Linear", "the optimizer SGD"]),
+        only_long("run.keep(model=model)", ["the optimizer SGD"]),
+        only_long("run.keep(optimizer=optimizer)", ["the model Linear"]),
+        ("run.keep(both=nn.ModuleList([model]), optimizer=optimizer)", []),
+    ],
+)
+def test_what_is_trained_but_not_kept_is_told_once(keep, told, tmp_path):
+    done = program(tmp_path, FORGETS.replace("KEEP", keep).replace("STOPS", "False")).ok()
+    assert [what for what in ("the model Linear", "the optimizer SGD") if what in done.out] == told
+    assert done.out.count("run.keep() did not get") == len(told)
+
+
+def test_a_run_whose_checkpoint_has_no_weights_does_not_go_on(tmp_path):
+    body = FORGETS.replace("KEEP", "")
+    program(tmp_path, body.replace("STOPS", "True"))
+    done = program(tmp_path, body.replace("STOPS", "False"))
+    assert done.code == 2
+    assert "holds no weights, because run.keep() got nothing" in done.message

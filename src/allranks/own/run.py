@@ -46,6 +46,7 @@ from allranks.job.identity import RankIdentity
 from allranks.own.figures import as_number, check_log
 from allranks.own.measuring import ALIKE_S, Measuring
 from allranks.own.metric import Metric
+from allranks.own.missing import check_models, telling_of_optimizers
 from allranks.own.shares import (
     StepShares,
     as_it_came,
@@ -497,6 +498,7 @@ class Run:
                         raise
                     self._is_stepping = False
                     self._check_in_hand(share)
+                    self._gradients.refuse_others()
                     if self._gradients.are_summed and self._gradients.passes == passes:
                         self._runtime.meeting.all_alike(
                             f"no run.backward() in step {self.step + 1}", _SKIPPED_ALIKE, ALIKE_S
@@ -1012,6 +1014,8 @@ class Run:
         runtime = self._runtime
         with runtime.all_or_none():
             self._kept.check_all_kept()
+            check_models(self._gradients.models, self._kept.objects, self._resumed, self.is_main)
+        self._exits.enter_context(telling_of_optimizers(lambda: self._kept.objects, self.is_main))
         # From here on these signals are only counted, and the run saves before it ends.
         self._signals.count(signal.SIGTERM, *FROM_TERMINAL)
         parameters = sum(p.numel() for model in self._gradients.models for p in model.parameters())

@@ -56,7 +56,8 @@ def compare_ranks(runtime: Runtime, model: torch.nn.Module) -> None:
         raise RunError(
             f"After step {progress.step} the ranks' weights differ{who}, though all apply the same "
             "gradients: look for a model or an optimizer that draws or reads something of its own on each "
-            "rank, and if there is none for a faulty device.",
+            "rank, or for a step that some ranks alone have taken, and if there is none for a faulty "
+            "device.",
             said_by=0,
         )
 

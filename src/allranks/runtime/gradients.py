@@ -33,6 +33,13 @@ class BucketSum:
     # Whether the last bucket has come since left_out() was called. DDP hands its buckets to the hook in
     # their order, and each only once all its gradients are there.
     has_last: bool = False
+    sums: int = 0  # how often gradients were added up, by whomever
+    ours: int = 0  # how many of these count_as_ours() has seen
+
+    def note(self, bucket: GradBucket) -> None:
+        """This bucket is added up."""
+        self.has_last = bucket.is_last()
+        self.sums += self.has_last
 
 
 def sum_by_mpi(state: BucketSum, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -40,7 +47,7 @@ def sum_by_mpi(state: BucketSum, bucket: GradBucket) -> torch.futures.Future[tor
     (docs/performance.md)."""
     state.progress.arrive()
     mpi.allreduce(state.comm, bucket.buffer())
-    state.has_last = bucket.is_last()
+    state.note(bucket)
     future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
     future.set_result(bucket.buffer())
     return future
@@ -50,7 +57,7 @@ def sum_by_torch(state: BucketSum, bucket: GradBucket) -> torch.futures.Future[t
     """Sums the bucket through torch's default process group: NCCL, XCCL or gloo."""
     state.progress.arrive()
     future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
-    state.has_last = bucket.is_last()
+    state.note(bucket)
     return future.then(lambda done: done.value()[0])
 
 
@@ -62,6 +69,19 @@ def add_up_over_ranks(wrapped: DistributedDataParallel, progress: Progress, comm
     state = BucketSum(progress, comm)
     wrapped.register_comm_hook(state, sum_by_torch if comm is None else sum_by_mpi)
     setattr(wrapped, _SUM, state)
+
+
+def count_as_ours(model: nn.Module) -> None:
+    """The backward passes of the model up to now were made here, and not by the program itself."""
+    state: BucketSum | None = getattr(model, _SUM, None)
+    if state is not None:
+        state.ours = state.sums
+
+
+def has_others(model: nn.Module) -> bool:
+    """Whether the program itself has made backward passes whose gradients were added up over the ranks."""
+    state: BucketSum | None = getattr(model, _SUM, None)
+    return state is not None and state.sums != state.ours
 
 
 def is_summed(model: nn.Module) -> bool:
@@ -85,6 +105,7 @@ def left_out(model: nn.Module) -> str:
         return ""
     is_summed = state.has_last
     state.has_last = False
+    count_as_ours(model)
     if is_summed:
         return ""
     inner = model.module
@@ -126,6 +147,11 @@ class OrderedSum:
         width = self._elements if gives_zeros else self._elements + len(parameters)
         self.rows = torch.zeros(shares, width, dtype=first.dtype, device=first.device)
         self._used_here = [False] * len(parameters)  # whether any share of this rank has used it
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether any of the parameters has a gradient."""
+        return any(parameter.grad is not None for parameter in self.parameters)
 
     def take(self, row: int) -> None:
         """Moves the gradients of share number `row` out of the parameters; a missing one counts as 0."""

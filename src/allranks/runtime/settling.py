@@ -48,7 +48,8 @@ def _settle(
     gradients = [parameter.grad for parameter in parameters]
     buffers = [buffer.clone() for buffer in wrapped.buffers()]
     syncs = wrapped.require_backward_grad_sync
-    with random_numbers_kept(device):
+    # What is not finite here, such as 0 times infinity, is none of the training's numbers.
+    with random_numbers_kept(device), torch.autograd.set_detect_anomaly(False):
         for parameter in parameters:
             parameter.grad = None
         wrapped.require_backward_grad_sync = True  # also where the first batch comes in several pieces

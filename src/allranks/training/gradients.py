@@ -25,10 +25,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from allranks.base.errors import ANYONE, UserError
 from allranks.config import ShardingConfig
 from allranks.data.randomness import mixed, reseed
-from allranks.runtime.gradients import OrderedSum
+from allranks.runtime.gradients import OrderedSum, count_as_ours, has_others
 from allranks.runtime.runtime import Runtime
+
+_BY_ITSELF = (
+    "The program has called backward() of a loss. Then each rank's share of a batch counts alike, however "
+    "many examples it has, and nobody looks whether the loss is finite: write run.backward(loss) in its "
+    "place."
+)
 
 
 @dataclass
@@ -147,7 +154,10 @@ class Gradients:
         for row, share in enumerate(runtime.shares):
             place = (seed, step, share, again) if again else (seed, step, share)
             reseed(mixed(*place), runtime.device)
+            passes = self.passes
             yield row
+            if self.passes == passes and any(each.has_gradients for each in sums):
+                raise UserError(_BY_ITSELF, said_by=ANYONE)
             for each in sums:
                 each.take(row)
         if sums:
@@ -190,7 +200,17 @@ class Gradients:
                 if each.differs_from(known):
                     each.is_summed |= self._runtime.check_summed(each.model, self._remedy)
             self.are_summed = True
+        for each in self._in_ddp:
+            count_as_ours(each.model)
         _add_back(aside)
+
+    def refuse_others(self) -> None:
+        """Raises UserError where the program has called loss.backward() by itself, on several ranks.
+
+        DDP has added up gradients then that are not weighted by the examples of each rank's share.
+        """
+        if any(has_others(each.model) for each in self._in_ddp):
+            raise UserError(_BY_ITSELF, said_by=ANYONE)
 
     @contextmanager
     def in_pieces(self) -> Iterator[None]:

@@ -1,0 +1,63 @@
+"""What a program trains, but has not given to run.keep(): a run that goes on would begin anew with it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from allranks.base.errors import ANYONE, UserError
+from allranks.base.text import some
+
+log = logging.getLogger(__name__)
+
+_UNLESS = "A run that goes on begins anew with it, unless another object that is kept holds its state."
+
+
+def check_models(
+    models: Sequence[nn.Module], kept: Mapping[str, Any], resumed: str | None, is_main: bool
+) -> None:
+    """Warns, on rank 0, of models with weights that are trained, but not kept.
+
+    models: those of run.wrap(); kept: what run.keep() got. Raises UserError where nothing is kept and the
+    run goes on from the checkpoint `resumed`: it has no weights.
+    """
+    known = {id(p) for each in kept.values() if isinstance(each, nn.Module) for p in each.parameters()}
+    missing = [
+        type(model).__name__
+        for model in models
+        if any(p.requires_grad and id(p) not in known for p in model.parameters())
+    ]
+    if not missing:
+        return
+    if not kept and resumed is not None:
+        raise UserError(
+            f"{resumed} holds no weights, because run.keep() got nothing: the run would go on with new "
+            "ones. Give run.keep(model=model, optimizer=optimizer), and another name for the run.",
+            said_by=ANYONE,
+        )
+    if is_main:
+        log.warning("run.keep() did not get the model %s of run.wrap(). %s", some(missing), _UNLESS)
+
+
+@contextmanager
+def telling_of_optimizers(kept: Callable[[], Mapping[str, Any]], is_main: bool) -> Iterator[None]:
+    """In the block rank 0 warns of each optimizer that takes a step, and is not among what is kept."""
+    told: list[torch.optim.Optimizer] = []
+
+    def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if not is_main or any(optimizer is each for each in (*kept().values(), *told)):
+            return
+        told.append(optimizer)
+        log.warning("run.keep() did not get the optimizer %s. %s", type(optimizer).__name__, _UNLESS)
+
+    handle = register_optimizer_step_pre_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
