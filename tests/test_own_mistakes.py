@@ -514,3 +514,23 @@ def test_a_run_whose_checkpoint_has_no_weights_does_not_go_on(tmp_path):
     done = program(tmp_path, body.replace("STOPS", "False"))
     assert done.code == 2
     assert "holds no weights, because run.keep() got nothing" in done.message
+
+
+def test_a_figure_that_differs_between_the_ranks_is_told_once(tmp_path):
+    """As a sum over the batches of each rank: it would be another number on another number of ranks."""
+    body = """
+run.keep(model=run.wrap(nn.Linear(1, 1)))
+for epoch in run.epochs(2):
+    for (x,) in run.steps(data):
+        run.log({"train/x": x.mean()})
+    of_all = run.mean(x.mean() for (x,) in run.batches(data))
+    run.log({"mine": float(run.rank), "same": float("nan"), "val/x": of_all})
+run.log({"at the end": run.rank + 1})
+run.finish()
+"""
+    done = program(tmp_path, body, ranks=2).ok()
+    told = [line for line in done.out.splitlines() if "got other values" in line]
+    assert len(told) == 2, done.out
+    assert "run.log() got other values of mine on other ranks" in told[0]
+    assert "run.log() got other values of at the end on other ranks" in told[1]
+    assert [line["mine"] for line in lines_of(tmp_path)] == [0, 0]

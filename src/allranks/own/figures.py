@@ -15,6 +15,8 @@ import torch
 
 from allranks.base.errors import ANYONE, UserError
 from allranks.data.nests import described
+from allranks.own.state import digest_of
+from allranks.runtime.runtime import Runtime
 from allranks.training.records import OF_THE_RUN
 
 _OF_EACH_RECORD = {"epoch", "step"}
@@ -83,3 +85,21 @@ def as_number(value: Any) -> float:
     if isinstance(value, torch.Tensor):
         value = value.detach()
     return float(value.item() if isinstance(value, np.ndarray) else value)
+
+
+def names_that_differ(figures: Mapping[str, float], runtime: Runtime) -> list[str]:
+    """The figures that have other values on other ranks, or are not there; all ranks call.
+
+    All ranks get the same list.
+    """
+    mine = {name: repr(value) for name, value in figures.items()}  # NaN is not equal to itself
+    digest = int(digest_of([f"{name} {value}" for name, value in sorted(mine.items())]))
+    digests = runtime.gather(torch.tensor([[digest]], dtype=torch.int64, device=runtime.device))
+    if len(set(digests.flatten().tolist())) == 1:
+        return []
+
+    def decide(said: list[dict[str, str]]) -> list[list[str]]:
+        names = sorted({name for figures in said for name in figures})
+        return [[name for name in names if len({each.get(name) for each in said}) > 1]] * len(said)
+
+    return runtime.meeting.settle(mine, decide)

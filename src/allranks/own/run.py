@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import signal
 import sys
 import weakref
@@ -36,6 +37,7 @@ from allranks import config as configs
 from allranks.base.errors import ANYONE, EXIT_REQUEUE, UserError
 from allranks.base.processes import process_age_s
 from allranks.base.signals import FROM_TERMINAL, Signals
+from allranks.base.text import some
 from allranks.config import Config
 from allranks.data.batches import Batches, Dealt, pieces_of
 from allranks.data.dealing import most_pieces
@@ -43,7 +45,7 @@ from allranks.data.nests import described
 from allranks.data.randomness import mixed, reseed
 from allranks.job import pulse
 from allranks.job.identity import RankIdentity
-from allranks.own.figures import as_number, check_log
+from allranks.own.figures import as_number, check_log, names_that_differ
 from allranks.own.measuring import ALIKE_S, Measuring
 from allranks.own.metric import Metric
 from allranks.own.missing import check_models, telling_of_optimizers
@@ -80,6 +82,8 @@ from allranks.training.saver import Saver
 from allranks.training.state import weights_sha256
 from allranks.training.update import named, take_step, tell_not_finite
 from allranks.training.weight import share_weight
+
+log = logging.getLogger(__name__)
 
 _AFTER_STEPS = -1  # in place of a rank, for the random numbers between the steps and the epoch's end
 # In place of a share, for the random numbers of a reproducible run: in a step, but outside of run.pieces(),
@@ -136,6 +140,7 @@ class Run:
         # The losses of this rank whose gradients no run.take_step() has taken, for its messages.
         self._losses: list[torch.Tensor] = []
         self._figures: dict[str, float] = {}  # logged after the last epoch
+        self._told_to_differ: set[str] = set()  # figures of which rank 0 has said so
         # A first run's time includes the import of torch.
         self._began_s = process_age_s() if how.number else 0.0
 
@@ -402,6 +407,7 @@ class Run:
                     self._end_held_steps()
                     self._leave_alike()
                     self._in_hand = None
+                    self._compare_figures(loop.figures)
                     loop.log(self._kept.means.take())
                     self._kept.source = None
             self._stops.settle()
@@ -424,6 +430,7 @@ class Run:
             return
         self._has_open_epoch = False
         with self._stopping():
+            self._compare_figures(loop.figures)
             loop.log(self._kept.means.take())
             loop.close_epoch()
         self._kept.source = None
@@ -826,6 +833,18 @@ class Run:
             else:
                 self._figures[name] = as_number(value)
 
+    def _compare_figures(self, figures: Mapping[str, float]) -> None:
+        """Warns, on rank 0, of figures that differ between the ranks: those of rank 0 are recorded."""
+        differing = names_that_differ(figures, self._runtime)
+        new = [name for name in differing if name not in self._told_to_differ]
+        self._told_to_differ.update(new)
+        if new and self.is_main:
+            log.warning(
+                "run.log() got other values of %s on other ranks; those of rank 0 are recorded. What "
+                "run.mean(), run.means() and run.metric() give is the same on all ranks.",
+                some(new),
+            )
+
     def mean(self, values: Iterable[Any]) -> float:
         """The mean over all examples of all ranks, equal on any number of ranks but for rounding.
 
@@ -997,6 +1016,7 @@ class Run:
             summary["model/sha256"] = weights_sha256(
                 nn.ModuleList(models) if len(models) > 1 else models[0]
             )
+        self._compare_figures(self._figures)
         summary |= self._figures
         summary["time/total_s"] = process_age_s() - self._began_s
         summary["time/startup_s"] = self._startup_s

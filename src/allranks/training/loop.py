@@ -40,7 +40,7 @@ class Loop:
     records: Records  # keeps the figures of single steps, and hands figures to the trackers
     models: Sequence[nn.Module] = ()  # their weights are the same on all ranks, which is looked at
     averages: Sequence[nn.Module] = ()  # models besides, whose weights are not looked at
-    _figures: dict[str, float | int] = field(default_factory=dict)  # of the epoch that is under way
+    figures: dict[str, float | int] = field(default_factory=dict)  # of the epoch that is under way
     _started: float = 0.0  # when its steps began, as if nothing had interrupted them
     _trained: float = 0.0  # when its last step was done; both by time.perf_counter()
     _examples: int | None = None  # that its steps take, over all ranks
@@ -53,7 +53,7 @@ class Loop:
         while self.position.epoch < count:
             self._started = time.perf_counter() - self.position.epoch_s
             self._trained = self._started
-            self._figures = {}
+            self.figures = {}
             yield self.position.epoch
             self.close_epoch()
 
@@ -115,7 +115,7 @@ class Loop:
 
     def log(self, figures: Mapping[str, float | int]) -> None:
         """Adds figures to the epoch that is under way; they are the same on all ranks."""
-        self._figures.update(figures)
+        self.figures.update(figures)
 
     def close_epoch(self) -> None:
         """Keeps the figures of the epoch, and begins the counts of the next one."""
@@ -128,7 +128,7 @@ class Loop:
         metrics: dict[str, float | int] = {
             "epoch": position.epoch,
             "step": position.step,
-            **self._figures,
+            **self.figures,
             "time/train_s": train_s,
             "time/eval_s": time.perf_counter() - self._trained,
         }
