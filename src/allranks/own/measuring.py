@@ -65,11 +65,12 @@ class Measuring:
             said_by=ANYONE,
         )
 
-    def means(self, passed: int) -> dict[str, float]:
+    def means(self, passed: int | None) -> dict[str, float]:
         """The mean of each figure over all examples of all ranks; all ranks call.
 
-        `passed` is a digest of the batches that this rank has gone through, 32 bits. Raises UserError where
-        there are no examples, and where the ranks have different names or digests.
+        `passed` is a digest of the batches that this rank has gone through, 32 bits; None where the values
+        are of the batch in hand. Raises UserError where there are no examples, and where the ranks have
+        different names or digests.
         """
         names = sorted(self._sums)
         if not self._are_names_known:
@@ -84,13 +85,13 @@ class Measuring:
             raise UserError(f"{self.what} got no values: there is no mean of nothing.", said_by=0)
         return {name: float(total / count) for name, (total, count) in zip(names, totals, strict=True)}
 
-    def _added_up(self, mine: torch.Tensor, passed: int) -> list[list[float]]:
+    def _added_up(self, mine: torch.Tensor, passed: int | None) -> list[list[float]]:
         """For each name the two numbers of mine [shares of this rank, 2 * names], added over all ranks.
 
         Raises UserError, on all ranks, where they have different digests of what they have gone through.
         """
-        if self._runtime.world_size == 1:
-            return mine.sum(dim=0).view(-1, 2).tolist()
+        if self._runtime.world_size == 1 or passed is None:
+            return self._runtime.gather(mine).sum(dim=0).view(-1, 2).tolist()
         rows = self._runtime.gather(nn.functional.pad(mine, (0, 1), value=passed))
         totals = rows[:, :-1].contiguous().sum(dim=0)
         digests = torch.stack(rows[:, -1].aminmax())
