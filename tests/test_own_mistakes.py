@@ -534,3 +534,37 @@ run.finish()
     assert "run.log() got other values of mine on other ranks" in told[0]
     assert "run.log() got other values of at the end on other ranks" in told[1]
     assert [line["mine"] for line in lines_of(tmp_path)] == [0, 0]
+
+
+def test_what_cannot_be_kept_is_said_at_once(tmp_path):
+    """And not after the first epoch, when it is saved."""
+    body = """
+refused(lambda: run.keep(**{"../../evil": nn.Linear(1, 1)}))
+refused(lambda: run.keep(model=nn.Linear))
+refused(lambda: run.keep(number=3))
+"""
+    done = program(tmp_path, body)
+    told = [line.removeprefix("said: ") for line in done.out.splitlines() if line.startswith("said: ")]
+    assert told[0].startswith(
+        "run.keep() got the name '../../evil', which is to be a part of a file's name"
+    )
+    assert told[1] == "run.keep(model=...) got the class Linear: give an object of it."
+    assert told[2].startswith("run.keep(number=...) got an int, which has no state_dict()")
+
+
+def test_a_second_loop_over_epochs_goes_on_from_the_first(tmp_path):
+    """As for fine-tuning: run.epochs(2) after run.epochs(2) would have none."""
+    body = """
+for count in (1, 2):
+    for epoch in run.epochs(count):
+        for (x,) in run.steps(data):
+            pass
+        run.log({"count": count})
+refused(lambda: next(run.epochs(2)))
+run.finish()
+"""
+    assert (
+        "run.epochs(2) comes after run.epochs(2), and would have no epoch left"
+        in said_by(program(tmp_path, body))[0]
+    )
+    assert [line["count"] for line in lines_of(tmp_path)] == [1, 2]

@@ -46,9 +46,9 @@ from allranks.data.randomness import mixed, reseed
 from allranks.job import pulse
 from allranks.job.identity import RankIdentity
 from allranks.own.figures import as_number, check_log, names_that_differ
+from allranks.own.keeping import check_kept, check_models, telling_of_optimizers
 from allranks.own.measuring import ALIKE_S, Measuring
 from allranks.own.metric import Metric
-from allranks.own.missing import check_models, telling_of_optimizers
 from allranks.own.shares import (
     StepShares,
     as_it_came,
@@ -120,6 +120,7 @@ class Run:
         self._summary: Mapping[str, Any] | None = None  # of a run that has finished
         self._epoch_of_steps: int | None = None  # the epoch in which steps() was called last
         self._in_epochs = False
+        self._epochs_before: int | None = None  # what run.epochs() was given last
         self._has_had_epochs = False  # whether the program has begun a loop over epochs, or over all steps
         # What run.steps() has returned last. Only the program keeps it alive: a loop over it that is left
         # by `break` drops it, which ends it. A program that calls next() on it may hold it for longer.
@@ -313,13 +314,7 @@ class Run:
         if self._loop is not None:
             raise UserError("run.keep() comes before run.epochs() and run.steps().", said_by=ANYONE)
         for name, given in objects.items():
-            for method in ("state_dict", "load_state_dict"):
-                if not callable(getattr(given, method, None)):
-                    raise UserError(
-                        f"run.keep({name}=...) got {described(given)}, which has no {method}(): give a "
-                        "model, an optimizer, or an object with state_dict() and load_state_dict().",
-                        said_by=ANYONE,
-                    )
+            check_kept(name, given)
             with self._runtime.all_or_none():
                 self._kept.keep(name, inner(given) if isinstance(given, nn.Module) else given)
             if self._is_reproducible and isinstance(given, torch.optim.Optimizer):
@@ -387,6 +382,13 @@ class Run:
         """
         if self._in_epochs:
             raise UserError("run.epochs() is called within run.epochs(): a run has one.", said_by=ANYONE)
+        if self._epochs_before is not None and count <= self._epochs_before:
+            raise UserError(
+                f"run.epochs({count}) comes after run.epochs({self._epochs_before}), and would have no "
+                "epoch left: give the number of epochs of the whole run, those of earlier loops included.",
+                said_by=ANYONE,
+            )
+        self._epochs_before = count
         self._has_had_epochs = True
         loop = self._begin(count)
         self._close_left_epoch(loop)

@@ -1,8 +1,12 @@
-"""What a program trains, but has not given to run.keep(): a run that goes on would begin anew with it."""
+"""What is given to run.keep(), and what a program trains without giving it.
+
+A run that goes on begins anew with what is not kept.
+"""
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,10 +17,32 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from allranks.base.errors import ANYONE, UserError
 from allranks.base.text import some
+from allranks.data.nests import described
 
 log = logging.getLogger(__name__)
 
 _UNLESS = "A run that goes on begins anew with it, unless another object that is kept holds its state."
+
+
+def check_kept(name: str, given: Any) -> None:
+    """Raises UserError for what run.keep() cannot keep under this name."""
+    if not re.fullmatch("[A-Za-z0-9_.-]{1,80}", name):
+        raise UserError(
+            f"run.keep() got the name {name!r}, which is to be a part of a file's name: give letters, "
+            "digits, _, . and - only.",
+            said_by=ANYONE,
+        )
+    if isinstance(given, type):
+        raise UserError(
+            f"run.keep({name}=...) got the class {given.__name__}: give an object of it.", said_by=ANYONE
+        )
+    for method in ("state_dict", "load_state_dict"):
+        if not callable(getattr(given, method, None)):
+            raise UserError(
+                f"run.keep({name}=...) got {described(given)}, which has no {method}(): give a model, an "
+                "optimizer, or an object with state_dict() and load_state_dict().",
+                said_by=ANYONE,
+            )
 
 
 def check_models(
