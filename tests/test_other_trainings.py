@@ -261,7 +261,7 @@ def test_what_a_program_has_found_of_its_whole_run_is_shown_everywhere(tmp_path)
     assert "<dt>pi</dt><dd>3.1416</dd>" in report(runs[0], runs[0]).read_text()
     assert "3.1416 ± 0.0000" in compare_tables.text(compare(gathered(*runs)), 120)
     [view] = Following([str(runs[0])], print).views()
-    assert "  result        pi 3.1416" in picture([view], Look(80))
+    assert "  result         pi 3.1416" in picture([view], Look(80))
     assert story.results(facts.summary) == "pi 3.1416"
 
 

@@ -76,9 +76,8 @@ def _detail(view: View, look: Look) -> list[str]:
 
     def add(label: str, value: str | None) -> None:
         if value:
-            head = (
-                f"  {label:{LABEL_COLUMNS - 1}} "  # a longer label, such as a metric's, has its blank too
-            )
+            # A longer label, such as a metric's, has its blank, too.
+            head = f"  {label:{LABEL_COLUMNS - 1}} "
             lines.append(look.paint(head, DIM) + _fitting(value, look, len(head)))
 
     if view.epochs and view.counts == "epoch":
