@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -15,7 +18,7 @@ import pytest
 
 from allranks.base import files, processes
 from allranks.base.agreement import majority
-from allranks.base.errors import UserError
+from allranks.base.errors import UserError, flush_console
 from allranks.base.processes import (
     ProcessIdentity,
     cpu_affinity,
@@ -267,3 +270,18 @@ def test_a_jobs_port_is_the_same_on_every_rank_and_seldom_another_jobs():
     assert set(ports) <= set(PORTS)
     assert len(set(ports)) >= 95
     assert port_for("123.4") == 22641  # Python's own hash() would give each process another one
+
+
+def test_a_stream_of_the_programs_own_keeps_no_process_from_its_end(monkeypatch):
+    """A tee has often no more than write() and flush(), and another no flush() either."""
+
+    class Tee:
+        def write(self, text: str) -> None: ...
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    closed = io.StringIO()
+    closed.close()
+    for stream in (Tee(), object(), closed, None):
+        monkeypatch.setattr(sys, "stdout", stream)
+        flush_console()

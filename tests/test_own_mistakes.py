@@ -285,7 +285,7 @@ def test_ranks_that_evaluate_on_different_batches_are_told(count, pause, first, 
     code = STREAM.format(count=count, pause=pause, first=first, mean=mean)
     done = program(tmp_path, code, ranks=2)
     assert done.code == 2
-    assert done.err.count("run.mean() has gone through other batches of run.batches() on other ranks") == 1
+    assert done.err.count("has gone through other batches of run.batches() on other ranks") == 1
     assert "Traceback" not in done.err
 
 
@@ -436,8 +436,15 @@ run.finish()
 # --- gradients and what is kept ---
 
 
-@pytest.mark.parametrize("who", ["True", "run.rank == 1"])
-def test_a_backward_of_the_programs_own_is_told_on_several_ranks(who, tmp_path):
+@pytest.mark.parametrize(
+    "passes",
+    [
+        "loss.backward()",
+        only_long("loss.backward() if run.rank == 1 else run.backward(loss)"),
+        "model(x).sum().backward(); run.backward(loss)",
+    ],
+)
+def test_a_backward_of_the_programs_own_is_told_on_several_ranks(passes, tmp_path):
     """The gradients of the ranks' shares would count alike, and their sum would be taken for a mean."""
     body = f"""
 model = run.wrap(nn.Linear(1, 1))
@@ -445,7 +452,7 @@ optimizer = torch.optim.SGD(model.parameters(), 0.1)
 run.keep(model=model, optimizer=optimizer)
 for (x,) in run.steps(data):
     loss = model(x).square().mean()
-    loss.backward() if {who} else run.backward(loss)
+    {passes}
     optimizer.step()
 """
     done = program(tmp_path, body, ranks=2)
@@ -508,12 +515,26 @@ def test_what_is_trained_but_not_kept_is_told_once(keep, told, tmp_path):
     assert done.out.count("run.keep() did not get") == len(told)
 
 
-def test_a_run_whose_checkpoint_has_no_weights_does_not_go_on(tmp_path):
-    body = FORGETS.replace("KEEP", "")
-    program(tmp_path, body.replace("STOPS", "True"))
-    done = program(tmp_path, body.replace("STOPS", "False"))
-    assert done.code == 2
-    assert "holds no weights, because run.keep() got nothing" in done.message
+def test_optimizers_that_are_made_for_a_moment_are_told_once_and_let_go(tmp_path):
+    """As where each step searches for an input by an optimizer of its own."""
+    body = """
+import gc, weakref
+made = weakref.WeakSet()
+for (x,) in run.steps(data):
+    for _ in range(3):
+        z = torch.zeros(1, requires_grad=True)
+        inner = torch.optim.Adam([z])
+        made.add(inner)
+        z.grad = torch.ones(1)
+        inner.step()
+del inner
+gc.collect()
+print("left", len(made))
+run.finish()
+"""
+    done = program(tmp_path, body).ok()
+    assert done.out.count("run.keep() did not get the optimizer Adam") == 1
+    assert "left 0" in done.out.splitlines()
 
 
 def test_a_figure_that_differs_between_the_ranks_is_told_once(tmp_path):
@@ -563,8 +584,27 @@ for count in (1, 2):
 refused(lambda: next(run.epochs(2)))
 run.finish()
 """
-    assert (
-        "run.epochs(2) comes after run.epochs(2), and would have no epoch left"
-        in said_by(program(tmp_path, body))[0]
-    )
+    told = said_by(program(tmp_path, body))[0]
+    assert told.startswith("run.epochs(2) comes after run.epochs(2), and has no epoch left")
     assert [line["count"] for line in lines_of(tmp_path)] == [1, 2]
+
+
+def test_a_loop_over_epochs_may_be_left_and_begun_again(tmp_path):
+    """As where the learning rate is lowered once the loss no longer falls; an iterator may be held, too."""
+    body = """
+for turn in range(2):
+    for epoch in run.epochs(4):
+        steps = run.steps(data)
+        for (x,) in steps:
+            run.log({"turn": turn})
+        if turn == 0 and epoch == 1:
+            break
+run.finish()
+"""
+    program(tmp_path, body).ok()
+    assert [(line["epoch"], line["turn"]) for line in lines_of(tmp_path)] == [
+        (1, 0),
+        (2, 0),
+        (3, 1),
+        (4, 1),
+    ]

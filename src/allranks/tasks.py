@@ -21,6 +21,7 @@ A user's own task needs no base class. docs/own-components.md has an example.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -31,6 +32,8 @@ from torch.nn.functional import cross_entropy
 from allranks.base.errors import UserError
 
 IGNORED = -100  # a target that is none, as torch's losses have it by default
+
+log = logging.getLogger(__name__)
 
 
 class Task(Protocol):
@@ -305,16 +308,14 @@ def at_least_fp32(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _per_example(loss: Any) -> Any:
-    """The loss; one of torch.nn is told to give its numbers one by one, and not their mean.
-
-    Raises UserError where it is to put them together in another way than by the mean.
-    """
+    """The loss; one of torch.nn is told to give its numbers one by one, and not their mean."""
     if _gives_numbers_one_by_one(loss):
         if loss.reduction not in ("mean", "none"):
-            raise UserError(
-                f"task.loss.reduction={loss.reduction}: the loss of a batch is the mean over its examples, "
-                "which is taken here. Leave reduction out, or give a loss of your own."
-            )
+            log.warning(
+                "task.loss.reduction=%s has no effect: the loss of a batch is always the mean over its "
+                "examples, and that of an example the mean over its numbers. Leave it out, or give a loss "
+                "of your own.", loss.reduction,
+            )  # fmt: skip
         loss.reduction = "none"
     return loss
 

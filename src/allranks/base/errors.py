@@ -73,15 +73,19 @@ def flush_console() -> None:
     """Hands on what stdout and stderr hold. What a closed console or a full disk does not take is lost.
 
     Python tries it once more at its end, and would say so and change the exit code to 120: so such a stream
-    leads nowhere from now on.
+    leads nowhere from now on. A program may have put an object of its own in the place of a stream, which
+    has little more than write(): nothing of it keeps a process from its end.
     """
     for stream in (sys.stdout, sys.stderr):
-        if stream is None or stream.closed:
-            continue
         try:
             stream.flush()
+        except BlockingIOError:  # it takes more later
+            continue
         except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            with suppress(OSError, ValueError, AttributeError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except (ValueError, AttributeError):  # it is closed, there is none, or it has no flush()
+            continue
 
 
 def is_unread() -> bool:

@@ -39,10 +39,10 @@ def in_thread(work: Callable[[], Result], name: str) -> Future[Result]:
             future.set_exception(error)
         else:
             future.set_result(result)
+        # A run begins a thread for each of its saves: one that has ended need not be waited for any more.
+        _threads.remove(thread)
 
     thread = threading.Thread(target=run, name=name, daemon=True)
-    # A run begins a thread for each of its saves: those that have ended need not be waited for any more.
-    _threads[:] = [each for each in _threads if each.is_alive()]
     _threads.append(thread)
     thread.start()
     return future
@@ -62,5 +62,5 @@ def _leave_in_order() -> None:
 def _end_threads() -> None:
     _process_ends.set()
     give_up_at = time.monotonic() + END_S
-    for thread in _threads:
+    for thread in list(_threads):  # they leave the list as they end
         thread.join(max(0.0, give_up_at - time.monotonic()))

@@ -37,7 +37,7 @@ def check_log(figures: Any, is_of_epoch: bool) -> None:
         )
     for name, value in figures.items():
         check_figure("run.log()", name, value, "give a number or a scalar tensor.")
-        if name in _OF_EACH_RECORD:
+        if is_of_epoch and name in _OF_EACH_RECORD:
             raise UserError(
                 f"run.log() got a figure with the name {name}, which allranks writes to each record by "
                 "itself: leave it out.",

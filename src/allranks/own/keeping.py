@@ -26,10 +26,10 @@ _UNLESS = "A run that goes on begins anew with it, unless another object that is
 
 def check_kept(name: str, given: Any) -> None:
     """Raises UserError for what run.keep() cannot keep under this name."""
-    if not re.fullmatch("[A-Za-z0-9_.-]{1,80}", name):
+    if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_.-]{0,79}", name):
         raise UserError(
-            f"run.keep() got the name {name!r}, which is to be a part of a file's name: give letters, "
-            "digits, _, . and - only.",
+            f"run.keep() got the name {name!r}, which is to be a part of a file's name: give a letter or a "
+            "digit, and after it letters from A to Z, digits, _, . and - only.",
             said_by=ANYONE,
         )
     if isinstance(given, type):
@@ -45,13 +45,10 @@ def check_kept(name: str, given: Any) -> None:
             )
 
 
-def check_models(
-    models: Sequence[nn.Module], kept: Mapping[str, Any], resumed: str | None, is_main: bool
-) -> None:
-    """Warns, on rank 0, of models with weights that are trained, but not kept.
+def tell_of_models(models: Sequence[nn.Module], kept: Mapping[str, Any]) -> None:
+    """Warns of models with weights that are trained, but not kept; rank 0 alone calls.
 
-    models: those of run.wrap(); kept: what run.keep() got. Raises UserError where nothing is kept and the
-    run goes on from the checkpoint `resumed`: it has no weights.
+    models: those of run.wrap(); kept: what run.keep() got.
     """
     known = {id(p) for each in kept.values() if isinstance(each, nn.Module) for p in each.parameters()}
     missing = [
@@ -59,29 +56,28 @@ def check_models(
         for model in models
         if any(p.requires_grad and id(p) not in known for p in model.parameters())
     ]
-    if not missing:
-        return
-    if not kept and resumed is not None:
-        raise UserError(
-            f"{resumed} holds no weights, because run.keep() got nothing: the run would go on with new "
-            "ones. Give run.keep(model=model, optimizer=optimizer), and another name for the run.",
-            said_by=ANYONE,
-        )
-    if is_main:
+    if missing:
         log.warning("run.keep() did not get the model %s of run.wrap(). %s", some(missing), _UNLESS)
 
 
 @contextmanager
 def telling_of_optimizers(kept: Callable[[], Mapping[str, Any]], is_main: bool) -> Iterator[None]:
-    """In the block rank 0 warns of each optimizer that takes a step, and is not among what is kept."""
-    told: list[torch.optim.Optimizer] = []
+    """In the block rank 0 warns of an optimizer that takes a step, and is not among what is kept.
+
+    It does so once for each class: a program may make optimizers for a moment only.
+    """
+    told: set[str] = set()
 
     def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if not is_main or any(optimizer is each for each in (*kept().values(), *told)):
+        kind = type(optimizer).__name__
+        if kind in told or any(optimizer is each for each in kept().values()):
             return
-        told.append(optimizer)
-        log.warning("run.keep() did not get the optimizer %s. %s", type(optimizer).__name__, _UNLESS)
+        told.add(kind)
+        log.warning("run.keep() did not get the optimizer %s. %s", kind, _UNLESS)
 
+    if not is_main:
+        yield
+        return
     handle = register_optimizer_step_pre_hook(look)
     try:
         yield

@@ -46,7 +46,7 @@ from allranks.data.randomness import mixed, reseed
 from allranks.job import pulse
 from allranks.job.identity import RankIdentity
 from allranks.own.figures import as_number, check_log, names_that_differ
-from allranks.own.keeping import check_kept, check_models, telling_of_optimizers
+from allranks.own.keeping import check_kept, tell_of_models, telling_of_optimizers
 from allranks.own.measuring import ALIKE_S, Measuring
 from allranks.own.metric import Metric
 from allranks.own.shares import (
@@ -120,7 +120,7 @@ class Run:
         self._summary: Mapping[str, Any] | None = None  # of a run that has finished
         self._epoch_of_steps: int | None = None  # the epoch in which steps() was called last
         self._in_epochs = False
-        self._epochs_before: int | None = None  # what run.epochs() was given last
+        self._epochs_before = -1  # what run.epochs() was given last
         self._has_had_epochs = False  # whether the program has begun a loop over epochs, or over all steps
         # What run.steps() has returned last. Only the program keeps it alive: a loop over it that is left
         # by `break` drops it, which ends it. A program that calls next() on it may hold it for longer.
@@ -318,7 +318,8 @@ class Run:
             with self._runtime.all_or_none():
                 self._kept.keep(name, inner(given) if isinstance(given, nn.Module) else given)
             if self._is_reproducible and isinstance(given, torch.optim.Optimizer):
-                given.register_step_pre_hook(self._before_optimizer)
+                hook = given.register_step_pre_hook(self._before_optimizer)
+                self._exits.callback(hook.remove)
 
     def batches(
         self,
@@ -382,16 +383,18 @@ class Run:
         """
         if self._in_epochs:
             raise UserError("run.epochs() is called within run.epochs(): a run has one.", said_by=ANYONE)
-        if self._epochs_before is not None and count <= self._epochs_before:
+        loop = self._begin(count)
+        self._end_held_steps()
+        self._close_left_epoch(loop)
+        # A run that goes on may come to a loop whose epochs are all completed; not so a second loop.
+        if count <= min(self._epochs_before, self.epoch):
             raise UserError(
-                f"run.epochs({count}) comes after run.epochs({self._epochs_before}), and would have no "
-                "epoch left: give the number of epochs of the whole run, those of earlier loops included.",
+                f"run.epochs({count}) comes after run.epochs({self._epochs_before}), and has no epoch "
+                "left: give the number of epochs of the whole run, those of earlier loops included.",
                 said_by=ANYONE,
             )
         self._epochs_before = count
         self._has_had_epochs = True
-        loop = self._begin(count)
-        self._close_left_epoch(loop)
         if self._kept.is_over:  # left by `break` in an earlier start, which did not reach run.finish()
             return
         self._in_epochs = True
@@ -403,6 +406,7 @@ class Run:
                     try:
                         yield epoch
                     except GeneratorExit:
+                        self._end_held_steps()
                         self._has_left = True
                         self._has_open_epoch = self.epoch_step > 0
                         raise
@@ -1037,7 +1041,8 @@ class Run:
         runtime = self._runtime
         with runtime.all_or_none():
             self._kept.check_all_kept()
-            check_models(self._gradients.models, self._kept.objects, self._resumed, self.is_main)
+        if self.is_main:
+            tell_of_models(self._gradients.models, self._kept.objects)
         self._exits.enter_context(telling_of_optimizers(lambda: self._kept.objects, self.is_main))
         # From here on these signals are only counted, and the run saves before it ends.
         self._signals.count(signal.SIGTERM, *FROM_TERMINAL)

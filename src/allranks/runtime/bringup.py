@@ -229,8 +229,14 @@ def _equip(
     watch: dict[str, Any] | None = None
     error: UserError | None = None
     try:
-        picked = pick_device(settings.device, place)
-        _check_precision(settings.precision, picked.device)
+        try:
+            picked = pick_device(settings.device, place)
+            _check_precision(settings.precision, picked.device)
+        except RuntimeError as problem:  # of a GPU that does not work
+            raise UserError(
+                f"device={settings.device} does not work on {socket.gethostname()} ({one_line(problem)}): "
+                "look at the host's GPUs and driver, or leave the host out."
+            ) from problem
         _check_virtual_ranks(settings.virtual_ranks, world_size)
         if ezpz.chosen(settings.library, identity.rank):
             kind = "ezpz"
@@ -241,11 +247,6 @@ def _equip(
             links.allow_connections(doors * world_size)
     except UserError as problem:
         error = problem
-    except RuntimeError as problem:  # of a GPU that does not work
-        error = UserError(
-            f"device={settings.device} does not work on {socket.gethostname()} ({one_line(problem)}): look "
-            "at the host's GPUs and driver, or leave the host out."
-        )
     facts = RankFacts(
         rank=identity.rank,
         host=socket.gethostname(),
@@ -471,7 +472,8 @@ def _check_precision(precision: str, device: torch.device) -> None:
         )
     if precision == "fp16" and device.type == "cpu":
         raise UserError("trainer.precision=fp16 needs a GPU: take bf16 or fp32 on cpu.")
-    # On NVIDIA's GPUs before A100 torch imitates bf16, which is slower than fp32.
-    is_nvidia = device.type == "cuda" and torch.version.hip is None
-    if precision == "bf16" and is_nvidia and torch.cuda.get_device_capability(device) < (8, 0):
-        raise UserError("trainer.precision=bf16 is not supported by this GPU: take fp16 or fp32.")
+    if precision == "bf16" and device.type == "cuda":
+        with torch.cuda.device(device):  # else torch would look at the first GPU
+            is_supported = torch.cuda.is_bf16_supported()
+        if not is_supported:
+            raise UserError("trainer.precision=bf16 is not supported by this GPU: take fp16 or fp32.")

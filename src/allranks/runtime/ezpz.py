@@ -137,7 +137,13 @@ def start(
 
         port = meeting.from_rank_0(open_store)
 
-    with _hosts_file() as hosts:
+    problem: UserError | None = None
+    with contextlib.ExitStack() as until_the_end:
+        hosts = ""
+        try:
+            hosts = until_the_end.enter_context(_hosts_file())
+        except UserError as error:
+            problem = error
         variables = {
             "RANK": str(meeting.rank),
             "WORLD_SIZE": str(meeting.world_size),
@@ -155,7 +161,6 @@ def start(
             "EZPZ_WARN_FROM_ALL_RANKS": "1",
         }
         with _environment(variables, hide_mpi=not is_started_by_mpi):
-            problem: UserError | None = None
             try:
                 if meeting.world_size > 1 and not is_started_by_mpi:
                     mpi.start_alone()

@@ -43,8 +43,6 @@ MOST_STEPS_BETWEEN_MEETINGS = 10_000
 # Kept free before the job's end, besides what the run's own saves and steps have taken at most so far: for
 # the ranks to close, and for the job script to queue a successor.
 MARGIN_S = 10.0
-
-
 # Where the job's end is known, a process saves for the first time after so many seconds at the latest, and
 # by half of its time in the job. How long a save takes is known only from a save. Without one, a training
 # whose epochs are longer than its jobs would begin its only save MARGIN_S before the end, and on a slow
@@ -52,9 +50,10 @@ MARGIN_S = 10.0
 FIRST_SAVE_S = 300.0
 # Said where the ranks of a loop of the user's own evaluate on different batches.
 OTHER_BATCHES = (
-    "run.mean() has gone through other batches of run.batches() on other ranks. Their source must give "
-    "the same batches on all ranks, of which each rank keeps its share: leave out what depends on the "
-    "rank, and let random numbers come from the generators of torch, NumPy or random, which allranks seeds."
+    "run.mean() or run.means() has gone through other batches of run.batches() on other ranks. Their "
+    "source must give the same batches on all ranks, of which each rank keeps its share: leave out what "
+    "depends on the rank, and let random numbers come from the generators of torch, NumPy or random, which "
+    "allranks seeds."
 )
 
 

@@ -90,6 +90,8 @@ class Gradients:
         self._ordered_sums: list[OrderedSum] = []
         # How often gradients were computed that all ranks add up.
         self.passes = 0
+        # What it was before the share that is gone through, in a reproducible run.
+        self._passes_before_share: int | None = None
         self.are_summed = False  # whether gradients have been added up over the ranks
         # Whether a backward pass now adds up over the ranks. In all pieces but the last it does not.
         self._adds_up = True
@@ -154,10 +156,10 @@ class Gradients:
         for row, share in enumerate(runtime.shares):
             place = (seed, step, share, again) if again else (seed, step, share)
             reseed(mixed(*place), runtime.device)
-            passes = self.passes
+            self._passes_before_share = self.passes
             yield row
-            if self.passes == passes and any(each.has_gradients for each in sums):
-                raise UserError(_BY_ITSELF, said_by=ANYONE)
+            self.refuse_others()
+            self._passes_before_share = None
             for each in sums:
                 each.take(row)
         if sums:
@@ -185,8 +187,10 @@ class Gradients:
     def backward(self, loss: torch.Tensor) -> None:
         """loss.backward(); the gradients are added up over the ranks, unless other pieces are to come.
 
-        The loss is weighted already. Raises UserError where parameters took no part that should have.
+        The loss is weighted already. Raises UserError where parameters took no part that should have, and
+        where the program has called backward() of a loss before, in the same share or step.
         """
+        self.refuse_others()
         aside = self._put_sums_aside()
         self.passes += 1
         if self.is_spread:  # FSDP sends gradients to the other ranks
@@ -205,11 +209,14 @@ class Gradients:
         _add_back(aside)
 
     def refuse_others(self) -> None:
-        """Raises UserError where the program has called loss.backward() by itself, on several ranks.
+        """Raises UserError where the program has called backward() of a loss by itself since the last pass.
 
-        DDP has added up gradients then that are not weighted by the examples of each rank's share.
+        It is seen on several ranks, where DDP has added up gradients then that are not weighted by the
+        examples of each rank's share, and in a reproducible run.
         """
-        if any(has_others(each.model) for each in self._in_ddp):
+        is_first = self.passes == self._passes_before_share
+        is_in_share = is_first and any(each.has_gradients for each in self._ordered_sums)
+        if is_in_share or any(has_others(each.model) for each in self._in_ddp):
             raise UserError(_BY_ITSELF, said_by=ANYONE)
 
     @contextmanager
