@@ -253,7 +253,10 @@ def test_a_segfault_leaves_its_stack(start, tmp_path, under):
     _, _, err = all_down(started, tmp_path, within_s=2)
     assert "Fatal Python error: Segmentation fault" in err
     assert "in go_wrong" in err
-    assert re.search(rf"rank 1 on {HOST}(, in step \d+:)? was killed by SIGSEGV", err), err
+    ended = "was killed by SIGSEGV"
+    if under == "torchrun":  # which may have asked how it has ended, before the watchdog could look
+        ended = f"({ended}|is gone: it was killed)"
+    assert re.search(rf"rank 1 on {HOST}(, in step \d+:)? {ended}", err), err
 
 
 @pytest.mark.parametrize("under", ["mpiexec", only_long("torchrun"), "launch"])
@@ -819,7 +822,8 @@ def test_where_rank_0_dies_its_deputy_alone_speaks(tmp_path):
     done = execute_forked(["-c", RANK_0_DIES], 4, tmp_path, timeout_s=60)
     assert done.err.count("allranks: rank 0 on ") == 1
     assert "Traceback" not in done.err
-    assert "in step 2: was killed by SIGKILL" in done.err
+    # Where the process that has started rank 0 has asked first, nobody else can know by which signal.
+    assert re.search(r"in step [12]: (was killed by SIGKILL|is gone: it was killed)", done.err)
 
 
 # Rank 1 has a GPU that does not work, or cannot reach rank 0 to watch over it.
