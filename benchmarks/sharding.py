@@ -14,11 +14,13 @@ there. The first save needs new memory for its copy, and is shown by itself.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from common import environment, mpiexec, scratch, train
 
@@ -56,7 +58,7 @@ def as_rank(directory: str) -> None:
 
     waits_s: list[float] = []
     writes_s: list[float] = []
-    save, note_time = Saver.save, Saver._note_time
+    save, write = Saver.save, Saver._write_shards
 
     def timed(self: Saver) -> None:
         self.wait()
@@ -65,15 +67,16 @@ def as_rank(directory: str) -> None:
         save(self)
         waits_s.append(time.perf_counter() - began)
 
-    def noted(self: Saver, step: int, started: float) -> None:
-        writes_s.append(time.perf_counter() - started)
-        note_time(self, step, started)
+    def written(self: Saver, *given: Any) -> None:
+        began = time.perf_counter()
+        write(self, *given)
+        writes_s.append(time.perf_counter() - began)
 
     Saver.save = timed  # type: ignore[method-assign]
-    Saver._note_time = noted  # type: ignore[method-assign]
+    Saver._write_shards = written  # type: ignore[method-assign]
     sys.argv[1:] = ["report=false", "console=quiet", *SAVING, f"run.dir={directory}"]
     training.main()
-    if writes_s:  # rank 0
+    if os.environ.get("PMI_RANK") == "0":
         print(json.dumps({"waits_s": waits_s, "writes_s": writes_s}))
 
 
