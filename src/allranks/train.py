@@ -310,6 +310,7 @@ def _train_in(path: str, is_new: bool, ready: _Ready, signals: Signals) -> End:
         # was nothing to save, so they ended the process at once, also where it waited for other ranks, for
         # files or for a download.
         signals.count(signal.SIGTERM, *FROM_TERMINAL)
+        saver.prepare()
         position = training.position
         facts = {
             "model": f"{training.parameters:,} parameters, trained in {recipe.trainer.precision}",

@@ -1053,6 +1053,7 @@ class Run:
         self._report.opened(self._path, position, facts, length, self._resumed, self._saver.check)
         self._records.open(self._path, position, length, self._saver.check, self._is_new)
         self._startup_s = process_age_s() - self._began_s
+        self._saver.prepare()
         self._control = Control(runtime, self._saver, self._signals, self._config.checkpoint, epochs)
         trained = self._gradients.models
         kept = [each for each in self._kept.objects.values() if isinstance(each, nn.Module)]

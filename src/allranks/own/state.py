@@ -27,7 +27,6 @@ from allranks.runtime.sharding import local
 from allranks.training import shards
 from allranks.training import state as states
 from allranks.training.position import TrainingPosition
-from allranks.training.shards import CapturedShards
 from allranks.training.state import STATE, Captured
 
 _MOST_KEYS_SHOWN = 6  # of a state that does not fit
@@ -273,12 +272,8 @@ class KeptObjects:
             files["loader.safetensors"] = loader
         return Captured(files, state)
 
-    def capture_shards(
-        self, gathered: dict[str, list[list[float]]], before: CapturedShards | None
-    ) -> CapturedShards:
-        """A copy of what this rank holds of the state of all objects; raises UserError.
-
-        It takes over the memory of `before`, an earlier copy.
+    def to_shards(self, gathered: dict[str, list[list[float]]]) -> shards.ToShards:
+        """What this rank holds of the state of all objects, not copied; raises UserError.
 
         The tensors of models go to one file of each rank, and all others to another. Each is named by its
         object, a slash, and its name there.
@@ -289,7 +284,7 @@ class KeptObjects:
             name = file.removesuffix(".safetensors")
             part = parts[_part_of(self.objects.get(name))]
             part.update({f"{name}/{key}": tensor for key, tensor in tensors.items()})
-        return shards.captured(parts, seen.state, self.runtime.rank, self.runtime.world_size, before)
+        return shards.ToShards(parts, seen.state)
 
     # --- and back ------------------------------------------------------------------------------------
 

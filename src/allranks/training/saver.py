@@ -27,7 +27,7 @@ from allranks.run.shards import INDEX
 from allranks.runtime.runtime import Runtime
 from allranks.training import shards
 from allranks.training.position import TrainingPosition
-from allranks.training.shards import CapturedShards, reading
+from allranks.training.shards import CapturedShards, Memory, ToShards, reading
 from allranks.training.state import STATE, Captured
 
 log = logging.getLogger(__name__)
@@ -64,11 +64,8 @@ class Kept(Protocol):
 class KeptShards(Kept, Protocol):
     """What the checkpoints of a run hold whose model is spread over the ranks."""
 
-    def capture_shards(self, gathered: Any, before: CapturedShards | None) -> CapturedShards:
-        """A copy of what this rank holds; `gathered` is what gather() returned here. Raises UserError.
-
-        The copy takes over the memory of `before`, an earlier one that is written.
-        """
+    def to_shards(self, gathered: Any) -> ToShards:
+        """What this rank holds, not copied; `gathered` is what gather() returned here. Raises UserError."""
 
 
 class Place(NamedTuple):
@@ -120,7 +117,10 @@ class Saver:
         self.failure: OSError | None = None  # the error of the newest save, if it failed
         self._pending: Future[None] | None = None  # the save under way, on a thread of its own
         self._saves = 0  # of a model that is spread over the ranks
-        self._captured: CapturedShards | None = None  # the copy of the last save, of a sharded model
+        # Of a sharded model: the memory that the next save copies to, which the one before it has used, and
+        # the thread that makes it ready for the first one.
+        self._memory: Memory | None = None
+        self._preparing: Future[Memory] | None = None
 
     def __enter__(self) -> Saver:
         return self
@@ -343,6 +343,19 @@ class Saver:
         captured = self.kept.capture(gathered)
         self._begin_writing(step, partial(self._write, step, captured))
 
+    def prepare(self) -> None:
+        """Makes memory ready for the first save of a model that is spread over the ranks; all ranks call.
+
+        A thread does so while the training takes its first steps, so that the save need not wait for it.
+        """
+        if not self.kept.is_sharded:
+            return
+        kept = cast(KeptShards, self.kept)
+        gathered = kept.gather()
+        with self.runtime.all_or_none():
+            tensors = kept.to_shards(gathered).tensors
+        self._preparing = in_thread(lambda: shards.memory_for(tensors), "memory")
+
     def _place(self) -> Place:
         position = self.kept.position
         return Place(position.step, position.epoch, position.epoch_steps)
@@ -402,8 +415,12 @@ class Saver:
         self._note_saved()
         self._saves += 1
         # The copy before this one is written: both kinds of rank have waited for it above.
-        captured = kept.capture_shards(gathered, self._captured)
-        self._captured = captured
+        if self._preparing is not None:
+            self._memory = self._preparing.result()
+            self._preparing = None
+        rank, ranks = self.runtime.rank, self.runtime.world_size
+        captured = shards.captured(kept.to_shards(gathered), rank, ranks, self._memory)
+        self._memory = captured.rows
         write = partial(self._write_shards, step, Path(hidden), self._saves, captured)
         self._begin_writing(step, write)
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -42,6 +42,13 @@ def reading(path: str) -> Iterator[None]:
         raise UserError(f"{path} cannot be read ({error.strerror}).") from error
 
 
+class ToShards(NamedTuple):
+    """What one rank has to add to a checkpoint: the tensors themselves, which the training changes."""
+
+    tensors: Mapping[str, Mapping[str, torch.Tensor]]  # by part, then by name
+    state: Mapping[str, Any]  # for state.json, which rank 0 writes
+
+
 @dataclass(frozen=True)
 class CapturedShards:
     """What one rank has to add to a checkpoint, copied: the training may go on while it is written."""
@@ -54,24 +61,37 @@ class CapturedShards:
 # --- to files ------------------------------------------------------------------------------------------
 
 
-def captured(
-    tensors: Mapping[str, Mapping[str, torch.Tensor]],
-    state: Mapping[str, Any],
-    rank: int,
-    ranks: int,
-    before: CapturedShards | None = None,
-) -> CapturedShards:
-    """A copy of this rank's rows of the tensors, which are given by part and by name.
+Memory = Mapping[str, Mapping[str, torch.Tensor]]  # by part, then by name; for copies of a rank's rows
 
-    `before` is a copy that nobody needs any longer: the new one takes over its memory. Raises UserError
-    where a tensor is spread in another way than by rows.
+
+def memory_for(tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> Memory:
+    """Memory on the CPU for this rank's rows of those tensors that are spread over the ranks.
+
+    New memory comes from the system page by page, each of which it fills with zeros first. That takes four
+    times as long as the copy itself, so it is done before a save waits for it.
+    """
+    return {
+        part: {
+            name: torch.empty(local(tensor).shape, dtype=tensor.dtype).fill_(0)
+            for name, tensor in tensors[part].items()
+            if is_sharded(tensor)
+        }
+        for part in PARTS
+    }
+
+
+def captured(given: ToShards, rank: int, ranks: int, before: Memory | None = None) -> CapturedShards:
+    """A copy of this rank's rows of the tensors that are given.
+
+    `before` is memory of a copy that nobody needs any longer, or of none: the new one takes it over where
+    it fits. Raises UserError where a tensor is spread in another way than by rows.
     """
     rows: dict[str, dict[str, torch.Tensor]] = {}
     index: dict[str, dict[str, Spread]] = {}
     for part in PARTS:
         rows[part] = {}
         index[part] = {}
-        for name, tensor in tensors[part].items():
+        for name, tensor in given.tensors[part].items():
             if tensor.dtype not in DTYPES:
                 raise UserError(f"{name} is a tensor of {tensor.dtype}, which no sharded checkpoint holds.")
             spread_by = None
@@ -85,17 +105,13 @@ def captured(
             shape = tuple(tensor.shape)
             index[part][name] = Spread(DTYPES[tensor.dtype], shape, spread_by)
             if is_mine:
-                memory = None if before is None else before.rows[part].get(name)
+                memory = None if before is None else before[part].get(name)
                 rows[part][name] = _copied(local(tensor).detach(), memory)
-    return CapturedShards(rows, Index(ranks, index), state)
+    return CapturedShards(rows, Index(ranks, index), given.state)
 
 
 def _copied(tensor: torch.Tensor, memory: torch.Tensor | None) -> torch.Tensor:
-    """A copy of the tensor on the CPU, in this memory if it fits.
-
-    New memory comes from the system page by page, each of which it fills with zeros first: that takes four
-    times as long as the copy itself, while the training waits.
-    """
+    """A copy of the tensor on the CPU, in this memory if it fits."""
     if memory is None or memory.shape != tensor.shape or memory.dtype != tensor.dtype:
         return tensor.to("cpu", copy=True).contiguous()
     return memory.copy_(tensor)

@@ -83,17 +83,12 @@ class KeptTraining:
         """A copy of the training's state; `gathered` are the running sums of all ranks."""
         return capture(self.training, gathered, self.decisive, self.runtime.world_size)
 
-    def capture_shards(
-        self, gathered: torch.Tensor, before: shards.CapturedShards | None
-    ) -> shards.CapturedShards:
-        """A copy of what this rank holds of the state; `gathered` are the running sums of all ranks.
-
-        It takes over the memory of `before`, an earlier copy.
-        """
+    def to_shards(self, gathered: torch.Tensor) -> shards.ToShards:
+        """What this rank holds of the state, not copied; `gathered` are the running sums of all ranks."""
         world_size = self.runtime.world_size
         seen = capture(self.training, gathered, self.decisive, world_size, copied=torch.Tensor.detach)
         tensors = {MODEL_PART: seen.tensors[MODEL], OPTIMIZER_PART: seen.tensors[OPTIMIZER]}
-        return shards.captured(tensors, seen.state, self.runtime.rank, world_size, before)
+        return shards.ToShards(tensors, seen.state)
 
     def restore(self, files: Mapping[str, bytes], path: str) -> None:
         """Puts the training where the training of the checkpoint `path` was; raises UserError, OSError."""
