@@ -271,9 +271,14 @@ def test_kill_9_of_the_launcher_leaves_nobody_after_5_s(start, tmp_path, under):
 def test_nor_does_it_where_the_ranks_have_only_begun(start, loaded):
     started = start("torchrun", 2)
 
+    def has_loaded(pid: int) -> bool:
+        try:
+            return loaded in Path(f"/proc/{pid}/maps").read_text()
+        except OSError:  # a process that was started for a moment only
+            return False
+
     def begun() -> bool:
-        ranks = started.pids() - {started.process.pid}
-        return any(loaded in Path(f"/proc/{pid}/maps").read_text() for pid in ranks)
+        return any(has_loaded(pid) for pid in started.pids() - {started.process.pid})
 
     until(begun)
     started.process.kill()
