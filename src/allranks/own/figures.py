@@ -15,7 +15,7 @@ import torch
 
 from allranks.base.errors import ANYONE, UserError
 from allranks.data.nests import described
-from allranks.own.state import digest_of
+from allranks.own.state import are_alike
 from allranks.runtime.runtime import Runtime
 from allranks.training.records import OF_THE_RUN
 
@@ -93,9 +93,7 @@ def names_that_differ(figures: Mapping[str, float], runtime: Runtime) -> list[st
     All ranks get the same list.
     """
     mine = {name: repr(value) for name, value in figures.items()}  # NaN is not equal to itself
-    digest = int(digest_of([f"{name} {value}" for name, value in sorted(mine.items())]))
-    digests = runtime.gather(torch.tensor([[digest]], dtype=torch.int64, device=runtime.device))
-    if len(set(digests.flatten().tolist())) == 1:
+    if are_alike([f"{name} {value}" for name, value in sorted(mine.items())], runtime):
         return []
 
     def decide(said: list[dict[str, str]]) -> list[list[str]]:

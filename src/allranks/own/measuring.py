@@ -13,8 +13,8 @@ from allranks.base.text import some
 from allranks.data.batches import Dealt
 from allranks.data.nests import described
 from allranks.own.figures import as_number, check_figure
-from allranks.own.state import add_mean, digest_of, no_sums, rows_of_shares
-from allranks.runtime.runtime import Runtime, sum_dtype
+from allranks.own.state import add_mean, are_alike, no_sums, rows_of_shares
+from allranks.runtime.runtime import Runtime
 from allranks.training.control import OTHER_BATCHES
 
 # How long a rank waits for the others to do what it has done, such as to leave a loop. If the others are in
@@ -103,9 +103,7 @@ class Measuring:
 
     def _check_names(self, names: list[str]) -> None:
         """Raises UserError, on all ranks, where the ranks have different names."""
-        device = self._runtime.device
-        mine = torch.tensor([[digest_of(names)]], dtype=sum_dtype(device), device=device)
-        if len(set(self._runtime.gather(mine).flatten().tolist())) > 1:
+        if not are_alike(names, self._runtime):
             raise UserError(
                 f"{self.what} has got other names, or no values, on other ranks (here "
                 f"{some(names) or 'none'}): all ranks give the same.",

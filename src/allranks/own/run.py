@@ -120,8 +120,8 @@ class Run:
         self._summary: Mapping[str, Any] | None = None  # of a run that has finished
         self._epoch_of_steps: int | None = None  # the epoch in which steps() was called last
         self._in_epochs = False
-        self._epochs_before = -1  # what run.epochs() was given last
-        self._has_had_epochs = False  # whether the program has begun a loop over epochs, or over all steps
+        # What the program has given to run.epochs() last; 1 where it has gone through run.steps() alone.
+        self._epochs_before: int | None = None
         # What run.steps() has returned last. Only the program keeps it alive: a loop over it that is left
         # by `break` drops it, which ends it. A program that calls next() on it may hold it for longer.
         self._newest_steps: weakref.ref[Generator[Any]] | None = None
@@ -387,14 +387,13 @@ class Run:
         self._end_held_steps()
         self._close_left_epoch(loop)
         # A run that goes on may come to a loop whose epochs are all completed; not so a second loop.
-        if count <= min(self._epochs_before, self.epoch):
+        if self._epochs_before is not None and count <= min(self._epochs_before, self.epoch):
             raise UserError(
                 f"run.epochs({count}) comes after run.epochs({self._epochs_before}), and has no epoch "
                 "left: give the number of epochs of the whole run, those of earlier loops included.",
                 said_by=ANYONE,
             )
         self._epochs_before = count
-        self._has_had_epochs = True
         if self._kept.is_over:  # left by `break` in an earlier start, which did not reach run.finish()
             return
         self._in_epochs = True
@@ -528,7 +527,7 @@ class Run:
 
     def _check_first_epochs(self) -> None:
         """Raises UserError where a loop over run.steps() would take no step, as its epoch is over."""
-        if self._has_had_epochs:
+        if self._epochs_before is not None:
             raise UserError(
                 "run.steps() is called outside of run.epochs() after the end of an epoch. Without "
                 "run.epochs() all steps of a run are one epoch, so this loop would take none. Put it into "

@@ -59,6 +59,12 @@ def digest_of(names: Sequence[str]) -> float:
     return float(zlib.crc32("\n".join(names).encode()))
 
 
+def are_alike(texts: Sequence[str], runtime: Runtime) -> bool:
+    """Whether all ranks have the same texts, such as the names of figures; all ranks call."""
+    mine = torch.tensor([[int(digest_of(texts))]], dtype=torch.int64, device=runtime.device)
+    return len(set(runtime.gather(mine).flatten().tolist())) == 1
+
+
 class Means:
     """Means over the examples of an epoch, added up on the device while its steps are taken.
 
@@ -118,7 +124,7 @@ class Means:
         mine = [[digest_of(names), float(len(names)), float(self.digest), float(self._not_finite)]]
         heads = mine
         if self._runtime.world_size > 1:
-            everyones = torch.tensor(mine, dtype=torch.float64, device=self._runtime.device)
+            everyones = torch.tensor(mine, dtype=self._dtype, device=self._runtime.device)
             heads = self._runtime.gather(everyones).tolist()
         spoilt = [rank for rank, head in enumerate(heads) if head[3]]
         if spoilt:
