@@ -600,7 +600,7 @@ def test_nobody_without_the_secret_is_listened_to():
         {"secret": "é" * 64, "rank": 1},
     ):
         link = links.connect(address, port, 5)
-        link.sock.sendall(links.message(**words) + links.message(failed=True))
+        link.sock.sendall(links.message(**words) + links.message(failed=True, code=1))
         link.sock.settimeout(5)
         assert link.sock.recv(100) == b""  # and this process has not been ended
         link.close()
@@ -662,7 +662,7 @@ print("nobody is blamed")
 
 def test_a_rank_that_ends_by_the_error_of_rank_0_is_not_blamed(tmp_path):
     done = execute_forked(["-c", OWN_ERROR], 1, tmp_path).ok()
-    assert (done.out, done.err) == ("{'end': True}\nnobody is blamed\n", "")
+    assert (done.out, done.err) == ("{'end': True, 'code': 1}\nnobody is blamed\n", "")
 
 
 FULL = """

@@ -384,11 +384,13 @@ def test_a_program_that_does_something_is_left_alone(tmp_path, what):
 @serial
 @pytest.mark.long
 def test_a_program_that_is_stopped_is_named(tmp_path):
-    code = "for _ in range(1000):\n    allranks.heartbeat(); time.sleep(0.05)\n    print('.', flush=True)\n"
+    turn = "    allranks.heartbeat(); time.sleep(0.05)\n    print(os.getpid(), flush=True)\n"
+    code = "for _ in range(1000):\n" + turn
     with Started(command("-n", "2", "--idle", "2", *program(tmp_path, code)), tmp_path) as started:
-        started.process.stdout.readline()
-        ranks = [pid for pid in started.pids() if is_program(pid)]
-        os.kill(ranks[0], signal.SIGSTOP)
+        ranks = set()
+        while len(ranks) < 2:  # a rank is late with a heartbeat only after its first one
+            ranks.add(int(started.process.stdout.readline().split()[-1]))
+        os.kill(ranks.pop(), signal.SIGSTOP)
         code_, _, err = started.finish(within_s=60)
         started.gone(within_s=5)
     assert code_ == 1

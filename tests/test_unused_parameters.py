@@ -160,7 +160,7 @@ def test_a_step_that_leaves_some_out_ends_the_run_and_it_goes_on_with_the_key(tm
     assert went_on.losses == pytest.approx(Run(tmp_path / "alone").losses, rel=1e-6)
 
 
-# A loop of the user's own. A layer takes no part: in no step, or in the last rank's third step.
+# A loop of the user's own, of which one layer takes part in a step only IS_USED.
 OWN = """
 import torch, allranks
 from torch import nn
@@ -171,7 +171,7 @@ class Net(nn.Module):
         self.head, self.spare = nn.Linear(4, 1), nn.Linear(4, 1)
 
     def forward(self, x):
-        is_used = run.step != 2 or run.rank != run.world_size - 1 if "WHEN" == "later" else False
+        is_used = IS_USED
         return self.head(x) + self.spare(x) if is_used else self.head(x)
 
 run = allranks.open("own", seed=1, device="cpu", threads=1, report=False)
@@ -186,9 +186,23 @@ run.finish()
 """
 
 
-@pytest.mark.parametrize(("when", "ranks"), [("never", 2), only_long("never", 3), only_long("later", 2)])
-def test_a_loop_of_ones_own_is_told_once_which_parameters_and_what_to_write(when, ranks, tmp_path):
-    code = OWN.replace("WHEN", when)
+NEVER = "False"
+NOT_IN_THE_LAST_RANKS_THIRD_STEP = "run.step != 2 or run.rank != run.world_size - 1"
+# The other ranks end before rank 0 does, and with its exit code.
+NOT_ON_RANK_0 = "run.rank != 0"
+
+
+@pytest.mark.parametrize(
+    ("is_used", "ranks"),
+    [
+        (NEVER, 2),
+        only_long(NEVER, 3),
+        only_long(NOT_IN_THE_LAST_RANKS_THIRD_STEP, 2),
+        (NOT_ON_RANK_0, 2),
+    ],
+)
+def test_a_loop_of_ones_own_is_told_once_which_parameters_and_what_to_write(is_used, ranks, tmp_path):
+    code = OWN.replace("IS_USED", is_used)
     ended = execute_forked(["-c", code.replace("REMEDY", "")], ranks, tmp_path)
     assert ended.code == 2
     said = re.findall(

@@ -13,6 +13,7 @@ ending_of() decides that, for every case, from what was raised:
     anything else                    the traceback, by this rank      1                 are ended
 
 Other ranks that "are ended" may wait for this rank in a collective, and without it would wait for ever.
+They end with this rank's exit code, as the launcher's own is that of whichever rank it sees end first.
 
 A rank that is killed, stopped or stuck raises nothing. The watchdog of the other ranks notices it and ends
 the run (runtime/watch). No torch is imported here: `--help` and a mistake in the configuration end here as
@@ -57,8 +58,7 @@ class Ending:
     message: str = ""  # what this process says; where it is empty another rank speaks, or nobody
     is_traceback: bool = False  # the message is Python's own account of an error that we did not foresee
     ends_others: bool = False
-    # The error is the program's, and may be any rank's: the first one to have it speaks, and all ranks end
-    # with its exit code.
+    # The error is the program's, and may be any rank's: the first one to have it speaks.
     is_anyones: bool = False
 
 
@@ -141,7 +141,7 @@ def of_run(runtime: Runtime, report: Reporter) -> Iterator[Reporter]:
             _wait_where_another_rank_speaks(runtime)
             _say(ending)
             report.close()
-            _end_all_ranks(runtime, ending.exit_code, for_all=True)
+            _end_all_ranks(runtime, ending.exit_code)
         if ending.ends_others:
             if isinstance(raised, RuntimeError):
                 # Perhaps a collective has failed because another rank has died. Word of that death explains
@@ -174,9 +174,9 @@ def _wait_where_another_rank_speaks(runtime: Runtime) -> None:
         time.sleep(ENDED_BY_ANOTHER_S)
 
 
-def _end_all_ranks(runtime: Runtime, exit_code: int, for_all: bool = False) -> NoReturn:
-    """Ends this rank at once, and all others with it; `for_all`: they have the same exit code."""
+def _end_all_ranks(runtime: Runtime, exit_code: int) -> NoReturn:
+    """Ends this rank at once, and all others with it and with the same exit code."""
     flush_console()
-    runtime.watchdog.fail(exit_code, for_all)
+    runtime.watchdog.fail(exit_code)
     mpi.abort(exit_code)
     os._exit(exit_code)  # a regular exit would wait for threads, and for other ranks

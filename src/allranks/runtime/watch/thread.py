@@ -8,7 +8,7 @@ and every rank ends. docs/reliability.md tells it from the user's side.
 Messages from rank 0: `ask` for a report, `wait` (an alarm has been heard), `look` at a process of your
 host, `end` yourself, `bye`. Messages to rank 0: `alarm` and `report`, `found` (after `look`), `failed`
 (this rank ends with an error that it has told the user), `bye` (this rank has ended well). With `end` and
-`failed` goes the exit code of all ranks, where they have one.
+`failed` goes the exit code of all ranks.
 """
 
 from __future__ import annotations
@@ -131,7 +131,6 @@ class Watchdog:
         # This rank ends by itself, and has told the others: nothing that is seen from now on is a fault. It
         # is no State, as the thread, which may be about to change its State, would overwrite that.
         self._has_failed = False
-        self._code_of_all: int | None = None  # the exit code with which all ranks end; None: each its own
         # Written by the thread: the connection to rank 0 has broken. The thread ends this process, but it
         # first looks what has become of rank 0, or leaves the deputy time for that.
         self._has_lost_rank_0 = False
@@ -152,20 +151,19 @@ class Watchdog:
                 return  # the thread is stuck: this rank's own error is better than no word
             time.sleep(NEWS_S)
 
-    def fail(self, code: int, for_all: bool = False) -> None:
+    def fail(self, code: int) -> None:
         """This rank ends with an error that it has told the user: the others end too, without a word.
 
-        `for_all`: they end with the same exit code, as the error is theirs, too.
+        They end with the same exit code: a launcher's own is that of whichever rank it sees end first.
         """
         self._exit_code = code
-        self._code_of_all = code if for_all else None
         if not self._others.ranks():
             return
         if self.rank == 0:
             self._has_failed = True
             self._end_others()
         elif not self._closed:
-            self._others.tell(0, failed=True, **self._with_code())
+            self._others.tell(0, failed=True, code=self._exit_code)
             time.sleep(ANSWER_S)  # rank 0's word ends this process first
 
     def close(self) -> None:
@@ -363,21 +361,10 @@ class Watchdog:
         """Tells all ranks to end. Those to blame end first, so that a launcher's words are about them."""
         for rank in [first, *list(self._inquiry.findings)[: verdict.MOST_NAMED]]:
             if rank in self._others.ranks():
-                self._others.tell(rank, end=True, **self._with_code())
+                self._others.tell(rank, end=True, code=self._exit_code)
                 time.sleep(APART_S)
-        self._others.tell_all(end=True, **self._with_code())
+        self._others.tell_all(end=True, code=self._exit_code)
         time.sleep(APART_S)
-
-    def _with_code(self) -> dict[str, int]:
-        """What is added to a word that ends ranks, where all are to have one exit code."""
-        return {} if self._code_of_all is None else {"code": self._code_of_all}
-
-    def _take_code(self, word: Mapping[str, Any]) -> None:
-        """Takes over the exit code of all ranks, where a word that ends ranks has one."""
-        code = word.get("code")
-        if isinstance(code, int):
-            self._exit_code = code
-            self._code_of_all = code
 
     def _obey_other(self, rank: int, word: Mapping[str, Any]) -> None:
         """What another rank tells rank 0. Raises WireError where it says what no rank would say."""
@@ -385,8 +372,8 @@ class Watchdog:
             case {"bye": True}:
                 self._crew.left.add(rank)
                 self._others.forget(rank)
-            case {"failed": True}:
-                self._take_code(word)
+            case {"failed": True, "code": int(code)}:
+                self._exit_code = code
                 self._end_others(first=rank)
                 self._end()
             case {"alarm": dict(report)}:
@@ -409,8 +396,8 @@ class Watchdog:
             case {"look": [int(rank), dict(peer), str(known)]}:
                 words = self._look(Peer.from_json(peer), Known(known))
                 self._others.tell(0, found=[rank, words])
-            case {"end": True}:
-                self._take_code(word)
+            case {"end": True, "code": int(code)}:
+                self._exit_code = code
                 self._end()
             case {"bye": True}:
                 self._others.forget(0)
