@@ -313,6 +313,27 @@ def test_json_can_be_read_whatever_a_configuration_holds():
     assert {str(row["settings"]["optimizer.lr"]) for row in about["rows"]} == {"inf", "0.1"}
 
 
+def test_figures_may_have_the_names_of_columns_and_of_settings():
+    """A program of the user's own gives its figures any names."""
+    summary = {"n": 7, "best": 0.5, "directories": 2, "optimizer.lr": 3.0, "cost": 4.0, "cost/std": 5.0}
+    runs = [facts("0"), facts("1", optimizer__lr=0.2)]
+    runs = [replace(run, summary={**run.summary, **summary}) for run in runs]
+    runs[0] = replace(runs[0], epochs=[{**line, "epochs": 9.0} for line in runs[0].epochs])
+
+    about = json.loads(compare_tables.as_json(compare(runs)))
+    assert [(row["n"], row["best"]) for row in about["rows"]] == [(1, True), (1, True)]  # equal accuracies
+    assert [row["directories"] for row in about["rows"]] == [["/sweep/0"], ["/sweep/1"]]
+    for name, value in summary.items():
+        assert {row.get(f"figure/{name}", row.get(name)) for row in about["rows"]} == {value}, name
+    assert about["rows"][0]["epochs"] == 2  # the number of epochs
+
+    heads, *rows = csv.reader(io.StringIO(compare_tables.as_csv(compare(runs))))
+    assert len(set(heads)) == len(heads)
+    of_csv = [dict(zip(heads, row, strict=True)) for row in rows]
+    assert [(row["n"], row["optimizer.lr"]) for row in of_csv] == [("1", "0.1"), ("1", "0.2")]
+    assert {row["figure/n"] for row in of_csv} == {"7.0"}
+
+
 # --- page and pictures --------------------------------------------------------------------------------
 
 

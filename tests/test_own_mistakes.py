@@ -86,6 +86,8 @@ for value in (np.ones(2), np.array("3"), np.array(1j)):
 refused(lambda: run.log({1: 2.0}))
 refused(lambda: run.log([1.0]))
 refused(lambda: run.means({2: x.mean()} for (x,) in run.batches(data)))
+refused(lambda: run.log({"val\\nloss": 1.0}))
+refused(lambda: run.means({"\\x1b[2J": x.mean()} for (x,) in run.batches(data)))
 run.log({"one": np.array([1.5]), "two": np.float32(2)})
 run.finish()
 """
@@ -96,6 +98,10 @@ run.finish()
         "run.log() got 1 as the name of a figure: give texts as names, such as 'val/loss'.",
         "run.log() got a list (float): give a dict of figures by name.",
         "run.means() got 2 as the name of a figure: give texts as names, such as 'val/loss'.",
+        r"run.log() got a figure with the name 'val\nloss', which holds a character that cannot be printed"
+        ": leave that out.",
+        r"run.means() got a figure with the name '\x1b[2J', which holds a character that cannot be printed"
+        ": leave that out.",
     ]
     summary = json.loads((tmp_path / "runs/work/summary.json").read_text())
     assert (summary["one"], summary["two"]) == (1.5, 2.0)

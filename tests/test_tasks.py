@@ -605,6 +605,13 @@ def test_a_metric_that_is_missing_for_a_later_batch_is_said():
         sums.add(0, torch.tensor(1.0), 3, {"one": torch.tensor(1.0)})
 
 
+def test_a_metric_has_a_name_that_can_be_printed():
+    with pytest.raises(
+        UserError, match=r"gives 'two\\nlines', a name with a character that cannot be printed"
+    ):
+        columns_of(SimpleNamespace(), {"two\nlines": torch.tensor(1.0)})
+
+
 # --- what does not fit ------------------------------------------------------------------------------------
 
 MISFITS = [

@@ -53,13 +53,20 @@ def check_log(figures: Any, is_of_epoch: bool) -> None:
 
 
 def check_figure(what: str, name: Any, value: Any, remedy: str) -> None:
-    """Raises UserError where a figure has no text for a name, or is not one number.
+    """Raises UserError where a figure has no printable text for a name, or is not one number.
 
     `what` is the call that the program has made, and `remedy` ends the message about a value.
     """
     if not isinstance(name, str):
         raise UserError(
             f"{what} got {name!r} as the name of a figure: give texts as names, such as 'val/loss'.",
+            said_by=ANYONE,
+        )
+    # Names are printed in tables, and stand in CSV files and in pages: a line end would break these.
+    if not name.isprintable():
+        raise UserError(
+            f"{what} got a figure with the name {name!r}, which holds a character that cannot be printed: "
+            "leave that out.",
             said_by=ANYONE,
         )
     if not is_scalar(value):

@@ -294,6 +294,8 @@ def figures_for(runs: Sequence[RunFacts]) -> list[Figure]:
     known: dict[str, None] = {}
     for run in runs:
         known.update(dict.fromkeys([*run.metrics, *run.tests, *run.results]))
+    for figure in OF_COMPUTING:  # `epochs`, say, is the number of epochs, whatever a program calls so
+        known.pop(figure.name, None)
     measured = metric_names.of_parts(list(known), "val", "test")
     quantities = list(metric_names.by_quantity(measured)) if known else list(_USUAL_QUANTITIES)
     main = _main_quantity(runs, quantities)

@@ -38,6 +38,9 @@ MOST_NAMES = 4  # so many directories are named in a row; further ones are only 
 # time/total_s has no column: people would confuse it with time/epochs_s.
 NOT_SHOWN = ("time/total_s", "epochs")
 
+# What tables for programs have of each row besides its figures: the columns of CSV and the fields of JSON.
+_OF_EACH_ROW = ("settings", "n", "state", "states", "best", "directories")
+
 
 class Column(NamedTuple):
     """One column of a table for people."""
@@ -282,11 +285,12 @@ def as_csv(comparison: Comparison) -> str:
     """The comparison as CSV: a line for each row, first the settings in which the rows differ.
 
     A figure's column NAME has the value or the mean; NAME/std the standard deviation, empty for one run.
+    NAME is the figure's name, or `figure/` and that name where another column is called so.
     """
     out = io.StringIO()
     heads = [*comparison.keys, "n", "state", "best"]
-    for figure in comparison.figures:
-        heads += [figure.name, f"{figure.name}/std"]
+    for name in _names_for_programs(comparison):
+        heads += [name, f"{name}/std"]
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*heads, "directories"])
     for row in comparison.rows:
@@ -303,22 +307,40 @@ def as_csv(comparison: Comparison) -> str:
 
 def as_json(comparison: Comparison) -> str:
     """The comparison as one JSON object; docs/compare.md describes it."""
+    names = _names_for_programs(comparison)
     about = {
         "differ_in": list(comparison.keys),
         "sorted_by": comparison.sorted_by,
         "best_by": comparison.best_by or None,
         "notes": list(comparison.notes),
-        "rows": [_as_json(row, comparison.figures) for row in comparison.rows],
+        "rows": [_as_json(row, comparison.figures, names) for row in comparison.rows],
     }
     return json.dumps(about, indent=2, allow_nan=False)
 
 
-def _as_json(row: Row, of_runs: Sequence[Figure]) -> dict[str, Any]:
+def _names_for_programs(comparison: Comparison) -> list[str]:
+    """The name of each figure in CSV and JSON: its own, after `figure/` where that is another column's.
+
+    A program may give its figures any names, such as `n`, `best`, or that of a setting.
+    """
+    taken = {*_OF_EACH_ROW, *comparison.keys}
+    names = []
+    for figure in comparison.figures:
+        name = figure.name
+        while name in taken or f"{name}/std" in taken:
+            name = f"figure/{name}"
+        names.append(name)
+        taken |= {name, f"{name}/std"}
+    return names
+
+
+def _as_json(row: Row, of_runs: Sequence[Figure], names: Sequence[str]) -> dict[str, Any]:
+    """The row as an object. `names` are those that the figures `of_runs` have there."""
     figures: dict[str, Any] = {}
-    for figure in of_runs:
+    for figure, name in zip(of_runs, names, strict=True):
         value = row.values[figure.name]
-        figures[figure.name] = _plain(figure.name, value.mean)
-        figures[f"{figure.name}/std"] = value.std
+        figures[name] = _plain(figure.name, value.mean)
+        figures[f"{name}/std"] = value.std
     return {
         "settings": {key: _as_json_value(value) for key, value in row.settings.items()},
         "n": len(row.runs),

@@ -63,6 +63,12 @@ def columns_of(task: Any, measured: Mapping[str, Any]) -> list[Column]:
     for name, value in measured.items():
         if name == "loss":
             raise UserError("metrics() of the task gives `loss`, which is recorded already: rename it.")
+        # Names are printed in tables, and stand in CSV files and in pages: a line end would break these.
+        if not str(name).isprintable():
+            raise UserError(
+                f"metrics() of the task gives {name!r}, a name with a character that cannot be printed: "
+                "rename it."
+            )
         if name in objects:
             if not isinstance(value, tuple):
                 raise UserError(
