@@ -14,8 +14,8 @@ EXIT_STUCK = 86  # started again and again without gaining a step
 EXIT_TIMED_OUT = 124  # not done within its limit, as of timeout(1)
 EXIT_CANNOT_START = 127  # the program is not there, as of a shell
 
-# What libraries raise where values, types or shapes do not go together. Any other error of a user's own
-# code keeps its traceback.
+# What libraries raise if values, types or shapes do not fit together. Any other error in a user's own code
+# keeps its traceback.
 MISFITS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
 
 ANYONE = -1  # in place of a rank that shows an error
@@ -43,16 +43,16 @@ class UserError(Exception):
 
 
 class RunError(UserError):
-    """An error during a run, although the user had asked for it correctly: exit code 1."""
+    """An error during a run that the user has started correctly: exit code 1."""
 
     code = 1
 
 
 def as_line(message: object, fd: int = 2) -> str:
-    """The one form in which every `allranks` command says what is wrong: `allranks: MESSAGE`, line feed.
+    """The form of the messages of every `allranks` command: `allranks: MESSAGE` and a line feed.
 
-    `fd` is the descriptor that the line will be written to. For a terminal its lines are wrapped and its
-    first word is coloured.
+    `fd` is the descriptor that the message will be written to. For a terminal its lines are wrapped, and
+    its first word is coloured.
     """
     text = f"allranks: {message}"
     if not os.isatty(fd):
@@ -70,38 +70,39 @@ def show(message: object) -> None:
 
 
 def flush_console() -> None:
-    """Hands on what stdout and stderr hold. What a closed console or a full disk does not take is lost.
+    """Writes out what Python still holds back for stdout and stderr. Called just before a process ends.
 
-    Python tries it once more at its end, and would say so and change the exit code to 120: so such a stream
-    leads nowhere from now on. A program may have put an object of its own in the place of a stream, which
-    has little more than write(): nothing of it keeps a process from its end.
+    If the console is closed or the disk is full, this output is lost. Python would try to write it once
+    more at its own end, print a complaint, and change the exit code to 120. To prevent that, the stream's
+    file descriptor is redirected to /dev/null. A program may have replaced sys.stdout or sys.stderr by an
+    object that is closed or has no flush(): such a stream is skipped.
     """
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except BlockingIOError:  # it takes more later
+        except BlockingIOError:  # the console is full now, but may take the rest later
             continue
         except OSError:
             with suppress(OSError, ValueError, AttributeError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        except (ValueError, AttributeError):  # it is closed, there is none, or it has no flush()
+        except (ValueError, AttributeError):  # the stream is closed, is None, or has no flush()
             continue
 
 
 def is_unread() -> bool:
-    """Whether nobody reads stdout or stderr: the other end of its pipe is closed, as by `| head`."""
+    """Whether nobody reads stdout or stderr any more: it is a closed pipe, as after `| head`."""
     import select  # seldom: a guard's start does without that module
 
     poll = select.poll()
     for fd in (1, 2):
-        poll.register(fd, 0)  # no event is asked for: that nobody reads is told in any case
+        poll.register(fd, 0)  # no event is asked for: poll() reports a closed pipe in any case
     return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def end_unread() -> NoReturn:
-    """Ends a command whose stdout takes nothing more, without Python's own message about it.
+    """Ends a command that can no longer write to stdout, without Python's own message about it.
 
-    That is so where its reader has ended, as `| head` does, or where the disk is full.
+    The reader may have ended, as `| head` does, or the disk may be full.
     """
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(1)

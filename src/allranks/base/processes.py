@@ -20,7 +20,8 @@ _PR_SET_PTRACER = 0x59616D61  # the same; of the security module Yama
 # A process writes down its Python stack on this signal. It is a real-time signal, which programs hardly
 # use, and not one of the first or last few, which the C library and some MPIs take. Linux only.
 DUMP_SIGNAL = getattr(signal, "SIGRTMAX", 0) - 5
-# And on this one where its launch wants to see it. One process may do both.
+# On this signal a process writes its Python stack for `allranks launch`, into memory that it shares with
+# its guard. DUMP_SIGNAL is for the other ranks of the run. One process may answer both, so they differ.
 DUMP_FOR_LAUNCH_SIGNAL = DUMP_SIGNAL - 1
 _IMPORTED = time.perf_counter()  # where there is no /proc, a process counts its age from here
 

@@ -178,9 +178,9 @@ def _split(
 
 
 def _all_of(name: str, whole: Any, opening: Opening, limit: int | None = None) -> Part:
-    """All examples that the section's part of this name has made; with a `limit` the first so many.
+    """All examples that the section's part `name` has made, or with `limit` only the first `limit` of them.
 
-    Raises UserError where there are none: of no examples there are no figures.
+    Raises UserError if there are none: without examples nothing can be computed.
     """
     if not len(whole):
         raise UserError(f"data.{name} has no examples: give at least one.", said_by=0)
@@ -193,14 +193,17 @@ def used_for_training(
     repeated_batch: int | None = None,
     key: str = "data.split",
 ) -> torch.Tensor:
-    """Those of the training examples that are trained on; `indices` are all of them, in the split's order.
+    """The indices of the examples that are trained on.
 
-    `key` is what in the configuration says how many they are, for messages.
+    `indices` are those of all training examples, in the order of the split. With `limit` only the first
+    `limit` of them are used. This choice does not depend on the number of ranks or on the batch size.
 
-    With a `limit` these are the first so many: the same on any number of ranks, and for any batch size.
-    With `repeated_batch` they are the first so many of these, repeated to whole batches, as many as there
-    would have been: in this order each batch of that size is the same one. Raises UserError where there are
-    fewer than the limit.
+    With `repeated_batch` only the first `repeated_batch` of these are used. They are repeated until there
+    are as many whole batches of this size as there would have been, but at least one. If the examples are
+    not shuffled, every batch of this size then holds the same examples.
+
+    `key` is the configuration's key that says how many examples there are; messages name it. Raises
+    UserError if there are fewer than `limit`.
     """
     if limit is not None and limit > len(indices):
         raise UserError(

@@ -52,7 +52,7 @@ END_S = 1.0  # from SIGTERM to SIGKILL for that launcher, which has processes on
 
 @dataclass(frozen=True)
 class Launch:
-    """What is asked for, and what `allranks launch` has found for it."""
+    """What the user asks for, and the machine, hosts and configuration found for it."""
 
     request: Request
     machine: Machine
@@ -63,23 +63,24 @@ class Launch:
     max_restarts: int = 0
     min_ranks: int | None = None  # None: every host is needed
     grace_s: float | None = None  # from a signal to SIGKILL; None: what the program is known to need
-    start_s: float | None = None  # until every rank must have come; None: the defaults
-    idle_s: float | None = None  # after which a program that does nothing is ended; None: not looked at
+    start_s: float | None = None  # every rank must have started within this time; None: the defaults
+    idle_s: float | None = None  # a program that does nothing for so long is ended; None: never
     is_quiet: bool = False  # whether only warnings, errors and the last line are shown
     # One for all attempts: a restarted training may take over the run directory of the one before at once.
     id: str = field(default_factory=partial(secrets.token_hex, 8))
 
     def plan(self, hosts: tuple[Host, ...] = (), **changes: str) -> Plan:
-        """The plan for all that is asked for, or for the ranks that `hosts` have; its files are written.
+        """Makes the plan for all ranks, or only for those of `hosts`, and writes the files that it needs.
 
-        `changes` are fields of the request that differ. Raises UserError where the plan cannot be had.
+        `changes` are fields of the request that differ. Raises UserError if no such plan can be made.
         """
         request = replace(self.request, placed=hosts, passed=(*variables.PRIVATE, variables.LAUNCH_ID))
         request = replace(request, hosts_path=str(self.folder / "hosts"))
         request = replace(request, **changes)  # type: ignore[arg-type]
         environ = dict(self.environ)
         if hosts and hosts[0].name != place(self.request, self.machine, self.allocation)[0].name:
-            environ.pop(variables.MASTER_ADDR, None)  # the user's address was that of the host that is out
+            # The user's address is that of rank 0's host, and rank 0 is on another host now.
+            environ.pop(variables.MASTER_ADDR, None)
         plan = make_plan(request, self.machine, self.allocation, environ)
         for path, content in plan.files:
             try:
@@ -94,7 +95,7 @@ class Launch:
 
     @property
     def folder(self) -> Path:
-        """Where this launch writes the files that its launcher reads; it may not be there.
+        """The folder to which this launch writes the files that its launcher reads; it may not exist yet.
 
         No other launch may write there: a second job would put its own hosts into the file that the first
         job's launcher is about to read.
@@ -114,8 +115,8 @@ class Launch:
     def grace(self) -> float:
         """Seconds from a signal that ends the launch to SIGKILL.
 
-        A training has as long as its own watchdog allows it for a step and for a save. A rank that hangs is
-        ended by the watchdog before.
+        A training gets as long as its own watchdog allows for a step and a save. If a rank hangs, the
+        watchdog ends it earlier.
         """
         if self.grace_s is not None:
             return self.grace_s
@@ -126,19 +127,19 @@ class Launch:
 
     @property
     def may_replace(self) -> bool:
-        """Whether a host that is not used may take the place of one that is gone.
+        """Whether an unused host may take the place of one that is gone.
 
-        The user has to have said that the run may go on in some other way than it was started.
+        Only if an option of the user says that the run may go on in another way than it was started.
         """
         return bool(self.max_restarts or self.request.spares or self.min_ranks is not None)
 
     def room_on(self, name: str) -> int | None:
-        """The most ranks that a host of the allocation takes; None where nobody says."""
+        """The most ranks that a host of the allocation takes; None if no limit is known."""
         [host] = [host for host in self.allocation.hosts if host.name == name]
         return room_on(host, self.machine, self.allocation)
 
     def has_enough(self, hosts: Sequence[Host]) -> bool:
-        """Whether `hosts` have as many ranks as --min-ranks asks for. Without it nothing is enough."""
+        """Whether `hosts` have as many ranks as --min-ranks asks for; False if it was not given."""
         return self.min_ranks is not None and sum(host.slots for host in hosts) >= self.min_ranks
 
 
@@ -153,10 +154,11 @@ class HostRecord:
     failures: Counter[str] = field(default_factory=Counter)  # by host, how often its rank failed first
 
     def note_failure(self, plan: Plan, outcome: Outcome) -> list[str]:
-        """Counts the failure of a host. Returns that host if this was the second time, else nothing.
+        """Counts the failure of a host. Returns that host if it has failed twice or more, else nothing.
 
-        A rank says its host's own name, which may be longer or shorter than the allocation's, or a wholly
-        different one. Then the numbers of the ranks on that host tell which host of the plan it is.
+        A rank reports its host's own name. It may be longer or shorter than the name in the allocation, or
+        a different one. If no name fits, the numbers of the ranks on that host tell which host of the plan
+        it is.
         """
         if not outcome.failed_host:
             return []
@@ -164,7 +166,7 @@ class HostRecord:
         if not failed:
             its_ranks = {rank: name for rank, name in outcome.hosts.items() if name == outcome.failed_host}
             planned = set(planned_hosts(plan.host_of_each_rank, its_ranks).values())
-            # Several hosts of one name: nobody knows which of them is to blame.
+            # If several hosts have this name, nobody knows which of them is to blame.
             failed = list(planned) if len(planned) == 1 else []
         self.failures.update(failed)
         return [name for name in failed if self.failures[name] >= MOST_FAILURES_OF_A_HOST]
@@ -193,14 +195,15 @@ class TrainingProgress:
 def is_crash(outcome: Outcome) -> bool:
     """Whether another start may help.
 
-    It does not after success, after the user's mistake, after a stop in order (exit code 85: the job is at
-    its end), after a signal to this process, and where nobody reads the output any more.
+    Another start does not help after success, after a mistake of the user, and after an orderly stop (exit
+    code 85: the job is at its end). Nor is it wanted after a signal to this process, or if nobody reads the
+    output any more.
     """
     return outcome.code not in (0, EXIT_USER_ERROR, EXIT_REQUEUE) and not outcome.stopped
 
 
 def what_next(outcome: Outcome, restarts_left: int, progress: TrainingProgress | None) -> Next:
-    """What follows an attempt that has ended like this. `progress` is None where nobody counts steps."""
+    """What follows an attempt with this outcome. `progress` is None if the program is not our training."""
     if not is_crash(outcome) or restarts_left == 0:
         return Next.END
     if progress is not None and progress.crashes_without_gain >= MOST_WITHOUT_GAIN:
@@ -276,7 +279,10 @@ def _run(launch: Launch, check: bool) -> Ended:
 
 
 def _note_progress(directory: str, calls: int) -> None:
-    """Keeps how often a program has called heartbeat() and should_stop(): its next job depends on it."""
+    """Writes to the run directory how often a program has called heartbeat() and should_stop().
+
+    A job that stops in time is followed by another one only if this number has grown.
+    """
     try:
         program_progress.add(directory, calls)
     except OSError as error:
@@ -284,10 +290,10 @@ def _note_progress(directory: str, calls: int) -> None:
 
 
 def _say_last(launch: Launch, outcome: Outcome) -> None:
-    """The last line: what has failed, and for a training that was killed what is left of it.
+    """Prints the last line: what has failed and, if a signal ended a training, which step is saved.
 
-    After a signal the process is to end, whether or not somebody reads that line, and whether or not the
-    file system with the checkpoints answers.
+    After a signal this process must end, even if nobody reads the line, and even if the file system with
+    the checkpoints does not answer. So both have a time limit then.
     """
     failure = outcome.failure
     if outcome.stopped and failure and launch.config:
@@ -344,7 +350,10 @@ def newest_step(launch: Launch) -> int:
 
 
 def _progress_so_far(launch: Launch) -> TrainingProgress:
-    """How far the training has come before the first attempt. Raises UserError where nobody can tell."""
+    """How far the training has come before the first attempt.
+
+    Raises UserError if its checkpoints cannot be listed.
+    """
     try:
         return TrainingProgress(newest_step(launch))
     except OSError as error:
@@ -416,7 +425,7 @@ def _checked(launch: Launch, plan: Plan, record: HostRecord) -> Plan:
 
 
 def _refusal(launch: Launch, plan: Plan, said: str) -> str:
-    """What to tell the user where the launcher starts nothing anywhere: its own words explain that best."""
+    """The message if the launcher can start nothing on any host. It quotes what the launcher says."""
     hosts = [host.name for host in plan.hosts]
     return (
         f"preflight: {plan.launcher} starts nothing on {some(hosts)}. It says:\n{said}{_hint(launch, plan)}"
@@ -424,7 +433,7 @@ def _refusal(launch: Launch, plan: Plan, said: str) -> str:
 
 
 def _hint(launch: Launch, plan: Plan) -> str:
-    """What else may help where hosts cannot be reached; empty, or a line of its own."""
+    """Further advice for a message that hosts cannot be reached: a line of its own, or nothing."""
     reaches_others_by_ssh = plan.dialect == "hydra" and len(plan.hosts) > 1
     instead = scheduler.instead_of_ssh(launch.allocation.scheduler)
     if not reaches_others_by_ssh or (shutil.which("ssh") is not None and not instead):
@@ -436,9 +445,10 @@ def _hint(launch: Launch, plan: Plan) -> str:
 
 
 def _gone_for_good(launch: Launch, plan: Plan, outcome: Outcome, record: HostRecord) -> Sequence[str]:
-    """The hosts that the next attempt is to do without.
+    """The hosts that cannot be reached, so that the next attempt must do without them.
 
-    None where there is neither a spare nor --min-ranks: then the ranks are started where they were.
+    Empty if the launch has neither a spare host nor --min-ranks: the ranks are then started again on the
+    same hosts.
     """
     if not outcome.gone or (launch.min_ranks is None and not _spares(launch, plan, record)):
         return ()
@@ -447,13 +457,13 @@ def _gone_for_good(launch: Launch, plan: Plan, outcome: Outcome, record: HostRec
 
 @dataclass(frozen=True)
 class Change:
-    """The hosts of the next attempt, and in what they differ from those of the one before."""
+    """The hosts of the next attempt, and how they differ from those of the attempt before."""
 
     hosts: tuple[Host, ...]
-    replaced: Mapping[str, str]  # by a host that is out, the spare that takes its place
-    dropped: Sequence[str]  # hosts that are out, and whose ranks there are no more
-    left_over: Sequence[str]  # hosts that are gone, and that the run cannot do without
-    failed_twice: Sequence[str] = ()  # those of the above that are not gone
+    replaced: Mapping[str, str]  # for each host that is no longer used, the spare that takes its place
+    dropped: Sequence[str]  # hosts that are no longer used and not replaced: their ranks no longer exist
+    left_over: Sequence[str]  # hosts that cannot be reached, but cannot be replaced or dropped either
+    failed_twice: Sequence[str] = ()  # hosts replaced or dropped because a rank there has failed twice
 
     def sentences(self, why: str = "has failed twice") -> list[str]:
         """What has changed, in sentences; `why` says what was wrong with the hosts that are not gone."""
@@ -503,7 +513,7 @@ def _change(
 def _dropped(launch: Launch, plan: Plan, not_replaced: Sequence[str], gone: Sequence[str]) -> Sequence[str]:
     """The hosts without which the run goes on: all that were not replaced, or only those that are gone.
 
-    None where too few ranks would be left.
+    Empty if too few ranks would be left: the run cannot go on without any of these hosts.
     """
     must = [name for name in not_replaced if name in gone]
     for dropped in (not_replaced, must):
@@ -562,15 +572,17 @@ def placed_anew(
 
 
 def _to_blame(launch: Launch, plan: Plan, silent: Sequence[str]) -> Sequence[str]:
-    """The hosts that are not there, among the `silent` ones, of which nothing was heard.
+    """Those of the `silent` hosts that cannot be reached. From a silent host no rank has reported.
 
-    If other hosts were heard of, all silent ones are taken to be gone. If no host was heard of, the
-    launcher may have given up because of a single one: then each is tried.
+    If ranks of other hosts have reported, all silent hosts are taken to be gone. If no rank has reported at
+    all, the launcher may have given up because of a single host. Then something is started on the hosts, to
+    find out which of them it is.
     """
     if len(silent) < len(plan.hosts):
         return silent
     if plan.launcher == "torchrun" and len(silent) == 1 and is_this_host(silent[0]):
-        return ()  # no other launcher has a part in this, and this host is there
+        # torchrun was started by no other launcher, so its ranks are on this host, which is obviously up.
+        return ()
     return unreachable(silent, partial(_try_groups, launch, plan))
 
 
@@ -597,7 +609,8 @@ def unreachable(
 def _try_groups(launch: Launch, plan: Plan, groups: Sequence[Sequence[str]]) -> list[bool]:
     """For each group of hosts whether the launcher fails to start one process on each of them.
 
-    Where nothing can be tried, no group is said to fail: what has failed before is then all that is known.
+    If nothing can be tried, the answer is False for every group. Then no host is named, and the caller
+    reports the failure that it has seen before.
     """
     launcher = _trial_launcher(launch, plan)
     if launcher is None:
@@ -632,11 +645,11 @@ def _try_groups(launch: Launch, plan: Plan, groups: Sequence[Sequence[str]]) -> 
 
 
 def _trial_launcher(launch: Launch, plan: Plan) -> str | None:
-    """The launcher by which a part of the hosts can be tried; None where there is none.
+    """The launcher with which some of the hosts can be tried; None if no launcher here can do that.
 
-    It is the plan's own where that can start something on some of the hosts alone. Torchrun takes seconds
-    to start, and another launcher starts it on other hosts. An mpiexec that must not be told the hosts
-    always takes all of them.
+    The plan's own launcher is used if it can start a process on some of the hosts alone. Torchrun is not
+    used: it takes seconds to start, and needs another launcher to reach other hosts. Nor is an mpiexec that
+    must not be told the hosts, because it always uses all of them.
     """
     unfit = {"torchrun"}
     if not launch.machine.options.name_hosts:
@@ -659,7 +672,7 @@ def _has_failed(started: subprocess.Popen[bytes], deadline: float) -> bool:
 
 
 def _wait_for_all(started: Sequence[subprocess.Popen[bytes]], within_s: float) -> None:
-    """Waits until these have ended, but not longer than this."""
+    """Waits until all these processes have ended, but at most `within_s` seconds."""
     deadline = time.monotonic() + within_s
     for one in started:
         with contextlib.suppress(subprocess.TimeoutExpired):

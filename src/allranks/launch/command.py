@@ -184,7 +184,11 @@ def _run_cells(launch: Launch, cells: Sequence[Cell], checks_first: bool) -> int
 
 
 def _about_sweep(cells: Sequence[Cell], ends: Sequence[str], is_stopped: bool) -> str:
-    """The comparison of a sweep whose cells were started here, or of which the last one was; else empty."""
+    """The comparison of a sweep, to be shown at the end of this launch; "" if it cannot be made yet.
+
+    A launch that has started all cells of the sweep compares them now. If each cell is a launch of its own,
+    in a job of an array, the launch whose cell ends last compares them.
+    """
     last = cells[-1]
     page = last.config.report
     ended = compare_sweep.Ended(was_stopped=is_stopped)

@@ -249,10 +249,11 @@ class Console:
         self.flush()
 
     def flush(self, force: bool = False) -> None:
-        """Writes the lines that wait, once rank 0's line has ended, or it or they have taken too long.
+        """Writes the other ranks' lines that wait. They wait while rank 0 is in the middle of a line.
 
-        Rank 0 may add to its line without end, as an ordinary progress bar does: each of its pieces makes
-        `_open_since` new, but not the time for which the others' lines have waited.
+        They wait at most HOLD_S after rank 0 has last added to its line, and at most HOLD_S in all. The
+        second limit is for a rank 0 that adds to its line without end, as an ordinary progress bar does.
+        With `force` they are written at once.
         """
         if not self._held:
             return

@@ -179,7 +179,8 @@ class Guard:
         return {
             **kept,
             **variables.of_rank(self.identity, self.environ, place),
-            # Under torchrun MASTER_PORT is that of torchrun's own store; this one is free there too.
+            # MASTER_PORT may be the port of torchrun's own store. The port in ALLRANKS_MASTER_PORT is
+            # always one that rank 0's guard has found free.
             variables.MASTER_ADDR: str(place["master_addr"]),
             variables.MASTER_PORT: str(place["master_port"]),
             variables.RANKS_SECRET: str(place["secret"]),
@@ -252,7 +253,8 @@ class Guard:
         if with_stdin:
             self.stdin = stdin.inner
             os.set_blocking(self.stdin, False)
-        else:  # the program reads an end of file: what the launcher gives to a rank differs
+        else:
+            # The program's stdin is empty. Launchers differ in what they give to a rank as its stdin.
             os.close(stdin.inner)
 
     def _is_over(self) -> bool:
@@ -423,9 +425,13 @@ class Guard:
         return [*map(self._read, told), ticks, self.written_bytes]
 
     def _hold(self) -> None:
-        """Has the program wait at its next question whether to stop; says how many it has had answered."""
+        """Makes the program wait at its next call of should_stop().
+
+        The supervisor is told how many of these calls have been answered so far.
+        """
         self._write(variables.HOLD, 1)
-        # A call that was under way when the hold was set is over, or waits, after this time.
+        # The program may be in the middle of a call of should_stop() just now. After this pause that call
+        # has either returned, or it waits.
         time.sleep(SETTLE_S)
         self._say(answered=self._read(variables.CALLS) - self._read(variables.WAITS))
 
@@ -579,7 +585,10 @@ class OutputFile:
         self._tell_thread()
 
     def close(self, within_s: float) -> bytes:
-        """Waits for the last data to be written; what to say where that took too long."""
+        """Waits at most `within_s` seconds until all data are written.
+
+        Returns a message for the user if some of them were not written in time, else nothing.
+        """
         if not self._has_thread:
             return b""
         self._is_closed = True

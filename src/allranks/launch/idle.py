@@ -28,8 +28,9 @@ BEAT_S = 600.0  # from one heartbeat to the next, where neither the program nor 
 # PyTorch and of monitors do, use 0.1 to 0.5 %.
 IDLE_SHARE = 0.01
 LEAST_TICKS = 2  # of CPU time between two looks: one may be the clock's own rounding
-# Where the others have called heartbeat() so often and not more, a rank that has not may still be before
-# its first step: the others do one or two before they wait for it.
+# A rank that has never called heartbeat() may still be on its way to its first step. That is assumed as
+# long as no other rank has called it more often than this: the others can take a step or two before they
+# wait for it.
 FIRST_BEATS = 2
 FEW = 8  # ranks that are not late, and are looked at before those that are
 TICKS_PER_S = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
@@ -131,16 +132,18 @@ def notice(
 
 
 def to_blame(finding: Finding, ranks: Mapping[int, RankWatch], looks: Mapping[int, str]) -> list[int]:
-    """The ranks to name, of all that run. `looks` are what the guards have seen, by rank.
+    """Decides which of the ranks that still run are to blame. `looks` has what the guards saw, by rank.
 
-    Those of the finding are late; the one that they wait for need not be, where it has never called
-    heartbeat(), or has said that it takes longer. So these are the rules, and the first that fits holds:
+    The ranks of the finding are late, but perhaps only because they wait for another rank. That rank need
+    not be late: it may never have called heartbeat(), or it may have said that it takes longer. The first
+    of these rules that gives a rank decides:
 
-    1. A program that is stopped is to blame, whatever the others do.
-    2. Of the ranks that stand still, those with the fewest heartbeats are: the others wait for them at
-       their next step. A rank without any counts here only if it seems to be on its way to the first one.
-    3. Where all have as many, it is the rank whose stack differs from that of most others.
-    4. Where none stands out, all that are late are named, with those that may be on their way to the first.
+    1. Ranks whose program is stopped (state T), unless all are stopped.
+    2. Of the ranks that stand still, those that have called heartbeat() least often, if some rank has
+       called it more often: all others wait for them at their next step. Ranks that have never called
+       heartbeat() are counted here only if the others have hardly begun (FIRST_BEATS) and are more.
+    3. Of the ranks that stand still, those whose stack differs from that of most others.
+    4. All late ranks, and with them those that may still be on their way to their first heartbeat.
     """
     stopped = [rank for rank in ranks if re.search(r"\(state [Tt]\)", looks.get(rank, ""))]
     if stopped and len(stopped) < len(ranks):

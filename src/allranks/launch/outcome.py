@@ -194,7 +194,11 @@ def _failed_alike(failed: Sequence[Rank], first: Rank) -> list[Rank]:
 
 
 def _first_to_fail(failed: Sequence[Rank]) -> Rank:
-    """The rank to name: the first by the clock, unless another explains better why that one was lost."""
+    """The rank to name as the first that has failed: as a rule the one that ended first by the clock.
+
+    If nobody knows how that rank's program ended (its guard has vanished or does not answer), a rank is
+    named that was killed at about the same time, or else one that does not answer.
+    """
 
     def when(r: Rank) -> tuple[float, int]:
         return r.ended_at, r.rank
@@ -202,7 +206,7 @@ def _first_to_fail(failed: Sequence[Rank]) -> Rank:
     first = min(failed, key=when)
     if first.loss is None:
         return first
-    # A guard vanishes when the launcher ends it, as it does after another rank's death.
+    # The launcher may have ended this guard because another rank had died.
     killed = [r for r in failed if r.signal and r.ended_at < first.ended_at + NEAR_S]
     silent = [r for r in failed if r.loss is Loss.SILENT]
     return min(killed or silent or [first], key=when)

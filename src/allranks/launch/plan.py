@@ -398,7 +398,8 @@ def _master_variables(
     if machine.master_suffix and not is_local:
         address = short(address) + machine.master_suffix
         why = f"machine file {machine.name}: rank 0's host on the fast network"
-    # Each rank of a launch has the variable, too: for another launch within it that is no address to use.
+    # Inside a rank of another launch this variable is set, too, by that launch and not by the user. A
+    # launch that is started there must not take over its address.
     if environ.get(MASTER_ADDR) and not environ.get(LAUNCH_ID):
         address = environ[MASTER_ADDR]
         why = f"user: {MASTER_ADDR}"

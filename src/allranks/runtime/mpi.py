@@ -21,12 +21,15 @@ if TYPE_CHECKING:
     import torch
 
 
-# MPI_Init returns when all ranks have come to it, and keeps Python's lock until then.
-STOPPED_FIRST_S = 1.0  # a rank that is stopped is named by its own helper; rank 0 speaks so much later
-RANK_0_FIRST_S = 5.0  # and the other ranks so much later
-TOGETHER_S = 600.0  # at the end, for a rank that still writes its records while the others wait for it
-FINALIZE_S = 20.0  # and for MPI itself to end, once all ranks are there
-END_JOB_S = 60.0  # for the other ranks to come to MPI_Init where this one only ends the job
+# MPI_Init returns when all ranks have come to it, and keeps Python's lock until then. If it takes longer
+# than its limit, all ranks notice it at the same time, but only one of them should say so. The helper
+# process of a rank that is stopped speaks at once. Rank 0 speaks STOPPED_FIRST_S after the limit, and the
+# other ranks RANK_0_FIRST_S after the limit.
+STOPPED_FIRST_S = 1.0
+RANK_0_FIRST_S = 5.0
+TOGETHER_S = 600.0  # at the end of a run a rank may still write its records, while the others wait for it
+FINALIZE_S = 20.0  # MPI_Finalize may take so long, once all ranks have come to the end
+END_JOB_S = 60.0  # a rank that only ends the job waits so long for the other ranks to come to MPI_Init
 
 
 def world(identity: RankIdentity, start_s: float | None = None) -> Any:
@@ -57,14 +60,15 @@ def world(identity: RankIdentity, start_s: float | None = None) -> Any:
     )
     if ("Open MPI" in library) != (identity.launcher == "openmpi") and identity.launcher in _NAMES:
         raise foreign  # before MPI_Init, which some libraries do not survive
-    # MPICH as most build it knows no PMIx: it would end the process, in words of its own.
+    # Most builds of MPICH do not know PMIx: MPICH would end the process, with a message of its own.
     if identity.launcher == "pmix" and "MPICH" in library and "pmix" not in MPI.Get_library_version():
         raise foreign
     if not MPI.Is_initialized():
         with _limit_of_init(identity.rank, start_s):
             MPI.Init_thread()
     comm = MPI.COMM_WORLD
-    if identity.launcher == "pmix" and comm.size == 1:  # PMIx does not tell the size: nobody could say more
+    # PMIx does not tell how many ranks there are, so only a size of 1 can show that mpi4py has another MPI.
+    if identity.launcher == "pmix" and comm.size == 1:
         raise foreign
     if comm.size < expected or (identity.world_size and comm.size != identity.world_size):
         raise foreign
@@ -83,12 +87,13 @@ def _limit_of_init(rank: int, start_s: float | None) -> AbstractContextManager[N
     return time_limit(start_s, f"rank {rank} on {socket.gethostname()}", words, spare_s)
 
 
-# Whose library speaks with whose launcher; MVAPICH2 and jsrun have relations of several kinds.
+# For each launcher the MPI library that works with it. MVAPICH2 and jsrun are left out: they work with more
+# than one.
 _NAMES = {"openmpi": "Open MPI", "mpich": "MPICH", "pals": "PALS", "cray-pmi": "Cray MPICH"}
 
 
 def _mpi() -> Any:
-    """The module mpi4py.MPI, with MPI not yet initialised unless somebody has done it."""
+    """Imports mpi4py.MPI without initialising MPI, and returns the module."""
     import mpi4py
 
     if "mpi4py.MPI" not in sys.modules:
@@ -127,7 +132,7 @@ def library() -> str:
 
 
 class Host(NamedTuple):
-    """Where a rank is. Two hosts may have one name, but their kernels never have one boot id."""
+    """Where a rank is. Two hosts may have the same name, but never the same boot id of their kernels."""
 
     name: str
     boot_id: str  # empty where the system has none
@@ -161,15 +166,16 @@ def at_work() -> bool:
 
 
 def leave(code: int) -> None:
-    """Ends this rank's part in MPI, where MPI is at work; all ranks call, once there is nothing left to do
-    together. `code` is the exit code that the process will have.
+    """Ends this rank's part in MPI, if MPI is running. All ranks call it, after their last common work.
 
-    MPI_Finalize speaks with the launcher, and keeps Python's lock meanwhile. Where the launcher's proxy on
-    this host is stopped, it never returns: a run that has ended well would hang for ever. So the call is
-    made without the lock, and a thread ends the process with its code where it takes too long.
+    `code` is the exit code that the process will have.
+
+    MPI_Finalize talks to the launcher, and keeps Python's lock meanwhile. If the launcher's process on this
+    host is stopped, MPI_Finalize never returns, and a run that has ended well would hang for ever. So it is
+    called without the lock, and if it takes too long, a thread ends the process with `code`.
     """
-    # After MPI_Finalize some launchers take no more output. Without MPI this is done as well: what a closed
-    # console does not take must not change the exit code.
+    # After MPI_Finalize some launchers take no more output. The console is flushed without MPI as well: a
+    # closed console must not change the exit code.
     flush_console()
     if not at_work():
         return
@@ -217,17 +223,17 @@ def allreduce(comm: Any, tensor: torch.Tensor) -> None:
 
 
 def broadcast(comm: Any, tensor: torch.Tensor) -> None:
-    """Rank 0's contiguous CPU tensor on every rank, in place."""
+    """Copies rank 0's contiguous CPU tensor to every rank, in place."""
     comm.Bcast(_as_whole_numbers(tensor), root=0)
 
 
 def gather(comm: Any, tensor: torch.Tensor, everyones: torch.Tensor) -> None:
-    """Every rank's contiguous CPU tensor, in the order of the ranks, into `everyones` [ranks, ...]."""
+    """Copies every rank's contiguous CPU tensor, in the order of the ranks, to `everyones` [ranks, ...]."""
     comm.Allgather(_as_whole_numbers(tensor), _as_whole_numbers(everyones))
 
 
 def _as_whole_numbers(tensor: torch.Tensor) -> Any:
-    """The tensor's bits as whole numbers of the same size, as NumPy has them: it knows no bfloat16."""
+    """The tensor's bits as a NumPy array of whole numbers of the same size: NumPy has no bfloat16."""
     import torch
 
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

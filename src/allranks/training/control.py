@@ -6,7 +6,7 @@ now and then in one small sum, about every quarter of a second, and do together 
 
     JobEnd     knows when the job ends
     Pace       says after how many steps or batches the ranks meet next
-    Control    is the meeting, and does what follows from it
+    Control    lets the ranks meet, and saves or stops as they have agreed
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STDOUT = 1  # the file descriptor
-# The ranks meet about as often. A signal is answered within that time, and a meeting takes some 0.1 ms.
+# The ranks meet about once in this time. So a signal is answered within it. A meeting takes some 0.1 ms.
 BEAT_S = 0.25
-# A step may have become a hundred times slower by the next meeting: it should not take minutes to come.
+# Steps may become a hundred times slower before the next meeting. Even then it should come within minutes.
 MOST_STEPS_BETWEEN_MEETINGS = 10_000
 # Kept free before the job's end, besides what the run's own saves and steps have taken at most so far: for
 # the ranks to close, and for the job script to queue a successor.
 MARGIN_S = 10.0
-# Where the job's end is known, a process saves for the first time after so many seconds at the latest, and
-# by half of its time in the job. How long a save takes is known only from a save. Without one, a training
-# whose epochs are longer than its jobs would begin its only save MARGIN_S before the end, and on a slow
-# file system the job would end within it, in each of its jobs.
+# If the job's end is known, a process saves for the first time after so many seconds, or after half of its
+# time in the job if that is shorter. Only a save shows how long a save takes. Without this one, a training
+# whose epochs are longer than its jobs would begin its only save MARGIN_S before the end. On a slow file
+# system each of its jobs would end in the middle of that save.
 FIRST_SAVE_S = 300.0
-# Said where the ranks of a loop of the user's own evaluate on different batches.
+# The message if the ranks of a user's own loop evaluate on different batches.
 OTHER_BATCHES = (
     "run.mean() or run.means() has gone through other batches of run.batches() on other ranks. Their "
     "source must give the same batches on all ranks, of which each rank keeps its share: leave out what "
@@ -60,8 +60,8 @@ OTHER_BATCHES = (
 class RunStopped(SystemExit):
     """All ranks have agreed to stop. What was trained is saved, and another start goes on from there.
 
-    It is a SystemExit, so that no `except Exception` of a user's loop takes it for an error. Where nothing
-    catches it, the process ends with the exit code that asks for another start.
+    It is a SystemExit, so that no `except Exception` of a user's loop takes it for an error. If nothing
+    catches it, the process ends with exit code 85, which asks for another start.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class RunStopped(SystemExit):
 def say_at_once(signal_name: str) -> None:
     """Tells the user that a signal has come, from within its handler.
 
-    Written to the console past Python's own buffers: the handler may have interrupted a write to them.
+    It is written without Python's own buffers: the handler may have interrupted a write to them.
     """
     text = f"{signal_name}: stopping after this batch; what is done so far is saved\n"
     with suppress(OSError):  # nobody reads it any more
@@ -104,9 +104,10 @@ class JobEnd:
 
 
 def end_of_job(environ: Mapping[str, str]) -> int | None:
-    """The job's end, in seconds since 1970; None outside a job, or where its scheduler sets no end.
+    """The job's end, in seconds since 1970; None outside a job, or if its scheduler sets no end.
 
-    ALLRANKS_DEADLINE goes before what the scheduler says. Raises UserError where that one does not answer.
+    If ALLRANKS_DEADLINE is set, the scheduler is not asked. Raises UserError if the scheduler does not
+    answer.
     """
     text = environ.get("ALLRANKS_DEADLINE", "")
     if text.isascii() and text.isdecimal():
@@ -212,7 +213,7 @@ class Control:
         self._has_gained = False  # whether this process has taken a step
         if runtime.is_main:
             signals.answer = say_at_once
-            if signals.names:  # before anybody could answer
+            if signals.names:  # a signal came before there was anything to answer it
                 say_at_once(signals.names[0])
 
     @property
@@ -235,10 +236,12 @@ class Control:
         return self._steps.is_due(step) or bool(every and step % every == 0)
 
     def meet(self, evaluates_next: bool = False) -> None:
-        """Saves where it is time to, and where the run is to stop now; all ranks call.
+        """The ranks agree whether to save and whether to stop. All ranks call this, between two steps.
 
-        Raises RunStopped, on all ranks, where it is to stop.
-        A run that `evaluates_next` saves after that, unless it stops: then the checkpoint has the metrics.
+        If they agree to stop, they save, and RunStopped is raised on all of them. If only a save is due,
+        they save. With `evaluates_next` the evaluation of the epoch comes next. Then a save that is due is
+        left to the call after the evaluation, so that the checkpoint has the epoch's metrics. A stop does
+        not wait for the evaluation.
         """
         position = self.position
         now = self._clock()
@@ -268,21 +271,27 @@ class Control:
     # --- between two batches of an evaluation ---
 
     def begin_evaluation(self) -> None:
-        """An evaluation begins, whose batches are counted from 1."""
+        """To be called when an evaluation begins. Its batches are counted from 1."""
         self._batches = Pace()
 
     def check_evaluation(
         self, batch: int, gains: bool = False, can_stop: Callable[[], bool] = lambda: True
     ) -> None:
-        """Where the run is to stop after this batch, saves and raises RunStopped, on all ranks.
+        """After a batch of an evaluation, saves and raises RunStopped if the ranks have agreed to stop.
 
-        Where only the first save is due, the run saves, and the evaluation goes on.
-        What is saved is the training as it was when the evaluation began, which does not change it. The
-        evaluation is done again after the resume. The job's end alone does not stop a process that has not
-        taken a step: what it can gain in its time is the end of this evaluation. It does where the work
-        done so far is kept, that is where it `gains`. Before it saves, `can_stop` is asked, on all ranks,
-        whether it may do so here. All ranks call, after the same batches. Raises UserError, on all of them,
-        where another rank is in end_evaluation().
+        What is saved is the training as it was before the evaluation, which does not change it. After a
+        resume the evaluation is done again from its beginning.
+
+        A signal stops the run. The end of the job stops it only if this process has gained
+        something: it has taken a step, or `gains` says that the caller itself keeps the work done so far,
+        as run.share() does. Otherwise the evaluation goes on until the job is over, because the end of this
+        evaluation is all that the job can gain.
+
+        If only the first save is due (FIRST_SAVE_S), the run saves, and the evaluation goes on. Before
+        anything is saved, `can_stop` is asked, on all ranks, whether the run may save and stop here.
+
+        All ranks call this after the same batches. Raises UserError, on all ranks, if another rank has no
+        batch left and is in end_evaluation().
         """
         if not self._batches.is_due(batch):
             return
@@ -298,10 +307,10 @@ class Control:
             raise RunStopped
 
     def end_evaluation(self, batches: int) -> None:
-        """The evaluation has no batch left on this rank, after so many; all ranks call.
+        """To be called by all ranks when they have no batch left in an evaluation, after `batches` of them.
 
-        Only where their number is not known to be the same on all ranks need this be called. Raises
-        UserError, on all ranks, where others have some left: they meet this rank in check_evaluation().
+        This is needed only if the number of batches may differ between the ranks. Raises UserError, on all
+        ranks, if other ranks have batches left: they meet this rank in check_evaluation().
         """
         if self.runtime.world_size > 1:
             now = self._clock()
@@ -315,7 +324,7 @@ class Control:
     # --- for both ---
 
     def _meet(self, pace: Pace, number: int, now: float, is_overdue: bool, ended: bool = False) -> Wishes:
-        """The ranks add up what each of them wishes, after step or batch `number`.
+        """The ranks add up what each of them wishes after step or batch `number`, and return the sums.
 
         `is_overdue`: whether rank 0 wishes a save. `ended`: whether this rank has no batch left in an
         evaluation.
@@ -351,7 +360,8 @@ class Control:
         if self._has_saved or self.job_end is None or self.job_end.at is None:
             return False
         half_s = (self.job_end.at - self._began_at) / 2
-        # What a run went on from is saved already: nothing would be written.
+        # As long as nothing has changed since the checkpoint that the run went on from, a save writes
+        # nothing.
         return now - self._began_at >= min(FIRST_SAVE_S, half_s) and not self.saver.is_saved()
 
     def _save(self) -> None:

@@ -58,10 +58,13 @@ def own_stack(thread: int) -> str:
 
 
 def look(peer: Peer, here: ProcessIdentity, known: Known) -> str:
-    """What has become of a rank's process, in words that follow the rank's name.
+    """What has become of a rank's process, in words that follow the rank's name; "" if nothing is wrong.
 
-    `here` is this process. Nothing ("") is said of a process that runs, unless it has been mute for so long
-    that it is to blame anyhow (STUCK). Where this process cannot see it, the words are those from afar.
+    `here` is this process, and `known` says why the rank is looked at. If its connection has ended (GONE),
+    the words say how the process ended. If the process is stopped, they say that, with its Python stack.
+    For a process that runs but has not answered they are empty at first (MUTE), and later "does not answer"
+    with its stack (STUCK). If this process cannot see the other one, which is on another host or in another
+    container, they are FROM_AFAR[known].
     """
     stat = _stat(peer.process, here)
     if stat is None:

@@ -139,9 +139,10 @@ class Watchdog:
     # --- said by the main thread ----------------------------------------------------------------------
 
     def hold(self) -> None:
-        """Gives the news of another rank's death time to come: that explains an error better.
+        """Waits a moment for news that another rank has died, before this rank reports an error of its own.
 
-        Where it has come, the thread ends this process within this call.
+        The error may only follow from that death (a collective has failed, for example), and the death
+        explains more. If the news comes, the watchdog's thread ends this process while this call waits.
         """
         if self._crew.peers:  # the ranks have been in touch
             time.sleep(NEWS_S)
@@ -168,8 +169,9 @@ class Watchdog:
 
     def close(self) -> None:
         """The run has ended well, or with an error that all ranks know."""
-        # First of all: a rank that closes while our `bye` comes there resets the connection, and its own
-        # `bye` is lost.
+        # This comes before `bye` is sent. If another rank closes its connection just when our `bye`
+        # arrives, TCP resets the connection, and that rank's own `bye` is lost. The thread then sees a
+        # broken connection, and must already know that this is no fault.
         self._parting = True
         self._others.tell_all(bye=True)  # without it, the end of a connection would be an alarm
         self._closed = True
@@ -297,7 +299,11 @@ class Watchdog:
         )
 
     def _conclude(self) -> None:
-        """Goes on with what has been begun, where the answers are there or the time is up."""
+        """Takes the next step of what this watchdog waits for.
+
+        Rank 0 goes on with its inquiry. Any other rank has asked rank 0. If no answer has come in time, it
+        goes on without rank 0.
+        """
         if self.rank == 0:
             self._go_on_with_the_inquiry()
         elif self._time_is_up():
@@ -405,7 +411,9 @@ class Watchdog:
     def _without_rank_0(self, known: Known) -> None:
         """Rank 0 has died or has not answered. Its deputy says so; the others leave it time for that."""
         is_deputy = self.rank == self._crew.deputy
-        step = self.progress.step  # before the look: for that a stopped process goes on a little
+        # The step is read before the look. To write down its stack, a stopped rank 0 runs on for a moment,
+        # and in that moment this rank may complete a step.
+        step = self.progress.step
         words = verdict.FROM_AFAR[known]
         if is_deputy:
             words = self._look(self._crew.peers[0], known)
@@ -462,7 +470,8 @@ class Watchdog:
                     # A stack may lead through a file whose name is no UTF-8.
                     os.write(2, f"allranks: {message}\n".encode(errors="backslashreplace"))
                 file_log.info(message)
-            # Not before they are named: when one of them is gone, its launcher may kill us all.
+            # The processes to blame are killed only after the message has named them. When one of them
+            # ends, the launcher may kill all processes at once, this one included.
             for process in self._condemned:
                 postmortem.kill(process, self._me.process)
             if self.rank == 0:

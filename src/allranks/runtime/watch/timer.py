@@ -23,9 +23,10 @@ TERM_S = 2.0  # from SIGTERM to SIGKILL
 def time_limit(limit_s: float, who: str, words: str, spare_s: float = 0.0) -> Iterator[None]:
     """Ends this process, with the sentence `who words`, if the block has not ended after `limit_s` seconds.
 
-    If this process is stopped by then (SIGSTOP), the sentence says that instead. `spare_s` are seconds more
-    for a process that is not stopped: of several that wait for each other, the stopped one is to be named.
-    Must be entered by the main thread: the helper ends when the thread ends that started it.
+    If this process is stopped by then (SIGSTOP), the sentence says that instead. A process that is not
+    stopped is ended `spare_s` seconds later: if several wait for each other, the stopped one should be
+    named first.
+    Must be entered by the main thread: the helper ends when the thread that started it ends.
     """
     parent = os.getpid()
     with warnings.catch_warnings():
@@ -45,13 +46,16 @@ def time_limit(limit_s: float, who: str, words: str, spare_s: float = 0.0) -> It
         if is_pythons:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         os.kill(helper, signal.SIGKILL)
-        # Where SIGCHLD is ignored, as by a parent's doing, Linux has forgotten a child once it has ended.
+        # If a parent process has set SIGCHLD to be ignored, Linux forgets a child as soon as it ends.
         with contextlib.suppress(ChildProcessError):
             os.waitpid(helper, 0)
 
 
 def _help(parent: int, limit_s: float, who: str, words: str, spare_s: float) -> None:
-    """The helper process. It makes plain system calls only: locks of other threads stay locked here."""
+    """What the helper process does. It makes plain system calls only, and takes no lock.
+
+    A lock that another thread held at the fork stays locked here for ever.
+    """
     try:
         processes.die_with_parent(parent, signal.SIGKILL)
         # A signal to the whole job must not leave the call without its limit.

@@ -33,7 +33,8 @@ class Known(Enum):
     STUCK = "stuck"  # it has not answered for so long that it is to blame, even if it runs
 
 
-# What is said of a rank where nobody could look at its process. Of a mute rank, which may be well, nothing.
+# What the message says about a rank if nobody could look at its process. If the rank has only not answered
+# yet, the text is empty, because the rank may be well.
 FROM_AFAR = {
     Known.GONE: "is gone: it was killed, or its node went down",
     Known.MUTE: "",
@@ -120,7 +121,9 @@ class Inquiry:
     reports: dict[int, Report] = field(default_factory=dict)
     findings: dict[int, str] = field(default_factory=dict)  # "": the rank's process runs
     looked_for: set[int] = field(default_factory=set)  # a neighbour looks, and has not told yet
-    step: int = 0  # completed by all, before anybody looked: for a look a stopped process goes on a little
+    # Completed by all ranks, before anybody looked at a process: to show its stack, a stopped process runs
+    # on for a moment.
+    step: int = 0
 
     def begin_looking(self, ranks: Collection[int], known: Known) -> None:
         """These ranks are in trouble; until somebody has looked, only this much is known."""
@@ -158,7 +161,11 @@ def decide(state: State, inquiry: Inquiry, missing: Sequence[int], time_is_up: b
 
 
 def known_when_time_is_up(state: State) -> Known:
-    """What a rank is that has not answered: in the second round it has had all the time that there is."""
+    """How serious it is that a rank has not answered in time.
+
+    After the first question it is MUTE: it may still be well. After the second question, for which it had
+    PATIENCE_S more, it is STUCK, and is to blame even if its process runs.
+    """
     return Known.STUCK if state is State.ASKED_AGAIN else Known.MUTE
 
 
