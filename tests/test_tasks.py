@@ -312,7 +312,7 @@ def test_a_plateau_schedule_looks_at_a_metric_of_the_task(home, train_here):
     assert run.column("lr")[-1] < 0.01  # mode=min: a rising metric counts as no progress
 
 
-# --- metrics that are no means ----------------------------------------------------------------------------
+# --- metrics that are not means ---------------------------------------------------------------------------
 
 
 class Ranks:
