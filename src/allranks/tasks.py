@@ -12,9 +12,9 @@ A task is an object with at most three methods, each called with whole batches:
 All are sums, because sums add up: over the pieces of a batch, over ranks whose shares differ, and over a
 whole epoch, always to the mean over all examples.
 
-What is no mean, such as an AUROC, is measured by objects of torchmetrics (or with the same methods): the
-task has them in its attribute `torchmetrics`, by name, and metrics() gives for each of these names the
-arguments of its update(), as a tuple.
+A metric that is not a mean, such as an AUROC, is measured by objects of torchmetrics (or with the same
+methods): the task has them in its attribute `torchmetrics`, by name, and metrics() gives for each of these
+names the arguments of its update(), as a tuple.
 
 A user's own task needs no base class. docs/own-components.md has an example.
 """

@@ -1,4 +1,4 @@
-"""`run.metric()`: a metric that is no mean, over the examples of all ranks.
+"""`run.metric()`: a metric that is not a mean, over the examples of all ranks.
 
     auroc = run.metric(torchmetrics.classification.BinaryAUROC())
     for inputs, labels in run.batches(val_set, batch_size=256, shuffle=False):

@@ -215,7 +215,8 @@ class KeptObjects:
         its bytes, taken as whole numbers: that costs far less than a copy.
         """
         stateful = dict(self.objects)
-        if self.loader is not None:  # one of a stream has no length, and so is neither true nor false
+        # Not `if self.loader`: Python would ask for its length, which the loader of a stream does not have.
+        if self.loader is not None:
             stateful["(loader)"] = self.loader
         tensors: dict[str, torch.Tensor] = {}
         rest = [

@@ -14,9 +14,9 @@ from allranks.training.control import Control
 class EvaluationStops:
     """Whether and where the ranks of a run may stop within run.mean(), between two batches.
 
-    A run that goes on does again what the program does after its steps, the evaluation too. So the ranks
-    may only stop where the program has not changed what it keeps since the last step: otherwise that change
-    would be made twice.
+    A resumed run repeats everything that the program does after its last step, the evaluation, too. So the
+    ranks may stop in the evaluation only if the program has not changed a kept object since the last step:
+    otherwise that change would be made twice.
     """
 
     def __init__(self, runtime: Runtime, control: Control, kept: KeptObjects) -> None:
@@ -29,14 +29,17 @@ class EvaluationStops:
         self.settle()
 
     def settle(self) -> None:
-        """To be called after the steps of an epoch, and after an epoch."""
+        """Notes the state of the kept objects. Called after the steps of an epoch, and after an epoch."""
         self._settled = self._signature()
 
     def _signature(self) -> object:
-        """Differs where what the program keeps has changed; None where that cannot be saved."""
+        """A fingerprint of the kept objects, which changes as soon as one of them changes.
+
+        None if they cannot be saved.
+        """
         try:
             return self._kept.signature()
-        except UserError:  # is told by the next save
+        except UserError:  # the next save raises it again, and the user reads it then
             return None
 
     @contextmanager
@@ -51,13 +54,16 @@ class EvaluationStops:
             self._can_stop = False
 
     def after_batch(self) -> None:
-        """A batch of run.batches() is done: where the ranks have agreed to stop, raises RunStopped."""
+        """To be called after a batch of run.batches(). Raises RunStopped if the ranks agree to stop."""
         if self._can_stop:
             self._batches += 1
             self._control.check_evaluation(self._batches, can_stop=self._is_as_settled)
 
     def after_last_batch(self) -> None:
-        """The evaluation has no batch left. Raises UserError, on all ranks, where it has on others."""
+        """To be called when the evaluation has no batch left on this rank.
+
+        Raises UserError, on all ranks, if other ranks have batches left.
+        """
         if self._can_stop:
             self._control.end_evaluation(self._batches)
 
@@ -65,6 +71,7 @@ class EvaluationStops:
         """Whether on all ranks the state is still what it was after the last step; all ranks call."""
         is_same = self._settled is not None and self._signature() == self._settled
         [ranks] = self._runtime.add_up([float(is_same)])
-        # It stays changed: nobody need look again in this evaluation.
+        # Once a kept object has changed, the run cannot stop in this evaluation any more. So after the
+        # first False after_batch() does not ask again.
         self._can_stop = ranks == self._runtime.world_size
         return self._can_stop

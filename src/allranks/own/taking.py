@@ -1,4 +1,7 @@
-"""Calls of a loop of one's own around a step: what they are given, and remedies for what is not finite."""
+"""Checks the arguments of run.take_step() and run.count_flops().
+
+It also has the advice that ends each message about a number that is not finite.
+"""
 
 from __future__ import annotations
 

@@ -80,7 +80,8 @@ def ending_of(raised: BaseException, rank: int, others: Others, console_is_close
         if others is Others.MET:
             return Ending(1, ends_others=True)
         return Ending(128 + signal.SIGINT, message="interrupted")
-    # Only the console's own: that a server of the program's has gone is an error like any other.
+    # Only if it is the console that is closed. If a server that the program talks to has gone, that is an
+    # error like any other.
     if isinstance(raised, BrokenPipeError) and console_is_closed and others is not Others.MET:
         return Ending(1)
     return Ending(
@@ -95,8 +96,8 @@ def ending_of(raised: BaseException, rank: int, others: Others, console_is_close
 def of_process(environ: Mapping[str, str]) -> Iterator[RankIdentity]:
     """Gives the rank that the launcher made of this process; ends the process if the block raises.
 
-    Errors that the ranks know in common have passed of_run() before, which has closed the run; here they
-    are said, once. Of a process whose launcher's variables contradict each other nothing is run.
+    An error that all ranks have comes here from of_run(), which has closed the run already; one rank shows
+    it to the user here. If the launcher's variables contradict each other, the block is not run at all.
     """
     rank = launcher_rank(environ)
     try:
@@ -115,7 +116,7 @@ def of_process(environ: Mapping[str, str]) -> Iterator[RankIdentity]:
     except (Exception, KeyboardInterrupt) as raised:
         others = Others.NONE if identity.alone else Others.STARTED
         ending = ending_of(raised, rank, others, is_unread())
-        flush_console()  # what a closed console does not take must not change the exit code
+        flush_console()  # so that a closed console does not change the exit code
         if ending.is_traceback and not mpi.at_work():
             raise  # Python prints the traceback, and exits with 1
         _say(ending)

@@ -44,8 +44,8 @@ class _InDDP:
 
     model: nn.Module
     parameters: list[nn.Parameter]  # to walk through all modules in each step would take longer
-    # Whether its gradients are sums over the ranks already. In a share that is gone through in pieces they
-    # become that in the last piece, by the first backward pass in which the model takes part.
+    # Whether its gradients are summed over the ranks already. If a share is computed in pieces, this
+    # happens in the last piece, during the first backward pass in which the model takes part.
     is_summed: bool = False
 
     def gradients(self) -> list[tuple[torch.Tensor, int] | None]:
@@ -88,9 +88,11 @@ class Gradients:
         # trained, one sum for each type of numbers.
         self._parameters: dict[nn.Parameter, None] = {}
         self._ordered_sums: list[OrderedSum] = []
-        # How often gradients were computed that all ranks add up.
+        # How often backward() was called. In a reproducible run the sum over a step's shares counts as
+        # well.
         self.passes = 0
-        # What it was before the share that is gone through, in a reproducible run.
+        # The value of `passes` at the beginning of the share that is being computed; None outside of a
+        # share. It shows, in a reproducible run, whether backward() has been called for this share.
         self._passes_before_share: int | None = None
         self.are_summed = False  # whether gradients have been added up over the ranks
         # Whether a backward pass now adds up over the ranks. In all pieces but the last it does not.
@@ -209,9 +211,9 @@ class Gradients:
         _add_back(aside)
 
     def refuse_others(self) -> None:
-        """Raises UserError where the program has called backward() of a loss by itself since the last pass.
+        """Raises UserError if the program has called loss.backward() by itself since the last pass.
 
-        It is seen on several ranks, where DDP has added up gradients then that are not weighted by the
+        This is noticed on several ranks, where DDP has then added up gradients that are not weighted by the
         examples of each rank's share, and in a reproducible run.
         """
         is_first = self.passes == self._passes_before_share
@@ -221,7 +223,7 @@ class Gradients:
 
     @contextmanager
     def in_pieces(self) -> Iterator[None]:
-        """In the block one share of a batch is gone through in pieces, whose gradients are added up."""
+        """In the block one share of a batch is computed in pieces, whose gradients are added up."""
         aside = self._put_sums_aside()
         for each in self._in_ddp:
             each.is_summed = False
@@ -243,17 +245,19 @@ class Gradients:
                     without_sync.enter_context(self._runtime.without_sync(each.model))
                 yield
             for each in self._in_ddp if is_last else ():
-                # Gradients of earlier pieces that no pass of the last one has added up.
+                # This model took no part in the last piece. If it has gradients of earlier pieces, these
+                # are not summed, and check_summed() raises an error.
                 if not each.is_summed:
                     self._runtime.check_summed(each.model, self._remedy)
         finally:
             self._adds_up = True
 
     def _put_sums_aside(self) -> list[tuple[nn.Parameter, torch.Tensor]]:
-        """Takes those gradients that are sums over the ranks already out of their parameters.
+        """Removes the gradients that are summed over the ranks already, and returns them.
 
-        DDP adds up over the ranks whatever it finds in a gradient after the backward pass. What is a sum
-        already, as where a program adds up gradients over several steps, would be added up once more.
+        DDP adds up over the ranks whatever a gradient holds after the backward pass. A gradient that is
+        such a sum already, because the program adds up gradients over several steps, would be added up once
+        more.
         """
         aside = []
         for each in self._in_ddp:

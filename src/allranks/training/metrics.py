@@ -3,10 +3,11 @@
 Reading a number from a GPU makes the processor wait for it. So nothing is read after each step: the sums
 stay on the device until the end of an epoch, and then cross the ranks in one message.
 
-What is no mean, such as an AUROC, is measured by objects of torchmetrics. Each rank's object keeps a state
-of its own. At the end of an evaluation all ranks send each other these states, and every rank computes the
-metric from all of them, as if one object had seen all examples. Where states cannot be put together
-exactly, the ranks send each other what the objects were given. torchmetrics itself is not imported here.
+A metric that is not a mean, such as an AUROC, is measured by objects of torchmetrics. Each rank's object
+keeps a state of its own. At the end of an evaluation all ranks send each other these states, and every rank
+computes the metric from all of them, as if one object had seen all examples. Where states cannot be put
+together exactly, the ranks send each other what the objects were given. torchmetrics itself is not imported
+here.
 """
 
 from __future__ import annotations
@@ -106,13 +107,16 @@ def objects_of(task: Any) -> Mapping[str, Any]:
 
 
 def problem_of(metric: Any) -> str:
-    """What an object is that should be one metric of torchmetrics and is none, for a message; else ""."""
+    """What is wrong with an object that should be a metric of torchmetrics, in words that follow `NAME is`.
+
+    Returns "" if nothing is wrong.
+    """
     if isinstance(metric, type):
         return f"the class {metric.__name__}, and no object of it"
     kind = f"a {type(metric).__name__}"
     if not all(hasattr(metric, each) for each in ("update", "compute", "reset", "children")):
         return kind
-    # The state of an object that holds others says nothing of what they have seen.
+    # If an object holds other metrics, its own state does not tell what these have seen.
     if any(hasattr(inner, "_reductions") for inner in metric.children()):
         return f"{kind}, which holds other metrics, of which each is to be given by itself"
     return "" if getattr(metric, "_reductions", None) else f"{kind} without a state of its own"
@@ -232,7 +236,7 @@ def _shown(total: float, count: float, shown: str) -> float:
     return total / count
 
 
-# --- metrics that are no means ---------------------------------------------------------------------------
+# --- metrics that are not means --------------------------------------------------------------------------
 
 
 def _anew(metric: Any, device: torch.device) -> Any:

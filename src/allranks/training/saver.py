@@ -71,8 +71,9 @@ class KeptShards(Kept, Protocol):
 class Place(NamedTuple):
     """Where a training stands.
 
-    The step alone does not tell it: an epoch is closed, with its figures, at the step after which its
-    evaluation has begun, and a run may be stopped, and saved, within that evaluation.
+    The step alone is not enough. After the last step of an epoch a run may be saved twice at the same step:
+    during the evaluation, when the epoch still counts as open, and again when the epoch is closed, with its
+    figures.
     """
 
     step: int
@@ -117,17 +118,19 @@ class Saver:
         self.failure: OSError | None = None  # the error of the newest save, if it failed
         self._pending: Future[None] | None = None  # the save under way, on a thread of its own
         self._saves = 0  # of a model that is spread over the ranks
-        # Of a sharded model: the memory that the next save copies to, which the one before it has used, and
-        # the thread that makes it ready for the first one.
+        # Only for a model that is spread over the ranks: the memory to which a save copies this rank's
+        # rows. Each save uses the memory of the save before it again.
         self._memory: Memory | None = None
+        # The thread that makes this memory ready before the first save; None once its result has been
+        # taken.
         self._preparing: Future[Memory] | None = None
 
     def __enter__(self) -> Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # After an error that is no UserError the process ends at once. It does not wait for the save under
-        # way, which may hang.
+        # After an error that is not a UserError the process ends at once. It does not wait for a save that
+        # is being written, which may hang.
         if kind is None or issubclass(kind, UserError):
             # The limit of a save holds here. That of a step is shorter: the watchdog would end this process
             # before the save is done, and before the error is said.
@@ -384,15 +387,15 @@ class Saver:
         """save() for a model that is spread over the ranks: each rank copies and writes what it holds.
 
         Rank 0 makes a hidden folder for the checkpoint. Each rank's thread writes its files into it, and
-        tells rank 0's thread when they are on the disk. That one then writes the manifest, and the folder
-        gets its name. The threads speak through the store of the ranks' meeting.
+        tells rank 0's thread when they are on the disk. Then rank 0's thread writes the manifest, and gives
+        the folder its name. The threads send their messages through the store of the ranks' meeting.
         """
         kept = cast(KeptShards, self.kept)
         gathered = kept.gather()
         step = self.kept.position.step
         if not self.runtime.is_main:
-            # Before the ranks meet below: rank 0 waits there for its own save before this one, and with it
-            # for word from this rank's thread.
+            # Each rank waits until its own part of the previous save is written. Rank 0 waits for that in
+            # begin(). Its previous save ends only when every rank's thread has reported.
             self.wait()
 
         def begin() -> str | None:
@@ -414,7 +417,7 @@ class Saver:
             return
         self._note_saved()
         self._saves += 1
-        # The copy before this one is written: both kinds of rank have waited for it above.
+        # The previous copy is written: rank 0 and the other ranks have waited for that above.
         if self._preparing is not None:
             self._memory = self._preparing.result()
             self._preparing = None

@@ -67,8 +67,8 @@ Memory = Mapping[str, Mapping[str, torch.Tensor]]  # by part, then by name; for 
 def memory_for(tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> Memory:
     """Memory on the CPU for this rank's rows of those tensors that are spread over the ranks.
 
-    New memory comes from the system page by page, each of which it fills with zeros first. That takes four
-    times as long as the copy itself, so it is done before a save waits for it.
+    The system gives new memory page by page, and fills each page with zeros first. That takes four times as
+    long as the copy itself, so it is done before a save needs the memory.
     """
     return {
         part: {
@@ -83,8 +83,9 @@ def memory_for(tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> Memory:
 def captured(given: ToShards, rank: int, ranks: int, before: Memory | None = None) -> CapturedShards:
     """A copy of this rank's rows of the tensors that are given.
 
-    `before` is memory of a copy that nobody needs any longer, or of none: the new one takes it over where
-    it fits. Raises UserError where a tensor is spread in another way than by rows.
+    `before` is the memory of an earlier copy that nobody needs any more, or memory from memory_for(). The
+    new copy is made there where shape and type fit. Raises UserError if a tensor is spread over the ranks
+    in another way than by rows.
     """
     rows: dict[str, dict[str, torch.Tensor]] = {}
     index: dict[str, dict[str, Spread]] = {}
