@@ -85,9 +85,9 @@ def write_text(path: Path, text: str, new: bool = False) -> TextIO:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Puts a file with this content in the place of an earlier one: a reader sees the whole of either.
+    """Puts a file with this content in the place of an earlier one. A reader never sees only a part of it.
 
-    It is not synced to the disk: for what can be made again.
+    The file is not synced to the disk, so this is only for content that can be made again.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -104,7 +104,9 @@ def _put_new(temporary: Path, path: Path) -> None:
     except OSError:
         if path.exists():
             raise
-        temporary.replace(path)  # no hard links, as on DAOS: of two at the same moment one is lost
+        # This file system has no hard links, like DAOS. A rename replaces an existing file without an
+        # error. So if two processes come here at the same moment, the file of one of them is lost.
+        temporary.replace(path)
 
 
 def write_all(file: FileIO, content: bytes | memoryview) -> None:

@@ -259,11 +259,12 @@ class Door:
             key.data()
         door.tidy_up()
 
-    Newcomers are read from without waiting, so nobody can hold up the loop. Who has shown the secret is
-    handed to `welcome` together with that first message, and the door knows no more of it.
+    The door never waits when it reads from a newcomer, so no newcomer can hold up the loop. Once a newcomer
+    has shown the secret, the door hands the connection and this first message to `welcome`, and has nothing
+    more to do with it.
 
-    Strangers cannot use up what the ranks need: besides `expected` newcomers, the door takes SPARE more at
-    a time, and each of them has HELLO_S in all.
+    Strangers cannot use up the connections that the ranks need: besides `expected` newcomers the door takes
+    SPARE more at a time, and each of them must show the secret within HELLO_S.
     """
 
     def __init__(
@@ -279,13 +280,14 @@ class Door:
         self._selector = selector
         self._welcome = welcome
         self._most_newcomers = expected + SPARE
-        self._newcomers: dict[Connection, float] = {}  # and by when each must have shown the secret
+        # Connections that have not shown the secret yet, and by when each of them must.
+        self._newcomers: dict[Connection, float] = {}
         self._pause_ends_at = 0.0  # nobody is let in before; 0 while there is no pause
         listener.setblocking(False)  # a newcomer may be gone again before it is accepted
         selector.register(listener, selectors.EVENT_READ, self._accept)
 
     def close(self) -> None:
-        """Lets nobody in any more; who is in stays connected."""
+        """Lets nobody in any more. Connections that `welcome` has got stay open."""
         for newcomer in list(self._newcomers):
             self._send_away(newcomer)
         if not self._pause_ends_at:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 # The signals that stop a run. It saves a checkpoint first.
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2), linux/prctl.h
-_PR_SET_PTRACER = 0x59616D61  # the same; of the security module Yama
+_PR_SET_PTRACER = 0x59616D61  # also an option of prctl(2), of the security module Yama
 # A process writes down its Python stack on this signal. It is a real-time signal, which programs hardly
 # use, and not one of the first or last few, which the C library and some MPIs take. Linux only.
 DUMP_SIGNAL = getattr(signal, "SIGRTMAX", 0) - 5
@@ -247,9 +247,9 @@ def children(pid: int) -> list[int]:
 
 
 def cpu_ticks_of_children() -> int:
-    """The CPU time of all that this process has started, in clock ticks; of what has ended, too.
+    """The CPU time of all processes that this process has started, in clock ticks, ended ones included.
 
-    The number may fall, when a process has ended whose parent does not ask about it.
+    The number may fall: if a process has ended and its parent has not waited for it, its time is lost.
     """
     own = os.times()
     ended = round((own.children_user + own.children_system) * os.sysconf("SC_CLK_TCK"))
@@ -270,7 +270,10 @@ def kill_descendants(spare: Set[int] = frozenset(), limit_s: float = 2.0) -> Non
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         for pid in left:
-            with contextlib.suppress(ChildProcessError):  # a grandchild: its parent's or, soon, ours
+            # If this process has not started `pid` itself, it cannot wait for it. Its parent waits for it.
+            # If the parent is killed as well, adopt_orphans() makes `pid` our child, and a later turn of
+            # this loop waits for it.
+            with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
         time.sleep(0.005)
 

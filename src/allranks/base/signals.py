@@ -19,7 +19,8 @@ TWICE_S = 1.0
 class Signals:
     """The signals that ask a run to stop, counted for the process's whole life.
 
-    Those that are not `of_process` are never counted: a run may be only a part of what the process does.
+    With of_process=False no signal is ever counted: the run is then only a part of what this process does,
+    and the program around it decides what a signal does.
     """
 
     def __init__(self, of_process: bool = True) -> None:

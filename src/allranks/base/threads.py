@@ -14,9 +14,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
-END_S = (
-    1.0  # for threads that work on when the process ends: in the middle of Python's end they may crash it
-)
+# How long the end of the process waits for its threads. A thread that still works while Python shuts down
+# may crash the process.
+END_S = 1.0
 
 Result = TypeVar("Result")
 
@@ -55,7 +55,7 @@ def process_ends() -> bool:
 
 @functools.cache
 def _leave_in_order() -> None:
-    """Has the end of the process tell the threads, and wait a moment for them."""
+    """Sees to it that at its end the process tells its threads to stop, and waits a moment for them."""
     atexit.register(_end_threads)
 
 

@@ -90,7 +90,8 @@ def _existing(path: str) -> Path:
     return file
 
 
-# NumPy reads the head of a .npy file as Python's own words, and so may find all that is wrong with these.
+# The header of a .npy file is a Python expression, which NumPy parses. So a damaged header may raise any
+# error that Python's parser raises.
 _DAMAGED = (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError, MemoryError, RecursionError)
 
 
@@ -164,8 +165,8 @@ def _open_hdf5(path: str) -> Any:
 def _datasets(file: Any, names: Names) -> dict[str, Any]:
     """All data sets of an HDF5 file, by their path in it, such as `group/x`.
 
-    One that a link in the file leads to is there only under a path that `names` has: it is another one's,
-    or stands in another file.
+    A data set to which only a link leads is left out, unless `names` has the path of the link: it has
+    another path in this file, or stands in another file.
     """
     import h5py
 

@@ -88,8 +88,9 @@ class CommandMissing(UserError):
 
 
 class ServerUnreached(UserError):
-    """The server was not reached, or takes nothing at the moment, so nothing was done: the same call may
-    succeed later.
+    """The server was not reached, or takes no requests at the moment.
+
+    So nothing was done, and the same call may succeed later.
     """
 
 
@@ -107,7 +108,7 @@ class JobRequest:
 
     name: str
     nodes: int
-    directory: str  # of the run; of an array the one that has each job's in it, as 0, 1, ...
+    directory: str  # the run directory; for an array the one that holds the run directories 0, 1, ...
     walltime: str | None = None  # HH:MM:SS
     account: str | None = None
     account_option: str = "-A"  # the option by which the machine takes the account's name

@@ -1,9 +1,9 @@
 """From a launcher's environment variables to a rank. Pure: reads a mapping, imports no torch, no MPI.
 
 A launcher (mpiexec, srun, torchrun, ...) starts the same program several times, and tells each process by
-environment variables which one it is. Each launcher has variables of its own; docs/ranks.md lists them.
-Whoever is not understood is refused: a process that takes itself to be alone, beside others that do the
-same, would waste the job and overwrite their results.
+environment variables which one it is. Each launcher has variables of its own; docs/ranks.md lists them. A
+process whose variables are not understood is refused. If every rank took itself for the only process, each
+of them would train the whole run, waste the job, and overwrite the results of the others.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _NUMBER = "[0-9]{1,10}"
 class RankIdentity(NamedTuple):
     """Which rank of which job this process is, by what its launcher told it.
 
-    None stands for what the launcher does not tell; under an MPI launcher MPI knows it. `launcher` is one
-    of those in _LAUNCHERS, or `none` for a process that no launcher started.
+    None means that the launcher does not tell this number; under an MPI launcher MPI knows it. `launcher`
+    is one of those in _LAUNCHERS, or `none` for a process that no launcher started.
     """
 
     launcher: str
@@ -52,7 +52,11 @@ class RankIdentity(NamedTuple):
 
 
 class LeftOver(UserError):
-    """A rank's variable stands there alone: without a launcher no other rank waits for this one."""
+    """Raised if a launcher's variable tells the rank, but none tells how many ranks there are.
+
+    Then the variable is probably left over in the shell. No launcher is at work, and no other rank waits
+    for this one.
+    """
 
 
 class _Launcher(NamedTuple):
@@ -69,7 +73,7 @@ class _Launcher(NamedTuple):
     local_world_size: str
 
 
-# The first launcher whose proof is there is believed. The order has reasons:
+# The first launcher whose variables in `proof` are all set is taken. The order has reasons:
 # - torchrun is first, because the others start it, one process on each node.
 # - Open MPI, MVAPICH and MPICH come before srun, because in a job of Slurm they start their node daemons
 #   with srun, and the ranks inherit a daemon's variables.
@@ -211,10 +215,11 @@ def _refuse_half_a_launcher(environ: Mapping[str, str]) -> None:
 def _refuse_rank_of_no_job(
     environ: Mapping[str, str], names: _Launcher, rank: int, size: int | None
 ) -> None:
-    """Raises LeftOver where there is a rank, but nothing that says of how many.
+    """Raises LeftOver if a variable tells the rank, but none tells the number of ranks.
 
-    Every launcher tells how many ranks there are, at least on this host. PMIx does not: it tells its job's
-    name. A rank 0 may be a lone process, and asks MPI.
+    Every launcher tells this number, at least for this host, with two exceptions. PMIx tells the name of
+    its job instead. And rank 0 of an MPI launcher may be a process that was started alone: it asks MPI
+    later.
     """
     is_told = size is not None or (names.name == "pmix" and bool(environ.get("PMIX_NAMESPACE")))
     if is_told or (rank == 0 and names.name in MPI_LAUNCHERS):
@@ -226,7 +231,11 @@ def _refuse_rank_of_no_job(
 
 
 def _refuse_heterogeneous_step(environ: Mapping[str, str]) -> None:
-    """Raises UserError in a Slurm job of several groups of nodes: a step over several does not say so."""
+    """Raises UserError in a Slurm job of several groups of nodes (a heterogeneous job).
+
+    srun counts the ranks of each group by itself, and no variable tells that a step has ranks in several
+    groups.
+    """
     groups = _number(environ, "SLURM_HET_SIZE") or 1
     if groups > 1:
         raise UserError(

@@ -203,7 +203,10 @@ def detect(hostname: str | None = None, environ: Mapping[str, str] | None = None
 
 
 def _refuse_ours(tree: Mapping[str, Any], name: str) -> None:
-    """Raises UserError where the user gives what is set here: whatever stood there had no effect."""
+    """Raises UserError if a machine file or an override sets `name` to another name, or sets `overridden`.
+
+    allranks sets both itself, so such a value would have no effect.
+    """
     if str(tree.get("name", name)) != name:
         raise UserError(
             f"machine.name={tree['name']} ({name}) is not valid: a machine has the name of its file. Take "
@@ -261,7 +264,7 @@ def check_queue(
         )
     hours_of = [n.max_hours for n in fitting]
     known = [most for most in hours_of if most is not None]
-    # Where several limits fit, the most generous one holds; without max_hours it has no end.
+    # If several limits fit, the most generous one holds. One without max_hours allows any time.
     longest = max(known) if known and len(known) == len(hours_of) else None
     if hours is not None and longest is not None and hours > longest:
         raise UserError(

@@ -57,8 +57,9 @@ class Pbs:
     shebang = "#!/bin/bash -l"
     directive_prefix = "#PBS"
     hands_environment_on = False
-    # PBS says it in the job's own output, before it sends the signal. It may put that output there at the
-    # job's end only, and until then an earlier job's is there.
+    # PBS writes the reason into the job's output (OWN_LOG) before it sends the signal. But PBS may put that
+    # output into the run directory only when the job has ended. Until then the file is that of an earlier
+    # job. Such a file is older than STARTED, which is written when this job starts, and is not read.
     say_why = f'[ "$run/{OWN_LOG}" -nt "$run/{STARTED}" ] && grep -hs "PBS: job killed" "$run/{OWN_LOG}"'
     owner_may_requeue = False  # `qrerun` is for PBS's managers
     hosts_variable = "PBS_NODEFILE"
@@ -191,17 +192,17 @@ class Pbs:
         if request.storage:
             lines += given("-l", f"storage={'+'.join(request.storage)}")
         lines += request.options
-        # PBS's default, place=free, puts several chunks on one host where they fit. Beside resources of a
-        # whole job it takes no place.
+        # By default (place=free) PBS puts several chunks on one host if they fit there. A job that asks for
+        # resources of the whole job, and not for chunks, may not have the option `place`.
         is_placed = bool(request.resources) or any("place=" in option for option in request.options)
         if request.nodes > 1 and request.on_own_hosts and not is_placed:
             lines.append("-l place=scatter")
-        # PBS's own words about the job. It refuses a path with other characters than ASCII's.
+        # The file to which PBS writes its own messages about the job. PBS refuses a path that is not ASCII.
         below = "^array_index^/" if request.array_jobs else ""
         log = f"{request.directory}/{below}{OWN_LOG}"
         lines += ["-j oe", f"-o {shlex.quote(log) if log.isascii() else '/dev/null'}"]
         if request.array_jobs:
-            lines += [f"-J 0-{request.array_jobs - 1}", "-r y"]  # PBS takes no array that cannot be rerun
+            lines += [f"-J 0-{request.array_jobs - 1}", "-r y"]  # PBS refuses an array that cannot be rerun
         return lines
 
 

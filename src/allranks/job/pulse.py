@@ -164,12 +164,14 @@ class Stop:
             self.signals.count(*STOPPING)
             # A child made by fork, such as a worker that reads data, ends by SIGTERM as its parent expects.
             os.register_at_fork(after_in_child=lambda: self.signals.let_end(*STOPPING))
-        # One rank asks for all where the ranks agree. Else each rank takes what it is told, as a scheduler
-        # would be asked by thousands of ranks at once.
+        # Who finds out when the job ends? Under `allranks launch` rank 0 alone does, because all ranks stop
+        # when one of them wants to. Under another launcher each rank reads ALLRANKS_DEADLINE, and only a
+        # process that is alone asks the scheduler, too: otherwise thousands of ranks would ask it at the
+        # same time.
         try:
             identity = discover(environ)
             is_first, is_alone = identity.rank == 0, identity.alone
-        except UserError:  # whatever started this process, it is not known to be the only one
+        except UserError:  # it is not known whether this process is the only one
             is_first, is_alone = False, False
         if is_first or page.guard_pid is None:
             asks_scheduler = is_first and (is_alone or page.guard_pid is not None)

@@ -46,7 +46,7 @@ class Scheduler(Protocol):
 
     @property
     def instead_of_ssh(self) -> str:
-        """Its command that MPICH's mpiexec can be told to start processes by on other hosts, if any."""
+        """The command with which MPICH's mpiexec can start processes on other hosts without ssh, or ""."""
 
     @property
     def shebang(self) -> str:
@@ -54,7 +54,7 @@ class Scheduler(Protocol):
 
     @property
     def directive_prefix(self) -> str:
-        """What a line of a job script that is for the scheduler begins with."""
+        """How each line of a job script begins that is meant for the scheduler: #PBS or #SBATCH."""
 
     @property
     def hands_environment_on(self) -> bool:
@@ -66,7 +66,10 @@ class Scheduler(Protocol):
 
     @property
     def owner_may_requeue(self) -> bool:
-        """Whether who owns a job may have it queued again, rather than queue another one."""
+        """Whether the owner of a job may have that same job queued again.
+
+        If not, the run goes on in another job.
+        """
 
     @property
     def hosts_variable(self) -> str:
@@ -91,7 +94,10 @@ class Scheduler(Protocol):
         """The job of it that this process runs in."""
 
     def ends_at(self, environ: Mapping[str, str]) -> int | None:
-        """When this process's job ends, in seconds since 1970; None where the job has no limit. Asks."""
+        """When this process's job ends, in seconds since 1970; None if the job has no limit.
+
+        Asks the server.
+        """
 
     def is_id(self, text: str) -> bool:
         """Whether a text is written like an id of a job."""
@@ -100,8 +106,10 @@ class Scheduler(Protocol):
         """Whether two ids are of one job: the same id may be written in several ways."""
 
     def may_be(self, job_id: str, unique_id: str) -> bool:
-        """Whether the job with this id may be the one whose processes know it by this unique id. For a job
-        of an array of Slurm's, whose number the array does not tell, it is said of some others as well.
+        """Whether the job with this id may be the one whose processes know it by this unique id.
+
+        In an array of Slurm each job has a number of its own, which does not follow from the array's
+        number. So the answer may be True for other jobs, too: any number from the array's on is possible.
         """
 
     def job_of_array(self, array_id: str, index: int) -> str:
@@ -117,12 +125,14 @@ class Scheduler(Protocol):
         """Queues a script, to start once the job `after` has ended; the id of the new job."""
 
     def exists(self, job_id: str) -> bool:
-        """Whether the server knows the job. It would take an unknown one as a dependency, and then lose
-        the job that waits for it.
+        """Whether the server knows the job.
+
+        To be asked before another job is told to wait for this one: the server may accept an unknown job as
+        a dependency, and then the job that waits for it is lost.
         """
 
     def states(self, job_ids: Sequence[str]) -> dict[str, str]:
-        """The state of those jobs that the server still has, and why, where one cannot start."""
+        """The state of each job that the server still has; for one that cannot start, with the reason."""
 
     def cancel(self, job_ids: Sequence[str]) -> None:
         """Ends the jobs; one that has ended by itself is no failure."""
@@ -131,8 +141,10 @@ class Scheduler(Protocol):
         """Ends a job and queues it again under the same id, where `owner_may_requeue`."""
 
     def why_ended(self, run: Path, job_ids: Sequence[str]) -> str:
-        """Why the scheduler has ended the last of the jobs of a run directory, in its own words; empty
-        where it has not, or has not said so. `job_ids` are all jobs of the run, the last one last.
+        """Why the scheduler has ended the last job of a run directory, in the scheduler's own words.
+
+        Empty if the scheduler has not ended it, or has not said so. `job_ids` are all jobs of the run, the
+        last one last.
         """
 
     def command_environment(self, environ: Mapping[str, str]) -> dict[str, str]:
@@ -183,10 +195,10 @@ def ends_at(environ: Mapping[str, str]) -> int | None:
 
 
 def asked_until_answered(ask: Callable[[], Answer], warn: Callable[[UserError], None]) -> Answer:
-    """What `ask` answers, which asks a scheduler. It is asked again as long as the server does not answer.
+    """Calls `ask`, which asks a scheduler, again and again until the server answers. Returns the answer.
 
-    `warn` is called with the first such error. For a thread, because it may take forever. Raises UserError
-    where the scheduler refuses, or is not there.
+    `warn` is called with the first error. This may take for ever, so it is to be called on a thread of its
+    own. Raises UserError if the scheduler refuses, or if its command is missing.
     """
     is_told = False
     while True:
@@ -200,8 +212,9 @@ def asked_until_answered(ask: Callable[[], Answer], warn: Callable[[UserError], 
 
 
 def is_suspended(environ: Mapping[str, str]) -> bool:
-    """Whether the scheduler says that it has suspended this process's job; False outside a job, and where
-    it does not answer. Asks the scheduler.
+    """Asks the scheduler whether it has suspended this process's job.
+
+    False outside a job, and if the scheduler does not answer.
     """
     scheduler = here(environ)
     job = scheduler.this_job(environ) if scheduler else None
@@ -209,14 +222,14 @@ def is_suspended(environ: Mapping[str, str]) -> bool:
         return False
     try:
         states = scheduler.states([job.id])
-    except UserError:  # down or refused: then the ranks' own silence decides
+    except UserError:  # the server is down or refuses: then the ranks' own silence decides
         return False
     return any(state.startswith("suspended") for state in states.values())
 
 
 def launchers(kind: str) -> tuple[str, ...]:
     """The launchers that start ranks in an allocation of this kind, the one that fits best first."""
-    if kind == "flux":  # nothing is queued with it, so it is none of SCHEDULERS
+    if kind == "flux":  # allranks queues no jobs with Flux, so it is not one of SCHEDULERS
         return ("flux", "torchrun")
     return next((s.launchers for s in SCHEDULERS if s.name == kind), ("mpiexec", "torchrun"))
 

@@ -55,7 +55,7 @@ class Slurm:
     # so does the srun that mpiexec calls.
     step_environment: Mapping[str, str] = {"SLURM_OVERLAP": "1"}
     instead_of_ssh = ""  # MPICH's mpiexec takes srun by itself
-    # Slurm hands on the environment of whoever submits, so no login profile is read again.
+    # Slurm hands on the environment of the user who submits, so no login profile is read again.
     shebang = "#!/bin/bash"
     directive_prefix = "#SBATCH"
     hands_environment_on = True
@@ -107,7 +107,7 @@ class Slurm:
         )
 
     def may_be(self, job_id: str, unique_id: str) -> bool:
-        """A job of an array has a number of its own, from that of the array on: 72_0 may be 73."""
+        """A job of an array has a number of its own, not below the array's: 72_0 may be 73."""
         number, _, index = _parts(job_id).job.partition("_")
         if not index or not (number.isdecimal() and unique_id.isdecimal()):
             return number == unique_id
@@ -169,8 +169,9 @@ class Slurm:
     def why_ended(self, run: Path, job_ids: Sequence[str]) -> str:
         """Slurm's words are `*** JOB 7 ON n1 CANCELLED AT 2026-11-25T20:00:00 DUE TO TIME LIMIT ***`.
 
-        It says the same of a job that it has queued again, which is no end. The log has the words about the
-        earlier jobs of the run as well.
+        Slurm writes such a line, with the word REQUEUE, also when it queues a job again. That is not the
+        end of the job, and the answer is empty. Lines about earlier jobs of the run, which the log has as
+        well, are left out.
         """
         said = re.findall(r"\*\*\* JOB (\d+) ON \S+ (CANCELLED .+?) \*\*\*", tail_of(run / JOB_LOG))
         of_last = [words for number, words in said if not job_ids or self.may_be(job_ids[-1], number)]
@@ -183,8 +184,9 @@ class Slurm:
         """The environment without the variables that would change what Slurm's commands do, and with those
         that lead to the server.
 
-        SBATCH_* would go before the script's own lines, as would what Slurm sets inside a job. SQUEUE_*
-        would hide jobs that are there (SQUEUE_STATES=R the waiting ones), and SCANCEL_* pass some over.
+        SBATCH_*, and the variables that Slurm sets inside a job, would override the options in the job
+        script. SQUEUE_* could hide jobs from the answer (SQUEUE_STATES=R hides jobs that wait), and
+        SCANCEL_* could make scancel leave out some of the jobs that it is to end.
         """
         return {
             name: value
@@ -212,7 +214,7 @@ class Slurm:
         lines += request.options
         # A path with a backslash would end the job.
         lines.append(f"--output={'/dev/null' if chr(92) in log else shlex.quote(log)}")
-        lines.append("--open-mode=append")  # the job may be queued again, or another one go on here
+        lines.append("--open-mode=append")  # a job that is queued again, and the run's next job, add to it
         lines.append("--requeue")
         if request.survives_nodes:
             lines.append("--no-kill")

@@ -91,7 +91,9 @@ class Evidence:
     launcher_was_killed: bool  # by us, as it would not end
     had_started: bool  # every rank had come
     stopped_by: int  # the signal that has ended the launch, or 0
-    signal_is_for_us: bool  # not for the ranks: none of them could have stopped in order
+    # Whether signals are not passed on to the ranks, as in the preflight: then no rank can have stopped in
+    # order.
+    signal_is_for_us: bool
     problem: Conclusion | None  # what no rank's end explains, such as a limit that was reached
     nobody_reads: bool  # the reader of our output has gone
 

@@ -301,7 +301,8 @@ def figures_for(runs: Sequence[RunFacts]) -> list[Figure]:
     main = _main_quantity(runs, quantities)
     quantities.sort(key=lambda quantity: quantity != main)  # stable: the others keep their order
     names = [f"{part}/{quantity}" for part in ("test", "val") for quantity in quantities]
-    # A quantity that is measured neither there nor there is shown as the training has it.
+    # A quantity that no run has measured on test or validation examples is shown under the name that it has
+    # in training.
     names += [name for name in known if metric_names.quantity_of(name) not in quantities]
     rules = {run.rule.metric: not run.rule.lower_is_better for run in runs if run.config}
     return [*(Figure(name, name, _is_higher_better(name, rules)) for name in names), *OF_COMPUTING]

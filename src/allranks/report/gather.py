@@ -122,8 +122,9 @@ class RunFacts:
     def ranks_of_lines(self) -> list[int | None]:
         """On how many ranks each line was measured; None where that is not known.
 
-        A run may go on with another number of ranks. Each resume tells its number. That of the first start
-        is told by the run's first stop, and by nothing if that start was killed.
+        A run may go on with another number of ranks. events.jsonl has this number for each resume. For the
+        first start it has the number only if that start was stopped in order; if it was killed, the number
+        is not known.
         """
         if not self.events:
             return [self.world_size or 1] * len(self.epochs)

@@ -29,14 +29,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 MANIFEST = "manifest.json"
-PIECE_BYTES = 1 << 26  # are read or checked in a second or less, unless the file system hangs
+PIECE_BYTES = 1 << 26  # so much is read or checked within a second, unless the file system hangs
 _MANIFEST_BYTES = 1 << 20  # a longer manifest was not written here
-_ASIDE = ".aside.tmp"  # how the name of a folder ends to which publish() moves what stands in the place
+# publish() moves whatever stands where a checkpoint is to be into a folder whose name ends like this.
+_ASIDE = ".aside.tmp"
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _STEP_NAME = re.compile(r"step-([0-9]{6,18})")
 
-# What an open of a file says where something else stands in its place: nothing, a link (which is never
-# followed), a file instead of a folder, a socket. All other errors are the file system's.
+# The errors of open() if the file is not what was written: it is missing, is a link (which is never
+# followed), is below a file instead of a folder, or is a socket. All other errors come from the file
+# system.
 _NOT_AS_WRITTEN = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENXIO)
 
 
@@ -112,12 +114,14 @@ def write(
     before_rename: Callable[[], None],
     is_enough: Callable[[Mapping[str, bytes]], bool] = lambda there: True,
 ) -> Path:
-    """Writes the checkpoint of `step`, unless a valid one is there that will do; returns its path.
+    """Writes the checkpoint of `step`, and returns its path.
 
-    `token` names the writer. `before_rename` is called last before the checkpoint appears, and raises where
-    the run directory has another owner by now. `is_enough` is given the files of the valid checkpoint that
-    is there, and says whether it will do. Whatever fails, with OSError or otherwise, leaves the checkpoints
-    that were there as they are.
+    If there is a valid checkpoint of this step, `is_enough` is called with its files. If that returns True,
+    this checkpoint stays, and nothing is written.
+
+    `token` names the writer. Just before the checkpoint gets its name, `before_rename` is called. It raises
+    an error if the run directory has another owner by now. If anything fails, with OSError or otherwise,
+    the checkpoints that were there stay as they are.
     """
     assert all(_FILE_NAME.fullmatch(name) and name != MANIFEST for name in files), sorted(files)
     path = path_of(run_dir, step)
@@ -148,13 +152,13 @@ def publish(
 ) -> None:
     """Writes the files and the manifest into the hidden folder, and renames it into its place, `path`.
 
-    `there` are files that are in the folder, and on the disk, already. `before_rename` is called last
-    before the checkpoint appears. Whatever fails, with OSError or otherwise, leaves the checkpoints that
-    were there as they are, and the hidden folder is removed.
+    `there` are files that are in the folder, and on the disk, already. `before_rename` is called just
+    before the checkpoint gets its name. If anything fails, with OSError or otherwise, the checkpoints that
+    were there stay as they are, and the hidden folder is removed.
 
-    What stands in the place, a damaged checkpoint or one that is not as far, is moved aside first, as no
-    rename replaces a folder. If the writer is killed before the new one is in the place, sweep_up() puts
-    the other one back.
+    If a damaged checkpoint, or one that has not come as far, stands at `path`, it is moved aside first,
+    because a rename cannot replace a folder. If the writer is killed before the new checkpoint is at
+    `path`, sweep_up() puts the earlier one back.
     """
     aside = hidden.with_name(hidden.name.removesuffix(".tmp") + _ASIDE)
     is_moved = False

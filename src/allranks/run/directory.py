@@ -178,7 +178,7 @@ def create(directory: str, config_yaml: str | None, exactly: bool = True) -> str
 
 
 def _in_the_way(path: Path) -> UserError:
-    """What to say where the directory could not be made because something of its name is there."""
+    """The error for a directory that could not be made because something of this name exists."""
     above = next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None)
     if above is not None:
         return UserError(
@@ -196,9 +196,10 @@ def _in_the_way(path: Path) -> UserError:
 
 
 def _make(path: Path, may_be_there: bool) -> None:
-    """Makes the directory and its logs/. Raises FileExistsError where another run has it.
+    """Makes the directory and its logs/. Raises FileExistsError if another run has it.
 
-    With `may_be_there` a directory is taken as it is that a start has left which was killed early.
+    With `may_be_there` the directory may exist, if it holds only logs/ and hidden files: an earlier start
+    that was killed early leaves it like this.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.mkdir(0o700, exist_ok=may_be_there and path.is_dir() and not _is_used(path))
@@ -210,7 +211,7 @@ def writing(directory: str) -> Iterator[None]:
     """Turns an OSError of the code within, which writes to the run directory, into a UserError."""
     try:
         yield
-    except FileExistsError:  # says that another run was quicker: the caller's matter
+    except FileExistsError:  # another run was quicker: the caller deals with it
         raise
     except OSError as error:
         raise UserError(
@@ -220,7 +221,10 @@ def writing(directory: str) -> Iterator[None]:
 
 
 def _is_used(path: Path) -> bool:
-    """Whether there is more in the directory than a start leaves that was killed before config.yaml."""
+    """Whether the directory holds anything but logs/ and hidden files.
+
+    A start that was killed before it had written config.yaml leaves no more than these.
+    """
     if not path.is_dir():
         return False
     return any(entry.name != "logs" and not entry.name.startswith(".") for entry in path.iterdir())

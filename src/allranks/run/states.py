@@ -38,7 +38,7 @@ class Seen:
     has_job: bool = False  # the run was queued at some time
     is_at_work: bool = False  # a process has touched the directory within half a minute
     has_checkpoint: bool = False
-    has_started: bool = True  # ranks have been at work on it; a cell's directory may be there long before
+    has_started: bool = True  # ranks have worked on it; a sweep makes a cell's directory long before that
 
 
 def state_of(seen: Seen) -> str:
@@ -59,7 +59,7 @@ def state_of(seen: Seen) -> str:
 
 
 def _end_of(seen: Seen) -> str:
-    """How a run has ended that is not finished, and of which nothing is in the queue."""
+    """The state of a run that is not finished, has no job in the queue, and on which no process works."""
     if seen.exit_code not in ("", "0", STOPPED, *ENDED_BY_SIGNAL):
         return f"failed ({seen.exit_code})"
     if seen.why_ended:
@@ -74,7 +74,8 @@ def _end_of(seen: Seen) -> str:
     return "stopped" if seen.has_checkpoint and not seen.has_job else "lost"
 
 
-# The states of the jobs in these job.json that are in a queue: see queue_states().
+# A function that says how jobs stand in the queue. It gets the contents of job.json files, and a function
+# to call with warnings. It returns the state of each job that is in a queue, by the job's id.
 AskQueue = Callable[[Sequence[dict[str, Any]], Callable[[str], None]], dict[str, str]]
 
 
@@ -160,7 +161,9 @@ def _state(directory: Path, job: dict[str, Any], in_queue: Mapping[str, str]) ->
     ids = job.get("job_ids", [])
     alive = next((job_id for job_id in ids if job_id in in_queue), None)
     last = ids[-1] if ids else None
-    if alive and in_queue[alive] == NOT_KNOWN:  # of each of its jobs: the newest one tells most
+    if alive and in_queue[alive] == NOT_KNOWN:
+        # The scheduler has not answered, so nothing is known of any job of the run. The newest one is
+        # shown.
         alive = last
     seen = Seen(
         is_finished=is_finished(directory),
@@ -169,7 +172,8 @@ def _state(directory: Path, job: dict[str, Any], in_queue: Mapping[str, str]) ->
         exit_code=text_of(directory / "exit_code"),
         why_ended=_why_ended(directory, job),
         has_job=bool(job),
-        # None of its jobs is in the queue, so what beats is a run by hand, or a job's last sign of life.
+        # None of the run's jobs is in the queue any more. So a recent heartbeat of one of them does not
+        # count: it is that job's last one. Only a run that was started by hand is at work.
         is_at_work=not alive and is_beating(directory, partial(_is_one_of, job)),
         has_checkpoint=_has_checkpoint(directory),
         has_started=(directory / "environment.json").exists() or any(directory.glob("owner-*.json")),

@@ -56,10 +56,11 @@ class Meeting:
         self._turns = 0  # of all_alike()
 
     def settle(self, mine: Any, decide: Decide) -> Any:
-        """Hands every rank's `mine` to `decide` on rank 0, and each rank its own reply.
+        """Hands every rank's `mine` to `decide` on rank 0, and returns to each rank its own reply.
 
-        `decide` gets a list with an entry for each rank and returns one. If it raises UserError, every rank
-        raises that same error, marked as agreed. All values must be JSON. Every rank must call this.
+        `decide` gets a list with an entry for each rank, and returns a list with a reply for each rank. If
+        it raises UserError, every rank raises that error, and rank 0 shows it. All values must be JSON.
+        Every rank must call this.
         """
         if self.store is None:
             return decide([mine])[0]

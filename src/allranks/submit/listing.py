@@ -62,13 +62,15 @@ def _row(directory: Path, state: RunState, warn: Callable[[str], None]) -> dict[
 class Jobs:
     """The jobs of a run, or of a sweep and of its cells."""
 
-    ids: Sequence[str]  # that can be ended: the run's or the sweep's own, and those of cells that went on
-    array_of: Mapping[str, str]  # of each job that an array has, the array
+    # The jobs that can be ended: those of the run or the sweep itself, and those in which single cells went
+    # on.
+    ids: Sequence[str]
+    array_of: Mapping[str, str]  # from the id of each job of an array to the id of the array
 
     def alive(self, there: Collection[str]) -> list[str]:
-        """Those of `ids` that are in the queue, of which `there` is what the scheduler lists.
+        """Those of `ids` that are in the queue. `there` are the ids that the scheduler lists.
 
-        PBS lists an array under its own id, Slurm the jobs that it has.
+        PBS lists an array under the array's own id, Slurm lists each job of the array.
         """
         arrays = {self.array_of[job_id] for job_id in there if job_id in self.array_of}
         return [job_id for job_id in self.ids if job_id in there or job_id in arrays]

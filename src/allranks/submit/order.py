@@ -53,7 +53,11 @@ class Order:
         return [*options.words(in_job, values), *self.machine_overrides]
 
     def _hands_on(self, name: str) -> bool:
-        """--nodes says how -n is dealt out. Without -n, or with --ppn, the job's own hosts say it."""
+        """Whether the `allranks launch` of the job gets this option, which is not marked as `in_job`.
+
+        It always gets job_nodes and console. It gets --nodes only if -n was given without --ppn: then
+        --nodes says on how many hosts the ranks are spread. Otherwise that follows from the job's hosts.
+        """
         deals_out = name == "nodes" and self.ranks is not None and self.ppn is None
         return deals_out or name in ("job_nodes", "console")
 

@@ -19,10 +19,10 @@ from allranks.submit.task import Task
 
 
 def queue_new(task: Task, after: str | None) -> list[str]:
-    """Makes the task's directory and queues its jobs, the first of them after the job `after`; their ids.
+    """Makes the task's directory and queues its jobs, the first after the job `after`. Returns their ids.
 
-    A refusal leaves nothing of a directory that was made here. Where nobody knows whether a job was queued
-    (NoAnswer), the directory stays for it.
+    If the scheduler refuses, a directory that was made here is removed. If it is not known whether a job
+    was queued (NoAnswer), the directory stays for that job.
     """
     fresh = not Path(task.directory).exists()
     try:
@@ -31,8 +31,9 @@ def queue_new(task: Task, after: str | None) -> list[str]:
         else:
             rundir.create(task.directory, None)
     except UserError as error:
-        # Where the file system has failed half-way, what is there is ours. Where another run has taken the
-        # directory just now, there is no OSError behind the error, and it stays.
+        # If the file system has failed half-way, everything in the directory is from here, and is removed.
+        # If another run has just taken the directory, the error's cause is not an OSError, and the
+        # directory stays.
         if fresh and isinstance(error.__cause__, OSError):
             shutil.rmtree(task.directory, ignore_errors=True)
         raise
@@ -40,7 +41,7 @@ def queue_new(task: Task, after: str | None) -> list[str]:
 
 
 def queue_again(task: Task, after: str | None) -> list[str]:
-    """Queues another job in the directory of a run that is there, after the job `after`; the jobs' ids."""
+    """Queues jobs for a run whose directory exists, the first after the job `after`. Returns their ids."""
     ids = _queue(task, after, fresh=False)
     try:
         note_job(task.directory, ids[0])
@@ -60,7 +61,8 @@ def _queue(task: Task, after: str | None, fresh: bool) -> list[str]:
             _record(task, ids)  # a job may start, and read it, before its id is known here
         for _ in range(task.order.chain or 1):
             if ids:
-                # A job that has ended already is nothing to wait for: PBS would lose the one that does.
+                # If the job before has ended already, the next one must not wait for it: PBS would lose
+                # that job.
                 after = ids[-1] if task.scheduler.states(ids[-1:]) else None
             ids.append(task.scheduler.submit(str(task.script_path), after))
         with rundir.writing(task.directory):

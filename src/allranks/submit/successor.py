@@ -114,15 +114,17 @@ def _cancel_rest_of_chain(kind: Scheduler, later: list[str]) -> None:
         if waiting:
             kind.cancel(waiting[::-1])  # the last one first, so that none starts in between
             print(f"finished: {', '.join(waiting)} cancelled", flush=True)
-    except UserError as error:  # they will find that there is nothing left to do
+    except UserError as error:  # the jobs that are left will find that there is nothing to do
         show(error)
 
 
 def _patiently(ask: Callable[[], Answer], directory: str, is_repeatable: bool = False) -> Answer:
-    """What `ask` answers; it is asked again as long as the server is not reached and this job has time.
+    """Calls `ask`, which asks the scheduler, and returns its answer.
 
-    Where it `is_repeatable`, it is also asked again after no answer. Else that may have queued a job.
-    Raises ServerUnreached at the end of that time, and says how the user can go on.
+    While the server cannot be reached, `ask` is called again, as long as this job has time. If the server
+    was reached but has not answered, `ask` is called again only if it `is_repeatable`: the first call may
+    have queued a job, and a second call would queue another one. When the time is over, raises
+    ServerUnreached, which tells the user how to go on.
     """
     passing = (ServerUnreached, NoAnswer) if is_repeatable else (ServerUnreached,)
     give_up_at = time.monotonic() + min(_left_s(), MOST_PATIENCE_S)
@@ -147,22 +149,22 @@ def _no_job_goes_on(directory: str) -> str:
 
 
 def _left_s() -> float:
-    """For how many seconds this job may still ask its scheduler; infinity where its end is not known."""
+    """For how many seconds this job may still ask its scheduler; infinity if its end is not known."""
     job_end = os.environ.get("ALLRANKS_JOB_END", "")
     if job_end.isdecimal():
         return int(job_end) - LAST_S - time.time()
-    deadline = os.environ.get("ALLRANKS_DEADLINE", "")  # all that the script of an earlier version has told
+    deadline = os.environ.get("ALLRANKS_DEADLINE", "")  # a job script of an earlier version sets only this
     if deadline.isdecimal():
         return int(deadline) + END_S - LAST_S - time.time()
     return math.inf
 
 
 def _mark_this_start(directory: str, me: ThisJob) -> Path | None:
-    """Marks in the run directory that this start of this job has asked for a successor, with the step that
-    the run had come to; None where that mark is there already.
+    """Marks in the run directory that this start of this job has asked for a successor.
 
-    So a job that the scheduler starts twice queues one successor, and a job that gained nothing is known by
-    the marks of those before it.
+    Returns None if the mark is there already. The mark holds the step that the run has reached. So a job
+    that the scheduler starts twice queues only one successor, and the marks of earlier jobs show whether
+    this job has gained a step.
     """
     before = max((int(path.read_text() or 0) for path in Path(directory).glob(".next-*")), default=-1)
     step = _step(directory)

@@ -75,9 +75,10 @@ class MLflow:
 
     def epoch(self, metrics: Mapping[str, Any]) -> None:
         """Metrics of an epoch, at its last step."""
-        # Several epochs may have the same last step: a loop of the user's own may count no steps at all. So
-        # it is told by the times whether MLflow has a figure of this epoch. The number of the epoch goes
-        # first, and what was logged since then is of this epoch.
+        # Several epochs may have the same last step, because a loop of the user's own may count no steps.
+        # So the step does not tell whether MLflow has a figure of this epoch already, but the time does:
+        # the number of an epoch is logged first, and whatever is logged after that moment belongs to this
+        # epoch.
         begun_ms = self._epochs_ms.get(metrics["epoch"])
         if begun_ms is not None:
             missing = {

@@ -34,15 +34,19 @@ from allranks.runtime.watch.connections import Connections, DoorPlace
 from allranks.runtime.watch.progress import Progress
 from allranks.runtime.watch.verdict import Decision, Inquiry, Known, Peer, Report, State
 
-TICK_S = 0.5  # how often the thread looks at the progress while all is well
-BUSY_TICK_S = 0.05  # and while it waits for answers
-ANSWER_S = 2.5  # for another rank's thread to answer, on a busy host too
-PATIENCE_S = 8.0  # more for one that runs: its main thread may be in a long call that keeps Python's lock
-LOOK_S = 2 * postmortem.LOOK_S  # for a neighbour to tell what has become of a rank
-NEWS_S = 0.5  # for word of a death that is still on its way
-FIRST_WORD_S = 5.0  # rank 0 speaks first where a rank does not come to the start
-APART_S = 0.1  # between the rank to blame and the others, when ranks are told to end
-END_S = 4.0  # for this thread to end the process; then a timer in C does it
+TICK_S = 0.5  # how often the thread looks at this rank's progress while all is well
+BUSY_TICK_S = 0.05  # how often it looks while it waits for answers of other ranks
+ANSWER_S = 2.5  # how long another rank's thread may take to answer: enough for a busy host
+# How much longer it may take if its process runs: its main thread may be in a long call that keeps Python's
+# lock.
+PATIENCE_S = 8.0
+LOOK_S = (
+    2 * postmortem.LOOK_S
+)  # how long another rank may take to say what has become of a rank on its host
+NEWS_S = 0.5  # how long the news of a rank's death may be on its way
+FIRST_WORD_S = 5.0  # so much earlier than the others rank 0 says that a rank has not come to the start
+APART_S = 0.1  # the ranks to blame are told to end so much earlier than the others
+END_S = 4.0  # how long this thread may take to end the process; then a timer in C ends it
 
 # Not below the logger "allranks": for logs/rank-N.log, not for the console, where it stands already.
 file_log = logging.getLogger("watchdog")
@@ -60,7 +64,9 @@ class IdleClock:
         self._last_tick_s = time.monotonic()
         self._mark: object = None  # of the progress that was seen last
         self._moved_at_s = 0.0  # when that was
-        self._alarm_after_s = 0.0  # after an alarm none follows before as long again has gone by
+        # For how long this rank had been idle at its last alarm. The next alarm comes after that time and
+        # the limit.
+        self._alarm_after_s = 0.0
 
     def tick(self) -> None:
         """Looks at the progress. To be called every TICK_S: more than twice that is not counted."""

@@ -23,9 +23,10 @@ TERM_S = 2.0  # from SIGTERM to SIGKILL
 def time_limit(limit_s: float, who: str, words: str, spare_s: float = 0.0) -> Iterator[None]:
     """Ends this process, with the sentence `who words`, if the block has not ended after `limit_s` seconds.
 
-    If this process is stopped by then (SIGSTOP), the sentence says that instead. A process that is not
-    stopped is ended `spare_s` seconds later: if several wait for each other, the stopped one should be
-    named first.
+    If this process is stopped by then (SIGSTOP), the sentence says that instead. Several processes may come
+    to their limits together, because all of them wait for the one that is stopped. That one is to be named.
+    So it speaks at once, and a process that is not stopped waits `spare_s` seconds more.
+
     Must be entered by the main thread: the helper ends when the thread that started it ends.
     """
     parent = os.getpid()
