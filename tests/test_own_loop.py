@@ -793,7 +793,7 @@ def broadcast(self, tensor):
     return send(self, tensor)
 runtime.Runtime.broadcast = broadcast
 files = {"large": bytes(range(20)), "empty": b""}
-assert run._runtime.share_files(files if run.is_main else {}) == files
+assert run.lifecycle.runtime.share_files(files if run.is_main else {}) == files
 print("sent", sizes)
 run.finish()
 """
@@ -830,7 +830,7 @@ for epoch in run.epochs(4):
     if run.is_main:
         print("epoch", epoch, flush=True)
     if epoch == 3 and os.environ.get("DISTURB"):
-        run._saver.finish()
+        run.lifecycle.saver.finish()
         os._exit(9)
 run.finish()
 """

@@ -1,12 +1,14 @@
-"""What run.log() and run.means() take: numbers by name, and no name that allranks writes itself.
+"""run.log(): which figures it takes, and where they go.
 
-A line of metrics.jsonl holds the figures of an epoch beside where the run stands and what allranks has
-measured, and summary.json holds those of the whole run likewise. A figure of the same name would replace
-one of these: a run whose records have another step cannot go on.
+A figure is a number with a name, and no name that allranks writes itself: a line of metrics.jsonl holds the
+figures of an epoch beside where the run stands and what allranks has measured, and summary.json holds those
+of the whole run likewise. A figure of the same name would replace one of these: a run whose records have
+another step cannot go on.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,10 +16,16 @@ import numpy as np
 import torch
 
 from allranks.base.errors import ANYONE, UserError
+from allranks.base.text import some
 from allranks.data.nests import described
+from allranks.own.lifecycle import Lifecycle
+from allranks.own.place import Place
+from allranks.own.shares import shares_of
 from allranks.own.state import are_alike
 from allranks.runtime.runtime import Runtime
 from allranks.training.records import OF_THE_RUN
+
+log = logging.getLogger(__name__)
 
 _OF_EACH_RECORD = {"epoch", "step"}
 # What else Loop.close_epoch() writes of an epoch.
@@ -27,6 +35,46 @@ _OF_A_RUN = {
     "state", "epochs", "steps", "world_size", "model/parameters", "model/sha256", "time/total_s",
     "time/startup_s", *OF_THE_RUN,
 }  # fmt: skip
+
+
+class Figures:
+    """What run.log() has got on this rank, and where it goes."""
+
+    def __init__(self, lifecycle: Lifecycle, place: Place) -> None:
+        self._lifecycle = lifecycle
+        self._place = place
+        self.of_run: dict[str, float] = {}  # logged after the last epoch
+        self._told_to_differ: set[str] = set()  # figures of which rank 0 has said so
+
+    def log(self, figures: Mapping[str, Any]) -> None:
+        """What run.log() does: records figures of a step, of an epoch or of the run, as the program stands.
+
+        Raises UserError for what is no number, and for a name that allranks writes itself.
+        """
+        lifecycle, place = self._lifecycle, self._place
+        lifecycle.check_open("run.log()")
+        check_log(figures, is_of_epoch=place.is_in_epochs)
+        for name, value in figures.items():
+            if place.is_stepping and place.in_hand is not None:
+                for share in shares_of(place.in_hand):
+                    lifecycle.kept.means.add(name, value, share.counted, share.row)
+                    lifecycle.recorder.add(name, value, share.counted, share.row)
+            elif place.is_in_epochs and lifecycle.loop is not None:
+                lifecycle.loop.log({name: as_number(value)})
+            else:
+                self.of_run[name] = as_number(value)
+
+    def compare(self, figures: Mapping[str, float]) -> None:
+        """Warns, on rank 0, of figures that differ between the ranks: those of rank 0 are recorded."""
+        differing = names_that_differ(figures, self._lifecycle.runtime)
+        new = [name for name in differing if name not in self._told_to_differ]
+        self._told_to_differ.update(new)
+        if new and self._lifecycle.runtime.is_main:
+            log.warning(
+                "run.log() got other values of %s on other ranks; those of rank 0 are recorded. What "
+                "run.mean(), run.means() and run.metric() give is the same on all ranks.",
+                some(new),
+            )
 
 
 def check_log(figures: Any, is_of_epoch: bool) -> None:

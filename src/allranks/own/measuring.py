@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,13 +14,12 @@ from allranks.base.text import some
 from allranks.data.batches import Dealt
 from allranks.data.nests import described
 from allranks.own.figures import as_number, check_figure
+from allranks.own.lifecycle import Lifecycle
+from allranks.own.place import Place
+from allranks.own.shares import StepShares, one_for_each_share, shares_of, within_pieces
 from allranks.own.state import add_mean, are_alike, no_sums, rows_of_shares
 from allranks.runtime.runtime import Runtime
 from allranks.training.control import OTHER_BATCHES
-
-# How long a rank waits for the others to do what it has done, such as to leave a loop. If the others are in
-# a collective after that time, they wait for this rank, and the watchdog names it.
-ALIKE_S = 1.0
 
 
 class Measuring:
@@ -109,3 +109,47 @@ class Measuring:
                 f"{some(names) or 'none'}): all ranks give the same.",
                 said_by=0,
             )
+
+
+def measured(
+    measuring: Measuring, values: Iterable[Mapping[str, Any]], lifecycle: Lifecycle, place: Place
+) -> dict[str, float]:
+    """What run.mean() and run.means() find in the values, which the program computes batch by batch.
+
+    All ranks call. Raises UserError where a value is no number, where there are no examples, where the
+    ranks have gone through different batches, and where a step has more or fewer values than shares.
+    """
+    lifecycle.check_open("run.mean()")
+    place.leave_alike()
+    if place.is_in_shares:
+        raise within_pieces(measuring.what)
+    before = place.in_hand
+    place.passed = 0
+    # What is in hand now may have one value, or in a step of a reproducible run one for each share.
+    in_hand = () if before is None else shares_of(before)
+    # Within a step the ranks do not stop: they may at its end anyway.
+    may_stop = lifecycle.loop is not None and not place.is_stepping
+    with lifecycle.stopping(), lifecycle.stops.between_batches() if may_stop else nullcontext():
+        of_batch_in_hand = 0
+        for figures in values:
+            share = place.in_hand
+            if share is before:
+                if of_batch_in_hand == len(in_hand):
+                    raise _too_many(measuring, before)
+                share = in_hand[of_batch_in_hand]
+                of_batch_in_hand += 1
+            measuring.add(figures, share)
+        if 0 < of_batch_in_hand < len(in_hand):
+            raise one_for_each_share(measuring.what, len(in_hand), str(of_batch_in_hand))
+        if may_stop:
+            lifecycle.stops.after_last_batch()
+    place.in_hand = before
+    # The batches of the steps are compared elsewhere (Means.gather), so a step is not made slower here.
+    return measuring.means(None if of_batch_in_hand else place.passed)
+
+
+def _too_many(measuring: Measuring, in_hand: Dealt | None) -> UserError:
+    """The error of a program that has given more values to run.mean() than it has batches in hand."""
+    if in_hand is not None and isinstance(in_hand.batch, StepShares):
+        return one_for_each_share(measuring.what, len(in_hand.batch.shares), "more")
+    return measuring.takes_them_one_by_one()

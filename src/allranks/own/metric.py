@@ -16,7 +16,7 @@ from typing import Any
 
 from allranks.base.errors import ANYONE, UserError
 from allranks.data.batches import Dealt
-from allranks.own.measuring import ALIKE_S
+from allranks.own.place import ALIKE_S
 from allranks.runtime.runtime import Runtime
 from allranks.training.metrics import computed, is_one_number, merged, problem_of, seeing_shares
 

@@ -22,7 +22,8 @@ from allranks.base.signals import FROM_TERMINAL, Signals
 from allranks.base.text import first_line
 from allranks.config import Config
 from allranks.data.nests import is_dataclass, parts_of
-from allranks.own.run import How, Run
+from allranks.own.lifecycle import How, Lifecycle
+from allranks.own.run import Run
 from allranks.runtime.bringup import refuse_together
 from allranks.training import ending
 
@@ -30,7 +31,7 @@ from allranks.training import ending
 # they follow from its other arguments.
 _NOT_HERE = (*configs.NOT_OF_OWN_LOOPS, "run", "own", "name", "seed")
 
-_opened: list[Run] = []  # the runs of this process
+_opened: list[Lifecycle] = []  # of the runs of this process
 # All runs share these counts: a signal that comes between two runs stops the next one.
 _signals = Signals()
 
@@ -110,7 +111,7 @@ def open_run(
     except BaseException as raised:
         exits.__exit__(type(raised), raised, raised.__traceback__)
         raise
-    _opened.append(run)
+    _opened.append(run.lifecycle)
     if len(_opened) == 1:
         sys.excepthook = _ending_the_run(sys.excepthook)
         atexit.register(_at_exit)

@@ -5,7 +5,7 @@ where that began. With trainer.detect_anomaly=true it computes such a step once 
 output is checked, and torch checks each operation of the backward pass. All other steps take no longer than
 without the option.
 
-A loop of the user's own (own/run.py) cannot be made to compute a step again. With
+A loop of the user's own (own/stepping.py) cannot be made to compute a step again. With
 allranks.open(detect_anomaly=True) the same is checked in each of its steps.
 """
 

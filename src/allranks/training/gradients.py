@@ -9,10 +9,10 @@
                 with gradients.piece(is_last=number == len(pieces)):
                     gradients.backward(weighted loss of model(piece))
 
-The shipped training (engine.py) and a loop of the user's own (own/run.py) both take this way. The ranks
-exchange gradients once in a step. As a rule each rank has one share, and the exchange is in the backward
-pass of its last piece. In a reproducible run a rank may have several shares. The gradient of each is put
-aside then, and after the last share those of all ranks are added up in one fixed order.
+The shipped training (engine.py) and a loop of the user's own (own/stepping.py) both take this way. The
+ranks exchange gradients once in a step. As a rule each rank has one share, and the exchange is in the
+backward pass of its last piece. In a reproducible run a rank may have several shares. The gradient of each
+is put aside then, and after the last share those of all ranks are added up in one fixed order.
 """
 
 from __future__ import annotations
