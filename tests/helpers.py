@@ -383,6 +383,15 @@ def marked(mark: str) -> dict[int, str]:
     return found
 
 
+def command_line(pid: int) -> list[str]:
+    """The program of a process and its arguments; empty where the process has ended."""
+    try:
+        content = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return []
+    return content.decode(errors="replace").split("\0")[:-1]
+
+
 def end(pids: Iterable[int]) -> None:
     """Kills these processes, as far as they are still there."""
     for pid in pids:

@@ -243,7 +243,7 @@ def test_a_launcher_that_is_asked_to_end_has_the_time_to_do_so(monkeypatch, tmp_
     fake.write_text(f"#!/bin/sh\ntrap 'sleep 0.2; touch {tmp_path}/tidied; exit 1' TERM\nsleep 60 & wait\n")
     fake.chmod(0o755)
     monkeypatch.setattr(preflight, "check", unreached)
-    monkeypatch.setattr(attempts, "TRY_S", 0.3)
+    monkeypatch.setattr(attempts, "TRY_S", 2.0)  # for the shell to set its trap
     request = Request(("true",), launcher="mpiexec", installed_here=False)
     launch = launched(environ={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
     launch = replace(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from allranks.run import checkpoint
+from allranks.run import checkpoint, shards
 from allranks.run.checkpoint import Damaged
 from helpers import PYTHON, execute, tree
 
@@ -46,6 +46,21 @@ def test_what_is_written_is_read(tmp_path):
     assert checkpoint.path_of(tmp_path, 12_345_678).name == "step-12345678"
 
 
+def test_a_manifest_of_as_many_ranks_as_there_may_be_can_be_read(tmp_path):
+    ranks = shards.MOST_RANKS // 10
+    about = checkpoint.About(10**12, "f" * 64)
+    files = {
+        shards.file_name(part, rank, shards.MOST_RANKS): about
+        for part in shards.PARTS
+        for rank in range(ranks)
+    }
+    manifest = checkpoint._manifest(files)
+    (tmp_path / "manifest.json").write_bytes(manifest)
+    with checkpoint._opened(tmp_path) as folder:
+        assert checkpoint._read_file(folder, "manifest.json", checkpoint._MANIFEST_BYTES) == manifest
+    assert 10 * len(manifest) < checkpoint._MANIFEST_BYTES
+
+
 def test_a_checkpoint_is_private_to_its_user(tmp_path):
     path = write(tmp_path)
     assert {p.stat().st_mode & 0o777 for p in (path, path.parent)} == {0o700}
@@ -78,7 +93,7 @@ def test_no_bit_can_change_unseen(tmp_path):
         (lambda p: os.truncate(p / "state.json", 3), "state.json: it has 3 bytes, not 11"),
         (lambda p: (p / "empty").write_bytes(b"x"), "empty: it has 1 bytes, more than 0"),
         (lambda p: (p / "state.json").write_bytes(b'{"step": 8}'), "state.json: its sha256 is abeff1"),
-        (lambda p: os.truncate(p / "manifest.json", 2 << 20), "manifest.json: it has 2,097,152 bytes"),
+        (lambda p: os.truncate(p / "manifest.json", 1 << 27), "manifest.json: it has 134,217,728 by"),
         (lambda p: (p / "manifest.json").write_bytes(b"[" * 100_000), "manifest.json: it is not JSON"),
         (lambda p: (p / "manifest.json").write_bytes(b"\xff{}"), "manifest.json: it is not JSON"),
         (lambda p: edit(p, lambda m: m.update(more=1)), "manifest.json: it is not as it was written"),

@@ -375,12 +375,15 @@ def test_a_rank_that_never_comes_to_mpi_does_not_keep_the_others(tmp_path, how):
 
 STOPPED_IN_INIT = """
 import os, signal, time
+from allranks.base import processes
 from allranks.job import identity
 from allranks.runtime import mpi
 
 here = os.getpid()
 if os.fork() == 0:
-    time.sleep(2)
+    while len(processes.children(here)) < 2:  # the other one sees to the limit of MPI_Init
+        time.sleep(0.05)
+    time.sleep(0.5)
     os.kill(here, signal.SIGSTOP)
     os._exit(0)
 mpi.world(identity.discover(os.environ), 4)

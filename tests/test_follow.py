@@ -395,6 +395,17 @@ def test_logs_are_followed_to_the_end_of_the_run(tmp_path, finished):
     assert [line.removeprefix("[rank 0] ") for line in out.splitlines()] == own
 
 
+def test_the_logs_of_a_program_without_a_training_end_when_it_has_ended(tmp_path):
+    """It writes no summary.json: its exit code says that nothing is left to do."""
+    run = tmp_path / "run"
+    (run / "logs").mkdir(parents=True)
+    (run / "logs/rank-0.log").write_text("done\n")
+    (run / "job.json").write_text("{}")
+    (run / "exit_code").write_text("0\n")
+    done = execute_forked(["-m", "allranks", "logs", "run", "-f"], 1, tmp_path, timeout_s=60).ok()
+    assert done.out == "[rank 0] done\n"
+
+
 @pytest.mark.long
 def test_ctrl_c_ends_following(tmp_path, finished):
     run = tmp_path / "run"

@@ -17,6 +17,7 @@ from helpers import (
     SMALL,
     Run,
     Started,
+    command_line,
     execute_forked,
     forked_python,
     launcher,
@@ -54,15 +55,10 @@ def launch(folder: Path, *words: str, python: str = PYTHON) -> Started:
 
 def ranks(started: Started, run: Path) -> list[int]:
     """The trainings among its processes, not their guards."""
-    found = []
-    for pid in started.pids():
-        try:
-            words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-        except OSError:
-            continue
-        if words[1:3] == ["-m", "allranks.train"] and str(run) in words:
-            found.append(pid)
-    return found
+    lines = {pid: command_line(pid) for pid in started.pids()}
+    return [
+        pid for pid, words in lines.items() if words[1:3] == ["-m", "allranks.train"] and str(run) in words
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -161,9 +157,7 @@ def test_a_run_that_has_ended_is_not_kept_by_mpi(tmp_path):
     run = tmp_path / "run"
     with launch(tmp_path, *TRAINING, "run.dir=run") as started:
         until_step(run, 10)
-        [proxy] = [
-            pid for pid in started.pids() if Path(f"/proc/{pid}/comm").read_text() == "hydra_pmi_proxy\n"
-        ]
+        [proxy] = [pid for pid in started.pids() if Path(*command_line(pid)[:1]).name == "hydra_pmi_proxy"]
         os.kill(proxy, signal.SIGSTOP)
         code, _, err = started.finish(150)
     assert code == 0, err

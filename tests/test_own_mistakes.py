@@ -46,6 +46,31 @@ def lines_of(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "runs/work/metrics.jsonl").read_text().splitlines()]
 
 
+# --- a loop that hangs ---
+
+
+def test_a_loop_that_hangs_is_told_where_though_stderr_is_an_object_of_the_programs_own(tmp_path):
+    """A tee has often no more than write() and flush()."""
+    program = """
+import sys, time, torch, allranks
+
+class Tee:
+    def write(self, text): ...
+    def flush(self): ...
+
+sys.stderr = Tee()
+run = allranks.open("work", device="cpu", threads=1, report=False, watchdog={"step_s": 1})
+for batch in run.steps([torch.ones(2)] * 4):
+    run.log({"loss": 1.0})
+    if run.step == 2:
+        time.sleep(60)
+"""
+    done = execute_forked(["-c", program], 1, tmp_path)
+    assert done.code == 1
+    assert "has made no progress for 1." in done.err
+    assert "in <module>" in done.err
+
+
 # --- figures ---
 
 

@@ -248,8 +248,9 @@ def test_strangers_are_not_counted():
     assert add(3, wrong) == {0: "", 1: "", 2: ""}
 
 
-def test_a_stranger_that_says_nothing_keeps_nobody_waiting():
+def test_a_stranger_that_says_nothing_keeps_nobody_waiting(monkeypatch):
     """Nor one that sends a byte now and then."""
+    monkeypatch.setattr(links, "HELLO_S", 60.0)
     began = time.monotonic()
     with socket.socket() as silent:
         assert add(3, connected=[silent]) == {0: "", 1: "", 2: ""}

@@ -23,7 +23,18 @@ from allranks.job import pulse
 from allranks.job.variables import STACK_AT, STACK_BYTES, STACK_PID
 from allranks.launch import idle, options
 from allranks.launch.idle import Finding, Kind, Pulse, RankWatch
-from helpers import PYTHON, ROOT, Done, Started, clean_environment, execute, only_long, serial, until
+from helpers import (
+    PYTHON,
+    ROOT,
+    Done,
+    Started,
+    clean_environment,
+    command_line,
+    execute,
+    only_long,
+    serial,
+    until,
+)
 
 HOST = socket.gethostname()
 LAUNCHERS = ["mpiexec", only_long("torchrun")]
@@ -221,7 +232,8 @@ def test_importing_allranks_loads_nothing_and_has_the_names():
 
 def test_a_heartbeat_takes_less_than_two_microseconds():
     allranks.heartbeat()
-    assert min(timeit.repeat(allranks.heartbeat, number=10_000, repeat=5)) / 10_000 < 2e-6
+    repeats = timeit.repeat(allranks.heartbeat, number=1000, repeat=50, timer=time.thread_time)
+    assert min(repeats) / 1000 < 2e-6
 
 
 ALONE = """
@@ -310,9 +322,14 @@ def test_only_a_process_of_the_guards_own_is_asked_for_its_stack(tmp_path):
 
 # --- the watchdog under real launchers -------------------------------------------------------------------
 
+# Rank 1 hangs when all ranks have begun: one that came later would have called heartbeat() less often.
 HANGS = """
+from pathlib import Path
 def lost():
     time.sleep(600)
+Path("begun-" + os.environ["RANK"]).touch()
+while not all(Path(f"begun-{rank}").exists() for rank in range(3)):
+    time.sleep(0.05)
 for step in range(1000):
     allranks.heartbeat()
     if step == 4 and os.environ["RANK"] == "1":
@@ -330,7 +347,7 @@ def test_a_rank_without_a_heartbeat_is_named_with_its_stack_and_all_is_ended(tmp
     assert "\x1b" not in done.err
     where, last = done.messages
     assert where.startswith(f"allranks: rank 1 on {HOST}: process ")
-    assert re.search(r'File ".*program.py", line 4 in lost', done.err)
+    assert re.search(r'File ".*program.py", line 5 in lost', done.err)
     assert f"rank 1 on {HOST} has not called allranks.heartbeat() for 2 s, after 5 times: " in last
     assert not done.left_running
 
@@ -398,10 +415,7 @@ def test_a_program_that_is_stopped_is_named(tmp_path):
 
 
 def is_program(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")[1:2] == ["program.py"]
-    except OSError:
-        return False
+    return command_line(pid)[1:2] == ["program.py"]
 
 
 # --- one answer for all ranks ----------------------------------------------------------------------------
@@ -412,13 +426,14 @@ STOPS = """
 import random
 rank = os.environ["RANK"]
 random.seed(int(rank) + int(os.environ.get("SEED", 0)))
-open(f"begun-{rank}", "w").close()
 for step in range(1, 100_000):
     allranks.heartbeat()
     if allranks.should_stop(reserve_s=1):
         with open(f"stopped-{rank}", "w") as file:
             file.write(str(step))
         sys.exit(allranks.EXIT_REQUEUE)
+    if step == 1:
+        open(f"begun-{rank}", "w").close()  # from the first call of should_stop() on, a signal is heard
     time.sleep(random.random() * 0.02 * (1 + int(rank)))
 """
 
@@ -430,7 +445,6 @@ def stopped_at(folder: Path, ranks: int) -> set[str]:
 
 def all_have_begun(folder: Path, ranks: int) -> None:
     until(lambda: all((folder / f"begun-{rank}").exists() for rank in range(ranks)), 60)
-    time.sleep(0.5)
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -523,7 +537,7 @@ def test_whatever_is_killed_while_the_ranks_agree_nothing_is_left(tmp_path, rank
             all_have_begun(tmp_path, ranks)
             victims = {"program": [], "guard": [], "launch": [started.process.pid]}
             for pid in started.pids():
-                words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+                words = command_line(pid)
                 if "allranks.launch.guard" in words and "-n" not in words:
                     victims["guard"].append(pid)
                 elif is_program(pid):

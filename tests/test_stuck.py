@@ -102,16 +102,16 @@ def test_a_launch_that_was_itself_stopped_takes_no_guard_for_silent(saved):
 @pytest.mark.long
 def test_time_in_which_a_launch_was_stopped_counts_for_no_limit(saved):
     """As the preflight's: the job was suspended meanwhile, and nothing hangs."""
-    program = python(saved.program + "time.sleep(8)")
+    program = python(saved.program + "time.sleep(13)")
     limits = {"ASK_S": 0.2, "SUSPENDED_S": 1.0}
-    with Started(supervised("mpiexec", 2, program, constants=limits, run_s=5)) as started:
+    with Started(supervised("mpiexec", 2, program, constants=limits, run_s=10)) as started:
         guards(started, 2)
         started.process.send_signal(signal.SIGSTOP)
-        time.sleep(6)
+        time.sleep(12)
         started.process.send_signal(signal.SIGCONT)
         code, _, err = started.finish(within_s=60)
     assert code == 0, err
-    with Started(supervised("mpiexec", 2, program, constants=limits, run_s=5)) as started:
+    with Started(supervised("mpiexec", 2, program, constants=limits, run_s=10)) as started:
         assert started.finish(within_s=60)[0] == EXIT_TIMED_OUT
 
 

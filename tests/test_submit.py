@@ -788,7 +788,7 @@ def test_a_notice_around_the_id_is_no_refusal(pbs):
 def test_a_job_whose_id_is_not_told_keeps_its_directory(pbs):
     path = qsub_that_says(pbs, "Thank you.\\n", keeps_the_id=False)
     message = pbs.refused(
-        *PBS, "--name", "try", "--", PYTHON, "-c", "import time; time.sleep(20)", PATH=path
+        *PBS, "--name", "try", "--", PYTHON, "-c", "import time; time.sleep(600)", PATH=path
     )
     [record] = pbs.folder.rglob("job.json")
     assert "The job is perhaps queued: look with `qstat -u $USER`" in message
@@ -994,7 +994,7 @@ def test_a_chain_that_breaks_off_says_what_is_queued(pbs):
     (wrapper / "qstat").write_text(f'#!/bin/sh\nrm -f "$PBS_STANDIN/down"; {STANDIN}/qstat "$@"; code=$?\n'
                                    'touch "$PBS_STANDIN/down"; exit $code\n')  # fmt: skip
     (wrapper / "qstat").chmod(0o755)
-    program = ("--", PYTHON, "-c", "import time; time.sleep(20)")
+    program = ("--", PYTHON, "-c", "import time; time.sleep(600)")
     message = pbs.refused(*PBS, "--chain", "3", *program, PATH=f"{wrapper}:{pbs.env['PATH']}")
     assert message.endswith(": 1.pbs.")
     assert "Queued until then" in message
@@ -1003,7 +1003,7 @@ def test_a_chain_that_breaks_off_says_what_is_queued(pbs):
 
 
 def test_a_run_that_still_has_a_job_is_not_submitted_again(pbs):
-    answer = pbs.submit(*PBS, "--", PYTHON, "-c", "import time; time.sleep(20)")
+    answer = pbs.submit(*PBS, "--", PYTHON, "-c", "import time; time.sleep(600)")
     assert "still has a job (1.pbs" in pbs.refused("--cell", answer["directory"])
     assert "configuration is frozen" in pbs.refused("--cell", answer["directory"], "seed=2")
     after = pbs.submit("--cell", answer["directory"], "--after", "1.pbs")
@@ -1059,7 +1059,7 @@ def test_cancel_refuses_what_has_no_job(pbs):
 
 
 def test_runs_are_shown_though_pbs_is_down(pbs):
-    pbs.submit(*PBS, "--", PYTHON, "-c", "import time; time.sleep(20)")
+    pbs.submit(*PBS, "--", PYTHON, "-c", "import time; time.sleep(600)")
     (Path(pbs.env["PBS_STANDIN"]) / "down").touch()
     done = pbs.allranks("runs")
     assert done.code == 0

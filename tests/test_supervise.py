@@ -188,7 +188,7 @@ def test_a_second_ctrl_c_does_not_wait_for_ranks_that_ignore_the_first(start):
     started = start("mpiexec", 2, IGNORES + WAIT)
     wait_for_ranks(started, 2)
     started.process.send_signal(signal.SIGINT)
-    time.sleep(TWICE_S + 0.2)
+    time.sleep(TWICE_S + 1)  # what comes less than TWICE_S after the first was heard is the same Ctrl-C
     assert started.process.poll() is None
     started.process.send_signal(signal.SIGINT)
     assert started.finish(within_s=3)[0] == 130
@@ -628,7 +628,7 @@ def by_shell(script: str, ranks: int, **more: object) -> list[str]:
     [
         (  # localhost stands for a host that does not come
             'RANK=0 WORLD_SIZE=3 "$@" & RANK=1 WORLD_SIZE=3 "$@" & wait', 3,
-            "1 of 3 ranks (2) did not start within 2 s. None came from localhost: look "
+            "1 of 3 ranks (2) did not start within 5 s. None came from localhost: look "
             "whether they are up",
         ),
         ('RANK=0 WORLD_SIZE=2 "$@" & wait', 3, "was started as one of 2, but 3 were asked for"),
@@ -641,8 +641,8 @@ def by_shell(script: str, ranks: int, **more: object) -> list[str]:
     ids=["missing", "other-size", "twice", "solo"],
 )  # fmt: skip
 def test_ranks_that_do_not_make_one_run_are_named_in_time(script, ranks, message):
-    with Started(by_shell(script, ranks, start_s=2, hosts=[HOST, "localhost"])) as started:
-        got, _, err = started.finish(within_s=6)
+    with Started(by_shell(script, ranks, start_s=5, hosts=[HOST, "localhost"])) as started:
+        got, _, err = started.finish(within_s=12)
         started.gone(within_s=1)
     assert got == 1
     assert message in err.splitlines()[-1]
@@ -697,16 +697,15 @@ def test_many_silent_strangers_do_not_keep_the_ranks_out(tmp_path):
     inner = [*python(come), str(go), *GUARD, *python("print('fine')")]
     command = python(
         "import os, sys\nfrom allranks.launch import supervisor\n"
+        "supervisor.HELLO_S = 600\n"  # a stranger is sent away for the others, not for its silence
         f"argv = ['sh', '-c', 'echo $ALLRANKS_SUPERVISOR >&2; exec \"$@\"', 'sh', *{inner!r}]\n"
         "outcome = supervisor.run(argv, dict(os.environ), None, world_size=1)\n" + TOLD
     )
     with Started(command) as started:
         host, _, port = started.process.stderr.readline().decode().strip().rpartition(":")
-        strangers = [socket.create_connection((host, int(port)), timeout=5) for _ in range(30)]
-        began = time.monotonic()
+        strangers = [socket.create_connection((host, int(port)), timeout=60) for _ in range(30)]
         for stranger in strangers[: 30 - 1 - links.SPARE]:
             assert stranger.recv(100) == b""
-        assert time.monotonic() - began < supervisor.HELLO_S
         go.touch()
         assert started.finish(within_s=10) == (0, "fine\n", "")
         for stranger in strangers:

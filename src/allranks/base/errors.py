@@ -63,8 +63,11 @@ def as_line(message: object, fd: int = 2) -> str:
 
 
 def show(message: object) -> None:
-    """Says on stderr what is wrong, in the form of as_line(). A full disk is no further error."""
-    with suppress(OSError):
+    """Says on stderr what is wrong, in the form of as_line(). A full disk is no further error.
+
+    Nor is it one if there is no stderr (None), as where it was closed before Python started.
+    """
+    with suppress(OSError, AttributeError):
         sys.stderr.write(as_line(message))
         sys.stderr.flush()
 

@@ -19,7 +19,7 @@ from typing import BinaryIO, NamedTuple
 from allranks.base import links
 from allranks.base.errors import UserError
 from allranks.job.batch import JOB_LOG
-from allranks.run.directory import is_finished
+from allranks.run.cells import is_finished
 
 LOOK_EVERY_S = 1.0  # a network file system shows new lines only every few seconds: more often is useless
 PIECE_BYTES = 1 << 20  # bytes read at once

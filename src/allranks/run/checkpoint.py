@@ -30,7 +30,9 @@ from typing import Any, NamedTuple
 
 MANIFEST = "manifest.json"
 PIECE_BYTES = 1 << 26  # so much is read or checked within a second, unless the file system hangs
-_MANIFEST_BYTES = 1 << 20  # a longer manifest was not written here
+# A longer manifest was not written here: that of a model spread over 100,000 ranks (shards.MOST_RANKS),
+# each with two files, has half of this.
+_MANIFEST_BYTES = 1 << 26
 # publish() moves whatever stands where a checkpoint is to be into a folder whose name ends like this.
 _ASIDE = ".aside.tmp"
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

@@ -33,11 +33,12 @@ _BELOW = ERASE_BELOW + _INDEX + _UP + _SAVE_CURSOR + _DOWN_TO_BEGINNING
 class Display:
     """A stream that people read: a terminal, or a file that is read later."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO | None) -> None:
         self.stream = stream
         try:
-            self._fd = stream.fileno()
-        except (OSError, ValueError):  # a notebook or a test may replace stdout by an object without a file
+            self._fd = stream.fileno() if stream is not None else -1
+        except (OSError, ValueError, AttributeError):
+            # A notebook, a test or the user's program may replace stdout by an object without a file.
             self._fd = -1
         self.is_live = terminal.obeys(self._fd)
         self.shows_colours = terminal.shows_colours(self._fd)

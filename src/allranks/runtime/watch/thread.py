@@ -282,8 +282,12 @@ class Watchdog:
         """This rank has made no progress for too long."""
         if not self._others.ranks():
             # A report reads lines of source files. If it is the file system that hangs, nobody else would
-            # end this rank: a timer in C writes the stack to stderr then, and ends it.
-            faulthandler.dump_traceback_later(END_S, exit=True)
+            # end this rank: a timer in C writes the stack to stderr then, and ends it. The descriptor of
+            # stderr is given, as a program may have put an object without one in the place of sys.stderr.
+            try:
+                faulthandler.dump_traceback_later(END_S, exit=True, file=2)
+            except ValueError:  # this process has closed it
+                faulthandler.dump_traceback_later(END_S, exit=True, file=self._devnull_fd)
         report = self._report()
         if not self._others.ranks():  # alone, or not in touch with the others yet
             self._end(self._of_myself(report))
