@@ -681,6 +681,15 @@ def test_the_label_that_fits_no_class_is_named(task, outputs, batch):
         task.metrics(outputs, batch)
 
 
+@pytest.mark.parametrize("loss", [None, torch.nn.CrossEntropyLoss()])
+def test_a_label_of_a_whole_image_is_no_mask(loss):
+    task, logits = tasks.Segmentation(loss=loss), torch.zeros(2, 10)
+    with pytest.raises(
+        UserError, match=r"a tensor \[2, 10\] of float32 and the data a tensor \[2\] of int"
+    ):
+        task.loss(logits, (None, torch.tensor([1, 2])))
+
+
 @pytest.mark.parametrize(("kind", "overrides", "said"), MISFITS)
 def test_what_does_not_fit_is_said_before_anything_is_made(kind, overrides, said, home, train_here):
     pytest.importorskip("torchmetrics")

@@ -412,10 +412,14 @@ def _metrics_of_numbers(objects: Mapping[str, Any], outputs: Any, batch: Any) ->
 
 
 def _check_classes(task: str, what: str, outputs: Any, targets: Any, ignore: int) -> None:
-    """Raises UserError unless outputs are [n, classes, ...] and targets whole numbers [n, ...]."""
+    """Raises UserError unless outputs are [n, classes, ...] and targets whole numbers [n, ...].
+
+    `...` is one dimension or more: targets [n] are labels of whole examples, as for task=classification.
+    """
     is_fitting = (
         isinstance(outputs, torch.Tensor)
         and isinstance(targets, torch.Tensor)
+        and targets.dim() > 1
         and outputs.dim() == targets.dim() + 1
         and outputs.shape[0] == targets.shape[0]
         and outputs.shape[2:] == targets.shape[1:]
@@ -425,7 +429,8 @@ def _check_classes(task: str, what: str, outputs: Any, targets: Any, ignore: int
     if not is_fitting:
         raise UserError(
             f"The task {task} needs logits [n, classes, ...] and for each place a {what}, a whole number "
-            f"[n, ...], but the model gives {_told(outputs)} and the data {_told(targets)}."
+            f"[n, ...], where ... is one dimension or more, but the model gives {_told(outputs)} and the "
+            f"data {_told(targets)}."
         )
     if not targets.is_cpu:
         return  # to look at numbers on a GPU would make the CPU wait for it, in every step
@@ -459,7 +464,6 @@ def _loss_of_classes(
         _gives_numbers_one_by_one(own_loss)
         and isinstance(losses, torch.Tensor)
         and losses.shape == targets.shape
-        and targets.dim() > 1
     )
     if not is_by_place:
         return _summed(losses, len(targets))
