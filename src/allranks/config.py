@@ -625,12 +625,12 @@ def thaw(directory: str, sha256: str) -> Config:
 class RuntimeSettings:
     """What a configuration says of the ranks themselves: devices, threads, who connects them."""
 
-    digest: str  # of the whole configuration, which all ranks must have
+    digest: str  # a hash of the whole configuration, which must be the same on all ranks
     library: str  # `runtime`: auto, ezpz or native
     device: str  # auto, cuda, xpu, mps or cpu
     precision: str  # `trainer.precision`, which not every device has
     oversubscribe: bool  # whether ranks may share a GPU
-    threads: int | None  # of each rank; None: as many as it has CPUs
+    threads: int | None  # the CPU threads of each rank; None: as many as it has CPUs
     virtual_ranks: int | None  # the fixed number of shares of a reproducible run; None for any other run
     limits: WatchdogConfig
 

@@ -33,9 +33,9 @@ from allranks.base.files import file_system
 from allranks.base.text import one_line
 from allranks.job.hosts import find_allocation
 
-LIMIT_S = 30.0  # for all checks, which run side by side; torch's first import takes long on a slow disk
-TOOL_S = 8.0  # for one command of a scheduler or MPI; a scheduler that is well answers within a second
-KILLED_S = 1.0  # for a killed process to be gone, which takes milliseconds as a rule
+LIMIT_S = 30.0  # how long all checks may take, side by side; torch's first import takes long on a slow disk
+TOOL_S = 8.0  # how long one command of a scheduler or MPI may take; as a rule it answers within a second
+KILLED_S = 1.0  # how long a killed process may take to be gone; as a rule this takes milliseconds
 WIDTH = 80  # columns of text
 REINSTALL = "Reinstall what the message names; if it is allranks, report it."
 MEMORY = "Look whether this host has run out of memory, or whether somebody has ended the process."

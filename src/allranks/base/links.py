@@ -32,7 +32,7 @@ LONGEST_MESSAGE_BYTES = 1 << 20
 PIECE_BYTES = 1 << 16  # what is taken from a connection at once
 SHORTEST_PAUSE_S = 0.02  # between two attempts to connect; it doubles up to the longest
 LONGEST_PAUSE_S = 1.0
-HELLO_S = 5.0  # for a newcomer to show the secret, in all: a rank does so at once
+HELLO_S = 5.0  # how long a newcomer may take to show the secret; a rank does it at once
 SPARE = 8  # newcomers beyond the expected ranks: a port scanner or two do no harm
 # Of descriptors, for what else a process opens: the data, a checkpoint, the workers of a data loader.
 SPARE_DESCRIPTORS = 64

@@ -341,7 +341,9 @@ def cpu_quota(root: str = "/") -> float | None:
         else:
             continue
         # In a container the path may be the host's, of which only the container's own group is mounted.
-        groups = [path[:end] for end in range(len(path) + 1) if end in (0, len(path)) or path[end] == "/"]
+        groups = [""]  # for /a/b these are "", /a and /a/b
+        for name in path.strip("/").split("/"):
+            groups.append(f"{groups[-1]}/{name}")
         for mount in mounts:
             folder = f"{root.rstrip('/')}/sys/fs/cgroup/{mount}"
             if not os.path.isdir(folder):  # noqa: PTH112  one call, where each group below costs several

@@ -32,7 +32,9 @@ class Signals:
 
     def count(self, *numbers: signal.Signals) -> None:
         """From now on these signals are counted, and no longer end the process."""
-        for number in numbers if self._of_process else ():
+        if not self._of_process:
+            return
+        for number in numbers:
             if number in FROM_TERMINAL and signal.getsignal(number) == signal.SIG_IGN:
                 continue  # started by nohup, or in the background by a script: it stays ignored
             signal.signal(number, self._count)

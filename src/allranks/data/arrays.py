@@ -228,7 +228,7 @@ class RowsOfHDF5:
     def __init__(self, path: str, names: Names) -> None:
         self.path = path
         self.names = names
-        self._process_id = 0  # of the process that has opened the file
+        self._process_id = 0  # the process that has opened the file
         self._arrays: Any = None
         with _open_hdf5(path) as file:
             self._length = _common_length(_chosen(path, _datasets(file, names), names))

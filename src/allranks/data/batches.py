@@ -43,8 +43,8 @@ class Dealt(NamedTuple):
     batch: Any
     counted: int  # examples of the share that count: all of them, or 0 where it is a stand-in
     total: int  # examples of the global batch
-    digest: int = 0  # of the global batch and of all before it in the epoch
-    examples: int = 0  # of the global batch and of all before it in the epoch
+    digest: int = 0  # a hash of the global batch and of all batches before it in the epoch
+    examples: int = 0  # the examples of the global batch and of all batches before it in the epoch
     row: int = 0  # the number of the share among those that this rank takes of the batch
 
 
@@ -308,13 +308,13 @@ class Batches:
         """Each batch is known by the numbers of its examples, of which this rank reads its own."""
         runtime = self._runtime
         loader = self._loader
-        known: deque[_Known] = deque()  # of the shares that are being read
+        known: deque[_Known] = deque()  # what is known of the shares that are being read
 
         def shares() -> Iterator[list[Any]]:
             digest = 0
             position = 0
             given = 0
-            stand_ins: dict[int, list[Any]] = {}  # by share its first example in the epoch
+            stand_ins: dict[int, list[Any]] = {}  # for each share its first example in the epoch
             for step, batch in enumerate(self._each_seeded(loader.batch_sampler, epoch, 0)):
                 if step == first_step:
                     self._check_seen(digest, seen)

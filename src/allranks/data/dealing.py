@@ -95,6 +95,14 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
     return -(-examples // batch_size)  # rounded up
 
 
+class _Cut(NamedTuple):
+    """How one share of one step is cut into pieces."""
+
+    examples: int  # of the share
+    pieces: Sequence[torch.Tensor]  # for each piece, the positions of its examples
+    stand_ins: Sequence[torch.Tensor]  # positions for further pieces, which do not count
+
+
 def training_batches(
     part: Part,
     runtime: Runtime,
@@ -132,31 +140,31 @@ def training_batches(
         stand_in = torch.zeros(1, dtype=torch.int64)
     in_epoch = steps_per_epoch(len(part), batch_size)
     steps = range(first_step, in_epoch if end_step is None else end_step)
-    counts = []  # of each share of each step: its examples
-    cuts = []  # of each share of each step: the positions of the examples of its pieces
-    stand_ins = []  # of each share of each step: the positions of pieces that do not count
+    cuts: list[_Cut] = []  # one for each share of each step
     for step in steps:
         position = step * batch_size
         batch = order[position : position + batch_size]
         wanted = most_pieces(len(batch), runtime.share_count, accumulate) if equal_pieces else 0
         for share in runtime.shares:
             row = batch[share_of(position, share, runtime.share_count)]
-            counts.append(len(row))
-            cut = (row if len(row) else stand_in).chunk(accumulate)
-            cuts.append(cut)
-            stand_ins.append([stand_in] * (wanted - len(cut)))
+            examples = row if len(row) else stand_in
+            pieces = examples.chunk(accumulate)
+            cuts.append(_Cut(len(row), pieces, [stand_in] * (wanted - len(pieces))))
 
     # 3. The examples themselves, read one after the other, put together again by steps.
-    rows = [positions for cut, fill in zip(cuts, stand_ins, strict=True) for positions in [*cut, *fill]]
+    rows: list[torch.Tensor] = []
+    for cut in cuts:
+        rows += cut.pieces
+        rows += cut.stand_ins
     read = part.batches(rows, mixed(seed, epoch))
-    shares = zip(counts, cuts, stand_ins, strict=True)
+    left = iter(cuts)
     for step in steps:
         total = min(batch_size, len(part) - step * batch_size)
         batches = []
-        for count, cut, fill in islice(shares, len(runtime.shares)):
-            pieces = [Piece(next(read), len(positions)) for positions in cut]
-            pieces += [Piece(next(read), 0) for _ in fill]
-            batches.append(Batch(pieces, count, total))
+        for cut in islice(left, len(runtime.shares)):
+            counted = [Piece(next(read), len(positions)) for positions in cut.pieces]
+            not_counted = [Piece(next(read), 0) for _ in cut.stand_ins]
+            batches.append(Batch([*counted, *not_counted], cut.examples, total))
         yield batches
     assert next(read, None) is None
 

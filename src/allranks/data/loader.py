@@ -36,8 +36,9 @@ class Data:
     train: Part
     val: Part
     test: Part
-    input_shape: tuple[int, ...]  # as data.input_shape says, [C, H, W] of an image; () where it does not
-    classes: int | None  # as data.classes says; None where it does not
+    # The value of data.input_shape: [C, H, W] of an image; () if it is not given.
+    input_shape: tuple[int, ...]
+    classes: int | None  # the value of data.classes; None if it is not given
 
 
 @dataclass(frozen=True)

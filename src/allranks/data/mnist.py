@@ -30,7 +30,8 @@ from allranks.base.text import did_you_mean
 
 CONNECT_S = 5  # a compute node without internet must say so within seconds
 CLASSES = 10
-_MOST_FOLDERS = 50  # that are looked into for a misplaced file, so that the message comes at once
+# At most so many folders are searched for a misplaced file, so that the message comes soon.
+_MOST_FOLDERS = 50
 COUNTS = {"train": 60_000, "test": 10_000}
 _STEMS = {
     ("train", "images"): "train-images-idx3-ubyte",

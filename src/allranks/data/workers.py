@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from multiprocessing.process import BaseProcess
 
-_SOCKET_PATH_BYTES = 107  # of a Unix socket's address (unix(7)), without the zero at its end
+_SOCKET_PATH_BYTES = 107  # the longest address of a Unix socket (unix(7)), without the zero at its end
 # What multiprocessing puts below the folder for temporary files: a folder, and in it a socket.
 _SOCKET_NAME = "/pymp-12345678/listener-12345678"
 _SHARED_MEMORY = Path("/dev/shm")
 _LEAST_SHARED_BYTES = 64 << 10  # the semaphores between a rank and two workers take about 40 KiB
-_NO_SHARED_MEMORY = re.compile(r"unable to [^\n]*torch_[^\n]*")  # as torch says it, with the file's name
+_NO_SHARED_MEMORY = re.compile(r"unable to [^\n]*torch_[^\n]*")  # torch's message, which names the file
 
 
 class Workers:

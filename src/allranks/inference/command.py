@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from allranks.training.metrics import Figures
 
 MOST_COLUMNS = 20  # up to so many classes the whole confusion table is shown: it fits 120 characters a line
-CONFUSED = 10  # with more classes only this number of the commonest mistakes is shown
+CONFUSED = 10  # if there are more classes, only this number of the most frequent mistakes is shown
 SOME_FAILED = 1  # exit code where some images were predicted, and others could not be read
 
 CHECKPOINT_HELP = (

@@ -48,8 +48,8 @@ class Agreement(NamedTuple):
     examples: int
     largest_difference: float  # of two logits
     allowed_difference: float
-    accuracy: float  # of the exported model, in percent
-    own_accuracy: float  # of the model itself, computed the same way
+    accuracy: float  # the accuracy of the exported model, in percent
+    own_accuracy: float  # the accuracy of the model itself on the same images, in percent
 
     @property
     def agrees(self) -> bool:
@@ -60,7 +60,8 @@ class Agreement(NamedTuple):
 class _Format(NamedTuple):
     write: Callable[[nn.Module, torch.Tensor, dict[str, str], Path], None]
     load: Callable[[Path, Trained], Run]
-    dtype: Callable[[torch.dtype], torch.dtype]  # of the exported numbers, for a model of this type
+    # The type of the exported numbers, for a model whose weights have the given type.
+    dtype: Callable[[torch.dtype], torch.dtype]
 
 
 def export(trained: Trained, part: Part, path: Path, force: bool) -> Agreement:
@@ -193,7 +194,7 @@ def _preprocessing(trained: Trained) -> str:
 def _compare(trained: Trained, model: nn.Module, run: Run, part: Part, dtype: torch.dtype) -> Agreement:
     """Runs the model and the exported model (`run`) on all examples of the part, on the CPU."""
     largest = torch.zeros((), dtype=torch.float64)
-    size = torch.ones((), dtype=torch.float64)  # of the largest logit
+    size = torch.ones((), dtype=torch.float64)  # the size of the largest logit
     correct = 0
     own_correct = 0
     pieces = torch.arange(len(part)).split(EVAL_BATCH["cpu"])

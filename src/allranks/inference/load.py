@@ -35,7 +35,7 @@ from allranks.training.building import build_model, build_task, dtype_of
 from allranks.training.state import STATE, restore_model
 
 NEWEST = "newest"  # the default: summary.json was measured with the newest checkpoint of a finished run
-BEST = "best"  # of those that are still there the best one, by the run's own checkpoint.best
+BEST = "best"  # the best of the checkpoints that still exist, by the run's own checkpoint.best
 
 # No other rank waits for a process that only uses a model. So the watchdog need not end it, however slow it
 # is: 1e9 s are 30 years.
@@ -53,7 +53,7 @@ class Trained:
     config: Config  # as the run has frozen it
     model: nn.Module  # on runtime.device, in evaluation mode
     task: Any  # says what a batch is, and what is measured (allranks.tasks)
-    runtime: Runtime  # of this process alone; it has as many shares as the run had ranks
+    runtime: Runtime  # it has this process alone, and as many shares as the run had ranks
     precision: str  # the number format of the arithmetic here: that of the run, if this device supports it
     checkpoint: Path  # the checkpoint that the weights are from
     epoch: int  # epochs before the checkpoint

@@ -71,9 +71,11 @@ def apply(config: Config, overrides: Sequence[str], config_dir: str | None = Non
         [composed] = compose.from_command_line([*flags, *overrides, *_NO_MODEL])
     else:
         composed = _changed(config, overrides)
+    of_data = [key for key in keys if key.partition(".")[0] == "data"]
+    may_change_examples = [key for key in of_data if key not in _SAME_EXAMPLES]
     return Given(
-        data=composed.data if any(key.partition(".")[0] == "data" for key in keys) else None,
-        is_other_data=any(key.partition(".")[0] == "data" and key not in _SAME_EXAMPLES for key in keys),
+        data=composed.data if of_data else None,
+        is_other_data=bool(may_change_examples),
         device=composed.device if "device" in keys else None,
         threads=composed.threads if "threads" in keys else None,
     )

@@ -97,8 +97,8 @@ class ServerUnreached(UserError):
 class ThisJob(NamedTuple):
     """The job that a process runs in."""
 
-    id: str  # by which its owner asks for it: 12.pbs, 2[1].pbs, 77, 77_3
-    unique_id: str  # no other job has it: in an array of Slurm each job has a number of its own
+    id: str  # the id by which the owner asks for the job: 12.pbs, 2[1].pbs, 77, 77_3
+    unique_id: str  # an id that no other job has: in an array of Slurm each job has a number of its own
     restarts: int  # how often the scheduler has started it again
 
 

@@ -44,7 +44,7 @@ class Allocation:
     hosts: tuple[Host, ...]
     slots_given: bool = True
     queue: str | None = None
-    cpus_per_node: int | None = None  # of the smallest node, where the scheduler tells
+    cpus_per_node: int | None = None  # the CPUs of the smallest node, if the scheduler tells
     exists: bool = True  # False: placeholders for a job that is still to come
     source: str = "this host"
 

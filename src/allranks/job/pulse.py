@@ -56,7 +56,8 @@ from allranks.job.variables import (
 
 NO_LIMIT_S = 1e9  # thirty years: math.inf, and whatever else does not fit the page
 RESERVE_S = 60.0  # kept free before the job's end, unless the program says how long its save takes
-AGREE_S = 30.0  # for the launch to tell when to stop; asked again at the next call if it takes longer
+# How long the launch may take to say when to stop; if it takes longer, the next call asks again.
+AGREE_S = 30.0
 LOOK_S = 0.001  # how often a rank that is held looks into its page
 
 
@@ -157,7 +158,7 @@ class Stop:
     def __init__(self, page: Page, environ: Mapping[str, str]) -> None:
         self.page = page
         self.signals = Signals()
-        self.job_ends_at: float | None = None  # by time.monotonic(); None: not known
+        self.job_ends_at: float | None = None  # a time by time.monotonic(); None: not known
         self._asked_at: float | None = None
         self._longest_s = 0.0  # between two calls
         if threading.current_thread() is threading.main_thread():

@@ -175,7 +175,9 @@ class Slurm:
         """
         said = re.findall(r"\*\*\* JOB (\d+) ON \S+ (CANCELLED .+?) \*\*\*", tail_of(run / JOB_LOG))
         of_last = [words for number, words in said if not job_ids or self.may_be(job_ids[-1], number)]
-        return "" if not of_last or "REQUEUE" in of_last[-1] else of_last[-1]
+        if not of_last or "REQUEUE" in of_last[-1]:
+            return ""
+        return of_last[-1]
 
     def _call(self, argv: Sequence[str], if_late: str = "") -> CompletedProcess[str]:
         return call(argv, self.command_environment(os.environ), self.title, if_late)

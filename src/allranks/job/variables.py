@@ -19,10 +19,10 @@ from allranks.job.identity import RankIdentity
 # Set by the launch's plan, the same for all ranks.
 MASTER_ADDR = "ALLRANKS_MASTER_ADDR"  # where rank 0 is reached
 MASTER_PORT = "ALLRANKS_MASTER_PORT"  # only without a supervisor, which finds a free one
-WORLD_SIZE = "ALLRANKS_WORLD_SIZE"  # for launchers that do not tell it
+WORLD_SIZE = "ALLRANKS_WORLD_SIZE"  # used with launchers that do not tell this number
 LOCAL_WORLD_SIZE = "ALLRANKS_LOCAL_WORLD_SIZE"  # ranks of each host, where all hosts have as many
 DEVICE_VARIABLE = "ALLRANKS_DEVICE_VARIABLE"  # e.g. CUDA_VISIBLE_DEVICES
-DEVICES = "ALLRANKS_DEVICES"  # by local rank, e.g. 3,2,1,0
+DEVICES = "ALLRANKS_DEVICES"  # the devices in the order of the local ranks, e.g. 3,2,1,0
 # Set by the supervisor; the program never sees them.
 SUPERVISOR = "ALLRANKS_SUPERVISOR"  # host:port
 SECRET = "ALLRANKS_SECRET"

@@ -45,9 +45,9 @@ MOST_FAILURES_OF_A_HOST = 2  # one may be bad luck; a host with more is left out
 # Hosts are tried in so many groups at a time. 16 find one bad host of 4,096 in three rounds, and 16
 # launchers at once are no load for the host that they start from.
 GROUPS = 16
-LOOK_S = 2.0  # for the checkpoints' names, once a signal has ended the launch
-TRY_S = 15.0  # for the launcher to start one process on each host of a group
-END_S = 1.0  # from SIGTERM to SIGKILL for that launcher, which has processes on other hosts to end
+LOOK_S = 2.0  # how long the names of the checkpoints may take to read, once a signal has ended the launch
+TRY_S = 15.0  # how long the launcher may take to start one process on each host of a group
+END_S = 1.0  # from SIGTERM to SIGKILL: that launcher must end its processes on other hosts first
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,8 @@ class HostRecord:
     """What one launch has learned about the hosts, from one attempt to the next."""
 
     out: set[str] = field(default_factory=set)  # no rank is started on these any more
-    failures: Counter[str] = field(default_factory=Counter)  # by host, how often its rank failed first
+    # For each host, how often a rank there was the first to fail.
+    failures: Counter[str] = field(default_factory=Counter)
 
     def note_failure(self, plan: Plan, outcome: Outcome) -> list[str]:
         """Counts the failure of a host. Returns that host if it has failed twice or more, else nothing.
@@ -184,8 +185,8 @@ class Next(enum.Enum):
 class TrainingProgress:
     """How far a training has come, and how often it has crashed there."""
 
-    step: int  # of the newest checkpoint; 0 without one
-    crashes_without_gain: int = 0  # in a row
+    step: int  # the step of the newest checkpoint; 0 without one
+    crashes_without_gain: int = 0  # how many crashes in a row have gained no step
 
     def after_crash(self, step: int) -> TrainingProgress:
         """The progress after a crash that left `step` as the newest checkpoint's."""
@@ -215,7 +216,7 @@ class Ended(NamedTuple):
     """How a launch has ended, after its last attempt."""
 
     code: int  # the exit code
-    was_stopped: bool  # by a signal to this process, or because nobody reads its output any more
+    was_stopped: bool  # whether a signal stopped it, or nobody reads its output any more
 
 
 def run(launch: Launch, check: bool) -> Ended:

@@ -158,7 +158,7 @@ def _run_cells(launch: Launch, cells: Sequence[Cell], checks_first: bool) -> int
     from allranks.launch.console import tell
 
     codes: list[int] = []
-    ends: list[str] = []  # of each cell that was started, in a word
+    ends: list[str] = []  # for each cell that was started, how it ended, in one word
     is_stopped = False
     for cell in cells:
         place = place_in_sweep(cell.directory)

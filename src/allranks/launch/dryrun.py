@@ -13,10 +13,10 @@ from allranks.job.hosts import Host, compress
 from allranks.launch.plan import Plan, RankPlace
 
 # A table of ranks should fit a screen.
-ROWS_PER_HOST = 16  # of a host with more ranks the first ones and the last are shown
-MOST_ROWS = 32  # with more ranks, hosts that look alike are folded into one row
+ROWS_PER_HOST = 16  # if a host has more ranks, only its first ones and the last are shown
+MOST_ROWS = 32  # if there are more ranks, hosts that look alike are shown as one row
 LONGEST_NAMES = 80  # characters of a list of hosts
-LINES_OF_A_FILE = 8  # of a longer file the first lines and the last are shown
+LINES_OF_A_FILE = 8  # of a longer file only the first lines and the last are shown
 SET_PER_RANK = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT"
 
 

@@ -40,9 +40,9 @@ from allranks.base.errors import EXIT_CANNOT_START, EXIT_USER_ERROR, UserError, 
 from allranks.job import variables
 from allranks.job.identity import RankIdentity, discover
 
-CONNECT_S = 30  # for the supervisor to take the connection: it has one from every rank
-END_S = 1.0  # from SIGTERM to SIGKILL when the supervisor is gone
-DRAIN_S = 1.0  # for output that is still on its way when the program has ended
+CONNECT_S = 30  # how long the supervisor may take to accept the connection: every rank opens one
+END_S = 1.0  # from SIGTERM to SIGKILL for the program, when the supervisor is gone
+DRAIN_S = 1.0  # how long output may still be on its way when the program has ended
 TICK_MS = 100  # how often the clock is looked at while something has a deadline
 # Output that the supervisor or a file has not taken yet. With more, the program waits with its next output.
 MOST_WAITING_BYTES = 1 << 20
@@ -101,9 +101,9 @@ class Guard:
         self.identity = identity
         self.environ = environ
         self.link = _connection(identity.rank, environ[variables.SUPERVISOR])
-        self.unsent = bytearray()  # to the supervisor: what the connection has not taken yet
+        self.unsent = bytearray()  # messages to the supervisor that the connection has not taken yet
         self.is_alone = False  # the supervisor is gone
-        self.is_let_go = False  # by the supervisor: all ranks have ended
+        self.is_let_go = False  # the supervisor has said that this process may end: all ranks have ended
         self.child = 0  # the program's process id
         self.status: int | None = None  # the program's wait status, once it has ended
         # The program's streams, "out" and "err", by the descriptor to read each from.
@@ -112,15 +112,17 @@ class Guard:
         self.wakeups: int | None = None
         self.wake_end = -1
         self.terminals: list[int] = []  # those of `pipes` that are terminals, until they are closed
-        self.stdin: int | None = None  # to write to the program's stdin, where the supervisor sends it
-        self.typed = bytearray()  # for the program's stdin, which has not taken it yet
-        self.typed_all = False  # no more will come
+        # The pipe to the program's stdin, if the supervisor sends the user's input.
+        self.stdin: int | None = None
+        self.typed = bytearray()  # input that the program has not taken yet
+        self.typed_all = False  # the input has ended
         self.page: int | None = None  # the memory that the program shares with this process (job/pulse.py)
         self.counts_cpu = False  # whether the supervisor wants to know the program's CPU time
-        self.written_bytes = 0  # by the program, to both of its streams
-        self.wish = 0  # the program's reason to stop, as the supervisor knows it
+        self.written_bytes = 0  # how much the program has written to both of its streams
+        self.wish = 0  # the program's reason to stop that was told to the supervisor; 0: none yet
         self.kill_at: float | None = None  # when the program gets SIGKILL, by time.monotonic()
-        self.drained_by: float | None = None  # how long to wait for output; set when the program has ended
+        # Until when to wait for more output; set when the program has ended.
+        self.drained_by: float | None = None
         folder = environ.get(variables.OUTPUT) if identity.rank else None
         self.file = OutputFile(f"{folder}/rank-{identity.rank}.out") if folder else None  # for stdout
 
@@ -394,9 +396,12 @@ class Guard:
         """Takes in the ends of child processes: of the program, and of orphans that it has left."""
         has_ended = False
         with contextlib.suppress(ChildProcessError):  # none is left
-            while (reaped := os.waitpid(-1, os.WNOHANG))[0]:
-                if reaped[0] == self.child:
-                    self.status = reaped[1]
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if pid == 0:  # some children run, but no further one has ended
+                    break
+                if pid == self.child:
+                    self.status = status
                     has_ended = True
         if not has_ended:
             return

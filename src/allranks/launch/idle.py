@@ -23,28 +23,31 @@ from allranks.base.agreement import majority
 from allranks.base.text import some
 from allranks.job.variables import NO_LIMIT_MS
 
-BEAT_S = 600.0  # from one heartbeat to the next, where neither the program nor --idle says anything
+# How long a rank may take from one heartbeat to the next, if neither the program nor --idle sets a limit.
+BEAT_S = 600.0
 # A rank that uses less of one CPU does nothing: threads that wake up ten times a second, as those of
 # PyTorch and of monitors do, use 0.1 to 0.5 %.
 IDLE_SHARE = 0.01
-LEAST_TICKS = 2  # of CPU time between two looks: one may be the clock's own rounding
+# The least CPU time between two looks that counts: one tick may be the clock's own rounding.
+LEAST_TICKS = 2
 # A rank that has never called heartbeat() may still be on its way to its first step. That is assumed as
 # long as no other rank has called it more often than this: the others can take a step or two before they
 # wait for it.
 FIRST_BEATS = 2
-FEW = 8  # ranks that are not late, and are looked at before those that are
+FEW = 8  # so many ranks that are not late are looked at before those that are
 TICKS_PER_S = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
 
 class Pulse(NamedTuple):
     """What a guard tells of its program. The order is that of the guard's message."""
 
-    beats: int  # how often it has called heartbeat()
-    within_ms: int  # it said that the next one comes within so long; 0: nothing; NO_LIMIT_MS: whenever
-    calls: int  # how often it has called should_stop()
-    steps: int  # of a loop by allranks.open() that it has begun
+    beats: int  # how often the program has called heartbeat()
+    # The limit that it has set for its next heartbeat; 0: none given; NO_LIMIT_MS: it may take any time.
+    within_ms: int
+    calls: int  # how often the program has called should_stop()
+    steps: int  # how many steps a loop by allranks.open() has begun
     cpu_ticks: int  # the CPU time of the program and of all that it has started
-    written_bytes: int  # to stdout and stderr
+    written_bytes: int  # what the program has written to stdout and stderr
 
 
 class RankWatch:

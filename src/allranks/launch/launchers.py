@@ -33,7 +33,7 @@ from allranks.job.machine import Machine, Node
 
 # A longer list of hosts goes into a file. Linux takes 128 KiB for one argument; half of that leaves room.
 LONGEST_ARGUMENT_BYTES = 65536
-VERSION_LIMIT_S = 20  # for `mpiexec --version`, which is slow where a file system is
+VERSION_LIMIT_S = 20  # how long `mpiexec --version` may take: it is slow if the file system is
 
 
 # --- what a command line is made from, and what it is --------------------------------------------
@@ -49,7 +49,8 @@ class Binding:
 
     how: Literal["none", "list", "depth"]
     cpus_each: int | None = None
-    cpus: tuple[str, ...] = ()  # of local rank 0, 1, ..., such as 0-7; empty where nothing is bound
+    # The CPUs of local rank 0, 1, ..., such as 0-7; empty if ranks are not bound to CPUs.
+    cpus: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

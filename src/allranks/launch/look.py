@@ -32,9 +32,10 @@ from allranks.base import processes
 from allranks.job.variables import STACK_AT, STACK_BYTES, STACK_PID
 
 WRITE_S = 1.0  # for a program to write down its stack
-PY_SPY_S = 4.0  # for py-spy to look at a process; it reads the symbols of a Python first
-MOST_PROCESSES = 8  # of one rank, that py-spy looks at: the first Python among them is usually the program
-STACK_LINES = 24  # of a stack
+PY_SPY_S = 4.0  # how long py-spy may take to look at a process: it reads the symbols of a Python first
+# At most so many processes of a rank are shown to py-spy: the first Python is usually the program.
+MOST_PROCESSES = 8
+STACK_LINES = 24  # at most so many lines of a stack are shown
 STATES = {
     "R": "runs",
     "S": "is asleep",

@@ -25,7 +25,7 @@ class Option:
     """
 
     flag: str  # as it is typed
-    name: str  # of its value in Python, in job.json and after `hydra.launcher.`
+    name: str  # the name of its value in Python, in job.json and after `hydra.launcher.`
     metavar: str
     launch: str = ""  # help of `allranks launch`
     submit: str = ""  # help of `allranks submit`

@@ -20,7 +20,7 @@ from allranks.job.hosts import short
 # the other ranks 3 ms after one of them has been killed.
 NEAR_S = 0.2
 LOST_CODE = 128 + signal.SIGKILL  # the exit code of a rank that has ended without a word about it
-END_THE_JOB = (signal.SIGUSR1, signal.SIGUSR2)  # by which a scheduler says that the job's end is near
+END_THE_JOB = (signal.SIGUSR1, signal.SIGUSR2)  # with these a scheduler says that the job's end is near
 
 
 class Loss(enum.Enum):
@@ -40,9 +40,9 @@ class Rank:
     rank: int
     host: str
     code: int | None = None  # the program's exit code, 128 + signal as shells have it; None while it runs
-    signal: int = 0  # that has ended it, or 0
+    signal: int = 0  # the number of the signal that has ended it, or 0
     ended_at: float = 0.0  # in seconds since 1970, by its own host's clock
-    has_ended: bool = False  # and all of its output has arrived, or no more will
+    has_ended: bool = False  # whether it has ended, and all of its output has arrived, or no more will
     loss: Loss | None = None
 
     def how_it_ended(self) -> str:
@@ -64,7 +64,7 @@ class Conclusion(NamedTuple):
     code: int  # the exit code of `allranks launch`
     sentence: str  # without its full stop; empty where nothing has failed
     remark: str = ""  # what else the user should know
-    host: str = ""  # that is to blame, where no rank's end tells it
+    host: str = ""  # the host that is to blame, if no rank's end tells it
 
 
 @dataclass(frozen=True)
@@ -73,28 +73,30 @@ class Outcome:
 
     code: int
     failure: str  # one line, empty where nothing has failed
-    hosts: Mapping[int, str]  # by rank, of the ranks that came
-    gone: tuple[str, ...] = ()  # hosts of which nothing is heard: no rank came, or all are lost
-    stopped: bool = False  # by a signal to `allranks launch`, or as nobody reads its output any more
-    progress: int = 0  # of a program that calls allranks.heartbeat() or should_stop(), or takes steps
-    failed_host: str = ""  # of the first rank that failed; empty where no single host is to blame
+    hosts: Mapping[int, str]  # for each rank that has come, its host
+    # Hosts of which nothing is heard: no rank has come from there, or all of its ranks are lost.
+    gone: tuple[str, ...] = ()
+    stopped: bool = False  # whether `allranks launch` got a signal, or nobody reads its output any more
+    # How often the program has called allranks.heartbeat() or should_stop(), or has taken a step.
+    progress: int = 0
+    failed_host: str = ""  # the host of the first rank that failed; empty if no single host is to blame
 
 
 @dataclass(frozen=True)
 class Evidence:
     """All that is known when a launch is over."""
 
-    world_size: int  # that was asked for
-    ranks: Sequence[Rank]  # that came
+    world_size: int  # the number of ranks that were asked for
+    ranks: Sequence[Rank]  # the ranks that have come
     launcher: str  # its name, for messages
     launcher_code: int  # as subprocess has it: negative for a signal
-    launcher_was_killed: bool  # by us, as it would not end
-    had_started: bool  # every rank had come
+    launcher_was_killed: bool  # whether the supervisor has killed it, because it did not end
+    had_started: bool  # whether every rank had come
     stopped_by: int  # the signal that has ended the launch, or 0
     # Whether signals are not passed on to the ranks, as in the preflight: then no rank can have stopped in
     # order.
     signal_is_for_us: bool
-    problem: Conclusion | None  # what no rank's end explains, such as a limit that was reached
+    problem: Conclusion | None  # a problem that no rank's end explains, such as a limit that was exceeded
     nobody_reads: bool  # the reader of our output has gone
 
 

@@ -49,9 +49,9 @@ class Request:
     ranks: int | None = None
     nodes: int | None = None
     ppn: int | None = None  # ranks per node
-    spares: int = 0  # of the nodes, the last ones get no ranks: they replace others that are gone
+    spares: int = 0  # so many of the nodes, the last ones, get no ranks: they replace nodes that are gone
     launcher: str = "auto"
-    hosts_path: str = "allranks-hosts"  # for a list of hosts too long for an argument
+    hosts_path: str = "allranks-hosts"  # the file for a list of hosts that is too long for an argument
     placed: tuple[Host, ...] = ()  # just these ranks on these hosts, whatever the above say
     passed: tuple[str, ...] = ()  # variables that the launcher must hand on besides the plan's
     installed_here: bool = True  # False: planned for elsewhere, so do not look for programs here
@@ -84,12 +84,12 @@ class Plan:
     launcher: str  # mpiexec, srun, flux or torchrun
     dialect: str  # its kind, a key of launchers.LAUNCHERS: for an mpiexec hydra, pals or openmpi
     argv: tuple[str, ...]
-    variables: tuple[PlannedVariable, ...]  # to be set for the command
+    variables: tuple[PlannedVariable, ...]  # the variables that are set for the command
     hosts: tuple[Host, ...]  # those used, in rank order; their slots are the ranks placed there
     machine: Machine
-    cpus: tuple[str, ...] = ()  # of local rank 0, 1, ...; empty where nothing is bound
-    devices: tuple[str, ...] = ()  # of local rank 0, 1, ...; empty where none is known
-    files: tuple[launchers.TextFile, ...] = ()  # to be written before the command starts
+    cpus: tuple[str, ...] = ()  # the CPUs of local rank 0, 1, ...; empty if ranks are not bound to CPUs
+    devices: tuple[str, ...] = ()  # the device of local rank 0, 1, ...; empty if none is known
+    files: tuple[launchers.TextFile, ...] = ()  # the files that must be written before the command starts
     spares: tuple[Host, ...] = ()  # hosts of the allocation that are not used; their slots are its own
 
     @cached_property

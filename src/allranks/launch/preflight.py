@@ -43,11 +43,11 @@ from allranks.run import directory as rundir
 if TYPE_CHECKING:
     from allranks.config import Config
 
-LIMIT_S = 60.0  # for the checks, once every rank has come
-START_S = 40.0  # until every rank has said who it is, and 10 ms more for each host
-CONNECT_S = 10.0  # for another rank to reach rank 0, which may be a little later than the others
+LIMIT_S = 60.0  # how long the checks may take, once every rank has come
+START_S = 40.0  # how long all ranks may take to say who they are, with 10 ms more for each host
+CONNECT_S = 10.0  # how long a rank tries to reach rank 0, which may start a little later than the others
 TICK_S = 0.5  # how often rank 0 looks whether somebody has connected and says nothing
-LATE_S = 5.0  # for a shared file system to show a new file
+LATE_S = 5.0  # how long a shared file system may take to show a new file
 
 STUCK = (
     "its checks did not come to an end: look whether a file system or a device there hangs, and take the "
@@ -61,7 +61,8 @@ FABRIC = (
     "the ranks reach each other by TCP, so look at the fabric's variables and at the MPI module, or take "
     "the host out of the job."
 )
-REMEDY_OF = {"TCP": NETWORK, "MPI": FABRIC}  # by the way in which the ranks could not add up numbers
+# For the way in which the ranks could not add up numbers, what the user can do.
+REMEDY_OF = {"TCP": NETWORK, "MPI": FABRIC}
 
 
 # --- before the launch: on the supervisor's side ------------------------------------------------
@@ -180,9 +181,9 @@ class Heard:
     """What the ranks have found, and what else was said: kept instead of shown on the user's console."""
 
     def __init__(self) -> None:
-        self.said = b""  # by the launcher, and by the ranks on stderr
+        self.said = b""  # what the launcher has written, and the ranks to stderr
         self.console = Console(self._keep)
-        self._out: dict[int, bytes] = {}  # by rank, its stdout
+        self._out: dict[int, bytes] = {}  # what each rank has written to stdout
 
     def hear(self, r: Rank, kind: str, data: bytes) -> None:
         """Takes in what a rank has written to stdout (`kind` is "out") or stderr ("err")."""

@@ -66,7 +66,7 @@ class Sharing:
         left = [number for number in range(len(items)) if number not in done]
         runtime = self._runtime
         mine = left[runtime.rank :: runtime.world_size]
-        rounds = len(left[:: runtime.world_size])  # of the rank that has the most items
+        rounds = len(left[:: runtime.world_size])  # the number of items of the rank that has the most
         self._control.begin_evaluation()
         with self._opened() as file:
             for turn in range(rounds):

@@ -76,8 +76,8 @@ class Means:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._dtype = sum_dtype(runtime.device)
-        self._sums: dict[str, list[torch.Tensor]] = {}  # by name, of each share
-        self.digest = 0  # of the epoch's batches up to now (data.batches.Dealt)
+        self._sums: dict[str, list[torch.Tensor]] = {}  # for each name, the sums of each share
+        self.digest = 0  # a hash of the epoch's batches up to now (data.batches.Dealt)
         # The sums before the step that is under way, of the names that it has changed. None where no step
         # is left out.
         self._before: dict[str, list[torch.Tensor]] | None = None
@@ -196,7 +196,7 @@ class KeptObjects:
         self.objects: dict[str, Any] = {}
         self.means = Means(runtime)
         self.source: dict[str, Any] | None = None  # what the epoch's steps go through (Batches.described)
-        self.examples = 0  # that the epoch's steps have had up to now, over all ranks
+        self.examples = 0  # how many examples the epoch's steps have had up to now, over all ranks
         self.loader: Any = None  # the source of the epoch's batches, if it has a state_dict() of its own
         self.is_over = False  # whether the program has left its loop over the epochs for good
         self.position = TrainingPosition()
@@ -457,19 +457,30 @@ def _dtype(value: Any) -> str:
     return str(value.dtype).removeprefix("torch.") if isinstance(value, torch.Tensor) else ""
 
 
+def _difference(key: str, here: Mapping[str, Any], saved: Mapping[str, Any]) -> str:
+    """How the tensor of this name differs from that of the checkpoint, in words; "" if it does not."""
+    if key not in saved:
+        return f"{key} is not in the checkpoint"
+    if key not in here:
+        return f"{key} is in the checkpoint only"
+    saved_shape = _shape(saved[key])
+    shape = _shape(here[key])
+    if saved_shape != shape:
+        return f"{key} is {saved_shape} in the checkpoint, {shape} here"
+    saved_dtype = _dtype(saved[key])
+    dtype = _dtype(here[key])
+    if saved_dtype != dtype:  # load_state_dict() would cast it without a word
+        return f"{key} is of {saved_dtype} in the checkpoint, of {dtype} here"
+    return ""
+
+
 def _check_keys(here: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     """Raises ValueError where a model's tensors differ from those of its checkpoint, key by key."""
     problems = []
     for key in sorted({*here, *saved}):
-        if key not in saved:
-            problems.append(f"{key} is not in the checkpoint")
-        elif key not in here:
-            problems.append(f"{key} is in the checkpoint only")
-        elif (theirs := _shape(saved[key])) != (ours := _shape(here[key])):
-            problems.append(f"{key} is {theirs} in the checkpoint, {ours} here")
-        elif (theirs := _dtype(saved[key])) != (ours := _dtype(here[key])):
-            # load_state_dict() would cast it without a word.
-            problems.append(f"{key} is of {theirs} in the checkpoint, of {ours} here")
+        problem = _difference(key, here, saved)
+        if problem:
+            problems.append(problem)
     if problems:
         more = len(problems) - _MOST_KEYS_SHOWN
         shown = "; ".join(problems[:_MOST_KEYS_SHOWN])

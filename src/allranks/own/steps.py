@@ -21,7 +21,8 @@ class OwnSteps:
     def __init__(self, every: Sequence[int], runtime: Runtime) -> None:
         self._every = every
         self._means = Means(runtime)
-        self._epochs: dict[int, int] = {}  # of each recorded step, both counted from 1
+        # From the number of each recorded step to its epoch, both counted from 1.
+        self._epochs: dict[int, int] = {}
         self._now: int | None = None  # the step that is going on, if it is recorded
 
     def begin(self, step: int, epoch: int) -> None:

@@ -24,7 +24,7 @@ class EvaluationStops:
         self._control = control
         self._kept = kept
         self._settled: object = None  # the signature after the last step
-        self._batches = 0  # that the evaluation under way has got
+        self._batches = 0  # how many batches the current evaluation has got
         self._can_stop = False  # whether the ranks may stop within the evaluation under way
         self.settle()
 

@@ -67,7 +67,7 @@ class Row:
 
     runs: Sequence[RunFacts]
     settings: Mapping[str, Any]  # values of the keys in which the rows differ, as far as the runs have them
-    values: Mapping[str, Value]  # by the name of the figure
+    values: Mapping[str, Value]  # the values by the names of the figures
     is_best: bool = False
 
     @property
@@ -85,7 +85,7 @@ class Comparison:
     """Several runs side by side."""
 
     rows: Sequence[Row]  # sorted
-    figures: Sequence[Figure]  # that the runs have, in the order of their columns
+    figures: Sequence[Figure]  # the figures of these runs, in the order of their columns
     keys: Sequence[str]  # in which the rows differ; keys that change the result come first
     sorted_by: str  # the name of a figure, or one of `keys`
     best_by: str  # the figure by which the best row is marked; empty if no row can be called the best

@@ -79,7 +79,7 @@ class Point(NamedTuple):
     """The result of one row, at a value of the key along the horizontal axis."""
 
     x: float  # the value of the key
-    mean: float  # of the figure over the row's runs
+    mean: float  # the mean of the figure over the row's runs
     std: float | None  # sample standard deviation; None for fewer than two runs
 
 

@@ -19,7 +19,7 @@ from allranks.run import metric_names
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MOST_POINTS = 400  # of a curve with more epochs only so many are drawn, so that a page stays small
+MOST_POINTS = 400  # of a curve with more epochs only so many points are drawn, so that a page stays small
 MARKED_POINTS = 30  # a curve of at most so many epochs has a dot at each of them
 LOG_RATIO = 50  # a learning rate that changes by a larger factor is shown on a logarithmic axis
 LABEL_PT = 11  # least vertical distance between the names of two curves

@@ -49,7 +49,7 @@ class Example:
     image: np.ndarray | None  # [channels, height, width] of 0..1; None where the examples are no images
     label: str
     predicted: str = ""  # empty for a training example, for which no prediction is made
-    probability: float | None = None  # of the predicted class, in percent
+    probability: float | None = None  # the probability of the predicted class, in percent
 
     @property
     def title(self) -> str:
@@ -70,10 +70,11 @@ class Examined:
     confusion: np.ndarray  # int64 [true class, predicted class]; empty where there are too many classes
     per_class: Sequence[ClassFigures]
     training_digits: Sequence[Example]  # the first ones of the training set
-    predictions: Sequence[Example]  # of the first test examples
+    predictions: Sequence[Example]  # the predictions for the first test examples
     misclassified: Sequence[Example]  # the first test examples with a wrong prediction
     most_certain_mistakes: Sequence[Example]  # wrong predictions, those with the highest probability first
-    weights: Sequence[np.ndarray]  # of a linear model: for each class [height, width], else empty
+    # The weights of a linear model, [height, width] for each class; empty for other models.
+    weights: Sequence[np.ndarray]
     remarks: Sequence[str]  # what the reader should know, a sentence each
 
     @property

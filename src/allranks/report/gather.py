@@ -56,7 +56,7 @@ class Event:
     time: str  # UTC, as ISO 8601 writes it
     step: int
     epoch: int  # completed epochs
-    why: str  # of a stop: what asked for it; of a resume: the checkpoint's path
+    why: str  # for a stop, what asked for it; for a resume, the checkpoint's path
     world_size: int | None = None  # the number of ranks before the stop, or after the resume
 
 

@@ -22,7 +22,8 @@ from allranks.run.metric_names import as_number
 # If there are more ranks, the table has a row for each host instead of each rank: thousands of rows would
 # be most of the page.
 MOST_SINGLE_RANKS = 64
-_MOST_RESULTS = 6  # that a program of the user's own has logged of the whole run
+# So many figures of the whole run are shown, if a program of the user's own has logged them.
+_MOST_RESULTS = 6
 _MOST_BESIDE = 3  # figures over the test set beside the large one; more would not fit on a phone
 
 

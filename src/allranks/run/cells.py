@@ -29,7 +29,8 @@ from allranks.run.claim import Claim
 JOB = "job.json"  # in a run directory: the jobs that were queued for it, and what they were asked for
 METRICS = "metrics.jsonl"  # in a run directory: a line of figures for each epoch
 CELLS = "cells.jsonl"  # in a sweep's directory: a line for each cell
-MOST_TRIES = 5  # to write a job's id into cells.jsonl, where other cells write at the same time
+# How often to try to write a job's id into cells.jsonl, which other cells write at the same time.
+MOST_TRIES = 5
 
 
 @dataclass(frozen=True)

@@ -40,9 +40,10 @@ from allranks.job import scheduler, variables
 
 BEAT_S = 5.0  # seldom enough for a file server with thousands of runs
 SILENT_S = 30.0  # six beats missed: a file server that is slow for some seconds costs no run its directory
-WATCH_S = 3 * BEAT_S  # before a job is queued: no owner is replaced then, so fewer beats are enough
-_LOOK_S = 0.25  # between two looks at the file of an owner that may be alive
-_RETRY_S = 0.1  # at most, before trying again while others try too; a random part of it
+# How long to watch before a job is queued: no owner is replaced then, so fewer beats are enough.
+WATCH_S = 3 * BEAT_S
+_LOOK_S = 0.25  # from one look at the file of an owner that may be alive to the next
+_RETRY_S = 0.1  # at most; a random part of this time passes before trying again, while others try too
 _FILE_BYTES = 1 << 16  # an owner's file is far shorter
 _FILE_NAME = re.compile(r"owner-([1-9][0-9]{0,17})\.json")
 
@@ -158,9 +159,10 @@ def is_beating(run_dir: str | Path, is_left_out: Callable[[str], bool] = lambda 
 
 
 def refuse_where_at_work(run_dirs: Iterable[str | Path]) -> None:
-    """Raises UserError where a process is at work in one of these directories, on this host or another.
+    """Raises UserError if a process is at work in one of these directories, on this host or another.
 
-    An owner of which it is not known that it has ended is watched for WATCH_S seconds, all at a time.
+    If it is not known whether an owner has ended, it is watched for WATCH_S seconds, all owners at the same
+    time.
     """
     me = _this_process()
     seen: list[_Owner] = []

@@ -18,7 +18,7 @@ class Figures(NamedTuple):
     """What a run has come to, as far as its records say."""
 
     epochs: int  # that are done
-    metrics: Mapping[str, float]  # after the newest of them, by name
+    metrics: Mapping[str, float]  # the metrics after the newest of them, by name
     tests: Mapping[str, float]  # over the test set, of a finished run, by name
 
     def columns(self) -> tuple[str, str, str]:

@@ -29,8 +29,8 @@ INDEX = "shards.json"
 MODEL = "model"
 OPTIMIZER = "optimizer"
 PARTS = (MODEL, OPTIMIZER)  # each has one file for each rank
-MOST_RANKS = 100_000  # for as many the files' names have room, and no machine has more devices
-_LENGTH_BYTES = 8  # of the number at the beginning of a safetensors file
+MOST_RANKS = 100_000  # the files' names have room for so many ranks; no machine has more devices
+_LENGTH_BYTES = 8  # the length of the number at the beginning of a safetensors file
 _BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4,
     "U16": 2, "U8": 1, "BOOL": 1, "C64": 8, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -43,7 +43,8 @@ class Spread:
 
     dtype: str  # as safetensors spells it: F32, BF16, ...
     shape: tuple[int, ...]
-    rows: int | None  # of each file but the last ones; None: the tensor stands whole in the first file
+    # How many rows each file but the last ones has; None: the whole tensor is in the first file.
+    rows: int | None
 
 
 class Rows(NamedTuple):

@@ -33,8 +33,8 @@ class _Contents(NamedTuple):
     """A checkpoint that was read and verified."""
 
     files: Mapping[str, bytes]
-    state: Mapping[str, Any]  # of state.json; empty where that is not as ours
-    tensors: Mapping[str, Mapping[str, Tensor]]  # of each safetensors file
+    state: Mapping[str, Any]  # the content of state.json; empty if it is not as allranks writes it
+    tensors: Mapping[str, Mapping[str, Tensor]]  # the tensors of each safetensors file, by name
 
 
 def main(arguments: Sequence[str]) -> int:

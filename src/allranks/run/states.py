@@ -22,7 +22,7 @@ from allranks.run.claim import is_beating
 
 STOPPED = str(EXIT_REQUEUE)  # in the file exit_code
 ENDED_BY_SIGNAL = {str(128 + number) for number in (signal.SIGTERM, signal.SIGKILL)}
-NOT_KNOWN = "not known"  # in place of a scheduler's word where it does not answer
+NOT_KNOWN = "not known"  # stands for the scheduler's word if the scheduler does not answer
 WAITING = ("queued", "held", "waiting")  # words of a scheduler for a job that has not started
 
 
@@ -33,7 +33,7 @@ class Seen:
     is_finished: bool = False
     queue_state: str = ""  # the scheduler's word for the run's job; empty where none is in the queue
     next_job: str = ""  # the job with that state
-    exit_code: str = ""  # as the last job's script has left it; empty where it could not
+    exit_code: str = ""  # the exit code that the last job's script has noted; empty if it could not
     why_ended: str = ""  # why the scheduler has ended the last job, in its own words
     has_job: bool = False  # the run was queued at some time
     is_at_work: bool = False  # a process has touched the directory within half a minute

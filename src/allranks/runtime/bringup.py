@@ -60,7 +60,7 @@ class Arrival:
     digest: str  # of its configuration
     version: str  # of allranks and torch
     error: str | None  # why it has no configuration
-    boot_id: str | None = None  # of its host's kernel: two hosts may have one name
+    boot_id: str | None = None  # the boot id of its host's kernel: two hosts may have the same name
     cpu_quota: float | None = None  # CPUs' worth of time for all ranks on its host; None: no limit
 
 
@@ -402,7 +402,7 @@ class PickedDevice(NamedTuple):
     """The device that a rank computes on."""
 
     device: torch.device
-    name: str  # of the physical thing behind it: two ranks that have the same one share it
+    name: str  # the name of the physical device: two ranks with the same name share it
 
 
 def pick_device(wanted: str, place: Place) -> PickedDevice:

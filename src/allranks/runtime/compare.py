@@ -22,12 +22,13 @@ from allranks.runtime.sharding import is_sharded
 
 log = logging.getLogger(__name__)
 
-# A rank is called slow where all of these hold.
-SLOW_TIMES = 1.5  # it works so many times as long as the median rank: less is common, and passes
-SLOW_STEPS = 20  # in an epoch of at least so many steps: fewer say little
-SLOW_S = 0.5  # and the epoch loses more than that: less is not worth a word
+# A rank is called slow if all of these hold. It works so many times as long as the median rank; less is
+# common, and passes.
+SLOW_TIMES = 1.5
+SLOW_STEPS = 20  # only an epoch with at least so many steps is judged: fewer say little
+SLOW_S = 0.5  # the epoch must lose at least so much by it: less is not worth a warning
 
-_UNIT_S = 1e-6  # in which the ranks tell each other their times
+_UNIT_S = 1e-6  # the unit in which the ranks tell each other their times
 
 
 def compare_ranks(runtime: Runtime, model: torch.nn.Module) -> None:

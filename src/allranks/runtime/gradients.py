@@ -37,9 +37,10 @@ class BucketSum:
     ours: int = 0  # how many of these count_as_ours() has seen
 
     def note(self, bucket: GradBucket) -> None:
-        """This bucket is added up."""
+        """To be called when this bucket is added up."""
         self.has_last = bucket.is_last()
-        self.sums += self.has_last
+        if self.has_last:
+            self.sums += 1
 
 
 def sum_by_mpi(state: BucketSum, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from allranks.base.agreement import majority
 from allranks.base.errors import UserError
@@ -243,6 +243,15 @@ def serve(address: str, world_size: int, port: int = 0, far: bool = False) -> tu
     return store, port
 
 
+class _StorePlace(NamedTuple):
+    """What rank 0 tells the other ranks about the store that it serves."""
+
+    address: str = ""
+    port: int = 0
+    problem: str = ""  # why there is no store, for the user; "" if there is one
+    secret: str = ""  # with which every key begins
+
+
 def _serve_through_mpi(comm: Any, progress: Progress) -> Store:
     """Rank 0 serves on a free port, which MPI tells the others: no port is ever guessed.
 
@@ -253,24 +262,33 @@ def _serve_through_mpi(comm: Any, progress: Progress) -> Store:
     with progress.waiting_for("the other ranks, at the first message over MPI"):
         hosts = mpi.hosts(comm)
     store: Store | None = None
-    address, port, problem, secret = "", 0, "", ""  # as rank 0 tells them
+    place = _StorePlace()
     if comm.rank == 0:
-        secret = secrets.token_hex(16)
-        far = len(set(hosts)) > 1
-        try:
-            address = _address([host.name for host in hosts]) if far else "127.0.0.1"
-            store, port = serve(address, comm.size, far=far)
-        except UserError as error:
-            problem = str(error)
+        store, place = _serve_for(hosts, comm.size)
     with progress.waiting_for("rank 0, at the first message over MPI"):
-        said = mpi.broadcast_text(comm, json.dumps([address, port, problem, secret]))
-    address, port, problem, secret = json.loads(said)
-    if problem:
-        raise UserError(problem, said_by=0)
-    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+        said = mpi.broadcast_text(comm, json.dumps(place))
+    place = _StorePlace(*json.loads(said))
+    if place.problem:
+        raise UserError(place.problem, said_by=0)
+    os.environ.update(MASTER_ADDR=place.address, MASTER_PORT=str(place.port))
     if store is None:
-        store = _connect(address, port, comm.rank, comm.size, progress)
-    return PrefixStore(secret, store)
+        store = _connect(place.address, place.port, comm.rank, comm.size, progress)
+    return PrefixStore(place.secret, store)
+
+
+def _serve_for(hosts: Sequence[mpi.Host], world_size: int) -> tuple[Store | None, _StorePlace]:
+    """Serves a store on rank 0 for the ranks on these hosts, one entry for each rank.
+
+    Returns the store and where it is. If it cannot be served, there is no store, and the place has the
+    problem: rank 0 must tell the other ranks before it ends.
+    """
+    is_far = len(set(hosts)) > 1
+    try:
+        address = _address([host.name for host in hosts]) if is_far else "127.0.0.1"
+        store, port = serve(address, world_size, far=is_far)
+    except UserError as error:
+        return None, _StorePlace(problem=str(error))
+    return store, _StorePlace(address, port, secret=secrets.token_hex(16))
 
 
 def _address(hosts: Sequence[str]) -> str:

@@ -57,7 +57,7 @@ class RankFacts:
     local_rank: int
     device: str  # a name for the physical device: ranks of one host that have the same name share it
     cpus: str = ""  # on which it may run, such as `0-7,16`
-    boot_id: str | None = None  # of the host's kernel: two hosts may have one name
+    boot_id: str | None = None  # the boot id of the host's kernel: two hosts may have the same name
 
     @property
     def host_identity(self) -> tuple[str, str | None]:

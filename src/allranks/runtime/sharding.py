@@ -39,11 +39,13 @@ Runtime = Any
 
 log = logging.getLogger(__name__)
 
-NEEDED = "2.8"  # of torch: since then gradients can be added up by gloo, and not averaged
+# Since this version of torch FSDP can be told to add up gradients, which works with every backend.
+NEEDED = "2.8"
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _M_MMAP_THRESHOLD = -3  # the number of this setting in glibc's malloc.h
-_GIVEN_BACK_BYTES = 1 << 18  # of a piece of memory: the smallest tensor that is deferred has so many
-_LISTS = (nn.ModuleList, nn.Sequential)  # whose large members are blocks, unless blocks are named
+# Memory in pieces of at least this size goes back to the system: the smallest deferred tensor has so much.
+_GIVEN_BACK_BYTES = 1 << 18
+_LISTS = (nn.ModuleList, nn.Sequential)  # their large members are blocks, unless the user names the blocks
 _NOT_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -189,9 +191,9 @@ def _give_memory_back() -> None:
 
 
 def _add_up(module: Any) -> None:
-    """Has the gradients of this block added up over the ranks. By itself FSDP takes their mean."""
+    """Makes FSDP add up the gradients of this block over the ranks. By itself FSDP takes their mean."""
     module.set_gradient_divide_factor(1.0)
-    # Else it would multiply by the factor inside of the collective, which only NCCL can do.
+    # Otherwise FSDP would multiply by the factor within the collective, which only NCCL can do.
     module.set_force_sum_reduction_for_comms(True)
 
 
@@ -297,7 +299,7 @@ def _refuse_shared(model: nn.Module, blocks: Sequence[nn.Module], model_is: str)
 
 
 def _compute_again(block: nn.Module) -> None:
-    """Has the block's activations computed again in the backward pass, in place of being kept."""
+    """Makes the block compute its activations again in the backward pass, instead of keeping them."""
     from torch.utils.checkpoint import checkpoint
 
     block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

@@ -26,10 +26,11 @@ class Order:
     launcher: str = "auto"
     max_restarts: int = 0
     min_ranks: int | None = None
-    spares: int | None = None  # of the nodes, those that get no ranks until another one is gone
-    idle: int | None = None  # seconds in which a program may do nothing
-    start_within: int | None = None  # seconds until every rank must have come
-    chain: int | None = None  # jobs at most; None for a training: as many as it takes
+    spares: int | None = None  # so many of the nodes get no ranks until another node is gone
+    idle: int | None = None  # for how many seconds a program may do nothing
+    start_within: int | None = None  # within how many seconds every rank must have come
+    # At most so many jobs follow each other; None for a training: as many as it needs.
+    chain: int | None = None
     preflight: bool = True
     config_dir: str | None = None
     machine_overrides: tuple[str, ...] = ()

@@ -56,8 +56,10 @@ def _queue(task: Task, after: str | None, fresh: bool) -> list[str]:
     try:
         with rundir.writing(task.directory):
             task.script_path.write_text(task.script_text())
-            for cell in task.cells if task.is_sweep else ():
-                (Path(cell.directory) / JOB_LOG).touch()  # `tail -F DIR/*/job.log` follows what is there
+            if task.is_sweep:
+                # `tail -F DIR/*/job.log` follows only files that exist when it is started.
+                for cell in task.cells:
+                    (Path(cell.directory) / JOB_LOG).touch()
             _record(task, ids)  # a job may start, and read it, before its id is known here
         for _ in range(task.order.chain or 1):
             if ids:

@@ -28,7 +28,7 @@ from allranks.submit.task import task_again
 
 # How long a job holds its nodes at most for a server that is not reached. Each try doubles the pause.
 MOST_PATIENCE_S, LONGEST_PAUSE_S = 600.0, 15.0
-LAST_S = 5  # of the walltime, for this program's own end
+LAST_S = 5  # so much of the walltime is kept for this program's own end
 
 Answer = TypeVar("Answer")
 
@@ -166,7 +166,10 @@ def _mark_this_start(directory: str, me: ThisJob) -> Path | None:
     that the scheduler starts twice queues only one successor, and the marks of earlier jobs show whether
     this job has gained a step.
     """
-    before = max((int(path.read_text() or 0) for path in Path(directory).glob(".next-*")), default=-1)
+    steps_before = [-1]  # below every step: no job has left a mark yet
+    for path in Path(directory).glob(".next-*"):
+        steps_before.append(int(path.read_text() or 0))  # an empty mark counts as step 0
+    before = max(steps_before)
     step = _step(directory)
     mark = Path(directory) / f".next-{me.id}-{me.restarts}"
     try:

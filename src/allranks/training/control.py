@@ -124,7 +124,7 @@ def end_of_job(environ: Mapping[str, str]) -> int | None:
 class Wishes:
     """What one rank brings to a meeting; added up, what the ranks have agreed on."""
 
-    signals: Sequence[float]  # for each of STOPPING, the number of ranks that have got it
+    signals: Sequence[float]  # for each signal in STOPPING, the number of ranks that have got it
     late: float  # rank 0's: the job ends soon
     overdue: float  # rank 0's: checkpoint.every_s has passed, or the first save is due
     pause: float  # rank 0's: after how many steps or batches to meet again

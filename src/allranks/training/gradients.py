@@ -241,10 +241,13 @@ class Gradients:
         self._adds_up = is_last
         try:
             with ExitStack() as without_sync:
-                for each in () if is_last else self._in_ddp:
-                    without_sync.enter_context(self._runtime.without_sync(each.model))
+                if not is_last:
+                    for each in self._in_ddp:
+                        without_sync.enter_context(self._runtime.without_sync(each.model))
                 yield
-            for each in self._in_ddp if is_last else ():
+            if not is_last:
+                return
+            for each in self._in_ddp:
                 # This model took no part in the last piece. If it has gradients of earlier pieces, these
                 # are not summed, and check_summed() raises an error.
                 if not each.is_summed:
@@ -261,7 +264,9 @@ class Gradients:
         """
         aside = []
         for each in self._in_ddp:
-            for parameter in each.parameters if each.is_summed else ():
+            if not each.is_summed:
+                continue
+            for parameter in each.parameters:
                 if parameter.grad is not None:
                     # A copy, because the gradient is a view into a bucket, which DDP writes to.
                     aside.append((parameter, parameter.grad.clone()))

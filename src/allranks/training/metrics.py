@@ -365,7 +365,9 @@ def _states_of_all_shares(of_shares: Sequence[Any], runtime: Runtime) -> list[St
 def _state_of(metric: Any) -> State:
     """The state of an object; empty where it has seen nothing."""
     state: State = {}
-    for name in metric._reductions if metric._update_count else ():
+    if not metric._update_count:
+        return state
+    for name in metric._reductions:
         value = getattr(metric, name)
         state[name] = [each.detach() for each in (value if isinstance(value, list) else [value])]
     return state
@@ -376,11 +378,7 @@ _HEAD_BYTES = 8  # they hold the length of the JSON text that follows
 
 def _as_bytes(states: Sequence[State]) -> torch.Tensor:
     """The states as a tensor of bytes: the length of a JSON text, the text, and the numbers."""
-    outline = [
-        {name: [[_name_of(t.dtype), list(t.shape)] for t in tensors] for name, tensors in state.items()}
-        for state in states
-    ]
-    text = json.dumps(outline).encode()
+    text = json.dumps([_outline_of(state) for state in states]).encode()
     head = bytearray(len(text).to_bytes(_HEAD_BYTES, "little") + text)
     numbers = [
         nests.as_bytes(tensor.cpu().contiguous())
@@ -390,6 +388,14 @@ def _as_bytes(states: Sequence[State]) -> torch.Tensor:
         if tensor.numel()
     ]
     return torch.cat([torch.frombuffer(head, dtype=torch.uint8), *numbers])
+
+
+def _outline_of(state: State) -> dict[str, list[list[Any]]]:
+    """The type and the shape of each tensor of a state, by name, for JSON."""
+    outline = {}
+    for name, tensors in state.items():
+        outline[name] = [[_name_of(tensor.dtype), list(tensor.shape)] for tensor in tensors]
+    return outline
 
 
 def _from_bytes(row: torch.Tensor) -> list[State]:

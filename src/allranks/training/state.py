@@ -446,7 +446,8 @@ def _restore_sums(training: Training, rows: Any, runtime: Runtime) -> None:
         mine = sums[runtime.shares.start : runtime.shares.stop]
     else:  # saved by another number of ranks: rank 0 goes on from the total, the others from nothing
         mine = torch.zeros_like(training.sums.rows, device="cpu")
-        mine[0] = sums.sum(dim=0) * (runtime.rank == 0)
+        if runtime.rank == 0:
+            mine[0] = sums.sum(dim=0)
     training.sums.rows.copy_(mine)
 
 

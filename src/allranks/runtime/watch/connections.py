@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from allranks.base import links
 
-CONNECT_S = 10.0  # to rank 0, on a busy host too
+CONNECT_S = 10.0  # how long it may take to reach rank 0, on a busy host too
 SEND_S = 1.0  # a message to a rank that takes none for so long is lost
 
 

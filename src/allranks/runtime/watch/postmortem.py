@@ -19,7 +19,7 @@ from allranks.base import processes
 from allranks.base.processes import DUMP_SIGNAL, ProcessIdentity, ProcessStat
 from allranks.runtime.watch.verdict import FROM_AFAR, Known, Peer
 
-LOOK_S = 1.0  # for a process to write down its stack
+LOOK_S = 1.0  # how long a process may take to write down its stack
 _DEAD = "ZX"  # the states of a process that has ended
 STACK_FRAMES = 12  # the innermost ones: where the program is, and how it came there
 

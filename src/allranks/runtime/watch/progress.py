@@ -22,7 +22,7 @@ from allranks.config import WatchdogConfig
 # a millisecond are often interrupted for longer than 10 ms by a file system or by another program.
 LEAST_STEP_S = 30.0
 USUAL_STEPS = 10
-REMEMBERED_STEPS = 101  # of these durations the median is taken
+REMEMBERED_STEPS = 101  # the median is taken over the durations of so many steps
 
 
 class Allowance(NamedTuple):
@@ -43,7 +43,8 @@ class Progress:
         # completed: the number of the step that is going on.
         self.begun = 0
         self.batches = 0  # the number of batches evaluated
-        self.pieces = 0  # of other work that takes long, such as reading a checkpoint
+        # How many pieces of other work were done that takes long, such as reading a checkpoint.
+        self.pieces = 0
         self.arrivals = 0  # how often this rank has come to a collective
         self.compiles = False  # whether any step may take as long as the first one
         # How long this rank's own work on its steps took, up to each step's first collective. Set back to 0

@@ -62,8 +62,8 @@ class IdleClock:
         self.now_s = 0.0
         self._progress = progress
         self._last_tick_s = time.monotonic()
-        self._mark: object = None  # of the progress that was seen last
-        self._moved_at_s = 0.0  # when that was
+        self._mark: object = None  # the progress that was seen last
+        self._moved_at_s = 0.0  # when that progress was seen first
         # For how long this rank had been idle at its last alarm. The next alarm comes after that time and
         # the limit.
         self._alarm_after_s = 0.0
@@ -127,7 +127,7 @@ class Watchdog:
         # What this thread is doing. The main thread reads `_state`, to see whether the process ends.
         self._clock = IdleClock(self.progress)
         self._state = State.WATCHING
-        self._due_s = 0.0  # by when, on our clock, the others must have answered; not while WATCHING
+        self._due_s = 0.0  # by our clock, when the others must have answered; not used while WATCHING
         self._inquiry = Inquiry()  # on rank 0
         self._condemned: list[ProcessIdentity] = []  # processes of this host, to be killed at the end
 
