@@ -122,6 +122,8 @@ def test_a_number_of_ranks_is_compared_like_a_setting():
 def test_keys_have_the_shortest_names_that_tell_them_apart():
     keys = ["optimizer.lr", "data.train.root", "data.test.root", "seed", "world_size"]
     assert list(short_names(keys).values()) == ["lr", "train.root", "test.root", "seed", "ranks"]
+    # `epochs` is the column of those that were completed.
+    assert list(short_names(["trainer.epochs", "model.n"]).values()) == ["trainer.epochs", "model.n"]
 
 
 # --- figures, seeds, order ----------------------------------------------------------------------------

@@ -49,6 +49,8 @@ OF_COMPUTING = (
     Figure("time/total_s", "total", False),  # seconds from the start of rank 0's process to the end
     Figure("epochs", "epochs", None),  # completed
 )
+# Headings that the tables for people have beside those of settings and of metrics.
+_HEADINGS = {"n", "state", "run", *(figure.heading for figure in OF_COMPUTING)}
 # What runs are assumed to be about that have no metrics yet.
 _USUAL_QUANTITIES = ("accuracy", "loss")
 
@@ -236,13 +238,21 @@ def shown(value: object) -> str:
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """A short name for each key: its shortest ending that no other key has, as `lr` for `optimizer.lr`."""
+    """A short name for each key: its shortest ending that no other key has, as `lr` for `optimizer.lr`.
+
+    An ending that another column has as its heading is no name: `epochs` are those that were completed, and
+    `trainer.epochs` those that were wanted.
+    """
     names: dict[str, str] = {}
     for key in keys:
         parts = key.split(".")
         endings = [".".join(parts[start:]) for start in reversed(range(len(parts)))]
-        others = [other for other in keys if other != key]
-        alone = (end for end in endings if not any(f".{other}".endswith(f".{end}") for other in others))
+        others = [f".{other}" for other in keys if other != key]
+        alone = (
+            end
+            for end in endings
+            if end not in _HEADINGS and not any(other.endswith(f".{end}") for other in others)
+        )
         names[key] = next(alone, key)
     if RANKS in names:
         names[RANKS] = "ranks"
