@@ -77,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.flush()
         sys.exit(code)
     except BrokenPipeError:
-        if not is_unread():  # it is the pipe of another process, and no reason to say nothing
+        if (
+            not is_unread()
+        ):  # it is another pipe than this command's output, so it is an error like any other
             raise
         end_unread()
     except KeyboardInterrupt:

@@ -130,9 +130,9 @@ def _name_by_the_last_part(cfg: DictConfig, model: str | None) -> None:
 
 
 def _into_own_folder(cfg: DictConfig, number: int) -> str | None:
-    """Appends the number of a sweep's cell to its run.dir. The run.dir as it was; None where none is given.
+    """Appends the number of a sweep's cell to its run.dir. Returns the earlier run.dir, or None without one.
 
-    What is no path at all, as `run.dir=[a]` or `run=null`, stays for typed(), which says so.
+    A value that is not a path, such as `run.dir=[a]` or `run=null`, is left as it is: typed() refuses it.
     """
     directory = cfg.run.get("dir") if isinstance(cfg.run, DictConfig) else None
     if not directory or not isinstance(directory, str | int | float):
@@ -330,7 +330,8 @@ def _hydra_that_composes_once(may_set_mode: bool) -> Iterator[None]:
 def _hydra_that_names_the_file() -> Iterator[None]:
     """In the block, a file of choices that cannot be read raises UserError with the file's name in it.
 
-    Hydra hands on what the YAML parser or the file system says, which is often without the name.
+    Hydra passes on the message of the YAML parser or of the file system, which often does not have the
+    name.
     """
     from hydra._internal.sources_registry import SourcesRegistry
     from hydra.core.plugins import Plugins

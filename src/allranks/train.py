@@ -221,9 +221,9 @@ def run(
             return End(finished=True)
         report.started()
 
-        with runtime.all_or_none():  # a name that does not exist is told before the data are read
+        with runtime.all_or_none():  # a wrong name is reported before the data are read
             recipe.check_names()
-        # A tracker that is not installed is told before the data are read, too.
+        # A tracker that is not installed is reported before the data are read, too.
         records = Records(
             runtime, recipe.trainer, config.tracker, configs.leaves(config),
             profile=config.profile,

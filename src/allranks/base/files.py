@@ -65,8 +65,8 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 def write_text(path: Path, text: str, new: bool = False) -> TextIO:
     """Puts a new file with this text in the place of an earlier one; returns it, open to append to.
 
-    A process that still has the earlier file open goes on writing into that one, which no name leads to any
-    more. With `new` there must be no earlier file: raises FileExistsError, and leaves it as it is.
+    A process that still has the earlier file open goes on writing to that one, which has no name any more.
+    With `new` there must be no earlier file: if there is one, it stays, and FileExistsError is raised.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     file = temporary.open("w")
@@ -76,7 +76,7 @@ def write_text(path: Path, text: str, new: bool = False) -> TextIO:
         os.fsync(file.fileno())
         (_put_new if new else os.replace)(temporary, path)
     except BaseException:  # also where the text cannot be encoded, and after Ctrl-C
-        with suppress(OSError):  # what the full disk did not take is tried once more
+        with suppress(OSError):  # close() tries once more to write what the full disk did not take
             file.close()
         raise
     finally:

@@ -1,9 +1,9 @@
 """Messages between the processes of one run: JSON objects over TCP, one object a line.
 
-Everything that the processes of a run tell each other beside the training itself goes through this module:
-the launcher's word to its ranks, a program's output on its way to the user's console, the ranks' watch over
-each other. A message is a JSON object, so nothing that arrives can become code. Whoever connects must show
-the secret of the run in the first message; nobody else gets an answer.
+All messages between the processes of a run, apart from the training itself, go through this module: what
+the launcher tells its ranks, a program's output on its way to the user's console, the ranks' watch over
+each other. A message is a JSON object, so nothing that arrives can become code. A process that connects
+must show the secret of the run in its first message. Without it, it gets no answer.
 
 From the bottom up: `message` and `parse` translate one message, `Inbox` cuts a stream of bytes into
 messages, `Connection` is one end of a TCP connection, and `Door` lets in those who know the secret.

@@ -11,15 +11,15 @@ def one_line(said: object) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says in its first line; the error's name where it says nothing."""
+    """The first line of a library's error message; the name of the error if it has no message."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def printable(text: str) -> str:
     """The text with every character that a terminal would obey, not show, in its escaped form.
 
-    A directory's name may hold escape sequences that colour or overwrite what stands before, or bytes that
-    are no UTF-8: those too are shown escaped. Line ends and tabs stay.
+    A directory's name may hold escape sequences that colour or overwrite the text before it, or bytes that
+    are not UTF-8: these are shown escaped, too. Line ends and tabs stay.
     """
     if text.isprintable():  # nearly always
         return text

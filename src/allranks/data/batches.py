@@ -51,8 +51,8 @@ class Dealt(NamedTuple):
 class Batches:
     """A source of global batches, and this rank's shares of them.
 
-    source: a map-style Dataset, a DataLoader, or an iterable of batches that can be gone through once for
-    each epoch. A Dataset needs `batch_size`, the examples of a global batch; a DataLoader has its own.
+    source: a map-style Dataset, a DataLoader, or an iterable of batches that can be read once for each
+    epoch. A Dataset needs `batch_size`, the examples of a global batch; a DataLoader has its own.
     Raises UserError for a source that cannot be dealt out.
     """
 

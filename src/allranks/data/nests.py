@@ -19,7 +19,7 @@ from allranks.base.errors import UserError
 
 
 def mapped(nest: Any, change: Callable[[Any], Any]) -> Any:
-    """The same nest with `change` applied to everything in it that is no dict, list, tuple or dataclass."""
+    """The nest with `change` applied to everything in it that is not a dict, list, tuple or dataclass."""
     if isinstance(nest, dict) or (isinstance(nest, UserDict) and not hasattr(nest, "to")):
         return like(nest, {key: mapped(value, change) for key, value in nest.items()})
     if isinstance(nest, tuple) and hasattr(nest, "_fields"):  # a NamedTuple

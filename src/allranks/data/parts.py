@@ -120,7 +120,7 @@ class Form:
     """What the batches of a user's Dataset become before the model gets them.
 
     key: where the Dataset stands in the configuration, for messages; classes: how many classes there are,
-    None where nobody says it; is_labelled: whether a batch must be a pair of images and labels; collate:
+    None if that is not known; is_labelled: whether a batch must be a pair of images and labels; collate:
     makes a batch of a list of examples, None for torch's own way.
     """
 

@@ -172,7 +172,7 @@ def _each_once(directories: Sequence[Path]) -> list[Path]:
 def runs_at(path: str) -> list[Path]:
     """The directories of the runs at a path, which is a run, a sweep, or a folder with runs in it.
 
-    Raises UserError if there are none, or if the path is no directory that can be read.
+    Raises UserError if there are none, or if the path is not a directory that can be read.
     """
     place = Path(path)
     try:

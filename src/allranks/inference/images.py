@@ -2,8 +2,9 @@
 
 A model knows only what its training data look like. MNIST's digits are light on dark, fit a box of 20 x 20
 pixels with their proportions kept, and stand in 28 x 28 pixels with their centre of mass in the middle
-(http://yann.lecun.com/exdb/mnist/). A scanned or drawn digit is none of that, so it is brought into that
-shape first. What was done is told with each prediction, because a wrong guess here makes a wrong class.
+(http://yann.lecun.com/exdb/mnist/). A scanned or drawn digit does not look like this, so it is brought
+into this form first. Each prediction says what was done to the image, because a wrong guess here leads to a
+wrong class.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ BEST = "best"  # the best of the checkpoints that still exist, by the run's own 
 # is: 1e9 s are 30 years.
 _NO_LIMITS = WatchdogConfig(start_s=1e9, first_step_s=1e9, step_s=1e9, save_s=1e9)
 
-# A run that is at work removes earlier checkpoints while they are read here. Then the list is made again.
+# A running training removes earlier checkpoints while they are read here. Then the list is made again.
 _TRIES = 3
 
 

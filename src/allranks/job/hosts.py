@@ -377,7 +377,7 @@ def is_loopback(address: str) -> bool:
 def leads_back(name: str) -> bool:
     """Whether this host takes `name` for itself: all that the name leads to are loopback addresses.
 
-    False for a name that cannot be looked up: whoever connects to it will say so.
+    False for a name that cannot be looked up: the later attempt to connect to it raises an error.
     """
     try:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)

@@ -154,7 +154,7 @@ class Pbs:
 
     def cancel(self, job_ids: Sequence[str]) -> None:
         done = self._call(["qdel", *job_ids])
-        if done.returncode not in (0, FINISHED, UNKNOWN):  # a job that has ended meanwhile is no failure
+        if done.returncode not in (0, FINISHED, UNKNOWN):  # that a job has ended meanwhile is not a failure
             raise refusal(done)
 
     def requeue(self, job_id: str) -> None:

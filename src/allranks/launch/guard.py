@@ -6,14 +6,14 @@ The guard finds out which rank it is, and gives the program its variables. Witho
 launch`) it then becomes the program: signals and exit code are the program's own.
 
 With a supervisor it stays, as the parent of the program. Through one connection to the supervisor go the
-program's output, how it has ended, and the supervisor's word to end it. That connection breaks when the
-supervisor dies, however and wherever: then the guard ends the program. When the program has ended, the
-guard stays until the supervisor lets it go, because many a launcher ends the whole job at the first bad
-exit code.
+program's output, how it has ended, and the supervisor's command to end it. That connection breaks when the
+supervisor dies, for whatever reason: then the guard ends the program. When the program has ended, the guard
+stays until the supervisor lets it go, because many launchers end the whole job at the first exit code that
+is not 0.
 
-The guard waits for nothing but its next event: a supervisor that is stopped, a console that nobody reads
-and a file system that hangs leave it able to end its program. It loads no torch and opens few files, as
-this start is made on every rank.
+The guard waits for nothing but its next event. So it can end its program even if the supervisor is stopped,
+nobody reads the console, or a file system hangs. It does not import torch and opens few files, because
+every rank starts like this.
 """
 
 from __future__ import annotations
@@ -363,14 +363,14 @@ class Guard:
         import termios
 
         for fd in self.terminals:
-            # The size is for the eye alone: a system that refuses it is no reason to end the rank.
+            # The size matters only for how output looks. If the system refuses it, the rank goes on.
             with contextlib.suppress(OSError):
                 fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         if self.terminals:
             self._forward(signal.SIGWINCH)
 
     def _give_up_file(self, file: OutputFile) -> None:
-        """The file for stdout cannot be written: from now on stdout goes where the console's lines go."""
+        """To be called if the file for stdout cannot be written. From now on stdout goes to the console."""
         self.file = None
         self._say(err=as_line(f"{file.problem}; going on without that file").encode())
         # In pieces, as the file may have left as much as MOST_WAITING_BYTES, and a longer message than
@@ -381,7 +381,7 @@ class Guard:
 
     def _wake(self) -> None:
         """Wakes the loop from another thread. No signal has the number 0."""
-        with contextlib.suppress(BlockingIOError):  # full: then the loop wakes anyhow
+        with contextlib.suppress(BlockingIOError):  # the pipe is full, so the loop wakes in any case
             os.write(self.wake_end, b"\0")
 
     def _on_signals(self, numbers: bytes) -> None:

@@ -1,8 +1,8 @@
 """The command line of each launcher: mpiexec of MPICH, PALS and Open MPI, srun, `flux run`, torchrun.
 
-A launcher is the program that starts one process for each rank, on the hosts that it is told. Three kinds
-of MPI bring a program called `mpiexec`, and each takes other options, so each kind is a launcher of its own
-here.
+A launcher is the program that starts one process for each rank, on the hosts that it is given. Three kinds
+of MPI have a program called `mpiexec`, and each takes different options, so each kind is a launcher of its
+own here.
 
 All that is known of a launcher stands in the table LAUNCHERS at the end of this module. A new one needs
     1. a function that writes its command line, and an entry in that table;
@@ -363,7 +363,7 @@ def _openmpi(job: Job, binding: Binding, per_rank: Sequence[str]) -> CommandLine
     argv = [job.mpiexec(), "-n", str(job.ranks)]
     argv += ["--map-by", ":".join(place_by), "--bind-to", bind_to]
     argv += hosts.argv
-    for name in job.variables:  # it hands on no variable by itself
+    for name in job.variables:  # Open MPI passes no variable to the ranks by itself
         argv += ["-x", name]
     return CommandLine((*argv, *job.machine.options.mpiexec, *per_rank), hosts.files)
 

@@ -36,14 +36,14 @@ from allranks.job.variables import (
 from allranks.launch import launchers
 
 GUARD = "allranks.launch.guard"  # the module that every rank runs first
-# Of the user's own variables: without these a rank finds neither its program nor the job's end. An mpiexec
-# that hands on no variable by itself is told these names.
+# Variables of the user's shell that every rank needs: without them it finds neither its program nor the
+# job's end. An mpiexec that passes no variable to the ranks by itself gets these names as options.
 HANDED_ON = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "ALLRANKS_DEADLINE")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to start and how often; None and `auto` leave it to the machine and the allocation."""
+    """What to start and how often. With None and `auto`, the machine and the allocation decide."""
 
     program: tuple[str, ...]
     ranks: int | None = None
@@ -52,9 +52,9 @@ class Request:
     spares: int = 0  # so many of the nodes, the last ones, get no ranks: they replace nodes that are gone
     launcher: str = "auto"
     hosts_path: str = "allranks-hosts"  # the file for a list of hosts that is too long for an argument
-    placed: tuple[Host, ...] = ()  # just these ranks on these hosts, whatever the above say
-    passed: tuple[str, ...] = ()  # variables that the launcher must hand on besides the plan's
-    installed_here: bool = True  # False: planned for elsewhere, so do not look for programs here
+    placed: tuple[Host, ...] = ()  # if given, exactly these ranks on these hosts are planned
+    passed: tuple[str, ...] = ()  # variables that the launcher must pass on besides the plan's
+    installed_here: bool = True  # False: the plan is for another host, so do not look for programs here
 
 
 @dataclass(frozen=True)

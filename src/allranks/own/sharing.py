@@ -36,14 +36,17 @@ from allranks.runtime.runtime import Runtime
 from allranks.training import state as states
 from allranks.training.control import Control
 
-# Without watchdog.step_s an item may take any time: what it does is not known.
+# Without watchdog.step_s an item may take any time, because allranks does not know what the work is.
 _ANY_TIME_S = 1e9
-LATE_S = 60.0  # NFS may hide from rank 0 for so long what other hosts have written
-LOOK_S = 0.5  # between two looks
+LATE_S = 60.0  # so long NFS may hide from rank 0 what other hosts have written
+LOOK_S = 0.5  # from one look at these files to the next
 
 
 class Sharing:
-    """Some work on items that is dealt out to the ranks, below the run directory; all ranks have one."""
+    """Work on items that are dealt out to the ranks, with its files in the run directory.
+
+    Every rank has such an object.
+    """
 
     def __init__(self, runtime: Runtime, control: Control, directory: Path, step_s: float | None) -> None:
         """`directory` keeps the results. An item may take `step_s` seconds; None: any time."""

@@ -125,8 +125,8 @@ def _can_be_examined(facts: RunFacts) -> bool:
     """Whether a pass of the model over the test set can be shown: the run is a classification.
 
     Its confusion matrix and its mistakes are shown, and other tasks have none. A configuration without a
-    model is that of a program of the user's own. One that cannot be read says nothing: that is told when it
-    is tried.
+    model belongs to a program of the user's own. If the configuration or the task's code cannot be read,
+    the answer is True: the attempt then shows the user what is wrong.
     """
     if not facts.config:
         return True
@@ -142,7 +142,7 @@ def _can_be_examined(facts: RunFacts) -> bool:
     try:
         return is_classification(locate("task", task))
     except UserError:
-        return True  # its code is not found here: that is told when it is tried
+        return True  # the task's code is not found here: the attempt to use it says so
 
 
 def _write(

@@ -231,8 +231,8 @@ def _comparable(settings: Mapping[str, Any], key: str) -> str:
 def shown(value: object) -> str:
     """The value of a setting as a user would type it on the command line after `key=`.
 
-    A path may have bytes that are no UTF-8; it has a question mark for each of them, for it goes into texts
-    and pictures.
+    A path may have bytes that are not UTF-8. Each of them is shown as a question mark, because the value
+    goes into texts and pictures.
     """
     return as_text(as_override(value))
 

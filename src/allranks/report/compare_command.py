@@ -68,8 +68,8 @@ def main(arguments: Sequence[str]) -> int:
         except UserError as error:
             if options.page is not None:
                 raise
-            # The user has not asked for this page with --page. That it cannot be written is no error: the
-            # sweep may belong to another user.
+            # The user has not asked for this page with --page. So it is not an error if it cannot be
+            # written: the sweep may belong to another user.
             say(f"Without a page: {error}")
     return 0
 

@@ -14,8 +14,9 @@ comparison:
    sees the files of all other cells.
 3. Several jobs may see all files. Each of them computes the hash X of what all these files hold, which is
    the same for each of them, and tries to create the file `.compared-X`. The file system lets only one job
-   create it, and this job makes the comparison. If it does not succeed, as when it is told to end, it
-   removes the file, so that a job that is started again for one of the cells makes the comparison.
+   create it, and this job makes the comparison. If it does not succeed, for example because it gets a
+   signal to end, it removes the file, so that a job that is started again for one of the cells makes the
+   comparison.
 
 A cell that has not finished, and is started again later, ends with another token or as a finished one. So X
 changes, and the comparison is made anew.

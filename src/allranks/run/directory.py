@@ -260,7 +260,7 @@ def versions() -> dict[str, str | None]:
 def _git_commit() -> str | None:
     """The git commit of the working directory.
 
-    None where it is no git checkout, where that has no commit yet, and where git does not answer.
+    None if it is not a git checkout, if that has no commit yet, or if git does not answer.
     """
     try:
         done = subprocess.run(

@@ -1,6 +1,6 @@
-"""What runs have come to, for lists of them: read from the records in their directories.
+"""How far runs have come, and their figures, for lists of runs: read from the records in their directories.
 
-A record may be missing, or half written, while its run is at work: then its figures are not known yet.
+While a run is working, a record may be missing or half written. Then its figures are not known yet.
 """
 
 from __future__ import annotations

@@ -271,7 +271,7 @@ def _start_process_group(runtime: Runtime, backend: str, hosts: int) -> None:
     native.check_backend(backend, device.type)
     runtime.progress.arrive()
     if backend == "gloo" and hosts == 1 and sys.platform == "linux":
-        # Left to itself gloo looks its address up by the host's name, which fails on many a laptop.
+        # By default gloo looks up its address by the host's name, which fails on many laptops.
         if not os.environ.get("GLOO_SOCKET_IFNAME"):
             os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     if device.type in ("cuda", "xpu"):

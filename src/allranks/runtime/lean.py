@@ -35,7 +35,7 @@ class _Understudy(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name in self.answers:
             return self.answers[name]
-        if name == "__file__":  # asked of every module by whoever looks for the module of a piece of code
+        if name == "__file__":  # inspect asks every module for it, to find the one of a piece of code
             raise AttributeError(f"{self.__name__} stands in for a module, and has no file")
         if name == "__path__" and self.__name__ not in (NAME, INDUCTOR):  # asked by `from ... import ...`
             raise AttributeError(f"{self.__name__} stands in for a module, which is no package")

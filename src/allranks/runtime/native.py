@@ -58,7 +58,7 @@ def wrap(model: torch.nn.Module, device: torch.device, has_unused: bool) -> Dist
     """The model in DistributedDataParallel (DDP), on this rank's device.
 
     Gradients are views of DDP's buckets: for small models the copies between them would take a good part of
-    a step. `has_unused`: DDP goes through the operations of each forward pass to find the parameters that
+    a step. With `has_unused` DDP looks at the operations of each forward pass to find the parameters that
     took no part in it, which takes time in each step (docs/performance.md).
     """
     return DistributedDataParallel(

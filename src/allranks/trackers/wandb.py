@@ -193,7 +193,7 @@ def _position(paths: Sequence[Path]) -> Position:
         for row in rows_of(path):
             if "epoch" in row:
                 epoch = max(epoch, int(row["epoch"]))
-            elif "step" in row:  # of a step: its row has no number of an epoch
+            elif "step" in row:  # the row of a single step has no epoch
                 step = max(step, int(row["step"]))
     return Position(step, epoch)
 

@@ -129,8 +129,8 @@ def of_process(environ: Mapping[str, str]) -> Iterator[RankIdentity]:
 def of_run(runtime: Runtime, report: Reporter) -> Iterator[Reporter]:
     """Opens the report of a run; closes it and the connections to the other ranks however the block ends.
 
-    An error that only this rank has is told in the log, and ends all ranks at once. Any other error goes on
-    to of_process().
+    An error that only this rank has is written to the log, and ends all ranks at once. Any other error goes
+    on to of_process().
     """
     others = Others.NONE if runtime.world_size == 1 else Others.MET
     report.open()

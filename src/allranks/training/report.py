@@ -312,8 +312,8 @@ class Reporter:
     def _warn_of_missing_metric(self, metrics: Mapping[str, Any]) -> None:
         """Warns if `checkpoint.best` names a metric that the first line of this start does not have.
 
-        It is no error: a loop may evaluate every fifth epoch. Without a val/loss the default has no effect,
-        and nobody has asked for it.
+        It is not an error: a loop may evaluate only every fifth epoch. Without a val/loss the default has
+        no effect, and nobody has asked for it.
         """
         rule = self.told.best
         is_missing = self._best is None and rule.metric not in metrics

@@ -445,9 +445,10 @@ class Saver:
         self._pending = in_thread(measured, "checkpoint")
 
     def wait(self) -> None:
-        """Waits until the save under way is done; raises UserError where another run has the directory.
+        """Waits until the save that is being written is done.
 
-        A save that failed is told in a warning and kept in `failure`: the training goes on.
+        If it has failed, a warning is logged, the error is kept in `failure`, and the training goes on.
+        Raises UserError if another run has the directory.
         """
         if self._pending is None:
             return

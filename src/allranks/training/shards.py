@@ -1,8 +1,9 @@
 """The state of a model that is spread over the ranks: to the files of each rank, and back at any size.
 
 Each rank copies what it holds to the CPU, and writes it on a thread. When a run goes on, each rank reads
-the rows that it needs, from whichever files have them: of a checkpoint of another number of ranks, or of
-one that was saved in one piece. So no rank ever holds the whole. run/shards.py describes the files.
+only the rows that it needs, from the files that have them. The checkpoint may be that of another number of
+ranks, or one that was saved in one piece. So no rank ever holds the whole state. run/shards.py describes
+the files.
 """
 
 from __future__ import annotations
@@ -213,7 +214,7 @@ class Source:
                 pieces.append(kept[low - place.start : high - place.start])
         if not pieces:
             places = self._places(part, name, shape)
-            if not places:  # of a tensor without rows, which so stands in no file
+            if not places:  # a tensor without rows is in no file
                 assert self._index is not None
                 spelled = self._index.tensors[part][name].dtype
                 return torch.empty(shape, dtype=next(key for key in DTYPES if DTYPES[key] == spelled))

@@ -90,7 +90,8 @@ def _clip(parameters: Iterable[nn.Parameter], clip_norm: float | None) -> None:
 def _is_finite(optimizer: torch.optim.Optimizer, spread_over: Runtime | None) -> bool:
     """Whether all gradients are finite.
 
-    Where each rank holds slices of the gradients, `spread_over` leads to the other ranks, and all call.
+    If each rank holds slices of the gradients, `spread_over` is the runtime of the ranks, and all ranks
+    call.
     """
     gradients = [
         _as_real(local(parameter.grad))
@@ -98,7 +99,7 @@ def _is_finite(optimizer: torch.optim.Optimizer, spread_over: Runtime | None) ->
         for parameter in group["params"]
         if parameter.grad is not None
     ]
-    if not gradients:  # as of an optimizer whose parameters take part in some steps only
+    if not gradients:  # for example if the optimizer's parameters are used in some steps only
         return True
     # If one number is not finite, the sum is not finite either. A sum is the quickest check of a tensor.
     sums = [gradient.sum() for gradient in gradients]

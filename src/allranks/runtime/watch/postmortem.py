@@ -98,9 +98,9 @@ def send(process: ProcessIdentity, here: ProcessIdentity, signum: int) -> None:
 
 
 def _stat(process: ProcessIdentity, here: ProcessIdentity) -> ProcessStat | None:
-    """What Linux knows of this very process, a dead one that nobody has waited for included.
+    """What Linux knows of exactly this process. It may be dead, if its parent has not waited for it yet.
 
-    None where it is gone, where it is another host's or container's, and where its number belongs to a
+    None if it is gone, if it is on another host or in another container, or if its number belongs to a
     process that was started later.
     """
     if process.pid is None or not process.is_visible_from(here):

@@ -473,11 +473,12 @@ class Watchdog:
         """Ends this rank, whatever its main thread does, and from rank 0 all others."""
         self._state = State.ENDING
         try:
-            # Should this thread get stuck on its way, a timer that needs no Python lock ends the process.
+            # If this thread gets stuck before it ends the process, a timer that needs no Python lock ends
+            # it.
             faulthandler.dump_traceback_later(END_S, exit=True, file=self._devnull_fd)
             if message:
                 with contextlib.suppress(OSError):  # nobody may be reading any more
-                    # A stack may lead through a file whose name is no UTF-8.
+                    # A stack may name a file whose name is not UTF-8.
                     os.write(2, f"allranks: {message}\n".encode(errors="backslashreplace"))
                 file_log.info(message)
             # The processes to blame are killed only after the message has named them. When one of them
