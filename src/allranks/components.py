@@ -23,7 +23,7 @@ _CALLED_INSIDE = re.compile(r"Error in call to target '([^']+)':.*\nfull_key: \S
 def build(key: str, section: Mapping[str, Any], *args: Any, **values: Any) -> Any:
     """Calls the section's `_target_` with `args`, the section's own values, and `values`.
 
-    `key` names the section in messages. Raises UserError where the target, or one further inside the
+    `key` names the section in messages. Raises UserError if the target, or one further inside the
     section, does not exist or does not take these arguments. An error inside a user's own code is raised as
     it is, to be debugged; what torch and allranks raise is about their arguments.
     """
@@ -73,7 +73,7 @@ def _is_of_the_call(cause: BaseException) -> bool:
 def locate_targets(sections: Mapping[str, Mapping[str, Any]]) -> None:
     """Finds the `_target_` of each section, by the section's key; null stands for none.
 
-    Raises UserError where one does not exist.
+    Raises UserError if one does not exist.
     """
     for key, section in sections.items():
         if section.get("_target_") is not None:
@@ -83,7 +83,7 @@ def locate_targets(sections: Mapping[str, Mapping[str, Any]]) -> None:
 def locate(key: str, target: object) -> Any:
     """The class or function of this dotted name, such as `torch.optim.SGD`; its module is imported.
 
-    `key` names the section in messages. Raises UserError where there is no such thing. An error inside the
+    `key` names the section in messages. Raises UserError if there is no such thing. An error inside the
     module is raised as it is, to be debugged.
     """
     names = str(target).split(".")
@@ -104,9 +104,9 @@ def locate(key: str, target: object) -> Any:
 
 
 def _module(key: str, target: object, name: str) -> Any:
-    """The module of this dotted name; None where there is none.
+    """The module of this dotted name; None if there is none.
 
-    Raises UserError where the module is there, but another one that it imports is missing.
+    Raises UserError if the module is there, but another one that it imports is missing.
     """
     try:
         return importlib.import_module(name)

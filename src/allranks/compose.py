@@ -130,7 +130,7 @@ def _name_by_the_last_part(cfg: DictConfig, model: str | None) -> None:
 
 
 def _into_own_folder(cfg: DictConfig, number: int) -> str | None:
-    """Appends the number of a sweep's cell to its run.dir. Returns the earlier run.dir, or None without one.
+    """Appends the number of a sweep's cell to its run.dir. Returns the run.dir as it was; None without one.
 
     A value that is not a path, such as `run.dir=[a]` or `run=null`, is left as it is: typed() refuses it.
     """

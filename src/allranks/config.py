@@ -484,7 +484,7 @@ def _check(config: Config) -> None:
 
 
 def _check_sharding(config: Config) -> None:
-    """Raises UserError where a key does not go with the sharding."""
+    """Raises UserError if a key does not go with the sharding."""
     sharding = config.sharding
     if sharding.kind == "none":
         if sharding != ShardingConfig():

@@ -234,7 +234,7 @@ def mpi() -> Findings:
 
 
 def _starts_ranks_of(library: str, launcher: str) -> str:
-    """Empty where two ranks under `launcher` see each other; else what is wrong."""
+    """Empty if two ranks under `launcher` see each other; else what is wrong."""
     version, _ = _tool([launcher, "--version"])
     open_mpi = any(word in version for word in ("Open MPI", "OpenRTE", "open-mpi", "prte"))
     if version and open_mpi != ("Open MPI" in library):

@@ -60,7 +60,7 @@ def outputs_of(task: Any, model: nn.Module, batch: Any) -> Any:
 
 
 def metrics_of(task: Any, outputs: Any, batch: Any) -> Mapping[str, Any]:
-    """What the task measures of the batch besides the loss; nothing where it has no method for it."""
+    """What the task measures of the batch besides the loss; nothing if it has no method for it."""
     measured: Mapping[str, Any] = task.metrics(outputs, batch) if hasattr(task, "metrics") else {}
     return measured
 

@@ -370,7 +370,7 @@ def _directory_in_sweep(number: int, sweep: _Sweep | None) -> str | None:
 def _list_cells(directory: str, sweep: Sequence[Cell]) -> None:
     """Writes the list of a sweep's runs above the directory of one of them. Rank 0 alone calls.
 
-    Raises UserError where it cannot be written.
+    Raises UserError if it cannot be written.
     """
     from allranks.run.cells import write_list
 

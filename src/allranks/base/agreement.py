@@ -12,7 +12,7 @@ def majority(values: Sequence[Value]) -> tuple[Value, list[int]]:
     """The most frequent value, and the positions of all values that differ from it.
 
     Of several values that are equally frequent the first one counts. Takes time linear in the number of
-    values, as a job may have a hundred thousand ranks. Raises ValueError where there are none.
+    values, as a job may have a hundred thousand ranks. Raises ValueError if there are none.
     """
     counts: dict[Value, int] = {}
     for value in values:

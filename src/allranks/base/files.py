@@ -24,7 +24,7 @@ _OCTAL = re.compile(r"\\([0-7]{3})")  # how /proc/mounts writes a blank in a pat
 def with_home(named: str, path: str) -> str:
     """The path with a `~` or `~user` at its beginning replaced by that home directory.
 
-    `named` is the key or option that the path was given with. Raises UserError where there is no such home.
+    `named` is the key or option that the path was given with. Raises UserError if there is no such home.
     """
     try:
         return str(Path(path).expanduser()) if path.startswith("~") else path
@@ -149,7 +149,7 @@ def _finite(value: Any) -> Any:
 
 
 def within(limit_s: float, call: Callable[[], T]) -> T | None:
-    """What `call` returns; None where it takes longer than `limit_s` s, as on a file system that hangs.
+    """What `call` returns; None if it takes longer than `limit_s` s, as on a file system that hangs.
 
     The call then goes on in a thread, which ends with the process. What it raises is raised here.
     """

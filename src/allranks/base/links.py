@@ -63,7 +63,7 @@ def output(text: str) -> bytes:
 
 
 def parse(line: bytes) -> dict[str, Any]:
-    """The values of the message in `line`. Raises WireError where the line is no JSON object."""
+    """The values of the message in `line`. Raises WireError if the line is no JSON object."""
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -94,7 +94,7 @@ class Inbox:
         self._rest = b""  # the beginning of the next message
 
     def add(self, piece: bytes) -> None:
-        """Takes in what has arrived. Raises WireError where a message is too long to be ours."""
+        """Takes in what has arrived. Raises WireError if a message is too long to be ours."""
         *lines, self._rest = (self._rest + piece).split(b"\n")
         self._lines.extend(lines)
         if len(self._rest) > LONGEST_MESSAGE_BYTES:
@@ -117,7 +117,7 @@ class Connection:
         return self.sock.fileno()
 
     def send(self, **values: Any) -> None:
-        """Sends one message. Raises OSError where the connection has ended."""
+        """Sends one message. Raises OSError if the connection has ended."""
         self.sock.sendall(message(**values))
 
     def try_to_send(self, **values: Any) -> None:
@@ -128,7 +128,7 @@ class Connection:
     def receive(self) -> bool:
         """Takes in what has arrived, and waits where nothing has; False once the other side has ended.
 
-        Raises OSError where the connection broke, WireError where the other side is none of ours.
+        Raises OSError if the connection broke, WireError where the other side is none of ours.
         """
         piece = self.sock.recv(PIECE_BYTES)
         self.inbox.add(piece)
@@ -218,7 +218,7 @@ def listen(address: str, port: int = 0, far: bool = False, connections: int = 1)
 
 
 def allow_connections(count: int) -> None:
-    """Sees to it that this process may hold `count` more connections. Raises UserError where it may not.
+    """Sees to it that this process may hold `count` more connections. Raises UserError if it may not.
 
     Each takes a descriptor, as an open file does. Rank 0 and the launcher hold one for each rank, and the
     usual soft limit of 1,024 is too low for many ranks: it is raised to the hard one.

@@ -39,7 +39,7 @@ class ProcessStat(NamedTuple):
 
 
 def process_stat(pid: int) -> ProcessStat | None:
-    """What Linux knows of a process; None where it is gone, hidden from this user, or there is no /proc."""
+    """What Linux knows of a process; None if it is gone, hidden from this user, or there is no /proc."""
     try:
         # As bytes: the second field is the program's name, in which any byte may stand.
         with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123  pathlib costs a guard's start 10 ms
@@ -104,7 +104,7 @@ class ProcessIdentity(NamedTuple):
     def has_ended(self, here: ProcessIdentity) -> bool:
         """Whether the process is known to have ended, as seen from this process, which is `here`.
 
-        False where nobody on this host can tell: then it may run or not.
+        False if nobody on this host can tell: then it may run or not.
         """
         if self.pid is None or not 0 < self.pid < 1 << 31 or not self.is_visible_from(here):
             return False
@@ -221,7 +221,7 @@ def adopt_orphans(yes: bool = True) -> None:
 def descendants(of: int) -> set[int]:
     """The ids of all processes that the process `of` has started, and those that they have started.
 
-    Zombies (ended, but not yet waited for) are included. Empty where there is no /proc.
+    Zombies (ended, but not yet waited for) are included. Empty if there is no /proc.
     """
     found: set[int] = set()
     waiting = [of]
@@ -233,7 +233,7 @@ def descendants(of: int) -> set[int]:
 
 
 def children(pid: int) -> list[int]:
-    """The ids of the processes that this process has started; empty where there is no /proc."""
+    """The ids of the processes that this process has started; empty if there is no /proc."""
     try:
         threads = os.listdir(f"/proc/{pid}/task")  # noqa: PTH208
     except OSError:  # the process has just ended
@@ -354,7 +354,7 @@ def cpu_quota(root: str = "/") -> float | None:
 
 
 def _quota_of(group: str) -> list[float]:
-    """The limit that a control group sets, as a list: empty where it sets none, or is not there."""
+    """The limit that a control group sets, as a list: empty if it sets none, or is not there."""
     limit = _read(f"{group}/cpu.max") or _read(f"{group}/cpu.cfs_quota_us") + _read(
         f"{group}/cpu.cfs_period_us"
     )
@@ -365,7 +365,7 @@ def _quota_of(group: str) -> list[float]:
 
 
 def _read(path: str) -> str:
-    """The text of a file of Linux's own; empty where there is none."""
+    """The text of a file of Linux's own; empty if there is none."""
     try:
         with open(path) as file:  # noqa: PTH123
             return file.read()

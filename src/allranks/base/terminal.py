@@ -80,7 +80,7 @@ def write(stream: TextIO | None, text: str) -> None:
     """Writes the text to a console's stream, all of it at once, and hands it to the operating system.
 
     Characters that the stream's encoding lacks are shown escaped, such as those of a file name that is no
-    UTF-8. Raises OSError where the console is closed or the disk is full. Python has no stream (None) where
+    UTF-8. Raises OSError if the console is closed or the disk is full. Python has no stream (None) where
     the console was closed before it started: then nothing is written.
     """
     if stream is None:

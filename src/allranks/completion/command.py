@@ -119,7 +119,7 @@ def _beginning_with(current: str, known: Iterable[str]) -> list[str]:
 
 
 def _parser_of(command: Main) -> argparse.ArgumentParser | None:
-    """The parser with which a command reads its words; None where it has none.
+    """The parser with which a command reads its words; None if it has none.
 
     A command makes its parser only when it is called. So this function calls the command, and stops it at
     the moment when it lets the parser read.
@@ -180,7 +180,7 @@ def _place(parser: argparse.ArgumentParser, given: Sequence[str]) -> _Place:
 
 
 def _values(option: argparse.Action) -> list[str]:
-    """The values that an option may have; empty where it takes the name of a file, or any text."""
+    """The values that an option may have; empty if it takes the name of a file, or any text."""
     if option.dest == "machine":
         from allranks.config import conf_dir
 

@@ -75,7 +75,7 @@ def load(
 
 
 def _existing(path: str) -> Path:
-    """The file at this path. Raises UserError where there is none, or where it may not be looked for."""
+    """The file at this path. Raises UserError if there is none, or if it may not be looked for."""
     file = Path(with_home("path", path))
     try:
         is_file = stat.S_ISREG(file.stat().st_mode)

@@ -161,13 +161,13 @@ class Batches:
 
     @property
     def batch_size(self) -> int | None:
-        """Examples of a global batch; None where the source does not say it."""
+        """Examples of a global batch; None if the source does not say it."""
         size = getattr(self._loader, "batch_size", None)
         return size if isinstance(size, int) else None
 
     @property
     def count(self) -> int | None:
-        """Global batches of an epoch; None where the source does not say it."""
+        """Global batches of an epoch; None if the source does not say it."""
         try:
             return len(self._loader.batch_sampler if self._is_indexed else self._loader)
         except (TypeError, NotImplementedError):
@@ -175,7 +175,7 @@ class Batches:
 
     @property
     def examples(self) -> int | None:
-        """Examples of an epoch; None where the source does not say it.
+        """Examples of an epoch; None if the source does not say it.
 
         A batch_sampler alone knows which examples its batches have, and need not have all of them.
         """
@@ -183,7 +183,7 @@ class Batches:
 
     @property
     def _examples_to_draw(self) -> int | None:
-        """How many examples the source's batches are made of; None where it does not say it."""
+        """How many examples the source's batches are made of; None if it does not say it."""
         if not self._is_indexed:
             return None
         if self.batch_size is not None and getattr(self._loader, "drop_last", False):
@@ -220,8 +220,8 @@ class Batches:
         """This rank's shares of each global batch of the epoch from `first_step` on; both count from 0.
 
         Each batch gives as many shares, one after the other, as runtime.shares has: one, or several in a
-        reproducible run. `seen` is the digest of the batches before the first step; None where nobody knows
-        it. Raises UserError where the batches that are skipped have another one. `is_there`: nothing is
+        reproducible run. `seen` is the digest of the batches before the first step; None if nobody knows
+        it. Raises UserError if the batches that are skipped have another one. `is_there`: nothing is
         skipped, because load_state_dict() has put the source where the first step's batch comes next. Then
         `position` says how many examples of the epoch came before; all ranks give the same.
         """
@@ -367,7 +367,7 @@ class Batches:
         """Each batch comes whole, on every rank, which then keeps its shares of it.
 
         `resumed_at`: how many examples came before, where the source stands at the first step's batch
-        already; None where the batches before that are to be skipped.
+        already; None if the batches before that are to be skipped.
         """
         runtime = self._runtime
         batches = self._read_stream()
@@ -398,7 +398,7 @@ class Batches:
 
 
 def _check_count(option: str, value: Any, least: int) -> None:
-    """Raises UserError where what was given for the option is no whole number of at least so many."""
+    """Raises UserError if what was given for the option is no whole number of at least so many."""
     if not isinstance(value, int | np.integer) or value < least:
         raise UserError(
             f"run.batches() got {option}={value!r}: give a whole number of {least} or more.",
@@ -513,7 +513,7 @@ def _sample_of(batch: Any) -> bytes:
 def taken(batch: Any, rows: slice, length: int) -> Any:
     """Some examples of a batch that has `length` of them.
 
-    Single numbers and texts belong to all examples. Raises UserError where the examples cannot be told
+    Single numbers and texts belong to all examples. Raises UserError if the examples cannot be told
     apart.
     """
     if batch is None or isinstance(batch, bool | int | float | str) or getattr(batch, "ndim", None) == 0:

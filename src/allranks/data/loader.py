@@ -103,7 +103,7 @@ def open_data(
     the training examples become validation examples. `reading` holds what rank 0 has read while torch was
     imported (data.early). `limit_train` and `repeated_batch` say which of the training examples are used
     (used_for_training()), and `limit_eval` how many of the validation and of the test examples, at most.
-    `is_labelled`: the examples are images with labels. Raises UserError where the
+    `is_labelled`: the examples are images with labels. Raises UserError if the
     data cannot be opened, or does not fit the section.
     """
     opening = Opening(section, runtime, seed, dtype, is_labelled, reading)
@@ -309,7 +309,7 @@ def _open_set(part: str, opening: Opening) -> Any:
 
 
 def _check_length(key: str, dataset: Any, length: int | None) -> None:
-    """Raises UserError where this rank's Dataset has not as many examples as rank 0's; None for a stream.
+    """Raises UserError if this rank's Dataset has not as many examples as rank 0's; None for a stream.
 
     The ranks would take different numbers of steps, and wait for each other for ever.
     """
@@ -484,7 +484,7 @@ def _check_pair(key: str, made: Any) -> None:
 
 
 def _check_labels(key: str, labels: np.ndarray, classes: int | None) -> None:
-    """Raises UserError where labels are none of so many classes. On a GPU nobody would be told which."""
+    """Raises UserError if labels are none of so many classes. On a GPU nobody would be told which."""
     lowest, highest = int(labels.min(initial=0)), int(labels.max(initial=0))
     if lowest < 0:
         raise UserError(f"{key} has a label {lowest}, but labels count from 0.")

@@ -48,7 +48,7 @@ class Source:
     folder: str
     mirrors: tuple[str, ...]
     md5: dict[str, str]  # of the published .gz files, by the name without .gz
-    sha256: dict[str, str]  # of their unpacked contents, by the same name; empty where nobody knows them
+    sha256: dict[str, str]  # of their unpacked contents, by the same name; empty if nobody knows them
     # Whether files that lie there unpacked must have these sums, too. If not, another set of the same form
     # may stand in the place of this one.
     checks_unpacked: bool = True
@@ -173,7 +173,7 @@ def _all_there(folder: Path) -> bool:
 
 
 def _is_there(path: Path) -> bool:
-    """Whether the file or folder is there. Raises UserError where its folder may not be looked into."""
+    """Whether the file or folder is there. Raises UserError if its folder may not be looked into."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):

@@ -136,7 +136,7 @@ class Form:
 
         Floating-point numbers get the type of the weights. All other types, such as the whole numbers of a
         text, stay as they are. Only images with labels are looked at more closely: images of type uint8
-        become numbers of 0..1, and labels whole numbers. Raises UserError where they are no such pair.
+        become numbers of 0..1, and labels whole numbers. Raises UserError if they are no such pair.
         """
         if not self.is_labelled:
             return nests.on_device(batch, self.device, self.dtype)
@@ -168,7 +168,7 @@ class Mapped:
     def batches(self, rows: Rows, seed: int) -> Iterator[Any]:
         """The examples of each row in turn. A row is a sequence of positions in this part.
 
-        `seed` decides what the Dataset's own random transforms draw. Raises UserError where the Dataset
+        `seed` decides what the Dataset's own random transforms draw. Raises UserError if the Dataset
         gives something else than the task needs.
         """
         yield from self._read(rows, seed, self.workers.count)
@@ -229,7 +229,7 @@ class Streamed:
     def batches(self, rows: Rows, seed: int) -> Iterator[Any]:
         """The examples of each row in turn. A row is a sequence of positions in this part.
 
-        `seed` decides what the Dataset draws at random while it gives its examples. Raises UserError where
+        `seed` decides what the Dataset draws at random while it gives its examples. Raises UserError if
         the stream ends too early, or gives something else than the task needs.
         """
         yield from self._read(rows, seed, self.workers.count)

@@ -80,7 +80,7 @@ class Workers:
     def starting(self) -> Iterator[None]:
         """Starts of worker processes go into this block.
 
-        Raises UserError where they cannot start, or could not hand a batch over.
+        Raises UserError if they cannot start, or could not hand a batch over.
 
         A scheduler sends its signals to all processes of a job. A rank saves first, and needs its batches
         for that: so processes that are started here never get these signals.
@@ -98,7 +98,7 @@ class Workers:
             ) from error
 
     def read(self, loader: Any) -> Iterator[Any]:
-        """The batches of a DataLoader, whose processes start now. Raises UserError where they cannot.
+        """The batches of a DataLoader, whose processes start now. Raises UserError if they cannot.
 
         Not a generator: a DataLoader draws from torch's generator when it starts, which is to be now.
         """

@@ -37,7 +37,7 @@ class Line(NamedTuple):
     time: str  # as in the log; empty if it is not known
     source: str  # "rank 3" or "job"
     text: str
-    level: str = ""  # INFO, WARNING, ...; empty where the line has none
+    level: str = ""  # INFO, WARNING, ...; empty if the line has none
 
 
 class Tail:

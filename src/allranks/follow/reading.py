@@ -67,7 +67,7 @@ class View:
         return self.state.startswith("running")
 
     def newest(self, metric: str) -> float | None:
-        """The value of a metric that was measured last; None where it is not finite, or there is none."""
+        """The value of a metric that was measured last; None if it is not finite, or there is none."""
         values = self.metrics.get(metric)
         return values[-1] if values else None
 
@@ -250,7 +250,7 @@ def _figure_of_steps(recorded: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _measured(facts: RunFacts, metric: str) -> list[float | None]:
-    """The values of a metric in the lines that have it; None where it is not finite.
+    """The values of a metric in the lines that have it; None if it is not finite.
 
     A loop may measure it after every fifth epoch only.
     """

@@ -216,7 +216,7 @@ def _title(trained: Trained) -> str:
 def predict(arguments: Sequence[str]) -> int:
     """Runs `allranks predict` with these arguments and returns its exit code.
 
-    0, or 1 where some of several images could not be read. Raises UserError where nothing can be predicted.
+    0, or 1 where some of several images could not be read. Raises UserError if nothing can be predicted.
     """
     from allranks.inference.overrides import split
 
@@ -282,7 +282,7 @@ def _predict_images(options: argparse.Namespace) -> int:
 
 
 def _dataset_with_transform(opened: _Opened, section: Mapping[str, Any]) -> Part | None:
-    """The test set, where it is a user's own Dataset; None where it is not.
+    """The test set, where it is a user's own Dataset; None if it is not.
 
     Only the Dataset itself knows how its images are prepared.
     """
@@ -454,7 +454,7 @@ def _write_npy(path: Path, array: Any, force: bool) -> None:
 
 
 def _check_not_there(option: str, path: Path) -> None:
-    """Raises UserError where the FILE of an option is there, or in a folder that may not be looked into."""
+    """Raises UserError if the FILE of an option is there, or in a folder that may not be looked into."""
     try:
         is_there = path.exists()
     except OSError as error:
@@ -595,7 +595,7 @@ def _as_words(key: str, difference: float) -> str:
 def export(arguments: Sequence[str]) -> int:
     """Runs `allranks export` with these arguments and returns 0.
 
-    Raises UserError where nothing can be exported, and RunError where what was exported does not agree.
+    Raises UserError if nothing can be exported, and RunError where what was exported does not agree.
     """
     options = export_parser().parse_intermixed_args(arguments)
     # Imported only now, with torch: --help is answered at once.

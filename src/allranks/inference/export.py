@@ -117,7 +117,7 @@ def _format_of(path: Path) -> _Format:
 
 
 def check_place(path: Path, force: bool) -> None:
-    """Raises UserError where nothing can be exported to this path: another suffix, a file that is there."""
+    """Raises UserError if nothing can be exported to this path: another suffix, a file that is there."""
     _format_of(path)
     try:
         is_directory = path.is_dir()

@@ -65,7 +65,7 @@ def open_part(
     trainer.limit_eval these are the test or validation examples that it looked at, unless the section
     `is_other_data`.
 
-    Raises UserError where the data cannot be opened, or do not fit the model.
+    Raises UserError if the data cannot be opened, or do not fit the model.
     """
     own = trained.config.data
     section = own if section is None else section
@@ -98,7 +98,7 @@ def measure(trained: Trained, part: Part) -> Figures:
     """The figures of the trained model on all examples of the part, for every task.
 
     They are computed as the run computes them, and are the same to the last digit if this host is of the
-    same kind as the run's. Raises UserError where the part is empty, or does not fit the model.
+    same kind as the run's. Raises UserError if the part is empty, or does not fit the model.
     """
     if not len(part):
         raise _empty(trained)
@@ -119,7 +119,7 @@ def _empty(trained: Trained) -> UserError:
 
 
 def need_classes(trained: Trained) -> None:
-    """Raises UserError where the run is no classification."""
+    """Raises UserError if the run is no classification."""
     if not is_classification(trained):
         raise UserError(
             f"{trained.directory} is a run of task._target_={trained.config.task['_target_']}: its model "
@@ -134,7 +134,7 @@ def forward(trained: Trained, part: Part) -> Outputs:
     """Passes all examples of the part through the model, in batches, on the model's device.
 
     The figures are computed as the run computes them after its last epoch. They are the same to the last
-    digit if this host is of the same kind as the run's. Raises UserError where labels or images do not fit
+    digit if this host is of the same kind as the run's. Raises UserError if labels or images do not fit
     the model.
     """
     need_classes(trained)
@@ -180,7 +180,7 @@ def outputs_in_order(trained: Trained, part: Part) -> torch.Tensor:
     """What the model gives for each example of the part, [n, ...] on the CPU, in the order of the part.
 
     It works for every task whose outputs are one tensor with an entry for each example. Raises UserError
-    where they are not, or where the part is empty.
+    if they are not, or if the part is empty.
     """
     runtime = trained.runtime
     trained.model.eval()
@@ -210,7 +210,7 @@ def outputs_in_order(trained: Trained, part: Part) -> torch.Tensor:
 def logits_of(trained: Trained, images: torch.Tensor) -> torch.Tensor:
     """The model's logits [n, classes], on its device.
 
-    The images [n, ...] are prepared as in training. Raises UserError where the model does not take them.
+    The images [n, ...] are prepared as in training. Raises UserError if the model does not take them.
     """
     need_classes(trained)
     images = images.to(trained.runtime.device)

@@ -63,7 +63,7 @@ def plan(
 ) -> Plan:
     """How images are prepared for a model whose input has this shape.
 
-    Raises UserError where no image can have the shape, or where `fit` does not suit it.
+    Raises UserError if no image can have the shape, or if `fit` does not suit it.
     `fit` and `polarity` are the user's: `auto` takes what suits data of this shape.
     """
     if len(shape) != 3 or shape[0] not in (1, 3):
@@ -144,7 +144,7 @@ def _as_8_bits(image: Image.Image, path: Path) -> Image.Image:
 
 
 def _converted(image: Image.Image, mode: str, path: Path) -> Image.Image:
-    """The image with other channels, such as L (grey) or RGB. Raises UserError where Pillow cannot."""
+    """The image with other channels, such as L (grey) or RGB. Raises UserError if Pillow cannot."""
     try:
         if image.mode == "LAB":  # as of some TIFFs: Pillow makes RGB of it, but no grey
             image = image.convert("RGB")
@@ -242,7 +242,7 @@ def _has_light_ground(grey: np.ndarray) -> bool:
 def _as_mnist_digit(grey: np.ndarray, polarity: str, path: Path) -> Image.Image:
     """A light digit on a dark ground as MNIST has it, 28 x 28 pixels; `grey` [height, width] of 0..255.
 
-    `polarity` is what the user has asked for. Raises UserError where there is no light digit.
+    `polarity` is what the user has asked for. Raises UserError if there is no light digit.
     """
     # 1. The ink alone: the paper is not quite black, and the pen not quite white.
     border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])

@@ -163,14 +163,14 @@ def read_config(directory: Path) -> Config:
 
 
 def version_of(directory: Path) -> str | None:
-    """The version of allranks that trained the run, by its environment.json; None where that is missing."""
+    """The version of allranks that trained the run, by its environment.json; None if that is missing."""
     versions = read_json(directory / "environment.json").get("versions")
     version = versions.get("allranks") if isinstance(versions, dict) else None
     return version if isinstance(version, str) else None
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a record of a run; empty where the record is missing or not written yet."""
+    """The JSON object in a record of a run; empty if the record is missing or not written yet."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -216,7 +216,7 @@ def choose(directory: str | Path, which: str = NEWEST) -> Chosen:
     `newest` is the one with the most steps. `best` is the best one by the run's `checkpoint.best`, among
     those that were saved at the end of an epoch and are still there. A number is a step. Anything else is
     the path of a checkpoint. For `newest` and `best` a damaged checkpoint is passed over, and the next one
-    is tried. Raises UserError where no checkpoint can be read.
+    is tried. Raises UserError if no checkpoint can be read.
     """
     if which == NEWEST:
         return _first_valid(directory, best_first=False)
@@ -281,7 +281,7 @@ def _in_order(directory: str | Path, best_first: bool) -> Sequence[Path]:
 
 
 def _steps(directory: str | Path) -> list[int]:
-    """The steps of a run's checkpoints, newest first. Raises UserError where the folder cannot be read."""
+    """The steps of a run's checkpoints, newest first. Raises UserError if the folder cannot be read."""
     try:
         return checkpoint.steps(directory)
     except OSError as error:

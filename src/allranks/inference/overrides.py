@@ -31,7 +31,7 @@ _SAME_EXAMPLES = {"data.root", "data.fetch", "data.workers", "data.class_names"}
 class Given:
     """The values that the overrides have changed."""
 
-    data: dict[str, Any] | None  # the section; None where the run's own is kept
+    data: dict[str, Any] | None  # the section; None if the run's own is kept
     is_other_data: bool  # whether the examples may be others than the run's
     device: str | None
     threads: int | None

@@ -124,7 +124,7 @@ class JobRequest:
     options: tuple[str, ...] = ()  # directives of the machine file, as they stand there
     array_jobs: int = 0  # 0: no array
     survives_nodes: bool = False  # the job goes on when a node of it fails
-    on_own_hosts: bool = True  # each of `nodes` is a host of its own; False where a queue deals in chunks
+    on_own_hosts: bool = True  # each of `nodes` is a host of its own; False if a queue deals in chunks
 
 
 def given(option: str, value: object) -> list[str]:
@@ -213,7 +213,7 @@ def id_in(done: subprocess.CompletedProcess[str], is_id: Callable[[str], bool], 
     """The id that a command has answered which has queued a job.
 
     Sites print notices around the id, so it is the last line that is nothing but an id. Raises NoAnswer
-    where there is none: the exit code says that the job was queued. `how_to_look` is a command that lists
+    if there is none: the exit code says that the job was queued. `how_to_look` is a command that lists
     the user's jobs.
     """
     lines = [line.strip() for line in done.stdout.splitlines()]
@@ -228,7 +228,7 @@ def id_in(done: subprocess.CompletedProcess[str], is_id: Callable[[str], bool], 
 
 
 def tail_of(path: Path, size: int = 8192) -> str:
-    """The last `size` bytes of a file as text; empty where it cannot be read."""
+    """The last `size` bytes of a file as text; empty if it cannot be read."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - size))

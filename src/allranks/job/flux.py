@@ -24,7 +24,7 @@ def is_here(environ: Mapping[str, str]) -> bool:
 
 
 def resources() -> str:
-    """What the instance says of its hosts. Raises UserError where it does not answer."""
+    """What the instance says of its hosts. Raises UserError if it does not answer."""
     done = call(_ASK, os.environ, "Flux")
     if done.returncode:
         raise refusal(done)
@@ -35,7 +35,7 @@ def node_lists_and_counts(answer: str) -> tuple[list[str], list[tuple[int, int]]
     """(lists of hosts' names, (cores, GPUs) of each host in the order of the names).
 
     `answer` is Flux's set of resources in JSON, called R (its RFC 20). In it `rank` says which hosts, by
-    their number, a row is about. Raises UserError where the answer is of another form.
+    their number, a row is about. Raises UserError if the answer is of another form.
     """
     try:
         values = json.loads(answer)["execution"]

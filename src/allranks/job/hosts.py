@@ -170,7 +170,7 @@ def _lines(path: Path, named: str) -> list[tuple[int, str, int | None]]:
 def _merged(lines: Sequence[tuple[int, str, int | None]], named: str) -> tuple[Host, ...]:
     """One Host for each name: lines without a count add up, as in PBS.
 
-    Raises UserError where a host with a count stands twice.
+    Raises UserError if a host with a count stands twice.
     """
     counts: dict[str, int] = {}
     first: dict[str, tuple[int, int | None]] = {}
@@ -211,7 +211,7 @@ def from_flux(answer: str) -> Allocation:
 
 
 def _from_slurm(environ: Mapping[str, str]) -> Allocation:
-    """Slurm's job. Raises UserError where its variables contradict each other."""
+    """Slurm's job. Raises UserError if its variables contradict each other."""
     names = expand(environ["SLURM_JOB_NODELIST"])
     text = environ.get("SLURM_TASKS_PER_NODE", "")
     tasks = repeated(text, "SLURM_TASKS_PER_NODE") if text else [1] * len(names)
@@ -387,7 +387,7 @@ def leads_back(name: str) -> bool:
 
 
 def refuse_loopback(name: str, what: str) -> None:
-    """Raises UserError where `name`, for which `what` stands in the message, leads back to this host.
+    """Raises UserError if `name`, for which `what` stands in the message, leads back to this host.
 
     For a name by which several hosts are to reach one of them: each of them would reach itself. A loopback
     address that is written as such is taken as meant: several "hosts" may be containers on one network.
@@ -403,7 +403,7 @@ def refuse_loopback(name: str, what: str) -> None:
 def address_for(hosts: Sequence[str]) -> str:
     """This host's address on its way to `hosts`: loopback where they are all this one.
 
-    Raises UserError where the first other host cannot be found, or its name leads back to this host.
+    Raises UserError if the first other host cannot be found, or its name leads back to this host.
     """
     other = next((host for host in hosts if not is_this_host(host)), None)
     if other is None:

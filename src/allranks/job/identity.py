@@ -37,7 +37,7 @@ class RankIdentity(NamedTuple):
 
     @property
     def is_mpi(self) -> bool:
-        """True where MPI.COMM_WORLD must span the ranks that the launcher started."""
+        """True if MPI.COMM_WORLD must span the ranks that the launcher started."""
         return self.launcher in MPI_LAUNCHERS
 
     @property
@@ -118,7 +118,7 @@ def discover(environ: Mapping[str, str], is_planned: bool = False) -> RankIdenti
     """The rank that the launcher gave this process; a lone process where nothing launched it.
 
     `is_planned`: `allranks launch` has planned this process, and knows what the launcher does not tell.
-    Raises UserError where variables are missing, contradict each other, are left over from another
+    Raises UserError if variables are missing, contradict each other, are left over from another
     launcher, or are those of a launcher that allranks does not know.
     """
     names = _launcher_of(environ)
@@ -188,7 +188,7 @@ def _is_slurm_shell(environ: Mapping[str, str]) -> bool:
 
 
 def _refuse_half_a_launcher(environ: Mapping[str, str]) -> None:
-    """Raises UserError where variables speak of several processes, though no launcher is recognised."""
+    """Raises UserError if variables speak of several processes, though no launcher is recognised."""
     if environ.get("RANK") or _number(environ, "WORLD_SIZE") not in (None, 1):
         missing, there = ("WORLD_SIZE", "RANK") if environ.get("RANK") else ("RANK", "WORLD_SIZE")
         raise UserError(
@@ -246,7 +246,7 @@ def _refuse_heterogeneous_step(environ: Mapping[str, str]) -> None:
 
 
 def _refuse_stale(environ: Mapping[str, str], names: _Launcher, rank: int, world_size: int | None) -> None:
-    """Raises UserError where RANK or WORLD_SIZE, exported in a shell, contradict the launcher at work."""
+    """Raises UserError if RANK or WORLD_SIZE, exported in a shell, contradict the launcher at work."""
     if names.rank == "RANK":
         return
     stale = [
@@ -267,7 +267,7 @@ def _refuse_stale(environ: Mapping[str, str], names: _Launcher, rank: int, world
 
 
 def _number(environ: Mapping[str, str], name: str) -> int | None:
-    """The variable as a number >= 0; None where it is unset or empty (PALS leaves PMI_SIZE empty)."""
+    """The variable as a number >= 0; None if it is unset or empty (PALS leaves PMI_SIZE empty)."""
     text = environ.get(name, "").strip() if name else ""
     if not text:
         return None

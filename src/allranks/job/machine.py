@@ -50,7 +50,7 @@ class Node:
 
     @property
     def ranks_per_node(self) -> int | None:
-        """How many ranks go on a node where nobody says otherwise; None where that is not known."""
+        """How many ranks go on a node where nobody says otherwise; None if that is not known."""
         return self.ranks or self.devices
 
 
@@ -229,7 +229,7 @@ def check_queue(
     jobs: int = 1,
     is_sweep: bool = False,
 ) -> None:
-    """Raises UserError where the queue does not take such a job.
+    """Raises UserError if the queue does not take such a job.
 
     `nodes` is the number of nodes (or of chunks, where the queue deals in those), `hours` the walltime if
     it is given, `jobs` how many jobs are queued at a time: those of a chain or, if it `is_sweep`, of an
@@ -275,7 +275,7 @@ def check_queue(
 
 
 def _queues_that_take(machine: Machine, nodes: int, jobs: int) -> str:
-    """A sentence that names the queues whose limits such jobs fit; nothing where none is known to."""
+    """A sentence that names the queues whose limits such jobs fit; nothing if none is known to."""
     fit = [
         name
         for name, queue in machine.queues.items()
@@ -330,7 +330,7 @@ def _detect(files: Mapping[str, Path], hostname: str, environ: Mapping[str, str]
 
 
 def _yaml(path: Path) -> dict[str, Any]:
-    """The keys and values of a machine file. Raises UserError where it is no such YAML."""
+    """The keys and values of a machine file. Raises UserError if it is no such YAML."""
     import yaml  # type: ignore[import-untyped,unused-ignore]
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -409,7 +409,7 @@ def _put(tree: dict[str, Any], keys: Sequence[str], value: Any) -> None:
 
 
 def _check(machine: Machine) -> None:
-    """Raises UserError where values of several keys do not fit together."""
+    """Raises UserError if values of several keys do not fit together."""
     source = _source(machine.name)
     for name, variable in machine.variables.items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):

@@ -207,7 +207,7 @@ class Pbs:
 
 
 def _is_older(path: Path, other: Path) -> bool:
-    """Whether a file was last written before another one was; False where one of them is not there."""
+    """Whether a file was last written before another one was; False if one of them is not there."""
     try:
         return path.stat().st_mtime_ns < other.stat().st_mtime_ns
     except OSError:

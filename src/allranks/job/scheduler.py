@@ -240,5 +240,5 @@ def step_environment(kind: str) -> dict[str, str]:
 
 
 def instead_of_ssh(kind: str) -> str:
-    """The command that can take the place of ssh in an allocation of this kind; empty where none can."""
+    """The command that can take the place of ssh in an allocation of this kind; empty if none can."""
     return next((s.instead_of_ssh for s in SCHEDULERS if s.name == kind), "")

@@ -77,7 +77,7 @@ def free_port() -> int:
     """A port that no process on this host uses now, at any of its addresses.
 
     It is not one of those that the system hands out for outgoing connections, so that it stays free until
-    it is bound. Raises UserError where 200 tries find none.
+    it is bound. Raises UserError if 200 tries find none.
     """
     for _ in range(200):
         port = PORTS[int.from_bytes(os.urandom(4), "big") % len(PORTS)]
@@ -136,7 +136,7 @@ def of_rank(
 
 
 def _given(environ: Mapping[str, str], name: str) -> int | None:
-    """The variable as a number >= 1; None where it is not set."""
+    """The variable as a number >= 1; None if it is not set."""
     text = environ.get(name, "")
     if text and not (text.isascii() and text.isdigit() and int(text) > 0):
         raise UserError(f"{name}={text!r} is not a whole number >= 1: unset it or put it right.")
@@ -168,7 +168,7 @@ def _master(
 def _device(local_rank: int, environ: Mapping[str, str]) -> dict[str, str]:
     """The variable that shows this rank its one device, of those that the scheduler gave the job.
 
-    Empty where the plan names no devices, or the scheduler has chosen already.
+    Empty if the plan names no devices, or the scheduler has chosen already.
     """
     variable, devices = environ.get(DEVICE_VARIABLE, ""), environ.get(DEVICES, "")
     if not variable or not devices:

@@ -222,7 +222,7 @@ class Ended(NamedTuple):
 def run(launch: Launch, check: bool) -> Ended:
     """Starts the ranks and watches over them, after a preflight if `check`.
 
-    After a crash the ranks are started again, if restarts are left. Raises UserError where they cannot be
+    After a crash the ranks are started again, if restarts are left. Raises UserError if they cannot be
     started at all.
     """
     try:
@@ -343,7 +343,7 @@ def _about_restart(
 def newest_step(launch: Launch) -> int:
     """The step of the training's newest checkpoint, by its name alone; 0 without one.
 
-    Raises OSError where the checkpoints cannot be listed.
+    Raises OSError if the checkpoints cannot be listed.
     """
     if launch.directory is None:
         return 0

@@ -209,7 +209,7 @@ def _end_of(code: int) -> str:
 
 
 def _check_nodes(given: Allocation, asked: int) -> None:
-    """Raises UserError where a job has got fewer hosts than nodes were asked for.
+    """Raises UserError if a job has got fewer hosts than nodes were asked for.
 
     PBS may put several chunks of a job on one host. A training would then run with ranks that share its
     CPUs and GPUs, or with fewer ranks, and nobody would be told.

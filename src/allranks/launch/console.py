@@ -68,7 +68,7 @@ class Size(NamedTuple):
 
 
 def terminal_size() -> Size | None:
-    """The size of the terminal that stdout or stderr ends at; None where neither does."""
+    """The size of the terminal that stdout or stderr ends at; None if neither does."""
     for fd in FD_OF.values():
         with suppress(OSError):
             size = os.get_terminal_size(fd)
@@ -178,7 +178,7 @@ def _next_piece(pieces: deque[Piece]) -> Piece:
 
 @functools.cache
 def _lead_to_the_same(one: int, other: int) -> bool:
-    """Whether two descriptors lead to one file, pipe or terminal; True where nobody knows.
+    """Whether two descriptors lead to one file, pipe or terminal; True if nobody knows.
 
     Their names are compared. os.fstat() would ask the file's file system, which may hang.
     """

@@ -67,14 +67,14 @@ def main() -> None:
 
 
 def program_of(arguments: Sequence[str]) -> Sequence[str]:
-    """The program and its arguments: what stands after `--`. Raises UserError where nothing does."""
+    """The program and its arguments: what stands after `--`. Raises UserError if nothing does."""
     if len(arguments) < 2 or arguments[0] != "--":
         raise UserError("python -m allranks.launch.guard needs `-- PROGRAM ARGS...` after it.")
     return arguments[1:]
 
 
 def execute(program: Sequence[str], environ: Mapping[str, str]) -> None:
-    """Becomes the program, found on the PATH of `environ`. Raises UserError where it cannot."""
+    """Becomes the program, found on the PATH of `environ`. Raises UserError if it cannot."""
     try:
         os.execvpe(program[0], list(program), dict(environ))
     except OSError as error:
@@ -97,7 +97,7 @@ class Guard:
     """The parent of one rank's program, in touch with the supervisor."""
 
     def __init__(self, identity: RankIdentity, environ: Mapping[str, str]) -> None:
-        """Connects. Raises UserError where the supervisor cannot be reached."""
+        """Connects. Raises UserError if the supervisor cannot be reached."""
         self.identity = identity
         self.environ = environ
         self.link = _connection(identity.rank, environ[variables.SUPERVISOR])
@@ -551,7 +551,7 @@ class Guard:
 
 
 def _page() -> int | None:
-    """Memory to share with the program, as a file without a name; None where there is no such thing."""
+    """Memory to share with the program, as a file without a name; None if there is no such thing."""
     if sys.platform != "linux":
         return None
     descriptor = os.memfd_create(variables.PAGE_NAME)
@@ -642,7 +642,7 @@ class OutputFile:
 
 
 def _connection(rank: int, address: str) -> links.Connection:
-    """A connection to the supervisor. Raises UserError where there is none to be had."""
+    """A connection to the supervisor. Raises UserError if there is none to be had."""
     host, _, port = address.rpartition(":")
     try:
         return links.connect(host, int(port), CONNECT_S)

@@ -111,7 +111,7 @@ class Finding:
 def notice(
     ranks: Mapping[int, RankWatch], idle_s: float | None, now: float, last_end_at: float = 0.0
 ) -> Finding | None:
-    """What is wrong with the `ranks`, those that have not ended; None where nothing is.
+    """What is wrong with the `ranks`, those that have not ended; None if nothing is.
 
     `last_end_at` is when the latest of the others has ended: those that are left may have waited for it.
     """

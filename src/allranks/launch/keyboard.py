@@ -70,7 +70,7 @@ class Keyboard:
 
 
 def _is_in_foreground() -> bool:
-    """Whether a line that is typed at the terminal is for this process; True where stdin is none."""
+    """Whether a line that is typed at the terminal is for this process; True if stdin is none."""
     try:
         return os.tcgetpgrp(STDIN) == os.getpgrp()
     except OSError:  # no terminal, or not the one that controls this process
@@ -78,7 +78,7 @@ def _is_in_foreground() -> bool:
 
 
 def _read() -> bytes | None:
-    """The next piece, empty at the end; None where there is none just now."""
+    """The next piece, empty at the end; None if there is none just now."""
     try:
         return os.read(STDIN, PIECE_BYTES)
     except BlockingIOError:  # another process has set it to non-blocking, and has perhaps read the piece

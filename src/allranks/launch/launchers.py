@@ -128,7 +128,7 @@ class Launcher:
 def command_line(kind: str, job: Job, binding: Binding, per_rank: Sequence[str]) -> CommandLine:
     """The whole command line that starts `per_rank` in every rank, and the files that it reads.
 
-    `kind` is a key of LAUNCHERS. Raises UserError where this launcher cannot place the ranks like that.
+    `kind` is a key of LAUNCHERS. Raises UserError if this launcher cannot place the ranks like that.
     """
     return LAUNCHERS[kind].command_line(job, binding, per_rank)
 
@@ -200,7 +200,7 @@ def path_of(launcher: str) -> str | None:
 def mpiexec_kind(machine: Machine, installed_here: bool) -> str:
     """Whose options `mpiexec` takes, as a key of LAUNCHERS.
 
-    The machine file says it, or `mpiexec --version`. Raises UserError where neither does.
+    The machine file says it, or `mpiexec --version`. Raises UserError if neither does.
     """
     if machine.mpiexec != "auto":
         return machine.mpiexec

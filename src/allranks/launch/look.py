@@ -72,7 +72,7 @@ def about(pid: int) -> str:
 
 
 def stack(pid: int, page: str) -> str:
-    """The program's Python stack, innermost frame last; empty where nobody can tell it."""
+    """The program's Python stack, innermost frame last; empty if nobody can tell it."""
     written = _written_stack(page)
     if written:
         return written
@@ -84,7 +84,7 @@ def stack(pid: int, page: str) -> str:
 
 
 def _written_stack(page: str) -> str:
-    """The stack that the program has written down itself; empty where it does not offer that."""
+    """The stack that the program has written down itself; empty if it does not offer that."""
     if not page:
         return ""
     with suppress(OSError), Path(page).open("r+b", buffering=0) as memory:
@@ -130,7 +130,7 @@ def _python_first(pid: int) -> Iterator[int]:
 
 
 def _seen_by_py_spy(pid: int) -> str:
-    """The stacks of a Python process's threads; empty where py-spy is not installed or sees none."""
+    """The stacks of a Python process's threads; empty if py-spy is not installed or sees none."""
     beside = Path(sys.executable).with_name("py-spy")
     command = str(beside) if beside.exists() else shutil.which("py-spy")
     if command is None:
@@ -151,7 +151,7 @@ def _seen_by_py_spy(pid: int) -> str:
 
 
 def _text(pid: int, name: str) -> str:
-    """A file of /proc of this process, as text; empty where it cannot be read."""
+    """A file of /proc of this process, as text; empty if it cannot be read."""
     try:
         return Path(f"/proc/{pid}/{name}").read_text(errors="replace").strip()
     except OSError:

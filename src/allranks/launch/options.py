@@ -238,7 +238,7 @@ def parse(made: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argp
 
 
 def check_idle(idle: int | None, program: Sequence[str] | None) -> None:
-    """Raises UserError where --idle is given for a training, which has a watchdog of its own."""
+    """Raises UserError if --idle is given for a training, which has a watchdog of its own."""
     if idle is not None and program is None:
         raise UserError(
             f"--idle {idle} is for a program after `--`: a training has a watchdog of its own, with "

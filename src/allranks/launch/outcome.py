@@ -62,7 +62,7 @@ class Conclusion(NamedTuple):
     """What the user is told about a launch that is over."""
 
     code: int  # the exit code of `allranks launch`
-    sentence: str  # without its full stop; empty where nothing has failed
+    sentence: str  # without its full stop; empty if nothing has failed
     remark: str = ""  # what else the user should know
     host: str = ""  # the host that is to blame, if no rank's end tells it
 
@@ -72,7 +72,7 @@ class Outcome:
     """How a launch went: `code` is 0, or that of the first rank that has failed."""
 
     code: int
-    failure: str  # one line, empty where nothing has failed
+    failure: str  # one line, empty if nothing has failed
     hosts: Mapping[int, str]  # for each rank that has come, its host
     # Hosts of which nothing is heard: no rank has come from there, or all of its ranks are lost.
     gone: tuple[str, ...] = ()
@@ -154,7 +154,7 @@ def hosts_gone(hosts: Sequence[str], ranks: Sequence[Rank]) -> tuple[str, ...]:
 def host_to_blame(known: Evidence) -> str:
     """The host of the first rank that has failed, by its own name.
 
-    Empty where none has failed, and where all ranks of several have failed alike: that is the program's
+    Empty if none has failed, and where all ranks of several have failed alike: that is the program's
     fault, and no host's. A launch that a signal has stopped blames no host either.
     """
     failed = [r for r in known.ranks if r.has_failed]

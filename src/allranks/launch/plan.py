@@ -129,7 +129,7 @@ class Plan:
 def make_plan(
     request: Request, machine: Machine, allocation: Allocation, environ: Mapping[str, str] | None = None
 ) -> Plan:
-    """The command line for this request. Raises UserError where it cannot be had."""
+    """The command line for this request. Raises UserError if it cannot be had."""
     environ = os.environ if environ is None else environ
     hosts = place(request, machine, allocation)
     most_on_a_host = max(host.slots for host in hosts)
@@ -173,7 +173,7 @@ def make_plan(
 
 
 def check_program(program: Sequence[str]) -> None:
-    """Raises UserError where the program, or the script of a Python program, cannot be found."""
+    """Raises UserError if the program, or the script of a Python program, cannot be found."""
     name = program[0]
     if shutil.which(name) is None:
         if Path(name).is_file():
@@ -199,7 +199,7 @@ def _cannot_be_run(name: str) -> UserError:
 
 
 def check_least_ranks(min_ranks: int | None, plan: Plan) -> None:
-    """Raises UserError where --min-ranks asks for more ranks than there are when all hosts are well."""
+    """Raises UserError if --min-ranks asks for more ranks than there are when all hosts are well."""
     if min_ranks is not None and min_ranks > plan.world_size:
         raise UserError(
             f"--min-ranks {min_ranks} is more than the {plan.world_size} rank"
@@ -213,7 +213,7 @@ def check_least_ranks(min_ranks: int | None, plan: Plan) -> None:
 def place(request: Request, machine: Machine, allocation: Allocation) -> tuple[Host, ...]:
     """The hosts to use, each with its number of ranks as `slots`.
 
-    Raises UserError where the allocation does not have what is asked for.
+    Raises UserError if the allocation does not have what is asked for.
     """
     if request.placed:
         return request.placed
@@ -301,7 +301,7 @@ def _spread(ranks: int, hosts: int) -> list[int]:
 
 
 def _per_node(machine: Machine, allocation: Allocation) -> int | None:
-    """Ranks that a node takes by the machine file; None where a chunk of the queue is not a node."""
+    """Ranks that a node takes by the machine file; None if a chunk of the queue is not a node."""
     queue = machine.queues.get(allocation.queue or "")
     if queue and queue.ranks_per_chunk:
         return None
@@ -316,7 +316,7 @@ def _default(host: Host, machine: Machine, allocation: Allocation) -> int:
 
 
 def room_on(host: Host, machine: Machine, allocation: Allocation) -> int | None:
-    """The most ranks that a host takes; None where nobody says (this host, a bare host name)."""
+    """The most ranks that a host takes; None if nobody says (this host, a bare host name)."""
     per_node = _per_node(machine, allocation)
     if allocation.scheduler == "local":
         return None

@@ -351,7 +351,7 @@ def facts() -> dict[str, str]:
 
 
 def device_problem(device: str | None, environ: Mapping[str, str]) -> str:
-    """What is wrong with this rank's GPU, where one is asked for by name; empty where nothing is.
+    """What is wrong with this rank's GPU, where one is asked for by name; empty if nothing is.
 
     The GPU must be there, and must add numbers correctly. device=auto and device=cpu ask for no GPU.
     """
@@ -436,7 +436,7 @@ def add_by_tcp(
 ) -> None:
     """Adds up the ranks' parts through rank 0, which has the `listener`, and checks the sum on each rank.
 
-    Raises UserError where the sum is not right, or where rank 0 cannot be reached.
+    Raises UserError if the sum is not right, or if rank 0 cannot be reached.
     """
     if listener is not None:
         total = _add_up_on_rank_0(size, listener, secret)

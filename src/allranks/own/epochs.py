@@ -202,7 +202,7 @@ class Epochs:
         self._lifecycle.stops.settle()
 
     def _check_first_epochs(self) -> None:
-        """Raises UserError where a loop over run.steps() would take no step, as its epoch is over."""
+        """Raises UserError if a loop over run.steps() would take no step, as its epoch is over."""
         if self._epochs_before is not None:
             raise UserError(
                 "run.steps() is called outside of run.epochs() after the end of an epoch. Without "
@@ -231,7 +231,7 @@ class Epochs:
         return together(shares, len(self._runtime.shares)) if self._lifecycle.is_reproducible else shares
 
     def _check_in_hand(self, share: Dealt) -> None:
-        """Raises UserError where the step has left what it has begun on a batch, or has taken another."""
+        """Raises UserError if the step has left what it has begun on a batch, or has taken another."""
         self._place.check_left_pieces()
         if self._place.in_hand is not share:
             raise UserError(
@@ -243,7 +243,7 @@ class Epochs:
             )
 
     def _check_took_steps(self, dealt: Batches) -> None:
-        """Raises UserError where the source of an epoch's steps has given no batch."""
+        """Raises UserError if the source of an epoch's steps has given no batch."""
         if self._position.epoch_steps:
             return
         if isinstance(dealt.source, Iterator):
@@ -263,7 +263,7 @@ class Epochs:
         )
 
     def _check_source(self, dealt: Batches) -> None:
-        """Raises UserError where the epoch was begun with another source, and goes on in its middle."""
+        """Raises UserError if the epoch was begun with another source, and goes on in its middle."""
         here = dealt.described()
         there = self._kept.source
         if self._position.epoch_steps and there is not None and there != here:

@@ -101,7 +101,7 @@ def check_log(figures: Any, is_of_epoch: bool) -> None:
 
 
 def check_figure(what: str, name: Any, value: Any, remedy: str) -> None:
-    """Raises UserError where a figure has no printable text for a name, or is not one number.
+    """Raises UserError if a figure has no printable text for a name, or is not one number.
 
     `what` is the call that the program has made, and `remedy` ends the message about a value.
     """

@@ -181,7 +181,7 @@ class Lifecycle:
         return Path(self.path)
 
     def check_open(self, what: str) -> None:
-        """Raises UserError where the run has ended; `what` is the call that the program has made."""
+        """Raises UserError if the run has ended; `what` is the call that the program has made."""
         if not self.is_open:
             raise UserError(f"{what} is called after the run has ended: run.finish() is the last call.")
 

@@ -26,7 +26,7 @@ class Measuring:
     """The sums of one pass over batches, on one rank; all ranks have one.
 
     what: the call that the program has made, for messages. names: of the figures, where they are known
-    beforehand; None where the first batch tells them.
+    beforehand; None if the first batch tells them.
     """
 
     def __init__(self, runtime: Runtime, what: str, names: Iterable[str] | None = None) -> None:
@@ -39,7 +39,7 @@ class Measuring:
     def add(self, figures: Mapping[str, Any], share: Dealt | None) -> None:
         """Adds the figures of a batch, each the mean over the examples of this rank's share.
 
-        `share` is what the program has in hand; None where it goes through no batches. Raises UserError for
+        `share` is what the program has in hand; None if it goes through no batches. Raises UserError for
         figures that are no numbers.
         """
         if not isinstance(figures, Mapping):
@@ -68,8 +68,8 @@ class Measuring:
     def means(self, passed: int | None) -> dict[str, float]:
         """The mean of each figure over all examples of all ranks; all ranks call.
 
-        `passed` is a digest of the batches that this rank has gone through, 32 bits; None where the values
-        are of the batch in hand. Raises UserError where there are no examples, and where the ranks have
+        `passed` is a digest of the batches that this rank has gone through, 32 bits; None if the values
+        are of the batch in hand. Raises UserError if there are no examples, and if the ranks have
         different names or digests.
         """
         names = sorted(self._sums)
@@ -88,7 +88,7 @@ class Measuring:
     def _added_up(self, mine: torch.Tensor, passed: int | None) -> list[list[float]]:
         """For each name the two numbers of mine [shares of this rank, 2 * names], added over all ranks.
 
-        Raises UserError, on all ranks, where they have different digests of what they have gone through.
+        Raises UserError, on all ranks, if they have different digests of what they have gone through.
         """
         if self._runtime.world_size == 1 or passed is None:
             return self._runtime.gather(mine).sum(dim=0).view(-1, 2).tolist()
@@ -102,7 +102,7 @@ class Measuring:
         return pairs
 
     def _check_names(self, names: list[str]) -> None:
-        """Raises UserError, on all ranks, where the ranks have different names."""
+        """Raises UserError, on all ranks, if the ranks have different names."""
         if not are_alike(names, self._runtime):
             raise UserError(
                 f"{self.what} has got other names, or no values, on other ranks (here "
@@ -116,8 +116,8 @@ def measured(
 ) -> dict[str, float]:
     """What run.mean() and run.means() find in the values, which the program computes batch by batch.
 
-    All ranks call. Raises UserError where a value is no number, where there are no examples, where the
-    ranks have gone through different batches, and where a step has more or fewer values than shares.
+    All ranks call. Raises UserError if a value is no number, if there are no examples, if the
+    ranks have gone through different batches, and if a step has more or fewer values than shares.
     """
     lifecycle.check_open("run.mean()")
     place.leave_alike()

@@ -31,7 +31,7 @@ class Metric:
 
         `evaluated` gives this rank's share of the batch that the program has in hand. It raises UserError,
         in which its argument names the call, where that is no batch of an evaluation. Raises UserError
-        where `metric` is none of torchmetrics.
+        if `metric` is none of torchmetrics.
         """
         problem = problem_of(metric)
         if problem:
@@ -65,7 +65,7 @@ class Metric:
 
         Returns a float where the metric is one number, and a dict of floats where it is several by name.
         Anything else, such as a confusion matrix, is returned as torchmetrics gives it. Raises UserError
-        where nothing was shown to it, and where it cannot be computed of what was shown.
+        if nothing was shown to it, and if it cannot be computed of what was shown.
         """
         self._runtime.meeting.all_alike(f"{self._called}.compute()", _ALIKE, ALIKE_S)
         seen = self._seen

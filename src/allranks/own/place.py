@@ -86,7 +86,7 @@ class Place:
                 lifecycle.loop.share_buffers()
 
     def check_left_pieces(self) -> None:
-        """Raises UserError where a loop over run.pieces() was left by `break`."""
+        """Raises UserError if a loop over run.pieces() was left by `break`."""
         if self.has_left_pieces:
             raise UserError(
                 "A loop over run.pieces() was left by `break`. The ranks add up their gradients in the "

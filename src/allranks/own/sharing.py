@@ -184,7 +184,7 @@ class Sharing:
 
 
 def _in_order(items: Iterable[Any]) -> Sequence[Any]:
-    """The items as a sequence. Raises UserError where the ranks could not number them alike."""
+    """The items as a sequence. Raises UserError if the ranks could not number them alike."""
     has_no_order = isinstance(items, Mapping | Set)
     if not has_no_order and hasattr(items, "__len__") and hasattr(items, "__getitem__"):
         return items  # type: ignore[return-value]  # such as a Dataset

@@ -78,7 +78,7 @@ class Means:
         self._dtype = sum_dtype(runtime.device)
         self._sums: dict[str, list[torch.Tensor]] = {}  # for each name, the sums of each share
         self.digest = 0  # a hash of the epoch's batches up to now (data.batches.Dealt)
-        # The sums before the step that is under way, of the names that it has changed. None where no step
+        # The sums before the step that is under way, of the names that it has changed. None if no step
         # is left out.
         self._before: dict[str, list[torch.Tensor]] | None = None
         self._is_left_out = False  # whether the figures of this step do not count
@@ -117,7 +117,7 @@ class Means:
     def gather(self) -> dict[str, list[list[float]]]:
         """By name the two numbers of each share of all ranks, in the order of the shares; all ranks call.
 
-        Raises UserError where the ranks have different names, or were given different batches, and where a
+        Raises UserError if the ranks have different names, or were given different batches, and if a
         loss was not finite: then the weights are spoilt, and must not be saved.
         """
         names = sorted(self._sums)
@@ -329,7 +329,7 @@ class KeptObjects:
             states.restore_position(self.position, state)
 
     def _tensors_of(self, name: str, kept: Any) -> Mapping[str, torch.Tensor]:
-        """The saved tensors of one object, by name. Raises KeyError where there are none."""
+        """The saved tensors of one object, by name. Raises KeyError if there are none."""
         if self._shards is not None:
             return _SavedShards(self._shards, name, kept)
         if INDEX not in self._files:
@@ -385,13 +385,13 @@ class KeptObjects:
             ) from error
 
     def loader_state(self) -> Any:
-        """The state of the epoch's loader in the checkpoint, once; None where there is none."""
+        """The state of the epoch's loader in the checkpoint, once; None if there is none."""
         saved = self._saved_loader
         self._saved_loader = None
         return saved
 
     def check_all_kept(self) -> None:
-        """Raises UserError where the checkpoint has an object that the program does not keep."""
+        """Raises UserError if the checkpoint has an object that the program does not keep."""
         if self._saved:
             raise UserError(
                 f"{self._path} holds {some(list(self._saved))}, which this program does not keep: give it "
@@ -475,7 +475,7 @@ def _difference(key: str, here: Mapping[str, Any], saved: Mapping[str, Any]) -> 
 
 
 def _check_keys(here: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Raises ValueError where a model's tensors differ from those of its checkpoint, key by key."""
+    """Raises ValueError if a model's tensors differ from those of its checkpoint, key by key."""
     problems = []
     for key in sorted({*here, *saved}):
         problem = _difference(key, here, saved)

@@ -110,7 +110,7 @@ class Stepping:
         )
 
     def _try(self, model: nn.Module, before: Mapping[str, torch.Tensor]) -> None:
-        """Raises UserError where a model has changed a buffer, in the first share that it has computed.
+        """Raises UserError if a model has changed a buffer, in the first share that it has computed.
 
         `before` are its buffers before that share.
         """
@@ -245,6 +245,6 @@ class Stepping:
         return scaler is None or scaler.get_scale() >= scale
 
     def before_optimizer(self, *_: Any) -> None:
-        """An optimizer calls this before each step. Raises UserError where gradients are not added up."""
+        """An optimizer calls this before each step. Raises UserError if gradients are not added up."""
         if self._place.is_in_shares:
             raise within_pieces("The step of an optimizer")

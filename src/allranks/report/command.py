@@ -33,7 +33,7 @@ PASS_NOT_ENDED = "The test set's part is missing: the pass of the model over it 
 def main(arguments: Sequence[str]) -> int:
     """Runs `allranks report` with these arguments and returns its exit code.
 
-    Raises UserError where a directory has nothing of a run, or where the page cannot be written.
+    Raises UserError if a directory has nothing of a run, or if the page cannot be written.
     """
     parser = argparse.ArgumentParser(
         prog="allranks report",

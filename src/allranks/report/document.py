@@ -72,7 +72,7 @@ def headline(figures: Sequence[tuple[str, str, str]]) -> Html:
 
 
 def note(sentences: Sequence[str]) -> Html:
-    """A box with sentences on what cannot be shown; nothing where there is none."""
+    """A box with sentences on what cannot be shown; nothing if there is none."""
     if not sentences:
         return NOTHING
     return tag("div", *(tag("p", sentence) for sentence in sentences), class_="note")

@@ -46,7 +46,7 @@ class Example:
     """One example of the data, and what the model says of it."""
 
     position: int  # in the training set or the test set, from 0
-    image: np.ndarray | None  # [channels, height, width] of 0..1; None where the examples are no images
+    image: np.ndarray | None  # [channels, height, width] of 0..1; None if the examples are no images
     label: str
     predicted: str = ""  # empty for a training example, for which no prediction is made
     probability: float | None = None  # the probability of the predicted class, in percent
@@ -67,7 +67,7 @@ class Examined:
     loss: float  # mean over the test set
     accuracy: float  # percent
     classes: Sequence[str]  # names
-    confusion: np.ndarray  # int64 [true class, predicted class]; empty where there are too many classes
+    confusion: np.ndarray  # int64 [true class, predicted class]; empty if there are too many classes
     per_class: Sequence[ClassFigures]
     training_digits: Sequence[Example]  # the first ones of the training set
     predictions: Sequence[Example]  # the predictions for the first test examples

@@ -91,7 +91,7 @@ class RunFacts:
 
     @property
     def epochs_planned(self) -> int | None:
-        """How many epochs the run is to have; None where that is not known.
+        """How many epochs the run is to have; None if that is not known.
 
         A run notes it when it starts. Before, its configuration tells it, unless its loop is a program's
         own: such a configuration has no model.
@@ -103,7 +103,7 @@ class RunFacts:
 
     @property
     def world_size(self) -> int | None:
-        """The number of ranks; None where that is not known."""
+        """The number of ranks; None if that is not known."""
         return as_whole(self.summary.get("world_size", self.environment.get("world_size")))
 
     @cached_property
@@ -120,7 +120,7 @@ class RunFacts:
 
     @cached_property
     def ranks_of_lines(self) -> list[int | None]:
-        """On how many ranks each line was measured; None where that is not known.
+        """On how many ranks each line was measured; None if that is not known.
 
         A run may go on with another number of ranks. events.jsonl has this number for each resume. For the
         first start it has the number only if that start was stopped in order; if it was killed, the number
@@ -174,11 +174,11 @@ class RunFacts:
         return metric_names.results_in(self.summary)
 
     def column(self, figure: str) -> list[float | None]:
-        """One figure, such as `val/loss`, in each line; None where it is missing or not finite."""
+        """One figure, such as `val/loss`, in each line; None if it is missing or not finite."""
         return [line.get(figure) for line in self.epochs]
 
     def last(self, figure: str) -> float | None:
-        """One figure in the newest line; None where there is none."""
+        """One figure in the newest line; None if there is none."""
         return self.epochs[-1].get(figure) if self.epochs else None
 
 
@@ -214,7 +214,7 @@ def gather(directory: str | Path, state: str | None = None) -> RunFacts:
 
 
 def _names(path: Path) -> set[str]:
-    """The names of what is in the directory. Raises UserError where it cannot be listed."""
+    """The names of what is in the directory. Raises UserError if it cannot be listed."""
     try:
         return {entry.name for entry in path.iterdir()}
     except OSError as error:
@@ -355,7 +355,7 @@ def _events(path: Path, problems: list[str]) -> list[Event]:
 
 
 def _text(path: Path, problems: list[str]) -> str | None:
-    """What a file holds; None where it is missing or cannot be read."""
+    """What a file holds; None if it is missing or cannot be read."""
     try:
         return path.read_text(errors="replace")
     except FileNotFoundError:
@@ -366,7 +366,7 @@ def _text(path: Path, problems: list[str]) -> str | None:
 
 
 def _json_file(path: Path, problems: list[str]) -> dict[str, Any]:
-    """The JSON object in a file; empty where it is missing or cannot be read."""
+    """The JSON object in a file; empty if it is missing or cannot be read."""
     text = _text(path, problems)
     if text is None:
         return {}
@@ -395,7 +395,7 @@ def _json_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
 
 
 def _json_object(text: str) -> dict[str, Any] | None:
-    """The JSON object in a text; None where the text is something else."""
+    """The JSON object in a text; None if the text is something else."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):

@@ -149,7 +149,7 @@ def _heading(each: Curves, column: Column) -> str:
 
 
 def _not_drawn(facts: RunFacts) -> Html | None:
-    """A sentence that names the quantities for which the page has no room; None where there are none."""
+    """A sentence that names the quantities for which the page has no room; None if there are none."""
     others = list(metric_names.by_quantity(facts.metrics))[curves.MOST_QUANTITIES :]
     return tag("p", f"Only in metrics.jsonl: {some(others)}.") if others else None
 
@@ -218,7 +218,7 @@ def _chart_or_table(picture: Picture | None, numbers: Html) -> Html:
 
 
 def _table_of_operations(profile: Mapping[str, Any]) -> Html | None:
-    """The operations that took longest in a run with profile=true; None where there is no such table."""
+    """The operations that took longest in a run with profile=true; None if there is no such table."""
     found = profile.get("rows")
     rows = [row for row in (found if isinstance(found, list) else []) if isinstance(row, dict)]
     if not rows:

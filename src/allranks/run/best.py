@@ -63,7 +63,7 @@ def best_of(history: Sequence[Mapping[str, Any]], rule: Rule) -> Mapping[str, An
 
 
 def value_of(line: Mapping[str, Any], rule: Rule) -> float | None:
-    """The value by which a line is compared; None where it is missing, or no finite number."""
+    """The value by which a line is compared; None if it is missing, or no finite number."""
     return as_number(line.get(rule.metric))
 
 

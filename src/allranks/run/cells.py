@@ -106,7 +106,7 @@ def make_cells(directory: str, found: Sequence[Cell]) -> None:
     """Makes the directories of the cells in `directory`, each with its configuration frozen in it.
 
     A cell that is there from an earlier start stays; if it is not finished, its configuration is frozen
-    anew. Raises UserError where that is another configuration's run, or one that is under way.
+    anew. Raises UserError if that is another configuration's run, or one that is under way.
     """
     for cell in found:
         decisive = configs.decisive_values(cell.config)
@@ -150,7 +150,7 @@ def write_list(sweep: str, found: Sequence[Cell], job_ids: Sequence[str | None] 
 
     A list that is there keeps its other cells, as of an earlier start with more values, and the job ids of
     cells that have no new one. `job_ids` has an id, or None, for each of the cells; empty stands for no
-    ids. Raises OSError where the list cannot be read or written.
+    ids. Raises OSError if the list cannot be read or written.
     """
     path = Path(sweep) / CELLS
     before = {_name_of(about): about for about in _lines_of(path)}
@@ -257,7 +257,7 @@ def runs_below(root: str | Path) -> Iterator[Path]:
 def frozen_cells(directory: str) -> tuple[str, list[Cell]]:
     """(directory, its one cell) of a run directory that is there, with the configuration frozen in it.
 
-    Raises UserError where there is none, and where it is not the file that a job was submitted for.
+    Raises UserError if there is none, and if it is not the file that a job was submitted for.
     """
     absolute = compose.whole_run_dir(directory)
     path = Path(absolute) / rundir.CONFIG
@@ -270,9 +270,9 @@ def frozen_cells(directory: str) -> tuple[str, list[Cell]]:
 
 
 def read_job(path: Path) -> dict[str, Any]:
-    """What a job.json says; empty where there is none, or where it is another program's.
+    """What a job.json says; empty if there is none, or where it is another program's.
 
-    Its ids are texts, whatever the file makes of them. Raises UserError where it cannot be read.
+    Its ids are texts, whatever the file makes of them. Raises UserError if it cannot be read.
     """
     try:
         found = json.loads(path.read_text())
@@ -292,7 +292,7 @@ def is_finished(directory: str | Path) -> bool:
 
 
 def text_of(path: Path) -> str:
-    """What a file holds, without blanks around it; empty where there is no file."""
+    """What a file holds, without blanks around it; empty if there is no file."""
     try:
         return path.read_text(errors="replace").strip()
     except (FileNotFoundError, NotADirectoryError):

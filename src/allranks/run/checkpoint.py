@@ -59,7 +59,7 @@ class Found(NamedTuple):
     """The newest checkpoint that could be read and verified, and what was seen on the way to it."""
 
     path: Path | None  # None where there is no such checkpoint
-    files: dict[str, bytes]  # its verified files by name; empty where there is none
+    files: dict[str, bytes]  # its verified files by name; empty if there is none
     passed_over: list[str]  # a line for each newer checkpoint that is damaged or cannot be read
 
 
@@ -77,7 +77,7 @@ def path_of(run_dir: str | Path, step: int) -> Path:
 
 
 def step_of(path: str | Path) -> int | None:
-    """The step in the name of a checkpoint's folder; None where the name is not one of a checkpoint."""
+    """The step in the name of a checkpoint's folder; None if the name is not one of a checkpoint."""
     name = Path(path).name
     match = _STEP_NAME.fullmatch(name)
     if match is None:
@@ -87,7 +87,7 @@ def step_of(path: str | Path) -> int | None:
 
 
 def in_folder(path: str | Path) -> dict[int, Path]:
-    """What stands under the name of a checkpoint in this folder, by step; empty where there is no folder.
+    """What stands under the name of a checkpoint in this folder, by step; empty if there is no folder.
 
     A link or a file in the place of a checkpoint is listed too: read() says that it is damaged. Raises
     OSError where the folder cannot be read.
@@ -196,7 +196,7 @@ def publish(
 def _put_back(aside: Path) -> None:
     """Moves a checkpoint that publish() has moved aside back to its place, if nothing stands there.
 
-    Raises OSError where the file system fails: then the checkpoint stays where it is, for sweep_up().
+    Raises OSError if the file system fails: then the checkpoint stays where it is, for sweep_up().
     """
     for moved in in_folder(aside).values():
         place = aside.parent / moved.name
@@ -238,7 +238,7 @@ def sweep_up(run_dir: str | Path) -> None:
     The new owner of the run directory calls this, once it has the claim. If an earlier writer was only
     suspended and wakes up again, it finds its folder gone and cannot publish its checkpoint. A checkpoint
     that a writer had moved aside, and that nothing has replaced, goes back to its place. Raises OSError
-    where that fails.
+    if that fails.
     """
     for left in folder(run_dir).glob(".*.tmp"):
         if left.name.endswith(_ASIDE):
@@ -298,7 +298,7 @@ def read(path: str | Path, after_piece: Callable[[], None] | None = None) -> dic
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[int]:
-    """A descriptor of the folder, which is no link. Raises Damaged where there is no such folder."""
+    """A descriptor of the folder, which is no link. Raises Damaged if there is no such folder."""
     try:
         directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as error:
@@ -337,7 +337,7 @@ def read_some(path: str | Path, names: Collection[str]) -> dict[str, bytes]:
 def check(path: str | Path, names: Collection[str], after_piece: Callable[[], None] | None = None) -> None:
     """Reads these files of the checkpoint, which may be large, and keeps nothing of them.
 
-    Raises Damaged where one is not what was written, and OSError where it cannot be read.
+    Raises Damaged if one is not what was written, and OSError where it cannot be read.
     """
     about = listed(path)
     with _opened(path) as directory:
@@ -355,7 +355,7 @@ def newest_valid(run_dir: str | Path, after_piece: Callable[[], None] | None = N
 
     One that the file system does not give is passed over as well: training again from an earlier one
     computes the same, and the file that may be readable later is left as it is. `after_piece` is called as
-    by read(). Raises OSError where the folder with the checkpoints cannot be listed.
+    by read(). Raises OSError if the folder with the checkpoints cannot be listed.
     """
     passed_over: list[str] = []
     for step in steps(run_dir):
@@ -372,7 +372,7 @@ def newest_valid(run_dir: str | Path, after_piece: Callable[[], None] | None = N
 def find_at(path: str | Path, after_piece: Callable[[], None] | None = None) -> Found:
     """The checkpoint in this folder, or the newest valid one of the run whose directory it is.
 
-    Raises Damaged where the folder is a checkpoint that is not as it was written, and OSError where the
+    Raises Damaged if the folder is a checkpoint that is not as it was written, and OSError where the
     file system does not give what is there. `after_piece` is called as by read().
     """
     if (Path(path) / MANIFEST).exists():
@@ -437,7 +437,7 @@ def _verified(
 
 
 def _compare(name: str, size: int, sha256: str, about: About) -> None:
-    """Raises Damaged where a file's size and sha256 are not those of the manifest."""
+    """Raises Damaged if a file's size and sha256 are not those of the manifest."""
     if size != about.size:
         raise Damaged(f"{name}: it has {size:,} bytes, not {about.size:,}")
     if sha256 != about.sha256:

@@ -91,7 +91,7 @@ class Claim:
         """Makes this process the owner of the run directory.
 
         Watches an owner that is there already for up to SILENT_S seconds, and calls `looking` each time it
-        looks, to show that it does not hang. Raises UserError where that owner is alive, or where the
+        looks, to show that it does not hang. Raises UserError if that owner is alive, or if the
         directory cannot be written.
         """
         directory = Path(run_dir).absolute()
@@ -206,9 +206,9 @@ def _in_use(owner: _Owner) -> UserError:
 
 
 def _try_to_take(directory: Path, me: Mapping[str, Any], looking: Callable[[], None]) -> Path | None:
-    """This process's own file where it has become the owner; None where others changed something meanwhile.
+    """This process's own file where it has become the owner; None if others changed something meanwhile.
 
-    None means: look at everything anew. Raises UserError where another owner is alive.
+    None means: look at everything anew. Raises UserError if another owner is alive.
     """
     # 1. Every owner that has a file here must be gone.
     gone = _owners(directory)
@@ -250,7 +250,7 @@ def _try_to_take(directory: Path, me: Mapping[str, Any], looking: Callable[[], N
 def _is_gone(owner: _Owner, me: Mapping[str, Any], looking: Callable[[], None]) -> bool:
     """Whether this owner may be replaced, which takes up to SILENT_S seconds to find out.
 
-    False where its file has changed hands meanwhile. Raises UserError where the owner is alive.
+    False if its file has changed hands meanwhile. Raises UserError if the owner is alive.
     """
     began = time.monotonic()
     is_told = False
@@ -293,7 +293,7 @@ def _verdict(seen: _Owner, now: _Owner | None, watched_s: float) -> OwnerState:
 
 
 def _known_end(owner: Mapping[str, Any], me: Mapping[str, Any]) -> str | None:
-    """Why the owner must have ended, from what its file says; None where only its heartbeat can tell."""
+    """Why the owner must have ended, from what its file says; None if only its heartbeat can tell."""
 
     def is_same(name: str) -> bool:
         return owner.get(name) is not None and owner[name] == me[name]
@@ -336,7 +336,7 @@ def _owners(directory: Path) -> Sequence[_Owner]:
 
 
 def _read(path: Path) -> _Owner | None:
-    """What an owner's file says now; None where there is no such file.
+    """What an owner's file says now; None if there is no such file.
 
     The file is opened anew each time, because that makes a network file system ask its server.
     """

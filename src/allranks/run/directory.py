@@ -39,7 +39,7 @@ class Standing(str, enum.Enum):
 def choose(directory: str | None, name: str) -> str:
     """The directory that a run will use: `directory`, or runs/<name>/<UTC time>-<job id or random>.
 
-    Checks that it can be used, and makes nothing yet. Raises UserError where it cannot.
+    Checks that it can be used, and makes nothing yet. Raises UserError if it cannot.
     """
     if directory is None:
         stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
@@ -55,7 +55,7 @@ def choose(directory: str | None, name: str) -> str:
 
 
 def _check(path: Path) -> None:
-    """Raises UserError where the path cannot become, or is not, the directory of a run."""
+    """Raises UserError if the path cannot become, or is not, the directory of a run."""
     if path.exists() and not path.is_dir():
         raise UserError(f"run.dir={path} is a file: give a directory that does not exist yet.")
     if _is_used(path) and not (path / CONFIG).exists():
@@ -76,7 +76,7 @@ def find(given: str | None, name: str, decisive: Mapping[str, Any], resume: str)
 
     `given` is the directory that the user has named, if any; else a new one is chosen below runs/<name>.
     `decisive` holds the values that decide what the run computes (config.decisive_values), `resume` is the
-    key of that name. Raises UserError where the directory cannot be used, or where `resume` names a path
+    key of that name. Raises UserError if the directory cannot be used, or if `resume` names a path
     that is not there.
     """
     directory = choose(given, name)
@@ -95,8 +95,8 @@ def find(given: str | None, name: str, decisive: Mapping[str, Any], resume: str)
 def standing(directory: str, decisive: Mapping[str, Any], resume: str) -> Standing:
     """How far the run with these decisive values (config.decisive_values) has come in the directory.
 
-    Raises UserError where the directory holds the run of another configuration, where it holds an
-    unfinished run and resume=never says that nothing is to be resumed, or where it cannot be read.
+    Raises UserError if the directory holds the run of another configuration, if it holds an
+    unfinished run and resume=never says that nothing is to be resumed, or if it cannot be read.
     """
     try:
         return _standing(Path(directory), decisive, resume)

@@ -86,7 +86,7 @@ def main_quantity(names: Iterable[str]) -> str:
 
 
 def higher_is_better(name: str) -> bool | None:
-    """Whether a high value of this metric is the better one; None where its name does not tell."""
+    """Whether a high value of this metric is the better one; None if its name does not tell."""
     words = set(re.split(r"[^a-z0-9]+", quantity_of(name).lower()))
     if "likelihood" in words and words & {"neg", "negative"}:
         return False
@@ -96,7 +96,7 @@ def higher_is_better(name: str) -> bool | None:
 
 
 def unit_of(name: str, names: Iterable[str]) -> str:
-    """The unit of a metric in a training that has the metrics `names`; empty where none is known.
+    """The unit of a metric in a training that has the metrics `names`; empty if none is known.
 
     An accuracy is in percent. The loss is in nats where there is an accuracy: then it is a cross entropy.
     """

@@ -27,7 +27,7 @@ def read(directory: str | Path) -> int:
 def add(directory: str | Path, calls: int) -> None:
     """Notes that the program has made so many calls more. A program that makes none gets no file.
 
-    Raises OSError where the file cannot be written.
+    Raises OSError if the file cannot be written.
     """
     if calls:
         files.write_json(Path(directory) / NAME, {"calls": read(directory) + calls})

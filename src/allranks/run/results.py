@@ -49,7 +49,7 @@ OTHER_FIGURES = ("epochs", "val", "test")
 def figures(directory: str | Path) -> Figures:
     """The figures of a run: from metrics.jsonl and, if it is finished, from summary.json.
 
-    Raises OSError where one of these files is there and cannot be read.
+    Raises OSError if one of these files is there and cannot be read.
     """
     lines = map(_json_object, text_of(Path(directory) / METRICS).splitlines())
     epochs = [line for line in lines if line]  # the last line may be half written

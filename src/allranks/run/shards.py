@@ -95,7 +95,7 @@ class Index:
             raise Damaged(f"{INDEX}: it is not as it was written ({error})") from error
 
     def _check(self) -> None:
-        """Raises ValueError where the numbers cannot be those of a checkpoint: they may say anything."""
+        """Raises ValueError if the numbers cannot be those of a checkpoint: they may say anything."""
         if not 0 < self.ranks <= MOST_RANKS:
             raise ValueError(f"it is of {self.ranks} ranks")
         for of_part in self.tensors.values():
@@ -148,7 +148,7 @@ def header(tensors: Sequence[tuple[str, str, Sequence[int]]]) -> bytes:
 def assembled(files: Mapping[str, bytes]) -> Mapping[str, bytes]:
     """The files of a checkpoint that was saved in one piece, from those of one in shards.
 
-    Files that are in one piece are returned as they are. Raises Damaged where the shards do not go
+    Files that are in one piece are returned as they are. Raises Damaged if the shards do not go
     together.
     """
     if INDEX not in files:

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     """Runs `allranks checkpoint` with these arguments and returns its exit code.
 
     `list` returns 0 whatever it finds. `verify` returns 1 where a checkpoint is damaged, and `show` where
-    none is left to show. Raises UserError where there is no checkpoint at PATH.
+    none is left to show. Raises UserError if there is no checkpoint at PATH.
     """
     commands = (
         _Command("list", _list, "list them: step, epoch, a metric, size, and whether each is valid"),
@@ -223,7 +223,7 @@ def _print_contents(path: Path, contents: _Contents) -> None:
 
 
 def _state(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """What state.json holds; empty where it is not as ours."""
+    """What state.json holds; empty if it is not as ours."""
     try:
         state = checkpoint.from_json("state.json", files.get("state.json", b""))
     except Damaged:

@@ -31,7 +31,7 @@ class Seen:
     """What can be seen of a run from outside, and from which its state follows."""
 
     is_finished: bool = False
-    queue_state: str = ""  # the scheduler's word for the run's job; empty where none is in the queue
+    queue_state: str = ""  # the scheduler's word for the run's job; empty if none is in the queue
     next_job: str = ""  # the job with that state
     exit_code: str = ""  # the exit code that the last job's script has noted; empty if it could not
     why_ended: str = ""  # why the scheduler has ended the last job, in its own words
@@ -130,7 +130,7 @@ def queue_states(jobs: Sequence[dict[str, Any]], warn: Callable[[str], None]) ->
 
 
 def _why_ended(directory: Path, job: dict[str, Any]) -> str:
-    """The scheduler's words; empty where it has said nothing, or is one that nobody knows."""
+    """The scheduler's words; empty if it has said nothing, or is one that nobody knows."""
     kind = _kind_of(job)
     return kind.why_ended(directory, job["job_ids"]) if kind else ""
 

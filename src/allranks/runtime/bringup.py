@@ -348,7 +348,7 @@ def _must_agree(
 def agreement(equipments: Sequence[Equipment]) -> list[Agreement]:
     """What the ranks go on with.
 
-    Raises UserError where ranks have devices of different types, which no collective can connect, and where
+    Raises UserError if ranks have devices of different types, which no collective can connect, and if
     two ranks are on one device, unless that is asked for.
     """
     _raise_errors([equipment.error for equipment in equipments])
@@ -406,7 +406,7 @@ class PickedDevice(NamedTuple):
 
 
 def pick_device(wanted: str, place: Place) -> PickedDevice:
-    """This rank's device for `device=wanted`. Raises UserError where this host has no such device."""
+    """This rank's device for `device=wanted`. Raises UserError if this host has no such device."""
     available = [name for name in ("cuda", "xpu", "mps") if is_available(name)]
     kind = wanted
     if wanted == "auto":
@@ -456,7 +456,7 @@ def _set_determinism(is_wanted: bool) -> None:
 
 
 def _check_virtual_ranks(virtual_ranks: int | None, world_size: int) -> None:
-    """Raises UserError where the virtual ranks of a reproducible run cannot be dealt out evenly."""
+    """Raises UserError if the virtual ranks of a reproducible run cannot be dealt out evenly."""
     if virtual_ranks is not None and virtual_ranks % world_size:
         raise UserError(
             f"The ranks of a reproducible run share out trainer.virtual_ranks={virtual_ranks}: start a "

@@ -32,7 +32,7 @@ _UNIT_S = 1e-6  # the unit in which the ranks tell each other their times
 
 
 def compare_ranks(runtime: Runtime, model: torch.nn.Module) -> None:
-    """Raises RunError, on all ranks, where the ranks' parameters differ; warns of a rank that is slow.
+    """Raises RunError, on all ranks, if the ranks' parameters differ; warns of a rank that is slow.
 
     All ranks call, before anything of the epoch is saved. The times are those since the last call.
     """

@@ -45,7 +45,7 @@ class Installation(NamedTuple):
 
     @property
     def problem(self) -> str:
-        """Why it cannot bring the ranks up, in words; empty where it can."""
+        """Why it cannot bring the ranks up, in words; empty if it can."""
         return {
             "real": "",
             "too old": f"the installed ezpz {self.version or ''} is too old: before 0.12 it asks MPI alone "
@@ -91,7 +91,7 @@ def _metadata() -> tuple[bool, str | None]:
 def chosen(runtime: str, rank: int) -> bool:
     """Whether ezpz brings the ranks up, by the configuration's `runtime`.
 
-    Raises UserError where it is asked for but cannot. With runtime=auto rank 0 warns of an ezpz that is
+    Raises UserError if it is asked for but cannot. With runtime=auto rank 0 warns of an ezpz that is
     there and of no use.
     """
     if runtime == "native":
@@ -123,7 +123,7 @@ def start(
     variables has traps (docs/ranks.md). It joins a store that rank 0 serves for this run, as a client, the
     way a worker joins torchrun's.
 
-    Raises UserError where ezpz, or the MPI that it needs for several ranks, cannot be loaded.
+    Raises UserError if ezpz, or the MPI that it needs for several ranks, cannot be loaded.
     """
     from allranks.runtime.meeting import serve
 

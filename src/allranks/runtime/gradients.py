@@ -29,7 +29,7 @@ class BucketSum:
     """What the hooks of one model in DDP work with, and what they remember."""
 
     progress: Progress
-    comm: Any  # MPI's communicator of all ranks; None where torch's process group adds up
+    comm: Any  # MPI's communicator of all ranks; None if torch's process group adds up
     # Whether the last bucket has come since left_out() was called. DDP hands its buckets to the hook in
     # their order, and each only once all its gradients are there.
     has_last: bool = False

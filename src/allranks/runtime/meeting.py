@@ -150,7 +150,7 @@ class Meeting:
         self.store.set(f"told/{key}", json.dumps(value))
 
     def heard(self, key: str) -> Any:
-        """What a rank has told under this key; None where it has not yet. Reading removes it."""
+        """What a rank has told under this key; None if it has not yet. Reading removes it."""
         assert self.store is not None
         if not self.store.check([f"told/{key}"]):
             return None
@@ -176,7 +176,7 @@ class Meeting:
                 present = store.add("left", 0)
 
     def _wait_for(self, store: Store, key: str, from_rank: int) -> Any:
-        """What a rank has written down, once it has. Raises UserError where rank 0's store has gone."""
+        """What a rank has written down, once it has. Raises UserError if rank 0's store has gone."""
         from torch.distributed import DistError
 
         try:
@@ -213,7 +213,7 @@ def open_meeting(identity: RankIdentity, comm: Any, run: int, progress: Progress
     """Opens the meeting of a run; `run` counts the runs of this process, so that sweeps do not mix.
 
     `comm` is MPI's communicator where MPI started the ranks, else None. Sets MASTER_ADDR and MASTER_PORT to
-    where the store is served. Raises UserError where the ranks cannot find each other.
+    where the store is served. Raises UserError if the ranks cannot find each other.
     """
     from torch.distributed import PrefixStore
 
@@ -294,7 +294,7 @@ def _serve_for(hosts: Sequence[mpi.Host], world_size: int) -> tuple[Store | None
 def _address(hosts: Sequence[str]) -> str:
     """Where ranks on other hosts reach this one, which is rank 0's.
 
-    `hosts` are the names of all ranks' hosts. Raises UserError where they lead nowhere.
+    `hosts` are the names of all ranks' hosts. Raises UserError if they lead nowhere.
     """
     from allranks.job.hosts import address_for
 
@@ -361,7 +361,7 @@ def _join_env(identity: RankIdentity, progress: Progress) -> Store:
 
 
 def _connect(address: str, port: int, rank: int, world_size: int, progress: Progress) -> Store:
-    """The store that rank 0 serves. Raises UserError where nobody does within watchdog.start_s."""
+    """The store that rank 0 serves. Raises UserError if nobody does within watchdog.start_s."""
     from torch.distributed import TCPStore
 
     start_s = progress.limits.start_s

@@ -119,7 +119,7 @@ def do_not_start_at_import() -> None:
 def start_alone() -> None:
     """Starts MPI in a process that no MPI launcher has started: it is rank 0 of 1 in MPI's eyes.
 
-    Raises ImportError or RuntimeError where mpi4py or its MPI library is missing.
+    Raises ImportError or RuntimeError if mpi4py or its MPI library is missing.
     """
     MPI = _mpi()
     if not MPI.Is_initialized():
@@ -160,7 +160,7 @@ def broadcast_text(comm: Any, text: str) -> str:
 
 
 def at_work() -> bool:
-    """True where this process is one of several ranks of a running MPI job. Imports nothing."""
+    """True if this process is one of several ranks of a running MPI job. Imports nothing."""
     mpi = sys.modules.get("mpi4py.MPI")
     return bool(mpi and mpi.Is_initialized() and not mpi.Is_finalized() and mpi.COMM_WORLD.size > 1)
 

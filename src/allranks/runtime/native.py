@@ -40,7 +40,7 @@ def backends() -> list[str]:
 
 
 def check_backend(name: str, device: str) -> None:
-    """Raises UserError where this torch cannot carry collectives by the backend, which the device needs."""
+    """Raises UserError if this torch cannot carry collectives by the backend, which the device needs."""
     if not dist.is_available() or not _is_available(name):
         raise UserError(
             f"device={device} with several ranks needs torch's backend {name}, which this torch "

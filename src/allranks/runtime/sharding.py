@@ -123,7 +123,7 @@ def shard(
 
     `make` draws the first weights from torch's generator, which stands the same on all ranks. `model_is`
     names the model in messages. Floating-point weights get the type `dtype`, unless that is None. `check`
-    is called with the model before its weights are made. Raises UserError where it cannot be spread.
+    is called with the model before its weights are made. Raises UserError if it cannot be spread.
     """
     from allranks.runtime.deferred import build
 
@@ -266,7 +266,7 @@ def _large_members(module: nn.Module, least: int) -> Iterator[nn.Module]:
 
 
 def _refuse_scalars(model: nn.Module, model_is: str) -> None:
-    """Raises UserError where a parameter has no dimension along which it could be cut."""
+    """Raises UserError if a parameter has no dimension along which it could be cut."""
     for name, parameter in model.named_parameters():
         if parameter.dim() == 0:
             raise UserError(
@@ -276,7 +276,7 @@ def _refuse_scalars(model: nn.Module, model_is: str) -> None:
 
 
 def _refuse_shared(model: nn.Module, blocks: Sequence[nn.Module], model_is: str) -> None:
-    """Raises UserError where one weight stands in two blocks, of which each would cut it by itself."""
+    """Raises UserError if one weight stands in two blocks, of which each would cut it by itself."""
     owners: dict[int, tuple[nn.Module, str]] = {}  # from a parameter to its block, and its name there
     named = dict(model.named_modules(remove_duplicate=False))
     for path, module in named.items():

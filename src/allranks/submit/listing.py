@@ -23,7 +23,7 @@ from allranks.run.states import RunState, states_of
 def listed(root: str, warn: Callable[[str], None]) -> list[dict[str, Any]]:
     """Every run below `root`: its state, job, epochs, metrics, directory and overrides.
 
-    `warn` is called with a sentence for each record that cannot be read. Raises UserError where `root` is
+    `warn` is called with a sentence for each record that cannot be read. Raises UserError if `root` is
     no folder.
     """
     if not Path(root).is_dir():
@@ -93,7 +93,7 @@ def _jobs_of(run: str, kind: Scheduler, own: Sequence[str]) -> Jobs:
 def cancelled(run: str) -> list[str]:
     """Ends the jobs of a run directory, of a sweep's, or of a cell's; their ids.
 
-    A sweep's jobs are its array, and those by which cells have gone on. Raises UserError where there is
+    A sweep's jobs are its array, and those by which cells have gone on. Raises UserError if there is
     nothing to end.
     """
     if not run:  # as of a shell's variable that is not set; Python takes it for the present directory

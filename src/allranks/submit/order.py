@@ -39,13 +39,13 @@ class Order:
 
     @property
     def walltime_s(self) -> int | None:
-        """The walltime in seconds; None where none was given."""
+        """The walltime in seconds; None if none was given."""
         return None if self.walltime is None else seconds(self.walltime)
 
     def launch_words(self, job_nodes: int | None = None) -> list[str]:
         """The options of the `allranks launch` that its job starts; what is a default there is left out.
 
-        `job_nodes` are the hosts that the job must have got, None where that does not matter.
+        `job_nodes` are the hosts that the job must have got, None if that does not matter.
         """
         values = asdict(self) | {"job_nodes": job_nodes if self.nodes > 1 else None}
         values["launcher"] = None if self.launcher == "auto" else self.launcher

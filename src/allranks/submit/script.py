@@ -108,7 +108,7 @@ def request(order: Order, machine: Machine, directory: str, cells: int = 0) -> J
 
 
 def has_own_hosts(order: Order, machine: Machine) -> bool:
-    """Whether each node that is asked for is a host; False where the queue deals in parts of a host."""
+    """Whether each node that is asked for is a host; False if the queue deals in parts of a host."""
     queue = machine.queues.get(order.queue or "")
     return not (queue and queue.ranks_per_chunk)
 

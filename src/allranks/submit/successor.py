@@ -43,7 +43,7 @@ def go_on(directory: str) -> int:
     """Queues the job that goes on with the run, if it takes one; the exit code of this job's script.
 
     A run that is finished needs none: what is left of its chain is cancelled. A run with a later job in
-    the queue needs none. Raises UserError where none can be queued, RunStuck where none would help.
+    the queue needs none. Raises UserError if none can be queued, RunStuck where none would help.
     """
     job, me = read_job(Path(directory) / JOB), scheduler.this_job(os.environ)
     if not job or me is None:

@@ -182,7 +182,7 @@ def task_again(run: str, given: Mapping[str, Any], must_be_idle: bool) -> Task:
 def _asked_before(job: Mapping[str, Any], path: Path) -> tuple[Order, tuple[str, ...]]:
     """The order and the program (empty for a training) that the job.json at `path` keeps.
 
-    Raises UserError where it is not as this version of allranks writes it.
+    Raises UserError if it is not as this version of allranks writes it.
     """
     try:
         asked = job["order"]
@@ -196,7 +196,7 @@ def _asked_before(job: Mapping[str, Any], path: Path) -> tuple[Order, tuple[str,
 
 
 def check_idle(task: Task) -> None:
-    """Raises UserError where the task's directory, or a cell of it, still has a job or a run by hand."""
+    """Raises UserError if the task's directory, or a cell of it, still has a job or a run by hand."""
     ids: list[str] = []
     directories = (task.directory, *(cell.directory for cell in task.cells))
     for directory in directories:
@@ -326,7 +326,7 @@ def _plan(order: Order, known: Machine, program: Sequence[str]) -> Plan:
 
 
 def _check_program(program: Sequence[str], known: Machine) -> None:
-    """Raises UserError where the program is not there, as far as that can be told here: modules that the
+    """Raises UserError if the program is not there, as far as that can be told here: modules that the
     machine's setup loads in the job may bring it.
     """
     if known.setup and "/" not in program[0] and shutil.which(program[0]) is None:
@@ -335,7 +335,7 @@ def _check_program(program: Sequence[str], known: Machine) -> None:
 
 
 def _check_shared(task: Task) -> None:
-    """Raises UserError where only this node would see the run directory."""
+    """Raises UserError if only this node would see the run directory."""
     nodes = len(task.plan.hosts) + len(task.plan.spares)
     if nodes == 1:
         return
@@ -348,7 +348,7 @@ def _check_shared(task: Task) -> None:
 
 
 def local_place(directory: str) -> str | None:
-    """The folder or file system of a directory that each node has for itself; None where none is known."""
+    """The folder or file system of a directory that each node has for itself; None if none is known."""
     path = Path(directory).resolve()
     place = next((place for place in NODE_LOCAL if path.is_relative_to(place)), None)
     if place is not None:

@@ -42,7 +42,7 @@ class Trackers:
         """`section` is the configuration's `tracker`: each key but `every_steps` names a tracker."""
         self._sections = {name: values for name, values in section.items() if name != "every_steps"}
         self.names = list(self._sections)
-        # One step in so many is recorded for the trackers; None where they want none.
+        # One step in so many is recorded for the trackers; None if they want none.
         self.every_steps: int | None = section.get("every_steps") if self.names else None
         self._trackers: dict[str, Tracker] = {}
         self._followers: list[_Follower] = []
@@ -50,7 +50,7 @@ class Trackers:
     def build(self) -> None:
         """Makes the trackers; rank 0 alone calls.
 
-        Raises UserError where one does not exist, or the package that it needs is not installed.
+        Raises UserError if one does not exist, or the package that it needs is not installed.
         """
         for name, values in self._sections.items():
             key = f"tracker.{name}"

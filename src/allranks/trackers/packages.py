@@ -12,7 +12,7 @@ from allranks.base.errors import UserError
 
 
 def require(package: str, tracker: str) -> None:
-    """Raises UserError where the package that the tracker needs is not installed. Imports nothing."""
+    """Raises UserError if the package that the tracker needs is not installed. Imports nothing."""
     if importlib.util.find_spec(package) is None:
         raise UserError(
             f"tracker={tracker} needs the package {package}, which is not installed here: "

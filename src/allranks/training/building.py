@@ -42,7 +42,7 @@ class Recipe:
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
 
     def check_names(self) -> None:
-        """Raises UserError where a component's name does not exist."""
+        """Raises UserError if a component's name does not exist."""
         locate_targets(
             {
                 "task": self.task,
@@ -99,7 +99,7 @@ def build_training(recipe: Recipe, runtime: Runtime, examples: int) -> Training:
 
     `examples` is the number of training examples, from which the length of the schedule follows.
     The first weights follow from the seed, so they are the same on all ranks. distribute() then connects
-    the ranks. Raises UserError where a component cannot be built, or where components do not go together.
+    the ranks. Raises UserError if a component cannot be built, or if components do not go together.
     """
     trainer = recipe.trainer
     is_sharded = sharding.is_wanted(recipe.sharding, runtime)
@@ -189,7 +189,7 @@ def build_model(
 ) -> nn.Module:
     """The model that the configuration's section describes, with its first weights.
 
-    The weights follow from `seed`, and are of type `dtype`. Raises UserError where the model cannot be
+    The weights follow from `seed`, and are of type `dtype`. Raises UserError if the model cannot be
     built, trained or saved.
     """
     torch.manual_seed(seed)
@@ -214,7 +214,7 @@ def _spread_model(recipe: Recipe, gradients: Gradients) -> nn.Module:
 
 
 def _check_model(model: nn.Module, target: str) -> None:
-    """Raises UserError where the model cannot be trained or saved."""
+    """Raises UserError if the model cannot be trained or saved."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"{target} has no parameters to train.")
     for name, value in model.state_dict().items():

@@ -147,7 +147,7 @@ class Wishes:
 
     @property
     def reason(self) -> str:
-        """Why to stop; empty where nothing asks for it."""
+        """Why to stop; empty if nothing asks for it."""
         if self.signal_names:
             return " and ".join(self.signal_names)
         return "the job's end" if self.late else ""
@@ -223,7 +223,7 @@ class Control:
 
     @property
     def left_s(self) -> float:
-        """Seconds until the job's end, as far as this rank knows; infinity where no end is known."""
+        """Seconds until the job's end, as far as this rank knows; infinity if no end is known."""
         if self.job_end is None or self.job_end.at is None:
             return math.inf
         return self.job_end.at - self._clock()
@@ -317,7 +317,7 @@ class Control:
             self._refuse_unequal(self._meet(self._batches, batches, now, is_overdue=False, ended=True))
 
     def _refuse_unequal(self, agreed: Wishes) -> None:
-        """Raises UserError where some ranks have no batch left in an evaluation, and others have."""
+        """Raises UserError if some ranks have no batch left in an evaluation, and others have."""
         if 0 < agreed.ended < self.runtime.world_size:
             raise UserError(OTHER_BATCHES, said_by=0)
 

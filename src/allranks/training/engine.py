@@ -67,7 +67,7 @@ def fit_and_test(training: Training, data: Data, recipe: Recipe, loop: Loop) -> 
     """Trains to the end, and then looks at the test set, once; all ranks call.
 
     `recipe` is what the training was built from, and `loop` runs around its steps. Returns the figures over
-    the test set. Raises RunStopped where the ranks agreed to stop before the end.
+    the test set. Raises RunStopped if the ranks agreed to stop before the end.
     """
     around = _Surroundings(
         data=data,
@@ -117,7 +117,7 @@ def _train_epoch(training: Training, around: _Surroundings) -> None:
 def _evaluate_epoch(training: Training, around: _Surroundings) -> None:
     """Logs the figures of an epoch whose steps are all taken, and steps the schedule.
 
-    Raises RunStopped where the ranks agreed to stop in between.
+    Raises RunStopped if the ranks agreed to stop in between.
     """
     if around.trainer.train_metrics == "running":
         train = training.sums.total(around.runtime)

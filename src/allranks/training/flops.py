@@ -163,7 +163,7 @@ PEAKS = {
 
 
 def peak_flops_per_s(device_name: str, precision: str, allows_tf32: bool) -> float | None:
-    """What one device of this name can compute in this trainer.precision; None where that is not known."""
+    """What one device of this name can compute in this trainer.precision; None if that is not known."""
     for part, peak in PEAKS.items():
         if part in device_name:
             kind = "tf32" if precision == "fp32" and allows_tf32 else precision
@@ -172,7 +172,7 @@ def peak_flops_per_s(device_name: str, precision: str, allows_tf32: bool) -> flo
 
 
 def peak_of_this_device(runtime: Runtime, precision: str, has_convolutions: bool) -> float | None:
-    """What this rank's device can compute per second; None where that is not known, as for a CPU."""
+    """What this rank's device can compute per second; None if that is not known, as for a CPU."""
     kind = runtime.device.type
     if kind not in ("cuda", "xpu"):
         return None

@@ -74,7 +74,7 @@ class Gradients:
     ) -> None:
         """Begins without a model.
 
-        `spreading` says how models are spread over the ranks; None where every rank has all of them.
+        `spreading` says how models are spread over the ranks; None if every rank has all of them.
         `remedy` is what lets a step leave parameters out, for messages. `gives_zeros`: whether in a
         reproducible run a parameter that a step leaves out gets a gradient of zeros, and not None.
         """
@@ -127,7 +127,7 @@ class Gradients:
         """The model that `make` builds, spread over the ranks as the settings say; all ranks call.
 
         `name` names the model in messages, `dtype` is the type of its floating-point weights (None: what
-        they have), and `check` is called with the model before its weights are made. Raises UserError where
+        they have), and `check` is called with the model before its weights are made. Raises UserError if
         the model cannot be spread.
         """
         assert self._spreading is not None
@@ -189,8 +189,8 @@ class Gradients:
     def backward(self, loss: torch.Tensor) -> None:
         """loss.backward(); the gradients are added up over the ranks, unless other pieces are to come.
 
-        The loss is weighted already. Raises UserError where parameters took no part that should have, and
-        where the program has called backward() of a loss before, in the same share or step.
+        The loss is weighted already. Raises UserError if parameters took no part that should have, and
+        if the program has called backward() of a loss before, in the same share or step.
         """
         self.refuse_others()
         aside = self._put_sums_aside()
@@ -236,7 +236,7 @@ class Gradients:
     def piece(self, is_last: bool) -> Iterator[None]:
         """The block works on one piece. The ranks exchange gradients only in the last one.
 
-        Raises UserError where a model has gradients of earlier pieces, and took no part in the last one.
+        Raises UserError if a model has gradients of earlier pieces, and took no part in the last one.
         """
         self._adds_up = is_last
         try:

@@ -48,7 +48,7 @@ class Loop:
     def epochs(self, count: int) -> Iterator[int]:
         """The number of each epoch that is left, from 0. Closes each one when the loop's body is done.
 
-        Raises RunStopped, on all ranks, where they have agreed to stop.
+        Raises RunStopped, on all ranks, if they have agreed to stop.
         """
         while self.position.epoch < count:
             self._started = time.perf_counter() - self.position.epoch_s
@@ -67,8 +67,8 @@ class Loop:
         """Each batch that is left of the epoch. The loop's body takes one step on it.
 
         `count` is the number of steps of the whole epoch, and `examples` that of the examples which they
-        take over all ranks; None where nobody knows it. A checkpoint is saved only after steps that are a
-        multiple of `steps_per_save` in the epoch, or its last one. Raises RunStopped, on all ranks, where
+        take over all ranks; None if nobody knows it. A checkpoint is saved only after steps that are a
+        multiple of `steps_per_save` in the epoch, or its last one. Raises RunStopped, on all ranks, if
         they have agreed to stop.
         """
         position = self.position

@@ -57,7 +57,7 @@ class Figures(NamedTuple):
 def columns_of(task: Any, measured: Mapping[str, Any]) -> list[Column]:
     """Which sums there are among what a task's metrics() gave for some examples.
 
-    Raises UserError where it is not as allranks.tasks describes it.
+    Raises UserError if it is not as allranks.tasks describes it.
     """
     objects = objects_of(task)
     columns = []
@@ -363,7 +363,7 @@ def _states_of_all_shares(of_shares: Sequence[Any], runtime: Runtime) -> list[St
 
 
 def _state_of(metric: Any) -> State:
-    """The state of an object; empty where it has seen nothing."""
+    """The state of an object; empty if it has seen nothing."""
     state: State = {}
     if not metric._update_count:
         return state

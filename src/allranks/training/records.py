@@ -76,7 +76,7 @@ class Records:
         steps after which one is recorded.
         """
         self._flops_per_example: float | None = None  # of a forward and a backward pass
-        self._peak_flops_per_s: float | None = None  # of one device; None where it is not known
+        self._peak_flops_per_s: float | None = None  # of one device; None if it is not known
         self._values = values
         self._wants_profile = profile
         self._save_s = save_s
@@ -99,7 +99,7 @@ class Records:
         """Notes how much the training computes.
 
         `flops_per_example` is the number of floating-point operations of a forward and a backward pass for
-        one example; None where they could not be counted. `precision` is that of these operations, as in
+        one example; None if they could not be counted. `precision` is that of these operations, as in
         `trainer.precision`.
         """
         self._flops_per_example = flops_per_example

@@ -33,7 +33,7 @@ def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
 def refuse_changed_buffers(
     before: Mapping[str, torch.Tensor], model: nn.Module, named: str, asked_by: str, remedy: str
 ) -> None:
-    """Raises UserError where the buffers of the model are not any more as buffers_of() gave them.
+    """Raises UserError if the buffers of the model are not any more as buffers_of() gave them.
 
     `named` names the model in the message, `asked_by` is the setting that the user has given, and `remedy`
     says how to do without it.

@@ -151,7 +151,7 @@ class Saver:
         """Takes the run directory for this run, and brings the training to its newest valid checkpoint.
 
         Where the directory has none, a run begins from the checkpoint that is `given`, the value of the
-        key `resume`, unless that is auto or never. Returns the checkpoint's path; None where the run begins
+        key `resume`, unless that is auto or never. Returns the checkpoint's path; None if the run begins
         at step 0. All ranks call: rank 0 chooses and reads, and sends the others what it read.
         """
         if self.kept.is_sharded:
@@ -184,9 +184,9 @@ class Saver:
         return None if found.path is None else _Checkpoint(str(found.path), found.files)
 
     def _own_newest(self) -> _Checkpoint | None:
-        """The newest checkpoint of the run directory itself; None where it has none at all.
+        """The newest checkpoint of the run directory itself; None if it has none at all.
 
-        Raises UserError where it has checkpoints, but none can be used. They may only be out of reach for
+        Raises UserError if it has checkpoints, but none can be used. They may only be out of reach for
         the moment, and to begin at step 0 would train all epochs again and overwrite metrics.jsonl.
         """
         there = checkpoint.folder(self.run_dir)
@@ -380,7 +380,7 @@ class Saver:
 
     @property
     def saved_step(self) -> int | None:
-        """The newest step that was saved, or is being saved; None where none was."""
+        """The newest step that was saved, or is being saved; None if none was."""
         return None if self._saved is None else self._saved.step
 
     def _save_shards(self) -> None:

@@ -263,7 +263,7 @@ class Source:
 def weights_like(model: nn.Module, source: Source) -> dict[str, torch.Tensor]:
     """The model's state_dict as the source has it: of what is spread, this rank's rows.
 
-    Raises KeyError or ValueError where the source is of another model.
+    Raises KeyError or ValueError if the source is of another model.
     """
     here = model.state_dict()
     if other := sorted(source.names(MODEL) ^ set(here)):

@@ -109,7 +109,7 @@ def capture(
 
     `sums` [share_count, columns] are the running sums of all ranks. `decisive` says which training it is
     (config.decisive_values). `copied` makes the copy of a tensor; None: a copy on the CPU. Raises UserError
-    where the optimizer's or scheduler's state cannot be saved.
+    if the optimizer's or scheduler's state cannot be saved.
     """
     schedule = training.schedule.scheduler
     beside_the_model: dict[str, torch.Tensor] = {}  # the tensors of optimizer, scheduler and scaler
@@ -251,7 +251,7 @@ def restore(
 ) -> None:
     """Puts the training where the training of the checkpoint was; `path` names the checkpoint in messages.
 
-    `decisive` says which training this is (config.decisive_values). Raises UserError where the checkpoint
+    `decisive` says which training this is (config.decisive_values). Raises UserError if the checkpoint
     is that of another training, or not one that allranks has made.
     """
     with of_this_format(path):
@@ -269,7 +269,7 @@ def restore(
 def restore_model(model: nn.Module, files: Mapping[str, bytes], path: str) -> dict[str, Any]:
     """Puts a checkpoint's weights and buffers into the model alone, for use; returns what state.json holds.
 
-    `path` names the checkpoint in messages. Raises UserError where the checkpoint is of another model, or
+    `path` names the checkpoint in messages. Raises UserError if the checkpoint is of another model, or
     not one that allranks has made.
     """
     with of_this_format(path):
@@ -293,7 +293,7 @@ def restore_model(model: nn.Module, files: Mapping[str, bytes], path: str) -> di
 
 @contextmanager
 def of_this_format(path: str) -> Iterator[None]:
-    """Raises UserError where the block finds that the checkpoint `path` is not as allranks saves one."""
+    """Raises UserError if the block finds that the checkpoint `path` is not as allranks saves one."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, checkpoint.Damaged) as error:
@@ -325,7 +325,7 @@ def check_counters(state: Mapping[str, Any]) -> None:
 def _check_that_it_fits(
     state: Mapping[str, Any], path: str, decisive: Mapping[str, Any], world_size: int
 ) -> None:
-    """Raises UserError where a run with these decisive values cannot go on from the checkpoint's state."""
+    """Raises UserError if a run with these decisive values cannot go on from the checkpoint's state."""
     epochs = decisive["trainer.epochs"]
     there = configs.with_new_keys(state["identity"])
     schedule = [value for key, value in decisive.items() if key.startswith("scheduler.")]
@@ -433,7 +433,7 @@ def restore_position(position: TrainingPosition, state: Mapping[str, Any]) -> No
 def _restore_sums(training: Training, rows: Any, runtime: Runtime) -> None:
     """The running sums of this rank's shares, from those of all shares, [share_count, columns].
 
-    Raises UserError where the task has measured another number of metrics then.
+    Raises UserError if the task has measured another number of metrics then.
     """
     sums = torch.tensor(rows, dtype=training.sums.rows.dtype)
     columns = training.sums.rows.shape[1]

@@ -36,7 +36,7 @@ class Schedule:
     def after_epoch(self, metrics: Mapping[str, float]) -> None:
         """Steps the scheduler after an epoch, if it is stepped so often; `metrics` are the epoch's.
 
-        Raises UserError where the metric that it watches is not among them.
+        Raises UserError if the metric that it watches is not among them.
         """
         if self.scheduler is None or self.every_step:
             return

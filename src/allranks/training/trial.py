@@ -45,7 +45,7 @@ _SHOWN_LETTERS = 300  # of a library's message; some list every name of a model
 class Tried(NamedTuple):
     """What the trial of a first batch has found."""
 
-    # Floating-point operations of a forward and a backward pass for one example; None where they could not
+    # Floating-point operations of a forward and a backward pass for one example; None if they could not
     # be counted.
     flops_per_example: float | None
     has_convolutions: bool
@@ -60,8 +60,8 @@ def try_first_batch(
 
     `recipe` is what the training was built from. `best` says which epoch will be the best. Afterwards the
     training knows which metrics of its task are sums. A model that is spread over the ranks is tried on all
-    of them, and is no copy: no step is taken with it. Raises UserError, on all ranks, where data, model,
-    task and optimizer do not go together, or where the task does not measure what `best` names.
+    of them, and is no copy: no step is taken with it. Raises UserError, on all ranks, if data, model,
+    task and optimizer do not go together, or if the task does not measure what `best` names.
     """
     if training.is_sharded:
         with runtime.all_or_none():
@@ -266,7 +266,7 @@ def _known_metrics(columns: Sequence[Column], task: Any, wanted: str, train_metr
 
 
 def _check_monitor(scheduler: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Raises UserError where the schedule looks at a metric that the task does not measure."""
+    """Raises UserError if the schedule looks at a metric that the task does not measure."""
     monitor = scheduler.get("monitor")
     if monitor is None:
         return
@@ -278,7 +278,7 @@ def _check_monitor(scheduler: Mapping[str, Any], known: Sequence[str]) -> None:
 
 
 def _check_that_losses_add_up(trial: _Trial) -> None:
-    """Raises UserError where the loss is clearly a mean over the examples, in place of their sum.
+    """Raises UserError if the loss is clearly a mean over the examples, in place of their sum.
 
     A mean would make each gradient smaller by the number of examples in a piece of a batch, and so the
     training's figures would depend on the number of ranks. The loss of two examples must be the sum of the
@@ -350,7 +350,7 @@ def _step(model: nn.Module, optimizer_is: str, section: Mapping[str, Any]) -> No
 
 
 def _try_one_example(trial: _Trial, examples: Any) -> None:
-    """Raises UserError where the model takes no single example, as with BatchNorm, and one will come.
+    """Raises UserError if the model takes no single example, as with BatchNorm, and one will come.
 
     One comes where the training examples do not divide evenly into batches, each batch into shares, and
     each share into the pieces that gradients are added up from.

@@ -71,7 +71,7 @@ class Connections:
         self._leave_children_out()
 
     def connect_to_rank_0(self, rank: int, door: DoorPlace) -> None:
-        """On another rank. Raises OSError where rank 0 cannot be reached."""
+        """On another rank. Raises OSError if rank 0 cannot be reached."""
         connection = links.connect(door.address, door.port, CONNECT_S)
         connection.try_to_send(secret=door.secret, rank=rank)
         self._take_in(0, connection)

@@ -30,7 +30,7 @@ STACK_FRAMES = 12  # the innermost ones: where the program is, and how it came t
 def offer_stack() -> int | None:
     """Lets other processes of this user have this one's Python stack: the descriptor to read it from.
 
-    The descriptor leads to a file in memory. None where there is no such thing (not on Linux).
+    The descriptor leads to a file in memory. None if there is no such thing (not on Linux).
     """
     if sys.platform != "linux":
         return None
@@ -123,7 +123,7 @@ def _how_it_ended(stat: ProcessStat) -> str:
 def _stack_of(peer: Peer, here: ProcessIdentity, dump_fd: int) -> str:
     """The main thread's Python stack, innermost frames last. Leaves the process stopped.
 
-    Raises OSError where the process has ended or belongs to somebody else.
+    Raises OSError if the process has ended or belongs to somebody else.
     """
     pid = peer.process.pid
     assert pid is not None  # it was found a moment ago

@@ -52,7 +52,7 @@ class Progress:
         self.busy_s = 0.0
         self.busy_steps = 0
 
-        # Whom this rank waits for, before the ranks are in touch; "" where it does not wait.
+        # Whom this rank waits for, before the ranks are in touch; "" if it does not wait.
         self.waits_for = ""
         self._phase: Allowance | None = None  # a stretch with a limit of its own
         self._began_s = time.perf_counter()  # the step that is going on

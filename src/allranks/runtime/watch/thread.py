@@ -189,7 +189,7 @@ class Watchdog:
     def prepare(self, world_size: int, one_host: bool) -> dict[str, Any]:
         """What the others must know to look after this process, as JSON. Rank 0 opens its door.
 
-        Raises UserError where rank 0 cannot listen at its address, or may not have so many connections.
+        Raises UserError if rank 0 cannot listen at its address, or may not have so many connections.
         """
         dump_fd = postmortem.offer_stack()
         door = None
@@ -200,7 +200,7 @@ class Watchdog:
         return self._me.to_json()
 
     def join(self, peers: Sequence[Mapping[str, Any]], deputy: int) -> None:
-        """Connects this rank with rank 0. Raises UserError where rank 0 cannot be reached.
+        """Connects this rank with rank 0. Raises UserError if rank 0 cannot be reached.
 
         `peers` are what the ranks prepared: on rank 0 of all ranks, elsewhere of rank 0 alone. `deputy` is
         the rank that speaks when rank 0 cannot.
@@ -383,7 +383,7 @@ class Watchdog:
         time.sleep(APART_S)
 
     def _obey_other(self, rank: int, word: Mapping[str, Any]) -> None:
-        """What another rank tells rank 0. Raises WireError where it says what no rank would say."""
+        """What another rank tells rank 0. Raises WireError if it says what no rank would say."""
         match word:
             case {"bye": True}:
                 self._crew.left.add(rank)

@@ -71,7 +71,7 @@ class Peer:
 
     host: str
     process: ProcessIdentity
-    dump_fd: int | None  # the process's own file for its stack; None where it has none (not on Linux)
+    dump_fd: int | None  # the process's own file for its stack; None if it has none (not on Linux)
     door: tuple[str, int, str] | None = None  # rank 0's address, port and secret
 
     def to_json(self) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class Report:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Report:
-        """Raises WireError where the values are no report."""
+        """Raises WireError if the values are no report."""
         match values:
             case {
                 "step": int(step),
@@ -170,7 +170,7 @@ def known_when_time_is_up(state: State) -> Known:
 
 
 def who_keeps_the_others_waiting(reports: Mapping[int, Report]) -> dict[int, str]:
-    """The ranks to blame and where they are; empty where everybody must go on waiting.
+    """The ranks to blame and where they are; empty if everybody must go on waiting.
 
     All ranks come to the same collectives. Those that came to the fewest are the ones for which the others
     wait; if one of them is still within its own limit, it may yet come.
@@ -185,7 +185,7 @@ def who_keeps_the_others_waiting(reports: Mapping[int, Report]) -> dict[int, str
 def witnesses(
     ranks: Sequence[int], peers: Sequence[Peer], reachable: Collection[int]
 ) -> dict[int, int | None]:
-    """For each of `ranks` a rank that can look at its process; None where there is none.
+    """For each of `ranks` a rank that can look at its process; None if there is none.
 
     Only a process on the same host, and in the same container, sees it under the same number. `reachable`
     are the ranks that can be asked. Rank 0 itself, where it can look, comes first.
