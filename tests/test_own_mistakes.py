@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,23 @@ for batch in run.steps([torch.ones(2)] * 4):
     assert done.code == 1
     assert "has made no progress for 1." in done.err
     assert "in <module>" in done.err
+
+
+# --- after the run ---
+
+
+def test_a_signal_ends_what_a_program_does_after_its_run(tmp_path):
+    body = """
+import os, signal
+for batch in run.steps(data):
+    run.log({"loss": 1.0})
+run.finish()
+os.kill(os.getpid(), signal.SIGTERM)
+print("it goes on")
+"""
+    done = program(tmp_path, body)
+    assert done.code == -signal.SIGTERM
+    assert "it goes on" not in done.out
 
 
 # --- figures ---

@@ -409,6 +409,14 @@ def test_going_on_from_another_runs_checkpoint_for_more_epochs(train_here, finis
     assert finished.summary["epochs"] == 2  # it is as it was
 
 
+def test_what_goes_on_from_another_runs_checkpoint_saves_it_as_its_own(train_here, finished):
+    """Also where nothing was left to train: without a checkpoint nobody could use the run."""
+    same = train_here(*SMALL, "model=linear", "trainer.epochs=2", "run.dir=same", "resume=run")
+    step = finished.summary["steps"]
+    assert checkpoint.steps(same.path) == [step]
+    assert same.summary["model/sha256"] == finished.summary["model/sha256"]
+
+
 def test_a_checkpoint_that_is_not_there_leaves_nothing(train_here, tmp_path):
     said = re.escape("resume=nowhere cannot be read (No such file or directory)")
     with pytest.raises(UserError, match=said):

@@ -23,7 +23,7 @@ from torch import nn
 
 from allranks import config as configs
 from allranks.base.errors import EXIT_REQUEUE, UserError
-from allranks.base.processes import process_age_s
+from allranks.base.processes import STOPPING, process_age_s
 from allranks.base.signals import FROM_TERMINAL, Signals
 from allranks.config import Config
 from allranks.data.randomness import mixed, reseed
@@ -262,6 +262,8 @@ class Lifecycle:
         self.summary = summary
         if not self.is_one_of_several:
             mpi.leave(0)
+            # What the program does from here on is its own, and nothing of it would stop at a signal.
+            self._signals.let_end(*STOPPING)
 
     def _summarized(self, figures: Mapping[str, float]) -> dict[str, Any]:
         """What summary.json is to hold of the run, beside its `figures`."""

@@ -174,7 +174,7 @@ class Saver:
             shared = self.runtime.share_files(files)
             with self.runtime.all_or_none():
                 self.kept.restore(shared, path)
-            self._note_saved()
+            self._note_resumed(path)
         return path
 
     def _chosen(self, found: checkpoint.Found) -> _Checkpoint | None:
@@ -272,8 +272,8 @@ class Saver:
             log.warning("passing over the checkpoint %s", line)
 
         self._restore_shards(path)
-        self._note_saved()
         assert isinstance(path, str)
+        self._note_resumed(path)
         return path
 
     def _restore_shards(self, path: str) -> None:
@@ -370,6 +370,14 @@ class Saver:
     def _note_saved(self) -> None:
         """The training as it stands now is saved, or is about to be."""
         self._saved = self._place()
+
+    def _note_resumed(self, path: str) -> None:
+        """The training as it stands now is that of the checkpoint at `path`.
+
+        A checkpoint of another directory is no save of this run: its own directory has none yet.
+        """
+        if Path(path).parent == checkpoint.folder(self.run_dir):
+            self._note_saved()
 
     @property
     def longest_s(self) -> float:
