@@ -329,6 +329,9 @@ def _train_in(path: str, is_new: bool, ready: _Ready, signals: Signals) -> End:
             records.stopped()
             report.stopped(control.reason, position)
             return End(finished=False)
+        # Nearly always the run as it stands now is saved already, and nothing is written. But a run that
+        # went on from another run's checkpoint, with nothing left to train, has none of its own yet.
+        saver.save()
         saver.finish()
         summary = _summary(training, data, recipe, runtime.world_size, test)
         summary["time/total_s"] = process_age_s() - ready.began_s
