@@ -333,6 +333,8 @@ def composed(**changes: object) -> object:
         ({"trainer__label_smoothing": True}, "trainer.label_smoothing"),
         ({"model___target_": None}, "model._target_ is missing"),
         ({"seed": 2**63}, f"seed={2**63} is not valid"),
+        ({"optimizer__lr": 10**400}, "is not valid: give a finite number > 0"),
+        ({"checkpoint__every_s": 10**400}, "checkpoint.every_s: a number has more than 308 digits"),
     ],
 )
 def test_typed_refuses_at_the_door(changes, message):

@@ -15,7 +15,7 @@ import pytest
 from allranks import doctor
 from allranks.base.files import file_system
 from allranks.job import machine
-from helpers import clean_environment, execute, forked_python, took_at_most
+from helpers import clean_environment, command_line, execute, forked_python, took_at_most, until
 from launching import BIN
 
 
@@ -141,6 +141,16 @@ def test_a_process_that_is_killed_is_not_told_as_one_that_hangs(monkeypatch):
     monkeypatch.setattr(doctor, "_start", lambda _: start(["sh", "-c", "kill -9 $$"]))
     found = doctor.examine_all()["torch"]
     assert found == [doctor.error("the check itself failed: SIGKILL", doctor.MEMORY)]
+
+
+def test_a_check_that_is_ended_leaves_none_of_its_tools(tmp_path):
+    """A tool is started in a session of its own, which the signal to the check's group does not reach."""
+    tool = "import subprocess, time\nchild = subprocess.Popen(['sleep', '60'], start_new_session=True)\n"
+    tool += "print(child.pid, flush=True)\ntime.sleep(60)\n"
+    check = doctor._start([sys.executable, "-c", tool])
+    pid = int(check.stdout.readline())
+    doctor._end(check)
+    until(lambda: not command_line(pid), within_s=10)
 
 
 def test_a_process_that_does_not_end_is_not_waited_for():

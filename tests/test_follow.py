@@ -331,6 +331,15 @@ def test_two_slashes_at_the_beginning_of_a_path_are_one():
     assert [line.split()[0] for line in picture(views, Look(None))[3:]] == ["0", "1"]
 
 
+def test_what_a_foreign_run_is_called_does_not_control_the_terminal(tmp_path):
+    (tmp_path / "config.yaml").write_text('name: "\\e[31mred"\nmodel: {_target_: a.B}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "step": 10, "val/\\u001b[31mloss": 0.5}\n')
+    view = view_of(tmp_path, RunState("running", None))
+    shown = "\n".join(picture([view], Look(None)) + picture([view, view], Look(None)))
+    assert "\\x1b[31mred" in shown and "\\x1b[31mloss" in shown
+    assert "\x1b" not in shown
+
+
 def test_epochs_that_took_no_time_say_nothing_of_the_time_that_is_left(tmp_path):
     (tmp_path / "config.yaml").write_text("name: mlp\nmodel: {_target_: a.B}\ntrainer: {epochs: 4}\n")
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "step": 10, "time/train_s": 0.0}\n')
@@ -554,6 +563,12 @@ def test_logs_that_are_not_there(tmp_path, words, message):
     done = execute_forked(["-m", "allranks", "logs", *words], 1, tmp_path)
     assert done.code == 2
     assert message in done.message
+
+
+def test_a_program_has_no_logs_of_single_ranks(tmp_path):
+    (tmp_path / "job.log").write_text("hello\n")
+    with pytest.raises(UserError, match="--rank 1: a program of your own has no logs of single ranks"):
+        Logs(tmp_path, print, rank=1).check()
 
 
 def test_a_rank_that_is_not_there(finished):

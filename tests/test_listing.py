@@ -279,3 +279,12 @@ def test_a_cell_knows_its_place(tmp_path):
     assert overrides_of(tmp_path / "2") == ["seed=2"]
     assert place_in_sweep(tmp_path) == ""
     assert overrides_of(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl"])
+def test_a_record_of_brackets_only_is_none(tmp_path, name):
+    (tmp_path / name).write_text("[" * 100_000)
+    assert figures(tmp_path).tests == {} == figures(tmp_path).metrics
+    assert not is_finished(tmp_path)
+    (tmp_path / "config.yaml").write_text("")
+    assert not is_finished(tmp_path)

@@ -46,7 +46,8 @@ def test_the_loss_comes_first_and_parts_of_the_data_stand_together():
         "gan/loss": 3,
         "time/train_s": 4,
     }
-    assert metric_names.metrics_in([line, {"energy": 1.0, "note": "text", "is": True}]) == [
+    other = {"energy": float("nan"), "note": "text", "is": True, "huge": 10**400}
+    assert metric_names.metrics_in([line, other]) == [
         "train/loss", "val/loss", "val/iou", "gan/loss", "energy",
     ]  # fmt: skip
     assert metric_names.by_quantity(["val/iou", "val/loss", "train/loss"]) == {

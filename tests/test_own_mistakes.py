@@ -89,6 +89,26 @@ print("it goes on")
     assert "it goes on" not in done.out
 
 
+# --- threads ---
+
+
+def test_a_loop_in_another_thread_is_refused(tmp_path):
+    """Python hands signals to the main thread alone."""
+    body = """
+import threading
+
+def train():
+    refused(lambda: next(iter(run.steps(data))))
+
+thread = threading.Thread(target=train)
+thread.start()
+thread.join()
+run.finish()
+"""
+    [said] = said_by(program(tmp_path, body))
+    assert said.startswith("its loop is not in the program's main thread.")
+
+
 # --- figures ---
 
 

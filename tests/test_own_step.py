@@ -157,3 +157,11 @@ def test_a_step_that_a_scaler_with_a_low_scale_takes_counts_as_taken(gradient, i
     scaler.scale((weight * gradient).sum()).backward()
     assert take_step(optimizer, [weight], None, scaler, spread_over=None) == is_taken
     assert (weight.item() != 1) == is_taken
+
+
+@pytest.mark.parametrize(("value", "is_finite"), [(1.0, True), (float("inf"), False)])
+def test_a_sparse_gradient_is_looked_at_as_well(value, is_finite):
+    model = torch.nn.Embedding(4, 2, sparse=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    (model(torch.tensor([1, 1])) * value).sum().backward()
+    assert take_step(optimizer, model.parameters(), None, None, None) is is_finite

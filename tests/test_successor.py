@@ -147,9 +147,20 @@ def test_a_job_that_may_not_be_queued_again_says_how_to_go_on(job_of_slurm, cloc
 def test_a_damaged_checkpoint_is_no_step_that_was_gained(tmp_path):
     checkpoint.write(tmp_path, 10, {"state.json": b"{}"}, "token", lambda: None)
     newest = checkpoint.write(tmp_path, 20, {"state.json": b"{}", "model.pt": b"1"}, "token", lambda: None)
-    assert successor._step(str(tmp_path)) == 20
+    assert successor._progress(str(tmp_path)) == (20, 0)
     (newest / "model.pt").unlink()
-    assert successor._step(str(tmp_path)) == 10
+    assert successor._progress(str(tmp_path)) == (10, 0)
+
+
+def test_an_epoch_that_is_closed_at_the_same_step_is_gained(tmp_path):
+    """A job may have had time for the evaluation only."""
+    me = scheduler.ThisJob("7.pbs", "7.pbs", 0)
+    (tmp_path / ".next-5.pbs-0").write_text("20")  # as versions before wrote it
+    (tmp_path / ".next-6.pbs-0").write_text("20 1")
+    checkpoint.write(tmp_path, 20, {"state.json": b'{"epoch":2}'}, "token", lambda: None)
+    assert successor._mark_this_start(str(tmp_path), me) == tmp_path / ".next-7.pbs-0"
+    with pytest.raises(successor.RunStuck, match=r"not gained a step \(step 20\)"):
+        successor._mark_this_start(str(tmp_path), scheduler.ThisJob("8.pbs", "8.pbs", 0))
 
 
 def test_a_run_directory_that_cannot_be_written_is_told(read_only):

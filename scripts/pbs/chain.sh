@@ -27,13 +27,16 @@ if grep -qs '"state": "finished"' "$run/summary.json"; then
   exit 0
 fi
 newest=$(find "$run/checkpoints" -name 'step-*' 2> /dev/null | sort -V | tail -n 1)
-if [ "$link" -gt 1 ] && [ "$newest" = "${NEWEST:-}" ]; then
+# A job may have had time for the evaluation of an epoch only: then the step is the same, with an epoch more.
+epochs=$(grep -o '"epoch":[0-9]*' "$newest/state.json" 2> /dev/null | head -n 1 | tr -dc 0-9)
+reached=$newest:$epochs
+if [ "$link" -gt 1 ] && [ "$reached" = "${REACHED:-}" ]; then
   echo "the job before this one has not gained a step: the chain ends here"
   exit 86
 fi
 mark=$run.after-$PBS_JOBID   # one successor, even where this job is started twice
 if [ "$link" -lt "$links" ] && mkdir -p "$(dirname "$run")" && mkdir "$mark" 2> /dev/null; then
   # Where qsub is not allowed on compute nodes: `allranks submit --chain` queues them all at the start.
-  qsub -W depend=afterany:"$PBS_JOBID" -v LINK=$((link + 1)),NEWEST="$newest" scripts/pbs/chain.sh
+  qsub -W depend=afterany:"$PBS_JOBID" -v LINK=$((link + 1)),REACHED="$reached" scripts/pbs/chain.sh
 fi
 exec allranks launch "${training[@]}" run.dir="$run"

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import platform
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
@@ -42,6 +43,7 @@ NOT_OF_OWN_LOOPS = ("trainer", "task", "data", "model", "optimizer", "scheduler"
 
 # What `checkpoint.best` may be: the name of a metric, and which of its values is the best.
 BEST = re.compile(r"\S+ (min|max)")
+LARGEST = sys.float_info.max  # what a larger whole number is in a place for a float, nobody can say
 BEST_BY_DEFAULT = "val/loss min"
 
 # --- rules of more than one key, or longer than a line -----------------------------------------------
@@ -433,6 +435,11 @@ def typed(composed: DictConfig) -> Config:
     except ConfigKeyError as error:
         key = error.full_key or str(error.key)
         raise UserError(unknown_key(key, [*below(OmegaConf.to_container(schema))])) from error
+    except OverflowError as error:
+        values = below(OmegaConf.to_container(composed, resolve=False))
+        keys = [key for key, value in values.items() if type(value) is int and abs(value) > LARGEST]
+        named = ", ".join(keys) or "The configuration"
+        raise UserError(f"{named}: a number has more than 308 digits; give a smaller one.") from error
     except OmegaConfBaseException as error:
         _refuse_values_in_place_of_sections(composed)
         raise UserError(f"The configuration does not hold together: {first_line(error)}") from error

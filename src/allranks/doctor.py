@@ -30,6 +30,7 @@ import allranks
 from allranks.base.arguments import with_our_errors
 from allranks.base.errors import UserError
 from allranks.base.files import file_system
+from allranks.base.processes import descendants
 from allranks.base.text import one_line
 from allranks.job.hosts import find_allocation
 
@@ -95,19 +96,28 @@ def examine_all(limit_s: float = LIMIT_S) -> dict[str, list[Finding]]:
     deadline = time.monotonic() + limit_s
     command = [sys.executable, "-m", "allranks.doctor", "--check"]
     running = {name: _start([*command, name]) for name in CHECKS}
-    found = {}
-    for name, child in running.items():
-        result = _result(child, max(0.1, deadline - time.monotonic()))
-        answer = next((line for line in reversed(result.out.splitlines()) if line.startswith("[")), None)
-        if answer is not None:
-            found[name] = [Finding(**values) for values in json.loads(answer)]
-        elif result.is_over_limit:
-            text = f"no answer within {limit_s:.0f} s: something that it looks at hangs."
-            found[name] = [error(text, "Look whether a file system or a network of this host is down.")]
-        else:
-            remedy = MEMORY if child.returncode == -signal.SIGKILL else REINSTALL
-            found[name] = [error(f"the check itself failed: {result.problem}", remedy)]
-    return found
+    try:
+        return {
+            name: _answer(child, limit_s, max(0.1, deadline - time.monotonic()))
+            for name, child in running.items()
+        }
+    finally:
+        for child in running.values():
+            if child.poll() is None:  # as after Ctrl-C
+                _end(child)
+
+
+def _answer(child: subprocess.Popen[str], limit_s: float, left_s: float) -> list[Finding]:
+    """The findings of a check that runs in this process, of whose `limit_s` seconds `left_s` are left."""
+    result = _result(child, left_s)
+    answer = next((line for line in reversed(result.out.splitlines()) if line.startswith("[")), None)
+    if answer is not None:
+        return [Finding(**values) for values in json.loads(answer)]
+    if result.is_over_limit:
+        text = f"no answer within {limit_s:.0f} s: something that it looks at hangs."
+        return [error(text, "Look whether a file system or a network of this host is down.")]
+    remedy = MEMORY if child.returncode == -signal.SIGKILL else REINSTALL
+    return [error(f"the check itself failed: {result.problem}", remedy)]
 
 
 def _examine(check: Callable[[], Findings]) -> list[Finding]:
@@ -445,8 +455,13 @@ def _end(child: subprocess.Popen[str]) -> None:
 
     A process that waits for a file system which does not answer ends only when that answers.
     """
+    # A check starts tools in sessions of their own, which are not in the check's process group.
+    started = descendants(child.pid)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
+    for pid in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     for pipe in (child.stdout, child.stderr):
         if pipe is not None:
             pipe.close()

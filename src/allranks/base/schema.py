@@ -45,7 +45,13 @@ def number(low: float, high: float = math.inf, above_low: bool = False, below_hi
     """A finite number from `low` to `high`. `above_low` leaves out `low` itself, `below_high` `high`."""
 
     def valid(value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        try:
+            is_finite = math.isfinite(value)
+        except OverflowError:  # a whole number of more than 308 digits
+            return False
+        if not is_finite:
             return False
         high_enough = value > low if above_low else value >= low
         low_enough = value < high if below_high else value <= high

@@ -19,6 +19,7 @@ from typing import BinaryIO, NamedTuple
 from allranks.base import links
 from allranks.base.errors import UserError
 from allranks.job.batch import JOB_LOG
+from allranks.run import directory as rundir
 from allranks.run.cells import is_finished
 
 LOOK_EVERY_S = 1.0  # a network file system shows new lines only every few seconds: more often is useless
@@ -189,6 +190,11 @@ class Logs:
         if self.rank is not None and known and self.rank not in known:
             raise UserError(
                 f"--rank {self.rank}: this run has logs of {_some_ranks(known)}. Give one of these."
+            )
+        is_program = has_job_log and not has_folder_of_logs and not (path / rundir.CONFIG).exists()
+        if self.rank is not None and is_program:
+            raise UserError(
+                f"--rank {self.rank}: a program of your own has no logs of single ranks. Leave --rank out."
             )
         if not known and not has_job_log and not has_folder_of_logs:
             raise UserError(f"{path} has no logs: give the directory of a run.")

@@ -19,6 +19,7 @@ from typing import Any
 
 from allranks.base import files
 from allranks.base.errors import UserError
+from allranks.base.text import printable
 from allranks.report.gather import EPOCH, RunFacts, as_whole, gather
 from allranks.run.cells import JOB, METRICS, runs_below
 from allranks.run.metric_names import as_number
@@ -216,9 +217,10 @@ def view_of(directory: Path, state: RunState) -> View:
     epoch_s = _seconds_of_an_epoch(facts)
     left_s = _left_s(facts, state, done, epoch_s, directory)
     best = facts.best
+    # The files may be anybody's: what is shown of them must not control the terminal.
     return View(
         directory=str(directory),
-        name=facts.name,
+        name=printable(facts.name),
         state=state.words,
         job_id=state.job_id,
         epoch=done,
@@ -228,13 +230,13 @@ def view_of(directory: Path, state: RunState) -> View:
         share=_share(facts, state, done, step, steps, epoch_s, left_s),
         samples_per_s=facts.last("throughput/samples_per_s"),
         left_s=left_s,
-        metrics={name: _measured(facts, name) for name in facts.metrics},
+        metrics={printable(name): _measured(facts, name) for name in facts.metrics},
         step_losses=[as_number(line.get(f"step/{of_steps}")) for line in recorded],
-        of_steps=of_steps,
+        of_steps=printable(of_steps),
         best_epoch=as_whole(best.get(EPOCH)) if best else None,
-        best_by=facts.rule.words if best else "",
-        tests=facts.tests,
-        results=facts.results,
+        best_by=printable(facts.rule.words) if best else "",
+        tests={printable(name): value for name, value in facts.tests.items()},
+        results={printable(name): value for name, value in facts.results.items()},
         counts=facts.axis,
         ranks=facts.world_size,
         hosts=len({rank.host for rank in facts.ranks}) or None,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -100,6 +101,7 @@ class Lifecycle:
         self._began_s = process_age_s() if how.number else 0.0
 
         self._signals = how.signals
+        _check_thread("allranks.open()")
         # A batch system may send these two as a warning. Without a handler they would end the process.
         self._signals.count(signal.SIGUSR1, signal.SIGUSR2)
         self.runtime = open_runtime(how.identity, configs.runtime_settings(config), run=how.number)
@@ -195,6 +197,7 @@ class Lifecycle:
                 self._report.lengthened(epochs)
             return self.loop
         runtime = self.runtime
+        _check_thread("its loop")
         with runtime.all_or_none():
             self.kept.check_all_kept()
         if runtime.is_main:
@@ -294,6 +297,15 @@ class Lifecycle:
         """Ends the run in order, on this rank: what was opened last is closed first."""
         self.is_open = False
         self.exits.close()
+
+
+def _check_thread(what: str) -> None:
+    """Raises UserError outside of the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        raise UserError(
+            f"{what} is not in the program's main thread. Python lets only that one handle the signals by "
+            "which a job ends: open the run and begin its loop there."
+        )
 
 
 def _summary_in(directory: str) -> dict[str, Any]:

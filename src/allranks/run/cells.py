@@ -278,7 +278,7 @@ def read_job(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): move it away.") from error
     ours = isinstance(found, dict) and isinstance(found.get("job_ids"), list) and "scheduler" in found
     return {**found, "job_ids": [str(job_id) for job_id in found["job_ids"]]} if ours else {}

@@ -148,7 +148,7 @@ def is_finished(directory: Path) -> bool:
     """Whether the run in this directory has finished, as its summary.json says."""
     try:
         return bool(json.loads((directory / "summary.json").read_text()).get("state") == "finished")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 

@@ -46,7 +46,8 @@ def metrics_in(lines: Iterable[Mapping[str, Any]]) -> list[str]:
     found: dict[str, None] = {}
     for line in lines:
         for name, value in line.items():
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            # NaN and infinity are values of a metric; a whole number of more than 300 digits is none.
+            is_number = isinstance(value, float) or as_number(value) is not None
             if is_number and is_metric(name):
                 found[name] = None
     return [name for names in by_quantity(found).values() for name in names]

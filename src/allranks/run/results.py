@@ -70,7 +70,7 @@ def _json_object(text: str) -> dict[str, Any]:
     """The JSON object in a text; empty for half of one, and for anything else."""
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -5,6 +5,7 @@ The job script calls it when its training has stopped with a checkpoint, because
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shlex
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from allranks.base.errors import EXIT_REQUEUE, EXIT_STUCK, UserError, show
 from allranks.job import scheduler
@@ -93,19 +94,29 @@ def _is_last(job: dict[str, Any], directory: str) -> bool:
     return is_mute or bool(job["order"].get("chain"))
 
 
-def _step(directory: str) -> int:
-    """How far the run has come: the step of its newest checkpoint, or the number of a program's calls.
+class Progress(NamedTuple):
+    """How far a run has come. Of two the later one is greater."""
 
-    A checkpoint that lacks a file is passed over, as the next job will pass it over. What is in the files
-    is not looked at here: reading them may take longer than this job has left.
+    step: int
+    epochs: int  # that are done: a job may have had time for an epoch's evaluation only
+
+
+def _progress(directory: str) -> Progress:
+    """How far the run has come: its newest checkpoint says so, or the number of a program's calls.
+
+    A checkpoint that lacks a file is passed over, as the next job will pass it over. Of the files only
+    state.json, which is small, is read: to read all may take longer than this job has left.
     """
     for step in checkpoint.steps(directory):
+        path = checkpoint.path_of(directory, step)
         try:
-            checkpoint.listed(checkpoint.path_of(directory, step))
+            [state] = checkpoint.read_some(path, ["state.json"]).values()
+            return Progress(step, int(json.loads(state)["epoch"]))
         except (checkpoint.Damaged, OSError):
             continue
-        return step
-    return program_progress.read(directory)
+        except (ValueError, KeyError, TypeError):  # a version to come may call it otherwise
+            return Progress(step, 0)
+    return Progress(program_progress.read(directory), 0)
 
 
 def _cancel_rest_of_chain(kind: Scheduler, later: list[str]) -> None:
@@ -162,19 +173,19 @@ def _left_s() -> float:
 def _mark_this_start(directory: str, me: ThisJob) -> Path | None:
     """Marks in the run directory that this start of this job has asked for a successor.
 
-    Returns None if the mark is there already. The mark holds the step that the run has reached. So a job
-    that the scheduler starts twice queues only one successor, and the marks of earlier jobs show whether
-    this job has gained a step.
+    Returns None if the mark is there already. The mark holds the step and the number of epochs that the run
+    has reached. So a job that the scheduler starts twice queues only one successor, and the marks of
+    earlier jobs show whether this job has gained anything.
     """
-    steps_before = [-1]  # below every step: no job has left a mark yet
+    before: list[tuple[int, ...]] = [(-1,)]  # below every step: no job has left a mark yet
     for path in Path(directory).glob(".next-*"):
-        steps_before.append(int(path.read_text() or 0))  # an empty mark counts as step 0
-    before = max(steps_before)
-    step = _step(directory)
+        # Marks of earlier versions hold the step alone. An empty one counts as step 0.
+        before.append(tuple(map(int, (path.read_text() or "0").split())))
+    progress = _progress(directory)
     mark = Path(directory) / f".next-{me.id}-{me.restarts}"
     try:
         with mark.open("x") as file:
-            file.write(str(step))
+            file.write(f"{progress.step} {progress.epochs}")
     except FileExistsError:
         return None
     except OSError as error:
@@ -184,17 +195,17 @@ def _mark_this_start(directory: str, me: ThisJob) -> Path | None:
             f"{directory} cannot be written ({error.strerror}), so no job is queued: free some space or "
             "quota there, then `allranks submit --cell` goes on from the newest checkpoint."
         ) from error
-    if step <= before:
+    if progress <= max(before):
         raise RunStuck(
-            f"{directory}: this job has not gained a step (step {step}), so no other is queued. Give a "
-            "longer --walltime with `allranks submit --cell`."
+            f"{directory}: this job has not gained a step (step {progress.step}), so no other is queued. "
+            "Give a longer --walltime with `allranks submit --cell`."
         )
     return mark
 
 
 def _queue_successor(kind: Scheduler, directory: str, me: ThisJob) -> None:
     """Queues this job once more, where its owner may ask for that; else another job, after this one."""
-    step = _step(directory)
+    step = _progress(directory).step
     if kind.owner_may_requeue:
         # Said before it is done, because the scheduler ends this process with the job.
         print(f"{directory} goes on from step {step}: job {me.id} is queued again", flush=True)

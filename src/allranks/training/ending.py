@@ -7,9 +7,11 @@ ending_of() decides that, for every case, from what was raised:
     nothing, stopped and saved       why, and where it goes on        85                end in the same way
     a UserError that all have        the error, by one rank           its own, 2 or 1   raise the same error
     a UserError of this rank alone   the error, by this rank          its own, 2 or 1   are ended
-    Ctrl-C, in a lone process        "interrupted"                    130
-    Ctrl-C, on one of several ranks  nothing                          1                 are ended
-    a console that was closed        nothing                          1
+    Ctrl-C, alone or before a rank
+      has met the others             "interrupted"                    130
+    Ctrl-C, after that               nothing                          1                 are ended
+    a console that was closed,
+      alone or before that           nothing                          1
     anything else                    the traceback, by this rank      1                 are ended
 
 Other ranks that "are ended" may wait for this rank in a collective, and without it would wait for ever.

@@ -118,6 +118,8 @@ def _is_finite(optimizer: torch.optim.Optimizer, spread_over: Runtime | None) ->
 
 
 def _as_real(gradient: torch.Tensor) -> torch.Tensor:
+    if gradient.is_sparse:  # as of an Embedding(sparse=True): all its other numbers are 0
+        gradient = gradient.coalesce().values()
     return torch.view_as_real(gradient) if gradient.is_complex() else gradient
 
 
