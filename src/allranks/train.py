@@ -106,7 +106,7 @@ def main() -> None:
 
 
 def _report(ends: Sequence[End], identity: RankIdentity, signals: Signals, is_quiet: bool) -> None:
-    """Has the pages of these runs made, and hands their pictures to the trackers. Rank 0 alone calls."""
+    """Makes the report pages of these runs, and gives the pictures to the trackers. Only rank 0 calls."""
     from allranks.report import at_end
 
     ended = [at_end.ToReport(end.directory, end.records) for end in ends]
@@ -114,7 +114,7 @@ def _report(ends: Sequence[End], identity: RankIdentity, signals: Signals, is_qu
 
 
 def _compare(sweep: Sequence[Cell], ends: Sequence[str], signals: Signals, left_s: float) -> None:
-    """Has the runs of a sweep compared, and says how they have ended. Rank 0 alone calls.
+    """Compares the runs of a sweep, and prints the comparison. Rank 0 alone calls.
 
     `ends` has "finished" or "stopped" for each run that was started. `left_s`: seconds until the job's end.
     """

@@ -190,8 +190,8 @@ def listen(address: str, port: int = 0, far: bool = False, connections: int = 1)
     """A socket that listens at an address of this host, which is rank 0's; port 0 takes a free one.
 
     `far` says that ranks are on other hosts, `connections` how many processes will connect. Raises
-    UserError where this host has no such address, where the port is taken, where ranks are far and the
-    address is one that only this host can reach, or where this process may not have so many connections.
+    UserError if this host has no such address, if the port is taken, where ranks are far and the
+    address is one that only this host can reach, or if this process may not have so many connections.
     """
     allow_connections(connections)
     host = socket.gethostname()

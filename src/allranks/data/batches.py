@@ -85,7 +85,7 @@ class Batches:
     # --- what the source is --------------------------------------------------------------------------
 
     def _loader_of(self, source: Any) -> Any:
-        """The DataLoader that the source is, or that reads it; the source itself where it is a stream."""
+        """The source if it is a DataLoader or a stream; for a Dataset, a DataLoader that reads it."""
         is_dataset = hasattr(source, "__len__") and hasattr(source, "__getitem__")
         if isinstance(source, list | tuple) and self._given["batch_size"] is None:
             is_dataset = False  # a list of batches; with a batch_size it is one of examples

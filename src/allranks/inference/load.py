@@ -77,7 +77,7 @@ def load(
     `which` chooses the checkpoint, as choose() explains. `device` is a value of the key `device`. None
     stands for the device of the run; if this host does not have it, the best one that it has is taken.
     `threads` is the number of CPU threads; None stands for as many as each rank of the run had. Raises
-    UserError where there is no run, or no checkpoint that can be read, or where the model cannot be built.
+    UserError if there is no run, or no checkpoint that can be read, or if the model cannot be built.
     """
     directory = Path(directory)
     config = read_config(directory)

@@ -110,7 +110,7 @@ def heartbeat(within_s: float | None = None) -> None:
     `within_s` seconds if given, else those of `allranks launch --idle`, else 600. math.inf stands for no
     limit: give it at the end of the loop, or before work that takes as long as it likes. A rank that misses
     its limit is named with its stack, and the launch ends. Does nothing without `allranks launch`. Raises
-    UserError where `within_s` is not above 0.
+    UserError if `within_s` is not above 0.
     """
     numbers = _watched_page()
     numbers[WITHIN_MS] = 0 if within_s is None else _milliseconds(within_s)

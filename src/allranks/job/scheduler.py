@@ -122,7 +122,7 @@ class Scheduler(Protocol):
         """The command that queues a script, to start once the job `after` has ended."""
 
     def submit(self, script: str, after: str | None = None) -> str:
-        """Queues a script, to start once the job `after` has ended; the id of the new job."""
+        """Queues a script, to start once the job `after` has ended. Returns the id of the new job."""
 
     def exists(self, job_id: str) -> bool:
         """Whether the server knows the job.

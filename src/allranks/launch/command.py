@@ -62,7 +62,7 @@ class Wanted(NamedTuple):
 
 
 def _launch(args: argparse.Namespace, rest: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Does what the options ask for; the exit code. Raises UserError."""
+    """Does what the options ask for, and returns the exit code. Raises UserError."""
     around = discover(environ)
     if around.world_size not in (None, 1):
         if around.rank == 0:
@@ -150,7 +150,7 @@ def _trainings(args: argparse.Namespace, overrides: Sequence[str]) -> Wanted | N
 
 
 def _run_cells(launch: Launch, cells: Sequence[Cell], checks_first: bool) -> int:
-    """Starts one training after another, whether or not one fails; the first exit code that is not 0.
+    """Starts one training after another, even if one fails. Returns the first exit code that is not 0.
 
     A signal, or the end of the job, ends all of them.
     """

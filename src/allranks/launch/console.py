@@ -112,7 +112,7 @@ class Writer:
         return sum(self._waiting_bytes.values())
 
     def put(self, fd: int, data: bytes) -> None:
-        """Has the bytes written after all that came before them. Returns at once."""
+        """Queues the bytes, to be written after all that came before them. Returns at once."""
         with self._news:
             if self.nobody_reads or not data:
                 return

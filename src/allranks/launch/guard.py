@@ -580,7 +580,10 @@ class OutputFile:
         self._end.acquire()
 
     def add(self, data: bytes, wake: Callable[[], None]) -> None:
-        """Has the data written after what came before; `wake` is called once that has become impossible."""
+        """Queues the data, to be written after what came before. Returns at once.
+
+        If the file cannot be written any more, `wake` is called, from the thread that writes.
+        """
         with self._lock:
             self._waiting.append(data)
             self.waiting_bytes += len(data)

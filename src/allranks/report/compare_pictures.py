@@ -436,7 +436,7 @@ def _ranking(comparison: Comparison, figure: Figure, rows: Sequence[Row]) -> Pic
 
 
 def _unit(figure: Figure, comparison: Comparison) -> str:
-    """The unit of a figure, for the name of its axis; its own name where it has none."""
+    """The unit of a figure, for the name of its axis. A figure without a unit gives its own name."""
     if figure.name.startswith("time/"):
         return "s"
     names = [each.name for each in comparison.figures]

@@ -81,7 +81,7 @@ class RunFacts:
 
     @property
     def name(self) -> str:
-        """The run's name, as in `runs/NAME/...`; the directory's own where the configuration has none."""
+        """The run's name, as in `runs/NAME/...`; the directory's own if the configuration has none."""
         return str(self.config.get("name") or self.directory.name)
 
     @property

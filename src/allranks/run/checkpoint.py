@@ -90,7 +90,7 @@ def in_folder(path: str | Path) -> dict[int, Path]:
     """What stands under the name of a checkpoint in this folder, by step; empty if there is no folder.
 
     A link or a file in the place of a checkpoint is listed too: read() says that it is damaged. Raises
-    OSError where the folder cannot be read.
+    OSError if the folder cannot be read.
     """
     try:
         names = os.listdir(path)  # noqa: PTH208
@@ -282,11 +282,11 @@ def _sync_folder(path: Path) -> None:
 
 
 def read(path: str | Path, after_piece: Callable[[], None] | None = None) -> dict[str, bytes]:
-    """Every file of the checkpoint in this folder, by name; the bytes returned are those that were checked.
+    """Every file of the checkpoint in this folder, by name. The bytes returned are those that were checked.
 
     `after_piece` is called after every PIECE_BYTES: a large checkpoint may take minutes to read. Raises
-    Damaged where the folder or a file is not what was written, and OSError, with the file's name, where the
-    file system does not give what is there. No link is followed, not even the folder's own.
+    Damaged if the folder or a file is not what was written, and OSError, with the file's name, if the file
+    system cannot read it. No link is followed, not even the folder's own.
     """
     with _opened(path) as directory:
         listed = _parse_manifest(_read_file(directory, MANIFEST, _MANIFEST_BYTES))

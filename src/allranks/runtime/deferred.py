@@ -191,7 +191,7 @@ class Deferred:
         )
 
     def _drawn(self, func: Any, flat: list[Any], structure: Any) -> torch.Tensor | None:
-        """Moves the generator on as the call would; its state before. None if the call draws nothing."""
+        """Moves the generator on as the call would. Returns its earlier state; None if nothing is drawn."""
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return None
         generator = _generator_of(flat)

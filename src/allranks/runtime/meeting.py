@@ -123,7 +123,7 @@ class Meeting:
         return replies[0]
 
     def agree(self, error: UserError | None) -> None:
-        """Raises the same error on every rank if any rank has one; the ranks concerned are named."""
+        """Raises the same error on every rank if any rank has one. The error names these ranks."""
 
         def decide(errors: list[Any]) -> list[None]:
             if any(errors):

@@ -179,11 +179,11 @@ def _fsdp() -> tuple[Any, Any]:
 
 
 def _give_memory_back() -> None:
-    """Has this process give memory back to the system as soon as a large tensor is gone.
+    """Makes this process give memory back to the system as soon as a large tensor is gone.
 
-    glibc keeps what a program has freed, for later, unless the piece was larger than a threshold, and it
-    raises that threshold up to 32 MB by itself. Blocks come and go in each step here: what is kept would be
-    several times what is in use. Where there is no glibc, nothing is done.
+    glibc keeps freed memory for later use, unless the piece was larger than a threshold, which glibc itself
+    raises up to 32 MB. Here blocks are made and freed in each step, so the memory that glibc keeps would be
+    several times the memory in use. Without glibc nothing is done.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -91,7 +91,7 @@ def _jobs_of(run: str, kind: Scheduler, own: Sequence[str]) -> Jobs:
 
 
 def cancelled(run: str) -> list[str]:
-    """Ends the jobs of a run directory, of a sweep's, or of a cell's; their ids.
+    """Ends the jobs of a run, of a sweep, or of a cell, given its directory. Returns the jobs' ids.
 
     A sweep's jobs are its array, and those by which cells have gone on. Raises UserError if there is
     nothing to end.

@@ -41,10 +41,10 @@ class RunStuck(UserError):
 
 
 def go_on(directory: str) -> int:
-    """Queues the job that goes on with the run, if it takes one; the exit code of this job's script.
+    """Queues the job that goes on with the run, if one is needed. Returns the job script's exit code.
 
-    A run that is finished needs none: what is left of its chain is cancelled. A run with a later job in
-    the queue needs none. Raises UserError if none can be queued, RunStuck where none would help.
+    A run that is finished needs none: the jobs that are left of its chain are cancelled. A run with a later
+    job in the queue needs none. Raises UserError if none can be queued, RunStuck where none would help.
     """
     job, me = read_job(Path(directory) / JOB), scheduler.this_job(os.environ)
     if not job or me is None:

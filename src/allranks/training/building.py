@@ -144,7 +144,7 @@ def _for_slices(section: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def distribute(training: Training, trainer: TrainerConfig, unused: Sequence[str]) -> None:
-    """Has the gradients of the training added up over the ranks; all ranks call, once, before a step.
+    """Makes gradients be added up over the ranks. All ranks call this once, before the first step.
 
     `unused` are the parameters that took no part in the first batch.
     """

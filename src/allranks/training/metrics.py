@@ -326,7 +326,7 @@ def merged(of_shares: Sequence[Any], runtime: Runtime) -> Any:
 
     `of_shares` are the objects of this rank, one for each of its shares. One that has seen no example takes
     no part: its state is as reset() leaves it, and torchmetrics would count it like the others. Raises
-    UserError where the objects' states cannot be put together.
+    UserError if the objects' states cannot be put together.
     """
     states = [state for state in _states_of_all_shares(of_shares, runtime) if state]
     metric = of_shares[0]

@@ -35,9 +35,9 @@ PARTS = ("forward", "backward", "optimizer")
 
 
 def recorded_steps(left: int | None) -> range:
-    """Which steps of a start are recorded, counted from 1; the run has `left` steps left.
+    """Which steps of a start are recorded, counted from 1, if the run has `left` steps left.
 
-    None: nobody knows how many are left, as in a loop of the user's own. A short run is recorded from its
+    None means that this is not known, as in a loop of the user's own. A short run is recorded from its
     second step on: the first step takes longer than the others, because memory is allocated in it.
     """
     if left is None or left >= LAST:

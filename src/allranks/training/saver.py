@@ -57,7 +57,7 @@ class Kept(Protocol):
 
         `files` are its files. Where a model is spread over the ranks, these are only the small ones, and
         each rank reads what it needs of the others; that raises OSError where they cannot be read. Raises
-        UserError where the checkpoint is of another training, or not one that allranks has made.
+        UserError if the checkpoint is of another training, or not one that allranks has made.
         """
 
 

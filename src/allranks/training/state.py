@@ -197,7 +197,7 @@ def taken_apart(
     tensors: dict[str, torch.Tensor],
     copied: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Any:
-    """JSON for what a state_dict holds; its tensors go to `tensors`, under names to which the JSON refers.
+    """JSON for what a state_dict holds. Its tensors go to `tensors`, by names that the JSON refers to.
 
     `name` says where in the state_dict the node stands.
     """

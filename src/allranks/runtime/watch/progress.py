@@ -93,9 +93,10 @@ class Progress:
         self.pieces += 1
 
     def arrive(self, in_step: bool = True) -> None:
-        """This rank has come to a collective; the time up to a step's first one is its own work.
+        """To be called when this rank comes to a collective.
 
-        `in_step` is False for a collective that is no part of a step's work.
+        The time from the beginning of a step to its first collective counts as the rank's own work.
+        `in_step` is False for a collective that does not belong to a step.
         """
         self.arrivals += 1
         if self._busy and in_step:
