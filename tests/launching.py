@@ -31,15 +31,18 @@ def supervised(
 ) -> list[str]:
     """A command that supervises them, as `allranks launch` does.
 
-    `constants` of the supervisor are set to other values: a test need not wait for a minute. `elsewhere`
-    has it run as on another host than the ranks, in a job whose scheduler says whether it is suspended:
-    "True" or "False".
+    `constants` of supervisor.py, or of suspension.py where a name begins with `suspension.`, are set to
+    other values: a test need not wait for a minute. `elsewhere` has it run as on another host than the
+    ranks, in a job whose scheduler says whether it is suspended: "True" or "False".
     """
+    settings = "".join(
+        f"{name if '.' in name else f'supervisor.{name}'} = {value!r}\n"
+        for name, value in (constants or {}).items()
+    )
     asks = f", ask_scheduler=lambda: {elsewhere}" if elsewhere else ""
     other_host = "supervisor.processes.boot_id = lambda: 'another'\n" if elsewhere else ""
     return python(
-        f"import os, sys\nfrom allranks.launch import supervisor\n{other_host}"
-        f"vars(supervisor).update({dict(constants or {})!r})\n"
+        f"import os, sys\nfrom allranks.launch import supervisor, suspension\n{other_host}{settings}"
         f"outcome = supervisor.run({guarded(name, ranks, program)!r}, dict(os.environ), "
         f"{str(run_dir) if run_dir else None!r}, world_size={ranks}{asks}, **{more!r})\n" + TOLD
     )

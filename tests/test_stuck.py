@@ -14,8 +14,8 @@ import pytest
 
 from allranks.base import processes
 from allranks.base.errors import EXIT_TIMED_OUT
-from allranks.launch import supervisor
 from allranks.launch.console import STDOUT, Writer
+from allranks.launch.suspension import answer_within
 from helpers import TIMEOUT_S, Started, serial, took_at_most, until
 from launching import TOLD, by_hand, can_make_hosts, python, supervised
 
@@ -167,7 +167,8 @@ def test_a_guard_that_is_stopped_after_its_program_has_ended_is_no_suspension():
 @pytest.mark.long
 def test_where_no_rank_can_be_looked_at_the_scheduler_says_whether_all_are_suspended(saved):
     """Another boot id than ours stands for the guards' own hosts, and the launch is asked elsewhere."""
-    limits = {"ASK_S": 0.2, "SILENT_S": 2.0, "SUSPENDED_S": 1.0, "ASK_SCHEDULER_S": 0.5, "LEAVE_S": 1.0}
+    limits = {"ASK_S": 0.2, "SILENT_S": 2.0, "SUSPENDED_S": 1.0, "LEAVE_S": 1.0}
+    limits["suspension.ASK_SCHEDULER_S"] = 0.5
     program = python(saved.program + "time.sleep(12)")
     with Started(supervised("mpiexec", 2, program, constants=limits, elsewhere="True")) as started:
         pids = guards(started, 2).values()
@@ -185,9 +186,9 @@ def test_where_no_rank_can_be_looked_at_the_scheduler_says_whether_all_are_suspe
 
 def test_a_scheduler_that_hangs_is_not_waited_for():
     """The guards would not be asked any more."""
-    assert asyncio.run(supervisor._in_thread(lambda: True, 5)) is True
+    assert asyncio.run(answer_within(5, lambda: True)) is True
     asked = threading.Event()
-    assert asyncio.run(supervisor._in_thread(asked.wait, 0.1)) is False
+    assert asyncio.run(answer_within(0.1, asked.wait)) is False
     asked.set()
 
 

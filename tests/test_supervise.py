@@ -696,8 +696,8 @@ def test_many_silent_strangers_do_not_keep_the_ranks_out(tmp_path):
     go = tmp_path / "go"
     inner = [*python(come), str(go), *GUARD, *python("print('fine')")]
     command = python(
-        "import os, sys\nfrom allranks.launch import supervisor\n"
-        "supervisor.HELLO_S = 600\n"  # a stranger is sent away for the others, not for its silence
+        "import os, sys\nfrom allranks.launch import arrivals, supervisor\n"
+        "arrivals.HELLO_S = 600\n"  # a stranger is sent away for the others, not for its silence
         f"argv = ['sh', '-c', 'echo $ALLRANKS_SUPERVISOR >&2; exec \"$@\"', 'sh', *{inner!r}]\n"
         "outcome = supervisor.run(argv, dict(os.environ), None, world_size=1)\n" + TOLD
     )

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
+import signal
 import socket
 from collections.abc import Callable
 
 import pytest
 
 from allranks.base.errors import UserError
+from allranks.job.variables import WISH_JOB_END
 from allranks.launch import supervisor
+from allranks.launch.arrivals import Guarded, problem_with
+from allranks.launch.common_stop import CommonStop
 from allranks.launch.console import Console
+from allranks.launch.launcher_process import LauncherProcess
 from allranks.launch.outcome import Loss, Rank
-from allranks.launch.supervisor import Guarded, Limits, Phase, Supervision
+from allranks.launch.supervisor import Limits, Phase, Supervision
 
 
 async def running(ranks: int, ask_scheduler: Callable[[], bool] | None = None) -> Supervision:
     """A launch whose ranks have all begun, and whose console shows nothing."""
     loop = asyncio.get_running_loop()
     found = Supervision(ranks, [], Limits(), Console(lambda fd, data: None), ask_scheduler=ask_scheduler)
-    found._loop, found._changed, found._room = loop, asyncio.Event(), asyncio.Event()
+    found._loop, found._changed = loop, asyncio.Event()
     found._has_begun = True
     found.phase = Phase.RUNNING
     for number in range(ranks):
@@ -52,7 +58,7 @@ def test_the_end_of_a_program_is_when_it_ended_and_not_when_its_output_was_passe
 )
 def test_a_launcher_that_cannot_be_started_is_named_with_a_remedy_that_helps(argv, remedy):
     with pytest.raises(UserError, match=f"launcher {argv[0]} cannot be started .{remedy}"):
-        supervisor._started(argv, dict(os.environ))
+        LauncherProcess(argv, dict(os.environ))
 
 
 @pytest.mark.parametrize("answers", [True, False])
@@ -87,3 +93,39 @@ def test_a_guard_that_answers_while_the_scheduler_is_asked_is_not_given_up(answe
         return known.rank
 
     assert asyncio.run(asked()).loss is (None if answers else Loss.SILENT)
+
+
+@pytest.mark.parametrize(
+    ("hello", "problem"),
+    [
+        ({"rank": 1, "world_size": 2}, ""),
+        ({"rank": 1, "world_size": None}, ""),  # not every launcher tells how many ranks there are
+        ({"rank": 0, "world_size": 2}, "a second rank 0 came from n1, of 2 ranks .* those of `srun`"),
+        ({"rank": 2, "world_size": 2}, "a rank 2 came from n1, of 2 ranks that were asked for"),
+        ({"rank": 1, "world_size": 4}, "rank 1 on n1 was started as one of 4, but 2 were asked for"),
+    ],
+)
+def test_a_rank_that_cannot_be_of_this_launch_is_told_why(hello, problem):
+    """Rank 0 of two has come already."""
+    told = problem_with({"host": "n1", "launcher": "srun", **hello}, world_size=2, came={0})
+    assert re.match(problem or "$", told), told
+
+
+def test_all_ranks_stop_at_the_call_after_the_largest_that_any_of_them_has_had_answered():
+    stop = CommonStop()
+    assert not stop.answered(2, 9)  # nobody has asked for a stop
+    assert stop.begin(signal.SIGUSR1, running=[0, 1, 2])
+    assert not stop.begin(signal.SIGTERM, running=[0, 1, 2])  # the second rank to ask changes nothing
+    assert not stop.answered(0, 4)
+    assert not stop.answered(1, 6)
+    assert stop.answered(2, 9)
+    assert (stop.reason, stop.at) == ("SIGUSR1", 10)
+    assert not stop.ended(0)  # the call is chosen once
+
+
+def test_a_rank_that_ends_is_not_waited_for_before_the_call_is_chosen():
+    stop = CommonStop()
+    stop.begin(WISH_JOB_END, running=[0, 1])
+    assert not stop.answered(0, 3)
+    assert stop.ended(1)
+    assert (stop.reason, stop.at) == ("the job's end", 4)

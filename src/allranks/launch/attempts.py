@@ -34,7 +34,7 @@ from allranks.config import Config
 from allranks.job import scheduler, variables
 from allranks.job.hosts import Allocation, Host, is_this_host, short
 from allranks.job.machine import Machine
-from allranks.launch import launchers, preflight, supervisor
+from allranks.launch import launchers, output, preflight, supervisor
 from allranks.launch.console import note, say
 from allranks.launch.outcome import Outcome, planned_hosts
 from allranks.launch.plan import Plan, Request, make_plan, place, room_on
@@ -308,7 +308,7 @@ def _say_last(launch: Launch, outcome: Outcome) -> None:
             elif step is not None:
                 failure += f" Nothing was saved at the end: the newest checkpoint is of step {step}."
     if failure:
-        say(failure, within_s=supervisor.UNREAD_S if outcome.stopped else None)
+        say(failure, within_s=output.UNREAD_S if outcome.stopped else None)
 
 
 def _attempt(launch: Launch, plan: Plan) -> Outcome:

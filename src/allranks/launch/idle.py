@@ -16,7 +16,7 @@ import enum
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from allranks.base.agreement import majority
@@ -90,6 +90,36 @@ class RankWatch:
         within_ms = self.pulse.within_ms
         has_asked = within_ms == NO_LIMIT_MS or now - self.beat_at <= within_ms / 1000
         return now - self.active_at > idle_s and not has_asked
+
+
+@dataclass
+class IdleWatch:
+    """What is known of the progress of all ranks, and of where those are that make none."""
+
+    ranks: dict[int, RankWatch] = field(default_factory=dict)  # by rank, of all that have begun
+    looks: dict[int, bytes] = field(default_factory=dict)  # by rank, what its guard has seen
+    have_looked: set[int] = field(default_factory=set)  # the ranks whose guards have seen all there is
+    last_end_at: float = 0.0  # when the latest rank has ended
+
+    @property
+    def progress(self) -> int:
+        """The calls of heartbeat() and should_stop() and the steps of the rank that has most of them."""
+        pulses = [watch.pulse for watch in self.ranks.values()]
+        return max((pulse.beats + pulse.calls + pulse.steps for pulse in pulses), default=0)
+
+    def saw(self, rank: int, piece: bytes) -> None:
+        """Takes in a piece of what a rank's guard has seen of its program."""
+        self.looks[rank] = self.looks.get(rank, b"") + piece
+
+    def forgive(self, now: float) -> None:
+        """The ranks could do nothing until now."""
+        for watch in self.ranks.values():
+            watch.forgive(now)
+
+    def limits_s(self, idle_s: float | None) -> list[float]:
+        """All limits of time that may be reached: `idle_s`, and those for the ranks' next heartbeats."""
+        limits_s = [idle_s, *(watch.limit_s(idle_s) for watch in self.ranks.values())]
+        return [limit_s for limit_s in limits_s if limit_s]
 
 
 class Kind(enum.Enum):

@@ -35,7 +35,6 @@ from allranks.base.errors import EXIT_TIMED_OUT, EXIT_USER_ERROR, UserError
 from allranks.base.text import some
 from allranks.job import variables
 from allranks.job.identity import discover
-from allranks.launch import supervisor
 from allranks.launch.console import Console
 from allranks.launch.outcome import Rank, planned_hosts
 from allranks.run import directory as rundir
@@ -111,6 +110,9 @@ def check(
     `config` nothing is asked about data and device. `start_s` is how long the ranks may take to come, None
     for the default, and `limit_s` how long their checks may take then.
     """
+    # Imported here: the ranks, which run this module too, do not need it.
+    from allranks.launch import supervisor
+
     start = time.monotonic()
     token = Path(run_dir).absolute() / f".preflight-{secrets.token_hex(8)}" if run_dir else None
     task = json.dumps({**_data_and_device(config), "token": str(token) if token else None})

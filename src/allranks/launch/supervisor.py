@@ -1,44 +1,55 @@
-"""Starts the launcher, and watches over every rank until all have ended.
+"""Has the launcher started, and watches over every rank until all have ended.
 
 Each rank's guard (allranks.launch.guard) connects to this process. Through that connection come the rank's
-output and how it ended, and through it goes our word to end the rank, whatever the launcher. What the
-launcher itself writes is shown too, but not its summary of a failure that has been named here already.
+output and how it ended, and through it goes our word to end the rank, whatever the launcher.
 
 One launch has three phases: STARTING, while ranks come; RUNNING, once all have come and were told to begin;
 ENDING, once the first has failed, the last has ended, a limit is reached or a signal has arrived. Nothing
 here waits without a limit, but for ranks that run: a guard that is stopped, a launcher that will not end
-and a console that nobody reads are each given some seconds. How it all went is decided in outcome.py.
+and a console that nobody reads are each given some seconds.
+
+This file holds the phases: what each message of a guard, each limit and each signal leads to. The parts of
+it each have a file:
+
+launcher_process.py   the launcher as a process: started, heard, ended
+arrivals.py           who connects, and whether it belongs to this launch
+output.py             the ranks' output, which waits while the console is full
+suspension.py         whether guards are silent because the scheduler has suspended the job
+idle.py               which ranks make no progress, and which one is to blame
+common_stop.py        the call of allranks.should_stop() at which all ranks stop
+outcome.py            how it all went: the exit code and one sentence
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import enum
-import errno
 import os
 import secrets
 import signal
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from allranks.base import links, processes
-from allranks.base.errors import EXIT_REQUEUE, EXIT_TIMED_OUT, UserError, as_line
+from allranks.base.errors import EXIT_REQUEUE, EXIT_TIMED_OUT
 from allranks.base.signals import TWICE_S
 from allranks.base.text import printable, some
 from allranks.job import variables
 from allranks.job.hosts import address_for
 from allranks.launch import idle, outcome
-from allranks.launch.console import HOLD_S, STDERR, Console, Writer, terminal_size, terminals
+from allranks.launch.arrivals import Guarded, Newcomers, loss_by, next_message, problem_with
+from allranks.launch.common_stop import CommonStop
+from allranks.launch.console import Console, Writer, terminal_size, terminals
 from allranks.launch.keyboard import Keyboard
+from allranks.launch.launcher_process import LauncherProcess
 from allranks.launch.outcome import LOST_CODE, NEAR_S, Conclusion, Evidence, Loss, Outcome, Rank
+from allranks.launch.output import Output
+from allranks.launch.suspension import Suspension
 
 START_S = 60.0  # until every rank has said who it is
 GRACE_S = 10.0  # from a user's SIGTERM or Ctrl-C to SIGKILL, for a program of which nothing is known
@@ -46,25 +57,15 @@ PATIENCE_S = 10.0  # after a signal, until the user is told why nothing seems to
 TERM_AT = 0.5  # of the grace: a program that goes on after Ctrl-C's SIGINT gets SIGTERM then
 FALL_S = 1.0  # from SIGTERM to SIGKILL for the ranks beside one that has failed
 LEAVE_S = 5.0  # for guards to say that a killed rank has ended, and for the launcher after its last rank
-REAP_S = 5.0  # for a launcher that was killed: after that it is stuck in the kernel, and left behind
-HELLO_S = 10.0  # for somebody who connects to show the secret
 ASK_S = 10.0  # how often a guard is asked whether it is there
 LEAST_ASK_S = 0.25  # and where a limit of the user's is shorter than that
 SILENT_S = 60.0  # a guard that has said nothing for so long is stopped, or its host is down
 # The event loop itself comes late where this process was stopped. By so much it does not on a busy host.
 SUSPENDED_S = 5.0
 NOTICE_S = 0.1  # for this process to notice that it was stopped, once it goes on
-ASK_SCHEDULER_S = 60.0  # how often it is asked at most whether it has suspended the job: all users share it
-SCHEDULER_ANSWER_S = 90.0  # its command has a limit of 60 s, but may hang in the kernel beyond it
 LOOK_S = 8.0  # for the guards to see where their programs are: a process with py-spy takes 2 s to start
 MOST_LOOKS = 64  # ranks that are looked at, and shown if they are among the first few to blame
 MOST_SHOWN = 4
-UNREAD_S = 2.0  # after a signal, for a console that takes nothing any more
-# What each rank may still say while the console is full. Its last words and how it ended are then known.
-LAST_WORDS_BYTES = 1 << 14
-
-# What the system says of a connection to a host that is down or cut off.
-SILENCE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN)
 
 END_THE_LAUNCH = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # signals to this process
 # With these a user who has asked before says that there is no more time to save. SIGHUP is not among them:
@@ -79,56 +80,6 @@ class Phase(enum.Enum):
     STARTING = enum.auto()  # some ranks have not come yet
     RUNNING = enum.auto()  # all have come, and were told to begin
     ENDING = enum.auto()  # all were told to end or will be at once, or all have ended
-
-
-@dataclass(eq=False)
-class Guarded:
-    """A rank, and the connection to its guard."""
-
-    rank: Rank
-    guard: asyncio.StreamWriter | None  # None: the connection has ended
-    heard_at: float  # when its last message came, by the event loop's clock
-    boot_id: str | None = None  # of its host's kernel: two hosts may have one name
-    pid: int | None = None  # the guard's process, as its own host numbers it
-    awaits_room: bool = False  # nothing of it is read, because the console is full
-    beyond_bytes: int = 0  # of output that it has sent although the console was full
-
-
-@dataclass
-class IdleWatch:
-    """What is known of the ranks' progress, and of where those are that make none."""
-
-    ranks: dict[int, idle.RankWatch] = field(default_factory=dict)  # by rank, of all that have begun
-    looks: dict[int, bytes] = field(default_factory=dict)  # by rank, what its guard has seen
-    have_looked: set[int] = field(default_factory=set)
-    last_end_at: float = 0.0  # when the latest rank has ended
-    naming: asyncio.Task[None] | None = None  # ranks are looked at, to be named
-
-    @property
-    def progress(self) -> int:
-        """The calls of heartbeat() and should_stop() and the steps of the rank that has most of them."""
-        pulses = [watch.pulse for watch in self.ranks.values()]
-        return max((pulse.beats + pulse.calls + pulse.steps for pulse in pulses), default=0)
-
-    def forgive(self, now: float) -> None:
-        """The ranks could do nothing until now."""
-        for watch in self.ranks.values():
-            watch.forgive(now)
-
-    def pause_s(self, idle_s: float | None) -> float:
-        """How long to wait before the guards are asked again: less where a limit is short."""
-        limits_s = [watch.limit_s(idle_s) or 4 * ASK_S for watch in self.ranks.values()]
-        return max(LEAST_ASK_S, min([ASK_S, (idle_s or 4 * ASK_S) / 4, *(limit / 4 for limit in limits_s)]))
-
-
-@dataclass
-class StopRound:
-    """How the ranks agree on the call of allranks.should_stop() at which they stop."""
-
-    reason: str = ""  # why the first rank asked for it; empty: none has
-    awaited: set[int] = field(default_factory=set)  # the ranks that have not said yet how far they are
-    most_answered: int = 0  # the most calls of any rank that had their answer
-    at: int = 0  # the first call that returns True; 0: not agreed on
 
 
 @dataclass(frozen=True)
@@ -219,33 +170,28 @@ class Supervision:
         self.world_size = world_size
         self.hosts = hosts
         self.limits = limits
-        self.console = console
         self.passes_on = passes_on
         self.interrupts = interrupts
         self.phase = Phase.STARTING
         self.guarded: dict[int, Guarded] = {}  # by rank, those that have come
-        self._newcomers: list[asyncio.StreamWriter] = []  # have connected, and not shown the secret yet
+        self._newcomers = Newcomers(most=world_size + links.SPARE)
         self.stopped_by = 0  # the signal that ends the launch
         self._stopped_at = 0.0  # when that signal came, by the event loop's clock
         self.problem: Conclusion | None = None  # what no rank's end explains
-        self._writer = writer
-        self._on_output = on_output
+        self._output = Output(console, writer, on_output)
         self._reads_stdin = reads_stdin
         self._watches = watches
-        self._idle = IdleWatch()
-        self._stop = StopRound()
+        self._idle = idle.IdleWatch()
+        self._naming: asyncio.Task[None] | None = None  # ranks that make no progress are looked at
+        self._stop = CommonStop()
         self._has_begun = False  # all ranks have come, and were told to begin
-        self._ask_scheduler = ask_scheduler
-        self._scheduler_asked_at = -ASK_SCHEDULER_S
-        self._scheduler_says_suspended = False
+        self._suspension = Suspension(ask_scheduler)
         self._stopped_s = 0.0  # for how long this process was stopped, as with its whole job
         self._is_suspended = False  # the user was told that all ranks are stopped
         self._secret = secrets.token_hex(32)
         # What all ranks are told. The launch's variables name rank 0's address, or else rank 0's guard
         # shows it.
         self._place: dict[str, Any] = {"world_size": world_size, "secret": secrets.token_hex(16)}
-        self._said: list[bytes] = []  # the launcher's lines that are not shown yet
-        self._launcher_was_killed = False
 
     def run(self, argv: Sequence[str], env: Mapping[str, str], run_dir: str | Path | None) -> Outcome:
         """Raises UserError where the launcher cannot be started or a host is not known."""
@@ -263,27 +209,26 @@ class Supervision:
     ) -> Outcome:
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()  # a rank, the launcher or the console has news
-        self._room = asyncio.Event()  # the console takes more
-        self._room.set()
         self._keyboard = Keyboard(self._loop, lambda data: self._tell_rank_0(stdin=data))
-        if self._writer is not None:
-            self._writer.on_progress = self._tell_loop
+        self._output.start(on_nobody_reads=self._changed.set)
 
         links.allow_connections(self.world_size)
         address = await self._open_door()
         self._place["master_addr"] = env.get(variables.MASTER_ADDR)
-        self._launcher = _started(argv, {**env, **self._private_variables(address, run_dir)})
+        self._launcher = LauncherProcess(argv, {**env, **self._private_variables(address, run_dir)})
         for number in (*END_THE_LAUNCH, *PASSED_ON):
             if not _is_to_be_ignored(number):
                 self._loop.add_signal_handler(number, self._on_signal, number)
         self._loop.add_signal_handler(signal.SIGCHLD, self._changed.set)
         self._loop.add_signal_handler(signal.SIGWINCH, self._on_resize)
         self._after(self.limits.start_s, self._at_start_limit)
-        said = asyncio.create_task(self._hear_launcher())
+        said = asyncio.create_task(
+            self._launcher.hear(self._output.line, may_show=lambda: self.phase is not Phase.ENDING)
+        )
         asking = asyncio.create_task(self._ask_guards())
 
         try:
-            await self._until(self._launcher_has_ended)
+            await self._until(lambda: self._launcher.has_ended)
             if self._connected():  # the ranks must not outlive their launcher
                 self._end_all(FALL_S)
                 self._loop.call_later(LEAVE_S, self._give_up, True)
@@ -293,13 +238,13 @@ class Supervision:
             asking.cancel()
             self._keyboard.stop()
             self._give_up(False)
-            await self._reap_launcher()
+            await self._launcher.reap()
 
         ranks = [known.rank for known in self.guarded.values()]
         evidence = self._evidence(Path(argv[0]).name, ranks)
         conclusion = outcome.conclusion(evidence)
         self._show_last(conclusion)
-        await self._until_written()
+        await self._output.until_written(is_in_a_hurry=lambda: bool(self.stopped_by))
         return Outcome(
             code=conclusion.code,
             failure=conclusion.sentence and f"{conclusion.sentence}.",
@@ -348,32 +293,32 @@ class Supervision:
         terminal ends the reader as well (`allranks launch ... | tee log`), and its end may be seen first.
         """
         while not condition():
-            if self._nobody_reads() and not self.stopped_by:
+            if self._output.nobody_reads and not self.stopped_by:
                 await asyncio.sleep(NEAR_S)
                 if not self.stopped_by:
                     return
             await self._changed.wait()
             self._changed.clear()
 
-    def _launcher_has_ended(self) -> bool:
-        return self._launcher.poll() is not None
-
     def _connected(self) -> list[Guarded]:
         return [known for known in self.guarded.values() if known.guard is not None]
 
+    def _running(self) -> set[int]:
+        """The ranks whose program has not ended, and whose guard can be told something."""
+        return {known.rank.rank for known in self._connected() if known.rank.code is None}
+
     def _evidence(self, launcher: str, ranks: Sequence[Rank]) -> Evidence:
-        code = self._launcher.returncode
         return Evidence(
             world_size=self.world_size,
             ranks=ranks,
             launcher=launcher,
-            launcher_code=-signal.SIGKILL if code is None else code,
-            launcher_was_killed=self._launcher_was_killed,
+            launcher_code=self._launcher.code,
+            launcher_was_killed=self._launcher.was_killed,
             had_started=self._has_begun,
             stopped_by=self.stopped_by,
             signal_is_for_us=not self.passes_on,
             problem=self.problem,
-            nobody_reads=self._nobody_reads(),
+            nobody_reads=self._output.nobody_reads,
         )
 
     # --- the ranks ------------------------------------------------------------------------------
@@ -384,41 +329,25 @@ class Supervision:
         inbox = links.Inbox()
         try:
             links.keep_alive(guard.get_extra_info("socket"))
-            hello = await self._hello(reader, guard, inbox)
+            hello = await self._newcomers.hello(reader, guard, inbox)
             if not links.knows_secret(hello, self._secret):
                 return
             known = self._welcome(hello, guard)
             while known is not None:
-                self._hear(known, await _next_message(reader, inbox))
-                await self._until_room(known)
+                self._hear(known, await next_message(reader, inbox))
+                await self._output.until_room(known)
         except asyncio.CancelledError:
             pass  # at the launch's end: asyncio would show where a stranger's connection waits
         except (OSError, EOFError, ValueError, links.WireError, asyncio.TimeoutError) as error:
             if known is not None and known.guard is not None:
-                self._on_break(known, _loss_by(error))
+                self._on_break(known, loss_by(error))
         finally:
             guard.close()
             self._changed.set()
 
-    async def _hello(
-        self, reader: asyncio.StreamReader, guard: asyncio.StreamWriter, inbox: links.Inbox
-    ) -> dict[str, Any]:
-        """The first message of a new connection. Raises as _next_message, and asyncio.TimeoutError.
-
-        Strangers cannot use up what the ranks need: too many at a time, and the oldest is sent away.
-        """
-        self._newcomers.append(guard)
-        if len(self._newcomers) > self.world_size + links.SPARE:
-            self._newcomers.pop(0).close()  # a rank shows the secret at once
-        try:
-            return await asyncio.wait_for(_next_message(reader, inbox), HELLO_S)
-        finally:
-            if guard in self._newcomers:  # else it was sent away
-                self._newcomers.remove(guard)
-
     def _welcome(self, hello: Mapping[str, Any], guard: asyncio.StreamWriter) -> Guarded | None:
         """Takes in a rank that has come; None where it is none of this launch."""
-        problem = self._problem_with(hello)
+        problem = problem_with(hello, self.world_size, self.guarded)
         if problem:
             self._fail(Conclusion(1, problem))
         if self.phase is Phase.ENDING:
@@ -442,23 +371,6 @@ class Supervision:
             self._begin()
         return known
 
-    def _problem_with(self, hello: Mapping[str, Any]) -> str:
-        """Why the rank that says hello cannot be one of this launch's; empty where it can."""
-        number, host, size = hello["rank"], hello["host"], hello["world_size"]
-        if number in self.guarded or number >= self.world_size:
-            article = "a second" if number in self.guarded else "a"
-            return (
-                f"{article} rank {number} came from {host}, of {self.world_size} ranks that were asked "
-                f"for; the variables there are those of `{hello['launcher']}`: take the launcher of the "
-                "MPI or scheduler that this host has (--launcher)"
-            )
-        if size not in (None, self.world_size):
-            return (
-                f"rank {number} on {host} was started as one of {size}, but {self.world_size} "
-                "were asked for: look at the launcher's options"
-            )
-        return ""
-
     def _begin(self) -> None:
         """All are here: each rank gets its place, and they start together."""
         self.phase = Phase.RUNNING
@@ -477,8 +389,7 @@ class Supervision:
                     {"watch": "beats" if self.limits.idle_s is None else "idle"} if self._watches else {}
                 )
                 self._idle.ranks[known.rank.rank] = idle.RankWatch(self._loop.time())
-                self._tell(
-                    known,
+                known.tell(
                     env=place,
                     stdin=self._reads_stdin and is_rank_0,
                     size=terminal_size() if is_rank_0 else None,
@@ -493,29 +404,35 @@ class Supervision:
         if "pulse" in word:
             self._idle.ranks[known.rank.rank].note(idle.Pulse(*word["pulse"]), known.heard_at)
         if "code" in word:
-            # A guard says it twice: as the program ends, and once all of its output is passed on. Which
-            # rank has failed first depends on when the programs ended, not on whose output was slow.
-            if known.rank.code is None:
-                known.rank.code = int(word["code"])
-                known.rank.signal = int(word["signal"])
-                known.rank.ended_at = float(word["time"])
-            if word["last"]:
-                self._on_end(known)
+            self._hear_code(known, word)
         elif "took" in word:  # rank 0's program has all of its stdin that was read so far
             self._keyboard.read_on()
         elif "wish" in word:
-            self._begin_stop(known, int(word["wish"]))
+            if self._stop.begin(int(word["wish"]), self._running()):
+                self._tell_all(hold=True)
         elif "answered" in word:
-            self._stop.most_answered = max(self._stop.most_answered, int(word["answered"]))
-            self._settle_stop(known)
+            if self._stop.answered(known.rank.rank, int(word["answered"])):
+                self._tell_stop()
         elif "look" in word:
-            seen = self._idle.looks.get(known.rank.rank, b"")
-            self._idle.looks[known.rank.rank] = seen + links.output(word["look"])
+            self._idle.saw(known.rank.rank, links.output(word["look"]))
         elif "looked" in word:
             self._idle.have_looked.add(known.rank.rank)
         elif "here" not in word:
             for kind, text in word.items():
-                self._show(known, kind, links.output(text))
+                self._output.show(known, kind, links.output(text))
+
+    def _hear_code(self, known: Guarded, word: Mapping[str, Any]) -> None:
+        """A guard says how its program has ended.
+
+        It says so twice: as the program ends, and once all of its output is passed on. Which rank has
+        failed first depends on when the programs ended, not on whose output was slow.
+        """
+        if known.rank.code is None:
+            known.rank.code = int(word["code"])
+            known.rank.signal = int(word["signal"])
+            known.rank.ended_at = float(word["time"])
+        if word["last"]:
+            self._on_end(known)
 
     def _on_break(self, known: Guarded, loss: Loss) -> None:
         """The connection to a guard has ended."""
@@ -537,8 +454,9 @@ class Supervision:
         """A rank has ended, and all of its output has arrived."""
         known.rank.has_ended = True
         self._idle.last_end_at = self._loop.time()
-        self._settle_stop(known)  # it says nothing more
-        self.console.end_lines_of(known.rank.rank, known.rank.host)
+        if self._stop.ended(known.rank.rank):
+            self._tell_stop()
+        self._output.end_lines_of(known.rank)
         if known.rank.has_failed and self.phase is not Phase.ENDING:
             self._enter_ending()
             # News of an earlier failure may still be on its way, and must not be taken for our doing.
@@ -548,23 +466,31 @@ class Supervision:
             self._tell_all(bye=True)
             self._loop.call_later(LEAVE_S, self._give_up, False)
 
-    def _tell(self, known: Guarded, **word: Any) -> None:
-        if known.guard is not None:
-            known.guard.write(links.message(**word))
-
     def _tell_all(self, **word: Any) -> None:
         for known in self.guarded.values():
-            self._tell(known, **word)
+            known.tell(**word)
 
     def _tell_rank_0(self, **word: Any) -> None:
         if 0 in self.guarded:
-            self._tell(self.guarded[0], **word)
+            self.guarded[0].tell(**word)
+
+    def _tell_stop(self) -> None:
+        """The call of allranks.should_stop() at which all ranks stop has been chosen."""
+        self._tell_all(stop_at=self._stop.at)
+        self._output.say(
+            f"{self._stop.reason}: all ranks stop at call {self._stop.at} of allranks.should_stop()"
+        )
+
+    def _pause_s(self) -> float:
+        """How long to wait before the guards are asked again: less where a limit is short."""
+        limits_s = self._idle.limits_s(self.limits.idle_s)
+        return max(LEAST_ASK_S, min([ASK_S, *(limit_s / 4 for limit_s in limits_s)]))
 
     async def _ask_guards(self) -> None:
         """Asks each guard now and then whether it is there, and gives up those that do not answer."""
         while True:
             asked_at = self._loop.time()
-            pause_s = self._idle.pause_s(self.limits.idle_s)
+            pause_s = self._pause_s()
             await asyncio.sleep(pause_s)
             now = self._loop.time()
             if now > asked_at + pause_s + SUSPENDED_S:
@@ -576,9 +502,9 @@ class Supervision:
                 self._idle.forgive(now)
             if not self._has_begun:
                 continue
-            asked = [g for g in self._connected() if _is_to_answer(g)]
+            asked = [known for known in self._connected() if known.is_to_answer]
             for known in asked:
-                self._tell(known, here=True)
+                known.tell(here=True)
             silent = [known for known in asked if now >= known.heard_at + SILENT_S]
             was_suspended = self._is_suspended
             self._note_suspension(bool(silent) and await self._are_suspended(asked, now))
@@ -594,35 +520,23 @@ class Supervision:
     def _give_up_silent(self, silent: Sequence[Guarded], asked_at: float) -> None:
         """Takes the guards that had not answered for too long at `asked_at`, and have not since, as lost.
 
-        The scheduler may have been asked meanwhile, which takes up to SCHEDULER_ANSWER_S.
+        The scheduler may have been asked meanwhile, which takes up to a minute and a half.
         """
         for known in silent:
             has_answered = known.heard_at > asked_at
-            if known.guard is not None and _is_to_answer(known) and not has_answered:
+            if known.guard is not None and known.is_to_answer and not has_answered:
                 known.guard.close()
                 self._on_break(known, Loss.SILENT)
         self._changed.set()
 
     async def _are_suspended(self, asked: Sequence[Guarded], now: float) -> bool:
-        """Whether the whole job seems to be suspended, as schedulers do for one that is more urgent.
-
-        A scheduler stops all processes of a job at once, while `allranks launch` may run on outside of it,
-        as in a shell of salloc on a login node. So all guards are silent then. On this host we see whether
-        they and their programs are stopped; of other hosts the scheduler knows it.
-        """
+        """Whether the guards that were asked are silent because the whole job is suspended."""
         silent_for_s = SILENT_S - ASK_S - SUSPENDED_S  # the last one may have answered just before
         if any(now < known.heard_at + silent_for_s for known in asked):
-            return False
-        here = [known for known in asked if known.pid is not None and known.boot_id == processes.boot_id()]
-        # A guard that is stopped when its program has ended is no sign of it: the program was not stopped.
-        if here and all(_is_stopped(known) for known in here) and any(map(_has_program, here)):
-            return True
-        if self._ask_scheduler is None:
-            return False
-        if now >= self._scheduler_asked_at + ASK_SCHEDULER_S:
-            self._scheduler_asked_at = now
-            self._scheduler_says_suspended = await _in_thread(self._ask_scheduler, SCHEDULER_ANSWER_S)
-        return self._scheduler_says_suspended
+            return False  # a scheduler suspends all of them
+        boot_id = processes.boot_id()
+        here = [known.pid for known in asked if known.pid is not None and known.boot_id == boot_id]
+        return await self._suspension.is_seen(here, now)
 
     def _note_suspension(self, is_suspended: bool) -> None:
         """Tells the user once that the ranks are suspended, and once that they go on."""
@@ -632,29 +546,30 @@ class Supervision:
         words = "the job goes on"
         if is_suspended:
             words = "the job is suspended: all ranks are stopped. Waiting until they go on"
-        self.console.line(f"allranks: {words}.\n".encode())
+        self._output.line(f"allranks: {words}.\n".encode())
 
     # --- ranks that make no progress ------------------------------------------------------------
 
     def _check_progress(self) -> None:
         """Notices ranks that do nothing, or do not call allranks.heartbeat() any more."""
-        if not self._watches or self.phase is not Phase.RUNNING or self._idle.naming is not None:
+        if not self._watches or self.phase is not Phase.RUNNING or self._naming is not None:
             return
         now = self._loop.time()
-        if self._is_suspended or self._is_full():  # the ranks wait for the scheduler, or for the console
+        # The ranks wait for the scheduler, or for the console.
+        if self._is_suspended or self._output.is_full:
             self._idle.forgive(now)
             return
-        running = {known.rank.rank for known in self._connected() if known.rank.code is None}
+        running = self._running()
         watched = {rank: watch for rank, watch in self._idle.ranks.items() if rank in running}
         finding = idle.notice(watched, self.limits.idle_s, now, self._idle.last_end_at)
         if finding is not None:
-            self._idle.naming = asyncio.create_task(self._name(finding, watched))
+            self._naming = asyncio.create_task(self._name(finding, watched))
 
     async def _name(self, finding: idle.Finding, watched: Mapping[int, idle.RankWatch]) -> None:
         """Has the guards look where their programs are, names the rank that stands out, and ends all."""
         looking = idle.look_first(finding, watched)[:MOST_LOOKS]
         for rank in looking:
-            self._tell(self.guarded[rank], look=True)
+            self.guarded[rank].tell(look=True)
         give_up_at = self._loop.time() + LOOK_S
         while not self._idle.have_looked.issuperset(looking) and self._loop.time() < give_up_at:
             await asyncio.sleep(0.05)
@@ -663,36 +578,11 @@ class Supervision:
         blamed = idle.to_blame(finding, watched, looks)
         for rank in blamed[:MOST_SHOWN]:
             seen = looks.get(rank, "").rstrip() or "its guard does not see where it is"
-            words = printable(f"rank {rank} on {self.guarded[rank].rank.host}: {seen}")
-            self.console.line(as_line(words, STDERR).encode())
+            self._output.say(printable(f"rank {rank} on {self.guarded[rank].rank.host}: {seen}"))
         names = {rank: f"{rank} on {self.guarded[rank].rank.host}" for rank in watched}
         sentence = idle.sentence(finding, blamed, names, watched)
         host = self.guarded[blamed[0]].rank.host if len(blamed) < self.world_size else ""
         self._fail(Conclusion(1, sentence, host=host))
-
-    # --- a stop that all ranks agree on ---------------------------------------------------------
-
-    def _begin_stop(self, known: Guarded, wish: int) -> None:
-        """A rank has a reason to stop: all are held at their next call of allranks.should_stop()."""
-        if self._stop.reason:
-            return
-        self._stop.reason = "the job's end" if wish == variables.WISH_JOB_END else signal.Signals(wish).name
-        self._stop.awaited = {known.rank.rank for known in self._connected() if known.rank.code is None}
-        self._tell_all(hold=True)
-
-    def _settle_stop(self, known: Guarded) -> None:
-        """Tells all ranks when to stop, once each has said how many of its calls have had their answer.
-
-        `known` has just said it, or has ended and says nothing. No rank's next call has been answered yet,
-        so the one after the largest of these numbers is still ahead of all of them, or waits.
-        """
-        self._stop.awaited.discard(known.rank.rank)
-        if not self._stop.reason or self._stop.at or self._stop.awaited:
-            return
-        self._stop.at = self._stop.most_answered + 1
-        self._tell_all(stop_at=self._stop.at)
-        words = f"{self._stop.reason}: all ranks stop at call {self._stop.at} of allranks.should_stop()"
-        self.console.line(as_line(words, STDERR).encode())
 
     # --- ending ---------------------------------------------------------------------------------
 
@@ -715,7 +605,7 @@ class Supervision:
 
     def _enter_ending(self) -> None:
         self.phase = Phase.ENDING
-        self._room.set()  # nobody waits for the console any more
+        self._output.wait_no_more()
 
     def _end_by_signal(self, signum: int, grace_s: float) -> None:
         """Ends all ranks because of a signal to this process, with time for them to save."""
@@ -730,11 +620,10 @@ class Supervision:
             self._loop.call_later(PATIENCE_S, self._say_that_it_waits, signum)
 
     def _say_that_it_waits(self, signum: int) -> None:
-        words = (
+        self._output.say(
             f"{signal.Signals(signum).name}: the ranks have up to {self.limits.grace_s:.0f} s to save and "
             "to end. Another Ctrl-C or SIGTERM ends them at once."
         )
-        self.console.line(as_line(words, STDERR).encode())
 
     def _end_all(self, kill_after_s: float, signum: int = signal.SIGTERM) -> None:
         """Has every rank end: by a signal now, and by SIGKILL after a while."""
@@ -759,16 +648,9 @@ class Supervision:
             known.guard = None
             if were_killed and self._has_begun and known.rank.code is None:
                 self._lose(known.rank, Loss.SILENT)
-        if not self._launcher_has_ended():
-            self._launcher_was_killed = True
-            os.killpg(self._launcher.pid, signal.SIGKILL)
+        if not self._launcher.has_ended:
+            self._launcher.kill()
         self._changed.set()
-
-    async def _reap_launcher(self) -> None:
-        """Waits for a launcher that has ended or was killed; not for ever, as it may hang in the kernel."""
-        deadline = time.monotonic() + REAP_S
-        while not self._launcher_has_ended() and time.monotonic() < deadline:
-            await asyncio.sleep(0.01)
 
     def _at_start_limit(self) -> None:
         if self._has_begun:
@@ -792,163 +674,21 @@ class Supervision:
 
     # --- what is said ---------------------------------------------------------------------------
 
-    def _show(self, known: Guarded, kind: str, data: bytes) -> None:
-        """A rank's output, on its way to the console."""
-        if self._is_full():
-            if self.phase is Phase.ENDING:
-                return  # nobody reads, and the ranks must not wait for that before they save
-            known.beyond_bytes += len(data)
-        if self._on_output is not None:
-            self._on_output(known.rank, kind, data)
-        else:
-            self.console.show(known.rank.rank, known.rank.host, kind, data)
-        if self.console.is_holding:
-            self._loop.call_later(HOLD_S, self.console.flush)
-        if self._is_full() and self.phase is not Phase.ENDING:
-            self._room.clear()
-
-    async def _until_room(self, known: Guarded) -> None:
-        """Waits while the console is full and the rank has said more than its last words since."""
-        if known.beyond_bytes < LAST_WORDS_BYTES:
-            return
-        known.awaits_room = True
-        await self._room.wait()
-        known.awaits_room = False
-        known.beyond_bytes = 0
-        known.heard_at = self._loop.time()
-
-    def _is_full(self) -> bool:
-        return self._writer is not None and self._writer.is_full
-
-    def _nobody_reads(self) -> bool:
-        return self._writer is not None and self._writer.nobody_reads
-
     def _on_resize(self) -> None:
         """The user has changed the size of the terminal window."""
         size = terminal_size()
         if size is not None and self._has_begun:
             self._tell_rank_0(size=size)
 
-    def _tell_loop(self) -> None:
-        """Called from the writer's thread: the console has taken something, or nobody reads on."""
-        with contextlib.suppress(RuntimeError):  # the launch is over, and with it the loop
-            self._loop.call_soon_threadsafe(self._on_console)
-
-    def _on_console(self) -> None:
-        if not self._is_full():
-            self._room.set()
-        if self._nobody_reads():
-            self._changed.set()
-
-    async def _hear_launcher(self) -> None:
-        """The launcher's lines; each is shown after a while, unless all is ending by then."""
-        reader, rest = asyncio.StreamReader(), b""
-        await self._loop.connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(reader), self._launcher.stdout
-        )
-        while data := await reader.read(links.PIECE_BYTES):
-            *lines, rest = (rest + data).split(b"\n")
-            self._said += [line + b"\n" for line in lines]
-            self._loop.call_later(NEAR_S, self._show_said, len(lines))
-        if rest:
-            self._said.append(rest + b"\n")
-
-    def _show_said(self, count: int) -> None:
-        while count and self.phase is not Phase.ENDING:
-            self.console.line(self._said.pop(0))
-            count -= 1
-
     def _show_last(self, conclusion: Conclusion) -> None:
         """What is still to be shown when all has ended."""
         explained = any(known.rank.code not in (0, None) for known in self.guarded.values())
         if not explained and not self.stopped_by:  # else the launcher speaks of what we name ourselves
-            for line in self._said:
-                self.console.line(line)
+            for line in self._launcher.not_shown:
+                self._output.line(line)
         if conclusion.remark:
-            self.console.line(as_line(conclusion.remark, STDERR).encode())
-        self.console.flush(force=True)
-
-    async def _until_written(self) -> None:
-        """Waits until the console has taken all; after a signal, not longer than it takes something."""
-        if self._writer is None:
-            return
-        left = self._writer.waiting_bytes
-        progress_at = time.monotonic()
-        while self._writer.waiting_bytes:
-            await asyncio.sleep(0.01)
-            if self._writer.waiting_bytes != left:
-                left = self._writer.waiting_bytes
-                progress_at = time.monotonic()
-            if self.stopped_by and time.monotonic() > progress_at + UNREAD_S:
-                return
-        self._writer.close()
-
-
-async def _next_message(reader: asyncio.StreamReader, inbox: links.Inbox) -> dict[str, Any]:
-    """A connection's next message. Raises EOFError at its end, WireError where it is none of ours."""
-    while (told := inbox.take()) is None:
-        piece = await reader.read(links.PIECE_BYTES)
-        if not piece:
-            raise EOFError
-        inbox.add(piece)
-    return told
-
-
-def _is_to_answer(known: Guarded) -> bool:
-    """Whether a guard that is asked has an answer to give, and it would be read."""
-    return not (known.rank.has_ended or known.awaits_room)
-
-
-def _is_stopped(known: Guarded) -> bool:
-    """Whether a guard of this host and all that it has started are stopped (state T)."""
-    assert known.pid is not None
-    pids = [known.pid, *processes.descendants(known.pid)]
-    stats = [processes.process_stat(pid) for pid in pids]
-    if stats[0] is None or any(stat is not None and stat.state not in "TtZX" for stat in stats):
-        return False
-    # A guard's container numbers its processes itself: is this the guard? Only a process that is stopped is
-    # asked: of one that hangs in the kernel this question may hang, too.
-    try:
-        return b"allranks.launch.guard" in Path(f"/proc/{known.pid}/cmdline").read_bytes()
-    except OSError:
-        return False
-
-
-def _has_program(known: Guarded) -> bool:
-    """Whether something that a guard of this host has started has not ended."""
-    assert known.pid is not None
-    stats = [processes.process_stat(pid) for pid in processes.descendants(known.pid)]
-    return any(stat is not None and stat.state not in "ZX" for stat in stats)
-
-
-async def _in_thread(ask: Callable[[], bool], within_s: float) -> bool:
-    """What `ask` returns; False where it does not return within this time.
-
-    It may block, and a thread that hangs must not keep this process from ending.
-    """
-    loop = asyncio.get_running_loop()
-    answer: asyncio.Future[bool] = loop.create_future()
-
-    def take(value: bool) -> None:
-        if not answer.done():
-            answer.set_result(value)
-
-    def work() -> None:
-        value = ask()
-        with contextlib.suppress(RuntimeError):  # the launch is over, and with it the loop
-            loop.call_soon_threadsafe(take, value)
-
-    threading.Thread(target=work, daemon=True).start()
-    with contextlib.suppress(asyncio.TimeoutError):
-        return await asyncio.wait_for(answer, within_s)
-    return False
-
-
-def _loss_by(error: Exception) -> Loss:
-    """Whether a connection was ended by the other host's system, or by that host's silence."""
-    if isinstance(error, OSError) and error.errno in SILENCE:
-        return Loss.SILENT
-    return Loss.CUT
+            self._output.say(conclusion.remark)
+        self._output.flush()
 
 
 def is_impatient(signum: int, after_s: float) -> bool:
@@ -967,26 +707,3 @@ def _is_to_be_ignored(signum: int) -> bool:
     ignored.
     """
     return signum in (signal.SIGHUP, signal.SIGINT) and signal.getsignal(signum) == signal.SIG_IGN
-
-
-def _started(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    try:
-        return subprocess.Popen(
-            argv,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C at the terminal comes to us alone
-            # After fork() only prctl is called, which no other thread of ours can have locked.
-            preexec_fn=partial(processes.die_with_parent, os.getpid(), signal.SIGTERM),  # noqa: PLW1509
-        )
-    except OSError as error:
-        remedy = "load the module that brings it, or take another with --launcher."
-        # One argument may have 128 KiB, all of them and the variables a quarter of the stack (execve(2)).
-        if error.errno == errno.E2BIG:
-            remedy = (
-                "its arguments and variables are longer than the system takes. Start ranks on fewer hosts, "
-                "or a shorter command, or unset long variables: `env | wc -c` shows their length in all."
-            )
-        raise UserError(f"launcher {argv[0]} cannot be started ({error.strerror}): {remedy}") from error
