@@ -19,6 +19,7 @@ def runtime(rank: int = 0, ranks: int = 1, share_count: int = 0, everyone: list 
     mine = (share_count or ranks) // ranks
     return SimpleNamespace(
         device=torch.device("cpu"),
+        sum_dtype=torch.float64,
         shares=range(rank * mine, (rank + 1) * mine),
         gather=lambda rows: rows if everyone is None else torch.cat(everyone),
     )

@@ -586,7 +586,9 @@ def test_a_mean_is_shown_as_it_says(kind, shape):
     task = SimpleNamespace()
     three, four, six = (torch.full(shape, number) for number in (3.0, 4, 6.0))
     measured = {"plain": six, "other": Mean(three, four, kind)}
-    runtime = SimpleNamespace(device=torch.device("cpu"), shares=range(1), gather=lambda rows: rows)
+    runtime = SimpleNamespace(
+        device=torch.device("cpu"), sum_dtype=torch.float64, shares=range(1), gather=lambda rows: rows
+    )
     sums = Sums(runtime, columns_of(task, measured))
     for _ in range(2):
         sums.add(0, torch.tensor(1.0), 3, measured)
@@ -597,7 +599,9 @@ def test_a_mean_is_shown_as_it_says(kind, shape):
 
 
 def test_a_metric_that_is_missing_for_a_later_batch_is_said():
-    runtime = SimpleNamespace(device=torch.device("cpu"), shares=range(1), gather=lambda rows: rows)
+    runtime = SimpleNamespace(
+        device=torch.device("cpu"), sum_dtype=torch.float64, shares=range(1), gather=lambda rows: rows
+    )
     sums = Sums(
         runtime, columns_of(SimpleNamespace(), {"one": torch.tensor(1.0), "two": torch.tensor(1.0)})
     )

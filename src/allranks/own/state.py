@@ -22,7 +22,7 @@ from allranks.base.text import one_line, some
 from allranks.run import checkpoint
 from allranks.run.shards import INDEX, MODEL, OPTIMIZER, assembled
 from allranks.runtime.meeting import ranks_named
-from allranks.runtime.runtime import Runtime, sum_dtype
+from allranks.runtime.runtime import Runtime
 from allranks.runtime.sharding import local
 from allranks.training import shards
 from allranks.training import state as states
@@ -45,8 +45,7 @@ def add_mean(sums: torch.Tensor, value: torch.Tensor | float, count: int) -> Non
 
 def no_sums(runtime: Runtime) -> list[torch.Tensor]:
     """What add_mean() adds to at first, for each share that this rank takes of a batch."""
-    device = runtime.device
-    return [torch.zeros(2, dtype=sum_dtype(device), device=device) for _ in runtime.shares]
+    return [torch.zeros(2, dtype=runtime.sum_dtype, device=runtime.device) for _ in runtime.shares]
 
 
 def rows_of_shares(sums: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
@@ -75,7 +74,7 @@ class Means:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        self._dtype = sum_dtype(runtime.device)
+        self._dtype = runtime.sum_dtype
         self._sums: dict[str, list[torch.Tensor]] = {}  # for each name, the sums of each share
         self.digest = 0  # a hash of the epoch's batches up to now (data.batches.Dealt)
         # The sums before the step that is under way, of the names that it has changed. None if no step

@@ -34,11 +34,6 @@ MOST_BYTES_AT_ONCE = 1 << 30  # MPI counts the elements of a message in 32 bits
 UNUSED_IN_TRAINER = "trainer.unused_parameters=always"  # what allows parameters that take no part
 
 
-def sum_dtype(device: torch.device) -> torch.dtype:
-    """The type in which sums are kept on the device: float64, or float32 where the device has only that."""
-    return torch.float64 if has_float64(device) else torch.float32
-
-
 @functools.cache
 def has_float64(device: torch.device) -> bool:
     """Whether the device computes with float64. Apple's GPUs do not, nor do some of Intel's."""
@@ -125,6 +120,11 @@ class Runtime:
         return range(self.rank * mine, (self.rank + 1) * mine)
 
     @property
+    def sum_dtype(self) -> torch.dtype:
+        """The type in which sums are kept on the device: float64, or float32 where it has only that."""
+        return torch.float64 if has_float64(self.device) else torch.float32
+
+    @property
     def collectives(self) -> str:
         """What carries tensors from rank to rank: `mpi`, a backend of torch, or `none` for a lone rank."""
         if self.world_size == 1:
@@ -204,7 +204,7 @@ class Runtime:
 
     def add_up(self, values: Sequence[float]) -> list[float]:
         """The sums of these numbers over all ranks."""
-        return self.sum(torch.tensor(values, dtype=sum_dtype(self.device), device=self.device)).tolist()
+        return self.sum(torch.tensor(values, dtype=self.sum_dtype, device=self.device)).tolist()
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """[n, k] of each rank -> [world_size * n, k], in the order of the ranks, on every rank."""

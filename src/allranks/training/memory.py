@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from allranks.runtime.runtime import Runtime, sum_dtype
+from allranks.runtime.runtime import Runtime
 
 
 def peaks_of_ranks(runtime: Runtime) -> dict[str, int]:
@@ -17,7 +17,7 @@ def peaks_of_ranks(runtime: Runtime) -> dict[str, int]:
     The device's memory is what torch has allocated there. A CPU has no such number: what torch allocates
     there is part of the process's memory.
     """
-    mine = torch.zeros(1, 2, dtype=sum_dtype(runtime.device))
+    mine = torch.zeros(1, 2, dtype=runtime.sum_dtype)
     mine[0, 0] = process_peak_bytes()
     mine[0, 1] = device_peak_bytes(runtime.device)
     process, device = runtime.gather(mine.to(runtime.device)).max(dim=0).values.tolist()

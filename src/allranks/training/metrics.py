@@ -24,7 +24,7 @@ import torch
 from allranks.base.errors import ANYONE, UserError
 from allranks.base.text import one_line
 from allranks.data import nests
-from allranks.runtime.runtime import Runtime, sum_dtype
+from allranks.runtime.runtime import Runtime
 from allranks.tasks import Mean
 
 _LOOK_AT_THE_TASK = "look at its values, and at what the task gives it"  # a remedy
@@ -156,9 +156,7 @@ class Sums:
     ) -> None:
         self.columns = tuple(columns)
         width = 2 + sum(1 + column.has_weight for column in columns)
-        self.rows = torch.zeros(
-            len(runtime.shares), width, dtype=sum_dtype(runtime.device), device=runtime.device
-        )
+        self.rows = torch.zeros(len(runtime.shares), width, dtype=runtime.sum_dtype, device=runtime.device)
         # By name, for each share of this rank.
         self.objects = {name: seeing_shares(metric, runtime) for name, metric in (objects or {}).items()}
 
