@@ -305,7 +305,7 @@ def _may_set_mode(flags: Sequence[str], overrides: Sequence[str]) -> bool:
 def _hydra_that_composes_once(may_set_mode: bool) -> Iterator[None]:
     """In the block, Hydra composes each configuration once; by itself it composes each of them twice.
 
-    The first time it looks whether the configuration sets `hydra.mode`, and thereby asks for a sweep. Where
+    The first time it looks whether the configuration sets `hydra.mode`, and thereby asks for a sweep. If
     nothing can set it (`may_set_mode` is False), that is left out, and -m alone asks for one. And before
     Hydra starts the first cell of a sweep it composes all of them, so that a mistake in the last cell is
     found before the first one is trained. Here nothing is trained before all cells are composed.

@@ -222,7 +222,7 @@ class LanguageModel:
     """The next token is predicted: a batch is tokens [n, length], whole numbers.
 
     The model gets all tokens but the last, and makes logits [n, length - 1, vocabulary] for those that
-    follow. A batch may be a pair (tokens, next tokens) as well: then the model gets all of the first. Where
+    follow. A batch may be a pair (tokens, next tokens) as well: then the model gets all of the first. If
     a target is `ignore`, nothing is learned and nothing measured. loss: in place of the cross entropy, an
     object or function that is called with logits [n, vocabulary, length - 1] and targets [n, length - 1];
     torchmetrics: objects that are given logits [n, length - 1, vocabulary] and targets. Both get the
@@ -454,7 +454,7 @@ def _loss_of_classes(
 ) -> torch.Tensor:
     """The user's own loss, or else the cross entropy of all places that are not `ignore`.
 
-    Where a loss of torch.nn gives a number for each place, the places that are `ignore` are left out of the
+    If a loss of torch.nn gives a number for each place, the places that are `ignore` are left out of the
     mean over an example's places. Of any other loss only its result is known: it leaves them out by itself.
     """
     if own_loss is None:

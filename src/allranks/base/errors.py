@@ -26,7 +26,7 @@ class UserError(Exception):
 
     Names in the message may come from anywhere: control characters are shown escaped.
 
-    Where several ranks are known to raise the same error, `said_by` is the one rank that shows it to the
+    If several ranks are known to raise the same error, `said_by` is the one rank that shows it to the
     user. None means that this rank may be the only one that has the error. ANYONE means that all ranks may
     raise it or only some, as where a user's program does something wrong: the first of them shows it.
     """

@@ -1,6 +1,6 @@
 """Processes: which one is meant, whether it has ended and how, and how to leave none behind.
 
-Much of this needs Linux's /proc. Where there is none, each function says what it does instead.
+Much of this needs Linux's /proc. If there is none, each function says what it does instead.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ class Origin:
 class Written:
     """A value that YAML has read from a word, and that word: 022 is the number 18, `on` is true.
 
-    Where a text is expected, build() takes the word as it was written.
+    If a text is expected, build() takes the word as it was written.
     """
 
     value: Any

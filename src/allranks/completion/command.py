@@ -288,7 +288,7 @@ def _names_of(key: str) -> list[str]:
 def runs(current: str) -> list[str]:
     """The directories of runs whose path begins with what is typed, the newest first.
 
-    Where no folder is typed yet, runs are looked for below `runs`; or below the present folder, if it has
+    If no folder is typed yet, runs are looked for below `runs`; or below the present folder, if it has
     no folder `runs`.
     """
     head, slash, _ = current.rpartition("/")

@@ -197,7 +197,7 @@ class Batches:
     def with_state(self) -> Any:
         """The source, where it has a state of its own that says how far it is; None otherwise.
 
-        Where the examples of a batch are known by number, that state is not needed.
+        If the examples of a batch are known by number, that state is not needed.
         """
         has_state = hasattr(self.source, "state_dict") and hasattr(self.source, "load_state_dict")
         return self.source if has_state and not self._is_indexed else None

@@ -5,7 +5,7 @@ belongs to rank p % world_size and to step p // batch_size. So step k sees the s
 size. The shares of a step differ by one example at most, and a share may be empty. The batches of a loop of
 one's own (batches.py) are dealt out by the same rule, and those that allranks makes have the same order.
 
-As a rule a rank takes one share of each batch. Where a run is to give the same bits on any number of ranks,
+As a rule a rank takes one share of each batch. If a run is to give the same bits on any number of ranks,
 the number of shares is fixed instead, and a rank takes several (Runtime.shares).
 """
 

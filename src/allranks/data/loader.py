@@ -1,7 +1,7 @@
 """The data of a run: opened on rank 0 or on every rank, checked, and split into three parts.
 
 Arrays are read by rank 0 alone, and sent to the other ranks. A user's own Dataset is made on every rank.
-Where the task is classification, the examples are pairs of an image and a label, which are checked here.
+If the task is classification, the examples are pairs of an image and a label, which are checked here.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def _split(
 ) -> tuple[Part, Part]:
     """The examples to train on and those to watch.
 
-    Where the section has data.val, that makes those to watch. Otherwise they are drawn by seed from what
+    If the section has data.val, that makes those to watch. Otherwise they are drawn by seed from what
     data.train has made; of a stream they are its last examples.
     """
     if whole_val is not None:

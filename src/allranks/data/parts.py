@@ -6,7 +6,7 @@
     Streamed   a user's IterableDataset
 
 All kinds of part have a length and a method `batches`, which the rest of allranks uses alike. A batch is a
-nest of tensors (nests.py). Where the task is classification, it is a pair of images and labels.
+nest of tensors (nests.py). If the task is classification, it is a pair of images and labels.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Table:
     """Arrays of any types held on the device: a batch is one gather from each of them.
 
     arrays: a nest of tensors [N, ...], all of the set; indices: int64 [n], which of the N examples belong
-    to this part. Where the part `is_labelled`, the nest is a pair of images and labels.
+    to this part. If the part `is_labelled`, the nest is a pair of images and labels.
     """
 
     def __init__(self, arrays: Any, indices: torch.Tensor, is_labelled: bool = False) -> None:
@@ -176,7 +176,7 @@ class Mapped:
     def first(self, count: int, seed: int) -> Any:
         """The first `count` examples of the part.
 
-        Where workers are to read the Dataset, one reads these as well. A Dataset may open a file when it is
+        If workers are to read the Dataset, one reads these as well. A Dataset may open a file when it is
         first asked for an example, and such a file must not be shared between this process and its workers.
         """
         with self.explained():

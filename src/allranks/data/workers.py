@@ -1,7 +1,7 @@
 """The processes that read a user's Dataset for a rank: what they need to start, and what ended them.
 
 torch's DataLoader starts them (data.workers of the configuration). A worker hands a batch over in shared
-memory, and sends word of it through a socket. Where either cannot be had, it fails on a thread of its own:
+memory, and sends word of it through a socket. If either cannot be had, it fails on a thread of its own:
 torch prints the error there and loses the batch, and the rank waits for it for ever. Here such a worker
 ends, which torch notices, and the rank says in one sentence why.
 """

@@ -111,7 +111,7 @@ def _points(curve: Figures, low: float, high: float, height: int, is_dotted: boo
             continue
         y = round((high - figure) / span * (height - 1))
         if not is_dotted:
-            # Where the curve is steep, the dots between the last column and this one are drawn, too, so
+            # If the curve is steep, the dots between the last column and this one are drawn, too, so
             # that the line has no gaps.
             start = y
             if before is not None and y > before:

@@ -213,7 +213,7 @@ def _transformed(
 
     The transform gets 8 bits a channel and an opaque ground, as transforms expect. From 16 bits torchvision
     would make a tensor that is not scaled, and of a transparent drawing in black only black would be left.
-    Where the model takes colours (`is_colour`), a grey image is one in colours, as torchvision reads it.
+    If the model takes colours (`is_colour`), a grey image is one in colours, as torchvision reads it.
     """
     opaque = _without_alpha(_as_8_bits(image, path), path)
     if is_colour or opaque.mode in ("P", "CMYK", "LAB", "YCbCr"):
@@ -271,7 +271,7 @@ def _as_mnist_digit(grey: np.ndarray, polarity: str, path: Path) -> Image.Image:
         )
     digit *= 255 / digit.max()  # a thin pen becomes faint when it is scaled down
 
-    # 3. The digit is moved by whole pixels until its centre of mass is in the middle. Where it would stick
+    # 3. The digit is moved by whole pixels until its centre of mass is in the middle. If it would stick
     #    out of the sheet, it is moved less.
     total = digit.sum()
     centre_y = (digit.sum(axis=1) @ np.arange(digit.shape[0])) / total

@@ -260,7 +260,7 @@ def _refuse_heterogeneous(environ: Mapping[str, str]) -> None:
 def _asked_for_tasks(environ: Mapping[str, str], tasks: int) -> bool:
     """Whether somebody asked for the `tasks` of SLURM_TASKS_PER_NODE.
 
-    Where nobody did, Slurm makes up as many as there are CPUs, such as 64 a node. SLURM_NTASKS is then
+    If nobody did, Slurm makes up as many as there are CPUs, such as 64 a node. SLURM_NTASKS is then
     missing, or is the number of nodes.
     """
     if environ.get("SLURM_NTASKS_PER_NODE"):

@@ -163,7 +163,7 @@ class Pbs:
     def why_ended(self, run: Path, job_ids: Sequence[str]) -> str:
         """PBS's words are `=>> PBS: job killed: walltime 42 exceeded limit 40`, in the job's own output.
 
-        Where the last job has ended without a trace, the output that is there is an earlier job's.
+        If the last job has ended without a trace, the output that is there is an earlier job's.
         """
         if _is_older(run / OWN_LOG, run / STARTED):
             return ""

@@ -481,7 +481,7 @@ def _change(
 ) -> Change:
     """The hosts for the next attempt, where some are `gone` and others have failed too often.
 
-    First each of them is replaced by a spare, if there is one on which something can be started. Where
+    First each of them is replaced by a spare, if there is one on which something can be started. If
     there are too few spares, the run shrinks if --min-ranks allows it. A host that has failed twice, and
     that the run cannot do without, is used again: it may be well, and the program at fault.
     """

@@ -86,7 +86,7 @@ class Piece(NamedTuple):
 class Writer:
     """Writes to this process's stdout and stderr, in threads that start with the first piece.
 
-    There is a thread for each of the two, so that one that takes nothing does not hold up the other. Where
+    There is a thread for each of the two, so that one that takes nothing does not hold up the other. If
     both lead to the same file or terminal one thread writes to it, and all pieces keep their order.
     """
 

@@ -100,7 +100,7 @@ def as_json(plan: Plan, source: str) -> str:
 def _rows(plan: Plan) -> Iterator[Sequence[str]]:
     """The rows of the table of ranks.
 
-    Where there are many, neighbouring hosts with equally many ranks are shown by the first of them.
+    If there are many, neighbouring hosts with equally many ranks are shown by the first of them.
     """
     if plan.world_size <= MOST_ROWS:
         yield from map(_row, plan.ranks())

@@ -417,7 +417,7 @@ def part(rank: int) -> list[float]:
     """The three numbers that a rank brings to the sum: with fewer, mistakes could cancel each other.
 
     The ones add up to the number of ranks: one that is missing changes it. The ranks themselves add up to
-    another number where one is counted twice in place of another. Where two are counted wrongly, as 2 and 2
+    another number where one is counted twice in place of another. If two are counted wrongly, as 2 and 2
     in place of 1 and 3, only the squares add up to another number.
     """
     return [1.0, float(rank), float(rank * rank)]

@@ -26,7 +26,7 @@ _REMEDY = (
 class StepShares:
     """What run.steps() gives in a reproducible run: this rank's shares of the step's batch.
 
-    Only run.pieces() takes it. Where a program uses it as a batch, a UserError says what to write.
+    Only run.pieces() takes it. If a program uses it as a batch, a UserError says what to write.
     """
 
     def __init__(self, shares: Sequence[Dealt]) -> None:

@@ -165,7 +165,7 @@ class Means:
     def restore(self, saved: Mapping[str, list[list[float]]]) -> None:
         """Puts back what gather() returned when the checkpoint was made.
 
-        Where the number of shares is another one now, rank 0 goes on from the total.
+        If the number of shares is another one now, rank 0 goes on from the total.
         """
         runtime = self._runtime
         self._sums = {}
@@ -297,7 +297,7 @@ class KeptObjects:
     def restore(self, files: Mapping[str, bytes], path: str) -> None:
         """Takes over where the checkpoint stands. keep() puts its objects back, one by one.
 
-        Where models are spread over the ranks, keep() reads from its folder what this rank needs.
+        If models are spread over the ranks, keep() reads from its folder what this rank needs.
         """
         if self.is_sharded:
             self._shards = shards.source_of(path, files)

@@ -119,7 +119,7 @@ def axis_of(comparison: Comparison) -> str:
 def figure_of(comparison: Comparison, name: str) -> Figure:
     """The figure that the picture `result` or `speed` shows."""
     figure = comparison.figure_named(SPEED if name == "speed" else comparison.best_by)
-    # Where no row can be called the best, the rows are still shown side by side.
+    # If no row can be called the best, the rows are still shown side by side.
     figure = figure or comparison.figure_named(comparison.sorted_by) or comparison.figures[0]
     return figure
 
@@ -219,7 +219,7 @@ def _measured(run: RunFacts, figure: str, axis: str) -> list[tuple[int, float]]:
 def _in_legend(rows: Sequence[Row], comparison: Comparison) -> list[str]:
     """The rows' lines in the legend: the values of their settings, whose names are the legend's heading.
 
-    Where the settings are too many for a line, it has the names of the runs' directories.
+    If the settings are too many for a line, it has the names of the runs' directories.
     """
     in_words = _directories if _is_long(comparison) else _values_in_words
     labels = [in_words(row, comparison) or label_of(row, comparison) for row in rows]

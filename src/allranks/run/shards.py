@@ -1,6 +1,6 @@
 """The files of a checkpoint whose tensors are spread over several files, one for each rank. No torch.
 
-Where a model is spread over the ranks, each rank writes what it holds:
+If a model is spread over the ranks, each rank writes what it holds:
 
     model-00000-of-00004.safetensors       the rows of each weight that rank 0 holds, and so on
     optimizer-00000-of-00004.safetensors   the same for the optimizer's state

@@ -329,7 +329,7 @@ def _seen(real: dict[int, torch.UntypedStorage], view: _View) -> torch.Tensor:
 def build(make: Callable[[], torch.nn.Module]) -> tuple[torch.nn.Module, Deferred | None, str]:
     """The model that `make` builds with its large tensors deferred.
 
-    Where that does not work, the model is built in the ordinary way: then there is no Deferred, and the
+    If that does not work, the model is built in the ordinary way: then there is no Deferred, and the
     text says why. Also a UserError may come of that, where components.build() tells of an error in a
     component. If it does not, the ordinary construction raises it again. The generator of the CPU moves on
     as in an ordinary construction.

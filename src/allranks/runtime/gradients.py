@@ -142,7 +142,7 @@ class OrderedSum:
         self.strides = [torch.empty_like(p).stride() for p in parameters]
         first = parameters[0]
         self._elements = sum(p.numel() for p in parameters)
-        # [shares, elements]: the gradient of each share, all parameters one after the other. Where a
+        # [shares, elements]: the gradient of each share, all parameters one after the other. If a
         # parameter that no share has used is to be left alone, a further number for each parameter is 1 if
         # the share has used it, and else 0: so the sum says on every rank whether any share has.
         width = self._elements if gives_zeros else self._elements + len(parameters)

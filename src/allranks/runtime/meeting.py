@@ -161,7 +161,7 @@ class Meeting:
     def leave(self) -> None:
         """Ends the meeting. Rank 0 serves the store and goes last, so that nobody is cut off.
 
-        Where rank 0 has gone already, there is nothing left to take leave of.
+        If rank 0 has gone already, there is nothing left to take leave of.
         """
         if self.store is None:
             return

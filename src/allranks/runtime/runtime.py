@@ -140,7 +140,7 @@ class Runtime:
         lone rank needs no DDP, and a reproducible run adds up in an order of its own
         (gradients.OrderedSum). `has_unused`: some parameters may take no part in a step, on some ranks or
         on all. DDP then looks for them in each step. A parameter that no rank has used keeps no gradient.
-        Where they take no part unexpectedly, a UserError names `remedy`, which is what allows it.
+        If they take no part unexpectedly, a UserError names `remedy`, which is what allows it.
         """
         if self.world_size == 1 or self.virtual_ranks:
             return model

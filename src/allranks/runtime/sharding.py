@@ -1,6 +1,6 @@
 """Spreads a model over the ranks: each holds a part of every weight, gradient and optimizer state (FSDP2).
 
-With DDP every rank holds all of a model, and of its optimizer's state. Where that is too much for one
+With DDP every rank holds all of a model, and of its optimizer's state. If that is too much for one
 device, torch's fully_shard() cuts each weight into as many slices as there are ranks. Right before a block
 of the model computes, its ranks send each other their slices, and afterwards each keeps its own slice only.
 So at any time a rank holds its slices and a block or two.

@@ -272,7 +272,7 @@ def build_schedule(
 ) -> Schedule:
     """The scheduler that the configuration's section describes; `epochs` and `steps` are the whole run's.
 
-    Where a value in the section is the word `length`, it stands for the number of times that the scheduler
+    If a value in the section is the word `length`, it stands for the number of times that the scheduler
     is stepped in the run.
     """
     values = dict(section)

@@ -33,7 +33,7 @@ class _Few(NamedTuple):
 # examples takes half a second.
 _SLOW_MODELS = {"allranks.models.resnet18": _Few(steps=2, evaluated=20)}
 
-# Where the command line sets one of these keys too, the value of the command line counts.
+# If the command line sets one of these keys too, the value of the command line counts.
 OVERRIDES = (
     f"trainer.max_steps={_STEPS}",
     "trainer.train_metrics=running",  # no pass over all training examples

@@ -155,7 +155,7 @@ def evaluate(
 ) -> Figures:
     """The model's figures on all examples of the part, each counted exactly once; all ranks call.
 
-    `task` says what is measured (allranks.tasks), and `columns` which of that are sums. Where a `control`
+    `task` says what is measured (allranks.tasks), and `columns` which of that are sums. If a `control`
     is given, the ranks may agree to stop during the evaluation. Then all of them raise RunStopped.
     """
     model.eval()
@@ -202,7 +202,7 @@ def train_step(
     Each share is weighted by its count, so that the sum over the ranks is the gradient of the mean over
     the global batch, however unevenly the batch divides. A step whose gradient is not finite is not
     applied: the sum is the same on all ranks, so all of them see it. Raises UserError on all ranks then,
-    unless trainer.nonfinite=skip. Where `recorded` is given, the step's own figures are added to it.
+    unless trainer.nonfinite=skip. If `recorded` is given, the step's own figures are added to it.
     """
     is_running = trainer.train_metrics == "running"
     sums_before = training.sums.rows.clone() if is_running else None
@@ -284,7 +284,7 @@ def _find_where(
     """Computes this rank's part of a step once more, and looks at each number; all ranks call.
 
     Raises UserError, which names the layer or operation whose number is the first that is not finite.
-    Weights and random numbers are those of the first time, so the same numbers come again. Where all are
+    Weights and random numbers are those of the first time, so the same numbers come again. If all are
     finite, as with a model that changes by itself, nothing is raised.
     """
     from allranks.training.anomaly import detecting, named_operation

@@ -44,7 +44,7 @@ class Flops(TorchDispatchMode):
         """What `compute` returns, its operations counted.
 
         torch's higher-order operators, such as torch.cond and flex_attention, do not run while operations
-        are counted. Where `compute` needs one, it is called once more without counting.
+        are counted. If `compute` needs one, it is called once more without counting.
         """
         if self.count is not None:
             try:

@@ -1,7 +1,7 @@
 """How long a run is: its epochs and steps, and where trainer.max_steps ends it. No torch.
 
 A run is over after `trainer.epochs` epochs, or after `trainer.max_steps` steps, whichever comes first.
-Where the steps end it in the middle of an epoch, that epoch is evaluated and recorded like a whole one. The
+If the steps end it in the middle of an epoch, that epoch is evaluated and recorded like a whole one. The
 `length` in the section of a learning-rate schedule stands for the length that the run really has.
 """
 

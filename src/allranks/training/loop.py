@@ -101,7 +101,7 @@ class Loop:
         """All ranks take over rank 0's buffers, which are evaluated and saved; all ranks call.
 
         Each rank's BatchNorm layers have statistics of that rank's examples. steps() calls this at its end.
-        Where its loop was left by `break`, the ranks call it once they know that all of them have left.
+        If its loop was left by `break`, the ranks call it once they know that all of them have left.
         """
         for model in (*self.models, *self.averages):
             self.runtime.share_buffers(model)

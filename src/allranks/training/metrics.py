@@ -5,7 +5,7 @@ stay on the device until the end of an epoch, and then cross the ranks in one me
 
 A metric that is not a mean, such as an AUROC, is measured by objects of torchmetrics. Each rank's object
 keeps a state of its own. At the end of an evaluation all ranks send each other these states, and every rank
-computes the metric from all of them, as if one object had seen all examples. Where states cannot be put
+computes the metric from all of them, as if one object had seen all examples. If states cannot be put
 together exactly, the ranks send each other what the objects were given. torchmetrics itself is not imported
 here.
 """

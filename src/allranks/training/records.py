@@ -276,7 +276,7 @@ class StepsFile:
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Appends a line for each record, and hands them to the operating system.
 
-        Where that fails, as on a full disk, the lines are kept and tried again the next time.
+        If that fails, as on a full disk, the lines are kept and tried again the next time.
         """
         self._waiting += map(files.line, records)
         self._write()

@@ -55,7 +55,7 @@ class Kept(Protocol):
     def restore(self, files: Mapping[str, bytes], path: str) -> None:
         """Puts back the state of the checkpoint at `path`, on every rank.
 
-        `files` are its files. Where a model is spread over the ranks, these are only the small ones, and
+        `files` are its files. If a model is spread over the ranks, these are only the small ones, and
         each rank reads what it needs of the others; that raises OSError where they cannot be read. Raises
         UserError if the checkpoint is of another training, or not one that allranks has made.
         """
@@ -150,7 +150,7 @@ class Saver:
     def resume(self, given: str = "auto") -> str | None:
         """Takes the run directory for this run, and brings the training to its newest valid checkpoint.
 
-        Where the directory has none, a run begins from the checkpoint that is `given`, the value of the
+        If the directory has none, a run begins from the checkpoint that is `given`, the value of the
         key `resume`, unless that is auto or never. Returns the checkpoint's path; None if the run begins
         at step 0. All ranks call: rank 0 chooses and reads, and sends the others what it read.
         """

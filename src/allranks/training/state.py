@@ -485,7 +485,7 @@ def _from_json_key(key: Any) -> Any:
 def weights_sha256(model: nn.Module) -> str:
     """sha256 over names, types, shapes and bytes of all weights and buffers, in the order of names.
 
-    Where the model is spread over the ranks, all ranks call: they put one weight together at a time.
+    If the model is spread over the ranks, all ranks call: they put one weight together at a time.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):

@@ -4,7 +4,7 @@ Which steps are recorded follows from their numbers alone, so all ranks know it 
 For such a step each rank adds up the figures of its own shares of the batch. The sums stay on the device:
 to read them at once would make the CPU wait for the GPU. From time to time, between two batches or at the
 end of an epoch, all ranks exchange messages anyway. Then they bring the sums of all recorded steps together
-in one message. Where no steps are recorded there is no message.
+in one message. If no steps are recorded, there is no message.
 """
 
 from __future__ import annotations

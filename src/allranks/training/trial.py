@@ -282,7 +282,7 @@ def _check_that_losses_add_up(trial: _Trial) -> None:
 
     A mean would make each gradient smaller by the number of examples in a piece of a batch, and so the
     training's figures would depend on the number of ranks. The loss of two examples must be the sum of the
-    losses of each. Where it is neither the sum nor the mean, as with a loss that draws at random, nothing
+    losses of each. If it is neither the sum nor the mean, as with a loss that draws at random, nothing
     is said.
     """
     train, recipe = trial.data.train, trial.recipe

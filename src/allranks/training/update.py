@@ -45,7 +45,7 @@ def take_step(
     """Clips the gradient and lets the optimizer take its step; all ranks call.
 
     The gradient of `parameters` is scaled down so that its L2 norm is at most `clip_norm`, if that is
-    given. Where the model is spread over the ranks, each holds slices of the gradient, and `spread_over`
+    given. If the model is spread over the ranks, each holds slices of the gradient, and `spread_over`
     leads to the other ranks. Raises UserError, on all ranks, if the optimizer cannot work on slices.
 
     Returns False, with no step taken, where the gradient is not finite. With fp16 a gradient may overflow

@@ -5,10 +5,10 @@ asked, nothing is ended. The order of events, which `thread` carries out:
 
 1. A rank is in trouble: its connection to rank 0 has ended (GONE), or some rank makes no progress, so that
    rank 0 asks all ranks for a report, and this rank does not answer (MUTE).
-2. Where a rank is gone or mute, somebody on its host looks at its process. A process that is stopped is
+2. If a rank is gone or mute, somebody on its host looks at its process. A process that is stopped is
    named. One that runs is asked again, with more time: its main thread may be in a long call that keeps
    Python's lock. If it still does not answer it is STUCK, and named as well.
-3. Where all ranks have reported, those that came to the fewest collectives keep the others waiting. They
+3. If all ranks have reported, those that came to the fewest collectives keep the others waiting. They
    are named if they have overstepped their own limit; else everybody goes on waiting.
 """
 
