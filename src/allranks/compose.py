@@ -144,7 +144,7 @@ def _into_own_folder(cfg: DictConfig, number: int) -> str | None:
 def without_console_flags(arguments: Sequence[str]) -> tuple[list[str], str | None]:
     """(the arguments without -q and -v, the value of `console` that the last of these stands for).
 
-    The value is None where neither was given. It is no override, so that the cells of a sweep are not
+    The value is None where neither was given. It is not an override, so that the cells of a sweep are not
     called by it.
     """
     given = [word for word in arguments if word in CONSOLE_FLAGS]
@@ -381,7 +381,7 @@ def _empty_is_unset(variable: str) -> Iterator[None]:
 
 
 def _help_on_choices() -> str:
-    """Every group with its choices, a user's own included. A machine is no choice of a training's."""
+    """Every group with its choices, a user's own included. A machine is not a choice of a training's."""
     from hydra.core.global_hydra import GlobalHydra
 
     loader = GlobalHydra.instance().config_loader()

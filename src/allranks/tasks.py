@@ -93,7 +93,7 @@ class Classification:
         self.label_smoothing = label_smoothing
 
     def loss(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
-        """The cross entropy, summed over the examples; raises UserError where a label is no class."""
+        """The cross entropy, summed over the examples; raises UserError where a label is not a class."""
         labels = batch[1]
         if self.own_loss is not None:
             return _summed(self.own_loss(at_least_fp32(outputs), labels), len(labels))

@@ -63,7 +63,7 @@ def as_line(message: object, fd: int = 2) -> str:
 
 
 def show(message: object) -> None:
-    """Says on stderr what is wrong, in the form of as_line(). A full disk is no further error.
+    """Says on stderr what is wrong, in the form of as_line(). A full disk raises no further error.
 
     Nor is it one if there is no stderr (None), as where it was closed before Python started.
     """

@@ -63,7 +63,7 @@ def output(text: str) -> bytes:
 
 
 def parse(line: bytes) -> dict[str, Any]:
-    """The values of the message in `line`. Raises WireError if the line is no JSON object."""
+    """The values of the message in `line`. Raises WireError if the line is not a JSON object."""
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:

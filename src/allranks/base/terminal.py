@@ -1,7 +1,7 @@
 """What a terminal can show: its width, whether it shows colours, and functions that make text fit into it.
 
-A file or a pipe is no terminal. Text that is written there has no colours or other control sequences, and
-its lines are not wrapped, so that programs can read it and people can search it.
+A file or a pipe is not a terminal. Text that is written there has no colours or other control sequences,
+and its lines are not wrapped, so that programs can read it and people can search it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RESTORE_CURSOR = "\x1b8"  # puts the cursor back to where it was saved; the end 
 
 
 def columns_of(fd: int) -> int | None:
-    """The width in characters of the terminal at this file descriptor; None if it is no terminal."""
+    """The width in characters of the terminal at this file descriptor; None if it is not a terminal."""
     try:
         if not os.isatty(fd):
             return None
@@ -94,7 +94,7 @@ def write(stream: TextIO | None, text: str) -> None:
 
 
 def say(text: str) -> None:
-    """Writes a line to stdout that no work depends on: a closed console or a full disk is no error."""
+    """Writes a line to stdout that no work depends on: a closed console or a full disk is not an error."""
     with suppress(OSError):
         write(sys.stdout, f"{text}\n")
 

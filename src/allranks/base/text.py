@@ -63,5 +63,5 @@ def is_text(name: str) -> bool:
 
 
 def as_text(name: str) -> str:
-    """A name from the file system with a question mark for each byte that is no UTF-8."""
+    """A name from the file system with a question mark for each byte that is not UTF-8."""
     return name.encode(errors="replace").decode()

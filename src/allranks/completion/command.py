@@ -147,7 +147,7 @@ class _Place(NamedTuple):
 
     parser: argparse.ArgumentParser  # of the command, or of its subcommand
     option: argparse.Action | None  # the option whose value the word is
-    argument: argparse.Action | None  # what the word is if it is no option
+    argument: argparse.Action | None  # what the word is if it is not an option
 
     @property
     def wants_a_run(self) -> bool:

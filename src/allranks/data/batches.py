@@ -398,7 +398,7 @@ class Batches:
 
 
 def _check_count(option: str, value: Any, least: int) -> None:
-    """Raises UserError if what was given for the option is no whole number of at least so many."""
+    """Raises UserError if what was given for the option is not a whole number of at least so many."""
     if not isinstance(value, int | np.integer) or value < least:
         raise UserError(
             f"run.batches() got {option}={value!r}: give a whole number of {least} or more.",
@@ -438,7 +438,7 @@ class _Seeded(Dataset[Any]):
 
 
 def _as_whole_number(key: Any) -> int:
-    """The number of an example; for a key that is no number, such as a text, a number made of it."""
+    """The number of an example; for a key that is not a number, such as a text, a number made of it."""
     try:
         return operator.index(key)  # also NumPy's integers, and tensors of one
     except TypeError:

@@ -42,7 +42,7 @@ def like(nest: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, Any]:
 
 
 def leaves(nest: Any) -> Iterator[Any]:
-    """Everything in the nest that is no dict, list, tuple or dataclass, in the order of the nest."""
+    """Everything in the nest that is not a dict, list, tuple or dataclass, in the order of the nest."""
     if isinstance(nest, dict | UserDict):
         nest = nest.values()
     elif is_dataclass(nest):

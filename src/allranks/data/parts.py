@@ -136,7 +136,7 @@ class Form:
 
         Floating-point numbers get the type of the weights. All other types, such as the whole numbers of a
         text, stay as they are. Only images with labels are looked at more closely: images of type uint8
-        become numbers of 0..1, and labels whole numbers. Raises UserError if they are no such pair.
+        become numbers of 0..1, and labels whole numbers. Raises UserError if they are not such a pair.
         """
         if not self.is_labelled:
             return nests.on_device(batch, self.device, self.dtype)

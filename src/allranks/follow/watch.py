@@ -43,7 +43,7 @@ class Look(NamedTuple):
 
     columns: (
         int | None
-    )  # characters in a line; None if stdout is no terminal, and lines may have any length
+    )  # characters in a line; None if stdout is not a terminal, and lines may have any length
     colours: bool = False
     is_unicode: bool = True
 

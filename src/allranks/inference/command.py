@@ -185,7 +185,7 @@ class _Opened(NamedTuple):
 
     trained: Trained
     given: Given
-    others: list[str]  # words of the command line that are no overrides
+    others: list[str]  # words of the command line that are not overrides
 
 
 def _open(options: argparse.Namespace) -> _Opened:

@@ -119,7 +119,7 @@ def _empty(trained: Trained) -> UserError:
 
 
 def need_classes(trained: Trained) -> None:
-    """Raises UserError if the run is no classification."""
+    """Raises UserError if the run is not a classification."""
     if not is_classification(trained):
         raise UserError(
             f"{trained.directory} is a run of task._target_={trained.config.task['_target_']}: its model "

@@ -47,7 +47,7 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def refuse_others(words: Sequence[str]) -> None:
-    """Raises UserError for a word that is no override of data, device or threads."""
+    """Raises UserError for a word that is not an override of data, device or threads."""
     for word in words:
         if _KEY.match(word):
             raise UserError(

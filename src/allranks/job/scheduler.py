@@ -135,7 +135,7 @@ class Scheduler(Protocol):
         """The state of each job that the server still has; for one that cannot start, with the reason."""
 
     def cancel(self, job_ids: Sequence[str]) -> None:
-        """Ends the jobs; one that has ended by itself is no failure."""
+        """Ends the jobs; one that has ended by itself is not a failure."""
 
     def requeue(self, job_id: str) -> None:
         """Ends a job and queues it again under the same id, where `owner_may_requeue`."""

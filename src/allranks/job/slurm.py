@@ -24,7 +24,7 @@ from allranks.job.batch import (
     tail_of,
 )
 
-# Why a job is waiting, where that is no cause for worry: it will start by itself.
+# Why a job is waiting, where that is not a cause for worry: it will start by itself.
 _ORDINARY_REASONS = ("None", "Priority", "Resources", "Dependency", "BeginTime")
 
 # Variables that say which server is asked, and who asks.

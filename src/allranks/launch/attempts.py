@@ -43,7 +43,7 @@ from allranks.run import checkpoint, program_progress
 MOST_WITHOUT_GAIN = 3  # crashes in a row at one step: the next start would crash there too
 MOST_FAILURES_OF_A_HOST = 2  # one may be bad luck; a host with more is left out, if the run can do without
 # Hosts are tried in so many groups at a time. 16 find one bad host of 4,096 in three rounds, and 16
-# launchers at once are no load for the host that they start from.
+# launchers at once put no load on the host that they start from.
 GROUPS = 16
 LOOK_S = 2.0  # how long the names of the checkpoints may take to read, once a signal has ended the launch
 TRY_S = 15.0  # how long the launcher may take to start one process on each host of a group

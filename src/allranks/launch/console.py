@@ -42,7 +42,7 @@ def tell(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """One line on stderr that is no error, wrapped where stderr is a terminal."""
+    """One line on stderr that is not an error, wrapped where stderr is a terminal."""
     columns = terminal.columns_of(STDERR)
     if columns is not None:
         text = terminal.wrapped(text, min(columns, terminal.MOST_COLUMNS), indent="  ")

@@ -146,7 +146,8 @@ def check(
         text = "\n".join(f"preflight: {problem}" for problem in lines(found))
         planned = planned_hosts(hosts, outcome.hosts)
         bad = {planned.get(complaint.rank) for complaint in found}
-        # A host that the plan does not know cannot be replaced, and if all are bad, the fault is no host's.
+        # A host that the plan does not know cannot be replaced, and if all are bad, the fault is not a
+        # host's.
         if None in bad or len(bad) == len(set(hosts)):
             raise UserError(text)
         raise HostsUnfit(text, [host for host in dict.fromkeys(hosts) if host in bad])

@@ -49,7 +49,7 @@ class Figures:
     def log(self, figures: Mapping[str, Any]) -> None:
         """What run.log() does: records figures of a step, of an epoch or of the run, as the program stands.
 
-        Raises UserError for what is no number, and for a name that allranks writes itself.
+        Raises UserError for what is not a number, and for a name that allranks writes itself.
         """
         lifecycle, place = self._lifecycle, self._place
         lifecycle.check_open("run.log()")

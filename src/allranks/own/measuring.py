@@ -40,7 +40,7 @@ class Measuring:
         """Adds the figures of a batch, each the mean over the examples of this rank's share.
 
         `share` is what the program has in hand; None if it goes through no batches. Raises UserError for
-        figures that are no numbers.
+        figures that are not numbers.
         """
         if not isinstance(figures, Mapping):
             raise UserError(
@@ -116,7 +116,7 @@ def measured(
 ) -> dict[str, float]:
     """What run.mean() and run.means() find in the values, which the program computes batch by batch.
 
-    All ranks call. Raises UserError if a value is no number, if there are no examples, if the
+    All ranks call. Raises UserError if a value is not a number, if there are no examples, if the
     ranks have gone through different batches, and if a step has more or fewer values than shares.
     """
     lifecycle.check_open("run.mean()")

@@ -30,7 +30,7 @@ class Metric:
         """Takes a copy of the metric, which has seen nothing yet.
 
         `evaluated` gives this rank's share of the batch that the program has in hand. It raises UserError,
-        in which its argument names the call, where that is no batch of an evaluation. Raises UserError
+        in which its argument names the call, where that is not a batch of an evaluation. Raises UserError
         if `metric` is none of torchmetrics.
         """
         problem = problem_of(metric)

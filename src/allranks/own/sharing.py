@@ -198,7 +198,7 @@ def _in_order(items: Iterable[Any]) -> Sequence[Any]:
 
 
 def _item_of(line: str) -> int | None:
-    """The number of the item whose result this line is; None for what is no whole line."""
+    """The number of the item whose result this line is; None for what is not a whole line."""
     try:
         values = json.loads(line)
     except ValueError:

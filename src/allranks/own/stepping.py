@@ -131,7 +131,7 @@ class Stepping:
     def backward(self, loss: torch.Tensor, *, reduction: str = "mean") -> None:
         """What run.backward() does: loss.backward(), weighted by the examples of this rank's share.
 
-        Raises UserError outside of run.steps(), and where the loss is no scalar, or has no gradient.
+        Raises UserError outside of run.steps(), and where the loss is not a scalar, or has no gradient.
         """
         share = self._place.dealt("run.backward()")
         if self._place.takes_steps and self._lifecycle.is_reproducible and not self._place.is_in_shares:

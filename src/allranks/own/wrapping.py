@@ -41,7 +41,7 @@ def wrapped(
 
 
 def _check_module(made: Any) -> None:
-    """Raises UserError for what is no model."""
+    """Raises UserError for what is not a model."""
     if not isinstance(made, nn.Module):
         raise UserError(
             f"run.wrap() takes a torch.nn.Module, not {described(made)}: other objects need no wrapping.",

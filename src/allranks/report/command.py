@@ -88,7 +88,7 @@ def report(run: Path, folder: Path, device: str | None = None, passes: bool = Tr
     """Makes the page of a run in `folder` and returns its path; says on stderr what the page lacks.
 
     `device` is what the model computes on during the pass over the test set, as in the key `device`; None
-    stands for the run's own. If `passes` is False, or if the run is no classification, the model is not
+    stands for the run's own. If `passes` is False, or if the run is not a classification, the model is not
     loaded and there is no such pass.
     Raises UserError if `run` holds no run, or if the page cannot be written.
     """

@@ -29,7 +29,7 @@ SEED = "seed"
 # The state of a run that has not started, as run/states.py calls it. A cell of a sweep that has no
 # directory yet is in this state, too.
 NOT_STARTED = "not started"
-# The number of ranks is no key of the configuration, but runs are often compared by it.
+# The number of ranks is not a key of the configuration, but runs are often compared by it.
 RANKS = "world_size"
 
 
@@ -240,8 +240,8 @@ def shown(value: object) -> str:
 def short_names(keys: Sequence[str]) -> dict[str, str]:
     """A short name for each key: its shortest ending that no other key has, as `lr` for `optimizer.lr`.
 
-    An ending that another column has as its heading is no name: `epochs` are those that were completed, and
-    `trainer.epochs` those that were wanted.
+    An ending that another column has as its heading is not a name: `epochs` are those that were completed,
+    and `trainer.epochs` those that were wanted.
     """
     names: dict[str, str] = {}
     for key in keys:

@@ -46,7 +46,7 @@ class Example:
     """One example of the data, and what the model says of it."""
 
     position: int  # in the training set or the test set, from 0
-    image: np.ndarray | None  # [channels, height, width] of 0..1; None if the examples are no images
+    image: np.ndarray | None  # [channels, height, width] of 0..1; None if the examples are not images
     label: str
     predicted: str = ""  # empty for a training example, for which no prediction is made
     probability: float | None = None  # the probability of the predicted class, in percent
@@ -184,7 +184,7 @@ def _first_of_training(trained: Trained, train: Part, names: Sequence[str]) -> l
 
 
 def _images(trained: Trained, part: Part, positions: Sequence[int]) -> list[np.ndarray | None]:
-    """The images at these positions, small enough to be shown; None for examples that are no images."""
+    """The images at these positions, small enough to be shown; None for examples that are not images."""
     from allranks.inference.forward import images_at
 
     if not positions:

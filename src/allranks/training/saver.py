@@ -374,7 +374,7 @@ class Saver:
     def _note_resumed(self, path: str) -> None:
         """The training as it stands now is that of the checkpoint at `path`.
 
-        A checkpoint of another directory is no save of this run: its own directory has none yet.
+        A checkpoint of another directory is not a save of this run: its own directory has none yet.
         """
         if Path(path).parent == checkpoint.folder(self.run_dir):
             self._note_saved()

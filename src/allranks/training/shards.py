@@ -298,7 +298,7 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 def parameter_of(name: str, optimizer: str, parameters: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """The parameter whose state a tensor is; None for a tensor that is no parameter's.
+    """The parameter whose state a tensor is; None for a tensor that is not a parameter's.
 
     name: of the tensor in a checkpoint, such as optimizer.state.3.exp_avg; optimizer: what the optimizer is
     called there.

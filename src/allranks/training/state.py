@@ -173,7 +173,7 @@ def of_any_training(
 
 
 def can_be_saved(tensor: torch.Tensor) -> bool:
-    """Whether safetensors has a name for the tensor's type, and the tensor is no sparse one."""
+    """Whether safetensors has a name for the tensor's type, and the tensor is not a sparse one."""
     has_name = not tensor.is_quantized and tensor.dtype not in (torch.complex128, torch.complex32)
     return has_name and tensor.layout is torch.strided
 

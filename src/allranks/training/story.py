@@ -133,7 +133,7 @@ class _Column(NamedTuple):
     goes: int = 0
 
 
-# The numbers of the columns that are no metrics: they leave before any metric does.
+# The numbers of the columns that are not metrics: they leave before any metric does.
 _LR_GOES, _SPEED_GOES, _TIME_GOES = 1001, 1002, 1003
 # So many quantities are always shown, with those of training and validation. In a classification these are
 # the loss and the accuracy.

@@ -86,7 +86,7 @@ class Progress:
     def evaluated_batch(self) -> None:
         """A batch has been evaluated."""
         self.batches += 1
-        self._busy = False  # what comes next is no step
+        self._busy = False  # what comes next is not a step
 
     def worked(self) -> None:
         """A piece of other long work is done, such as reading a checkpoint: this rank is well."""

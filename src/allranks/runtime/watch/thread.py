@@ -177,7 +177,7 @@ class Watchdog:
         """The run has ended well, or with an error that all ranks know."""
         # This comes before `bye` is sent. If another rank closes its connection just when our `bye`
         # arrives, TCP resets the connection, and that rank's own `bye` is lost. The thread then sees a
-        # broken connection, and must already know that this is no fault.
+        # broken connection, and must already know that this is not a fault.
         self._parting = True
         self._others.tell_all(bye=True)  # without it, the end of a connection would be an alarm
         self._closed = True
