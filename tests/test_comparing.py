@@ -258,6 +258,12 @@ def test_one_run_is_shown_and_called_one():
     assert "There is one run only" in text
 
 
+def test_where_nothing_needs_explaining_there_is_no_empty_paragraph():
+    run = replace(facts("0"), epochs=[{"epoch": 1, "energy": 1.0}], summary={"state": "finished"})
+    assert "\n\nThere is one run only" in compare_tables.text(compare([run]), 200)
+    assert "\n\n\n" not in compare_tables.text(compare([run]), 200)
+
+
 # --- tables -------------------------------------------------------------------------------------------
 
 

@@ -537,6 +537,18 @@ def test_a_failure_at_the_end_of_a_run_promises_no_other_epoch(tmp_path, caplog)
     )
 
 
+def test_a_long_failure_is_told_in_short(tmp_path, caplog):
+    class Talkative(Server):
+        def summary(self, values: dict[str, Any]) -> None:
+            raise RuntimeError(f"400 {'<p>' * 1000}")
+
+    trackers = followed(Talkative(), tmp_path)
+    trackers.finished({"state": "finished"})
+    trackers.close(30)
+    told = f"RuntimeError: 400 {'<p>' * 1000}"[: len("RuntimeError: ") + follower.MOST_CHARACTERS]
+    assert f"({told}...): it may not have all of the run" in caplog.text
+
+
 def test_a_tracker_that_is_given_up_is_told(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(follower, "PAUSE_S", 0.0)
     server = Server("epoch")

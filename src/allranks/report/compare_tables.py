@@ -102,7 +102,7 @@ def text(comparison: Comparison, width: int, plus_minus: str = "±") -> str:
     said = legend(comparison)
     if left_out:
         said.append(f"Left out at {width} columns: {', '.join(left_out)}.")
-    paragraphs = [" ".join(said), *comparison.notes]
+    paragraphs = [each for each in (" ".join(said), *comparison.notes) if each]
     lines = [textwrap.fill(headline(comparison), width), "", *_lines(kept), ""]
     lines += [textwrap.fill(printable(each), width, break_long_words=False) for each in paragraphs]
     return "\n".join(lines).rstrip("\n")

@@ -30,6 +30,7 @@ from allranks.trackers.protocol import Position, TrackedRun, Tracker
 log = logging.getLogger(__name__)
 
 MOST_FAILURES = 3  # after so many failures in a row a tracker is not called again in this start of the run
+MOST_CHARACTERS = 300  # of a tracker's error that are told: some quote a whole answer of their server
 MOST_LINES = 1000  # lines of the file of steps that are read, and handed to a tracker, at once
 # Between two deliveries of steps. A server should not be called for every step of a quick model.
 PAUSE_S = 1.0
@@ -210,7 +211,7 @@ class _Follower(threading.Thread):
         except Exception as error:  # noqa: BLE001 - a tracker may raise anything, and must not end the run
             log.warning(
                 "tracker=%s: abandon() failed (%s: %s)",
-                self.tracker_name, type(error).__name__, one_line(error)[:300],
+                self.tracker_name, type(error).__name__, _in_short(error),
             )  # fmt: skip
 
     # --- the thread -----------------------------------------------------------------------------------
@@ -271,7 +272,7 @@ class _Follower(threading.Thread):
             return
         log.warning(
             "tracker=%s %s (%s: %s): %s",
-            self.tracker_name, what[0], type(error).__name__, one_line(error)[:300], what[1],
+            self.tracker_name, what[0], type(error).__name__, _in_short(error), what[1],
         )  # fmt: skip
 
     def _deliver(self) -> None:
@@ -378,6 +379,12 @@ class _Follower(threading.Thread):
         noted = _noted(self._note)
         resumed = self._run.resumed
         return Position(min(noted.step, resumed.step), min(noted.epoch, resumed.epoch))
+
+
+def _in_short(error: Exception) -> str:
+    """What the error says, on one line; at most MOST_CHARACTERS of it, and then `...`."""
+    said = one_line(error)
+    return said if len(said) <= MOST_CHARACTERS else f"{said[:MOST_CHARACTERS]}..."
 
 
 def _noted(path: Path) -> Position:
