@@ -318,8 +318,8 @@ class Attempt:
         """The process id of what was started, below unshare."""
         if not self.prefix or "--fork" not in self.prefix:
             return self.process.pid
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return int(children[0]) if children else self.process.pid
+        started = processes.children(self.process.pid)
+        return started[0] if started else self.process.pid
 
     def finish(self) -> tuple[int | None, list[str]]:
         """(exit code, None where it hung; the processes that outlived it). All are gone then."""

@@ -230,7 +230,7 @@ def _children() -> dict[int, str]:
 
     found = {}
     for pid in processes.descendants(os.getpid()):
-        with open(f"/proc/{pid}/cmdline", "rb") as file:  # noqa: PTH123
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:  # noqa: PTH123
             found[pid] = file.read().replace(b"\0", b" ").decode(errors="replace")
     return found
 

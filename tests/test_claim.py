@@ -240,8 +240,10 @@ def test_one_that_takes_a_directory_over_while_it_is_watched_is_at_work(run, mon
 
     def take_over() -> None:
         text = json.dumps({**claim._this_process(), **FOREIGN, "pid": 4711})
-        before.unlink()
-        (run / f"owner-{number}.json").write_text(text)
+        (run / "taking over").write_text(text)
+        (run / "taking over").replace(run / f"owner-{number}.json")  # at no moment is there no owner
+        if before.name != f"owner-{number}.json":
+            before.unlink()
 
     timer = threading.Timer(0.2, take_over)
     timer.start()

@@ -333,7 +333,7 @@ def test_a_dataset_that_hangs_on_one_rank_is_seen(start, tmp_path):
 def test_a_rank_that_takes_its_time_is_left_alone(start, tmp_path):
     """Slow to get its data, to begin, to evaluate, and in a call that keeps the GIL; then all suspended."""
     started = start(
-        "mpiexec", 2, "model=slow", "data.train.fetch_s=5", "watchdog.start_s=4", "trainer.epochs=3"
+        "mpiexec", 2, "model=slow", "data.train.fetch_s=10", "watchdog.start_s=8", "trainer.epochs=3"
     )  # fmt: skip
     metrics = tmp_path / "run/metrics.jsonl"
     until(

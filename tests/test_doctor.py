@@ -173,10 +173,10 @@ def test_a_check_that_hangs_or_crashes_is_a_finding_and_the_others_answer(monkey
     source = str(Path(doctor.__file__).parents[1])
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{source}")
     began = time.monotonic()
-    found = doctor.examine_all(limit_s=4)
-    assert took_at_most(time.monotonic() - began, 6)
+    found = doctor.examine_all(limit_s=8)
+    assert took_at_most(time.monotonic() - began, 10)
     assert found["torch"][0].state == "error"
-    assert "no answer within 4 s" in found["torch"][0].text
+    assert "no answer within 8 s" in found["torch"][0].text
     assert "SIGSEGV" in found["mpi"][0].text
     assert found["python"][0].state == found["ranks"][0].state == "ok"
     assert all(f.remedy for f in (*found["torch"], *found["mpi"]))

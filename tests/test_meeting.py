@@ -201,15 +201,19 @@ def test_under_srun_a_variable_that_is_empty_says_nothing(monkeypatch):
 
 def test_rank_0_leaves_last():
     """Else a rank that still has something to read would be cut off."""
-    left = []
+    seen = []
 
     def act(meeting: Meeting) -> None:
         time.sleep(0.3 * meeting.rank)
-        meeting.leave()
-        left.append(meeting.rank)
+        if meeting.rank:
+            seen.append(f"{meeting.rank} leaves")
+            meeting.leave()
+        else:
+            meeting.leave()
+            seen.append("0 has left")
 
     on_ranks(3, act)
-    assert left.index(0) == 2
+    assert seen == ["1 leaves", "2 leaves", "0 has left"]
 
 
 def test_rank_0_does_not_wait_for_ever_for_a_rank_that_has_died(monkeypatch):

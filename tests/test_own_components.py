@@ -108,7 +108,7 @@ class Odd(Net):
 
 class SlowStripes(Stripes):
     def __init__(self, count, seed):
-        time.sleep(4)
+        time.sleep(10)
         super().__init__(count, seed)
 
 class Deadly(Stripes):
@@ -283,12 +283,12 @@ def with_limits(lab, cwd: Path, limits: dict[str, float], *overrides: str, **env
 
 @pytest.mark.long
 def test_a_dataset_that_takes_long_to_make_is_waited_for(lab, tmp_path):
-    """Longer than the start may otherwise take: there are 600 s, here 2."""
+    """Longer than the start may otherwise take: there are 600 s, here 8."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    slow = [*MINE, "trainer.epochs=1", "data.train._target_=mylab.SlowStripes", "watchdog.start_s=2"]
+    slow = [*MINE, "trainer.epochs=1", "data.train._target_=mylab.SlowStripes", "watchdog.start_s=8"]
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "allranks.train", "--config-dir", lab.conf, *slow, "run.dir=run"],

@@ -246,7 +246,8 @@ if not goes_on.exists():
 # The host goes down: nothing is started there any more, and what runs there has gone without a word.
 DIES = """
     if host == "n2":
-        time.sleep(1)
+        while open("starts").read().count("\\n") < 2:  # the other rank has begun, too
+            time.sleep(0.01)
         goes_on.touch()
         pathlib.Path("down-n2").touch()
         os.kill(os.getppid(), signal.SIGKILL)

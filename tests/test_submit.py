@@ -298,10 +298,10 @@ state.write_text(str(step))
 @needs_launch
 @pytest.mark.long
 def test_a_program_that_stops_before_its_walltime_goes_on_in_another_job(pbs):
-    """Walltime 30 s: 20 s are the script's, and 5 s the program's own."""
+    """Walltime 40 s: 20 s are the script's, and 5 s the program's own."""
     (pbs.folder / "own.py").write_text(OWN_PROGRAM)
     words = ("--ppn", "2", "--no-preflight", "--", PYTHON, "own.py")
-    run = Path(pbs.submit("--machine", "generic_pbs", "--walltime", "00:00:30", *words)["directory"])
+    run = Path(pbs.submit("--machine", "generic_pbs", "--walltime", "00:00:40", *words)["directory"])
     code = run / "exit_code"
     until(lambda: code.exists() and code.read_text() == "0\n", TIMEOUT_S)
     log = (run / "job.log").read_text()

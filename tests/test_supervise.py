@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
@@ -516,12 +515,13 @@ class Screen:
                 self.shown += os.read(self.fd, 65536).decode()
 
     def ended(self) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        status = os.waitpid(self.pid, 0)[1]
+        self.pid = 0  # another process may have the number from now on
+        return os.waitstatus_to_exitcode(status)
 
     def close(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
+        if self.pid:
             os.kill(self.pid, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
             os.waitpid(self.pid, 0)
         os.close(self.fd)
 
