@@ -43,7 +43,7 @@ NOT_OF_OWN_LOOPS = ("trainer", "task", "data", "model", "optimizer", "scheduler"
 
 # What `checkpoint.best` may be: the name of a metric, and which of its values is the best.
 BEST = re.compile(r"\S+ (min|max)")
-LARGEST = sys.float_info.max  # what a larger whole number is in a place for a float, nobody can say
+LARGEST = sys.float_info.max  # a larger whole number cannot become a float
 BEST_BY_DEFAULT = "val/loss min"
 
 # --- rules of more than one key, or longer than a line -----------------------------------------------

@@ -351,7 +351,7 @@ class _Sweep(NamedTuple):
     """The trainings of a command line with -m."""
 
     composed: list[tuple[Config, list[str]]]  # the configuration of each, and its own overrides
-    cells: list[Cell]  # the same with their directories: on rank 0, from the first run on
+    cells: list[Cell]  # the trainings with their directories; only on rank 0, from the first run on
 
 
 def _directory_in_sweep(number: int, sweep: _Sweep | None) -> str | None:

@@ -126,9 +126,9 @@ class Connection:
             self.send(**values)
 
     def receive(self) -> bool:
-        """Takes in what has arrived, and waits where nothing has; False once the other side has ended.
+        """Takes in what has arrived, or waits until something arrives. False once the other side has ended.
 
-        Raises OSError if the connection broke, WireError where the other side is none of ours.
+        Raises OSError if the connection broke, WireError if the other side does not speak this protocol.
         """
         piece = self.sock.recv(PIECE_BYTES)
         self.inbox.add(piece)

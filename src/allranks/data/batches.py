@@ -220,8 +220,8 @@ class Batches:
         """This rank's shares of each global batch of the epoch from `first_step` on; both count from 0.
 
         Each batch gives as many shares, one after the other, as runtime.shares has: one, or several in a
-        reproducible run. `seen` is the digest of the batches before the first step; None if nobody knows
-        it. Raises UserError if the batches that are skipped have another one. `is_there`: nothing is
+        reproducible run. `seen` is the digest of the batches before the first step; None if it is not
+        known. Raises UserError if the batches that are skipped have another one. `is_there`: nothing is
         skipped, because load_state_dict() has put the source where the first step's batch comes next. Then
         `position` says how many examples of the epoch came before; all ranks give the same.
         """

@@ -48,7 +48,7 @@ class Source:
     folder: str
     mirrors: tuple[str, ...]
     md5: dict[str, str]  # of the published .gz files, by the name without .gz
-    sha256: dict[str, str]  # of their unpacked contents, by the same name; empty if nobody knows them
+    sha256: dict[str, str]  # of their unpacked contents, by the same name; empty if they are not known
     # Whether files that lie there unpacked must have these sums, too. If not, another set of the same form
     # may stand in the place of this one.
     checks_unpacked: bool = True

@@ -23,7 +23,7 @@ from allranks.base.text import one_line
 COMMAND_LIMIT_S = (
     60.0  # a healthy server answers within a second, a busy one was seen to take half a minute
 )
-LOOK_FIRST = "look for the job before you submit again"  # advice where nobody knows whether one is queued
+LOOK_FIRST = "look for the job before you submit again"  # advice if it is not known whether a job is queued
 LEAST_LIMIT_S = 1.0  # a command is worth calling even at the last moment: most answer within this time
 _all_end_at: ContextVar[float | None] = ContextVar("_all_end_at", default=None)  # see ending_by()
 
@@ -78,8 +78,9 @@ _REMEDIES = (
 
 
 class NoAnswer(UserError):
-    """The scheduler did not answer in time, or nothing that can be understood: nobody knows what it has
-    done.
+    """The scheduler did not answer in time, or its answer cannot be understood.
+
+    So it is not known what it has done.
     """
 
 

@@ -50,7 +50,7 @@ class Node:
 
     @property
     def ranks_per_node(self) -> int | None:
-        """How many ranks go on a node where nobody says otherwise; None if that is not known."""
+        """How many ranks a node gets if the user does not say; None if that is not known."""
         return self.ranks or self.devices
 
 

@@ -158,7 +158,7 @@ SCHEDULERS: tuple[Scheduler, ...] = (Pbs(), Slurm())
 
 
 def named(name: str) -> Scheduler:
-    """The scheduler of this name. Raises UserError for a name that is none of ours."""
+    """The scheduler of this name. Raises UserError if there is no such scheduler."""
     for scheduler in SCHEDULERS:
         if scheduler.name == name:
             return scheduler

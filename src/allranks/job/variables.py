@@ -20,7 +20,7 @@ from allranks.job.identity import RankIdentity
 MASTER_ADDR = "ALLRANKS_MASTER_ADDR"  # where rank 0 is reached
 MASTER_PORT = "ALLRANKS_MASTER_PORT"  # only without a supervisor, which finds a free one
 WORLD_SIZE = "ALLRANKS_WORLD_SIZE"  # used with launchers that do not tell this number
-LOCAL_WORLD_SIZE = "ALLRANKS_LOCAL_WORLD_SIZE"  # ranks of each host, where all hosts have as many
+LOCAL_WORLD_SIZE = "ALLRANKS_LOCAL_WORLD_SIZE"  # ranks on each host, if all hosts have the same number
 DEVICE_VARIABLE = "ALLRANKS_DEVICE_VARIABLE"  # e.g. CUDA_VISIBLE_DEVICES
 DEVICES = "ALLRANKS_DEVICES"  # the devices in the order of the local ranks, e.g. 3,2,1,0
 # Set by the supervisor; the program never sees them.
@@ -28,7 +28,7 @@ SUPERVISOR = "ALLRANKS_SUPERVISOR"  # host:port
 SECRET = "ALLRANKS_SECRET"
 TERMINAL = "ALLRANKS_TERMINAL"  # which of rank 0's streams end at a terminal: out, err, or both
 OUTPUT = "ALLRANKS_OUTPUT"  # directory for the other ranks' stdout
-LAUNCH_ID = "ALLRANKS_LAUNCH_ID"  # the same for all its restarts; the program sees this one
+LAUNCH_ID = "ALLRANKS_LAUNCH_ID"  # the same for all restarts of a launch; the program sees it
 PRIVATE = (SUPERVISOR, SECRET, TERMINAL, OUTPUT)
 
 # Drawn by the supervisor for each start of the ranks: a process that connects to a rank must show it.
@@ -37,9 +37,9 @@ RANKS_SECRET = "ALLRANKS_RANKS_SECRET"
 # --- the page that a rank shares with its guard --------------------------------------------------
 
 # Under `allranks launch -- PROGRAM` each rank and its guard share some memory, which the guard has made:
-# whole numbers of 8 bytes, and below them room for a stack. job/pulse.py tells what they say to each other.
+# whole numbers of 8 bytes, and below them room for a stack. job/pulse.py explains the numbers.
 PULSE = "ALLRANKS_PULSE"  # the path of that memory: /proc/PID/fd/N, of the guard
-PAGE_NAME = "allranks-pulse"  # which /proc shows
+PAGE_NAME = "allranks-pulse"  # the name that /proc shows for it
 PAGE_BYTES = 4096
 STACK_AT, STACK_BYTES = PAGE_BYTES, 1 << 16  # where a program writes down its Python stack
 

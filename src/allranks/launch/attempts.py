@@ -560,7 +560,7 @@ def placed_anew(
     They stand in the allocation's order, `order`: srun numbers the ranks in that order whatever it is told,
     and rank 0 has to be on the first of them. The numbers of ranks stay in their own order where each host
     has room for its new number, because some launchers take fewer ranks on the last host only. `room_on`
-    gives the most ranks that a host takes, or None where nobody says.
+    gives the most ranks that a host takes, or None if that is not known.
     """
     kept = [host for host in hosts if host.name not in dropped]
     moved = [Host(replaced.get(host.name, host.name), host.slots) for host in kept]

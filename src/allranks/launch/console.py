@@ -178,7 +178,7 @@ def _next_piece(pieces: deque[Piece]) -> Piece:
 
 @functools.cache
 def _lead_to_the_same(one: int, other: int) -> bool:
-    """Whether two descriptors lead to one file, pipe or terminal; True if nobody knows.
+    """Whether two descriptors lead to one file, pipe or terminal; True if that is not known.
 
     Their names are compared. os.fstat() would ask the file's file system, which may hang.
     """

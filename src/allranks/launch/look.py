@@ -72,7 +72,7 @@ def about(pid: int) -> str:
 
 
 def stack(pid: int, page: str) -> str:
-    """The program's Python stack, innermost frame last; empty if nobody can tell it."""
+    """The program's Python stack, innermost frame last; empty if it cannot be found out."""
     written = _written_stack(page)
     if written:
         return written

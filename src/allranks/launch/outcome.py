@@ -192,7 +192,7 @@ def _first_failure(failed: Sequence[Rank], world_size: int) -> Conclusion:
 def _failed_alike(failed: Sequence[Rank], first: Rank) -> list[Rank]:
     """The ranks that have ended with the same exit code as `first`, by themselves.
 
-    Of ranks that were killed or lost nobody knows whether they would have failed alike.
+    Ranks that were killed or lost are left out: it is not known whether they would have failed alike.
     """
     return [r for r in failed if r.code == first.code and not r.signal and r.loss is None]
 

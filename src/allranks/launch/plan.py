@@ -272,7 +272,7 @@ def _counts(
         return _spread(ranks, nodes)
 
     if ranks > sum(usual) and not ppn:
-        # More than usual were asked for: as many as each host takes, or evenly where nobody knows that.
+        # More than usual were asked for: as many as each host takes, or evenly if that is not known.
         known = [most for most in room if most is not None]
         usual = known if len(known) == len(hosts) else _spread(ranks, len(hosts))
     if ranks > sum(usual):
@@ -316,7 +316,7 @@ def _default(host: Host, machine: Machine, allocation: Allocation) -> int:
 
 
 def room_on(host: Host, machine: Machine, allocation: Allocation) -> int | None:
-    """The most ranks that a host takes; None if nobody says (this host, a bare host name)."""
+    """The most ranks that a host takes; None if that is not known (this host, a bare host name)."""
     per_node = _per_node(machine, allocation)
     if allocation.scheduler == "local":
         return None

@@ -169,8 +169,8 @@ def _are_fit(ranks: int, hosts: int) -> str:
 def _data_and_device(config: Config | None) -> dict[str, Any]:
     """What the ranks look at by the configuration: the place of MNIST's files, and the kind of device.
 
-    The data are None unless the training reads MNIST (or Fashion-MNIST): nobody knows which files other
-    data consist of.
+    The data are None unless the training reads MNIST (or Fashion-MNIST): allranks does not
+    know which files other data consist of.
     """
     if config is None:
         return {"data": None, "device": None}

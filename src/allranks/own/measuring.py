@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -129,7 +129,10 @@ def measured(
     in_hand = () if before is None else shares_of(before)
     # Within a step the ranks do not stop: they may at its end anyway.
     may_stop = lifecycle.loop is not None and not place.is_stepping
-    with lifecycle.stopping(), lifecycle.stops.between_batches() if may_stop else nullcontext():
+    evaluation: AbstractContextManager[None] = nullcontext()
+    if may_stop:
+        evaluation = lifecycle.stops.between_batches()
+    with lifecycle.stopping(), evaluation:
         of_batch_in_hand = 0
         for figures in values:
             share = place.in_hand

@@ -130,13 +130,13 @@ def queue_states(jobs: Sequence[dict[str, Any]], warn: Callable[[str], None]) ->
 
 
 def _why_ended(directory: Path, job: dict[str, Any]) -> str:
-    """The scheduler's words; empty if it has said nothing, or is one that nobody knows."""
+    """Why the scheduler has ended the last job, in its own words; empty if it has not said so."""
     kind = _kind_of(job)
     return kind.why_ended(directory, job["job_ids"]) if kind else ""
 
 
 def _kind_of(job: Mapping[str, Any]) -> scheduler.Scheduler | None:
-    """The scheduler of a run's jobs; None for a run by hand, and for a scheduler that nobody knows."""
+    """The scheduler of a run's jobs; None for a run by hand, and for an unknown scheduler."""
     return next((kind for kind in scheduler.SCHEDULERS if kind.name == job.get("scheduler")), None)
 
 

@@ -87,8 +87,8 @@ def go_on(directory: str) -> int:
 def _is_last(job: dict[str, Any], directory: str) -> bool:
     """Whether no other job is to be queued after those that there are.
 
-    A chain has as many jobs as the user has asked for. And of a program that calls neither heartbeat() nor
-    should_stop() nobody can tell whether it has gained anything, so it gets no further job either.
+    A chain has as many jobs as the user has asked for. If a program calls neither heartbeat() nor
+    should_stop(), it is not known whether it has gained anything, so it gets no further job either.
     """
     is_mute = bool(job["program"]) and program_progress.read(directory) == 0
     return is_mute or bool(job["order"].get("chain"))

@@ -66,10 +66,10 @@ class Loop:
     ) -> Iterator[Batch]:
         """Each batch that is left of the epoch. The loop's body takes one step on it.
 
-        `count` is the number of steps of the whole epoch, and `examples` that of the examples which they
-        take over all ranks; None if nobody knows it. A checkpoint is saved only after steps that are a
-        multiple of `steps_per_save` in the epoch, or its last one. Raises RunStopped, on all ranks, if
-        they have agreed to stop.
+        `count` is the number of steps of the whole epoch, and `examples` the number of examples in these
+        steps, over all ranks. Each is None if it is not known. A checkpoint is saved only after steps that
+        are a multiple of `steps_per_save` in the epoch, or its last one. Raises RunStopped, on all ranks,
+        if they have agreed to stop.
         """
         position = self.position
         progress = self.runtime.progress
@@ -82,7 +82,7 @@ class Loop:
             except GeneratorExit:  # the body has left the loop by `break`: the step was taken, and counts
                 position.step += 1
                 position.epoch_steps += 1
-                self._examples = None  # nobody knows how many it were
+                self._examples = None  # it is not known how many examples these steps had
                 self._trained = time.perf_counter()
                 raise
             position.step += 1

@@ -182,7 +182,7 @@ class Records:
     def of_epoch(self, samples_per_s: float) -> dict[str, float | int]:
         """The memory and the FLOP/s of an epoch, for its line in metrics.jsonl; all ranks call.
 
-        `samples_per_s`: training examples per second, of all ranks together; 0 where nobody knows it.
+        `samples_per_s`: training examples per second, of all ranks together; 0 if that is not known.
         """
         measured: dict[str, float | int] = {**peaks_of_ranks(self._runtime)}
         if self._flops_per_example and samples_per_s:

@@ -158,8 +158,8 @@ class Reporter:
         """Called when the run directory exists: logs and records are written there from now on.
 
         `facts` are lines of the story that only the training knows, by their labels. `length` says how long
-        the whole run is, with 0 for what nobody knows yet. `batch_size` is the number of examples of one
-        step over all ranks, for the progress bar, and 0 where nobody knows it. `resumed` is the checkpoint
+        the whole run is, with 0 for what is not known yet. `batch_size` is the number of examples of one
+        step over all ranks, for the progress bar, and 0 if that is not known. `resumed` is the checkpoint
         from which the run continues, None for a new run. `check` is called before a record is replaced; it
         raises UserError if another run has taken the directory. Raises UserError if the directory cannot be
         written.

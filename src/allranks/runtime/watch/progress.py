@@ -116,7 +116,7 @@ class Progress:
 
     @contextlib.contextmanager
     def waiting_for(self, whom: str) -> Iterator[None]:
-        """This rank waits for another one, which is named if it does not come."""
+        """In the block this rank waits for another one, `whom`, which is named if it does not come."""
         self.waits_for = whom
         try:
             yield
@@ -124,7 +124,7 @@ class Progress:
             self.waits_for = ""
 
     def writing(self) -> AbstractContextManager[None]:
-        """A stretch in which records are written: a shared file system may stand still for a minute."""
+        """A block in which records are written: a shared file system may hang for a minute."""
         return self.phase("writing records (watchdog.save_s)", self.limits.save_s)
 
     # --- what the watchdog asks -----------------------------------------------------------------------

@@ -298,7 +298,7 @@ class Watchdog:
             self._wait(State.ASKED, ANSWER_S)
 
     def _of_myself(self, report: Report) -> str:
-        """What is said where nobody can be asked: this rank hangs, or waits for one that does not come."""
+        """The message if no other rank can be asked: this rank hangs, or waits for a late one."""
         if not self.progress.waits_for or self._others.ranks():
             return verdict.of_rank(self.rank, self._me.host, report.step, report.where)
         activity, limit_s = self.progress.allowance()
