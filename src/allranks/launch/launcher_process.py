@@ -20,7 +20,8 @@ from allranks.base import links, processes
 from allranks.base.errors import UserError
 from allranks.launch.outcome import NEAR_S
 
-# How long a killed launcher may take to end. After that it is stuck in the kernel, and left behind.
+# How long a killed launcher may take to end. One that is still there then hangs in the kernel, and is left
+# behind.
 REAP_S = 5.0
 
 

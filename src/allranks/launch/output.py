@@ -19,7 +19,7 @@ from allranks.launch.console import HOLD_S, STDERR, Console, Writer
 from allranks.launch.outcome import Rank
 
 UNREAD_S = 2.0  # how long a console that takes nothing is waited for after a signal
-# What each rank may still say while the console is full. Its last words and how it ended are then known.
+# How much output of each rank is still read while the console is full: its last messages, and how it ended.
 LAST_WORDS_BYTES = 1 << 14
 
 
@@ -116,10 +116,10 @@ class Output:
         self._room.set()
 
     async def until_written(self, is_in_a_hurry: Callable[[], bool]) -> None:
-        """Waits until the console has taken all.
+        """Waits until the console has taken all output.
 
-        While `is_in_a_hurry()` holds, as after a signal, a console that has taken nothing for UNREAD_S is
-        not waited for any more.
+        While `is_in_a_hurry()` is true, as after a signal, gives up once the console has taken nothing for
+        UNREAD_S.
         """
         if self._writer is None:
             return

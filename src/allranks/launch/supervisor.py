@@ -1,15 +1,15 @@
-"""Has the launcher started, and watches over every rank until all have ended.
+"""Starts the launcher, and watches over every rank until all have ended.
 
-Each rank's guard (allranks.launch.guard) connects to this process. Through that connection come the rank's
-output and how it ended, and through it goes our word to end the rank, whatever the launcher.
+Each rank's guard (allranks.launch.guard) connects to this process. Through that connection the guard sends
+the rank's output and how it ended. Through it this process can end the rank, under every launcher.
 
 One launch has three phases: STARTING, while ranks come; RUNNING, once all have come and were told to begin;
-ENDING, once the first has failed, the last has ended, a limit is reached or a signal has arrived. Nothing
-here waits without a limit, but for ranks that run: a guard that is stopped, a launcher that will not end
-and a console that nobody reads are each given some seconds.
+ENDING, once the first has failed, the last has ended, a limit is reached or a signal has arrived. Only for
+ranks that run does this process wait without a limit. A guard that is stopped, a launcher that does not end
+and a console that nobody reads get some seconds each.
 
-This file holds the phases: what each message of a guard, each limit and each signal leads to. The parts of
-it each have a file:
+This file holds the phases: what each message of a guard, each limit and each signal leads to. Parts of it
+have files of their own:
 
 launcher_process.py   the launcher as a process: started, heard, ended
 arrivals.py           who connects, and whether it belongs to this launch
@@ -51,27 +51,32 @@ from allranks.launch.outcome import LOST_CODE, NEAR_S, Conclusion, Evidence, Los
 from allranks.launch.output import Output
 from allranks.launch.suspension import Suspension
 
-START_S = 60.0  # until every rank has said who it is
+START_S = 60.0  # how long the ranks may take to start and to say who they are
 GRACE_S = 10.0  # from a user's SIGTERM or Ctrl-C to SIGKILL, for a program of which nothing is known
-PATIENCE_S = 10.0  # after a signal, until the user is told why nothing seems to happen
-TERM_AT = 0.5  # of the grace: a program that goes on after Ctrl-C's SIGINT gets SIGTERM then
-FALL_S = 1.0  # from SIGTERM to SIGKILL for the ranks beside one that has failed
-LEAVE_S = 5.0  # for guards to say that a killed rank has ended, and for the launcher after its last rank
+PATIENCE_S = 10.0  # so long after a signal the user is told what the launch still waits for
+# After Ctrl-C the ranks get SIGINT first. A program that still runs after this part of the grace gets
+# SIGTERM.
+TERM_AT = 0.5
+FALL_S = 1.0  # when one rank has failed, from the others' SIGTERM to their SIGKILL
+# How long guards may take to say that a killed rank has ended, and how long the launcher may take to end
+# after its last rank.
+LEAVE_S = 5.0
 ASK_S = 10.0  # how often a guard is asked whether it is there
-LEAST_ASK_S = 0.25  # and where a limit of the user's is shorter than that
+LEAST_ASK_S = 0.25  # if the user has set a short limit, it is asked more often, but at most so often
 SILENT_S = 60.0  # a guard that has said nothing for so long is stopped, or its host is down
-# The event loop itself comes late where this process was stopped. By so much it does not on a busy host.
+# If the event loop wakes up so much later than it should, this process must have been stopped. On a busy
+# host it wakes up late, too, but never so late.
 SUSPENDED_S = 5.0
-NOTICE_S = 0.1  # for this process to notice that it was stopped, once it goes on
-LOOK_S = 8.0  # for the guards to see where their programs are: a process with py-spy takes 2 s to start
-MOST_LOOKS = 64  # ranks that are looked at, and shown if they are among the first few to blame
-MOST_SHOWN = 4
+NOTICE_S = 0.1  # once this process goes on, so long it may take to notice that it was stopped
+LOOK_S = 8.0  # how long guards may take to see where their programs are: py-spy takes 2 s to start
+MOST_LOOKS = 64  # so many ranks are looked at
+MOST_SHOWN = 4  # so many of the ranks to blame are shown
 
 END_THE_LAUNCH = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # signals to this process
 # With these a user who has asked before says that there is no more time to save. SIGHUP is not among them:
 # a terminal that is closed sends it, and so does the shell in it.
 IMPATIENT = (signal.SIGINT, signal.SIGTERM)
-PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2)  # to the ranks, once they run
+PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2)  # these are passed on to the ranks, once they run
 
 
 class Phase(enum.Enum):
@@ -88,8 +93,8 @@ class Limits:
 
     start_s: float = START_S
     grace_s: float = GRACE_S
-    run_s: float | None = None  # for all of it, counted from when all ranks have started
-    idle_s: float | None = None  # in which no rank does anything
+    run_s: float | None = None  # the whole launch, counted from when all ranks have started
+    idle_s: float | None = None  # the time in which no rank does anything
 
 
 def run(
@@ -115,7 +120,7 @@ def run(
     `grace_s`, `run_s` and `idle_s` are the fields of Limits; without `interrupts` Ctrl-C reaches the ranks
     as SIGTERM. `watches` says whether the ranks are watched for progress: a training has its own watchdog.
     `ask_scheduler` says whether the scheduler has suspended the job. To be called from the main thread.
-    Raises UserError where the launcher cannot be started or a host is not known.
+    Raises UserError if the launcher cannot be started or a host is not known.
     """
     writer = Writer()
     limits = Limits(start_s, grace_s, run_s, idle_s)
@@ -134,7 +139,10 @@ def run(
 
 
 def until_ranks_run() -> None:
-    """Has SIGUSR1 and SIGUSR2 end this process with "start me again" until then: nothing is lost yet."""
+    """Until the ranks run, lets SIGUSR1 and SIGUSR2 end this process with exit code 85.
+
+    That code asks for another start of the job. Nothing is lost, because no rank has done any work yet.
+    """
     for number in PASSED_ON:
         signal.signal(number, lambda *_: sys.exit(EXIT_REQUEUE))
 
@@ -159,12 +167,12 @@ class Supervision:
     ) -> None:
         """`hosts` are those that rank 0, 1, ... will be on.
 
-        `writer` is the one behind the console, where there is one: while it is full the ranks' output
-        waits. `on_output` takes what the ranks write, instead of the console. `passes_on` says whether
-        SIGUSR1 and SIGUSR2 are for the ranks; else they end the launch. `reads_stdin` says whether this
-        process's stdin is for rank 0. `interrupts` says whether Ctrl-C reaches the ranks as SIGINT; else it
-        reaches them as SIGTERM. `watches` says whether the ranks share a page with their guards, by which
-        they are watched and agree on a stop (job/pulse.py). `ask_scheduler` says whether the job is
+        `writer` is the one behind the console, if there is one: while it is full, the ranks' output waits.
+        `on_output` gets what the ranks write, instead of the console. `passes_on` says whether SIGUSR1 and
+        SIGUSR2 are passed on to the ranks; otherwise they end the launch. `reads_stdin` says whether rank 0
+        gets this process's stdin. `interrupts` says whether Ctrl-C reaches the ranks as SIGINT; otherwise
+        it reaches them as SIGTERM. `watches` says whether the ranks share a page with their guards, by
+        which they are watched and agree on a stop (job/pulse.py). `ask_scheduler` says whether the job is
         suspended, and may take a minute.
         """
         self.world_size = world_size
@@ -182,19 +190,23 @@ class Supervision:
         self._reads_stdin = reads_stdin
         self._watches = watches
         self._idle = idle.IdleWatch()
-        self._naming: asyncio.Task[None] | None = None  # ranks that make no progress are looked at
+        # Looks for the ranks that make no progress, and names them; None until something is noticed.
+        self._naming: asyncio.Task[None] | None = None
         self._stop = CommonStop()
         self._has_begun = False  # all ranks have come, and were told to begin
         self._suspension = Suspension(ask_scheduler)
         self._stopped_s = 0.0  # for how long this process was stopped, as with its whole job
         self._is_suspended = False  # the user was told that all ranks are stopped
         self._secret = secrets.token_hex(32)
-        # What all ranks are told. The launch's variables name rank 0's address, or else rank 0's guard
-        # shows it.
+        # What all ranks are told. Rank 0's address comes from the launch's variables, or else from the
+        # connection of rank 0's guard.
         self._place: dict[str, Any] = {"world_size": world_size, "secret": secrets.token_hex(16)}
 
     def run(self, argv: Sequence[str], env: Mapping[str, str], run_dir: str | Path | None) -> Outcome:
-        """Raises UserError where the launcher cannot be started or a host is not known."""
+        """Runs the launch to its end.
+
+        Raises UserError if the launcher cannot be started or a host is not known.
+        """
         before = processes.descendants(os.getpid())
         processes.adopt_orphans()
         try:
@@ -256,7 +268,7 @@ class Supervision:
         )
 
     async def _open_door(self) -> str:
-        """Listens for the guards; host:port."""
+        """Begins to listen for the guards. Returns the address, as host:port."""
         server = await asyncio.start_server(self._serve, address_for(self.hosts), 0, backlog=4096)
         host, port = server.sockets[0].getsockname()[:2]
         return f"{host}:{port}"
@@ -270,10 +282,11 @@ class Supervision:
         }
 
     def _after(self, limit_s: float, act: Callable[[], None]) -> None:
-        """Has `act` called after so many seconds, without those in which this process was stopped.
+        """Calls `act` after `limit_s` seconds. Seconds in which this process was stopped do not count.
 
-        After a stop this timer and the one by which the stop is noticed are both due. So it waits a little
-        longer, until the other one has come first.
+        When a stopped process goes on, this timer may be due before _ask_guards() has noticed the stop and
+        has added its length to `_stopped_s`. So look() runs NOTICE_S after the timer: by then _ask_guards()
+        has run.
         """
         stopped_before_s = self._stopped_s
 
@@ -287,10 +300,12 @@ class Supervision:
         self._loop.call_later(limit_s, self._loop.call_later, NOTICE_S, look)
 
     async def _until(self, condition: Callable[[], bool]) -> None:
-        """Waits for what news of ranks or processes may bring about, or until nobody reads on.
+        """Waits until `condition` is true: checked after each news of a rank, a process or the console.
 
-        After a signal the ranks have their time to save, whether or not somebody reads on. Ctrl-C at a
-        terminal ends the reader as well (`allranks launch ... | tee log`), and its end may be seen first.
+        Also returns once nobody reads this command's output any more, unless a signal has come: then the
+        ranks have their time to save in any case. Ctrl-C at a terminal ends the reader as well (`allranks
+        launch ... | tee log`), and that may be noticed before the signal. So this waits NEAR_S for a signal
+        first.
         """
         while not condition():
             if self._output.nobody_reads and not self.stopped_by:
@@ -324,7 +339,7 @@ class Supervision:
     # --- the ranks ------------------------------------------------------------------------------
 
     async def _serve(self, reader: asyncio.StreamReader, guard: asyncio.StreamWriter) -> None:
-        """One connection, from its hello to its end. Nobody without the secret gets a word."""
+        """Handles one connection from its first message on. Without the secret it gets no answer."""
         known = None
         inbox = links.Inbox()
         try:
@@ -346,7 +361,7 @@ class Supervision:
             self._changed.set()
 
     def _welcome(self, hello: Mapping[str, Any], guard: asyncio.StreamWriter) -> Guarded | None:
-        """Takes in a rank that has come; None where it is none of this launch."""
+        """Takes in a rank that has come. Returns None if it does not belong to this launch."""
         problem = problem_with(hello, self.world_size, self.guarded)
         if problem:
             self._fail(Conclusion(1, problem))
@@ -372,7 +387,7 @@ class Supervision:
         return known
 
     def _begin(self) -> None:
-        """All are here: each rank gets its place, and they start together."""
+        """Called once all ranks have come: each rank gets its place, and they start together."""
         self.phase = Phase.RUNNING
         self._has_begun = True
         if self.limits.run_s is not None:
@@ -383,23 +398,21 @@ class Supervision:
             by_host.setdefault((known.rank.host, known.boot_id), []).append(known)
         for here in by_host.values():
             for local_rank, known in enumerate(here):
-                place = {"local_rank": local_rank, "local_world_size": len(here), **self._place}
                 is_rank_0 = known.rank.rank == 0
-                watch = (
-                    {"watch": "beats" if self.limits.idle_s is None else "idle"} if self._watches else {}
-                )
+                word: dict[str, Any] = {
+                    "env": {"local_rank": local_rank, "local_world_size": len(here), **self._place},
+                    "stdin": self._reads_stdin and is_rank_0,
+                    "size": terminal_size() if is_rank_0 else None,
+                }
+                if self._watches:
+                    word["watch"] = "beats" if self.limits.idle_s is None else "idle"
                 self._idle.ranks[known.rank.rank] = idle.RankWatch(self._loop.time())
-                known.tell(
-                    env=place,
-                    stdin=self._reads_stdin and is_rank_0,
-                    size=terminal_size() if is_rank_0 else None,
-                    **watch,
-                )
+                known.tell(**word)
         if self._reads_stdin:
             self._keyboard.read_on()
 
     def _hear(self, known: Guarded, word: Mapping[str, Any]) -> None:
-        """One message of a guard: how its program has ended, that it is there, or output."""
+        """Takes in one message of a guard: how its program has ended, that it is there, or output."""
         known.heard_at = self._loop.time()
         if "pulse" in word:
             self._idle.ranks[known.rank.rank].note(idle.Pulse(*word["pulse"]), known.heard_at)
@@ -435,7 +448,7 @@ class Supervision:
             self._on_end(known)
 
     def _on_break(self, known: Guarded, loss: Loss) -> None:
-        """The connection to a guard has ended."""
+        """To be called when the connection to a guard has ended."""
         known.guard = None
         r = known.rank
         if self.phase is Phase.STARTING:
@@ -451,7 +464,7 @@ class Supervision:
         r.loss = loss
 
     def _on_end(self, known: Guarded) -> None:
-        """A rank has ended, and all of its output has arrived."""
+        """To be called when a rank has ended, and all of its output has arrived."""
         known.rank.has_ended = True
         self._idle.last_end_at = self._loop.time()
         if self._stop.ended(known.rank.rank):
@@ -459,7 +472,8 @@ class Supervision:
         self._output.end_lines_of(known.rank)
         if known.rank.has_failed and self.phase is not Phase.ENDING:
             self._enter_ending()
-            # News of an earlier failure may still be on its way, and must not be taken for our doing.
+            # News of an earlier failure may still be on its way. It must not look as if this process had
+            # ended that rank.
             self._loop.call_later(NEAR_S, self._end_all, FALL_S)
         if all(other.rank.has_ended for other in self.guarded.values()):
             self._enter_ending()
@@ -475,14 +489,14 @@ class Supervision:
             self.guarded[0].tell(**word)
 
     def _tell_stop(self) -> None:
-        """The call of allranks.should_stop() at which all ranks stop has been chosen."""
+        """Tells all ranks, and the user, at which call of allranks.should_stop() all ranks stop."""
         self._tell_all(stop_at=self._stop.at)
         self._output.say(
             f"{self._stop.reason}: all ranks stop at call {self._stop.at} of allranks.should_stop()"
         )
 
     def _pause_s(self) -> float:
-        """How long to wait before the guards are asked again: less where a limit is short."""
+        """How long to wait before the guards are asked again: less if a limit is short."""
         limits_s = self._idle.limits_s(self.limits.idle_s)
         return max(LEAST_ASK_S, min([ASK_S, *(limit_s / 4 for limit_s in limits_s)]))
 
@@ -494,8 +508,9 @@ class Supervision:
             await asyncio.sleep(pause_s)
             now = self._loop.time()
             if now > asked_at + pause_s + SUSPENDED_S:
-                # We were stopped ourselves, as a scheduler stops a whole job: their answers lie here
-                # unread.
+                # This process itself was stopped, as when a scheduler suspends the whole job. The guards
+                # may have answered meanwhile, and their answers have not been read yet. So none of them
+                # counts as silent.
                 self._stopped_s += now - asked_at - pause_s
                 for known in self.guarded.values():
                     known.heard_at = now
@@ -509,7 +524,7 @@ class Supervision:
             was_suspended = self._is_suspended
             self._note_suspension(bool(silent) and await self._are_suspended(asked, now))
             if was_suspended and not self._is_suspended:
-                # They go on one after another, and some have not answered yet.
+                # The guards go on one after another, and some have not answered yet.
                 for known in self.guarded.values():
                     known.heard_at = self._loop.time()
                 self._idle.forgive(self._loop.time())
@@ -531,9 +546,10 @@ class Supervision:
 
     async def _are_suspended(self, asked: Sequence[Guarded], now: float) -> bool:
         """Whether the guards that were asked are silent because the whole job is suspended."""
-        silent_for_s = SILENT_S - ASK_S - SUSPENDED_S  # the last one may have answered just before
+        # A guard may have answered just before the suspension, and then counts as silent a little later.
+        silent_for_s = SILENT_S - ASK_S - SUSPENDED_S
         if any(now < known.heard_at + silent_for_s for known in asked):
-            return False  # a scheduler suspends all of them
+            return False  # a scheduler would have suspended all guards
         boot_id = processes.boot_id()
         here = [known.pid for known in asked if known.pid is not None and known.boot_id == boot_id]
         return await self._suspension.is_seen(here, now)
@@ -555,7 +571,7 @@ class Supervision:
         if not self._watches or self.phase is not Phase.RUNNING or self._naming is not None:
             return
         now = self._loop.time()
-        # The ranks wait for the scheduler, or for the console.
+        # While the ranks wait for the scheduler or for the console, they cannot make progress.
         if self._is_suspended or self._output.is_full:
             self._idle.forgive(now)
             return
@@ -566,7 +582,7 @@ class Supervision:
             self._naming = asyncio.create_task(self._name(finding, watched))
 
     async def _name(self, finding: idle.Finding, watched: Mapping[int, idle.RankWatch]) -> None:
-        """Has the guards look where their programs are, names the rank that stands out, and ends all."""
+        """Asks the guards where their programs are, names the rank that stands out, and ends all ranks."""
         looking = idle.look_first(finding, watched)[:MOST_LOOKS]
         for rank in looking:
             self.guarded[rank].tell(look=True)
@@ -598,7 +614,7 @@ class Supervision:
             self._end_by_signal(signum, self.limits.grace_s if self._has_begun else 0)
 
     def _fail(self, problem: Conclusion) -> None:
-        """Ends all ranks because of something that no rank's end explains."""
+        """Ends all ranks because of a problem that no rank's end explains."""
         if self.phase is not Phase.ENDING:
             self.problem = problem
             self._end_all(FALL_S)
@@ -626,7 +642,7 @@ class Supervision:
         )
 
     def _end_all(self, kill_after_s: float, signum: int = signal.SIGTERM) -> None:
-        """Has every rank end: by a signal now, and by SIGKILL after a while."""
+        """Ends every rank: by a signal now, and by SIGKILL after `kill_after_s` seconds."""
         self._enter_ending()
         self._tell_all(**{"signal": signum} if self._has_begun else {"code": 1})
         self._loop.call_later(kill_after_s, self._kill)
@@ -638,9 +654,9 @@ class Supervision:
         self._loop.call_later(LEAVE_S, self._give_up, True)
 
     def _give_up(self, were_killed: bool) -> None:
-        """No more waiting for guards and launcher. Guards that live end their programs without us.
+        """Waits no longer for guards and launcher. Guards that still run end their programs by themselves.
 
-        Where ranks `were_killed`, guards that have not said so by now do not answer any more.
+        If the ranks `were_killed`, a guard that has not reported the end of its rank by now counts as lost.
         """
         for known in self._connected():
             assert known.guard is not None
@@ -675,15 +691,17 @@ class Supervision:
     # --- what is said ---------------------------------------------------------------------------
 
     def _on_resize(self) -> None:
-        """The user has changed the size of the terminal window."""
+        """To be called when the user has changed the size of the terminal window."""
         size = terminal_size()
         if size is not None and self._has_begun:
             self._tell_rank_0(size=size)
 
     def _show_last(self, conclusion: Conclusion) -> None:
-        """What is still to be shown when all has ended."""
+        """Shows the last lines, once everything has ended."""
         explained = any(known.rank.code not in (0, None) for known in self.guarded.values())
-        if not explained and not self.stopped_by:  # else the launcher speaks of what we name ourselves
+        # If a rank's end explains the failure, the launcher's own lines are about the same, and are left
+        # out.
+        if not explained and not self.stopped_by:
             for line in self._launcher.not_shown:
                 self._output.line(line)
         if conclusion.remark:
@@ -694,16 +712,16 @@ class Supervision:
 def is_impatient(signum: int, after_s: float) -> bool:
     """Whether a signal says that the ranks are to end at once, `after_s` seconds after the first signal.
 
-    One request may arrive as several signals within milliseconds: a wrapper passes on what its whole group
-    has got already.
+    One request may arrive as several signals within milliseconds: a wrapper program may pass on a signal
+    that its whole process group has got already.
     """
     return signum in IMPATIENT and after_s > TWICE_S
 
 
 def _is_to_be_ignored(signum: int) -> bool:
-    """Whether whoever started this process does not want it to end with the terminal or with Ctrl-C.
+    """Whether this process was started so that a closed terminal or Ctrl-C does not end it.
 
-    `nohup` starts a command with SIGHUP ignored, and a shell script starts its background with SIGINT
-    ignored.
+    `nohup` starts a command with SIGHUP ignored, and a shell script starts its background commands with
+    SIGINT ignored.
     """
     return signum in (signal.SIGHUP, signal.SIGINT) and signal.getsignal(signum) == signal.SIG_IGN

@@ -1,9 +1,9 @@
-"""Has the scheduler suspended the whole job, as it does for one that is more urgent?
+"""Finds out whether the scheduler has suspended the whole job, to make room for one that is more urgent.
 
-A scheduler suspends a job by stopping all of its processes at once, while `allranks launch` may run on
-outside of it, as in a shell of salloc on a login node. All guards are silent then, and must not be taken
-for lost. On this host we see whether the guards and their programs are stopped. Of other hosts the
-scheduler knows it.
+A scheduler suspends a job by stopping all of its processes at once. `allranks launch` may run on outside of
+the job, as in a shell of salloc on a login node. Then all guards are silent, but they are not lost. On this
+host it can be seen whether the guards and their programs are stopped. For other hosts the scheduler is
+asked.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ class Suspension:
 
         `guards_here` are the process ids of the guards on this host. `now` is in seconds, by any clock.
         """
-        # A guard that is stopped when its program has ended is no sign of it: the program was not stopped.
-        if guards_here and all(map(_is_stopped, guards_here)) and any(map(_has_program, guards_here)):
+        # A stopped guard whose program has ended does not show that the job is suspended: its program was
+        # not stopped. So at least one of the guards must still have a program.
+        are_all_stopped = bool(guards_here) and all(_is_stopped(guard) for guard in guards_here)
+        if are_all_stopped and any(_has_program(guard) for guard in guards_here):
             return True
         if self._ask_scheduler is None:
             return False
@@ -53,8 +55,9 @@ def _is_stopped(guard: int) -> bool:
     stats = [processes.process_stat(pid) for pid in pids]
     if stats[0] is None or any(stat is not None and stat.state not in "TtZX" for stat in stats):
         return False
-    # A guard's container numbers its processes itself: is this the guard? Only a process that is stopped is
-    # asked: of one that hangs in the kernel this question may hang, too.
+    # The guard may run in a container, where its number means another process than here. The command line
+    # shows whether this is the guard. It is read only of a process that is stopped: to read that of a
+    # process which hangs in the kernel may hang, too.
     try:
         return b"allranks.launch.guard" in Path(f"/proc/{guard}/cmdline").read_bytes()
     except OSError:

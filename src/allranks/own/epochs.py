@@ -1,8 +1,8 @@
 """run.epochs() and run.steps(): the program's loops over its epochs and its steps.
 
-A run that goes on enters them where it was left. The program may leave them by `break`, or hold what it got
-of them by next(): then what is still to be done at the end of a step or of an epoch follows with the next
-call of the run.
+A run that goes on enters these loops where it was left. The program may leave them by `break`, or take
+single items by next(). Then the work that is still to be done at the end of a step or an epoch is done in
+the program's next call of the run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from allranks.own.shares import together
 from allranks.own.stepping import Stepping
 from allranks.training.loop import Loop
 
-_AFTER_STEPS = -1  # in place of a rank, for the random numbers between the steps and the epoch's end
+# Stands for a rank in the seed of the random numbers between the steps and the end of the epoch.
+_AFTER_STEPS = -1
 _SKIPPED_ALIKE = "the other ranks to take a step without run.backward(), as this one has: all must"
 
 
@@ -43,10 +44,12 @@ class Epochs:
         self._figures = figures
         self._seed = lifecycle.config.seed
         self._epoch_of_steps: int | None = None  # the epoch in which steps() was called last
-        # What the program has given to run.epochs() last; 1 where it has gone through run.steps() alone.
+        # The number that the program has given to run.epochs() last; 1 if it has used run.steps() alone.
         self._epochs_before: int | None = None
-        # What run.steps() has returned last. Only the program keeps it alive: a loop over it that is left
-        # by `break` drops it, which ends it. A program that calls next() on it may hold it for longer.
+        # The generator that run.steps() has returned last, as a weak reference. As a rule only the
+        # program's `for` loop holds the generator. When the loop is left by `break`, Python deletes the
+        # generator, which ends it. A program that calls next() on the generator may hold it for longer: see
+        # _end_held_steps().
         self._newest_steps: weakref.ref[Generator[Any]] | None = None
         self._has_open_epoch = False  # whether an epoch has been left by `break`, with steps taken
 
@@ -63,7 +66,9 @@ class Epochs:
         loop = self._place.begin(count)
         self._end_held_steps()
         self._close_left_epoch(loop)
-        # A run that goes on may come to a loop whose epochs are all completed; not so a second loop.
+        # In a run that goes on, the first loop may have no epoch left: that is no mistake. A further loop
+        # of the same program that has no epoch left, and asks for no more epochs than the loop before, is a
+        # mistake.
         if self._epochs_before is not None and count <= min(self._epochs_before, self._position.epoch):
             raise UserError(
                 f"run.epochs({count}) comes after run.epochs({self._epochs_before}), and has no epoch "
@@ -97,12 +102,13 @@ class Epochs:
             self._place.is_in_epochs = False
 
     def _end_held_steps(self) -> None:
-        """Ends what run.steps() has returned, where the program still holds it: its last step counts.
+        """Ends the generator of run.steps(), if the program still holds it: its last step counts.
 
-        That is so where the program has called next() on it, and not gone through all of it.
+        The program holds it if it has called next() on it, and has not taken all of its steps.
         """
         held = self._newest_steps() if self._newest_steps is not None else None
-        # Without run.epochs() the epoch runs within it, and ends it by itself.
+        # If run.steps() is used without run.epochs(), this same generator contains the loop over the epoch.
+        # Then it is running at this moment, and not suspended, and ends by itself.
         if held is not None and inspect.getgeneratorstate(held) == inspect.GEN_SUSPENDED:
             held.close()
 
@@ -127,8 +133,8 @@ class Epochs:
                 said_by=ANYONE,
             )
         loop = self._place.begin(None)
-        # A run that goes on from what is saved now does not enter the loop again, even where that was left
-        # by `break`.
+        # A run that goes on from the checkpoint that is saved now does not enter the loop again, even if
+        # the loop was left by `break`.
         epochs = self._lifecycle.control.epochs
         self._kept.is_over = self._has_open_epoch or (epochs is not None and self._position.epoch < epochs)
         self._close_left_epoch(loop)
@@ -196,8 +202,8 @@ class Epochs:
             self._place.is_stepping = False
             self._place.takes_steps = False
             self._place.in_hand = None
-            # What the program draws now, as for an evaluation, does not depend on the rank, nor on whether
-            # the run has gone on just here.
+            # The random numbers that the program draws now, for example in an evaluation, depend neither on
+            # the rank nor on whether the run has been resumed just here.
             reseed(mixed(self._seed, self._position.epoch, _AFTER_STEPS), self._runtime.device)
         self._lifecycle.stops.settle()
 
@@ -212,7 +218,7 @@ class Epochs:
             )
 
     def _shares_left(self, dealt: Batches) -> Iterator[Dealt]:
-        """What this rank takes of each batch that is left of the epoch: a share, or several together."""
+        """This rank's part of each batch that is left of the epoch: one share, or several together."""
         position = self._position
         first_step = position.epoch_steps
         loader = dealt.with_state

@@ -2,7 +2,7 @@
 
     Lifecycle(...)   brings the ranks up, takes the run directory, and reads the newest checkpoint
     begin()          the loop over epochs and steps begins: from now on the run saves, records and stops
-    stopping()       around a part of the loop: where the ranks have agreed to stop, the run is closed
+    stopping()       around a part of the loop: if the ranks agree to stop there, the run is closed
     finish()         the run has come to its end: summary.json, the report
     fail()           an error has ended the run
 
@@ -190,7 +190,7 @@ class Lifecycle:
     # --- the loop ------------------------------------------------------------------------------------
 
     def begin(self, epochs: int | None) -> Loop:
-        """The loop; where it has not begun, it begins here, with everything that the program keeps."""
+        """Returns the loop. If it has not begun, it begins here, with everything that the program keeps."""
         if self.loop is not None:
             if epochs is not None:
                 self.control.epochs = epochs
@@ -223,7 +223,7 @@ class Lifecycle:
 
     @contextmanager
     def stopping(self) -> Iterator[None]:
-        """Where the ranks have agreed to stop in the block, closes the run in order."""
+        """If the ranks agree to stop in the block, closes the run in order."""
         try:
             yield
         except RunStopped:
@@ -265,7 +265,8 @@ class Lifecycle:
         self.summary = summary
         if not self.is_one_of_several:
             mpi.leave(0)
-            # What the program does from here on is its own, and nothing of it would stop at a signal.
+            # What the program does from here on does not belong to the run, so a signal must end the
+            # process again.
             self._signals.let_end(*STOPPING)
 
     def _summarized(self, figures: Mapping[str, float]) -> dict[str, Any]:
@@ -289,7 +290,7 @@ class Lifecycle:
         return summary | last_of(position.history)
 
     def fail(self, raised: BaseException) -> None:
-        """Ends the run after an error of the program, which is told; the other ranks are ended too."""
+        """Ends the run after an error of the program. Shows the error, and ends the other ranks, too."""
         self.is_open = False
         self.exits.__exit__(type(raised), raised, raised.__traceback__)
 

@@ -1,7 +1,7 @@
 """Where in its loop the program stands on this rank, and whether the other ranks stand there too.
 
-The calls of a run depend on it: run.log() within a step is something else than after the last epoch, and
-run.backward() weighs a loss by the batch that the program has in hand.
+The calls of a run depend on this place: run.log() in a step does something else than run.log() after the
+last epoch, and run.backward() weights a loss by the batch that the program is working on.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from allranks.training.loop import Loop
 # How long a rank waits for the others to do what it has done, such as to leave a loop. If the others are in
 # a collective after that time, they wait for this rank, and the watchdog names it.
 ALIKE_S = 1.0
-# In place of a share, for the random numbers of a reproducible run: in a step, but outside of run.pieces(),
-# and after a loop over run.batches().
+# Stands for a share in the seed of the random numbers of a reproducible run: in a step, but outside of
+# run.pieces(), and after a loop over run.batches().
 OF_NO_SHARE = -2
 _LEFT_ALIKE = "the other ranks to leave the loop by `break`, as this one has: all must, after the same step"
 
@@ -25,11 +25,11 @@ class Place:
 
     def __init__(self, lifecycle: Lifecycle) -> None:
         self._lifecycle = lifecycle
-        self.is_in_epochs = False  # in a body of run.epochs()
-        self.is_stepping = False  # in a body of run.steps(), and in no loop over run.batches() within it
-        self.takes_steps = False  # in a body of run.steps()
-        # In a loop over the shares of a step, which run.pieces() goes through in a reproducible run.
-        self.is_in_shares = False
+        # Whether the program is in the body of a loop over ...
+        self.is_in_epochs = False  # ... run.epochs()
+        self.takes_steps = False  # ... run.steps()
+        self.is_stepping = False  # ... run.steps(), but not in a loop over run.batches() there
+        self.is_in_shares = False  # ... run.pieces() in a reproducible run: over the shares of a step
         self.in_hand: Dealt | None = None  # this rank's share of the batch that the loop has got last
         self.passed = 0  # a digest of the batches that run.batches() has given for a run.mean()
         self.has_left = False  # whether a loop has been left by `break`, and nobody has compared the ranks
@@ -72,9 +72,10 @@ class Place:
         return self._lifecycle.begin(epochs)
 
     def leave_alike(self) -> None:
-        """Where this rank has left a loop by `break`, waits for the others to do so; raises UserError.
+        """If this rank has left a loop by `break`, waits until the other ranks have left it, too.
 
-        Then the ranks do what comes after the steps of an epoch: they take over rank 0's buffers.
+        Then the ranks do what comes after the steps of an epoch: they take over rank 0's buffers. Raises
+        UserError if another rank has not left the loop after the same step.
         """
         lifecycle = self._lifecycle
         if self.has_left:
