@@ -28,7 +28,7 @@ class UserError(Exception):
 
     If several ranks are known to raise the same error, `said_by` is the one rank that shows it to the
     user. None means that this rank may be the only one that has the error. ANYONE means that all ranks may
-    raise it or only some, as where a user's program does something wrong: the first of them shows it.
+    raise it or only some, for example if a user's program makes a mistake: the first of them shows it.
     """
 
     code = EXIT_USER_ERROR
@@ -65,7 +65,7 @@ def as_line(message: object, fd: int = 2) -> str:
 def show(message: object) -> None:
     """Says on stderr what is wrong, in the form of as_line(). A full disk raises no further error.
 
-    Nor is it one if there is no stderr (None), as where it was closed before Python started.
+    Nor is it one if there is no stderr (None): it may have been closed before Python started.
     """
     with suppress(OSError, AttributeError):
         sys.stderr.write(as_line(message))

@@ -231,8 +231,8 @@ def runs_below(root: str | Path) -> Iterator[Path]:
     """The directories of runs below a folder, in no order, the folder itself included.
 
     A run whose config.yaml is gone is known by its figures. A folder that vanishes meanwhile, as
-    checkpoints do, is passed over. A link to a run or to a sweep stands for it, as where it was moved to
-    another file system. No run is named twice.
+    checkpoints do, is passed over. A link to a run or to a sweep stands for it, for example if it was moved
+    to another file system. No run is named twice.
     """
     files_of_run = (rundir.CONFIG, JOB, METRICS)
     links: list[Path] = []
