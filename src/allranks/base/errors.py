@@ -63,9 +63,10 @@ def as_line(message: object, fd: int = 2) -> str:
 
 
 def show(message: object) -> None:
-    """Says on stderr what is wrong, in the form of as_line(). A full disk raises no further error.
+    """Says on stderr what is wrong, in the form of as_line().
 
-    Nor is it one if there is no stderr (None): it may have been closed before Python started.
+    Raises no further error if the disk is full, or if stderr was closed before Python started (sys.stderr
+    is None then).
     """
     with suppress(OSError, AttributeError):
         sys.stderr.write(as_line(message))

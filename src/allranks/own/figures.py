@@ -1,9 +1,9 @@
 """run.log(): which figures it takes, and where they go.
 
-A figure is a number with a name, and no name that allranks writes itself: a line of metrics.jsonl holds the
-figures of an epoch beside where the run stands and what allranks has measured, and summary.json holds those
-of the whole run likewise. A figure of the same name would replace one of these: a run whose records have
-another step cannot go on.
+A figure is a number with a name. A line of metrics.jsonl holds the figures of an epoch, together with the
+epoch, the step and what allranks has measured itself; summary.json holds the same for the whole run. A
+figure with one of allranks' own names would replace that value, and a run whose records have a wrong step
+cannot go on. So these names are refused.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from allranks.training.records import OF_THE_RUN
 log = logging.getLogger(__name__)
 
 _OF_EACH_RECORD = {"epoch", "step"}
-# What else Loop.close_epoch() writes of an epoch.
+# What Loop.close_epoch() writes about an epoch besides these.
 _OF_AN_EPOCH = {"time/train_s", "time/eval_s", "throughput/samples_per_s", *OF_THE_RUN}
-# What else run.finish() writes of a run.
+# What run.finish() writes about a run.
 _OF_A_RUN = {
     "state", "epochs", "steps", "world_size", "model/parameters", "model/sha256", "time/total_s",
     "time/startup_s", *OF_THE_RUN,
@@ -44,7 +44,7 @@ class Figures:
         self._lifecycle = lifecycle
         self._place = place
         self.of_run: dict[str, float] = {}  # logged after the last epoch
-        self._told_to_differ: set[str] = set()  # figures of which rank 0 has said so
+        self._told_to_differ: set[str] = set()  # figures for which rank 0 has warned that ranks differ
 
     def log(self, figures: Mapping[str, Any]) -> None:
         """What run.log() does: records figures of a step, of an epoch or of the run, as the program stands.

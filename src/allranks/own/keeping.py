@@ -1,6 +1,6 @@
-"""What is given to run.keep(), and what a program trains without giving it.
+"""What is given to run.keep(), and warnings for what a program trains without keeping it.
 
-A run that goes on begins anew with what is not kept.
+After a resume, objects that are not kept begin anew.
 """
 
 from __future__ import annotations

@@ -25,22 +25,23 @@ from allranks.training.control import OTHER_BATCHES
 class Measuring:
     """The sums of one pass over batches, on one rank; all ranks have one.
 
-    what: the call that the program has made, for messages. names: of the figures, where they are known
-    beforehand; None if the first batch tells them.
+    what: the call that the program has made, for messages. names: the names of the figures if they are
+    known beforehand; None if they are those of the first batch.
     """
 
     def __init__(self, runtime: Runtime, what: str, names: Iterable[str] | None = None) -> None:
         self._runtime = runtime
         self.what = what
         self._are_names_known = names is not None
-        # By name and by share of this rank the sum of value * examples, and the number of examples.
+        # For each name, and each share of this rank: the sum of value * examples, and the number of
+        # examples.
         self._sums = {name: no_sums(runtime) for name in names or ()}
 
     def add(self, figures: Mapping[str, Any], share: Dealt | None) -> None:
         """Adds the figures of a batch, each the mean over the examples of this rank's share.
 
-        `share` is what the program has in hand; None if it goes through no batches. Raises UserError for
-        figures that are not numbers.
+        `share` is this rank's share of the batch that the program works on; None if there is no such batch.
+        Raises UserError for figures that are not numbers.
         """
         if not isinstance(figures, Mapping):
             raise UserError(
