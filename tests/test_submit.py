@@ -298,8 +298,8 @@ state.write_text(str(step))
 @needs_launch
 @pytest.mark.long
 def test_a_program_that_stops_before_its_walltime_goes_on_in_another_job(pbs):
-    """Walltime 40 s: 20 s are the script's, and 5 s the program's own."""
-    (pbs.folder / "own.py").write_text(OWN_PROGRAM)
+    """Walltime 40 s: 20 s are the script's, and 5 s the program's own. The steps take 18 s in all."""
+    (pbs.folder / "own.py").write_text(OWN_PROGRAM.replace("sleep(0.1)", "sleep(0.3)"))
     words = ("--ppn", "2", "--no-preflight", "--", PYTHON, "own.py")
     run = Path(pbs.submit("--machine", "generic_pbs", "--walltime", "00:00:40", *words)["directory"])
     code = run / "exit_code"
