@@ -259,10 +259,13 @@ class ForkedPython:
         for program in Path(PYTHON).parent.iterdir():
             if program.name not in own:
                 (self.bin / program.name).symlink_to(program)
+        # Python notes at its start whether stdout has positions, as a file has. In a fork stdout may be
+        # another one, a pipe for example: an error would come of it where a program asks for a position. So
+        # the server starts with a pipe, to which it writes nothing.
         self._server = subprocess.Popen(
             [PYTHON, str(ROOT / "tests/forkserver.py"), str(socket_path)],
             env=clean_environment(**{MORE: imports}, **({"PYTHONPATH": path} if path else {})),
-            stdin=subprocess.PIPE,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         until(socket_path.exists)
 
