@@ -155,7 +155,7 @@ class Run:
         return made
 
     def keep(self, **objects: Any) -> None:
-        """Says what a checkpoint holds, by name, and restores it where the run goes on from one.
+        """Says what a checkpoint holds, by name, and restores it if the run goes on from one.
 
         Each object needs state_dict() and load_state_dict(). Call it before the loop begins. Raises
         UserError for an object without these, and for a checkpoint that does not fit.
@@ -202,12 +202,12 @@ class Run:
         """Counts the floating-point operations of a training step, of which each epoch's record then tells.
 
         compute: takes a forward and a backward pass over so many `examples`, and is called once, or twice
-        where torch has to. It changes gradients, and buffers such as those of BatchNorm: let it use a copy
+        if torch needs that. It changes gradients, and buffers such as those of BatchNorm: let it use a copy
         of the model. All ranks call; random numbers stay as they are. precision: fp64, fp32, bf16 or fp16,
         in which most of it is computed: a GPU's share of its peak follows from it.
 
-        Returns the operations for one example. It is None where an operation ran whose work is not known:
-        then nothing is recorded. Raises UserError for arguments that are not such.
+        Returns the operations for one example. If the work of one of them is not known, this returns None,
+        and nothing is recorded. Raises UserError if an argument is not what is described here.
         """
         self.lifecycle.check_open("run.count_flops()")
         check_counted(compute, examples, precision)
@@ -221,23 +221,23 @@ class Run:
     # --- the loop ------------------------------------------------------------------------------------
 
     def epochs(self, count: int) -> Iterator[int]:
-        """The number of each epoch that is left, from 0. `count` is the number of epochs of the whole run.
+        """Yields the number of each epoch that is left, from 0. `count`: how many the whole run has.
 
         After each epoch its figures are kept, the ranks are compared, and a checkpoint is saved. The same
-        happens to an epoch that is left by `break` after its steps. Where the ranks have agreed to stop,
-        the program ends here with exit code 85.
+        happens to an epoch that is left by `break` after its steps. If the ranks have agreed to stop, the
+        program ends here with exit code 85.
         """
         return self._epochs.epochs(count)
 
     def steps(self, batches: Any, *, steps_per_save: int = 1) -> Iterator[Any]:
-        """The batches of the epoch that are left; the loop's body takes one step on each.
+        """Yields the batches of the epoch that are left; the loop's body takes one step on each.
 
         In a run with virtual_ranks, give what it yields to run.pieces(), which goes through its shares.
 
-        `batches` is what run.batches() takes or gives. Where gradients are added up over several steps,
-        `steps_per_save` is their number: a checkpoint then falls between two of such groups only. Where
-        the ranks have agreed to stop, the program ends here with exit code 85. Outside of run.epochs() all
-        steps are one epoch.
+        `batches` is what run.batches() takes or returns. If the program adds up gradients over several
+        steps, `steps_per_save` is their number: then a checkpoint is saved only between two such groups of
+        steps. If the ranks have agreed to stop, the program ends here with exit code 85. Outside of
+        run.epochs() all steps are one epoch.
         """
         return self._epochs.steps(batches, steps_per_save)
 
@@ -246,7 +246,7 @@ class Run:
 
         loss: a scalar, the mean over the examples of this rank's share, as torch's losses give it. With
         reduction="sum" it is their sum, as torch's losses give it with the same words. Call it within
-        run.steps(). Raises UserError elsewhere, and where the loss is no scalar, or has no gradient. A loss
+        run.steps(). Raises UserError elsewhere, and if the loss is not a scalar or has no gradient. A loss
         that is not finite ends the run before its next checkpoint, or in run.take_step().
         """
         self._stepping.backward(loss, reduction=reduction)
@@ -258,19 +258,19 @@ class Run:
         clip_norm: float | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> bool:
-        """optimizer.step(), as the training that comes with allranks takes it; whether it was taken.
+        """Takes optimizer.step() as the shipped training does; returns whether it was taken.
 
         clip_norm: the gradient of the optimizer's parameters is scaled down to this L2 norm, if it is
         larger. scaler: the GradScaler by which the loss was multiplied; its step() and update() are called.
         All ranks call, within run.steps(), after run.backward(). Gradients are left as they are: call
         optimizer.zero_grad() afterwards.
 
-        Where the gradient is not finite, no rank takes the step, and the run ends with a message that names
+        If the gradient is not finite, no rank takes the step, and the run ends with a message that names
         it, before the weights are spoilt. With allranks.open(stop_at_nonfinite=False) the run goes on: rank
         0 warns, and what run.log() got in the step is left out of the epoch's means. A GradScaler leaves
         out steps that overflow, and lowers its scale; their figures count, and nothing is said until the
-        scale is very low. Raises UserError for what is no optimizer, no norm or no GradScaler, and outside
-        of run.steps().
+        scale is very low. Raises UserError if an argument is not what is described here, and outside of
+        run.steps().
         """
         return self._stepping.take_step(optimizer, clip_norm=clip_norm, scaler=scaler)
 
@@ -291,8 +291,8 @@ class Run:
         Within run.steps(): each is a mean over this rank's share, a number or a scalar tensor. The epoch
         gets the mean over all of its examples and all ranks. After run.steps(): each is a figure of the
         epoch as it is, the same on all ranks, such as one of run.mean(). After run.epochs(): a figure of
-        the whole run, for summary.json. Raises UserError for what is no number, and for a name that
-        allranks writes itself, such as epoch.
+        the whole run, for summary.json. Raises UserError for a value that is not a number, and for a name
+        that allranks writes itself, such as epoch.
         """
         self._figures.log(figures)
 
@@ -301,8 +301,8 @@ class Run:
 
         values: for each batch of run.batches() the mean over the examples of this rank's share, a number or
         a scalar tensor, as in `run.mean(loss(x, y) for x, y in run.batches(val_set, ...))`. All ranks call.
-        Raises UserError for what is no number, and where there are no examples. Where the ranks have agreed
-        to stop between two batches, the program ends here with exit code 85.
+        Raises UserError for a value that is not a number, and if there are no examples. If the ranks have
+        agreed to stop between two batches, the program ends here with exit code 85.
         """
         measuring = Measuring(self.lifecycle.runtime, "run.mean()", names=[""])
         return measured(measuring, ({"": value} for value in values), self.lifecycle, self._place)[""]
@@ -312,29 +312,29 @@ class Run:
 
         values: for each batch of run.batches() a dict with the same names. Each value is a mean over the
         examples of this rank's share, a number or a scalar tensor. All ranks call. Raises UserError for
-        what is no number, and where there are no examples. Where the ranks have agreed to stop between two
-        batches, the program ends here with exit code 85.
+        a value that is not a number, and if there are no examples. If the ranks have agreed to stop between
+        two batches, the program ends here with exit code 85.
         """
         measuring = Measuring(self.lifecycle.runtime, "run.means()")
         return measured(measuring, values, self.lifecycle, self._place)
 
     def metric(self, metric: Any) -> Metric:
-        """A metric that is no mean, such as an AUROC, exact on any number of ranks.
+        """A metric that is not a mean, such as an AUROC, exact on any number of ranks.
 
-        metric: an object of torchmetrics. The run takes a copy of it. Call update(...) of what is returned
-        for each batch of run.batches(), and compute() after the last one. Raises UserError for another
-        object.
+        metric: an object of torchmetrics. The run takes a copy of it. For each batch of run.batches() call
+        update(...) of the object that this returns, and compute() after the last batch. Raises UserError
+        for an object of another kind.
         """
         self.lifecycle.check_open("run.metric()")
         return Metric(metric, self.lifecycle.runtime, self._place.evaluated)
 
     def share(self, items: Iterable[Any], work: Callable[[Any], Any], name: str = "items") -> list[Any]:
-        """work(item) for each item, each on one rank; the results in the order of the items, on all ranks.
+        """Calls work(item) for each item, each on one rank; returns the results on all ranks, in order.
 
         Each result is kept in the run directory as soon as it is there: numbers, texts, tensors, arrays, in
         lists, tuples and dicts. A run that goes on works on what is left. Random numbers of an item are the
         same on any rank. `name` tells several such works of one run apart. Raises UserError for a result
-        that cannot be kept. Where the ranks have agreed to stop, the program ends here with exit code 85.
+        that cannot be kept. If the ranks have agreed to stop, the program ends here with exit code 85.
         """
         self._place.begin(None)
         if name in self._shared:
@@ -392,5 +392,5 @@ class Run:
             self.fail(raised)
 
     def fail(self, raised: BaseException) -> None:
-        """Ends the run after an error of the program, which is told; the other ranks are ended too."""
+        """Ends the run and all ranks after an error of the program, and tells the user of it."""
         self.lifecycle.fail(raised)
