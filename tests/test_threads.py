@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from allranks.base.threads import in_thread
-from helpers import Started, only_long
+from helpers import Started, execute, only_long
 
 # Draws digits for minutes, after it has said that it is there.
 DRAWS = (
@@ -30,6 +30,31 @@ def test_what_it_returns_or_raises_comes_to_whoever_asks():
     assert in_thread(lambda: 7, "seven").result() == 7
     with pytest.raises(KeyError, match="gone"):
         in_thread(lambda: {}["gone"], "none").result()
+
+
+SLOWLY_FREED = """
+import sys, time
+from allranks.base.threads import in_thread
+
+class Weights:
+    def __del__(self):
+        time.sleep(0.2)
+        print("freed", flush=True)
+
+def save(weights):
+    time.sleep(0.3)  # the main thread has let go of what it has given to in_thread()
+
+"""
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["for the result", "for nothing"])
+def test_what_a_thread_works_on_is_freed_before_the_process_ends(waits, tmp_path):
+    """Tensors that are freed while Python shuts down abort the process, whose exit code is another then."""
+    begin = "done = in_thread(lambda weights=Weights(): save(weights), 'save')\n"
+    then = "done.result()\nprint('saved', flush=True)\n" if waits else ""
+    done = execute([sys.executable, "-c", SLOWLY_FREED + begin + then + "sys.exit(7)"], tmp_path)
+    assert (done.code, done.err) == (7, "")
+    assert done.out.splitlines() == ["freed", *(["saved"] if waits else [])]
 
 
 def test_the_end_of_the_process_does_not_wait_for_it():

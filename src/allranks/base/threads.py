@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import TypeVar
 
 # How long the end of the process waits for its threads. A thread that still works while Python shuts down
@@ -33,16 +34,23 @@ def in_thread(work: Callable[[], Result], name: str) -> Future[Result]:
     future: Future[Result] = Future()
 
     def run() -> None:
+        nonlocal work
         try:
-            result = work()
+            tell = functools.partial(future.set_result, work())
         except BaseException as error:  # noqa: BLE001  raised again where the result is asked for
-            future.set_exception(error)
-        else:
-            future.set_result(result)
-        # A run begins a thread for each of its saves: one that has ended need not be waited for any more.
-        _threads.remove(thread)
+            tell = functools.partial(future.set_exception, error)
+        # What the work holds, such as a copy of a model, is freed before anybody may take the work for
+        # done, and end the process. Freeing tensors while Python shuts down aborts the process.
+        del work
+        tell()
 
     thread = threading.Thread(target=run, name=name, daemon=True)
+    # A run begins a thread for each of its saves: one that has ended need not be waited for any more. A
+    # thread does not leave the list by itself, because it would leave before it has really ended.
+    for each in list(_threads):
+        if each.ident is not None and not each.is_alive():
+            with suppress(ValueError):  # another thread has removed it
+                _threads.remove(each)
     _threads.append(thread)
     thread.start()
     return future
@@ -62,5 +70,5 @@ def _leave_in_order() -> None:
 def _end_threads() -> None:
     _process_ends.set()
     give_up_at = time.monotonic() + END_S
-    for thread in list(_threads):  # they leave the list as they end
+    for thread in list(_threads):
         thread.join(max(0.0, give_up_at - time.monotonic()))
