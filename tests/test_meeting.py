@@ -213,7 +213,8 @@ def test_rank_0_leaves_last():
             seen.append("0 has left")
 
     on_ranks(3, act)
-    assert seen == ["1 leaves", "2 leaves", "0 has left"]
+    assert set(seen[:2]) == {"1 leaves", "2 leaves"}
+    assert seen[2:] == ["0 has left"]
 
 
 def test_rank_0_does_not_wait_for_ever_for_a_rank_that_has_died(monkeypatch):

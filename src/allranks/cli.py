@@ -77,9 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.flush()
         sys.exit(code)
     except BrokenPipeError:
-        if (
-            not is_unread()
-        ):  # it is another pipe than this command's output, so it is an error like any other
+        if not is_unread():  # another pipe than this command's output: an error like any other
             raise
         end_unread()
     except KeyboardInterrupt:

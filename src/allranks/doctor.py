@@ -460,7 +460,7 @@ def _end(child: subprocess.Popen[str]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     for pid in started:
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # a tool may be another user's
             os.kill(pid, signal.SIGKILL)
     for pipe in (child.stdout, child.stderr):
         if pipe is not None:

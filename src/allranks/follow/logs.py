@@ -294,7 +294,10 @@ def followed(logs: Logs) -> Iterator[list[Line]]:
     while True:
         # This is asked before the logs are read: a run that has finished has written its last lines by
         # then.
-        is_over = is_finished(logs.directory)
+        try:
+            is_over = is_finished(logs.directory)
+        except OSError:  # a file cannot be read at this moment
+            is_over = False
         yield logs.new_lines(is_over)
         if is_over:
             return

@@ -41,9 +41,8 @@ _HOME, _END_LINE = "\x1b[H", "\x1b[K"
 class Look(NamedTuple):
     """What the output can show: its width, colours, and characters beyond ASCII."""
 
-    columns: (
-        int | None
-    )  # characters in a line; None if stdout is not a terminal, and lines may have any length
+    # Characters in a line; None if stdout is not a terminal, and lines may have any length.
+    columns: int | None
     colours: bool = False
     is_unicode: bool = True
 

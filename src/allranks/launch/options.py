@@ -196,9 +196,8 @@ def _reader(option: Option) -> Callable[[str], Any]:
     """From the word after an option to its value; raises argparse.ArgumentTypeError where it is none."""
 
     def read(word: str) -> Any:
-        if (
-            not word.strip()
-        ):  # as of a shell's variable that is not set: `--after "$ID"` must not start at once
+        # A shell's variable that is not set gives an empty word: `--after "$ID"` must not start at once.
+        if not word.strip():
             raise argparse.ArgumentTypeError(
                 f"{word!r} is not valid: it is empty, so give {option.metavar}"
             )

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from allranks import config as configs
-from allranks.base.errors import EXIT_REQUEUE, UserError
+from allranks.base.errors import ANYONE, EXIT_REQUEUE, UserError
 from allranks.base.processes import STOPPING, process_age_s
 from allranks.base.signals import FROM_TERMINAL, Signals
 from allranks.config import Config
@@ -305,7 +305,8 @@ def _check_thread(what: str) -> None:
     if threading.current_thread() is not threading.main_thread():
         raise UserError(
             f"{what} is not in the program's main thread. Python lets only that one handle the signals by "
-            "which a job ends: open the run and begin its loop there."
+            "which a job ends: open the run and begin its loop there.",
+            said_by=ANYONE,
         )
 
 

@@ -74,9 +74,8 @@ class RunFacts:
     environment: Mapping[str, Any] = field(default_factory=dict)
     ranks: Sequence[Rank] = ()
     events: Sequence[Event] = ()  # oldest first
-    profile: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # profile/table.json of a run with profile=true
+    # What profile/table.json holds, for a run with profile=true.
+    profile: Mapping[str, Any] = field(default_factory=dict)
     problems: Sequence[str] = ()  # a sentence for each file that exists but cannot be read
 
     @property

@@ -40,9 +40,8 @@ ANSWER_S = 2.5  # how long another rank's thread may take to answer: enough for 
 # How much longer it may take if its process runs: its main thread may be in a long call that keeps Python's
 # lock.
 PATIENCE_S = 8.0
-LOOK_S = (
-    2 * postmortem.LOOK_S
-)  # how long another rank may take to say what has become of a rank on its host
+# How long another rank may take to say what has become of a rank on its host.
+LOOK_S = 2 * postmortem.LOOK_S
 NEWS_S = 0.5  # how long the news of a rank's death may be on its way
 FIRST_WORD_S = 5.0  # so much earlier than the others rank 0 says that a rank has not come to the start
 APART_S = 0.1  # the ranks to blame are told to end so much earlier than the others
