@@ -504,9 +504,11 @@ def test_at_any_moment_all_ranks_stop_at_the_same_call(tmp_path, ranks):
 
 
 def test_a_rank_that_has_ended_is_not_waited_for(tmp_path):
-    code = "if os.environ['RANK'] == '1': sys.exit(0)\n" + STOPS
+    code = "if os.environ['RANK'] == '1':\n    open('ends', 'w').close()\n    sys.exit(0)\n" + STOPS
     with Started(command("-n", "2", *program(tmp_path, code)), tmp_path) as started:
         all_have_begun(tmp_path, 1)
+        until((tmp_path / "ends").exists)
+        until(lambda: len([pid for pid in started.pids() if is_program(pid)]) == 1)
         started.process.send_signal(signal.SIGTERM)
         assert started.finish(within_s=60)[0] == EXIT_REQUEUE
     assert (tmp_path / "stopped-0").exists()
