@@ -147,9 +147,9 @@ def test_a_job_that_may_not_be_queued_again_says_how_to_go_on(job_of_slurm, cloc
 def test_a_damaged_checkpoint_is_no_step_that_was_gained(tmp_path):
     checkpoint.write(tmp_path, 10, {"state.json": b"{}"}, "token", lambda: None)
     newest = checkpoint.write(tmp_path, 20, {"state.json": b"{}", "model.pt": b"1"}, "token", lambda: None)
-    assert successor._progress(str(tmp_path)) == (20, 0)
+    assert successor._reached(str(tmp_path)) == (20, 0)
     (newest / "model.pt").unlink()
-    assert successor._progress(str(tmp_path)) == (10, 0)
+    assert successor._reached(str(tmp_path)) == (10, 0)
 
 
 def test_an_epoch_that_is_closed_at_the_same_step_is_gained(tmp_path):

@@ -11,14 +11,14 @@ import torch
 from allranks.data.batches import Batches
 from allranks.data.randomness import mixed, reseed
 from allranks.own.lifecycle import Lifecycle
-from allranks.own.place import OF_NO_SHARE, Place
+from allranks.own.place import OF_NO_SHARE, LoopPlace
 from allranks.own.shares import within_pieces
 
 
 class OwnBatches:
     """Batches dealt out to the ranks, for one run. Going through them yields this rank's shares."""
 
-    def __init__(self, dealt: Batches, lifecycle: Lifecycle, place: Place) -> None:
+    def __init__(self, dealt: Batches, lifecycle: Lifecycle, place: LoopPlace) -> None:
         self.dealt = dealt
         self._lifecycle = lifecycle
         self._place = place
@@ -62,7 +62,7 @@ class OwnBatches:
 def own_batches(
     source: Any,
     lifecycle: Lifecycle,
-    place: Place,
+    place: LoopPlace,
     *,
     batch_size: int | None = None,
     shuffle: bool | None = None,

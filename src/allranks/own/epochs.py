@@ -18,9 +18,9 @@ from allranks.data.batches import Batches, Dealt
 from allranks.data.randomness import mixed, reseed
 from allranks.job import pulse
 from allranks.own.batches import own_batches
-from allranks.own.figures import Figures
+from allranks.own.figures import LoggedFigures
 from allranks.own.lifecycle import Lifecycle
-from allranks.own.place import ALIKE_S, OF_NO_SHARE, Place
+from allranks.own.place import ALIKE_S, OF_NO_SHARE, LoopPlace
 from allranks.own.shares import together
 from allranks.own.stepping import Stepping
 from allranks.training.loop import Loop
@@ -33,7 +33,9 @@ _SKIPPED_ALIKE = "the other ranks to take a step without run.backward(), as this
 class Epochs:
     """The loops over epochs and steps of a run, on one rank."""
 
-    def __init__(self, lifecycle: Lifecycle, place: Place, stepping: Stepping, figures: Figures) -> None:
+    def __init__(
+        self, lifecycle: Lifecycle, place: LoopPlace, stepping: Stepping, figures: LoggedFigures
+    ) -> None:
         self._lifecycle = lifecycle
         self._runtime = lifecycle.runtime
         self._kept = lifecycle.kept

@@ -19,7 +19,7 @@ from allranks.base.errors import ANYONE, UserError
 from allranks.base.text import some
 from allranks.data.nests import described
 from allranks.own.lifecycle import Lifecycle
-from allranks.own.place import Place
+from allranks.own.place import LoopPlace
 from allranks.own.shares import shares_of
 from allranks.own.state import are_alike
 from allranks.runtime.runtime import Runtime
@@ -37,10 +37,10 @@ _OF_A_RUN = {
 }  # fmt: skip
 
 
-class Figures:
+class LoggedFigures:
     """What run.log() has got on this rank, and where it goes."""
 
-    def __init__(self, lifecycle: Lifecycle, place: Place) -> None:
+    def __init__(self, lifecycle: Lifecycle, place: LoopPlace) -> None:
         self._lifecycle = lifecycle
         self._place = place
         self.of_run: dict[str, float] = {}  # logged after the last epoch

@@ -15,7 +15,7 @@ from allranks.data.batches import Dealt
 from allranks.data.nests import described
 from allranks.own.figures import as_number, check_figure
 from allranks.own.lifecycle import Lifecycle
-from allranks.own.place import Place
+from allranks.own.place import LoopPlace
 from allranks.own.shares import StepShares, one_for_each_share, shares_of, within_pieces
 from allranks.own.state import add_mean, are_alike, no_sums, rows_of_shares
 from allranks.runtime.runtime import Runtime
@@ -113,7 +113,7 @@ class Measuring:
 
 
 def measured(
-    measuring: Measuring, values: Iterable[Mapping[str, Any]], lifecycle: Lifecycle, place: Place
+    measuring: Measuring, values: Iterable[Mapping[str, Any]], lifecycle: Lifecycle, place: LoopPlace
 ) -> dict[str, float]:
     """What run.mean() and run.means() find in the values, which the program computes batch by batch.
 

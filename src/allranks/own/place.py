@@ -20,7 +20,7 @@ OF_NO_SHARE = -2
 _LEFT_ALIKE = "the other ranks to leave the loop by `break`, as this one has: all must, after the same step"
 
 
-class Place:
+class LoopPlace:
     """Where the program stands, on one rank: in which loops, and with which batch in hand."""
 
     def __init__(self, lifecycle: Lifecycle) -> None:

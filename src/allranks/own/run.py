@@ -40,12 +40,12 @@ from allranks.base.errors import ANYONE, UserError
 from allranks.config import Config
 from allranks.own.batches import OwnBatches, own_batches
 from allranks.own.epochs import Epochs
-from allranks.own.figures import Figures
+from allranks.own.figures import LoggedFigures
 from allranks.own.keeping import check_kept
 from allranks.own.lifecycle import How, Lifecycle
 from allranks.own.measuring import Measuring, measured
 from allranks.own.metric import Metric
-from allranks.own.place import Place
+from allranks.own.place import LoopPlace
 from allranks.own.sharing import Sharing
 from allranks.own.stepping import Stepping
 from allranks.own.taking import check_counted
@@ -65,8 +65,8 @@ class Run:
         `exits` is closed when the run ends, in whatever way. Raises UserError.
         """
         self.lifecycle = Lifecycle(config, how, exits)
-        self._place = Place(self.lifecycle)
-        self._figures = Figures(self.lifecycle, self._place)
+        self._place = LoopPlace(self.lifecycle)
+        self._figures = LoggedFigures(self.lifecycle, self._place)
         self._stepping = Stepping(self.lifecycle, self._place)
         self._epochs = Epochs(self.lifecycle, self._place, self._stepping, self._figures)
         self._shared: set[str] = set()  # the names of the works that run.share() has done

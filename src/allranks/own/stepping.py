@@ -16,7 +16,7 @@ from allranks.data.nests import described
 from allranks.data.randomness import mixed, reseed
 from allranks.own.figures import as_number
 from allranks.own.lifecycle import Lifecycle
-from allranks.own.place import OF_NO_SHARE, Place
+from allranks.own.place import OF_NO_SHARE, LoopPlace
 from allranks.own.shares import StepShares, as_it_came, outside_of_pieces, within_pieces
 from allranks.own.taking import IF_FOUND, IF_NOT_FINITE, check_arguments
 from allranks.training.reproducible import buffers_of, refuse_changed_buffers
@@ -27,7 +27,7 @@ from allranks.training.weight import share_weight
 class Stepping:
     """The steps of a run, on one rank: from the pieces of a batch to the step of an optimizer."""
 
-    def __init__(self, lifecycle: Lifecycle, place: Place) -> None:
+    def __init__(self, lifecycle: Lifecycle, place: LoopPlace) -> None:
         self._lifecycle = lifecycle
         self._runtime = lifecycle.runtime
         self._kept = lifecycle.kept

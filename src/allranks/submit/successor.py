@@ -94,14 +94,14 @@ def _is_last(job: dict[str, Any], directory: str) -> bool:
     return is_mute or bool(job["order"].get("chain"))
 
 
-class Progress(NamedTuple):
+class Reached(NamedTuple):
     """How far a run has come. Of two the later one is greater."""
 
     step: int
     epochs: int  # that are done: a job may have had time for an epoch's evaluation only
 
 
-def _progress(directory: str) -> Progress:
+def _reached(directory: str) -> Reached:
     """How far the run has come: its newest checkpoint says so, or the number of a program's calls.
 
     A checkpoint that lacks a file is passed over, as the next job will pass it over. Of the files only
@@ -111,12 +111,12 @@ def _progress(directory: str) -> Progress:
         path = checkpoint.path_of(directory, step)
         try:
             [state] = checkpoint.read_some(path, ["state.json"]).values()
-            return Progress(step, int(json.loads(state)["epoch"]))
+            return Reached(step, int(json.loads(state)["epoch"]))
         except (checkpoint.Damaged, OSError):
             continue
         except (ValueError, KeyError, TypeError):  # a version to come may call it otherwise
-            return Progress(step, 0)
-    return Progress(program_progress.read(directory), 0)
+            return Reached(step, 0)
+    return Reached(program_progress.read(directory), 0)
 
 
 def _cancel_rest_of_chain(kind: Scheduler, later: list[str]) -> None:
@@ -181,11 +181,11 @@ def _mark_this_start(directory: str, me: ThisJob) -> Path | None:
     for path in Path(directory).glob(".next-*"):
         # Marks of earlier versions hold the step alone. An empty one counts as step 0.
         before.append(tuple(map(int, (path.read_text() or "0").split())))
-    progress = _progress(directory)
+    reached = _reached(directory)
     mark = Path(directory) / f".next-{me.id}-{me.restarts}"
     try:
         with mark.open("x") as file:
-            file.write(f"{progress.step} {progress.epochs}")
+            file.write(f"{reached.step} {reached.epochs}")
     except FileExistsError:
         return None
     except OSError as error:
@@ -195,9 +195,9 @@ def _mark_this_start(directory: str, me: ThisJob) -> Path | None:
             f"{directory} cannot be written ({error.strerror}), so no job is queued: free some space or "
             "quota there, then `allranks submit --cell` goes on from the newest checkpoint."
         ) from error
-    if progress <= max(before):
+    if reached <= max(before):
         raise RunStuck(
-            f"{directory}: this job has not gained a step (step {progress.step}), so no other is queued. "
+            f"{directory}: this job has not gained a step (step {reached.step}), so no other is queued. "
             "Give a longer --walltime with `allranks submit --cell`."
         )
     return mark
@@ -205,7 +205,7 @@ def _mark_this_start(directory: str, me: ThisJob) -> Path | None:
 
 def _queue_successor(kind: Scheduler, directory: str, me: ThisJob) -> None:
     """Queues this job once more, where its owner may ask for that; else another job, after this one."""
-    step = _progress(directory).step
+    step = _reached(directory).step
     if kind.owner_may_requeue:
         # Said before it is done, because the scheduler ends this process with the job.
         print(f"{directory} goes on from step {step}: job {me.id} is queued again", flush=True)
